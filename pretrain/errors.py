@@ -1,0 +1,33 @@
+"""Errors that a user can fix: one line, a stable code, an exit code. A traceback is for bugs."""
+
+
+class UserError(Exception):
+  """`code: what | where | what is safe | what to do`, shown without a traceback; `exit_code` ends the process."""
+
+  code = 'ERROR'
+  exit_code = 1
+
+  def __init__(self, message: str):
+    super().__init__(f'{self.code}: {message}')
+
+
+class ConfigError(UserError):
+  code, exit_code = 'CONFIG', 64
+
+
+class DataError(UserError):
+  code, exit_code = 'DATA', 65
+
+
+class CheckpointError(UserError):
+  """Raised with its own code: `CheckpointError('CKPT-MISMATCH', message)`."""
+
+  exit_code = 66
+
+  def __init__(self, code: str, message: str):
+    self.code = code
+    super().__init__(message)
+
+
+class NonFiniteError(UserError):
+  code, exit_code = 'NONFINITE', 71
