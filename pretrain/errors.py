@@ -1,5 +1,7 @@
 """Errors that a user can fix: one line, a stable code, an exit code. A traceback is for bugs."""
 
+from data.errors import DataError
+
 
 class UserError(Exception):
   """`code: what | where | what is safe | what to do`, shown without a traceback; `exit_code` ends the process."""
@@ -15,10 +17,6 @@ class ConfigError(UserError):
   code, exit_code = 'CONFIG', 64
 
 
-class DataError(UserError):
-  code, exit_code = 'DATA', 65
-
-
 class CheckpointError(UserError):
   """Raised with its own code: `CheckpointError('CKPT-MISMATCH', message)`."""
 
@@ -31,3 +29,6 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
   code, exit_code = 'NONFINITE', 71
+
+
+USER_ERRORS = (UserError, DataError)

@@ -1,0 +1,11 @@
+"""The one error that data raises for a user's mistake."""
+
+
+class DataError(ValueError):
+  """`DATA: what | where | what is safe | what to do`, shown without a traceback; exit code 65."""
+
+  exit_code = 65
+
+  def __init__(self, message: str, code: str = 'DATA'):
+    self.code = code
+    super().__init__(f'{code}: {message}')
