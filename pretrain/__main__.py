@@ -1,4 +1,4 @@
 from pretrain.cli import main
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   raise SystemExit(main())

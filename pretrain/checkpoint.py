@@ -1,0 +1,145 @@
+"""Checkpoints: the state, the data position and the config of a step, written asynchronously. The only orbax import."""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import args
+
+from pretrain.errors import CheckpointError
+from pretrain.experiment import CheckpointConfig
+from pretrain.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  state: TrainState
+  position: dict[str, Any]
+  config: str
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `workdir/checkpoints/<step>`.
+
+  A step exists when its commit file does: a save that was cut off is invisible and is cleaned up at the next start.
+  """
+
+  def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
+    self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
+    self._cfg = cfg
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else cfg.keep,
+      keep_period=cfg.keep_every,
+      cleanup_tmp_directories=not read_only,  # a killed save would keep its space for ever
+      create=not read_only,
+      read_only=read_only,
+      # The default on a local disk does not look for the commit file when it reads.
+      atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def latest(self) -> int | None:
+    """The newest committed step on disk. Ask before the first save: afterwards Orbax counts steps in flight too."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, position: dict[str, Any], config: str) -> None:
+    """Returns when the arrays are copied; the files are written behind. Raises what an earlier save failed with."""
+    items = args.Composite(
+      state=args.StandardSave(_as_dict(state)),
+      position=args.JsonSave(position),
+      config=args.JsonSave({'text': config}),
+    )
+    try:
+      saved = self._manager.save(step, args=items)
+    except Exception as error:
+      raise self._failure(step, state, error) from error
+    if not saved:
+      raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
+
+  def restore(self, abstract: TrainState, step: int) -> Restored:
+    """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first."""
+    self._check_tree(abstract, step)
+    items = self._manager.restore(
+      step,
+      args=args.Composite(
+        state=args.StandardRestore(_as_dict(abstract)), position=args.JsonRestore(), config=args.JsonRestore()
+      ),
+    )
+    state = dataclasses.replace(abstract, **items.state)
+    return Restored(state, items.position, items.config['text'])
+
+  def restore_params(self, abstract: Any, step: int) -> Any:
+    """The parameters alone, for generation."""
+    item = {'params': abstract}
+    return self._manager.restore(
+      step,
+      args=args.Composite(state=args.PyTreeRestore(item, partial_restore=True, restore_args=_placed(item))),
+    ).state['params']
+
+  def config(self, step: int) -> str:
+    """The config text that `step` was saved with."""
+    return self._manager.restore(step, args=args.Composite(config=args.JsonRestore())).config['text']
+
+  def close(self) -> None:
+    """Waits for the last save; raises what it failed with."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failure(None, None, error) from error
+    finally:
+      self._manager.close()
+
+  def _check_tree(self, abstract: TrainState, step: int) -> None:
+    stored = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(self._metadata(step))}
+    wanted = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(_as_dict(abstract))}
+    bad = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
+    if bad:
+      raise CheckpointError(
+        'CKPT-MISMATCH',
+        f'{bad[0]} is {_show(stored.get(bad[0]))} in step {step} of {self.directory}, {_show(wanted.get(bad[0]))} in '
+        f'the model (first of {len(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
+      )
+
+  def _metadata(self, step: int):
+    return self._manager.item_metadata(step)['state'].tree
+
+  def _failure(self, step: int | None, state: TrainState | None, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(self.directory).free / 2**20
+    which = 'the last step' if step is None else f'step {step}'
+    if 'RESOURCE_EXHAUSTED' in str(error) or 'No space left' in str(error):
+      need = '' if state is None else f' needs {_mebibytes(state):.0f} MiB,'
+      text = (
+        f'saving {which}{need} {free:.0f} MiB free on {self.directory}. Earlier steps are intact. Free space and rerun.'
+      )
+      return CheckpointError('CKPT-NOSPACE', text)
+    return CheckpointError(
+      'CKPT-WRITE', f'saving {which} in {self.directory} failed: {error}. Earlier steps are intact.'
+    )
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+  return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'extra': state.extra}
+
+
+def _placed(tree):
+  return jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), tree)
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))[0]
+
+
+def _key(path) -> str:
+  names = (getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', None))) for p in path)
+  return '/'.join(str(name) for name in names)
+
+
+def _show(leaf) -> str:
+  return 'absent' if leaf is None else f'{leaf[1]}{list(leaf[0])}'
+
+
+def _mebibytes(tree) -> float:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20

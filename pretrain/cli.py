@@ -1,0 +1,206 @@
+"""The command `pretrain`. Each subcommand imports what it needs, so that --help and errors are quick."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from pretrain.errors import USER_ERRORS, ConfigError
+
+EXIT_CODES = (
+  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 75 interrupted and resumable'
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one subcommand; a user's mistake is one line on stderr and its exit code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    options, overrides = parse(argv)
+    return options.command(options, overrides) or 0
+  except USER_ERRORS as error:
+    if '--traceback' in argv:
+      raise
+    print(error, file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    return 130
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """(options, overrides): `--gin.KEY=VALUE` becomes the override 'KEY=VALUE'; after `--` nothing is read."""
+  cut = argv.index('--') if '--' in argv else len(argv)
+  ours, rest = argv[:cut], argv[cut + 1 :]
+  overrides = [arg.removeprefix('--gin.') for arg in ours if arg.startswith('--gin.')]
+  if bad := [o for o in overrides if '=' not in o]:
+    raise ConfigError(f'--gin.{bad[0]} has no value; write --gin.{bad[0]}=VALUE.')
+  options = parser().parse_args([arg for arg in ours if not arg.startswith('--gin.')])
+  options.rest = rest
+  return options, overrides
+
+
+def parser() -> argparse.ArgumentParser:
+  root = argparse.ArgumentParser('pretrain', description='Pretrain T5, UL2 and decoder models.', epilog=EXIT_CODES)
+  commands = root.add_subparsers(required=True, metavar='COMMAND')
+  for name, function, flags in COMMANDS:
+    summary = function.__doc__.splitlines()[0]
+    command = commands.add_parser(name, help=summary, description=function.__doc__, epilog=EXIT_CODES)
+    command.add_argument('--traceback', action='store_true', help='show the Python traceback of an error')
+    command.set_defaults(command=function)
+    flags(command)
+  return root
+
+
+def config_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--gin_file',
+    action='append',
+    required=True,
+    metavar='F',
+    help='a .gin file; repeatable, the last binding wins',
+  )
+  command.add_argument(
+    '--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='one binding, e.g. --gin.train.steps=20'
+  )
+
+
+def train_flags(command: argparse.ArgumentParser) -> None:
+  config_flags(command)
+  command.add_argument(
+    '--workdir', required=True, type=pathlib.Path, help='where the run lives; the same command resumes it'
+  )
+
+
+def load(options, overrides):
+  """The checked config of a command."""
+  from pretrain import config, experiment
+
+  cfg = config.load(experiment.Experiment, options.gin_file, overrides)
+  experiment.check(cfg)
+  return cfg
+
+
+def train_command(options, overrides) -> int:
+  """Train a model, or go on with a run that was cut off."""
+  from pretrain import launch, mesh
+
+  cfg = load(options, overrides)
+  mesh.prepare_platform(cfg.mesh, launch.num_hosts())
+  launch.initialize_from_env()
+  from pretrain import runtime, train
+
+  runtime.use_compilation_cache()
+  return train.train(cfg, options.workdir)
+
+
+def config_command(options, overrides) -> None:
+  """Print the resolved config, the parameters and FLOPs per token; touches no device."""
+  from pretrain import describe
+
+  print(describe.describe(load(options, overrides)))
+
+
+def data_flags(command: argparse.ArgumentParser) -> None:
+  actions = command.add_subparsers(required=True, metavar='ACTION')
+  prepare = actions.add_parser('prepare', help=prepare_command.__doc__)
+  from data.prepare import add_flags
+
+  add_flags(prepare)
+  prepare.set_defaults(command=prepare_command)
+  show = actions.add_parser('show', help=show_command.__doc__)
+  config_flags(show)
+  show.add_argument('--step', type=int, default=0)
+  show.add_argument('--row', type=int, default=0)
+  show.set_defaults(command=show_command)
+
+
+def data_command(options, overrides) -> None:
+  """Prepare token stores and look at rows."""
+  raise ConfigError('pretrain data needs an action: prepare or show.')
+
+
+def prepare_command(options, overrides) -> None:
+  """Turn text or JSONL into a token store."""
+  from data.prepare import run
+
+  run(options)
+
+
+def show_command(options, overrides) -> None:
+  """Print a training row as a person reads it."""
+  from data.loader import open_data
+  from data.show import show_row
+
+  from pretrain.runtime import cache_dir
+
+  cfg = load(options, overrides)
+  source = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  print(show_row(source, options.step, options.row))
+
+
+def generate_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('--workdir', required=True, type=pathlib.Path)
+  command.add_argument(
+    '--text', action='append', required=True, help='a prompt; <extra_id_0>, <extra_id_1>, … mark blanks'
+  )
+  command.add_argument('--max_tokens', type=int, default=64)
+
+
+def generate_command(options, overrides) -> None:
+  """Fill blanks, or continue text, with a trained run."""
+  from pretrain import mesh
+
+  mesh.prepare_platform(mesh.MeshConfig())
+  from pretrain.generate import generate
+
+  for result in generate(options.workdir, options.text, options.max_tokens):
+    print(f'prompt  {result.prompt}\noutput  {result.output}\ntext    {result.text}\n')
+
+
+def report_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('workdir', type=pathlib.Path)
+
+
+def report_command(options, overrides) -> None:
+  """Draw report.html of a run again."""
+  from pretrain.report import write_report
+
+  print(write_report(options.workdir))
+
+
+def run_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('--hosts', type=int, required=True, help='processes on this machine, over loopback')
+
+
+def run_command(options, overrides) -> int:
+  """Start several local processes of a command: pretrain run --hosts=2 -- train …."""
+  from pretrain import launch
+
+  if not options.rest:
+    raise ConfigError(
+      'pretrain run needs a command after --, e.g. pretrain run --hosts=2 -- train --gin_file=F --workdir=RUN.'
+    )
+  return launch.run(options.hosts, options.rest)
+
+
+def plan_flags(command: argparse.ArgumentParser) -> None:
+  config_flags(command)
+  command.add_argument('--topology', required=True, help='e.g. v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1')
+
+
+def plan_command(options, overrides) -> None:
+  """Compile the train step for a TPU slice without one; print the memory it needs."""
+  from pretrain import plan
+
+  print(plan.plan(load(options, overrides), options.topology))
+
+
+COMMANDS = (
+  ('train', train_command, train_flags),
+  ('config', config_command, config_flags),
+  ('data', data_command, data_flags),
+  ('generate', generate_command, generate_flags),
+  ('report', report_command, report_flags),
+  ('run', run_command, run_flags),
+  ('plan', plan_command, plan_flags),
+)

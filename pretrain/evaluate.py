@@ -1,0 +1,23 @@
+"""Held-out loss, set by set."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from pretrain.mesh import to_global
+
+
+def evaluate(eval_step, params, batches: Iterable[Mapping[str, np.ndarray]], mesh) -> dict[str, float]:
+  """Mean nats per target (`loss`), per target that is text (`text_loss`), `perplexity` and `accuracy`."""
+  parts = [eval_step(params, to_global(batch, mesh)) for batch in batches]
+  sums = {k: float(np.sum([np.float64(part[k]) for part in jax.device_get(parts)])) for k in parts[0]}
+  loss = sums['loss'] / max(sums['weight'], 1.0)
+  return {
+    'loss': loss,
+    'perplexity': math.exp(min(loss, 700.0)),
+    'accuracy': sums['accuracy'] / max(sums['weight'], 1.0),
+    'text_loss': sums['text_loss'] / max(sums['text_weight'], 1.0),
+    'targets': sums['weight'],
+  }

@@ -1,0 +1,67 @@
+"""What training, evaluation and generation share: the mesh, the model and where each array of the state lies."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+import models.build
+from jax.sharding import Mesh
+
+from models import partition, specs
+from pretrain.experiment import Experiment
+from pretrain.loss import make_loss
+from pretrain.mesh import make_mesh, replicated
+from pretrain.optim import make_optimizer, skipped, state_shardings
+from pretrain.schedule import make_schedule
+from pretrain.step import TrainState, init_state, make_train_step
+
+
+def cache_dir() -> pathlib.Path:
+  """Where built corpora and compiled programs are kept: $PRETRAIN_CACHE, else ~/.cache/pretrain."""
+  return pathlib.Path(os.environ.get('PRETRAIN_CACHE', pathlib.Path.home() / '.cache' / 'pretrain'))
+
+
+def use_compilation_cache() -> None:
+  """Compiled programs are kept across processes: a second start compiles nothing."""
+  jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One run's functions, bound to a mesh. `train_step(state, batch)` donates the state."""
+
+  mesh: Mesh
+  model: models.build.Model
+  abstract: TrainState  # shapes, dtypes and shardings of the state
+  init: Any
+  train_step: Any
+
+
+def build_program(cfg: Experiment, devices=None) -> Program:
+  """Everything a run needs that holds no arrays; nothing is allocated."""
+  mesh = make_mesh(cfg.mesh, devices)
+  jax.set_mesh(mesh)
+  model = models.build.build(cfg.model, cfg.kernels)
+  partition.check_divisible(model.specs, mesh)
+  schedule = make_schedule(cfg.schedule)
+  tx = make_optimizer(cfg.optimizer, schedule, model.specs)
+  key = jax.random.key(cfg.seed)
+  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, key)
+  shapes = jax.eval_shape(init)
+  params = partition.shardings(model.specs, mesh)
+  everywhere = replicated(mesh)
+  opt_state = state_shardings(tx, shapes.params, params, mesh)
+  placed = TrainState(everywhere, params, opt_state, jax.tree.map(lambda _: everywhere, shapes.extra))
+  abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+  step = make_train_step(
+    make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, jax.random.fold_in(key, 1),
+    num_microbatches=cfg.train.accumulate, shardings=params,
+  )  # fmt: skip
+  return Program(
+    mesh, model, abstract, jax.jit(init, out_shardings=placed),
+    jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+  )  # fmt: skip

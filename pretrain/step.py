@@ -1,0 +1,91 @@
+"""The train step: a pure function of (state, batch). It sees functions, never a config."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+# loss(params, batch, key, weight) -> (scalar, metrics): both already divided by `weight`, the loss weight of the
+# *global* batch, so that a sum over microbatches is the value of the whole.
+LossFn = Callable[[Any, Batch, Array | None, Array], tuple[Array, Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+  """`step` counts updates tried; `extra` is state that gradients do not touch (scales, statistics, averages)."""
+
+  step: Array
+  params: Any
+  opt_state: optax.OptState
+  extra: Any
+
+
+def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
+  """A value-and-grad of `loss` over the batch cut in `num_microbatches`, one at a time: ((value, metrics), grads)."""
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+  if num_microbatches == 1:
+    return value_and_grad
+
+  def split(x):
+    # Strided rows, so that every microbatch lies on every device: no data moves.
+    return jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
+
+  def accumulated(params, batch, key, weight):
+    def body(total, part):
+      return jax.tree.map(jnp.add, total, value_and_grad(params, part, key, weight)), None
+
+    parts = jax.tree.map(split, dict(batch))
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key, weight)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, parts)[0]
+
+  return accumulated
+
+
+def checksum(batch: Batch) -> Array:
+  """uint32 of every value and its place in the global batch: equal on any mesh, number of hosts and microbatches."""
+  total = jnp.zeros((), jnp.uint32)
+  for name in sorted(batch):
+    bits = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
+    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) + zlib.crc32(name.encode())
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA77)
+    total += (mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32)
+  return total
+
+
+def make_train_step(loss: LossFn, tx, schedule, skipped, key: Array, *, num_microbatches: int = 1, shardings=None):
+  """`train_step(state, batch) -> (state, metrics)`; gradients are placed like `shardings`, the parameters'."""
+  value_and_grad = accumulate(loss, num_microbatches)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
+    (_, metrics), grads = value_and_grad(state.params, batch, jax.random.fold_in(key, state.step), weight)
+    if shardings is not None:  # otherwise fsdp all-reduces whole gradients where it could reduce-scatter
+      grads = jax.lax.with_sharding_constraint(grads, shardings)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    counts = skipped(opt_state)
+    metrics |= {
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': schedule(state.step),
+      'loss_weight': weight,
+      'batch_checksum': checksum(batch),
+      'skipped': counts.total,
+      'skipped_consecutive': counts.consecutive,
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, state.extra), metrics
+
+  return train_step
+
+
+def init_state(initialize, tx, key: Array) -> TrainState:
+  """Step 0: parameters drawn by `initialize(key)`, an empty optimizer state, no extra."""
+  params = initialize(key)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {})

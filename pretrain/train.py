@@ -1,0 +1,200 @@
+"""The loop: batches in, checkpoints and metrics out. It calls evaluation, checkpoints and metrics by name."""
+
+import os
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from data.loader import loader, open_data
+
+from pretrain import config
+from pretrain.checkpoint import Checkpoints
+from pretrain.errors import CheckpointError, NonFiniteError
+from pretrain.evaluate import evaluate
+from pretrain.experiment import Experiment
+from pretrain.loss import make_eval_step
+from pretrain.mesh import host_rows, to_global
+from pretrain.metrics import Metrics
+from pretrain.report import write_report
+from pretrain.resume import check_same_run
+from pretrain.runtime import build_program, cache_dir
+
+DONE, PREEMPTED = 0, 75
+
+
+def train(cfg: Experiment, workdir: str | os.PathLike[str]) -> int:
+  """Trains until `cfg.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the exit code."""
+  run = Run(cfg, pathlib.Path(workdir))
+  interrupt = Interrupt()
+  try:
+    run.loop(interrupt)
+  finally:
+    run.metrics.close()
+  run.finish()
+  return DONE if run.step >= cfg.train.steps else PREEMPTED
+
+
+class Interrupt:
+  """Set by the first SIGTERM or Ctrl-C: the loop saves and leaves. A second one ends the process at once."""
+
+  def __init__(self):
+    self.received = False
+    if jax.process_count() == 1:  # several processes would have to agree on the step first
+      self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def _handle(self, number, _frame):
+    self.received = True
+    signal.signal(number, self._previous[number])
+
+
+class Stopwatch:
+  """Seconds, tokens and seconds waited for data since the last report."""
+
+  def __init__(self):
+    self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+
+  def count(self, batch, waited: float) -> None:
+    self._tokens += sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.endswith('_segment_ids'))
+    self._waited += waited
+    self._steps += 1
+
+  def report(self) -> dict[str, float]:
+    seconds = time.perf_counter() - self._start
+    rates = {
+      'step_seconds': seconds / max(self._steps, 1),
+      'tokens_per_second': self._tokens * jax.process_count() / seconds,
+      'data_wait': self._waited / seconds,
+    }
+    self.__init__()
+    return rates
+
+
+class Run:
+  """One process's share of a run: its state, its place in the data, its files."""
+
+  def __init__(self, cfg: Experiment, workdir: pathlib.Path):
+    self.cfg, self.workdir, self.text = cfg, workdir, config.render(cfg)
+    saved = workdir / 'config.gin'
+    if saved.exists():
+      check_same_run(saved, cfg)
+    vocab_size = cfg.model.vocab_size
+    self.data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir())
+    self.program = build_program(cfg)
+    self.rows = host_rows(self.program.mesh, cfg.data.batch_size)
+    self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
+    self.state, self.position = self._restore_or_initialise()
+    self.step = self.saved_step = int(self.state.step)
+    writes = jax.process_index() == 0
+    if writes:
+      write_atomically(saved, self.text)
+    self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
+    eval_step = make_eval_step(self.program.model, cfg.kernels, self.data.vocabulary.pieces)
+    self._eval_step = jax.jit(eval_step)
+
+  def _restore_or_initialise(self):
+    latest = self.checkpoints.latest()
+    fingerprint = self.data.fingerprint()
+    if latest is None:
+      return self.program.init(), {'examples': 0}
+    restored = self.checkpoints.restore(self.program.abstract, latest)
+    if restored.position['data'] != fingerprint:
+      raise CheckpointError(
+        'CKPT-DATA',
+        f'step {latest} in {self.workdir} was trained on {restored.position["data"]}, the data is now {fingerprint}. '
+        'Nothing was changed; bring the data back, or use another --workdir.',
+      )
+    return restored.state, restored.position['loader']
+
+  def loop(self, interrupt: Interrupt) -> None:
+    """Steps until the last one, or until interrupted; the metrics of a step are read while the next one runs."""
+    batches = loader(self.data, self.position, self.rows)
+    pending, watch = None, Stopwatch()
+    while self.step < self.cfg.train.steps and not interrupt.received:
+      self._profile()
+      start = time.perf_counter()
+      self.position, batch = next(batches)
+      watch.count(batch, time.perf_counter() - start)
+      self.state, metrics = self.program.train_step(self.state, to_global(batch, self.program.mesh))
+      self.step += 1
+      if pending is not None:
+        self._log(self.step - 1, pending, watch)
+      pending = metrics
+      if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
+        self._log(self.step, pending, watch)
+        pending = None
+        self._save_and_evaluate()
+        watch = Stopwatch()
+    if pending is not None:
+      self._log(self.step, pending, watch)
+
+  def finish(self) -> None:
+    """Saves what the loop has not, waits for the files, draws the report."""
+    if self.saved_step < self.step:
+      self._save()
+    self.checkpoints.close()
+    if jax.process_index() == 0:
+      write_report(self.workdir)
+
+  def _due(self, every: int) -> bool:
+    return every > 0 and self.step % every == 0
+
+  def _last(self) -> bool:
+    return self.step == self.cfg.train.steps
+
+  def _log(self, step: int, metrics, watch: Stopwatch) -> None:
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    consecutive = int(values.pop('skipped_consecutive'))
+    if consecutive:
+      self._warn_nonfinite(step, values, consecutive)
+    if step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
+      self.metrics.write(step, values | watch.report())
+
+  def _warn_nonfinite(self, step: int, values, consecutive: int) -> None:
+    size, limit = self.cfg.data.batch_size, self.cfg.optimizer.max_consecutive_nonfinite
+    message = (
+      f'grad_norm={values["grad_norm"]} at step {step} (examples {(step - 1) * size}..{step * size - 1}). '
+      f'Update skipped ({consecutive} of {limit} consecutive).'
+    )
+    if consecutive >= limit:
+      raise NonFiniteError(
+        f'{message} Stopped; step {self.saved_step} is saved in {self.workdir}. Lower schedule.peak.'
+      )
+    self.metrics.warn(f'NONFINITE: {message}')
+
+  def _save_and_evaluate(self) -> None:
+    if self._due(self.cfg.checkpoint.every) or self._last():
+      self._save()
+    if self.cfg.evaluation.every and (self._due(self.cfg.evaluation.every) or self._last()):
+      self._evaluate()
+
+  def _save(self) -> None:
+    position = {'loader': self.position, 'data': self.data.fingerprint()}
+    self.checkpoints.save(self.step, self.state, position, self.text)
+    self.saved_step = self.step
+
+  def _evaluate(self) -> None:
+    values = {}
+    for name, batches in self.data.heldout(self.cfg.evaluation.batches, self.rows).items():
+      result = evaluate(self._eval_step, self.state.params, batches, self.program.mesh)
+      values |= {f'eval/{name}/{k}': v for k, v in result.items()}
+    self.metrics.eval(self.step, values)
+
+  def _profile(self) -> None:
+    if self.cfg.train.profile_steps is None:
+      return
+    first, last = self.cfg.train.profile_steps
+    if self.step == first:
+      jax.profiler.start_trace(self.workdir / 'profile')
+    elif self.step == last:
+      jax.block_until_ready(self.state.step)
+      jax.profiler.stop_trace()
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """The whole text or nothing, under a name that appears at once."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(path.suffix + '.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)

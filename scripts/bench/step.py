@@ -1,0 +1,117 @@
+"""The train step and the start-up against bare JAX: ratios in one run, in CPU seconds and wall seconds.
+
+python scripts/bench/step.py [--rounds 5] [--starts 3]
+
+- step: `pretrain`'s whole train step (loss, gradients, clipping, AdamW, skipped non-finite updates, metrics) against
+  scripts/bench/bare.py's, the same decoder, the same shapes, interleaved. Bar: <= 1.05x CPU seconds a step.
+- start: process start to the end of step 5, cold and with the persistent compilation cache. Bars: bare + 2 s; a second
+  start at least 2x faster than the first.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = ROOT / 'configs/decoder/bench.gin'
+
+
+def spread(values: list[float]) -> str:
+  return f'{statistics.median(values):.3f} [{min(values):.3f} .. {max(values):.3f}]'
+
+
+def time_steps(step, state, batches) -> tuple[float, object]:
+  """(CPU seconds a step, state after them); the last result is waited for."""
+  import jax
+
+  start = time.process_time()
+  for batch in batches:
+    state, value = step(state, batch)
+  jax.block_until_ready((state, value))
+  return (time.process_time() - start) / len(batches), state
+
+
+def bench_step(rounds: int, steps: int) -> None:
+  import bare
+  from data.loader import loader, open_data
+
+  from pretrain import config
+  from pretrain.experiment import Experiment
+  from pretrain.mesh import host_rows, to_global
+  from pretrain.runtime import build_program, cache_dir
+
+  cfg = config.load(Experiment, [str(CONFIG)], [])
+  program = build_program(cfg)
+  source = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  batches = loader(source, {'examples': 0}, host_rows(program.mesh, cfg.data.batch_size))
+  ours = [next(batches)[1] for _ in range(steps)]
+  theirs = [bare.make_batch(i) for i in range(steps)]
+  our_state = program.init()
+  their_state, their_step = bare.make_step()
+  our_step = lambda state, batch: program.train_step(state, to_global(batch, program.mesh))
+  _, our_state = time_steps(our_step, our_state, ours[:2])
+  _, their_state = time_steps(their_step, their_state, theirs[:2])
+  a, b = [], []
+  for _ in range(rounds):
+    seconds, our_state = time_steps(our_step, our_state, ours)
+    a.append(seconds)
+    seconds, their_state = time_steps(their_step, their_state, theirs)
+    b.append(seconds)
+  ratios = [x / y for x, y in zip(a, b, strict=True)]
+  print(f'step, CPU seconds: pretrain {spread(a)}  bare {spread(b)}  ratio {spread(ratios)}  (bar 1.05)', flush=True)
+
+
+def start(command: list[str], cache: str | None, finished) -> float:
+  """Wall seconds from the start of `command` to the moment `finished()` reports for step 5."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  env |= {'PRETRAIN_CACHE': cache} if cache else {}
+  begin = time.time()
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise SystemExit(f'{command} failed:\n{done.stderr[-2000:]}')
+  return finished(done.stdout) - begin
+
+
+def bench_start(starts: int) -> None:
+  first, second, bare_starts = [], [], []
+  for _ in range(starts):
+    with tempfile.TemporaryDirectory() as scratch:
+      for name, times in (('first', first), ('second', second)):
+        workdir = pathlib.Path(scratch) / name
+        command = [sys.executable, '-m', 'pretrain', 'train', f'--gin_file={CONFIG}', '--gin.train.steps=5']
+        finished = lambda _, w=workdir: json.loads((w / 'metrics.jsonl').read_text().splitlines()[4])['time']
+        times.append(start([*command, f'--workdir={workdir}'], scratch, finished))
+      command = [sys.executable, str(ROOT / 'scripts/bench/bare.py'), '5']
+      bare_starts.append(start(command, None, lambda out: float(out.splitlines()[4].split()[2])))
+  extra = [a - b for a, b in zip(first, bare_starts, strict=True)]
+  speedup = [a / b for a, b in zip(first, second, strict=True)]
+  print(f'start to end of step 5, wall s: pretrain {spread(first)}  bare {spread(bare_starts)}')
+  print(f'  pretrain - bare {spread(extra)} (bar 2)  second start {spread(second)}  speed-up {spread(speedup)} (bar 2)')
+
+
+def main() -> None:
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--rounds', type=int, default=5)
+  flags.add_argument('--steps', type=int, default=4, help='steps in a round')
+  flags.add_argument('--starts', type=int, default=5)
+  options = flags.parse_args()
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+
+  cores = len(os.sched_getaffinity(0))
+  print(f'cores {cores}, Python {platform.python_version()}, jax {jax.__version__}', flush=True)
+  if options.rounds:
+    bench_step(options.rounds, options.steps)
+  if options.starts:
+    bench_start(options.starts)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,86 @@
+"""Shows that a run does not depend on its layout: meshes, microbatches, hosts, in f32 and bf16.
+
+python scripts/layouts.py --gin_file=configs/ul2/tiny.gin [--steps 20] [--workdir DIR]
+
+Each line: a layout, its largest relative loss difference to one device, whether its batches are those of one device
+(by checksum), and how many "Involuntary full rematerialization" lines the compiler wrote. Exit code 1 over a bar.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1}
+LAYOUTS = {
+  'one device': (ONE, 1),
+  'data=8': (ONE | {'mesh.data': 8}, 1),
+  'fsdp=8': (ONE | {'mesh.fsdp': 8}, 1),
+  'fsdp=4 x tensor=2': (ONE | {'mesh.fsdp': 4, 'mesh.tensor': 2}, 1),
+  'data=2 x fsdp=2 x tensor=2': (ONE | {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'accumulate 2, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
+  'accumulate 4, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 4}, 1),
+  '2 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 2),
+  '3 hosts, data=3': (ONE | {'mesh.data': 3}, 3),
+  '4 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 4),
+}
+BARS = {'float32': 1e-5, 'bfloat16': 1e-3}
+
+
+def train(options, dtype: str, name: str, overrides: dict, hosts: int) -> tuple[list[dict], int]:
+  """(metrics rows, rematerialization lines) of one layout, in processes of its own."""
+  workdir = options.workdir / dtype / name.replace(' ', '_').replace('=', '')
+  launch = ['run', f'--hosts={hosts}', '--'] if hosts > 1 else []
+  values = {
+    'train.steps': options.steps, 'train.log_every': 1, 'evaluation.every': 0, 'checkpoint.every': 10_000,
+    'data.batch_size': options.batch_size, 'model.dropout': 0.1, 'model.dtype': f"'{dtype}'",
+  } | overrides  # fmt: skip
+  command = [
+    sys.executable,
+    '-m',
+    'pretrain',
+    *launch,
+    'train',
+    f'--gin_file={options.gin_file}',
+    f'--workdir={workdir}',
+  ]
+  command += [f'--gin.{k}={v}' for k, v in values.items()]
+  done = subprocess.run(command, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise SystemExit(f'{name} failed ({done.returncode}):\n{done.stdout[-1000:]}{done.stderr[-3000:]}')
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  remat = (done.stdout + done.stderr).count('Involuntary full rematerialization')
+  return [row for row in rows if 'loss' in row], remat
+
+
+def compare(options, dtype: str) -> bool:
+  good, reference = True, None
+  for name, layout in LAYOUTS.items():
+    rows, remat = train(options, dtype, name, *layout)
+    reference = reference or rows
+    worst = max(abs(a['loss'] / b['loss'] - 1) for a, b in zip(rows, reference, strict=True))
+    same = [r['batch_checksum'] for r in rows] == [r['batch_checksum'] for r in reference]
+    good &= worst <= BARS[dtype] and same and not remat
+    print(
+      f'{dtype:9} {name:28} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
+    )
+  return good
+
+
+def main() -> int:
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--gin_file', required=True)
+  flags.add_argument('--steps', type=int, default=20)
+  flags.add_argument('--batch_size', type=int, default=48, help='a multiple of 3 and of 16, for three hosts and 4 x 4')
+  flags.add_argument('--dtypes', nargs='+', default=list(BARS))
+  flags.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/layouts'))
+  options = flags.parse_args()
+  shutil.rmtree(options.workdir, ignore_errors=True)
+  return 0 if all([compare(options, dtype) for dtype in options.dtypes]) else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())
