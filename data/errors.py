@@ -7,5 +7,9 @@ class DataError(ValueError):
   exit_code = 65
 
   def __init__(self, message: str, code: str = 'DATA'):
-    self.code = code
+    self.code, self.message = code, message
     super().__init__(f'{code}: {message}')
+
+  def __reduce__(self):
+    # Worker processes pickle it; the default would put the code in front twice.
+    return DataError, (self.message, self.code)

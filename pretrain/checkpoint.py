@@ -39,7 +39,12 @@ class Checkpoints:
       # The default on a local disk does not look for the commit file when it reads.
       atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    handlers = {
+      'state': ocp.PyTreeCheckpointHandler(),
+      'position': ocp.JsonCheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
+    }
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def latest(self) -> int | None:
     """The newest committed step on disk. Ask before the first save: afterwards Orbax counts steps in flight too."""
@@ -48,7 +53,7 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, position: dict[str, Any], config: str) -> None:
     """Returns when the arrays are copied; the files are written behind. Raises what an earlier save failed with."""
     items = args.Composite(
-      state=args.StandardSave(_as_dict(state)),
+      state=args.PyTreeSave(_as_dict(state)),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config}),
     )
@@ -65,19 +70,14 @@ class Checkpoints:
     items = self._manager.restore(
       step,
       args=args.Composite(
-        state=args.StandardRestore(_as_dict(abstract)), position=args.JsonRestore(), config=args.JsonRestore()
+        state=_restore_args(_as_dict(abstract)), position=args.JsonRestore(), config=args.JsonRestore()
       ),
     )
-    state = dataclasses.replace(abstract, **items.state)
-    return Restored(state, items.position, items.config['text'])
+    return Restored(dataclasses.replace(abstract, **items.state), items.position, items.config['text'])
 
   def restore_params(self, abstract: Any, step: int) -> Any:
     """The parameters alone, for generation."""
-    item = {'params': abstract}
-    return self._manager.restore(
-      step,
-      args=args.Composite(state=args.PyTreeRestore(item, partial_restore=True, restore_args=_placed(item))),
-    ).state['params']
+    return self._manager.restore(step, args=args.Composite(state=_restore_args({'params': abstract}))).state['params']
 
   def config(self, step: int) -> str:
     """The config text that `step` was saved with."""
@@ -124,8 +124,10 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
   return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'extra': state.extra}
 
 
-def _placed(tree):
-  return jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), tree)
+def _restore_args(tree) -> args.PyTreeRestore:
+  """Restores exactly the leaves of `tree`, each with its sharding, shape and dtype."""
+  place = lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape)
+  return args.PyTreeRestore(tree, restore_args=jax.tree.map(place, tree), partial_restore=True)
 
 
 def _leaves(tree):

@@ -40,7 +40,8 @@ def time_steps(step, state, batches) -> tuple[float, object]:
 
 def bench_step(rounds: int, steps: int) -> None:
   import bare
-  from data.loader import loader, open_data
+  from data.loader import loader
+from data.sources import open_data
 
   from pretrain import config
   from pretrain.experiment import Experiment

@@ -1,0 +1,82 @@
+"""Pieces -> the named fields of a batch, several pieces to a row.
+
+Source: seqio feature_converters.py (EncDecFeatureConverter, LMFeatureConverter, PrefixLMFeatureConverter).
+"""
+
+import numpy as np
+
+from data.ragged import Ragged, interleave, spread, starts
+
+Batch = dict[str, np.ndarray]
+
+
+def encoder_decoder_features(
+  inputs: Ragged, targets: Ragged, rows: np.ndarray, num_rows: int, inputs_length: int, targets_length: int
+) -> Batch:
+  """Fields int32[num_rows, length]; piece i is a segment of row `rows[i]` (ascending), in encoder and decoder.
+
+  Raises ValueError where the pieces of a row are longer than the row.
+  """
+  encoder = _Placement(inputs.lengths, rows, (num_rows, inputs_length))
+  fields = {'encoder_input_tokens': encoder.put(inputs.values), **encoder.describe('encoder')}
+  return fields | _decoder_fields(targets, rows, (num_rows, targets_length))
+
+
+def decoder_features(
+  inputs: Ragged | None, targets: Ragged, rows: np.ndarray, num_rows: int, length: int, loss_on_inputs: bool = False
+) -> Batch:
+  """Fields int32[num_rows, length] of a decoder-only model: each segment is its inputs, then its targets.
+
+  Every token of a segment sees the inputs, which the decoder reads one place later than they stand (shifted right),
+  so `decoder_prefix_end` is their number plus one. Without `inputs` the model is causal: 0. Only targets carry loss,
+  unless `loss_on_inputs` (which then asks for tokens that the model can see, as seqio's loss_on_targets_only=False).
+  """
+  if inputs is None:
+    prefix = np.zeros(len(targets.lengths), np.int64)
+    return _decoder_fields(targets, rows, (num_rows, length), prefix=prefix)
+  both, is_input = interleave(inputs, targets)
+  weights = None if loss_on_inputs else ~is_input
+  return _decoder_fields(both, rows, (num_rows, length), weights, inputs.lengths + 1)
+
+
+def _decoder_fields(targets: Ragged, rows, shape: tuple[int, int], weights=None, prefix=None) -> Batch:
+  place = _Placement(targets.lengths, rows, shape)
+  shifted = np.concatenate([[0], targets.values[:-1]])[: len(targets.values)]
+  shifted[starts(targets.lengths)[targets.lengths > 0]] = 0
+  weights = np.ones(len(targets.values), bool) if weights is None else weights
+  fields = {
+    'decoder_input_tokens': place.put(shifted),
+    'decoder_target_tokens': place.put(targets.values),
+    'decoder_loss_weights': place.put(weights, np.float32),
+    **place.describe('decoder'),
+  }
+  if prefix is not None:
+    fields['decoder_prefix_end'] = place.put(np.repeat(prefix, targets.lengths))
+  return fields
+
+
+class _Placement:
+  """Where the tokens of each piece go in `[rows, length]`: after the pieces before it in its row."""
+
+  def __init__(self, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]):
+    self.lengths, self.shape = lengths, shape
+    begins, first = starts(lengths), np.searchsorted(rows, rows)
+    offset = begins - begins[first]
+    if len(rows) and (offset + lengths).max() > shape[1]:
+      worst = int((offset + lengths).argmax())
+      raise ValueError(f'row {rows[worst]} holds {(offset + lengths)[worst]} tokens, its length is {shape[1]}.')
+    self.segments = np.arange(len(rows)) - first + 1
+    self.index = spread(rows * shape[1] + offset, lengths)
+
+  def put(self, values, dtype=np.int32) -> np.ndarray:
+    out = np.zeros(self.shape, dtype)
+    out.reshape(-1)[self.index] = values
+    return out
+
+  def describe(self, side: str) -> Batch:
+    """Segment ids count from 1 in each row; positions from 0 in each segment."""
+    positions = spread(np.zeros_like(self.lengths), self.lengths)
+    return {
+      f'{side}_segment_ids': self.put(np.repeat(self.segments, self.lengths)),
+      f'{side}_positions': self.put(positions),
+    }

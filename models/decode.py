@@ -1,0 +1,118 @@
+"""Greedy decoding with a cache of keys and values: a prompt is read once, then each step costs one token."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from models.attention import Cache, Visibility
+from models.block import Cross
+from models.build import Model
+from models.encoder_decoder import EncoderDecoder
+from models.specs import Tree
+
+EOS = 1
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens'))
+def greedy(model: Model, params: Tree, batch: Mapping[str, Array], max_tokens: int) -> Array:
+  """int32[batch, max_tokens]: the most likely token at each step, 0 after EOS.
+
+  Encoder-decoder: `batch` holds encoder fields. Decoder-only: `decoder_input_tokens` begin with 0 (the shift) and
+  hold prompts of equal length, `decoder_prefix_end` makes the first positions visible to each other.
+  """
+  module = model.bind(params)
+  if isinstance(module, EncoderDecoder):
+    step, carry, token = _start_encoder_decoder(module, batch, max_tokens)
+  else:
+    step, carry, token = _start_decoder(module, batch, max_tokens)
+  choose = lambda hidden: jnp.argmax(model.logits(params, hidden[:, -1]), -1).astype(jnp.int32)
+  return _loop(step, choose, carry, token, max_tokens)
+
+
+def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tokens: int) -> Array:
+  """`carry` is (hidden of the last token read, cache), or `token` is to be read first (hidden is then ignored)."""
+  hidden, cache = carry
+  if token is not None:
+    hidden, cache = step(token, cache)
+  batch = hidden.shape[0]
+
+  def alive(state):
+    index, _, _, _, done = state
+    return (index < max_tokens) & ~done.all()
+
+  def body(state):
+    index, hidden, cache, output, done = state
+    token = jnp.where(done, 0, choose(hidden))
+    output = output.at[:, index].set(token)
+    hidden, cache = step(token[:, None], cache)
+    return index + 1, hidden[:, -1:], cache, output, done | (token == EOS)
+
+  zeros = jnp.zeros((batch, max_tokens), jnp.int32)
+  start = (jnp.zeros((), jnp.int32), hidden[:, -1:], cache, zeros, jnp.zeros(batch, bool))
+  return jax.lax.while_loop(alive, body, start)[3]
+
+
+def _positions(cache: Cache, tokens: Array) -> Array:
+  return jnp.broadcast_to(cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+
+def _slots(cache: Cache) -> Array:
+  return jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), cache.keys.shape[1:3])
+
+
+def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
+  memory = module.encode(batch, None)
+  segments, rows = batch['encoder_segment_ids'], memory.shape[0]
+  cross_keys_values = module.decoder.cross_keys_values(memory, batch['encoder_positions'])
+  cache = Cache.empty(module.cfg.decoder_layers, rows, max_tokens + 1, module.attention, memory.dtype)
+
+  def step(tokens: Array, cache: Cache):
+    positions = _positions(cache, tokens)
+    see = Visibility(
+      causal=True, q_positions=positions, kv_positions=_slots(cache), relative_bias=module.decoder_bias()
+    )
+    across = Visibility(causal=False, q_segment_ids=jnp.ones_like(tokens), kv_segment_ids=segments)
+    x = module.embedding(tokens, memory.dtype, None)
+    return module.decoder.decode(x, positions, see, cache, Cross(see=across, keys_values=cross_keys_values))
+
+  return step, (memory[:, :1], cache), jnp.zeros((rows, 1), jnp.int32)
+
+
+def _decoder_step(module, batch, max_tokens: int):
+  """(step, empty cache) with room for the prompt of `batch` and `max_tokens` more."""
+  rows, length = batch['decoder_input_tokens'].shape
+  dtype = jnp.dtype(module.cfg.dtype)
+  cache = Cache.empty(module.cfg.layers, rows, length + max_tokens, module.attention, dtype)
+  prefix = batch.get('decoder_prefix_end')
+  if prefix is not None:
+    prefix = jnp.pad(jnp.asarray(prefix), ((0, 0), (0, cache.keys.shape[2] - prefix.shape[1])))
+
+  def step(tokens: Array, cache: Cache):
+    positions = _positions(cache, tokens)
+    see = Visibility(causal=True, q_positions=positions, kv_positions=_slots(cache), prefix_end=prefix)
+    return module.decoder.decode(module.embedding(tokens, dtype, None), positions, see, cache)
+
+  return step, cache
+
+
+def _start_decoder(module, batch, max_tokens: int):
+  step, cache = _decoder_step(module, batch, max_tokens)
+  return step, step(jnp.asarray(batch['decoder_input_tokens']), cache), None
+
+
+def teacher_forced(model: Model, params: Tree, batch: Mapping[str, Array], tokens: Array) -> Array:
+  """Logits f32[batch, length, vocab] of the cached path fed `tokens` one by one; for tests against `Model.apply`."""
+  module = model.bind(params)
+  if isinstance(module, EncoderDecoder):
+    step, (_, cache), _ = _start_encoder_decoder(module, batch, tokens.shape[1])
+  else:
+    empty = dict(batch) | {'decoder_input_tokens': tokens[:, :0]}
+    step, cache = _decoder_step(module, empty, tokens.shape[1])
+  out = []
+  for i in range(tokens.shape[1]):
+    hidden, cache = step(tokens[:, i : i + 1], cache)
+    out.append(model.logits(params, hidden))
+  return jnp.concatenate(out, 1)

@@ -1,0 +1,32 @@
+"""Tokens -> vectors, and vectors -> logits."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models.dropout import dropout
+from models.partition import constrain
+from models.specs import Normal, weight
+
+EMBEDDING_SITE = 30
+
+
+class Embedding(nnx.Module):
+  """A row of `table` for each token. `std` 1.0 is T5's and Llama-style models' too, where a norm follows at once."""
+
+  def __init__(self, vocab: int, embed: int, *, rate: float, std: float = 1.0):
+    self.table = weight((vocab, embed), ('vocab', 'embed'), Normal(std))
+    self.rate = rate
+
+  def __call__(self, tokens: Array, dtype, keys: Array | None) -> Array:
+    # Gathered over fsdp before the lookup: a table split along the features would leave the batch unsplit.
+    table = constrain(self.table[...].astype(dtype), 'vocab', None)
+    x = constrain(jnp.take(table, tokens, axis=0), 'batch', 'length', 'embed')
+    return dropout(x, self.rate, keys, EMBEDDING_SITE)
+
+
+class Head(nnx.Module):
+  """The projection to logits, of its own (untied), as in T5 v1.1 and Llama."""
+
+  def __init__(self, embed: int, vocab: int):
+    self.kernel = weight((embed, vocab), ('embed', 'vocab'), Normal(fan_in=('embed',)))

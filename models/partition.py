@@ -1,0 +1,101 @@
+"""Logical axes -> mesh axes. Two total maps over the same words; an unknown word is an error."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from models.specs import ParamSpec, Tree, is_spec
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# A parameter's `embed` is sharded over fsdp; an activation's is not, because its `batch` is.
+PARAMETER_RULES: Rules = {
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'head_dim': None,
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  'layers': None,
+  'experts': 'expert',
+  'buckets': None,
+}
+ACTIVATION_RULES: Rules = {
+  'batch': ('replica', 'data', 'fsdp'),
+  'length': 'sequence',
+  'embed': None,
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'head_dim': None,
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  'experts': 'expert',
+}
+
+
+def spec_for(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+  """The PartitionSpec of an array with these logical axes.
+
+  Raises KeyError for an unknown axis, ValueError where two dims would share a mesh axis.
+  """
+  for axis in axes:
+    if axis is not None and axis not in rules:
+      raise KeyError(f'unknown logical axis {axis!r}; the axes are {", ".join(rules)}.')
+  entries = [None if axis is None else rules[axis] for axis in axes]
+  used = [m for entry in entries for m in ((entry,) if isinstance(entry, str) else entry or ())]
+  if len(used) != len(set(used)):
+    raise ValueError(f'axes {tuple(axes)} put two dims on one mesh axis: {entries}.')
+  return PartitionSpec(*entries)
+
+
+def shardings(specs: Tree, mesh: Mesh) -> Tree:
+  """The NamedSharding of each parameter."""
+  place = lambda s: NamedSharding(mesh, spec_for(s.axes, PARAMETER_RULES))
+  return jax.tree.map(place, specs, is_leaf=is_spec)
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh | AbstractMesh | None):
+  """Inside, `constrain` and `per_shard` speak of this mesh; without one they do nothing."""
+  if mesh is None:
+    yield
+    return
+  with jax.sharding.use_abstract_mesh(getattr(mesh, 'abstract_mesh', mesh)):
+    yield
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+  """Places an activation; without it the partitioner guesses, and replicates."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
+
+
+def per_shard(kernel: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]) -> Callable:
+  """`kernel` run on each device's shard of its arguments: a hand-written kernel cannot be partitioned for us."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return kernel
+  spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
+  return jax.shard_map(kernel, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes), check_vma=False)
+
+
+def check_divisible(specs: Tree, mesh: Mesh | AbstractMesh) -> None:
+  """Raises ValueError naming the first parameter dim that its mesh axes do not divide."""
+  for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]:
+    _check_parameter('/'.join(str(p.key) for p in path), spec, mesh)
+
+
+def _check_parameter(path: str, spec: ParamSpec, mesh) -> None:
+  for dim, axis, entry in zip(spec.shape, spec.axes, spec_for(spec.axes, PARAMETER_RULES), strict=True):
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    size = math.prod(mesh.shape[name] for name in names)
+    if dim % size:
+      raise ValueError(
+        f'{axis}={dim} of parameter {path} does not divide over mesh.{"*".join(names)}={size}; '
+        f'make the model key of {axis} a multiple of {size}, or mesh.{names[0]} smaller.'
+      )

@@ -1,0 +1,146 @@
+"""Attention in plain JAX: the definition that every kernel must equal, in values and gradients."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+MASKED = -1e30  # finite, so that a row with no visible key has finite gradients
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['table'], meta_fields=['bidirectional', 'max_distance']
+)
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+  """T5's bias: `table[bucket(key position - query position), head]` is added to the scores."""
+
+  table: Float[Array, 'buckets heads']
+  bidirectional: bool
+  max_distance: int
+
+
+def relative_position_bucket(distance: Array, *, buckets: int, bidirectional: bool, max_distance: int) -> Array:
+  """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`.
+
+  Source: Raffel et al. 2020, arXiv:1910.10683; T5X relative_position_biases.py, _relative_position_bucket.
+  """
+  bucket = jnp.zeros_like(distance)
+  if bidirectional:
+    buckets //= 2
+    bucket = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    distance = jnp.maximum(-distance, 0)
+  exact = buckets // 2
+  ratio = distance.astype(jnp.float32) / exact + jnp.finfo(jnp.float32).eps
+  far = exact + (jnp.log(ratio) / np.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
+  return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
+  """[batch or 1, heads, T, S], f32."""
+  distance = kv_positions[:, None, :] - q_positions[:, :, None]
+  bucket = relative_position_bucket(
+    distance, buckets=bias.table.shape[0], bidirectional=bias.bidirectional, max_distance=bias.max_distance
+  )
+  # A product with a one-hot: its gradient is a product too, where that of a gather is a slow scatter.
+  hot = jax.nn.one_hot(bucket, bias.table.shape[0], dtype=jnp.float32)
+  return jnp.einsum('btsk,kn->bnts', hot, bias.table.astype(jnp.float32))
+
+
+def _mask(
+  causal, window, num_sinks, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end
+) -> Array | None:
+  """bool[batch or 1, T, S], or None where every query sees every key."""
+  parts = []
+  ahead = kv_positions[:, None, :] - q_positions[:, :, None]
+  if causal:
+    visible = ahead <= 0
+    parts.append(visible if prefix_end is None else visible | (kv_positions < prefix_end)[:, None, :])
+  if window is not None:
+    near = (ahead > -window) & (ahead < window)
+    parts.append(near | (kv_positions < num_sinks)[:, None, :])
+  if q_segment_ids is not None:
+    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+    parts.append(same & (q_segment_ids != 0)[:, :, None])
+  return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _scores(q, k, scale, softcap, relative_bias, alibi, q_positions, kv_positions) -> Array:
+  """f32[batch, kv_heads, group, T, S]."""
+  batch, length, _, head_dim = q.shape
+  grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, head_dim)
+  scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  if relative_bias is not None:
+    bias = _bias(relative_bias, q_positions, kv_positions)
+    scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:3], *bias.shape[2:])
+  if alibi is not None:
+    distance = jnp.abs(kv_positions[:, None, :] - q_positions[:, :, None]).astype(jnp.float32)
+    scores = scores - alibi.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
+  return scores
+
+
+def _drop(weights: Array, dropout: tuple[float, Array]) -> Array:
+  """Attention dropout, one mask for all queries of an example and head (T5X's broadcast_dropout)."""
+  rate, keys = dropout
+  shape = (*weights.shape[1:3], 1, weights.shape[-1])
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+  return jnp.where(keep, weights / (1 - rate), 0.0)
+
+
+def attention(
+  q: Float[Array, 'batch T heads head_dim'],
+  k: Float[Array, 'batch S kv_heads head_dim'],
+  v: Float[Array, 'batch S kv_heads head_dim'],
+  *,
+  causal: bool,
+  window: int | None = None,
+  num_sinks: int = 0,
+  q_segment_ids: Int[Array, 'batch T'] | None = None,
+  kv_segment_ids: Int[Array, 'batch S'] | None = None,
+  q_positions: Int[Array, 'batch T'] | None = None,
+  kv_positions: Int[Array, 'batch S'] | None = None,
+  prefix_end: Int[Array, 'batch S'] | None = None,
+  relative_bias: RelativeBias | None = None,
+  alibi: Float[Array, ' heads'] | None = None,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Float[Array, ' heads'] | None = None,
+  dropout: tuple[float, Array] | None = None,
+  return_lse: bool = False,
+):
+  """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
+
+  Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
+  are one more logit in each head's softmax that carries no value. lse: f32[batch, T, heads].
+  """
+  q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
+  kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
+  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+  scores = _scores(q, k, scale, softcap, relative_bias, alibi, q_positions, kv_positions)
+  mask = _mask(causal, window, num_sinks, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end)
+  if mask is not None:
+    mask = mask[:, None, None]
+    scores = jnp.where(mask, scores, MASKED)
+  sinks = None if sink_logits is None else sink_logits.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  top = top if sinks is None else jnp.maximum(top, jax.lax.stop_gradient(sinks))
+  weights = jnp.exp(scores - top)
+  weights = weights if mask is None else jnp.where(mask, weights, 0.0)
+  total = weights.sum(-1, keepdims=True)
+  total = total if sinks is None else total + jnp.exp(sinks - top)
+  weights = weights / jnp.where(total == 0, 1.0, total)
+  weights = weights if dropout is None else _drop(weights, dropout)
+  out = jnp.einsum('bkgts,bskd->btkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  if not return_lse:
+    return out
+  lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))[..., 0]
+  return out, jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])

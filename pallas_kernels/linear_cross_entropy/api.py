@@ -1,0 +1,31 @@
+"""`linear_cross_entropy`: the head's product and the loss as one op, so that a kernel need not write the logits."""
+
+from jax import Array
+
+from pallas_kernels.linear_cross_entropy import reference
+
+IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy}
+
+
+def linear_cross_entropy(
+  x: Array,
+  w: Array,
+  labels: Array,
+  *,
+  z_loss: float = 0.0,
+  softcap: float | None = None,
+  label_smoothing: float = 0.0,
+  implementation: str = 'auto',
+) -> tuple[Array, Array, Array]:
+  """Losses of x[tokens, embed] w[embed, vocab] against labels[tokens], f32: (loss, lse, correct), each [tokens].
+
+  loss = cross entropy + z_loss * lse^2; `correct` says that the label has the largest logit. `softcap` c bends logits
+  to c tanh(logits / c); `label_smoothing` spreads that share of the target over the vocabulary.
+
+  Raises ValueError for an implementation that does not exist.
+  """
+  name = 'reference' if implementation == 'auto' else implementation
+  if name not in IMPLEMENTATIONS:
+    known = ', '.join(repr(n) for n in IMPLEMENTATIONS)
+    raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
+  return IMPLEMENTATIONS[name](x, w, labels, z_loss=z_loss, softcap=softcap, label_smoothing=label_smoothing)
