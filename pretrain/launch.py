@@ -1,0 +1,158 @@
+"""Several processes as one run: `pretrain run` starts them on this machine, `initialize_from_env` makes them one.
+
+Everything stays on 127.0.0.1: JAX's own default would open the coordinator to the network.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from pretrain.errors import ConfigError
+
+COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
+HEARTBEAT_SECONDS = 20  # a dead process is noticed, and ends its peers, within this time
+GRACE_SECONDS = 30  # between the signal that asks processes to end and the one that ends them
+PR_SET_PDEATHSIG = 1
+
+
+def num_hosts() -> int:
+  """Processes of this run, from the environment; 1 when it was not started by `pretrain run`."""
+  return _integer(NUM_HOSTS) if NUM_HOSTS in os.environ else 1
+
+
+def _integer(name: str) -> int:
+  try:
+    return int(os.environ[name])
+  except ValueError as error:
+    raise ConfigError(f'{name}={os.environ[name]!r} is no number; `pretrain run` sets it.') from error
+
+
+def initialize_from_env() -> None:
+  """Joins the processes that `pretrain run` started; nothing where there is one. Call before any JAX backend starts.
+
+  Raises ConfigError where only a part of the three variables is set.
+  """
+  found = [name for name in (COORDINATOR, NUM_HOSTS, HOST) if name in os.environ]
+  if not found:
+    return
+  if len(found) < 3:
+    raise ConfigError(f'{" and ".join(found)} set, but not all of {COORDINATOR}, {NUM_HOSTS}, {HOST}; set all or none.')
+  import jax
+
+  address, host = os.environ[COORDINATOR], _integer(HOST)
+  jax.distributed.initialize(
+    coordinator_address=address,
+    num_processes=num_hosts(),
+    process_id=host,
+    coordinator_bind_address=address if host == 0 else None,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+  )
+
+
+def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int:
+  """Runs `pretrain COMMAND` in `hosts` local processes and returns the worst exit code.
+
+  Their lines come out on `stream` (default: stdout) behind `[host] `. SIGTERM and Ctrl-C are passed on; when one
+  process fails the others are ended, and all of them die with this one.
+  """
+  if hosts < 1:
+    raise ConfigError(f'--hosts={hosts}; it must be at least 1.')
+  group = Group(hosts, [sys.executable, '-m', 'pretrain', *command], stream or sys.stdout)
+  with ForwardedSignals(group.signal):
+    return group.wait()
+
+
+class Group:
+  """Local processes that end together."""
+
+  def __init__(self, hosts: int, command: Sequence[str], stream: TextIO):
+    address = f'127.0.0.1:{free_port()}'
+    self._processes, self._readers = [], []
+    for host in range(hosts):
+      process = start(command, {COORDINATOR: address, NUM_HOSTS: str(hosts), HOST: str(host)})
+      reader = threading.Thread(target=prefix_lines, args=(process.stdout, f'[{host}] ', stream))
+      reader.start()
+      self._processes.append(process)
+      self._readers.append(reader)
+
+  def signal(self, number: int) -> None:
+    for process in self._processes:
+      if process.poll() is None:
+        process.send_signal(number)
+
+  def wait(self) -> int:
+    """The code of the first process that failed (128 + n for signal n), 0 when none did."""
+    worst, deadline = 0, None
+    while any(process.poll() is None for process in self._processes):
+      failed = [exit_code(p.returncode) for p in self._processes if p.returncode]
+      if failed and deadline is None:
+        worst, deadline = max(failed), time.monotonic() + GRACE_SECONDS
+        self.signal(signal.SIGTERM)
+      elif deadline and time.monotonic() > deadline:
+        self.signal(signal.SIGKILL)
+      time.sleep(0.05)
+    for reader in self._readers:
+      reader.join()
+    return worst or max(exit_code(process.returncode) for process in self._processes)
+
+
+def exit_code(returncode: int) -> int:
+  """A shell's way to say it: a process ended by signal n has code 128 + n.
+
+  >>> exit_code(-9), exit_code(64)
+  (137, 64)
+  """
+  return 128 - returncode if returncode < 0 else returncode
+
+
+def start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
+  """A process that the kernel kills should this one die, by kill -9 too (Linux)."""
+  parent = os.getpid()
+  libc = ctypes.CDLL(None, use_errno=True)
+
+  def die_with_parent() -> None:
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+      os._exit(1)
+
+  # In a process group of its own, because Ctrl-C in a terminal goes to the whole group: it would arrive twice.
+  return subprocess.Popen(
+    command, env=os.environ | env | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    text=True, errors='replace', process_group=0, preexec_fn=die_with_parent,
+  )  # fmt: skip
+
+
+def prefix_lines(source: TextIO, prefix: str, stream: TextIO) -> None:
+  """Copies lines as they come; each is one write, so that lines of different processes do not mix."""
+  for line in source:
+    stream.write(f'{prefix}{line.rstrip()}\n')
+    stream.flush()
+
+
+def free_port() -> int:
+  """A port of 127.0.0.1 that was free a moment ago."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
+
+
+class ForwardedSignals:
+  """Inside the block, SIGTERM and SIGINT call `handler(number)` instead of ending this process."""
+
+  def __init__(self, handler):
+    self._handler = handler
+
+  def __enter__(self):
+    handle = lambda number, _frame: self._handler(number)
+    self._previous = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def __exit__(self, kind, error, trace):
+    for number, previous in self._previous.items():
+      signal.signal(number, previous)

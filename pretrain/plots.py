@@ -1,0 +1,126 @@
+"""The five plots of a run. matplotlib is imported when they are drawn: it takes a second."""
+
+import contextlib
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Rows = Sequence[Mapping[str, float]]
+Curve = tuple[np.ndarray, np.ndarray]
+
+# file name -> what the picture shows; also its alt text in the report
+PLOTS = {
+  'loss': 'Loss',
+  'learning_rate': 'Learning rate',
+  'grad_norm': 'Gradient norm',
+  'throughput': 'Throughput',
+  'data_wait': 'Waiting for data',
+}
+LABELS = {
+  'loss': 'nats per target',
+  'learning_rate': 'learning rate',
+  'grad_norm': 'global norm before clipping',
+  'throughput': 'thousand tokens/s',
+  'data_wait': '% of step time',
+}
+LOOK = {
+  'figure.dpi': 110, 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
+  'grid.color': '#e8e8e8', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False,
+  'lines.linewidth': 1.6, 'axes.axisbelow': True,
+}  # fmt: skip
+BLUE, PALE = '#2563a8', '#a9c6e8'
+EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
+
+
+def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path) -> list[pathlib.Path]:
+  """Writes one PNG for each of `PLOTS` into `folder`; returns their paths in that order."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = []
+  with plt.rc_context(LOOK):
+    for name, title in PLOTS.items():
+      with figure(plt, folder / f'{name}.png', (9.6, 4.2) if name == 'loss' else (4.8, 2.9)) as axes:
+        axes.set(title=title, xlabel='step', ylabel=LABELS[name])
+        plot(axes, name, rows, baselines)
+      paths.append(folder / f'{name}.png')
+  return paths
+
+
+@contextlib.contextmanager
+def figure(plt, path: pathlib.Path, size: tuple[float, float]):
+  """Axes of a new figure, which is saved to `path` at the end of the block."""
+  picture, axes = plt.subplots(figsize=size, layout='constrained')
+  yield axes
+  picture.savefig(path)
+  plt.close(picture)
+
+
+def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float]) -> None:
+  match name:
+    case 'loss':
+      plot_loss(axes, rows, baselines)
+    case 'throughput':
+      plot_smoothed(axes, scaled(curve(rows, 'tokens_per_second'), 1e-3))
+      axes.set_ylim(bottom=0)
+    case 'data_wait':
+      plot_smoothed(axes, scaled(curve(rows, 'data_wait'), 100))
+      axes.set_ylim(bottom=0)
+    case 'grad_norm':
+      plot_smoothed(axes, curve(rows, 'grad_norm'))
+      axes.set_yscale('log')
+    case _:
+      axes.plot(*curve(rows, name), color=BLUE)
+
+
+def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
+  """Training loss, held-out losses, and the baselines as lines across; n-grams are comparable with text loss only."""
+  plot_smoothed(axes, curve(rows, 'loss'), 'training')
+  evaluations = sorted({key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')})
+  for i, key in enumerate(evaluations):
+    label = key.removeprefix('eval/').replace('/text_loss', ', text only').removesuffix('/loss')
+    color = EVALUATION[i % len(EVALUATION)]
+    axes.plot(*curve(rows, key), 'o-', markersize=3.5, color=color, label=label)
+  for name, value in baselines.items():
+    axes.axhline(value, color='#777', linestyle=(0, (5, 3)), linewidth=1)
+    axes.annotate(f'{name} {value:.2f}', (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
+                  va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
+  axes.legend(loc='upper center', ncols=4)
+
+
+def plot_smoothed(axes, points: Curve, label: str | None = None) -> None:
+  """The points pale, their running mean strong."""
+  steps, values = points
+  if len(values) < 40:
+    axes.plot(steps, values, color=BLUE, label=label)
+    return
+  axes.plot(steps, values, color=PALE, linewidth=0.8)
+  axes.plot(steps, running_mean(values, len(values) // 80), color=BLUE, label=label)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+  """The mean of each value and its neighbours up to `window` away (fewer at the ends).
+
+  >>> running_mean(np.array([1.0, 3.0, 5.0]), 1).tolist()
+  [2.0, 3.0, 4.0]
+  """
+  sums = np.cumsum(np.concatenate([[0.0], values]))
+  place = np.arange(len(values))
+  start, stop = np.maximum(place - window, 0), np.minimum(place + window + 1, len(values))
+  return (sums[stop] - sums[start]) / (stop - start)
+
+
+def curve(rows: Rows, key: str) -> Curve:
+  """(steps, values) of the rows that have a finite `key`."""
+  found = [(row['step'], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+  steps, values = zip(*found, strict=True) if found else ((), ())
+  return np.array(steps), np.array(values, np.float64)
+
+
+def scaled(points: Curve, factor: float) -> Curve:
+  return points[0], points[1] * factor

@@ -1,0 +1,92 @@
+"""What a person sees while a run goes: one live line in a terminal, plain lines now and then elsewhere."""
+
+import datetime
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+class Display(Protocol):
+  def show(self, step: int, values: Mapping[str, float]) -> None: ...
+
+  def print(self, text: str) -> None: ...
+
+  def warn(self, text: str) -> None: ...
+
+  def close(self) -> None: ...
+
+
+def make_display(first_step: int, total_steps: int, stream: TextIO | None = None) -> Display:
+  """A live line on `stream` (default: stderr, so that stdout stays free) if it is a terminal, else plain lines."""
+  stream = stream or sys.stderr
+  kind = LiveLine if stream.isatty() else PlainLines
+  return kind(Clock(first_step, total_steps), stream)
+
+
+class Clock:
+  """Turns steps into rates: steps per second since the start, and the seconds that remain."""
+
+  def __init__(self, first_step: int, total_steps: int):
+    self.total = total_steps
+    self._first, self._start = first_step, time.monotonic()
+
+  def describe(self, step: int, values: Mapping[str, float]) -> str:
+    """For example `loss 4.3210  12.3k tokens/s  2.50 steps/s  ETA 0:03:21`; the loss only where there is one."""
+    rate = (step - self._first) / max(time.monotonic() - self._start, 1e-9)
+    parts = [f'loss {values["loss"]:.4f}'] if 'loss' in values else []
+    if 'tokens_per_second' in values:
+      parts.append(f'{values["tokens_per_second"] / 1e3:.1f}k tokens/s')
+    parts.append(f'{rate:.2f} steps/s')
+    if rate > 0:
+      parts.append(f'ETA {datetime.timedelta(seconds=round((self.total - step) / rate))}')
+    return '  '.join(parts)
+
+
+class LiveLine:
+  """One rich progress line; whatever else is printed scrolls above it."""
+
+  def __init__(self, clock: Clock, stream: TextIO):
+    columns = (TextColumn('step {task.completed}/{task.total}'), BarColumn(24), TextColumn('{task.description}'))
+    self._clock = clock
+    self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
+    self._task = self._progress.add_task('starting', total=clock.total)
+    self._progress.start()
+
+  def show(self, step: int, values: Mapping[str, float]) -> None:
+    self._progress.update(self._task, completed=step, description=self._clock.describe(step, values))
+
+  def print(self, text: str) -> None:
+    self._progress.console.print(text, markup=False, highlight=False)
+
+  def warn(self, text: str) -> None:
+    self._progress.console.print(text, style='bold yellow', markup=False, highlight=False)
+
+  def close(self) -> None:
+    self._progress.stop()
+
+
+class PlainLines:
+  """The first and the last step, and in between at most one line in ten seconds."""
+
+  def __init__(self, clock: Clock, stream: TextIO):
+    self._clock, self._stream, self._next = clock, stream, 0.0
+
+  def show(self, step: int, values: Mapping[str, float]) -> None:
+    now = time.monotonic()
+    if now >= self._next or step == self._clock.total:
+      self._next = now + SECONDS_BETWEEN_PLAIN_LINES
+      self.print(f'step {step}/{self._clock.total}  {self._clock.describe(step, values)}')
+
+  def print(self, text: str) -> None:
+    print(text, file=self._stream, flush=True)
+
+  warn = print
+
+  def close(self) -> None:
+    pass

@@ -1,0 +1,108 @@
+"""`report.html` of a run: its plots and final numbers in one file that needs nothing else, drawn from metrics.jsonl."""
+
+import base64
+import html
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from pretrain.errors import CheckpointError
+from pretrain.metrics import read_metrics
+from pretrain.plots import PLOTS, draw
+
+Rows = Sequence[Mapping[str, float]]
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2.5em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.1em; margin-top: 2em; } .path { color: #777; }
+.plots { display: grid; grid-template-columns: repeat(2, 1fr); gap: 16px; } .plots img { width: 100%; }
+.plots img:first-child { grid-column: 1 / -1; }
+table { border-collapse: collapse; } td, th { padding: 3px 18px 3px 0; border-bottom: 1px solid #e5e5e5; }
+th { text-align: left; font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.4; }
+"""
+
+
+def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Draws workdir/plots/*.png and workdir/report.html again from the files of the run; returns the report's path.
+
+  Raises CheckpointError where there is no metrics.jsonl with a row in it.
+  """
+  workdir = pathlib.Path(workdir)
+  rows = read_metrics(workdir)
+  if not rows:
+    raise CheckpointError('CKPT-NONE', f'no metrics of a run in {workdir}; nothing was written. Check the path.')
+  baselines = read_baselines(workdir)
+  images = draw(rows, baselines, workdir / 'plots')
+  report = workdir / 'report.html'
+  temporary = report.with_suffix('.tmp')
+  temporary.write_text(page(workdir, rows, baselines, images), encoding='utf-8')
+  temporary.replace(report)
+  return report
+
+
+def read_baselines(workdir: pathlib.Path) -> dict[str, float]:
+  """Losses of simpler models on the same held-out text, in nats per token: {'unigram': 6.59, …}; empty without file."""
+  path = workdir / 'baselines.json'
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path]) -> str:
+  """The whole report as HTML; images are inside it."""
+  config = workdir / 'config.gin'
+  name = html.escape(workdir.resolve().name)
+  pictures = '\n'.join(embedded(image) for image in images)
+  numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
+  sections = [f'<h2>Final numbers</h2>{numbers}']
+  if baselines:
+    losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
+    sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
+  if config.exists():
+    sections.append(f'<h2>Config</h2><pre>{html.escape(config.read_text())}</pre>')
+  return (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n'
+    f'<body><h1>{name}</h1><p class="path">{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}</p>\n'
+    f'<div class="plots">{pictures}</div>\n{"".join(sections)}</body></html>\n'
+  )
+
+
+def summary(rows: Rows) -> list[tuple[str, float, str]]:
+  """(name, last value, unit) of everything that was logged, training first."""
+  last: dict[str, float] = {}
+  for row in rows:
+    last |= row
+  names = sorted(last, key=lambda name: (name != 'step', name.startswith('eval/')))
+  return [(name, last[name], UNITS.get(name.rsplit('/', 1)[-1], '')) for name in names]
+
+
+UNITS = {
+  'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
+  'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
+  'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
+  'skipped': 'updates', 'perplexity': 'per target',
+}  # fmt: skip
+
+
+def show(value: float) -> str:
+  """Five significant digits, and thousands apart.
+
+  >>> show(12345678), show(4.123456), show(0.0002), show(float('nan'))
+  ('12,345,678', '4.1235', '0.0002', 'nan')
+  """
+  if value == value and abs(value) != float('inf') and value == int(value):
+    return f'{int(value):,}'
+  return f'{value:,.5g}'
+
+
+def table(header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> str:
+  head = ''.join(f'<th>{cell}</th>' for cell in header)
+  body = ''.join(
+    f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td><td>{unit}</td></tr>' for name, value, unit in rows
+  )
+  return f'<table><tr>{head}</tr>{body}</table>'
+
+
+def embedded(image: pathlib.Path) -> str:
+  data = base64.b64encode(image.read_bytes()).decode()
+  return f'<img alt="{PLOTS[image.stem]}" src="data:image/png;base64,{data}">'
