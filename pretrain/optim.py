@@ -45,7 +45,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), inner.init(params))
 
   def update(grads, state, params=None):
-    finite = jnp.isfinite(optax.global_norm(grads))
+    finite = jnp.isfinite(optax.tree.norm(grads))
     updates, moved = inner.update(grads, state.inner, params)
     keep = lambda new, old: jnp.where(finite, new, old)
     bad = 1 - finite.astype(jnp.int32)

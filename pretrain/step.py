@@ -54,7 +54,7 @@ def checksum(batch: Batch) -> Array:
   total = jnp.zeros((), jnp.uint32)
   for name in sorted(batch):
     bits = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) + zlib.crc32(name.encode())
+    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) + jnp.uint32(zlib.crc32(name.encode()))
     mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA77)
     total += (mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32)
   return total
@@ -72,7 +72,7 @@ def make_train_step(loss: LossFn, tx, schedule, skipped, key: Array, *, num_micr
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     counts = skipped(opt_state)
     metrics |= {
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
       'learning_rate': schedule(state.step),
       'loss_weight': weight,
       'batch_checksum': checksum(batch),

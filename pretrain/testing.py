@@ -31,7 +31,7 @@ def cpu_mesh(num_devices: int, axis: str = 'fsdp') -> Mesh:
 def losses(cfg: Experiment, steps: int) -> np.ndarray:
   """The first `steps` training losses of `cfg`, in this process, with no files written: float32[steps]."""
   from data.loader import loader
-from data.sources import open_data
+  from data.source import open_data
 
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   program = build_program(cfg)

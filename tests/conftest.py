@@ -1,0 +1,60 @@
+"""Every test sees eight simulated CPU devices, and warnings are errors (setup.cfg)."""
+
+import os
+
+# Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit both.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+
+import io
+import pathlib
+
+import jax
+import pytest
+import sentencepiece
+from data.store import StoreWriter
+from data.vocabulary import Tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+PIECES = 448  # 256 bytes, 3 special pieces, and what the text is made of
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+  """In models and kernels no dtype is promoted silently (optax is not clean enough for the rest)."""
+  strict = {'models', 'pallas_kernels'} & set(request.path.parts)
+  with jax.numpy_dtype_promotion('strict' if strict else 'standard'):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+  """No test reads or writes the user's cache."""
+  monkeypatch.setenv('PRETRAIN_CACHE', str(tmp_path_factory.getbasetemp() / 'cache'))
+
+
+@pytest.fixture(scope='session')
+def tokenizer_model() -> bytes:
+  """A SentencePiece model of `PIECES` pieces, trained on the license of this repository; id 0 pads, 1 is EOS."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(paragraphs()), model_writer=model, vocab_size=PIECES, byte_fallback=True,
+    pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+  )  # fmt: skip
+  return model.getvalue()
+
+
+@pytest.fixture(scope='session')
+def text_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
+  """A token store of English, about 4,000 tokens in 50 documents: the license of this repository."""
+  path = tmp_path_factory.mktemp('stores') / 'license'
+  tokenizer = Tokenizer(tokenizer_model, sentinels=32)
+  with StoreWriter(path, tokenizer) as writer:
+    writer.add([tokenizer.encode(text) for text in paragraphs()])
+    writer.finish(source='LICENSE')
+  return path
+
+
+def paragraphs() -> list[str]:
+  text = (ROOT / 'LICENSE').read_text()
+  return [' '.join(part.split()) for part in text.split('\n\n') if part.strip()]
