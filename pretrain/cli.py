@@ -128,7 +128,7 @@ def prepare_command(options, overrides) -> None:
 
 def show_command(options, overrides) -> None:
   """Print a training row as a person reads it."""
-  from data.sources import open_data
+  from data.source import open_data
   from data.show import show_row
 
   from pretrain.runtime import cache_dir

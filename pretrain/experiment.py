@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from data.sources import Data
+from data.source import Data
 from data.objectives import CausalLm, Objective, Ul2r, check_objective
 from models.build import KernelsConfig, ModelConfig
 

@@ -6,7 +6,7 @@ import re
 
 import jax
 import numpy as np
-from data.sources import open_data
+from data.source import open_data
 from models.decode import greedy
 
 from pretrain import config

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 from data.loader import loader
-from data.sources import open_data
+from data.source import open_data
 
 from pretrain import config
 from pretrain.checkpoint import Checkpoints
