@@ -1,74 +1,90 @@
-"""Batches ahead of time: Grain is the engine, the order is ours. The only grain import.
+"""Batches for this host, ahead of time, from any position. The only import of Grain, which imports JAX.
 
-The state of a run's data is {'version', 'examples'}: how many rows were consumed. Grain's own state is never kept: it
-depends on the number of workers.
+Grain runs the work (a thread, or processes); its own state is never saved. A run's place in the data is
+{'version', 'examples'}, the same on every host, and any number of hosts and workers may go on from it.
 """
 
 import ctypes
-import itertools
-import os
 import signal
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from data.errors import DataError
-from data.sources import Batch, DataSource
+from data.features import Batch
+from data.source import Builtin, Data, DataSource, Source, StoreData, Synthetic, open_data
+
+__all__ = ['Builtin', 'Data', 'DataSource', 'Source', 'StoreData', 'Synthetic', 'loader', 'open_data']
 
 VERSION = 1
 
 
 class _Steps:
-  """Grain's random-access source: element s is this host's rows of step s."""
+  """Element i of a Grain source: this host's rows of the i-th global batch after `examples`."""
 
-  def __init__(self, source: DataSource, rows: slice, first: int):
-    self._source, self._rows, self._first = source, (rows.start, rows.stop), first
-    self._home = os.getpid()
+  def __init__(self, source: DataSource, examples: int, rows: slice):
+    self._source, self._examples, self._rows = source, examples, rows
 
   def __len__(self) -> int:
-    return 1 << 40
+    return (2**31 - 1 - self._examples) // self._source.cfg.batch_size  # example_index is int32
 
   def __getitem__(self, index: int) -> Batch:
-    if os.getpid() != self._home:
-      _die_with_parent()
-    return self._source.batches.batch(self._first + int(index), slice(*self._rows))
-
-  def __repr__(self) -> str:
-    return f'Steps(from {self._first}, rows {self._rows})'
+    start = self._examples + int(index) * self._source.cfg.batch_size
+    return self._source.global_rows(start + self._rows.start, self._rows.stop - self._rows.start)
 
 
-def _die_with_parent() -> None:
-  """A worker must not outlive a trainer that was killed."""
-  ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iterator[tuple[dict[str, Any], Batch]]:
+  """(position after the batch, this host's `rows` of the global batch) for each step from `position` on.
 
-
-def position_at(step: int, batch_size: int) -> dict[str, Any]:
-  """The place in the data after `step` batches."""
-  return {'version': VERSION, 'examples': step * batch_size}
-
-
-def loader(source: DataSource, position: dict[str, Any], rows: slice) -> Iterator[tuple[dict[str, Any], Batch]]:
-  """Endless (position after it, this host's `rows` of the batch), from `position` on.
-
-  Raises DataError where the position is inside a batch: the batch size was another when it was saved.
+  `position` is {'examples': 0} at the beginning, later what came with the last batch that was used. Raises DataError
+  for a position of another version.
   """
-  cfg = source.batches.cfg
-  first, inside = divmod(position.get('examples', 0), cfg.batch_size)
-  if inside:
-    raise DataError(
-      f'the run stopped after {position["examples"]} examples, no multiple of data.batch_size={cfg.batch_size}; '
-      'set the batch size back.'
-    )
-  dataset = grain.MapDataset.source(_Steps(source, rows, first))
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  batches = dataset.to_iter_dataset(options)
-  if cfg.workers:
+  if position.get('version', VERSION) != VERSION:
+    raise DataError(f'position of data version {position["version"]}, this version reads {VERSION}; use its release.')
+  return _Batches(_ahead(source, position['examples'], rows), position['examples'], source.cfg.batch_size)
+
+
+class _Batches(Iterator):
+  """Counts examples along Grain's iterator, and closes it when nobody iterates any more or at exit."""
+
+  def __init__(self, batches: grain.DatasetIterator[Batch], examples: int, size: int):
+    self._examples, self._size, self._held = examples, size, [batches]
+    weakref.finalize(self, _close, self._held)
+
+  def __next__(self) -> tuple[dict[str, Any], Batch]:
+    batch = next(self._held[0])
+    self._examples += self._size
+    # Copies: batches of worker processes lie in shared memory, which would be taken for as long as they live.
+    return {'version': VERSION, 'examples': self._examples}, {k: np.array(batch.pop(k)) for k in list(batch)}
+
+
+def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
+  """Stops threads and processes; Grain's own clean-up at exit comes too late for them, and is noisy."""
+  held.pop().close()
+
+
+def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetIterator[Batch]:
+  workers, prefetch = source.cfg.workers, source.cfg.prefetch
+  steps = grain.MapDataset.source(_Steps(source, examples, rows))
+  # Reader threads contend for the interpreter: several are slower than none.
+  batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  if workers:
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain asks absl for a flag, and this is no absl program
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=max(cfg.prefetch, 1)))
-  elif cfg.prefetch:
-    batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch)
-  for step, batch in zip(itertools.count(first + 1), batches):  # noqa: B905 - both are endless
-    yield position_at(step, cfg.batch_size), batch
+      flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which exist only in absl apps
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch, 1))
+    batches = batches.mp_prefetch(options, worker_init_fn=_die_with_parent)
+  elif prefetch:
+    batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+  return iter(batches)
+
+
+def _die_with_parent(_index: int, _count: int) -> None:
+  """A worker ends when its parent is killed; otherwise it would wait for ever."""
+  if sys.platform == 'linux':
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -25,9 +25,7 @@ def noise_counts(length, noise_density: float, mean_noise_span_length: float):
   return (noise, spans) if np.ndim(length) else (int(noise), int(spans))
 
 
-def span_corruption_lengths(
-  inputs_length: int, noise_density: float, mean_noise_span_length: float
-) -> tuple[int, int]:
+def span_corruption_lengths(inputs_length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
   """(tokens_length, targets_length): the largest piece whose inputs, with EOS, fit `inputs_length`, and its targets.
 
   Rounds in float64, as the reference's random_spans_helper does. Raises ValueError where not even one token fits.

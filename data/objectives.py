@@ -1,41 +1,38 @@
-"""Objectives: configs, and tasks. A task turns a piece of one document into (inputs, targets), and knows their lengths."""
+"""What a model is asked to do with text: the objectives of a config, and whether they fit its lengths."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, assert_never
 
 import numpy as np
-from jaxtyping import Int
 
-from data.noise import (
-  noise_counts,
-  noise_span_to_unique_sentinel,
-  nonnoise_span_to_unique_sentinel,
-  random_spans_noise_mask,
-)
-from data.vocabulary import EOS, Vocabulary
+from data.tasks import Budget, Task, block_of
 
-Ids = Int[np.ndarray, ' length']
-MODE_OF_KIND = {'R': '[NLU]', 'X': '[NLG]', 'S': '[S2S]'}
+MODE_OF_KIND = {'R': 0, 'X': 1, 'S': 2}
+SMode = Literal['uniform_prefix', 'last_quarter']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLm:
-  """Every token is predicted from those before it in its document."""
+  """Every token is predicted from those before it in its document. Decoder-only."""
 
   name: Literal['causal_lm'] = 'causal_lm'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLm:
-  """A prefix of uniform length is given, the rest predicted. Source: Raffel et al. 2020, §3.2.1; preprocessors.prefix_lm."""
+  """A piece is cut at a uniformly random place; the second part is predicted from the first.
+
+  Source: Raffel et al. 2020, §3.2.3; t5/data/preprocessors.py prefix_lm. `loss_on_prefix` (decoder-only) is seqio's
+  loss_on_targets_only=False.
+  """
 
   name: Literal['prefix_lm'] = 'prefix_lm'
+  loss_on_prefix: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanCorruption:
-  """T5's objective. Source: Raffel et al. 2020, §3.1.4; preprocessors.span_corruption."""
+  """T5: spans of text are replaced by sentinels and predicted. Source: Raffel et al. 2020, §3.3.4."""
 
   name: Literal['span_corruption'] = 'span_corruption'
   noise_density: float = 0.15
@@ -45,210 +42,165 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoiser:
-  """R (regular), X (extreme): span corruption at these settings; S (sequential): a prefix. `rate` is a share of rows."""
+  """R and X hide spans of this mean length and density, S the end of the text. `rate` is relative to the others."""
 
-  kind: Literal['R', 'X', 'S']
+  kind: Literal['R', 'S', 'X']
   mean_noise_span_length: float | None = None
   noise_density: float | None = None
   rate: float = 1.0
 
+  def __str__(self) -> str:
+    if self.kind == 'S':
+      return 'S'
+    return f'{self.kind}(mu={self.mean_noise_span_length:g}, r={self.noise_density:g})'
 
-def _denoiser(kind, mean=None, density=None, rate=1.0) -> Denoiser:
-  return Denoiser(kind=kind, mean_noise_span_length=mean, noise_density=density, rate=rate)
 
-
-# Tay et al. 2022, arXiv:2205.05131, Table 1; equal rates, as its appendix' code samples them.
-UL2_DENOISERS = (
-  _denoiser('R', 3.0, 0.15), _denoiser('R', 8.0, 0.15), _denoiser('X', 3.0, 0.5), _denoiser('X', 8.0, 0.5),
-  _denoiser('X', 64.0, 0.15), _denoiser('X', 64.0, 0.5), _denoiser('S'),
-)  # fmt: skip
-# Tay et al. 2022, arXiv:2210.11399, §2.2-2.4: half S, a quarter R, a quarter X.
-UL2R_DENOISERS = (
-  _denoiser('S', rate=0.5), _denoiser('R', 3.0, 0.15, 0.25), _denoiser('X', 32.0, 0.15, 0.125),
-  _denoiser('X', 3.0, 0.5, 0.125),
-)  # fmt: skip
-PrefixMode = Literal['uniform_prefix', 'last_quarter']
+def _denoiser(kind: str, mu: float | None = None, r: float | None = None, rate: float = 1.0) -> Denoiser:
+  return Denoiser(kind=kind, mean_noise_span_length=mu, noise_density=r, rate=rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ul2:
-  """A mixture of denoisers, each announced by its mode token. Source: Tay et al. 2022, arXiv:2205.05131, §3."""
+  """The mixture of denoisers: short and long, sparse and dense spans, and prefixes.
+
+  Source: Tay et al. 2022, arXiv:2205.05131, Table 1 and appendix 9.2 (S has no sentinel). `s_mode` settles where the
+  paper's text and table differ: the prefix ends anywhere, or at three quarters. Mode tokens ([NLU] for R, [NLG] for X,
+  [S2S] for S) stand before the inputs.
+  """
 
   name: Literal['ul2'] = 'ul2'
-  denoisers: tuple[Denoiser, ...] = UL2_DENOISERS
-  s_mode: PrefixMode = 'uniform_prefix'
+  denoisers: tuple[Denoiser, ...] = (
+    _denoiser('R', 3.0, 0.15),
+    _denoiser('R', 8.0, 0.15),
+    _denoiser('X', 3.0, 0.5),
+    _denoiser('X', 8.0, 0.5),
+    _denoiser('X', 64.0, 0.15),
+    _denoiser('X', 64.0, 0.5),
+    _denoiser('S'),
+  )
+  s_mode: SMode = 'uniform_prefix'
   mode_tokens: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ul2r:
-  """UL2 to continue a decoder-only model with. Source: Tay et al. 2022, arXiv:2210.11399, §2.2."""
+  """UL2's mixture for going on with a decoder: half S, a quarter R, a quarter X. Decoder-only.
+
+  Source: Tay et al. 2022, arXiv:2210.11399 (U-PaLM), §2.2-2.4.
+  """
 
   name: Literal['ul2r'] = 'ul2r'
-  denoisers: tuple[Denoiser, ...] = UL2R_DENOISERS
-  s_mode: PrefixMode = 'uniform_prefix'
+  denoisers: tuple[Denoiser, ...] = (
+    _denoiser('S', rate=0.5),
+    _denoiser('R', 3.0, 0.15, 0.25),
+    _denoiser('X', 32.0, 0.15, 0.125),
+    _denoiser('X', 3.0, 0.5, 0.125),
+  )
+  s_mode: SMode = 'uniform_prefix'
   mode_tokens: bool = True
 
 
 Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r
 
 
-# --- examples ------------------------------------------------------------------------------------
-
-
-def split_prefix(tokens: Ids, prefix: int) -> tuple[Ids, Ids]:
-  """
-  >>> [side.tolist() for side in split_prefix(np.array([5, 6, 7]), 1)]
-  [[5], [6, 7]]
-  """
-  return tokens[:prefix], tokens[prefix:]
-
-
-def uniform_prefix(length: int, rng: np.random.Generator) -> int:
-  """U{1 .. length - 1}; 0 where there is but one token. Source: preprocessors.random_prefix_noise_mask."""
-  return 1 + int(rng.random() * (length - 1)) if length > 1 else 0
-
-
-def last_quarter(length: int) -> int:
-  """The prefix that leaves the last quarter (Table 1 of UL2 read as r = 0.25, one span)."""
-  return length - max(1, round(length / 4)) if length > 1 else 0
-
-
-def corrupt(tokens: Ids, mask: np.ndarray, first_sentinel: int) -> tuple[Ids, Ids]:
-  """(inputs, targets) of span corruption under `mask`, without EOS.
-
-  >>> [side.tolist() for side in corrupt(np.array([5, 6, 7, 8]), np.array([False, True, True, False]), 99)]
-  [[5, 99, 8], [99, 6, 7, 98]]
-  """
-  inputs = noise_span_to_unique_sentinel(tokens, mask, first_sentinel)
-  return inputs, nonnoise_span_to_unique_sentinel(tokens, mask, first_sentinel)
-
-
-# --- tasks ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """`example(tokens, rng)` -> (inputs, targets) as they stand in a row; `costs(n)` bounds their lengths for n tokens."""
-
-  label: str
-  rate: float
-  example: Callable[[Ids, np.random.Generator], tuple[Ids, Ids]]
-  costs: Callable[[int], tuple[int, int]]
-  spans: Callable[[int], int]
-
-
-def tasks(objective: Objective, vocabulary: Vocabulary, *, encoder: bool) -> tuple[Task, ...]:
-  """The tasks of an objective. With an encoder both sides end with EOS; in one stream only the targets do."""
+def tasks_of(objective: Objective) -> tuple[Task, ...]:
+  """The tasks whose rows make up `objective`, in the order of its config."""
   match objective:
     case CausalLm():
-      nothing = np.zeros(0, np.int32)
-      return (Task('causal', 1.0, lambda tokens, rng: (nothing, tokens), lambda n: (0, n), lambda n: 0),)
+      return (Task(label='causal', kind='causal'),)
     case PrefixLm():
-      return (_prefix_task('prefix', 1.0, None, 'uniform_prefix', encoder),)
-    case SpanCorruption():
-      density, mean = objective.noise_density, objective.mean_noise_span_length
-      return (_span_task('span', 1.0, None, density, mean, objective.random_roll, vocabulary, encoder),)
+      return (Task(label='prefix', kind='uniform_prefix'),)
+    case SpanCorruption(noise_density=r, mean_noise_span_length=mu, random_roll=turned):
+      label = f'spans(mu={mu:g}, r={r:g})'
+      spans = Task(label=label, kind='spans', noise_density=r, mean_noise_span_length=mu, random_roll=turned)
+      return (spans,)
     case Ul2() | Ul2r():
-      return tuple(_denoiser_task(d, objective, vocabulary, encoder) for d in objective.denoisers)
+      return tuple(_task(d, objective.s_mode, objective.mode_tokens) for d in objective.denoisers)
     case _:
       assert_never(objective)
 
 
-def _denoiser_task(d: Denoiser, objective: Ul2 | Ul2r, vocabulary: Vocabulary, encoder: bool) -> Task:
-  mode = vocabulary.mode(MODE_OF_KIND[d.kind]) if objective.mode_tokens else None
-  if d.kind == 'S':
-    return _prefix_task('S', d.rate, mode, objective.s_mode, encoder)
-  density, mean = d.noise_density, d.mean_noise_span_length
-  return _span_task(d.kind, d.rate, mode, density, mean, False, vocabulary, encoder)
-
-
-def _dress(inputs: Ids, targets: Ids, mode: int | None, ends: tuple[bool, bool]) -> tuple[Ids, Ids]:
-  """The mode token before the inputs, EOS after the sides that have one."""
-  head = [] if mode is None else [mode]
-  eos = [EOS]
-  return (
-    np.concatenate([head, inputs, eos if ends[0] else []]).astype(np.int32),
-    np.concatenate([targets, eos if ends[1] else []]).astype(np.int32),
-  )
-
-
-def _without_eos(tokens: Ids) -> Ids:
-  """A document's own EOS is said by the example's."""
-  return tokens[:-1] if len(tokens) and tokens[-1] == EOS else tokens
-
-
-def _span_task(label, rate, mode, density, mean, roll, vocabulary: Vocabulary, encoder: bool) -> Task:
-  def example(tokens: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
-    tokens = _without_eos(tokens)
-    mask = random_spans_noise_mask(len(tokens), density, mean, rng, roll) if len(tokens) else np.zeros(0, bool)
-    return _dress(*corrupt(tokens, mask, vocabulary.first_sentinel), mode, (encoder, True))
-
-  def spans(n: int) -> int:
-    return noise_counts(n, density, mean)[1] + roll  # rolled round the end, one span may be cut in two
-
-  def costs(n: int) -> tuple[int, int]:
-    noise = noise_counts(n, density, mean)[0]
-    sides = (mode is not None) + n - noise + spans(n) + encoder, noise + spans(n) + 1
-    return sides if n > 1 else (sides[0] + 1, sides[1])  # one token alone is never noise
-
-  return Task(f'{label}(mu={mean:g}, r={density:g})', rate, example, costs, spans)
-
-
-def _prefix_task(label, rate, mode, s_mode: PrefixMode, encoder: bool) -> Task:
-  def example(tokens: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
-    tokens = _without_eos(tokens) if encoder else tokens
-    n = len(tokens)
-    prefix = uniform_prefix(n, rng) if s_mode == 'uniform_prefix' else last_quarter(n)
-    return _dress(*split_prefix(tokens, prefix), mode, (encoder, encoder))
-
-  def costs(n: int) -> tuple[int, int]:
-    most = (max(n - 1, 0), max(n - 1, 1)) if s_mode == 'uniform_prefix' else (last_quarter(n), n - last_quarter(n - 1))
-    if not encoder:
-      most = (0, n)  # in one stream only the sum counts
-    return (mode is not None) + most[0] + encoder, most[1] + encoder
-
-  return Task(label, rate, example, costs, lambda n: 0)
-
-
-def largest_piece(task: Task, inputs_length: int, targets_length: int) -> int:
-  """The most tokens of a document that one row can hold."""
-  fits = lambda n: _fits(task.costs(n), inputs_length, targets_length)
-  low, high = 1, 4 * (inputs_length + targets_length)
-  while low < high:
-    middle = (low + high + 1) // 2
-    low, high = (middle, high) if fits(middle) else (low, middle - 1)
-  return low
-
-
-def _fits(costs: tuple[int, int], inputs_length: int, targets_length: int) -> bool:
-  if inputs_length == 0:
-    return sum(costs) <= targets_length
-  return costs[0] <= inputs_length and costs[1] <= targets_length
+def _task(denoiser: Denoiser, s_mode: SMode, mode_tokens: bool) -> Task:
+  mode = MODE_OF_KIND[denoiser.kind] if mode_tokens else None
+  if denoiser.kind == 'S':
+    return Task(label=str(denoiser), kind=s_mode, rate=denoiser.rate, mode=mode)
+  mu, r = denoiser.mean_noise_span_length, denoiser.noise_density
+  spans = {'noise_density': r, 'mean_noise_span_length': mu}
+  return Task(label=str(denoiser), kind='spans', rate=denoiser.rate, mode=mode, **spans)
 
 
 def check_objective(objective: Objective, inputs_length: int, targets_length: int, sentinels: int) -> None:
-  """Raises ValueError where denoisers are not described, do not fit the lengths, or need more sentinels than there are."""
-  for i, d in enumerate(getattr(objective, 'denoisers', ())):
-    described = d.mean_noise_span_length is not None and d.noise_density is not None
-    if (d.kind != 'S') != described:
-      fix = 'needs both' if d.kind != 'S' else 'has a prefix; it takes neither'
+  """Raises ValueError where `objective` cannot be: values out of range, rows too short, too few sentinels.
+
+  Sentinels must do for every piece that can occur. The place of a mode token is left out of the sum, so that turning
+  mode tokens on or off never changes the vocabulary.
+  """
+  _check_family(objective, inputs_length)
+  if isinstance(objective, Ul2 | Ul2r):
+    _check_denoisers(objective)
+  tasks, budget = tasks_of(objective), Budget(inputs_length, targets_length)
+  block_of([task.rate for task in tasks], 'objective rates')
+  for task in tasks:
+    if task.kind == 'spans':
+      _check_spans(task, budget)
+    if budget.capacity(task) < 2:
       raise ValueError(
-        f"objective.denoisers[{i}] of kind '{d.kind}': mean_noise_span_length={d.mean_noise_span_length}, "
-        f'noise_density={d.noise_density}; {d.kind} {fix}.'
+        f'data.inputs_length={inputs_length} and data.targets_length={targets_length} leave no room for two tokens of '
+        f'text with denoiser {task.label}; use longer rows.'
       )
-    if d.rate <= 0:
-      raise ValueError(f'objective.denoisers[{i}].rate={d.rate}; a denoiser that is never used should be removed.')
-  plain = dataclasses.replace(objective, mode_tokens=False) if hasattr(objective, 'mode_tokens') else objective
-  shortest = 16
-  if max(inputs_length or shortest, shortest) != (inputs_length or shortest) or targets_length < shortest:
+  _check_sentinels(tasks, budget, sentinels)
+
+
+def _check_family(objective: Objective, inputs_length: int) -> None:
+  if inputs_length and isinstance(objective, CausalLm | Ul2r):
+    raise ValueError(f"objective.name='{objective.name}' is decoder-only, data.inputs_length={inputs_length}; set 0.")
+  if inputs_length and isinstance(objective, PrefixLm) and objective.loss_on_prefix:
+    raise ValueError('objective.loss_on_prefix=True needs a decoder-only model (data.inputs_length=0).')
+
+
+def _check_denoisers(objective: Ul2 | Ul2r) -> None:
+  if not objective.denoisers:
+    raise ValueError('objective.denoisers is empty; name at least one.')
+  for i, denoiser in enumerate(objective.denoisers):
+    given = sum(x is not None for x in (denoiser.mean_noise_span_length, denoiser.noise_density))
+    if given != (0 if denoiser.kind == 'S' else 2):
+      need = 'takes no' if denoiser.kind == 'S' else 'needs both'
+      raise ValueError(
+        f"objective.denoisers[{i}] of kind '{denoiser.kind}' {need} mean_noise_span_length and noise_density."
+      )
+
+
+def _check_spans(task: Task, budget: Budget) -> None:
+  mu, r = task.mean_noise_span_length, task.noise_density
+  if not 0 < r < 1 or not mu >= 1:
     raise ValueError(
-      f'data.inputs_length={inputs_length}, data.targets_length={targets_length}; rows need at least 16.'
+      f'denoiser {task.label}: noise_density={r} must lie in (0, 1), mean_noise_span_length={mu} be at least 1.'
     )
-  for task in tasks(plain, Vocabulary(10**6, sentinels), encoder=inputs_length > 0):
-    need = task.spans(largest_piece(task, inputs_length, targets_length))
-    if need > sentinels:
-      length = f'{inputs_length} inputs' if inputs_length else f'{targets_length} tokens'
-      raise ValueError(
-        f'data.sentinels={sentinels} but denoiser {task.label} at {length} makes {need} spans; set data.sentinels >= {need}.'
-      )
+  lengths = np.arange(2, budget.longest + 1)
+  noise, spans = task.counts(lengths)
+  bad = np.flatnonzero(spans > lengths - noise)
+  if len(bad):
+    at = bad[0]
+    raise ValueError(
+      f'denoiser {task.label} makes {spans[at]} noise spans among {(lengths - noise)[at]} other tokens in a piece of '
+      f'{lengths[at]}; lower its noise_density or raise its mean_noise_span_length.'
+    )
+
+
+def num_sentinels(task: Task, budget: Budget) -> int:
+  """The most sentinels that one piece in a row can take."""
+  if task.kind != 'spans':
+    return 0
+  longest = budget.capacity(dataclasses.replace(task, mode=None))
+  return int(task.counts(np.array([longest]))[1][0]) + task.random_roll
+
+
+def _check_sentinels(tasks, budget: Budget, sentinels: int) -> None:
+  needs = [num_sentinels(task, budget) for task in tasks]
+  if max(needs) > sentinels:
+    task = tasks[int(np.argmax(needs))]
+    where = f'{budget.inputs_length} inputs' if budget.inputs_length else f'{budget.targets_length} tokens'
+    raise ValueError(
+      f'data.sentinels={sentinels} but denoiser {task.label} at {where} makes {max(needs)} spans; '
+      f'set data.sentinels >= {max(needs)}.'
+    )

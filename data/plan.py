@@ -1,186 +1,193 @@
-"""Which tokens go to which row: every token of an epoch to exactly one, in blocks that hold each task's exact share.
+"""Which text goes in which row: the concat-split plan of an epoch.
 
-A row has room for `inputs_length` and `targets_length` ids (for one stream, `targets_length` in all). It is filled with
-whole documents in the order of the store; the last one is cut so that the row is full and goes on in the next row
-(concat-split). Only a stub shorter than MIN_PIECE is not begun. The last row of an epoch is padded, nothing is dropped.
+The text of all documents is one stream. Rows are cut from it in order: a row takes whole documents while they fit,
+then the beginning of the next one, which goes on in the next row. So every token is in exactly one row of an epoch, no
+row crosses a document inside one example, and a plan is nothing but the places of its cuts. Each row has a task; tasks
+are dealt in blocks that hold their exact rates, in an order drawn for each block and epoch, so text meets other tasks
+in the next epoch. In training, rows of a task come in a random order. Documents stay in the store's order (shuffle them
+when the store is made): rows are then near-contiguous reads.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
-from data.objectives import Task, largest_piece
+from data.bits import permutation, philox
+from data.ragged import spread
+from data.tasks import Budget, Task, block_of
 
-MIN_PIECE = 8
-MAX_BLOCK = 100_000
-
-
-def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
-  """Random numbers that depend on these numbers alone: Philox with the key (seed, purpose)."""
-  words = [0, *counter, *[0] * (3 - len(counter))]
-  return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), purpose], counter=words))
+STUB = 8  # tokens; a shorter beginning or end of a cut document is avoided
+_BLOCKS_AT_ONCE = 1024
 
 
-TASK_ORDER, ROW_ORDER, EXAMPLE, SOURCE_ORDER, SYNTHETIC = range(1, 6)
+class Pieces(NamedTuple):
+  """int64 arrays over pieces: the stretch that each is of, its document, where it lies in the store, its length."""
 
-
-def quotas(weights: Sequence[float]) -> np.ndarray:
-  """The smallest whole numbers in the ratio of `weights` (to a thousandth): how often each comes in a block.
-
-  >>> quotas([0.5, 0.25, 0.125, 0.125]).tolist()
-  [4, 2, 1, 1]
-  """
-  total = sum(weights)
-  shares = [Fraction(w / total).limit_denominator(1000) for w in weights]
-  denominator = int(np.lcm.reduce([s.denominator for s in shares]))
-  counts = np.array([int(s * denominator) for s in shares])
-  if denominator > MAX_BLOCK or counts.min() < 1:
-    raise ValueError(
-      f'weights {list(weights)} have no common block of at most {MAX_BLOCK} rows; round them to thousandths.'
-    )
-  return counts // np.gcd.reduce(counts)
-
-
-def block_choices(counts: np.ndarray, seed: int, purpose: int, epoch: int, first: int, num: int) -> np.ndarray:
-  """int64[num, block]: in each of the blocks `first` .. `first + num`, choice c comes counts[c] times, shuffled."""
-  block = np.repeat(np.arange(len(counts)), counts)
-  rows = [
-    generator(seed, purpose, epoch, i).random(len(block)).argsort(kind='stable') for i in range(first, first + num)
-  ]
-  return block[np.array(rows).reshape(num, len(block))]
+  stretches: np.ndarray
+  documents: np.ndarray
+  places: np.ndarray
+  lengths: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-  """A task's costs over a row's room, tabulated."""
+class Stream:
+  """The documents that rows are cut from.
 
-  inputs: np.ndarray  # cost of a piece of n tokens, n = 0 .. largest
-  targets: np.ndarray
-  most: np.ndarray  # the largest piece in a room of (inputs left, targets left) is min(most[0][a], most[1][b])
-  largest: int
+  `begins` and `lengths` (int64[documents]) are where a document's text lies in the store, without the EOS that some
+  objectives add on their own. Places in the stream count text tokens only.
+  """
 
-  @classmethod
-  def of(cls, task: Task, inputs_length: int, targets_length: int) -> 'Fit':
-    largest = largest_piece(task, inputs_length, targets_length)
-    costs = np.array([(0, 0), *(task.costs(n) for n in range(1, largest + 1))])
-    if inputs_length == 0:  # one stream: only the sum counts
-      costs = np.stack([0 * costs[:, 0], costs.sum(1)], 1)
-    size = max(inputs_length, targets_length) + 1
-    # costs never fall as pieces grow, so the largest that fits is found by bisection
-    most = np.stack([np.searchsorted(np.maximum.accumulate(c), np.arange(size), side='right') - 1 for c in costs.T])
-    return cls(costs[:, 0], costs[:, 1], most, largest)
+  begins: np.ndarray
+  lengths: np.ndarray
+
+  @functools.cached_property
+  def ends(self) -> np.ndarray:
+    return np.cumsum(self.lengths)
+
+  @property
+  def size(self) -> int:
+    return int(self.ends[-1])
+
+  def pieces(self, first: np.ndarray, last: np.ndarray) -> Pieces:
+    """The pieces of stretches [first, last) of the stream, none of them empty, in order."""
+    begin = np.searchsorted(self.ends, first, side='right')
+    count = np.searchsorted(self.ends, last, side='left') - begin + 1
+    documents = spread(begin, count)
+    origin = self.ends[documents] - self.lengths[documents]
+    left = np.maximum(np.repeat(first, count), origin)
+    lengths = np.minimum(np.repeat(last, count), self.ends[documents]) - left
+    stretches = np.repeat(np.arange(len(first)), count)
+    places = self.begins[documents] + left - origin
+    some = lengths > 0  # empty documents have no piece
+    return Pieces(stretches[some], documents[some], places[some], lengths[some])
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One epoch of one source. Row r holds pieces `row_start[r]` .. `row_start[r + 1]`, each of one document."""
+  """The rows of one epoch. Row r holds the stream from `cuts[r]` to `cuts[r + 1]` under task `tasks[r]`.
 
-  piece_start: np.ndarray
-  piece_length: np.ndarray
-  row_start: np.ndarray
-  row_task: np.ndarray
-  order: np.ndarray  # the row that is trained on at each place of the epoch
+  The p-th row of the epoch in training is row `order[p]`, which has the task that row p has: blocks keep their rates.
+  """
+
+  cuts: np.ndarray
+  tasks: np.ndarray
+  order: np.ndarray
 
   @property
   def num_rows(self) -> int:
-    return len(self.row_task)
-
-  def pieces(self, row: int) -> list[tuple[int, int]]:
-    span = slice(self.row_start[row], self.row_start[row + 1])
-    return list(zip(self.piece_start[span].tolist(), self.piece_length[span].tolist(), strict=True))
+    return len(self.tasks)
 
 
 class Planner:
-  """Makes the plan of each epoch of a source; the same for the same (offsets, tasks, room, seed, epoch)."""
+  """Makes the plan of an epoch: a pure function of the arguments and the epoch."""
 
-  def __init__(self, offsets: np.ndarray, tasks: Sequence[Task], inputs_length: int, targets_length: int, seed: int):
-    self._offsets, self._seed = offsets, seed
-    self._room = (inputs_length, targets_length)
-    self._counts = quotas([task.rate for task in tasks])
-    self._fits = [Fit.of(task, inputs_length, targets_length) for task in tasks]
-    lengths = np.diff(offsets)
-    # What the documents before each one cost whole, for every task; one too long for a row costs more than any room.
-    self._cumulative = []
-    for fit in self._fits:
-      clipped = np.minimum(lengths, fit.largest)
-      over = (lengths > fit.largest) * (sum(self._room) + 1)
-      sides = (np.concatenate([[0], np.cumsum(c[clipped] + over)]) for c in (fit.inputs, fit.targets))
-      self._cumulative.append(tuple(sides))
+  def __init__(
+    self,
+    stream: Stream,
+    tasks: tuple[Task, ...],
+    budget: Budget,
+    *,
+    seed: int,
+    purpose: str,
+    attend_across_documents: bool,
+  ):
+    self.stream, self.budget, self.seed, self.purpose = stream, budget, seed, purpose
+    self._block = block_of([task.rate for task in tasks], 'objective rates')
+    self._capacity = np.array([budget.capacity(task) for task in tasks])
+    # Where documents do not matter, and where any cut fills a row, cuts follow from the tasks alone.
+    self._uniform = attend_across_documents or all(task.kind == 'causal' for task in tasks)
+    if not self._uniform:
+      self._costs = [budget.costs(task) for task in tasks]
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019 - a planner lives as long as its run
   def plan(self, epoch: int) -> Plan:
-    starts, lengths, rows, row_tasks = self._walk(epoch)
-    row_task = np.array(row_tasks, np.int8)
-    return Plan(
-      np.array(starts, np.int64), np.array(lengths, np.int64), np.array(rows, np.int64), row_task,
-      self._order(row_task, epoch),
-    )  # fmt: skip
+    cuts, tasks = self._cut_anywhere(epoch) if self._uniform else self._cut_by_document(epoch)
+    return Plan(cuts, tasks, self._shuffle(tasks, epoch))
 
-  def _order(self, row_task: np.ndarray, epoch: int) -> np.ndarray:
-    """Rows shuffled among those of their task: the sequence of tasks, with its exact blocks, stays."""
-    order = np.empty(len(row_task), np.int64)
-    for task in range(len(self._counts)):
-      places = np.flatnonzero(row_task == task)
-      order[places] = places[generator(self._seed, ROW_ORDER, epoch, task).random(len(places)).argsort(kind='stable')]
+  def tasks_of_rows(self, epoch: int, start: int, count: int) -> np.ndarray:
+    """int8[count]: the tasks of rows start, start + 1, …; every block of rows holds each task at its exact rate."""
+    at_once = _BLOCKS_AT_ONCE * len(self._block)
+    parts = [self._deal(epoch, k) for k in range(start // at_once, (start + count - 1) // at_once + 1)]
+    skip = start - start // at_once * at_once
+    return np.concatenate(parts)[skip : skip + count]
+
+  def _deal(self, epoch: int, group: int) -> np.ndarray:
+    if len(self._block) == 1:
+      return np.zeros(_BLOCKS_AT_ONCE, np.int8)
+    bits = philox(self.seed, self.purpose + ' tasks', epoch, group).random_raw(_BLOCKS_AT_ONCE * len(self._block))
+    order = np.argsort(bits.reshape(_BLOCKS_AT_ONCE, -1), axis=1, kind='stable')
+    return self._block[order].astype(np.int8).ravel()
+
+  def _cut_anywhere(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row takes as much of the stream as its task can."""
+    size = self.stream.size
+    bound = -(-size // int(self._capacity.min()))
+    tasks = self.tasks_of_rows(epoch, 0, bound)
+    cuts = np.concatenate([[0], np.cumsum(self._capacity[tasks])])
+    num_rows = int(np.searchsorted(cuts, size))
+    return np.append(cuts[:num_rows], size), tasks[:num_rows]
+
+  def _cut_by_document(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    cuts, tasks, place = [0], np.zeros(0, np.int8), 0
+    cutters = [
+      _Cutter(self.stream, encoder, decoder, self.budget, int(capacity))
+      for (encoder, decoder), capacity in zip(self._costs, self._capacity, strict=True)
+    ]
+    while place < self.stream.size:
+      if len(cuts) > len(tasks):
+        tasks = np.append(tasks, self.tasks_of_rows(epoch, len(tasks), max(1024, len(tasks))))
+        dealt = tasks.tolist()
+      place = cutters[dealt[len(cuts) - 1]].cut(place)
+      cuts.append(place)
+    return np.array(cuts, np.int64), tasks[: len(cuts) - 1]
+
+  def _shuffle(self, tasks: np.ndarray, epoch: int) -> np.ndarray:
+    order = np.empty(len(tasks), np.int64)
+    for task in np.unique(tasks):
+      rows = np.flatnonzero(tasks == task)
+      order[rows] = rows[permutation(self.seed, self.purpose + ' rows', epoch, int(task), size=len(rows))]
     return order
 
-  def _tasks(self, epoch: int):
-    block = 0
-    while True:
-      yield from block_choices(self._counts, self._seed, TASK_ORDER, epoch, block, 64).ravel().tolist()
-      block += 64
 
-  def _walk(self, epoch: int):
-    ends = self._offsets
-    document, at, total = 0, int(ends[0]), int(ends[-1])
-    starts: list[int] = []
-    lengths: list[int] = []
-    rows, row_tasks = [0], []
-    for task in self._tasks(epoch):
-      if at == total:
-        break
-      row_tasks.append(task)
-      document, at = self._fill(task, document, at, starts, lengths)
-      rows.append(len(starts))
-    return starts, lengths, rows, row_tasks
+class _Cutter:
+  """Fills one row of a task from any place of the stream. Costs are arrays over lengths 0 … longest + 1."""
 
-  def _fill(self, task: int, document: int, at: int, starts: list[int], lengths: list[int]) -> tuple[int, int]:
-    """Appends one row's pieces from token `at` of `document`; returns where the next row begins."""
-    ends, fit = self._offsets, self._fits[task]
-    room = list(self._room)
+  def __init__(self, stream: Stream, encoder: np.ndarray, decoder: np.ndarray, budget: Budget, capacity: int):
+    self._ends, self._capacity = stream.ends, capacity
+    sides = [(encoder, budget.inputs_length), (decoder, budget.targets_length)]
+    self._sides = [(cost.tolist(), room) for cost, room in sides if room]
+    capped = np.minimum(stream.lengths, len(encoder) - 1)
+    # Costs of the first n documents; one that does not fit an empty row costs more than a row here too.
+    self._sums = [np.concatenate([[0], np.cumsum(c[capped])]) for c, room in sides if room]
+    # The longest beginning of a document that fits what is left.
+    self._fits = [(np.searchsorted(c, np.arange(room + 1), side='right') - 1).tolist() for c, room in sides if room]
 
-    def take(length: int) -> None:
-      starts.append(at)
-      lengths.append(length)
-      room[0] -= int(fit.inputs[length])
-      room[1] -= int(fit.targets[length])
+  def cut(self, place: int) -> int:
+    """Where the row that begins at `place` ends: the beginning of the next row."""
+    document = int(self._ends.searchsorted(place, side='right'))
+    end = int(self._ends[document])
+    if end - place > self._capacity:
+      return place + _avoid_stub(self._capacity, end - place, at_least=1)
+    left = [room - cost[end - place] for cost, room in self._sides]
+    document += 1
+    last = min(
+      int(sums.searchsorted(sums[document] + room, side='right')) - 1
+      for sums, room in zip(self._sums, left, strict=True)
+    )
+    if last >= len(self._ends):
+      return int(self._ends[-1])
+    place = int(self._ends[last - 1])
+    fit = min(
+      fits[room - int(sums[last] - sums[document])]
+      for fits, sums, room in zip(self._fits, self._sums, left, strict=True)
+    )
+    return place + _avoid_stub(fit, int(self._ends[last]) - place, at_least=STUB)
 
-    last = len(ends) - 1
-    if at > ends[document]:  # the rest of a document that the row before began
-      rest = int(ends[document + 1]) - at
-      size = min(rest, int(fit.most[0][room[0]]), int(fit.most[1][room[1]]))
-      take(size)
-      at += size
-      if size < rest:
-        return document, at
-      document += 1
-    whole = self._whole(task, document, room)
-    for d in range(document, whole):
-      at = int(ends[d])
-      take(int(ends[d + 1]) - at)
-    document, at = whole, int(ends[min(whole, last)])
-    size = min(int(fit.most[0][room[0]]), int(fit.most[1][room[1]]))
-    if document < last and size >= min(MIN_PIECE, int(ends[document + 1]) - at) and size > 0:
-      take(size)
-      at += size
-    return document, at
 
-  def _whole(self, task: int, document: int, room: list[int]) -> int:
-    """The document before which the room ends, if whole ones are taken from `document` on."""
-    inputs, targets = self._cumulative[task]
-    by_inputs = np.searchsorted(inputs, inputs[document] + room[0], side='right') - 1
-    by_targets = np.searchsorted(targets, targets[document] + room[1], side='right') - 1
-    return int(min(by_inputs, by_targets, len(self._offsets) - 1))
+def _avoid_stub(fit: int, length: int, at_least: int) -> int:
+  """How much of a document of `length` to put where `fit` < length tokens fit, so that neither part is a stub."""
+  best = min(fit, length - STUB)
+  if best >= STUB:
+    return best
+  return fit if at_least < STUB else 0

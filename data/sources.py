@@ -226,9 +226,7 @@ class DataSource:
     return {name: batches.epoch(rows, limit) for name, batches in self.heldout_sets.items()}
 
 
-def open_data(
-  cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: pathlib.Path
-) -> DataSource:
+def open_data(cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: pathlib.Path) -> DataSource:
   """Opens what `cfg` names. Raises DataError for a missing store or a vocabulary that does not fit the model."""
   match cfg:
     case Synthetic():
@@ -248,9 +246,7 @@ def open_data(
     raise DataError(f'data.sources: {bad[0].path} has weight {bad[0].weight}; give a weight > 0, or remove it.')
   stores = [open_store(source.path) for source in sources]
   batches = StoreBatches(stores, [s.weight for s in sources], cfg, objective, seed)
-  evaluated = {
-    name: StoreBatches([open_store(path)], [1.0], cfg, objective, seed) for name, path in sets.items()
-  }
+  evaluated = {name: StoreBatches([open_store(path)], [1.0], cfg, objective, seed) for name, path in sets.items()}
   for each in (batches, *evaluated.values()):
     _check_vocabulary(each, batches, vocab_size)
   return DataSource(batches, evaluated)

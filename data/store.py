@@ -1,185 +1,296 @@
-"""The token store: documents' ids end to end, where each document ends, and what they were made of.
+"""The token store: a text, once tokenised, as checksummed arrays on a disk or in an object store.
 
-A directory: `tokens` and `offsets` (zarr3, sharded, crc32c on every chunk), `tokenizer.model`, `manifest.json`. It is
-written under another name and renamed, so a store is whole or absent.
+A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3://, …):
+
+  manifest.json        counts, hashes and where the text came from; written last, so half a store is no store
+  tokenizer.model      the SentencePiece model
+  tokens/              zarr3, uint16 or uint32: the documents' ids one after another, each document ending with EOS
+  document_offsets/    zarr3, int64[num_documents + 1]: where each document begins
+
+Arrays are `sharding_indexed`: files of 16 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
+flipped bit is an error when it is read.
 """
 
-import dataclasses
-import functools
+import collections
 import hashlib
+import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
+import tensorstore
 
 from data.errors import DataError
-from data.vocabulary import Tokenizer
+from data.vocabulary import EOS, Tokenizer
 
-VERSION = 1
-SHARD, CHUNK = 1 << 24, 1 << 16  # tokens in a file, tokens in a checksummed unit
-CACHE_BYTES = 1 << 28
+FORMAT = 1
+SHARD, CHUNK = 2**24, 2**16
+CACHE_CHUNKS = 1024  # 128 MiB of uint16 tokens
 
 
-def _spec(path: pathlib.Path, dtype: str, shard: int, chunk: int) -> dict[str, Any]:
-  inner = [{'name': 'bytes'}, {'name': 'zstd', 'configuration': {'level': 1}}, {'name': 'crc32c'}]
-  sharding = {'chunk_shape': [chunk], 'codecs': inner, 'index_codecs': [{'name': 'bytes'}, {'name': 'crc32c'}]}
-  metadata = {
-    'shape': [0],
-    'data_type': dtype,
-    'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard]}},
-    'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
+def url_of(path: str | os.PathLike[str], name: str = '') -> str:
+  """The URL of a store, or of `name` in it: a plain path becomes file://.
+
+  >>> url_of('gs://bucket/store/', 'tokens/')
+  'gs://bucket/store/tokens/'
+  """
+  text = os.fspath(path)
+  base = text if '://' in text else 'file://' + os.path.abspath(text)
+  return base.rstrip('/') + '/' + name
+
+
+def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:
+  inner = [
+    {'name': 'bytes', 'configuration': {'endian': 'little'}},
+    {'name': 'zstd', 'configuration': {'level': 1}},
+    {'name': 'crc32c'},
+  ]
+  shards = {'chunk_shape': [CHUNK], 'codecs': inner}
+  return {
+    'driver': 'zarr3',
+    'kvstore': url_of(path, name + '/'),
+    'metadata': {
+      'shape': [0],
+      'data_type': dtype,
+      'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [SHARD]}},
+      'codecs': [{'name': 'sharding_indexed', 'configuration': shards}],
+    },
   }
-  return {'driver': 'zarr3', 'kvstore': f'file://{path}/', 'metadata': metadata}
 
 
-def _write_array(path: pathlib.Path, parts: Iterable[np.ndarray], dtype: str, shard: int, chunk: int) -> int:
-  """Writes the parts end to end, one shard in memory at a time; returns the number of values."""
-  array = ts.open(_spec(path, dtype, shard, chunk), create=True, open=True, dtype=dtype).result()
-  done, held, pending = 0, 0, []
+class _Appender:
+  """Writes an array of unknown length shard by shard; holds at most one shard in memory."""
 
-  def flush(size: int) -> None:
-    nonlocal array, done, held, pending
-    values = np.concatenate(pending) if pending else np.zeros(0, dtype)
-    array = array.resize(exclusive_max=[done + size], expand_only=True).result()
-    array[done : done + size].write(values[:size].astype(dtype)).result()
-    done, pending = done + size, [values[size:]]
-    held = len(values) - size
+  def __init__(self, path, name: str, dtype: str):
+    self._array = tensorstore.open(_array_spec(path, name, dtype), create=True).result()
+    self._pending: list[np.ndarray] = []
+    self._num_pending, self.length, self.sha256 = 0, 0, hashlib.sha256()
+    self._dtype = np.dtype(dtype)
 
-  for part in parts:
-    pending.append(part)
-    held += len(part)
-    while held >= shard:
-      flush(shard)
-  if held:
-    flush(held)
-  return done
+  def append(self, values: np.ndarray) -> None:
+    values = values.astype(self._dtype.newbyteorder('<'))
+    self.sha256.update(values.tobytes())
+    self._pending.append(values)
+    self._num_pending += len(values)
+    if self._num_pending >= SHARD:
+      self._flush(self._num_pending // SHARD * SHARD)
+
+  def _flush(self, count: int) -> None:
+    values = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+    array = self._array.resize(exclusive_max=[self.length + count], resize_metadata_only=True).result()
+    array[self.length : self.length + count].write(values[:count]).result()
+    self.length += count
+    self._pending, self._num_pending = [values[count:]], len(values) - count
+
+  def close(self) -> None:
+    self._flush(self._num_pending)
 
 
 class StoreWriter:
-  """Collects documents, then makes the store appear at `path`. Use as a context manager: an error leaves nothing."""
+  """Builds a store next to its place and moves it there when it is whole: `with StoreWriter(...) as w: w.add(...)`.
 
-  def __init__(self, path: pathlib.Path, tokenizer: Tokenizer, provenance: dict[str, Any]):
-    self.path, self._temporary = path, path.with_name(path.name + '.partial')
-    if path.exists():
-      raise DataError(f'{path} exists; nothing was overwritten. Choose another --output, or remove it.')
-    shutil.rmtree(self._temporary, ignore_errors=True)
-    self._temporary.mkdir(parents=True)
-    self._tokenizer, self._provenance = tokenizer, provenance
-    self._lengths: list[np.ndarray] = []
-    self._sha = hashlib.sha256()
+  On an object store, which cannot move folders, the manifest is written last and there is no store before it. An
+  exception inside the `with` leaves nothing at the path. Raises DataError where something is at `path` already.
+  """
 
-  def write(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Batches of (ids of several documents end to end, the documents' lengths)."""
-    dtype = 'uint16' if self._tokenizer.vocabulary.pieces <= 1 << 16 else 'uint32'
+  def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, *, append_eos: bool = True):
+    self.path = os.fspath(path).removeprefix('file://').rstrip('/')
+    self._local = '://' not in self.path
+    self._refuse_existing()
+    self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
+    if self._local:
+      shutil.rmtree(self._staging, ignore_errors=True)
+      pathlib.Path(self._staging).mkdir(parents=True)
+    self._tokenizer, self._append_eos = tokenizer, append_eos
+    dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
+    self._tokens = _Appender(self._staging, 'tokens', dtype)
+    self._offsets = _Appender(self._staging, 'document_offsets', 'int64')
+    self._offsets.append(np.zeros(1, np.int64))
+    self.num_tokens = self.num_documents = self._open_tokens = 0
 
-    def tokens():
-      for ids, lengths in batches:
-        self._lengths.append(lengths)
-        self._sha.update(np.ascontiguousarray(ids, dtype))
-        yield ids
+  def _refuse_existing(self) -> None:
+    exists = os.path.lexists(self.path) if self._local else _read_file(self.path, 'manifest.json') is not None
+    if exists:
+      raise DataError(f'{self.path} already exists. Nothing was changed; choose another --out, or remove it.')
 
-    count = _write_array(self._temporary / 'tokens', tokens(), dtype, SHARD, CHUNK)
-    ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]), dtype=np.int64)
-    if not count:
-      shutil.rmtree(self._temporary)
-      raise DataError(
-        f'{self._provenance.get("inputs", "the input")} holds no text; nothing was written. Check the files.'
-      )
-    _write_array(self._temporary / 'offsets', [ends], 'int64', SHARD, CHUNK)
+  def add(self, segments: Sequence[Sequence[int]], last: Sequence[bool] | None = None) -> None:
+    """Appends ids without EOS. A document is all segments up to one that is `last`; by default each is one.
+
+    Documents without a token are left out.
+    """
+    end = np.full(int(self._append_eos), EOS, np.int64)
+    parts, ends = [], []
+    for ids, is_last in zip(segments, [True] * len(segments) if last is None else last, strict=True):
+      parts.append(np.asarray(ids, np.int64))
+      self._open_tokens += len(ids)
+      if is_last and self._open_tokens:
+        parts.append(end)
+        self.num_tokens += self._open_tokens + len(end)
+        ends.append(self.num_tokens)
+        self._open_tokens = 0
+    self.num_documents += len(ends)
+    self._tokens.append(np.concatenate([np.zeros(0, np.int64), *parts]))
+    self._offsets.append(np.array(ends, np.int64))
+
+  def finish(self, **provenance: Any) -> None:
+    """Makes the store appear. `provenance` (JSON) goes in its manifest. Raises DataError where it would be empty."""
+    if not self.num_tokens or self._open_tokens:
+      raise DataError(f'{self.path} would hold no whole document; give text.')
+    self._tokens.close()
+    self._offsets.close()
     manifest = {
-      'version': VERSION, 'tokens': count, 'documents': len(ends) - 1, 'tokens_sha256': self._sha.hexdigest(),
-      'pieces': self._tokenizer.vocabulary.pieces, 'tokenizer_sha256': self._tokenizer.fingerprint,
-      'offsets_sha256': hashlib.sha256(ends.tobytes()).hexdigest(), 'provenance': self._provenance,
-    }  # fmt: skip
-    (self._temporary / 'tokenizer.model').write_bytes(self._tokenizer.model)
-    (self._temporary / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
-    self._temporary.rename(self.path)
+      'format': FORMAT,
+      'num_tokens': self.num_tokens,
+      'num_documents': self.num_documents,
+      'append_eos': self._append_eos,
+      'pieces': self._tokenizer.vocabulary.pieces,
+      'tokenizer_sha256': self._tokenizer.fingerprint,
+      'tokens_sha256': self._tokens.sha256.hexdigest(),
+      'offsets_sha256': self._offsets.sha256.hexdigest(),
+      'versions': {name: importlib.metadata.version(name) for name in ('numpy', 'sentencepiece', 'tensorstore')},
+      **provenance,
+    }
+    _write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
+    _write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
+    if self._local:
+      os.rename(self._staging, self.path)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if self._local:
+      shutil.rmtree(self._staging, ignore_errors=True)
 
 
-@dataclasses.dataclass(frozen=True)
+def _write_file(path, name: str, value: bytes) -> None:
+  tensorstore.KvStore.open(url_of(path)).result().write(name, value).result()
+
+
+def _read_file(path, name: str) -> bytes | None:
+  """The contents, or None where there is no such file."""
+  try:
+    found = tensorstore.KvStore.open(url_of(path)).result().read(name).result()
+  except ValueError as error:
+    raise DataError(f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL.') from error
+  return found.value if found.state == 'value' else None
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:300]
+
+
+def open_store(path: str | os.PathLike[str]) -> 'Store':
+  """The store at a path or URL. Raises DataError where there is none, or one of another format, or a damaged one."""
+  raw = _read_file(path, 'manifest.json')
+  if raw is None:
+    raise DataError(
+      f'no token store at {os.fspath(path)}; make one with: pretrain data prepare --out={os.fspath(path)} …'
+    )
+  try:
+    manifest = json.loads(raw)
+    found = manifest['format']
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f'{url_of(path, "manifest.json")} is no manifest of a token store.', 'DATA-CORRUPT') from error
+  if found != FORMAT:
+    raise DataError(
+      f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
+      'Nothing was changed; prepare it again with pretrain data prepare.'
+    )
+  return Store(os.fspath(path), manifest)
+
+
 class Store:
-  """An open store. `offsets` int64[documents + 1]: document d is tokens offsets[d] .. offsets[d + 1], EOS last."""
+  """Reads a token store. Picklable; threads may share one.
 
-  path: pathlib.Path
-  manifest: dict[str, Any]
-  offsets: np.ndarray
-  tokenizer_model: bytes
+  `offsets` is int64[num_documents + 1] in tokens, `manifest` what its file says.
+  """
 
-  @functools.cached_property
-  def _tokens(self):
-    context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-    spec = {'driver': 'zarr3', 'kvstore': f'file://{self.path.resolve()}/tokens/', 'recheck_cached_data': 'open'}
-    return ts.open(spec, read=True, context=context).result()
+  def __init__(self, path: str, manifest: dict[str, Any]):
+    self.path, self.manifest = path, manifest
+    self.num_tokens: int = manifest['num_tokens']
+    self.num_documents: int = manifest['num_documents']
+    self.append_eos: bool = manifest['append_eos']
+    self._reopen()
+    self.offsets: np.ndarray = self._checked(lambda: self._open('document_offsets').read().result())
+    if hashlib.sha256(self.offsets.astype('<i8').tobytes()).hexdigest() != manifest['offsets_sha256']:
+      raise DataError(f'{path}: document_offsets do not match manifest.json; restore the store.', 'DATA-CORRUPT')
 
-  def __getstate__(self):  # an open array does not travel to a worker process
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+  def _reopen(self) -> None:
+    self._array = self._checked(lambda: self._open('tokens'))
+    self._chunks: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k not in ('_array', '_chunks', '_lock')}
 
   def __setstate__(self, state):
     self.__dict__.update(state)
+    self._reopen()
 
-  @property
-  def num_tokens(self) -> int:
-    return self.manifest['tokens']
+  def _open(self, name: str):
+    # The pool holds shard indexes; decoded chunks are kept here, where a read costs no call into TensorStore.
+    context = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}})
+    spec = {'driver': 'zarr3', 'kvstore': url_of(self.path, name + '/'), 'recheck_cached_data': 'open'}
+    return tensorstore.open(spec, read=True, context=context).result()
 
-  @property
-  def num_documents(self) -> int:
-    return self.manifest['documents']
+  def _checked(self, read):
+    """`read()`, its failures as DATA-CORRUPT with the file that TensorStore names."""
+    try:
+      return read()
+    except ValueError as error:
+      message = (
+        f'{self.path}: {_first_line(error)}. Nothing was changed; restore the store from a copy, or prepare it again.'
+      )
+      raise DataError(message, 'DATA-CORRUPT') from error
 
   @property
   def fingerprint(self) -> str:
-    """sha256 over ids and document ends: equal where the data is."""
-    return hashlib.sha256((self.manifest['tokens_sha256'] + self.manifest['offsets_sha256']).encode()).hexdigest()
+    """Equal for stores with the same tokens, documents and tokenizer."""
+    parts = (self.manifest[k] for k in ('tokens_sha256', 'offsets_sha256', 'tokenizer_sha256'))
+    return hashlib.sha256(' '.join(parts).encode()).hexdigest()
 
   def tokenizer(self, sentinels: int) -> Tokenizer:
-    return Tokenizer(self.tokenizer_model, sentinels)
+    """The tokenizer of the text, with `sentinels` sentinels. Raises DataError where its file is not the manifest's."""
+    model = _read_file(self.path, 'tokenizer.model')
+    if model is None or hashlib.sha256(model).hexdigest() != self.manifest['tokenizer_sha256']:
+      raise DataError(f'{url_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
+    return Tokenizer(model, sentinels)
 
-  def read(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """int32 ids of each (start, length), all read at once. Raises DataError where a checksum does not hold."""
-    futures = [self._tokens[start : start + length].read() for start, length in pieces]
-    try:
-      return [future.result().astype(np.int32) for future in futures]
-    except ValueError as error:
-      detail = str(error).split('[')[0].strip()
-      raise DataError(
-        f'{self.path}/tokens: {detail}. Nothing was changed; restore the store from a copy, or prepare it again.',
-        code='DATA-CORRUPT',
-      ) from error
+  def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """int32 tokens of each (start, length); every chunk that is not at hand is asked for before any is waited for.
+
+    Raises DataError (DATA-CORRUPT) where a checksum fails.
+    """
+    firsts = [start // CHUNK for start, _ in ranges]
+    lasts = [max(start + length - 1, start) // CHUNK for start, length in ranges]
+    with self._lock:
+      chunks = self._fetch({k for first, last in zip(firsts, lasts, strict=True) for k in range(first, last + 1)})
+    return [
+      _slice(chunks, first, last, start - first * CHUNK, length)
+      for (start, length), first, last in zip(ranges, firsts, lasts, strict=True)
+    ]
+
+  def _fetch(self, wanted: set[int]) -> dict[int, np.ndarray]:
+    missing = sorted(wanted - self._chunks.keys())
+    futures = [self._array[k * CHUNK : min((k + 1) * CHUNK, self.num_tokens)].read() for k in missing]
+    for k, future in zip(missing, futures, strict=True):
+      self._chunks[k] = self._checked(future.result)
+    found = {k: self._chunks[k] for k in wanted}
+    for k in wanted:
+      self._chunks.move_to_end(k)
+    while len(self._chunks) > CACHE_CHUNKS:
+      self._chunks.popitem(last=False)
+    return found
 
 
-def open_store(path: str | pathlib.Path) -> Store:
-  """Opens a store. Raises DataError where there is none, or where its parts do not belong together."""
-  path = pathlib.Path(path)
-  try:
-    manifest = json.loads((path / 'manifest.json').read_text())
-    model = (path / 'tokenizer.model').read_bytes()
-  except FileNotFoundError as error:
-    fix = f'make one with: pretrain data prepare --input=TEXT --output={path}'
-    raise DataError(f'no token store at {path} ({pathlib.Path(error.filename).name} is missing); {fix}.') from error
-  except ValueError as error:
-    raise DataError(
-      f'{path}/manifest.json is not JSON ({error}); prepare the store again.', code='DATA-CORRUPT'
-    ) from error
-  if manifest.get('version') != VERSION:
-    raise DataError(
-      f'{path} has format version {manifest.get("version")}, this program reads {VERSION}; prepare it again.'
-    )
-  found = hashlib.sha256(model).hexdigest()
-  if found != manifest['tokenizer_sha256']:
-    raise DataError(
-      f'{path}/tokenizer.model has sha256 {found[:12]}…, the store was made with {manifest["tokenizer_sha256"][:12]}…; '
-      'put the right model back, or prepare the store again.'
-    )
-  spec = {'driver': 'zarr3', 'kvstore': f'file://{path.resolve()}/offsets/'}
-  try:
-    offsets = ts.open(spec, read=True).result().read().result()
-  except ValueError as error:
-    raise DataError(
-      f'{path}/offsets cannot be read: {str(error)[:200]}; prepare the store again.', code='DATA-CORRUPT'
-    ) from error
-  if hashlib.sha256(offsets.tobytes()).hexdigest() != manifest['offsets_sha256']:
-    raise DataError(f'{path}/offsets is not what its manifest says; prepare the store again.', code='DATA-CORRUPT')
-  return Store(path, manifest, offsets, model)
+def _slice(chunks, first: int, last: int, start: int, length: int) -> np.ndarray:
+  if first == last:
+    return chunks[first][start : start + length].astype(np.int32)
+  whole = np.concatenate([chunks[k] for k in range(first, last + 1)])
+  return whole[start : start + length].astype(np.int32)

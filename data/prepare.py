@@ -1,0 +1,169 @@
+"""`pretrain data prepare`: text or JSONL -> a token store, with a SentencePiece model of its own when none is given."""
+
+import argparse
+import hashlib
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from data.errors import DataError
+from data.store import StoreWriter, open_store
+from data.text import Documents, Segment, read_segments, sample
+from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
+
+SAMPLE_BYTES = 20_000_000
+BATCH_BYTES = 2**22
+MAX_SENTENCE = 4096  # characters; SentencePiece passes over longer ones
+TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of `pretrain data prepare`."""
+  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help='text files, or .jsonl')
+  parser.add_argument('--out', required=True, help='the store: a path or a URL (gs://, s3://)')
+  parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
+  parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
+  parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
+  parser.add_argument('--documents', choices=('file', 'paragraph', 'line'), default='file', help='what a document is')
+  parser.add_argument('--field', default='text', help='the field of a JSONL line that holds the text')
+  parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
+
+
+def run(options: argparse.Namespace) -> None:
+  """Prepares a store as the flags say and prints what it holds."""
+  prepare(
+    options.inputs, options.out, vocab_size=options.vocab_size, sentinels=options.sentinels,
+    tokenizer=options.tokenizer, documents=options.documents, field=options.field, append_eos=not options.no_eos,
+  )  # fmt: skip
+  manifest = open_store(options.out).manifest
+  print(f'{options.out}: {manifest["num_tokens"]:,} tokens in {manifest["num_documents"]:,} documents')
+
+
+def prepare(
+  inputs: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str],
+  *,
+  vocab_size: int = 32_768,
+  sentinels: int = 100,
+  tokenizer: str | os.PathLike[str] | None = None,
+  documents: Documents = 'file',
+  field: str = 'text',
+  append_eos: bool = True,
+) -> None:
+  """Makes the store `out` from files, streaming: memory does not grow with them.
+
+  With `tokenizer` (a SentencePiece model file) `vocab_size` is not used. Raises DataError for bad input, for an `out`
+  that exists, and for a vocabulary that the text cannot fill; then nothing is left behind.
+  """
+  paths = [pathlib.Path(path) for path in inputs]
+  missing = [str(path) for path in paths if not path.is_file()]
+  if missing:
+    raise DataError(f'{missing[0]} is no file; check the path.')
+  total = sum(path.stat().st_size for path in paths)
+  read = lambda: (segment for path in paths for segment in read_segments(path, documents, field))
+  if tokenizer is None:
+    texts = (segment.text for segment in _with_progress(read(), total, 'reading a sample'))
+    model = train_sentencepiece(sample(texts, total, SAMPLE_BYTES), vocab_size - sentinels - len(MODES))
+  else:
+    model = load_model(pathlib.Path(tokenizer))
+  with StoreWriter(out, Tokenizer(model, sentinels), append_eos=append_eos) as writer:
+    digest = _tokenize(_with_progress(read(), total, 'tokenising'), writer, Tokenizer(model, sentinels))
+    writer.finish(text_sha256=digest, inputs=[path.name for path in paths], documents=documents)
+
+
+def _with_progress(segments: Iterable[Segment], total: int, label: str) -> Iterator[Segment]:
+  columns = (
+    TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+  )  # fmt: skip
+  with Progress(*columns, transient=True) as progress:
+    task = progress.add_task(label, total=total)
+    for segment in segments:
+      yield segment
+      progress.advance(task, segment.num_bytes)
+
+
+def _tokenize(segments: Iterable[Segment], writer: StoreWriter, tokenizer: Tokenizer) -> str:
+  """Fills `writer`; returns the sha256 of the text."""
+  digest, threads = hashlib.sha256(), len(os.sched_getaffinity(0))
+  for batch in _batches(segments):
+    for segment in batch:
+      digest.update(segment.text.encode('utf-8', 'surrogatepass') + b'\0' * segment.last)
+    ids = tokenizer.encode_batch([segment.text for segment in batch], threads)
+    writer.add(ids, [segment.last for segment in batch])
+  return digest.hexdigest()
+
+
+def _batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+  batch, size = [], 0
+  for segment in segments:
+    batch.append(segment)
+    size += segment.num_bytes
+    if size >= BATCH_BYTES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def load_model(path: pathlib.Path) -> bytes:
+  """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
+  try:
+    model = path.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  except (OSError, RuntimeError) as error:
+    raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error
+  found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+  if found != (PAD, EOS, UNKNOWN):
+    raise DataError(f'{path} has pad, EOS, unknown = {found}, not {(PAD, EOS, UNKNOWN)}; train it with these ids.')
+  return model
+
+
+def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: int, *, sample_bytes: int) -> Tokenizer:
+  """A tokenizer trained on a sample of documents; `vocab_size` counts pieces, sentinels and modes."""
+  chosen = sample(texts, sum(map(len, texts)), sample_bytes)
+  return Tokenizer(train_sentencepiece(chosen, vocab_size - sentinels - len(MODES)), sentinels)
+
+
+def train_sentencepiece(texts: Iterable[str], pieces: int) -> bytes:
+  """A unigram model of `pieces` pieces with byte fallback; the same for the same text.
+
+  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as T5's. Raises DataError where the
+  text or `pieces` do not allow it. Source: Kudo 2018, arXiv:1804.10959.
+  """
+  smallest = 3 + 256 + 100
+  if pieces < smallest:
+    raise DataError(f'{pieces} pieces are left for text, at least {smallest} are needed; raise the vocabulary size.')
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=(part for text in texts for part in sentences(text)), model_writer=model, vocab_size=pieces,
+      model_type='unigram', byte_fallback=True, pad_id=PAD, eos_id=EOS, unk_id=UNKNOWN, bos_id=-1,
+      normalization_rule_name='nmt_nfkc', character_coverage=0.9995, max_sentence_length=8 * MAX_SENTENCE,
+      num_threads=TRAINING_THREADS, minloglevel=2,
+    )  # fmt: skip
+  except RuntimeError as error:
+    raise DataError(f'SentencePiece cannot make {pieces} pieces of this text: {_reason(error)}') from error
+  return model.getvalue()
+
+
+def _reason(error: RuntimeError) -> str:
+  """SentencePiece's sentence without its source line."""
+  return re.sub(r'^.*\]\s*', '', str(error).splitlines()[-1]).strip() or 'too little text. Give more, or fewer pieces.'
+
+
+def sentences(text: str) -> Iterator[str]:
+  """Lines of at most MAX_SENTENCE characters, long ones cut between words where there are any."""
+  for line in text.splitlines():
+    line = line.replace('\0', ' ').strip()
+    while len(line) > MAX_SENTENCE:
+      cut = line.rfind(' ', 1, MAX_SENTENCE)
+      cut = cut if cut > 0 else MAX_SENTENCE
+      yield line[:cut]
+      line = line[cut:].lstrip()
+    if line:
+      yield line

@@ -1,0 +1,260 @@
+"""Where batches come from: the data section of a config, and the global batch of any step as a pure function."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Literal, assert_never
+
+import numpy as np
+
+from data.bits import permutation
+from data.builtin import builtin_store
+from data.errors import DataError
+from data.features import Batch
+from data.objectives import Objective, check_objective
+from data.rows import RowSpec, StoreRows
+from data.store import Store, open_store
+from data.synthetic import SyntheticStore
+from data.tasks import Budget, block_of
+from data.vocabulary import MODES, Tokenizer, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """A token store and its relative share of the rows."""
+
+  path: str
+  weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Common:
+  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a decoder-only model, whose rows then have
+  `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait (for each)."""
+
+  batch_size: int
+  inputs_length: int = 0
+  targets_length: int
+  sentinels: int = 100
+  attend_across_documents: bool = False
+  workers: int = 0
+  prefetch: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Builtin(_Common):
+  """Documentation strings of this Python installation, made into a store on first use; see data/builtin.py."""
+
+  name: Literal['builtin'] = 'builtin'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreData(_Common):
+  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own."""
+
+  name: Literal['store'] = 'store'
+  sources: tuple[Source, ...]
+  heldout: tuple[Source, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Synthetic(_Common):
+  """Random tokens, no disk."""
+
+  name: Literal['synthetic'] = 'synthetic'
+
+
+Data = Builtin | StoreData | Synthetic
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDescription:
+  """Where a row came from. `pieces` are (document, first token in the store, length)."""
+
+  path: str
+  epoch: int
+  row: int
+  task: str
+  pieces: tuple[tuple[int, int, int], ...]
+
+
+def open_data(
+  cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
+) -> 'DataSource':
+  """The batches of a config. `vocab_size` is the model's; the built-in corpus is made in `cache_dir` when missing.
+
+  Raises DataError for stores that are missing, damaged or of different tokenizers, and for a model whose vocabulary is
+  too small; ValueError where the objective does not fit (`check_objective`).
+  """
+  check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
+  match cfg:
+    case Synthetic():
+      vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
+      if vocabulary.pieces < 4:
+        raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
+      return _source(cfg, objective, seed, vocabulary, None, [SyntheticStore(vocabulary.pieces, seed)], [1.0], {})
+    case Builtin():
+      train, heldout = builtin_store(cache_dir, vocab_size, cfg.sentinels)
+      return _open_stores(cfg, objective, seed, vocab_size, [Source(path=str(train))], {'builtin': str(heldout)})
+    case StoreData():
+      heldout = _names(cfg.heldout)
+      return _open_stores(cfg, objective, seed, vocab_size, cfg.sources, heldout)
+    case _:
+      assert_never(cfg)
+
+
+def _names(heldout: tuple[Source, ...]) -> dict[str, str]:
+  """The name of each evaluation set: the last part of its path, numbered where two would be the same."""
+  names: dict[str, str] = {}
+  for source in heldout:
+    stem = pathlib.PurePath(source.path.rstrip('/')).name
+    names[stem if stem not in names else f'{stem}_{len(names)}'] = source.path
+  return names
+
+
+def _open_stores(cfg, objective, seed, vocab_size, sources, heldout: dict[str, str]) -> 'DataSource':
+  if not sources:
+    raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
+  stores = [open_store(source.path) for source in sources]
+  others = {name: open_store(path) for name, path in heldout.items()}
+  _check_same_tokenizer([*stores, *others.values()])
+  tokenizer = stores[0].tokenizer(cfg.sentinels)
+  vocabulary = tokenizer.vocabulary
+  if vocab_size < vocabulary.size:
+    raise DataError(
+      f'model.vocab_size={vocab_size} but {stores[0].path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
+      f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
+    )
+  weights = [source.weight for source in sources]
+  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, others)
+
+
+def _check_same_tokenizer(stores: list[Store]) -> None:
+  first = stores[0]
+  for other in stores[1:]:
+    a, b = (s.manifest['tokenizer_sha256'] for s in (first, other))
+    if a != b:
+      raise DataError(
+        f'{first.path} and {other.path} have different tokenizers (sha256 {a[:8]}.. and {b[:8]}..); prepare one with '
+        f'--tokenizer={first.path}/tokenizer.model.'
+      )
+
+
+def _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, heldout) -> 'DataSource':
+  budget = Budget(cfg.inputs_length, cfg.targets_length)
+  spec = RowSpec(
+    objective=objective, budget=budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
+  )
+  rows = [StoreRows(store, spec, seed=seed, purpose=f'source {i}') for i, store in enumerate(stores)]
+  # Evaluation sets have a seed of their own: runs that differ in theirs are judged on the same rows.
+  sets = {name: StoreRows(store, spec, seed=0, purpose='heldout') for name, store in heldout.items()}
+  return DataSource(cfg, seed, vocabulary, tokenizer, rows, weights, sets)
+
+
+class DataSource:
+  """The rows of a run: position p in the run always holds the same row, whoever asks. Picklable."""
+
+  def __init__(
+    self,
+    cfg: Data,
+    seed: int,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer | None,
+    rows: list[StoreRows],
+    weights: list[float],
+    heldout: dict[str, StoreRows],
+  ):
+    self.cfg, self.vocabulary, self.tokenizer = cfg, vocabulary, tokenizer
+    self._seed, self._rows, self._heldout = seed, rows, heldout
+    try:
+      self._block = block_of(weights, 'data.sources weights')
+    except ValueError as error:
+      raise DataError(str(error)) from error
+
+  def fingerprint(self) -> dict:
+    """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
+    stores = [rows.store.fingerprint for rows in self._rows]
+    return {'stores': stores, 'tokenizer': self.tokenizer.fingerprint if self.tokenizer else None}
+
+  def global_rows(self, start: int, count: int) -> Batch:
+    """Rows start … start + count - 1 of the run, as fields [count, length] and `example_index` [count]."""
+    parts = [(place, rows.batch(epoch, own)) for place, rows, epoch, own in self._locate(start, count)]
+    batch = parts[0][1] if len(parts) == 1 else _merge(parts, count)
+    return batch | {'example_index': np.arange(start, start + count).astype(np.int32)}
+
+  def batch(self, step: int, rows: slice) -> Batch:
+    """These rows of the global batch of a step that begins at `step * batch_size`."""
+    return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
+
+  def _locate(self, start: int, count: int) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
+    """(places in the answer, source, epoch, rows of its plan) for each source and epoch that occurs."""
+    source, own = self._deal(start, count)
+    for i, rows in enumerate(self._rows):
+      places = np.flatnonzero(source == i)
+      if not len(places):
+        continue
+      for epoch, planned in rows.epochs(own[places]):
+        yield places[: len(planned)], rows, epoch, planned
+        places = places[len(planned) :]
+
+  def _deal(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(source, row in the sequence of that source) of each position; every block holds the exact shares."""
+    size = len(self._block)
+    if len(self._rows) == 1:
+      return np.zeros(count, np.int64), np.arange(start, start + count)
+    first, last = start // size, (start + count - 1) // size
+    orders = [permutation(self._seed, 'mixture', block, size=size) for block in range(first, last + 1)]
+    dealt = self._block[np.concatenate(orders)]
+    own = np.zeros(len(dealt), np.int64)
+    for i in range(len(self._rows)):
+      mine = dealt == i
+      own[mine] = first * (self._block == i).sum() + np.arange(mine.sum())
+    skip = start - first * size
+    return dealt[skip : skip + count], own[skip : skip + count]
+
+  def describe_row(self, step: int, row: int) -> RowDescription:
+    """Where row `row` of the global batch of a step came from."""
+    ((_, rows, epoch, own),) = self._locate(step * self.cfg.batch_size + row, 1)
+    pieces, tasks = rows.pieces(epoch, own)
+    listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
+    return RowDescription(rows.store.path, epoch, int(own[0]), rows.task_label(int(tasks[0])), tuple(listed))
+
+  def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
+    """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
+    size = self.cfg.batch_size
+    return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
+
+
+def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
+  """One batch of `count` rows from parts and the rows that each fills."""
+  batch = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in parts[0][1].items()}
+  for place, part in parts:
+    for name, values in part.items():
+      batch[name][place] = values
+  return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutSet:
+  """A fixed set of batches to iterate over; rows beyond the last are padding, whose loss weights are 0."""
+
+  source: StoreRows
+  batch_size: int
+  num_batches: int
+  rows: slice
+
+  def __len__(self) -> int:
+    return min(self.num_batches, -(-self.source.row_count(0) // self.batch_size))
+
+  def __iter__(self) -> Iterator[Batch]:
+    for i in range(len(self)):
+      yield self._batch(i * self.batch_size + self.rows.start, self.rows.stop - self.rows.start)
+
+  def _batch(self, start: int, count: int) -> Batch:
+    present = np.arange(start, start + count) < self.source.row_count(0)
+    order = self.source.plan(0).order
+    # Padding needs the shapes of a real row: row 0 is made and blanked.
+    part = self.source.batch(0, order[np.where(present, np.arange(start, start + count), 0)])
+    blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
+    return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}
