@@ -44,8 +44,7 @@ class Program:
 def build_program(cfg: Experiment, devices=None) -> Program:
   """Everything a run needs that holds no arrays; nothing is allocated."""
   mesh = make_mesh(cfg.mesh, devices)
-  jax.set_mesh(mesh)
-  model = models.build.build(cfg.model, cfg.kernels)
+  model = models.build.build(cfg.model, cfg.kernels, mesh)
   partition.check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs)

@@ -12,6 +12,7 @@ import pathlib
 import jax
 import pytest
 import sentencepiece
+
 from data.store import StoreWriter
 from data.vocabulary import Tokenizer
 
