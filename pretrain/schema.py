@@ -1,0 +1,173 @@
+"""Nested values -> frozen dataclasses, checked against their annotations. Knows nothing of files but where keys stand.
+
+Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], a dataclass, or a union of
+dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only coercion.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pretrain.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+  """Builds dataclasses from nested dicts. `places` says where each dotted key was written, `file` where to add more."""
+
+  places: Mapping[str, str]
+  file: str
+
+  def build(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A dataclass from its keys in `tree`; what they leave out comes from `default`, then from the class."""
+    schema = self.pick(hint, tree, key, default)
+    hints, fields = typing.get_type_hints(schema), {f.name: f for f in dataclasses.fields(schema)}
+    for name in tree:
+      if name not in fields:
+        raise ConfigError(self.unknown(join(key, name), name, schema, hint))
+    base = default if type(default) is schema else None
+    values = {}
+    for name, field in fields.items():
+      if name in tree:
+        values[name] = self.value(hints[name], tree[name], join(key, name), default_of(field, base))
+      elif base is not None:
+        values[name] = getattr(base, name)
+      elif default_of(field, None) is dataclasses.MISSING:
+        values[name] = self.missing(hints[name], join(key, name))
+    return schema(**values)
+
+  def pick(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The member of a union of dataclasses that `name` in `tree` says; a lone dataclass is itself."""
+    members = sections(hint)
+    if len(members) == 1:
+      return members[0]
+    names = {name_of(member): member for member in members}
+    if 'name' not in tree:
+      if type(default) in members:
+        return type(default)
+      raise ConfigError(
+        f'{key}.name is required and not set; add {key}.name = … to {self.file}, one of {choices(names)}.'
+      )
+    return names[self.literal(tuple(names), tree['name'], f'{key}.name')]
+
+  def missing(self, hint: Any, key: str) -> Any:
+    """A section can be made of defaults alone; anything else is an error."""
+    if is_section(hint):
+      return self.build(hint, {}, key)
+    if '[' in key:
+      owner = key.split('[')[0]
+      raise ConfigError(f'{key} is required and not set; add it to {owner} at {self.places[owner]}.')
+    raise ConfigError(f'{key} is required and not set; add {key} = … to {self.file}.')
+
+  def unknown(self, key: str, name: str, schema: Any, hint: Any) -> str:
+    fields = [f.name for f in dataclasses.fields(schema)]
+    text = f'{self.where(key)}unknown key {key}; '
+    if close := difflib.get_close_matches(name, fields, 1):
+      return text + f'did you mean {key.removesuffix(name)}{close[0]}?'
+    if len(sections(hint)) == 1:
+      return text + f'the keys are {", ".join(fields)}.'
+    others = [name_of(m) for m in sections(hint) if name in {f.name for f in dataclasses.fields(m)}]
+    elsewhere = f' (it is a key of {choices(others)})' if others else ''
+    picked = f'{key.removesuffix(name)}name={name_of(schema)!r}'
+    return text + f'with {picked} the keys are {", ".join(fields)}{elsewhere}.'
+
+  def value(self, hint: Any, given: Any, key: str, default: Any = None) -> Any:
+    """`given` as `hint`; raises ConfigError with the value and what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in UNIONS and type(None) in args:
+      return None if given is None else self.value(without_none(args), given, key)
+    if is_section(hint):
+      return self.section(hint, given, key, default)
+    if origin is tuple:
+      return self.sequence(args, given, key)
+    if origin is Literal:
+      return self.literal(args, given, key)
+    return self.scalar(hint, given, key)
+
+  def section(self, hint: Any, given: Any, key: str, default: Any) -> Any:
+    if isinstance(given, Mapping):
+      return self.build(hint, given, key, default)
+    fields = [f.name for f in dataclasses.fields(sections(hint)[0])]
+    wanted = f'a dict with the keys {", ".join(fields)}.' if '[' in key else f'keys of its own: {key}.{fields[0]} = …'
+    raise ConfigError(f'{self.mistyped(given, key)} {wanted}')
+
+  def sequence(self, args: tuple, given: Any, key: str) -> tuple:
+    if not isinstance(given, list | tuple):
+      raise ConfigError(f'{self.mistyped(given, key)} a list.')
+    if args[-1] is ...:
+      args = (args[0],) * len(given)
+    if len(args) != len(given):
+      raise ConfigError(f'{self.where(key)}{key} has {len(given)} values, expected {len(args)}.')
+    return tuple(self.value(a, v, f'{key}[{i}]') for i, (a, v) in enumerate(zip(args, given, strict=True)))
+
+  def literal(self, allowed: Sequence[Any], given: Any, key: str) -> Any:
+    if given in allowed:
+      return given
+    close = difflib.get_close_matches(str(given), [str(a) for a in allowed], 1)
+    hint = f'; did you mean {close[0]!r}?' if close else '.'
+    raise ConfigError(f'{self.where(key)}{key}={given!r} is not one of {choices(allowed)}{hint}')
+
+  def scalar(self, hint: type, given: Any, key: str) -> Any:
+    if hint is float and type(given) is int:
+      return float(given)
+    if type(given) is not hint:
+      raise ConfigError(f'{self.mistyped(given, key)} {hint.__name__}.')
+    if hint is float and not math.isfinite(given):
+      raise ConfigError(f'{self.where(key)}{key} is {given}, expected a finite number.')
+    return given
+
+  def mistyped(self, given: Any, key: str) -> str:
+    return f'{self.where(key)}{key}={given!r} is {type(given).__name__}, expected'
+
+  def where(self, key: str) -> str:
+    """`file:line: ` of a key, of the list or dict that holds it, or of the first key inside it."""
+    owner = key.split('[')[0]
+    while owner:
+      for known, place in self.places.items():
+        if known == owner or known.startswith(owner + '.'):
+          return f'{place}: '
+      owner = owner.rpartition('.')[0]
+    return ''
+
+
+UNIONS = (types.UnionType, typing.Union)
+
+
+def without_none(args: tuple[Any, ...]) -> Any:
+  """The union of `args` but None."""
+  return functools.reduce(operator.or_, (a for a in args if a is not type(None)))
+
+
+def join(key: str, name: str) -> str:
+  return f'{key}.{name}' if key else name
+
+
+def default_of(field: dataclasses.Field, base: Any) -> Any:
+  """The value of a field in `base`, else its class's default, else MISSING."""
+  if base is not None:
+    return getattr(base, field.name)
+  return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def sections(hint: Any) -> tuple[Any, ...]:
+  """The dataclasses of a union, or the one that `hint` is."""
+  return typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+
+
+def is_section(hint: Any) -> bool:
+  return all(dataclasses.is_dataclass(member) for member in sections(hint))
+
+
+def name_of(schema: Any) -> str:
+  """The `name` that picks this member of a union."""
+  return typing.get_args(typing.get_type_hints(schema)['name'])[0]
+
+
+def choices(names: Iterable[Any]) -> str:
+  return ', '.join(repr(name) for name in names)
