@@ -137,18 +137,28 @@ class JsonRows:
 
 
 def untear(path: pathlib.Path) -> None:
-  """Restores a last row that was cut off while an evaluation was being added to it: the row as it was before.
+  """Restores a last row that was cut off while an evaluation was being added to it: its whole values stay.
 
-  Training values are whole before a checkpoint is begun, so no other torn row belongs to a step that is kept.
+  Training values are on disk before a checkpoint is begun, so every other torn row is of a step that is forgotten.
   """
   lines = path.read_bytes().splitlines(keepends=True)
-  if not lines or lines[-1].endswith(b'\n'):
+  if not lines or is_row(lines[-1]):
     return
-  head, added, _ = lines[-1].partition(b', "eval/')
-  if added:
+  head = lines[-1]
+  while head and not is_row(head + b'}\n'):
+    head = head.rpartition(b',')[0]
+  if head:
     temporary = path.with_suffix('.tmp')
     temporary.write_bytes(b''.join(lines[:-1]) + head + b'}\n')
     temporary.replace(path)
+
+
+def is_row(line: bytes) -> bool:
+  try:
+    decode(line)
+  except ValueError:
+    return False
+  return True
 
 
 class Events:
