@@ -88,9 +88,9 @@ class Group:
         process.send_signal(number)
 
   def wait(self) -> int:
-    """The code of the first process that failed (128 + n for signal n), 0 when none did."""
+    """The worst code of those that failed by themselves, not because they were told to end; 0 when none did."""
     worst, deadline = 0, None
-    while any(process.poll() is None for process in self._processes):
+    while None in [process.poll() for process in self._processes]:
       failed = [exit_code(p.returncode) for p in self._processes if p.returncode]
       if failed and deadline is None:
         worst, deadline = max(failed), time.monotonic() + GRACE_SECONDS
@@ -131,9 +131,10 @@ def start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
 
 def prefix_lines(source: TextIO, prefix: str, stream: TextIO) -> None:
   """Copies lines as they come; each is one write, so that lines of different processes do not mix."""
-  for line in source:
-    stream.write(f'{prefix}{line.rstrip()}\n')
-    stream.flush()
+  with source:
+    for line in source:
+      stream.write(f'{prefix}{line.rstrip()}\n')
+      stream.flush()
 
 
 def free_port() -> int:

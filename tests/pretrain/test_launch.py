@@ -1,0 +1,146 @@
+"""`pretrain run`: several local processes that are one run, and end together."""
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain import launch
+from pretrain.errors import ConfigError
+from tests.pretrain import tiny
+
+SUM = """
+import os, sys
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+from pretrain.launch import initialize_from_env
+initialize_from_env()
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
+total = multihost_utils.process_allgather(jax.process_index() + 10)
+print('sum', int(total.sum()), jax.process_count(), jax.device_count(), jax.local_device_count())
+"""
+# Ends host 1 with code 64 at once; the others would sleep for a minute.
+ONE_FAILS = "import os, sys, time; sys.exit(64) if os.environ['PRETRAIN_HOST'] == '1' else time.sleep(60)"
+SLEEP = "print('up', flush=True); import time; time.sleep(60)"
+
+
+def group(hosts, code, stream):
+  return launch.Group(hosts, [sys.executable, '-c', code], stream)
+
+
+def test_three_processes_are_one_run():
+  stream = io.StringIO()
+  assert group(3, SUM, stream).wait() == 0, stream.getvalue()
+  lines = [line for line in stream.getvalue().splitlines() if 'sum' in line]
+  assert sorted(lines) == [f'[{host}] sum 33 3 6 2' for host in range(3)]
+
+
+def test_when_one_fails_all_end_with_its_code():
+  start = time.monotonic()
+  assert group(3, ONE_FAILS, io.StringIO()).wait() == 64
+  assert time.monotonic() - start < 20
+
+
+def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
+  monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
+  deaf = 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); ' + ONE_FAILS.replace(
+    'sys.exit', 'time.sleep(1), sys.exit'
+  )
+  assert group(2, deaf, io.StringIO()).wait() == 64
+
+
+def test_a_signal_is_passed_on_and_shows_in_the_code():
+  command = [sys.executable, '-c', 'from tests.pretrain.test_launch import *; sys.exit(run_sleepers())']
+  with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
+    assert {process.stdout.readline(), process.stdout.readline()} == {'[0] up\n', '[1] up\n'}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def run_sleepers():
+  sleepers = group(2, SLEEP, sys.stdout)
+  with launch.ForwardedSignals(sleepers.signal):
+    return sleepers.wait()
+
+
+def test_no_process_outlives_a_killed_launcher():
+  code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
+  command = [sys.executable, '-c', f'from tests.pretrain.test_launch import *; group(2, {code!r}, sys.stdout).wait()']
+  with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
+    children = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    assert all(map(alive, children))
+    process.kill()
+  deadline = time.monotonic() + 10
+  while any(map(alive, children)) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not any(map(alive, children))
+
+
+def alive(pid: int) -> bool:
+  """True for a process that runs; a zombie is dead."""
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
+  except FileNotFoundError:
+    return False
+
+
+def test_the_coordinator_listens_on_loopback_alone():
+  code = f"""{SUM}
+tables = open('/proc/self/net/tcp').read() + open('/proc/self/net/tcp6').read()
+print(os.environ['PRETRAIN_COORDINATOR'], tables)
+"""
+  stream = io.StringIO()
+  assert group(2, code, stream).wait() == 0, stream.getvalue()
+  port = int(re.search(r'127\.0\.0\.1:(\d+)', stream.getvalue())[1])
+  listening = re.findall(rf' ([0-9A-F]+):{port:04X} [0-9A-F]+:0000 0A', stream.getvalue())
+  assert listening, 'the port was found'
+  assert all(address.endswith('0100007F') for address in listening), '127.0.0.1, not all addresses'
+
+
+def test_output_comes_line_by_line_behind_the_host():
+  stream = io.StringIO()
+  code = "import sys; print('out'); print('err', file=sys.stderr); sys.stdout.buffer.write(b'\\xff\\n')"
+  assert group(1, code, stream).wait() == 0
+  assert sorted(stream.getvalue().splitlines()) == ['[0] err', '[0] out', '[0] \ufffd']
+
+
+def test_the_command_runs_in_every_process(capsys):
+  assert launch.run(2, ['train', '--gin_file=no.gin', '--workdir=none']) == 64
+  message = 'CONFIG: --gin_file=no.gin cannot be read (No such file or directory); check the path.'
+  assert f'[0] {message}\n' in capsys.readouterr().out
+
+
+def test_without_the_variables_there_is_one_process(monkeypatch):
+  for name in (launch.COORDINATOR, launch.NUM_HOSTS, launch.HOST):
+    monkeypatch.delenv(name, raising=False)
+  launch.initialize_from_env()
+  assert launch.num_hosts() == 1
+
+
+@pytest.mark.parametrize(
+  ('env', 'message'),
+  [
+    ({'PRETRAIN_NUM_HOSTS': '2'}, 'CONFIG: PRETRAIN_NUM_HOSTS set, but not all of PRETRAIN_COORDINATOR, '),
+    (
+      {'PRETRAIN_NUM_HOSTS': 'two', 'PRETRAIN_HOST': '0', 'PRETRAIN_COORDINATOR': '127.0.0.1:1'},
+      "CONFIG: PRETRAIN_NUM_HOSTS='two' is no number",
+    ),
+  ],
+)
+def test_half_an_environment_is_refused(monkeypatch, env, message):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError) as caught:
+    launch.initialize_from_env()
+  assert str(caught.value).startswith(message)
+
+
+def test_no_hosts_are_refused():
+  with pytest.raises(ConfigError, match='--hosts=0; it must be at least 1'):
+    launch.run(0, ['train'])
