@@ -17,9 +17,7 @@ from absl import flags
 
 from data.errors import DataError
 from data.features import Batch
-from data.source import Builtin, Data, DataSource, Source, StoreData, Synthetic, open_data
-
-__all__ = ['Builtin', 'Data', 'DataSource', 'Source', 'StoreData', 'Synthetic', 'loader', 'open_data']
+from data.source import DataSource
 
 VERSION = 1
 

@@ -1,44 +1,67 @@
-"""A row as a person reads it."""
+"""A training row as a person reads it: `pretrain data show`."""
 
 import numpy as np
 
-from data.features import Row
-from data.sources import DataSource
-from data.vocabulary import Tokenizer
+from data.errors import DataError
+from data.features import Batch
+from data.source import DataSource
+
+FIRST_IDS = 12
 
 
 def show_row(source: DataSource, step: int, row: int) -> str:
-  """The packed examples of row `row` of the batch at `step`: inputs and targets with sentinels, and what is padding.
+  """Where row `row` of the global batch of `step` came from, its segments with every special token written out.
 
-  Raises IndexError where the batch has no such row, ValueError for random tokens (there is nothing to read).
+  Raises DataError where the batch has no such row.
   """
-  size = source.batches.cfg.batch_size
-  if not 0 <= row < size:
-    raise IndexError(f'--row={row}: a batch has rows 0..{size - 1} (data.batch_size={size}).')
-  if source.tokenizer is None:
-    raise ValueError("data.name='synthetic' has random ids and no text; show a config with a store.")
-  batch = source.batches.batch(step, slice(row, row + 1))
-  fields = {name: value[0] for name, value in batch.items() if value.ndim == 2}
-  head = f'step {step}, row {row} (example {int(batch["example_index"][0])}): {_usage(fields)}'
-  segments = range(1, int(fields['decoder_segment_ids'].max()) + 1)
-  return '\n'.join([head, *(_show_segment(source.tokenizer, fields, k) for k in segments)])
+  _check_place(source, step, row)
+  origin = source.describe_row(step, row)
+  fields = {name: values[0] for name, values in source.batch(step, slice(row, row + 1)).items()}
+  lines = [
+    f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
+    f'from {origin.path}',
+  ]
+  for k, (document, start, length) in enumerate(origin.pieces, 1):
+    lines += ['', f'segment {k}: document {document}, tokens {start} to {start + length - 1} of the store']
+    lines += _segment(source, fields, k)
+  return '\n'.join([*lines, '', *_summary(fields)])
 
 
-def _usage(fields: Row) -> str:
-  sides = [name.removesuffix('_segment_ids') for name in fields if name.endswith('_segment_ids')]
-  used = {side: int(np.count_nonzero(fields[f'{side}_segment_ids'])) for side in sides}
-  parts = [f'{side} {n} of {len(fields[f"{side}_segment_ids"])} tokens' for side, n in used.items()]
-  return ', '.join([*parts, f'loss on {int(np.count_nonzero(fields["decoder_loss_weights"]))} targets'])
+def _check_place(source: DataSource, step: int, row: int) -> None:
+  size = source.cfg.batch_size
+  if step < 0 or not 0 <= row < size:
+    raise DataError(f'step {step}, row {row}: steps begin at 0 and rows are 0 to {size - 1} (data.batch_size={size}).')
 
 
-def _show_segment(tokenizer: Tokenizer, fields: Row, segment: int) -> str:
-  here = fields['decoder_segment_ids'] == segment
-  targets = fields['decoder_target_tokens'][here]
+def _segment(source: DataSource, fields: Batch, k: int) -> list[str]:
+  """The parts of segment `k`: what is read, what is to be written, what is written without loss."""
+  mine = fields['decoder_segment_ids'] == k
+  targets, weights = fields['decoder_target_tokens'][mine], fields['decoder_loss_weights'][mine] > 0
+  parts = {'targets': targets[weights]}
   if 'encoder_input_tokens' in fields:
-    inputs = fields['encoder_input_tokens'][fields['encoder_segment_ids'] == segment]
-  else:
-    given = fields['decoder_loss_weights'][here] == 0
-    inputs, targets = targets[given], targets[~given]
-  parts = [f'--- segment {segment}']
-  parts += [f'inputs   {tokenizer.render(inputs)}'] if len(inputs) else []
-  return '\n'.join([*parts, f'targets  {tokenizer.render(targets)}'])
+    parts = {'inputs': fields['encoder_input_tokens'][fields['encoder_segment_ids'] == k]} | parts
+  elif not weights.all():
+    parts = {'prefix': targets[~weights]} | parts
+  return [f'  {name} ({len(ids)}): {_render(source, ids)}' for name, ids in parts.items()]
+
+
+def _render(source: DataSource, ids: np.ndarray) -> str:
+  """Text, or the first ids where there is no tokenizer (synthetic data)."""
+  if source.tokenizer is not None:
+    return source.tokenizer.render(ids)
+  named = [source.vocabulary.special(int(i)) or str(i) for i in ids[:FIRST_IDS]]
+  return ' '.join(named) + ' …' * (len(ids) > FIRST_IDS)
+
+
+def _summary(fields: Batch) -> list[str]:
+  """How full the row is, and how much of it is learnt from."""
+  lines = []
+  for side in ('encoder', 'decoder'):
+    if f'{side}_segment_ids' in fields:
+      segments = fields[f'{side}_segment_ids']
+      used = np.count_nonzero(segments)
+      lines.append(
+        f'{side}: {used} of {len(segments)} places used ({used / len(segments):.0%}), {segments.max()} segments'
+      )
+  weights = fields['decoder_loss_weights']
+  return [*lines, f'loss on {np.count_nonzero(weights)} targets']

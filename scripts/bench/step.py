@@ -21,6 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/decoder/bench.gin'
+sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be data.py
 
 
 def spread(values: list[float]) -> str:
