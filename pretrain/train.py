@@ -7,9 +7,9 @@ import time
 
 import jax
 import numpy as np
+
 from data.loader import loader
 from data.source import open_data
-
 from pretrain import config
 from pretrain.checkpoint import Checkpoints
 from pretrain.errors import CheckpointError, NonFiniteError
@@ -116,11 +116,12 @@ class Run:
       self._profile()
       start = time.perf_counter()
       self.position, batch = next(batches)
-      watch.count(batch, time.perf_counter() - start)
+      waited = time.perf_counter() - start
       self.state, metrics = self.program.train_step(self.state, to_global(batch, self.program.mesh))
       self.step += 1
       if pending is not None:
         self._log(self.step - 1, pending, watch)
+      watch.count(batch, waited)  # after the row of the step before, which is not its own
       pending = metrics
       if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
         self._log(self.step, pending, watch)

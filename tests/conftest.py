@@ -1,10 +1,16 @@
 """Every test sees eight simulated CPU devices, and warnings are errors (setup.cfg)."""
 
 import os
+import tempfile
 
-# Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit both.
+# Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit these.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Many tests compile the same small programs: once for all of them, and for all workers.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  COMPILED = tempfile.TemporaryDirectory(prefix='pretrain-tests-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = COMPILED.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import io
 import pathlib

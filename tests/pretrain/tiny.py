@@ -17,6 +17,7 @@ SMALL = (
   'data.batch_size=8',
   'train.log_every=1',
   'evaluation.every=0',
+  'mesh.data=1',
 )
 SMALL_UL2 = (
   *SMALL,
@@ -26,6 +27,7 @@ SMALL_UL2 = (
   'data.inputs_length=64',
   'data.targets_length=64',
   'data.sentinels=32',
+  'mesh.data=1',
 )
 SMALL_DECODER = (*SMALL, 'model.vocab_size=512', 'model.layers=2', 'data.targets_length=32')
 
