@@ -41,9 +41,9 @@ def time_steps(step, state, batches) -> tuple[float, object]:
 
 def bench_step(rounds: int, steps: int) -> None:
   import bare
+
   from data.loader import loader
   from data.source import open_data
-
   from pretrain import config
   from pretrain.experiment import Experiment
   from pretrain.mesh import host_rows, to_global

@@ -1,0 +1,153 @@
+"""The plan: every token once, exact rates in every block, rows that fit, other rows in the next epoch."""
+
+import numpy as np
+import pytest
+
+from data.noise import span_corruption_lengths
+from data.objectives import CausalLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
+from data.plan import STUB, Planner, Stream
+from data.tasks import Budget
+
+CASES = [
+  pytest.param(Ul2(), Budget(128, 128), id='ul2'),
+  pytest.param(Ul2(), Budget(128, 32), id='ul2-short-targets'),
+  pytest.param(Ul2r(), Budget(0, 256), id='ul2r-decoder'),
+  pytest.param(Ul2(s_mode='last_quarter'), Budget(0, 128), id='ul2-decoder'),
+  pytest.param(SpanCorruption(), Budget(128, 30), id='spans'),
+  pytest.param(PrefixLm(), Budget(64, 64), id='prefix'),
+  pytest.param(CausalLm(), Budget(0, 100), id='causal'),
+]
+
+
+def stream(number: int = 300, eos: int = 1, seed: int = 0) -> Stream:
+  """Documents of 0 to 1500 tokens, most of them short, each followed by `eos` tokens that are not in the stream."""
+  rng = np.random.default_rng(seed)
+  lengths = np.minimum(rng.lognormal(4, 1.2, number).astype(np.int64), 1500)
+  lengths[::17] = 0
+  return Stream(np.cumsum(lengths + eos) - lengths - eos, lengths)
+
+
+def planner(objective, budget: Budget, *, text: Stream | None = None, seed: int = 0, across: bool = False) -> Planner:
+  return Planner(
+    text or stream(), tasks_of(objective), budget, seed=seed, purpose='test', attend_across_documents=across
+  )
+
+
+@pytest.mark.parametrize(('objective', 'budget'), CASES)
+@pytest.mark.parametrize('epoch', [0, 3])
+def test_each_token_is_in_exactly_one_row_of_an_epoch(objective, budget, epoch):
+  text = stream()
+  made = planner(objective, budget, text=text)
+  plan = made.plan(epoch)
+  assert sorted(plan.order.tolist()) == list(range(plan.num_rows))
+  used = np.zeros(text.begins[-1] + text.lengths[-1] + 1, np.int64)
+  pieces = made.stream.pieces(plan.cuts[plan.order], plan.cuts[plan.order + 1])
+  for place, length in zip(pieces.places, pieces.lengths, strict=True):
+    used[place : place + length] += 1
+  wanted = np.zeros_like(used)
+  for begin, length in zip(text.begins, text.lengths, strict=True):
+    wanted[begin : begin + length] += 1
+  assert used.tolist() == wanted.tolist()
+  assert set(pieces.stretches.tolist()) == set(range(plan.num_rows)), 'no row is empty'
+
+
+@pytest.mark.parametrize(('objective', 'budget'), CASES)
+def test_every_row_fits_and_all_but_the_last_are_full(objective, budget):
+  text, tasks = stream(), tasks_of(objective)
+  made = planner(objective, budget, text=text)
+  plan = made.plan(0)
+  pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])
+  for row in range(plan.num_rows):
+    lengths = pieces.lengths[pieces.stretches == row]
+    task = tasks[plan.tasks[row]]
+    sides = task.costs(lengths) if budget.inputs_length else (np.zeros(1, int), task.total_costs(lengths))
+    rooms = (budget.inputs_length, budget.targets_length)
+    left = [room - int(side.sum()) for side, room in zip(sides, rooms, strict=True)]
+    assert min(left) >= 0
+    if row < plan.num_rows - 1:
+      stub = np.array([2 * STUB])
+      more = task.costs(stub) if budget.inputs_length else (np.zeros(1, int), task.total_costs(stub))
+      assert any(int(m[0]) > x for m, x in zip(more, left, strict=True) if x or m[0]), (
+        'a stretch of text would still fit'
+      )
+
+
+def test_every_block_of_rows_holds_the_exact_rates_in_training_order():
+  made = planner(Ul2(), Budget(64, 64), text=stream(1000))
+  for epoch in (0, 1):
+    plan = made.plan(epoch)
+    whole = plan.num_rows // 7 * 7
+    assert whole >= 700
+    in_training = plan.tasks[plan.order][:whole].reshape(-1, 7)
+    assert (np.sort(in_training, axis=1) == np.arange(7)).all()
+
+
+def test_blocks_have_different_orders_and_rows_are_shuffled():
+  plan = planner(Ul2(), Budget(64, 64), text=stream(1000)).plan(0)
+  assert len({row.tobytes() for row in plan.tasks[:700].reshape(-1, 7)}) > 50
+  assert np.abs(np.corrcoef(plan.order, np.arange(plan.num_rows))[0, 1]) < 0.2
+
+
+def test_epochs_and_seeds_differ_and_each_is_reproducible():
+  a, again = planner(Ul2(), Budget(64, 64)), planner(Ul2(), Budget(64, 64))
+  other = planner(Ul2(), Budget(64, 64), seed=1)
+  assert a.plan(1).order.tolist() == again.plan(1).order.tolist()
+  assert a.plan(1).cuts.tolist() == again.plan(1).cuts.tolist()
+  assert a.plan(0).tasks[:200].tolist() != a.plan(1).tasks[:200].tolist()
+  assert a.plan(0).tasks[:200].tolist() != other.plan(0).tasks[:200].tolist()
+  assert a.plan(0).cuts.tolist() != a.plan(1).cuts.tolist()
+
+
+@pytest.mark.parametrize(('objective', 'budget'), CASES)
+def test_no_document_is_cut_to_a_stub(objective, budget):
+  if isinstance(objective, CausalLm):
+    pytest.skip('causal rows are cut exactly at their length')
+  text = stream()
+  plan = planner(objective, budget, text=text).plan(0)
+  pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])
+  cut = pieces.lengths < text.lengths[pieces.documents]
+  assert cut.sum() > 20
+  assert pieces.lengths[cut].min() >= STUB
+
+
+def test_causal_rows_are_full_to_the_last_token():
+  text = stream()
+  plan = planner(CausalLm(), Budget(0, 100), text=text).plan(0)
+  assert set(np.diff(plan.cuts)[:-1].tolist()) == {100}
+  assert plan.num_rows == -(-text.size // 100)
+
+
+def chunk_sizes(inputs: int, targets: int, mean: float, density: float) -> set[int]:
+  objective = SpanCorruption(mean_noise_span_length=mean, noise_density=density)
+  text = Stream(np.zeros(1, np.int64), np.array([10_000]))
+  return set(np.diff(planner(objective, Budget(inputs, targets), text=text, across=True).plan(0).cuts)[:-1].tolist())
+
+
+@pytest.mark.parametrize(('mean', 'density'), [(3.0, 0.15), (8.0, 0.15), (3.0, 0.5), (64.0, 0.5), (32.0, 0.15)])
+@pytest.mark.parametrize('inputs', [128, 512])
+def test_across_documents_every_example_has_the_references_size(mean, density, inputs):
+  tokens, targets = span_corruption_lengths(inputs, density, mean)
+  assert chunk_sizes(inputs, targets, mean, density) == {tokens}
+
+
+def test_where_the_references_size_overflows_its_rows_ours_is_smaller():
+  """At 64 inputs and spans of 32 the reference counts no span, then makes one: 65 inputs and 13 targets for 64 and 12."""
+  assert span_corruption_lengths(64, 0.15, 32.0) == (74, 12)
+  assert chunk_sizes(64, 13, 32.0, 0.15) == {73}
+
+
+def test_a_document_longer_than_many_rows_fills_them():
+  text = Stream(np.array([0]), np.array([100_000]))
+  plan = planner(SpanCorruption(), Budget(512, 114), text=text).plan(0)
+  assert set(np.diff(plan.cuts)[:-2].tolist()) == {568}
+
+
+def test_planning_is_as_fast_as_it_must_be():
+  """20 Mtok/s in the log; here a tenth of that, for a busy machine."""
+  import time
+
+  text = stream(20_000)
+  made = planner(Ul2(), Budget(512, 512), text=text)
+  start = time.process_time()
+  made.plan(0)
+  assert text.size / (time.process_time() - start) > 2e6
