@@ -26,7 +26,10 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-  """The projection to logits, of its own (untied), as in T5 v1.1 and Llama."""
+  """The projection to logits, of its own (untied), as in T5 v1.1 and Llama.
 
-  def __init__(self, embed: int, vocab: int):
-    self.kernel = weight((embed, vocab), ('embed', 'vocab'), Normal(fan_in=('embed',)))
+  At `scale` 1.0 (T5X's) first logits have unit variance and the first loss is ln(vocabulary) + 0.5; less is nearer.
+  """
+
+  def __init__(self, embed: int, vocab: int, scale: float):
+    self.kernel = weight((embed, vocab), ('embed', 'vocab'), Normal(scale, fan_in=('embed',)))

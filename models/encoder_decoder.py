@@ -31,6 +31,7 @@ class EncoderDecoderConfig:
   mlp: MlpConfig
   relative_buckets: int = 32
   relative_max_distance: int = 128
+  head_init_scale: float = 1.0
   dropout: float = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
@@ -56,7 +57,7 @@ class EncoderDecoder(nnx.Module):
     self.embedding = Embedding(cfg.vocab_size, cfg.embed, rate=cfg.dropout)
     self.encoder, self.encoder_bias = stack(cfg.encoder_layers, cross=False), bias(bidirectional=True)
     self.decoder, self.decoder_bias = stack(cfg.decoder_layers, cross=True), bias(bidirectional=False)
-    self.head = Head(cfg.embed, cfg.vocab_size)
+    self.head = Head(cfg.embed, cfg.vocab_size, cfg.head_init_scale)
     self.cfg, self.attention = cfg, attention
 
   def encode(self, batch, keys: Array | None) -> Array:

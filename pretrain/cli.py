@@ -5,7 +5,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from pretrain.allocator import keep_memory
 from pretrain.errors import USER_ERRORS, ConfigError
+from pretrain.platform import has_accelerator
 
 EXIT_CODES = (
   'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 75 interrupted and resumable'
@@ -14,7 +16,11 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand; a user's mistake is one line on stderr and its exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  if argv is None:  # the command itself, not a test or a program that calls it
+    argv = sys.argv[1:]
+    if argv[:1] == ['train'] and not has_accelerator():
+      keep_memory()
+  argv = list(argv)
   try:
     options, overrides = parse(argv)
     return options.command(options, overrides) or 0
@@ -128,9 +134,8 @@ def prepare_command(options, overrides) -> None:
 
 def show_command(options, overrides) -> None:
   """Print a training row as a person reads it."""
-  from data.source import open_data
   from data.show import show_row
-
+  from data.source import open_data
   from pretrain.runtime import cache_dir
 
   cfg = load(options, overrides)

@@ -2,16 +2,17 @@
 
 import math
 
-import models.build
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
+
+import models.build
+from models import partition
 from models.flops import flops_per_token
 from models.specs import ParamSpec
-
-from models import partition
 from pretrain import config
 from pretrain.experiment import Experiment
 from pretrain.mesh import AXES, axis_sizes
+from pretrain.runtime import check_divisible
 
 COLUMNS = ('path', 'shape', 'axes', 'sharding', 'count', 'init std')
 
@@ -25,7 +26,7 @@ def abstract_mesh(cfg: Experiment) -> AbstractMesh:
 def parameter_rows(cfg: Experiment) -> list[tuple[str, ...]]:
   """One row of `COLUMNS` for each parameter, then the total."""
   model = models.build.build(cfg.model, cfg.kernels)
-  partition.check_divisible(model.specs, abstract_mesh(cfg))
+  check_divisible(model.specs, abstract_mesh(cfg))
   leaves = tree_flatten_with_path(model.specs, is_leaf=lambda x: isinstance(x, ParamSpec))[0]
   rows, total = [], 0
   for path, spec in leaves:

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from data.source import Data
 from data.objectives import CausalLm, Objective, Ul2r, check_objective
+from data.source import Data
 from models.build import KernelsConfig, ModelConfig
-
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig

@@ -6,9 +6,9 @@ import re
 
 import jax
 import numpy as np
+
 from data.source import open_data
 from models.decode import greedy
-
 from pretrain import config
 from pretrain.checkpoint import Checkpoints
 from pretrain.errors import CheckpointError

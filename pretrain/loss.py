@@ -4,9 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
+
 from models.build import KernelsConfig, Model
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
-
 from pretrain.step import Batch, LossFn, Metrics
 
 

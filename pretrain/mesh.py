@@ -1,7 +1,6 @@
 """Devices -> Mesh, and a host's batch -> global arrays. The only place that says which devices a run uses."""
 
 import dataclasses
-import glob
 import math
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretrain.errors import ConfigError
+from pretrain.platform import has_accelerator
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 BATCH_AXES = ('replica', 'data', 'fsdp')
@@ -31,11 +31,6 @@ class MeshConfig:
   tensor: int = 1
   expert: int = 1
   stage: int = 1
-
-
-def has_accelerator() -> bool:
-  """True where a TPU or GPU device file exists; importing libtpu to find out would take seconds, or hang."""
-  return any(glob.glob(pattern) for pattern in ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/kfd'))
 
 
 def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:

@@ -30,7 +30,7 @@ class Metrics:
       workdir.mkdir(parents=True, exist_ok=True)
       self._rows = JsonRows(workdir / FILE, resume_step)
       self._events = Events(workdir / 'tensorboard', resume_step)
-      self._display = make_display(resume_step, total_steps)
+      self._display = make_display(total_steps)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Records `values` of a training step; steps must grow."""

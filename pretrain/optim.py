@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
-from models.specs import ParamSpec
 
+from models.specs import ParamSpec
 from pretrain.mesh import replicated
 
 

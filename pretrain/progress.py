@@ -22,30 +22,35 @@ class Display(Protocol):
   def close(self) -> None: ...
 
 
-def make_display(first_step: int, total_steps: int, stream: TextIO | None = None) -> Display:
+def make_display(total_steps: int, stream: TextIO | None = None) -> Display:
   """A live line on `stream` (default: stderr, so that stdout stays free) if it is a terminal, else plain lines."""
   stream = stream or sys.stderr
   kind = LiveLine if stream.isatty() else PlainLines
-  return kind(Clock(first_step, total_steps), stream)
+  return kind(Clock(total_steps), stream)
 
 
 class Clock:
-  """Turns steps into rates: steps per second since the start, and the seconds that remain."""
+  """Turns steps into rates, counted from the first step shown: what came before it was compiling."""
 
-  def __init__(self, first_step: int, total_steps: int):
+  def __init__(self, total_steps: int):
     self.total = total_steps
-    self._first, self._start = first_step, time.monotonic()
+    self._first: tuple[int, float] | None = None
 
   def describe(self, step: int, values: Mapping[str, float]) -> str:
-    """For example `loss 4.3210  12.3k tokens/s  2.50 steps/s  ETA 0:03:21`; the loss only where there is one."""
-    rate = (step - self._first) / max(time.monotonic() - self._start, 1e-9)
+    """For example `loss 4.3210  12.3k tokens/s  2.50 steps/s  ETA 0:03:21`; each part only where it is known."""
     parts = [f'loss {values["loss"]:.4f}'] if 'loss' in values else []
     if 'tokens_per_second' in values:
       parts.append(f'{values["tokens_per_second"] / 1e3:.1f}k tokens/s')
-    parts.append(f'{rate:.2f} steps/s')
-    if rate > 0:
-      parts.append(f'ETA {datetime.timedelta(seconds=round((self.total - step) / rate))}')
+    if rate := self._rate(step):
+      remaining = datetime.timedelta(seconds=round((self.total - step) / rate))
+      parts.append(f'{rate:.2f} steps/s  ETA {remaining}')
     return '  '.join(parts)
+
+  def _rate(self, step: int) -> float:
+    now = time.monotonic()
+    self._first = self._first or (step, now)
+    first, start = self._first
+    return (step - first) / max(now - start, 1e-9)
 
 
 class LiveLine:

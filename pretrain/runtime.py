@@ -7,10 +7,11 @@ import pathlib
 from typing import Any
 
 import jax
-import models.build
 from jax.sharding import Mesh
 
+import models.build
 from models import partition, specs
+from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment
 from pretrain.loss import make_loss
 from pretrain.mesh import make_mesh, replicated
@@ -41,11 +42,19 @@ class Program:
   train_step: Any
 
 
+def check_divisible(parameters, mesh) -> None:
+  """Raises ConfigError where the mesh does not divide a parameter."""
+  try:
+    partition.check_divisible(parameters, mesh)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
 def build_program(cfg: Experiment, devices=None) -> Program:
   """Everything a run needs that holds no arrays; nothing is allocated."""
   mesh = make_mesh(cfg.mesh, devices)
   model = models.build.build(cfg.model, cfg.kernels, mesh)
-  partition.check_divisible(model.specs, mesh)
+  check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs)
   key = jax.random.key(cfg.seed)
