@@ -184,13 +184,13 @@ def records(data):
 
 def test_without_a_terminal_there_are_few_plain_lines():
   stream = io.StringIO()
-  display = make_display(0, 1000, stream)
+  display = make_display(1000, stream)
   for step in range(1, 1001):
     display.show(step, {'loss': 2.5, 'tokens_per_second': 12_345.0})
   display.warn('NONFINITE: careful')
   display.close()
   first, last, warning = stream.getvalue().splitlines()
-  assert first.startswith('step 1/1000  loss 2.5000  12.3k tokens/s  ')
+  assert first == 'step 1/1000  loss 2.5000  12.3k tokens/s', 'a rate needs two steps'
   assert last.startswith('step 1000/1000  loss 2.5000')
   assert last.endswith('ETA 0:00:00')
   assert warning == 'NONFINITE: careful'
@@ -202,12 +202,12 @@ def test_in_a_terminal_there_is_one_live_line():
       return True
 
   stream = Terminal()
-  display = make_display(2, 10, stream)
+  display = make_display(10, stream)
   display.show(3, {'loss': 2.5})
   display.print('step 3  eval/a 1.0')
   display.show(4, {'loss': 1.5})
   display.close()
   text = stream.getvalue()
   assert 'eval/a 1.0' in text
-  assert 'step 4/10' in text.split('\r')[-1] or 'step 4/10' in text
+  assert 'step 4/10' in text
   assert 'loss 1.5000' in text
