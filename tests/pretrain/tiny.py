@@ -17,7 +17,6 @@ SMALL = (
   'data.batch_size=8',
   'train.log_every=1',
   'evaluation.every=0',
-  'mesh.data=1',
 )
 SMALL_UL2 = (
   *SMALL,
