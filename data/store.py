@@ -31,6 +31,8 @@ from data.vocabulary import EOS, Tokenizer
 FORMAT = 1
 SHARD, CHUNK = 2**24, 2**16
 CACHE_CHUNKS = 1024  # 128 MiB of uint16 tokens
+# The pool holds shard indexes; decoded chunks are kept by each Store, where a read costs no call into TensorStore.
+_CONTEXT = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}})
 
 
 def url_of(path: str | os.PathLike[str], name: str = '') -> str:
@@ -67,7 +69,7 @@ class _Appender:
   """Writes an array of unknown length shard by shard; holds at most one shard in memory."""
 
   def __init__(self, path, name: str, dtype: str):
-    self._array = tensorstore.open(_array_spec(path, name, dtype), create=True).result()
+    self._array = tensorstore.open(_array_spec(path, name, dtype), create=True, context=_CONTEXT).result()
     self._pending: list[np.ndarray] = []
     self._num_pending, self.length, self.sha256 = 0, 0, hashlib.sha256()
     self._dtype = np.dtype(dtype)
@@ -104,14 +106,20 @@ class StoreWriter:
     self._refuse_existing()
     self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
     if self._local:
-      shutil.rmtree(self._staging, ignore_errors=True)
-      pathlib.Path(self._staging).mkdir(parents=True)
+      self._make_staging()
     self._tokenizer, self._append_eos = tokenizer, append_eos
     dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
     self._tokens = _Appender(self._staging, 'tokens', dtype)
     self._offsets = _Appender(self._staging, 'document_offsets', 'int64')
     self._offsets.append(np.zeros(1, np.int64))
     self.num_tokens = self.num_documents = self._open_tokens = 0
+
+  def _make_staging(self) -> None:
+    shutil.rmtree(self._staging, ignore_errors=True)
+    try:
+      pathlib.Path(self._staging).mkdir(parents=True)
+    except OSError as error:
+      raise DataError(f'{self.path} cannot be written ({error.strerror}); choose another --out.') from error
 
   def _refuse_existing(self) -> None:
     exists = os.path.lexists(self.path) if self._local else _read_file(self.path, 'manifest.json') is not None
@@ -169,13 +177,13 @@ class StoreWriter:
 
 
 def _write_file(path, name: str, value: bytes) -> None:
-  tensorstore.KvStore.open(url_of(path)).result().write(name, value).result()
+  tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().write(name, value).result()
 
 
 def _read_file(path, name: str) -> bytes | None:
   """The contents, or None where there is no such file."""
   try:
-    found = tensorstore.KvStore.open(url_of(path)).result().read(name).result()
+    found = tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().read(name).result()
   except ValueError as error:
     raise DataError(f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL.') from error
   return found.value if found.state == 'value' else None
@@ -234,10 +242,11 @@ class Store:
     self._reopen()
 
   def _open(self, name: str):
-    # The pool holds shard indexes; decoded chunks are kept here, where a read costs no call into TensorStore.
-    context = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}})
-    spec = {'driver': 'zarr3', 'kvstore': url_of(self.path, name + '/'), 'recheck_cached_data': 'open'}
-    return tensorstore.open(spec, read=True, context=context).result()
+    spec = {
+      'driver': 'zarr3', 'kvstore': url_of(self.path, name + '/'), 'recheck_cached_data': 'open',
+      'fill_missing_data_reads': False,  # a file that is gone is an error, not zeros
+    }  # fmt: skip
+    return tensorstore.open(spec, read=True, context=_CONTEXT).result()
 
   def _checked(self, read):
     """`read()`, its failures as DATA-CORRUPT with the file that TensorStore names."""

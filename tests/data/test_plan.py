@@ -131,7 +131,7 @@ def test_across_documents_every_example_has_the_references_size(mean, density, i
 
 
 def test_where_the_references_size_overflows_its_rows_ours_is_smaller():
-  """At 64 inputs and spans of 32 the reference counts no span, then makes one: 65 inputs and 13 targets for 64 and 12."""
+  """At 64 inputs and spans of 32 the reference counts no span but makes one: 65 inputs and 13 targets."""
   assert span_corruption_lengths(64, 0.15, 32.0) == (74, 12)
   assert chunk_sizes(64, 13, 32.0, 0.15) == {73}
 

@@ -1,0 +1,172 @@
+"""`pretrain data prepare`: text in, a store out; each mistake is one line and leaves nothing behind."""
+
+import argparse
+import json
+import pathlib
+
+import pytest
+
+from data.errors import DataError
+from data.prepare import add_flags, prepare, run, sentences, train_sentencepiece
+from data.store import open_store
+from data.text import read_segments, sample
+from data.vocabulary import EOS, PAD, UNKNOWN, Tokenizer
+
+LICENSE = pathlib.Path(__file__).parents[2] / 'LICENSE'
+SMALL = {'vocab_size': 500, 'sentinels': 20}
+
+
+def texts_of(path, sentinels=20) -> list[str]:
+  store = open_store(path)
+  tokenizer = store.tokenizer(sentinels)
+  ranges = [(int(a), int(b - a - 1)) for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
+  return [tokenizer.decode(ids) for ids in store.read(ranges)]
+
+
+def squeezed(text: str) -> str:
+  return ' '.join(text.split())
+
+
+def test_text_is_tokenised_with_a_vocabulary_of_the_size_asked_for(tmp_path):
+  prepare([LICENSE], tmp_path / 's', **SMALL)
+  store = open_store(tmp_path / 's')
+  assert store.tokenizer(20).vocabulary.size == 500
+  assert texts_of(tmp_path / 's') == [squeezed(LICENSE.read_text())]
+  assert store.manifest['inputs'] == ['LICENSE']
+  assert len(store.manifest['text_sha256']) == 64
+
+
+def test_the_same_text_makes_the_same_store(tmp_path):
+  for name in 'ab':
+    prepare([LICENSE], tmp_path / name, **SMALL)
+  assert open_store(tmp_path / 'a').fingerprint == open_store(tmp_path / 'b').fingerprint
+
+
+@pytest.mark.parametrize(
+  ('documents', 'wanted'),
+  [('file', ['a b c d']), ('paragraph', ['a b', 'c d']), ('line', ['a', 'b', 'c', 'd'])],
+)
+def test_a_document_is_a_file_a_paragraph_or_a_line(tmp_path, tokenizer_model, documents, wanted):
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  (tmp_path / 't.txt').write_text('\na\nb\n\n \n\nc\nd')
+  prepare([tmp_path / 't.txt'], tmp_path / 's', tokenizer=tmp_path / 'm', documents=documents)
+  assert texts_of(tmp_path / 's') == wanted
+
+
+def test_jsonl_has_a_document_to_a_line_in_any_field(tmp_path, tokenizer_model):
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  rows = [{'body': 'the work', 'x': 1}, {'body': 'of\nthe\n\nlicense'}]
+  (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
+  prepare([tmp_path / 't.jsonl'], tmp_path / 's', tokenizer=tmp_path / 'm', field='body')
+  assert texts_of(tmp_path / 's') == ['the work', 'of the license']
+
+
+def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
+  monkeypatch.setattr('data.text.SEGMENT_BYTES', 100)
+  segments = list(read_segments(LICENSE, 'file', 'text'))
+  assert len(segments) > 50
+  assert [s.last for s in segments] == [False] * (len(segments) - 1) + [True]
+  assert ''.join(s.text for s in segments) == LICENSE.read_text()
+  assert sum(s.num_bytes for s in segments) == LICENSE.stat().st_size
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('t.txt', b'', r't.txt is empty; remove it'),
+    ('t.txt', b' \n\n ', r't.txt is empty; remove it'),
+    ('t.txt', b'good line\nbad \xff byte', r't.txt is not UTF-8 text \(byte 14\)'),
+    ('t.bin', b'\x89PNG\r\n\x1a\n\x00\x00', r't.bin is not UTF-8 text \(byte 0\)'),
+    ('t.bin', b'text\nand\x00more', r't.bin is binary \(a NUL at byte 8\)'),
+    ('t.jsonl', b'', r't.jsonl is empty; remove it'),
+    ('t.jsonl', b'{"text": "a"}\n{"txt": "b", "z": 1}', r"t.jsonl:2: no text in field 'text' \(found: txt, z\)"),
+    ('t.jsonl', b'{"text": 3}', r"t.jsonl:1: no text in field 'text'"),
+    ('t.jsonl', b'["text"]', r"t.jsonl:1: no text in field 'text' \(found: list\)"),
+    ('t.jsonl', b'{"text": "a"}\n{"text": ', r't.jsonl:2: not JSON'),
+  ],
+)
+def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(DataError, match='^DATA: .*' + message):
+    prepare([tmp_path / name], tmp_path / 'out', tokenizer=tmp_path / 'm')
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['m', name])
+
+
+def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path):
+  (tmp_path / 't.txt').write_bytes(b'bad \xff byte')
+  with pytest.raises(DataError, match='is not UTF-8 text'):
+    prepare([tmp_path / 't.txt'], tmp_path / 'out', **SMALL)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(DataError, match=r'none\.txt is no file'):
+    prepare([tmp_path / 'none.txt'], tmp_path / 'out', **SMALL)
+
+
+def test_an_existing_store_is_not_touched(tmp_path):
+  (tmp_path / 'out').mkdir()
+  with pytest.raises(DataError, match=r'already exists\. Nothing was changed'):
+    prepare([LICENSE], tmp_path / 'out', **SMALL)
+  assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
+  with pytest.raises(DataError, match=r'SentencePiece cannot make 9877 pieces of this text: .*too high'):
+    prepare([LICENSE], tmp_path / 'out', vocab_size=9900, sentinels=20)
+  with pytest.raises(DataError, match='97 pieces are left for text, at least 359 are needed'):
+    prepare([LICENSE], tmp_path / 'out', vocab_size=200, sentinels=100)
+
+
+@pytest.mark.parametrize('content', [None, b'not a model'])
+def test_a_tokenizer_that_is_none_is_named(tmp_path, content):
+  if content:
+    (tmp_path / 'm').write_bytes(content)
+  with pytest.raises(DataError, match='m is no SentencePiece model'):
+    prepare([LICENSE], tmp_path / 'out', tokenizer=tmp_path / 'm')
+
+
+def test_the_command_line_prepares_a_store(tmp_path, capsys):
+  parser = argparse.ArgumentParser()
+  add_flags(parser)
+  flags = ['--vocab_size=500', '--sentinels=20', '--documents=paragraph', '--no_eos']
+  run(parser.parse_args([str(LICENSE), f'--out={tmp_path}/s', *flags]))
+  store = open_store(tmp_path / 's')
+  assert not store.append_eos
+  assert f'{store.num_tokens:,} tokens in {store.num_documents:,} documents' in capsys.readouterr().out
+
+
+def test_special_ids_are_t5s_and_unknown_characters_become_bytes():
+  tokenizer = Tokenizer(train_sentencepiece([LICENSE.read_text()], 480), 20)
+  processor = tokenizer._processor
+  assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (PAD, EOS, UNKNOWN, -1)
+  ids = tokenizer.encode('the Licensor 中文 🙂')
+  assert UNKNOWN not in ids
+  assert tokenizer.decode(ids) == 'the Licensor 中文 🙂'
+
+
+def test_people_see_special_tokens_and_may_write_them(tokenizer_model):
+  tokenizer = Tokenizer(tokenizer_model, 8)
+  v = tokenizer.vocabulary
+  ids = tokenizer.encode_prompt('[NLU] the work <extra_id_0> of the <extra_id_7>')
+  assert ids[0] == v.mode_ids[0]
+  assert [i for i in ids if v.pieces <= i < v.mode_ids[0]] == [v.first_sentinel, v.first_sentinel - 7]
+  assert tokenizer.render([*ids, EOS]) == '[NLU] the work <extra_id_0> of the <extra_id_7> </s>'
+  assert v.mode_ids[0] not in tokenizer.encode('[NLU] the work'), 'plain text has no special tokens'
+  with pytest.raises(ValueError, match='<extra_id_8> is beyond the 8 sentinels'):
+    tokenizer.encode_prompt('<extra_id_8>')
+
+
+def test_a_sample_is_taken_evenly_all_along():
+  texts = [f'{i:04d}' for i in range(1000)]
+  chosen = list(sample(texts, 4000, 400))
+  assert 90 <= len(chosen) <= 110
+  assert sum(int(t) < 500 for t in chosen) in range(45, 56)
+  assert list(sample(texts, 4000, 10**6)) == texts
+
+
+def test_no_line_is_too_long_for_the_trainer_and_nothing_is_lost():
+  text = 'word ' * 3000 + '\n' + 'x' * 9000
+  parts = list(sentences(text))
+  assert max(map(len, parts)) <= 4096
+  assert ''.join(parts).replace(' ', '') == text.replace(' ', '').replace('\n', '')

@@ -1,0 +1,185 @@
+"""The token store: what goes in comes out, half a store is none, damage is an error that names its file."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+import data.store as store_module
+from data.errors import DataError
+from data.store import CHUNK, StoreWriter, open_store
+from data.vocabulary import EOS, Tokenizer
+
+
+@pytest.fixture
+def tokenizer(tokenizer_model):
+  return Tokenizer(tokenizer_model, sentinels=8)
+
+
+def write(path, tokenizer, documents, **options):
+  with StoreWriter(path, tokenizer, **options) as writer:
+    writer.add(documents)
+    writer.finish(source='test')
+  return open_store(path)
+
+
+def documents(number=400, seed=0):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(3, 400, rng.integers(1, 2000)).tolist() for _ in range(number)]
+
+
+def test_documents_come_back_with_their_eos(tokenizer, tmp_path):
+  wanted = documents()
+  store = write(tmp_path / 's', tokenizer, wanted)
+  ranges = [(int(a), int(b - a)) for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
+  assert [ids.tolist() for ids in store.read(ranges)] == [[*ids, EOS] for ids in wanted]
+  assert (store.num_documents, store.num_tokens) == (400, sum(len(d) + 1 for d in wanted))
+  assert store.num_tokens > 3 * CHUNK, 'reads cross chunks'
+
+
+def test_any_range_reads_as_a_slice_of_the_whole(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(store_module, 'CACHE_CHUNKS', 2)
+  store = write(tmp_path / 's', tokenizer, documents())
+  whole = np.concatenate(store.read([(0, store.num_tokens)]))
+  rng = np.random.default_rng(0)
+  ranges = [(int(a), int(n)) for a, n in zip(rng.integers(0, 200_000, 50), rng.integers(0, 2 * CHUNK, 50), strict=True)]
+  for (start, length), ids in zip(ranges, store.read(ranges), strict=True):
+    assert ids.tolist() == whole[start : start + length].tolist()
+    assert ids.dtype == np.int32
+
+
+def test_shards_are_written_as_they_fill(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(store_module, 'SHARD', 2 * CHUNK)
+  wanted = documents()
+  with StoreWriter(tmp_path / 's', tokenizer) as writer:
+    for document in wanted:
+      writer.add([document])
+    writer.finish()
+  store = open_store(tmp_path / 's')
+  assert len(list((tmp_path / 's/tokens/c').iterdir())) == -(-store.num_tokens // (2 * CHUNK)) > 2
+  assert store.read([(0, store.num_tokens)])[0].tolist() == [t for d in wanted for t in [*d, EOS]]
+
+
+def test_a_document_may_come_in_segments_and_without_eos(tokenizer, tmp_path):
+  with StoreWriter(tmp_path / 's', tokenizer, append_eos=False) as writer:
+    writer.add([[5, 6], [7]], last=[False, True])
+    writer.add([[8], [], [9]], last=[False, True, True])
+    writer.finish()
+  store = open_store(tmp_path / 's')
+  assert store.offsets.tolist() == [0, 3, 4, 5]
+  assert store.read([(0, 5)])[0].tolist() == [5, 6, 7, 8, 9]
+  assert not store.append_eos
+
+
+def test_plain_paths_and_file_urls_are_the_same_store(tokenizer, tmp_path):
+  write(f'file://{tmp_path}/s', tokenizer, [[5, 6]])
+  assert open_store(tmp_path / 's').fingerprint == open_store(f'file://{tmp_path}/s').fingerprint
+
+
+def test_an_object_store_has_no_store_before_its_manifest(tokenizer):
+  """memory:// stands in for gs:// and s3://: nothing can be renamed there."""
+  url = 'memory://bucket/s'
+  with StoreWriter(url, tokenizer) as writer:
+    writer.add([[5, 6]])
+    with pytest.raises(DataError, match='no token store at memory://bucket/s'):
+      open_store(url)
+    writer.finish()
+  store = open_store(url)
+  assert store.read([(0, 3)])[0].tolist() == [5, 6, EOS]
+  assert store.tokenizer(8).fingerprint == tokenizer.fingerprint
+  with pytest.raises(DataError, match='memory://bucket/s already exists'):
+    StoreWriter(url, tokenizer)
+
+
+def test_a_store_that_was_not_finished_is_no_store(tokenizer, tmp_path):
+  def fail():
+    with StoreWriter(tmp_path / 's', tokenizer) as writer:
+      writer.add([[5, 6]])
+      raise RuntimeError('cut off')
+
+  with pytest.raises(RuntimeError, match='cut off'):
+    fail()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_never_overwritten(tokenizer, tmp_path):
+  before = write(tmp_path / 's', tokenizer, [[5, 6]]).fingerprint
+  with pytest.raises(DataError, match=r'DATA: .*/s already exists\. Nothing was changed'):
+    StoreWriter(tmp_path / 's', tokenizer)
+  assert open_store(tmp_path / 's').fingerprint == before
+
+
+def test_an_empty_store_is_refused(tokenizer, tmp_path):
+  with StoreWriter(tmp_path / 's', tokenizer) as writer, pytest.raises(DataError, match='no whole document'):
+    writer.finish()
+
+
+def test_a_missing_store_says_how_to_make_one(tmp_path):
+  with pytest.raises(DataError, match=r'DATA: no token store at .*/none; make one with: pretrain data prepare --out='):
+    open_store(tmp_path / 'none')
+
+
+def test_an_unknown_kind_of_url_is_named():
+  with pytest.raises(DataError, match='unsupported URL scheme'):
+    open_store('nowhere://x')
+
+
+def test_another_format_is_refused(tokenizer, tmp_path):
+  write(tmp_path / 's', tokenizer, [[5, 6]])
+  manifest = tmp_path / 's/manifest.json'
+  manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'format': 99}))
+  with pytest.raises(DataError, match='is a token store of format 99, this version reads format 1'):
+    open_store(tmp_path / 's')
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"num_tokens": 1}'])
+def test_a_manifest_that_is_none_is_named(tmp_path, text):
+  (tmp_path / 'manifest.json').write_text(text)
+  with pytest.raises(DataError, match=r'DATA-CORRUPT: .*manifest.json is no manifest'):
+    open_store(tmp_path)
+
+
+@pytest.mark.parametrize('file', ['tokens/c/0', 'document_offsets/c/0', 'tokenizer.model'])
+@pytest.mark.parametrize('place', [0.01, 0.5, 0.99])
+def test_a_flipped_byte_is_an_error_that_names_the_file(tokenizer, tmp_path, file, place):
+  write(tmp_path / 's', tokenizer, documents(60))
+  damaged = tmp_path / 's' / file
+  raw = bytearray(damaged.read_bytes())
+  raw[int(len(raw) * place)] ^= 1
+  damaged.write_bytes(raw)
+  with pytest.raises(DataError, match=f'DATA-CORRUPT: .*{file.split("/")[0]}'):
+    read_everything(tmp_path / 's')
+
+
+@pytest.mark.parametrize('file', ['tokens/c/0', 'document_offsets/c/0', 'tokenizer.model', 'tokens/zarr.json'])
+def test_a_file_that_is_gone_is_an_error(tokenizer, tmp_path, file):
+  write(tmp_path / 's', tokenizer, documents(20))
+  (tmp_path / 's' / file).unlink()
+  with pytest.raises(DataError, match=f'DATA-CORRUPT: .*{file.split("/")[0]}'):
+    read_everything(tmp_path / 's')
+
+
+def read_everything(path):
+  store = open_store(path)
+  store.tokenizer(8)
+  return store.read([(0, store.num_tokens)])
+
+
+def test_the_fingerprint_is_of_the_contents(tokenizer, tmp_path):
+  a = write(tmp_path / 'a', tokenizer, [[5, 6], [7]])
+  shutil.move(tmp_path / 'a', tmp_path / 'moved')
+  assert open_store(tmp_path / 'moved').fingerprint == a.fingerprint
+  assert write(tmp_path / 'b', tokenizer, [[5, 6, 7]]).fingerprint != a.fingerprint
+
+
+def test_a_store_can_be_sent_to_another_process(tokenizer, tmp_path):
+  store = write(tmp_path / 's', tokenizer, [[5, 6]])
+  store.read([(0, 1)])
+  assert pickle.loads(pickle.dumps(store)).read([(0, 3)])[0].tolist() == [5, 6, EOS]
+
+
+def test_errors_keep_their_code_between_processes():
+  error = pickle.loads(pickle.dumps(DataError('x', 'DATA-CORRUPT')))
+  assert (str(error), error.code, error.exit_code) == ('DATA-CORRUPT: x', 'DATA-CORRUPT', 65)
