@@ -1,0 +1,36 @@
+"""Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before you commit it.
+
+A golden holds the resolved text, the parameter table with shardings and init, and FLOPs: a change of any of them that
+nobody meant shows up in tests/pretrain/test_golden.py.
+"""
+
+import pathlib
+
+from pretrain import config, describe, experiment
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS, GOLDENS = ROOT / 'configs', ROOT / 'tests/golden'
+
+
+def shipped() -> list[str]:
+  """The names of the shipped configs: ul2/tiny, …"""
+  return sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for path in CONFIGS.rglob('*.gin'))
+
+
+def described(name: str) -> str:
+  cfg = config.load(experiment.Experiment, [str(CONFIGS / f'{name}.gin')])
+  experiment.check(cfg)
+  return describe.describe(cfg) + '\n'
+
+
+def path_of(name: str) -> pathlib.Path:
+  return GOLDENS / f'{name.replace("/", ".")}.txt'
+
+
+if __name__ == '__main__':
+  GOLDENS.mkdir(exist_ok=True)
+  for old in GOLDENS.glob('*.txt'):
+    old.unlink()
+  for name in shipped():
+    path_of(name).write_text(described(name))
+    print(path_of(name).relative_to(ROOT))
