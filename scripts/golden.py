@@ -1,4 +1,4 @@
-"""Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before you commit it.
+"""Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before a commit.
 
 A golden holds the resolved text, the parameter table with shardings and init, and FLOPs: a change of any of them that
 nobody meant shows up in tests/pretrain/test_golden.py.

@@ -1,4 +1,4 @@
-"""Shipped configs mean what they meant: resolved values, parameters, shardings, init, FLOPs. `make golden` renews them."""
+"""Shipped configs mean what they meant: values, parameters, shardings, init, FLOPs. `make golden` renews them."""
 
 import pytest
 
