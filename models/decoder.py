@@ -32,6 +32,7 @@ class DecoderConfig:
   mlp: DecoderMlpConfig
   kv_heads: int | None = None
   rope_theta: float = 10_000.0
+  embedding_init_std: float = 1.0
   head_init_scale: float = 1.0
   dropout: float = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -47,7 +48,7 @@ class Decoder(nnx.Module):
       rope_theta=cfg.rope_theta, dropout=cfg.dropout, implementation=implementation,
     )  # fmt: skip
     block = Block(cfg.embed, self.attention, cfg.mlp, cross=False, rate=cfg.dropout)
-    self.embedding = Embedding(cfg.vocab_size, cfg.embed, rate=cfg.dropout)
+    self.embedding = Embedding(cfg.vocab_size, cfg.embed, rate=cfg.dropout, std=cfg.embedding_init_std)
     self.decoder = Stack(block, cfg.layers, cfg.embed, remat=cfg.remat, rate=cfg.dropout)
     self.head = Head(cfg.embed, cfg.vocab_size, cfg.head_init_scale)
     self.cfg = cfg

@@ -12,9 +12,13 @@ EMBEDDING_SITE = 30
 
 
 class Embedding(nnx.Module):
-  """A row of `table` for each token. `std` 1.0 is T5's and Llama-style models' too, where a norm follows at once."""
+  """A row of `table` for each token. T5X draws it at `std` 1.0, for Adafactor, whose updates grow with a parameter.
 
-  def __init__(self, vocab: int, embed: int, *, rate: float, std: float = 1.0):
+  A norm follows, so the first output is the same at any `std`; Adam, whose updates have one size, moves a small table
+  faster.
+  """
+
+  def __init__(self, vocab: int, embed: int, *, rate: float, std: float):
     self.table = weight((vocab, embed), ('vocab', 'embed'), Normal(std))
     self.rate = rate
 

@@ -31,6 +31,7 @@ class EncoderDecoderConfig:
   mlp: MlpConfig
   relative_buckets: int = 32
   relative_max_distance: int = 128
+  embedding_init_std: float = 1.0
   head_init_scale: float = 1.0
   dropout: float = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -54,7 +55,7 @@ class EncoderDecoder(nnx.Module):
       buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
       return RelativePositionBias(cfg.heads, bidirectional=bidirectional, buckets=buckets, max_distance=distance)
 
-    self.embedding = Embedding(cfg.vocab_size, cfg.embed, rate=cfg.dropout)
+    self.embedding = Embedding(cfg.vocab_size, cfg.embed, rate=cfg.dropout, std=cfg.embedding_init_std)
     self.encoder, self.encoder_bias = stack(cfg.encoder_layers, cross=False), bias(bidirectional=True)
     self.decoder, self.decoder_bias = stack(cfg.decoder_layers, cross=True), bias(bidirectional=False)
     self.head = Head(cfg.embed, cfg.vocab_size, cfg.head_init_scale)

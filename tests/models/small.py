@@ -1,0 +1,56 @@
+"""Small models and batches for the tests of models/."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from models.build import build
+from models.decoder import DecoderConfig, DecoderMlpConfig
+from models.encoder_decoder import EncoderDecoderConfig
+from models.mlp import MlpConfig
+from models.specs import initialize
+
+VOCAB = 64
+T5 = EncoderDecoderConfig(
+  vocab_size=VOCAB, embed=32, encoder_layers=2, decoder_layers=3, heads=4, head_dim=8, mlp=MlpConfig(hidden=48)
+)
+LLAMA = DecoderConfig(
+  vocab_size=VOCAB, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=DecoderMlpConfig(hidden=48)
+)
+
+
+def model_and_params(cfg, mesh=None, **changes):
+  model = build(dataclasses.replace(cfg, **changes), mesh=mesh)
+  return model, initialize(model.specs, jax.random.key(0))
+
+
+def side(name: str, lengths: list[list[int]], width: int, seed: int) -> dict[str, np.ndarray]:
+  """Fields of one side: row r holds segments of `lengths[r]` tokens, then padding."""
+  rng = np.random.default_rng(seed)
+  tokens, segments, positions = np.zeros((3, len(lengths), width), np.int32)
+  for row, own in enumerate(lengths):
+    at = 0
+    for k, n in enumerate(own):
+      tokens[row, at : at + n] = rng.integers(3, VOCAB, n)
+      segments[row, at : at + n], positions[row, at : at + n] = k + 1, np.arange(n)
+      at += n
+  return {f'{name}_input_tokens': tokens, f'{name}_segment_ids': segments, f'{name}_positions': positions}
+
+
+def batch(lengths=((5, 7), (9, 3)), width=14, seed=0) -> dict[str, np.ndarray]:
+  lengths = [list(own) for own in lengths]
+  both = side('encoder', lengths, width, seed) | side('decoder', lengths, width, seed + 1)
+  return both | {'example_index': np.arange(len(lengths), dtype=np.int32)}
+
+
+def alone(packed: dict[str, np.ndarray], row: int, segment: int) -> dict[str, np.ndarray]:
+  """One segment of a packed row as a batch of its own, without padding."""
+  cut = {'example_index': packed['example_index'][row : row + 1]}
+  for name, values in packed.items():
+    if values.ndim == 2:
+      own = packed[name.split('_')[0] + '_segment_ids'][row] == segment
+      cut[name] = values[row][own][None]
+      if name.endswith('segment_ids'):
+        cut[name] = np.ones_like(cut[name])
+  return cut

@@ -1,0 +1,217 @@
+"""What a model computes does not depend on packing, scanning, rematerialisation, mesh or microbatch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import specs
+from models.attention import Visibility
+from models.decode import greedy, teacher_forced
+from models.flops import flops_per_step
+from models.partition import check_divisible, shardings
+from pretrain.mesh import MeshConfig, make_mesh
+from tests.models.small import LLAMA, T5, alone, batch, model_and_params
+
+FAMILIES = pytest.mark.parametrize('cfg', [T5, LLAMA], ids=['encoder_decoder', 'decoder'])
+
+
+@functools.cache
+def compiled(model):
+  return jax.jit(model.apply)
+
+
+def hidden(model, params, data, key=None):
+  return np.asarray(compiled(model)(params, data, key)[0])
+
+
+def prefix_batch(prefix: int):
+  data = batch()
+  ends = np.where(data['decoder_segment_ids'] > 0, prefix, 0).astype(np.int32)
+  return data | {'decoder_prefix_end': ends}
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'data'), [(T5, batch()), (LLAMA, batch()), (LLAMA, prefix_batch(3))], ids=['t5', 'causal', 'prefix']
+)
+def test_packed_and_unpacked_logits_agree(cfg, data):
+  model, params = model_and_params(cfg)
+  packed = hidden(model, params, data)
+  for row, segment in ((0, 1), (0, 2), (1, 1), (1, 2)):
+    single = hidden(model, params, alone(data, row, segment))
+    own = packed[row][data['decoder_segment_ids'][row] == segment]
+    np.testing.assert_allclose(own, single[0], atol=2e-5)
+
+
+@FAMILIES
+def test_the_packing_test_sees_a_lost_segment_mask(cfg):
+  """The mutation: with one segment for all, packed rows must differ."""
+  model, params = model_and_params(cfg)
+  data = batch()
+  merged = {k: np.minimum(v, 1) if k.endswith('segment_ids') else v for k, v in data.items()}
+  assert np.abs(hidden(model, params, data) - hidden(model, params, merged))[0, 6:12].max() > 1e-2
+
+
+def test_scanned_layers_are_a_loop_over_layers():
+  model, params = model_and_params(LLAMA)
+  data = batch()
+  module = model.bind(params)
+  x = module.embedding(data['decoder_input_tokens'], jnp.float32, None)
+  segments, positions = data['decoder_segment_ids'], data['decoder_positions']
+  see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments)
+
+  def loop(order):
+    y = x
+    for layer in order:
+      block = jax.tree.map(lambda a, i=layer: a[i], module.decoder.blocks)
+      y, _ = block(y, positions, see, None, None, jnp.uint32(layer), None)
+    return module.decoder.norm(y)
+
+  np.testing.assert_allclose(loop([0, 1]), hidden(model, params, data), atol=2e-5)
+  assert np.abs(loop([1, 0]) - hidden(model, params, data)).max() > 1e-2, 'swapped layers must show'
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_rematerialisation_changes_no_gradient(remat):
+  data = batch()
+
+  def gradient(how):
+    model, params = model_and_params(T5, remat=how)
+    return jax.jit(jax.grad(lambda p: jnp.square(model.apply(p, data)[0]).sum()))(params)
+
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient(remat), gradient('none'))
+
+
+def test_prefix_zero_is_causal_and_a_full_prefix_sees_the_future():
+  model, params = model_and_params(LLAMA)
+  causal = hidden(model, params, batch())
+  np.testing.assert_allclose(hidden(model, params, prefix_batch(0)), causal, atol=2e-5)
+  full = hidden(model, params, prefix_batch(14))
+  assert np.abs(full - causal)[0, 0].max() > 1e-3, 'the first token sees those after it'
+
+
+def test_shared_keys_equal_repeated_keys():
+  model, params = model_and_params(LLAMA)
+  many, _ = model_and_params(LLAMA, kv_heads=4)
+  own = params['decoder']['blocks']['self_attention']
+  repeated = own | {name: jnp.repeat(own[name], 2, axis=2) for name in ('key', 'value')}
+  wide = jax.tree.map(lambda x: x, params)
+  wide['decoder']['blocks']['self_attention'] = repeated
+  np.testing.assert_allclose(hidden(many, wide, batch()), hidden(model, params, batch()), atol=2e-5)
+
+
+@FAMILIES
+def test_dropout_masks_belong_to_examples(cfg):
+  """A row's masks are the same wherever it stands in whatever batch; another step has others."""
+  model, params = model_and_params(cfg, dropout=0.5)
+  key, data = jax.random.key(1), batch()
+  whole = hidden(model, params, data, key)
+  turned = hidden(model, params, {k: v[::-1] for k, v in data.items()}, key)
+  np.testing.assert_allclose(turned[::-1], whole, atol=2e-5)
+  np.testing.assert_allclose(hidden(model, params, {k: v[1:] for k, v in data.items()}, key)[0], whole[1], atol=2e-5)
+  assert np.abs(hidden(model, params, data, jax.random.key(2)) - whole).max() > 1e-2
+  moved = data | {'example_index': data['example_index'] + 1}
+  assert np.abs(hidden(model, params, moved, key) - whole).max() > 1e-2, 'the mutation: another index, another mask'
+
+
+@pytest.mark.parametrize('mesh', [{'data': 2}, {'fsdp': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
+@FAMILIES
+def test_meshes_agree(cfg, mesh):
+  one, params = model_and_params(cfg)
+  placed = make_mesh(MeshConfig(**mesh))
+  model, _ = model_and_params(cfg, mesh=placed)
+  on_mesh = jax.device_put(params, shardings(model.specs, placed))
+  np.testing.assert_allclose(hidden(model, on_mesh, batch()), hidden(one, params, batch()), atol=2e-5)
+
+
+@FAMILIES
+def test_cached_decoding_equals_the_full_forward_pass(cfg):
+  model, params = model_and_params(cfg)
+  data = batch(((8,), (8,)), 8)
+  full = model.logits(params, compiled(model)(params, data)[0])
+  cached = teacher_forced(model, params, data, jnp.asarray(data['decoder_input_tokens']))
+  np.testing.assert_allclose(cached, full, atol=4e-5)
+
+
+@FAMILIES
+def test_greedy_takes_the_most_likely_token_of_the_full_pass(cfg):
+  model, params = model_and_params(cfg)
+  data = batch(((6,), (6,)), 6)
+  data['decoder_input_tokens'][:, 0] = 0
+  prompt = data['decoder_input_tokens'] if cfg is LLAMA else np.zeros((2, 1), np.int32)
+  generated = np.asarray(greedy(model, params, data, 5))
+  tokens = np.concatenate([prompt, generated[:, :-1]], 1)
+  width = tokens.shape[1]
+  decoder = {
+    'decoder_input_tokens': tokens,
+    'decoder_segment_ids': np.ones_like(tokens),
+    'decoder_positions': np.tile(np.arange(width, dtype=np.int32), (2, 1)),
+  }
+  logits = np.asarray(model.logits(params, model.apply(params, data | decoder)[0]))
+  expected = logits[:, prompt.shape[1] - 1 :].argmax(-1)
+  for row in range(2):
+    ends = np.flatnonzero(generated[row] == 1)
+    stop = ends[0] + 1 if len(ends) else 5
+    np.testing.assert_array_equal(generated[row, :stop], expected[row, :stop])
+
+
+EXPECTED_STD = {
+  # T5X examples/t5/layers.py: query scaled by 1/sqrt(head_dim) at init, the rest fan-in.
+  'encoder/blocks/self_attention/query': 1 / np.sqrt(32 * 8),
+  'encoder/blocks/self_attention/key': 1 / np.sqrt(32),
+  'decoder/blocks/cross_attention/value': 1 / np.sqrt(32),
+  'decoder/blocks/self_attention/out': 1 / np.sqrt(32),
+  'decoder/blocks/mlp/gate': 1 / np.sqrt(32),
+  'decoder/blocks/mlp/down': 1 / np.sqrt(48),
+  'embedding/table': 1.0,
+  'head/kernel': 1 / np.sqrt(32),
+  # fan_avg over (32 buckets, 4 heads)
+  'decoder_bias/table': np.sqrt(2 / 36),
+}
+
+
+def test_every_parameter_has_its_source_std():
+  _, params = model_and_params(T5)
+  found = {'/'.join(p.key for p in path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+  for path, std in EXPECTED_STD.items():
+    assert found[path].std() == pytest.approx(std, rel=0.2 if found[path].size < 500 else 0.08), path
+  assert all((x == 1).all() for path, x in found.items() if path.endswith('scale'))
+
+
+def test_a_parameter_is_drawn_from_its_path_alone():
+  """Another depth of the decoder leaves the encoder's numbers as they were."""
+  _, deep = model_and_params(T5, decoder_layers=4)
+  _, shallow = model_and_params(T5)
+  jax.tree.map(np.testing.assert_array_equal, deep['encoder'], shallow['encoder'])
+  assert not np.array_equal(shallow['encoder']['blocks']['mlp']['up'], shallow['encoder']['blocks']['mlp']['gate'])
+
+
+def test_bf16_activations_keep_f32_parameters():
+  model, params = model_and_params(T5, dtype='bfloat16')
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  assert model.apply(params, batch())[0].dtype == jnp.bfloat16
+
+
+def test_a_mesh_that_does_not_divide_is_named():
+  model, _ = model_and_params(LLAMA)
+  with pytest.raises(ValueError, match=r'kv_heads=2 of parameter .* does not divide over mesh.tensor=4'):
+    check_divisible(model.specs, make_mesh(MeshConfig(tensor=4)))
+
+
+@FAMILIES
+def test_flops_are_those_that_the_compiler_counts(cfg):
+  """One layer a stack (the compiler counts a scan's body once), a dense batch, products only within ten percent."""
+  layers = {'encoder_layers': 1, 'decoder_layers': 1} if cfg is T5 else {'layers': 1}
+  model, _ = model_and_params(dataclasses.replace(cfg, embed=256, head_dim=64, vocab_size=512), **layers)
+  model_params = specs.initialize(model.specs, jax.random.key(0))
+  data = batch(((64,),), 64)
+
+  def loss(p):
+    return jnp.square(model.logits(p, model.apply(p, data)[0])).sum()
+
+  counted = jax.jit(jax.grad(loss)).lower(model_params).compile().cost_analysis()['flops']
+  inputs = 64 if cfg is T5 else 0
+  assert flops_per_step(model.cfg, inputs_length=inputs, targets_length=64) == pytest.approx(counted, rel=0.1)

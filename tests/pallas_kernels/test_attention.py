@@ -1,0 +1,152 @@
+"""The definition of attention: its mask against a plain loop, its limits, its buckets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention.api import RelativeBias, flash_attention
+from pallas_kernels.attention.reference import relative_position_bucket
+
+B, T, H, D = 2, 9, 4, 8
+RNG = np.random.default_rng(0)
+SEGMENTS = np.array([[1] * 4 + [2] * 5, [1] * 6 + [2] * 2 + [0]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1, 0]], np.int32)
+PREFIX = np.where(SEGMENTS == 1, 3, 0).astype(np.int32)
+
+
+def draw(kv_heads=H, dtype=np.float32):
+  return (jnp.asarray(RNG.normal(size=(B, T, n, D)), dtype) for n in (H, kv_heads, kv_heads))
+
+
+def by_loop(q, k, v, visible):
+  """Softmax attention, query by query, in float64; a query that sees nothing gives 0."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros_like(q)
+  for b, i, h in np.ndindex(B, T, H):
+    seen = [j for j in range(T) if visible(b, i, j)]
+    if seen:
+      weights = np.exp(k[b, seen, h] @ q[b, i, h] / np.sqrt(D))
+      out[b, i, h] = weights @ v[b, seen, h] / weights.sum()
+  return out
+
+
+def same_segment(b, i, j):
+  return SEGMENTS[b, i] == SEGMENTS[b, j] != 0
+
+
+CASES = {
+  'full': ({'causal': False}, lambda b, i, j: True),
+  'causal': ({'causal': True}, lambda b, i, j: j <= i),
+  'packed': (
+    {'causal': True, 'q_segment_ids': SEGMENTS, 'kv_segment_ids': SEGMENTS},
+    lambda b, i, j: same_segment(b, i, j) and j <= i,
+  ),
+  'prefix': (
+    {'causal': True, 'q_segment_ids': SEGMENTS, 'kv_segment_ids': SEGMENTS, 'q_positions': POSITIONS,
+     'kv_positions': POSITIONS, 'prefix_end': PREFIX},
+    lambda b, i, j: same_segment(b, i, j) and (POSITIONS[b, j] <= POSITIONS[b, i] or POSITIONS[b, j] < PREFIX[b, j]),
+  ),
+  'window': ({'causal': True, 'window': 3}, lambda b, i, j: i - 3 < j <= i),
+  'window and sinks': ({'causal': True, 'window': 2, 'num_sinks': 1}, lambda b, i, j: j <= i and (j > i - 2 or j < 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_it_is_softmax_over_the_visible_keys(case):
+  options, visible = CASES[case]
+  q, k, v = draw()
+  np.testing.assert_allclose(flash_attention(q, k, v, **options), by_loop(q, k, v, visible), atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_has_finite_gradients():
+  q, k, v = draw()
+  options = {'causal': True, 'q_segment_ids': SEGMENTS, 'kv_segment_ids': SEGMENTS, 'return_lse': True}
+  out, lse = flash_attention(q, k, v, **options)
+  assert (np.asarray(out)[1, 8] == 0).all()
+  assert (np.asarray(lse)[1, 8] == -np.inf).all()
+  grads = jax.grad(lambda *x: flash_attention(*x, **options)[0].sum(), (0, 1, 2))(q, k, v)
+  assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_shared_keys_equal_repeated_keys():
+  q, k, v = draw(kv_heads=2)
+  wide = flash_attention(q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2), causal=True)
+  np.testing.assert_allclose(flash_attention(q, k, v, causal=True), wide, atol=2e-6)
+
+
+def test_a_constant_bias_table_changes_nothing_and_its_gradient_sums_to_zero():
+  q, k, v = draw()
+  plain = flash_attention(q, k, v, causal=True)
+
+  def biased(table):
+    return flash_attention(q, k, v, causal=True, relative_bias=RelativeBias(table, bidirectional=False, max_distance=8))
+
+  np.testing.assert_allclose(biased(jnp.full((8, H), 0.7)), plain, atol=2e-6)
+  table = jnp.asarray(RNG.normal(size=(8, H)), jnp.float32)
+  assert np.abs(biased(table) - plain).max() > 1e-2
+  gradient = jax.grad(lambda t: jnp.square(biased(t)).sum())(table)
+  np.testing.assert_allclose(gradient.sum(0), 0, atol=1e-5)
+
+
+def test_a_sink_logit_takes_its_share_and_a_cap_bends_scores():
+  q, k, v = draw()
+  plain, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+  sunk = flash_attention(q, k, v, causal=True, sink_logits=jnp.zeros(H))
+  np.testing.assert_allclose(sunk, plain * jax.nn.sigmoid(lse)[..., None], atol=2e-6)
+  np.testing.assert_allclose(flash_attention(q, k, v, causal=True, softcap=1e4), plain, atol=1e-4)
+  assert np.abs(flash_attention(q, k, v, causal=True, softcap=0.1) - plain).max() > 1e-2
+
+
+def test_alibi_is_a_bias_of_distance():
+  q, k, v = draw()
+  slopes = jnp.asarray([0.0, 50.0, 0.0, 50.0], jnp.float32)
+  out = flash_attention(q, k, v, causal=True, alibi=slopes)
+  np.testing.assert_allclose(out[:, :, 0], flash_attention(q, k, v, causal=True)[:, :, 0], atol=2e-6)
+  np.testing.assert_allclose(out[:, :, 1], v[:, :, 1], atol=1e-3, err_msg='a steep slope leaves the token itself')
+
+
+def test_dropout_keeps_the_mean():
+  q, k, v = draw()
+  keys = jax.vmap(lambda i: jax.vmap(lambda b: jax.random.fold_in(jax.random.key(i), b))(jnp.arange(B)))(
+    jnp.arange(400)
+  )
+  many = jax.vmap(lambda key: flash_attention(q, k, v, causal=False, dropout=(0.3, key)))(keys)
+  np.testing.assert_allclose(many.mean(0), flash_attention(q, k, v, causal=False), atol=0.15)
+  assert many.std(0).max() > 0.05
+
+
+def bucket_by_formula(distance, buckets, bidirectional, max_distance):
+  """Raffel et al.'s buckets, one number at a time."""
+  base = 0
+  if bidirectional:
+    buckets //= 2
+    base, distance = (buckets, distance) if distance > 0 else (0, -distance)
+  else:
+    distance = max(-distance, 0)
+  exact = buckets // 2
+  if distance < exact:
+    return base + distance
+  far = exact + int(np.log(distance / exact) / np.log(max_distance / exact) * (buckets - exact))
+  return base + min(far, buckets - 1)
+
+
+@pytest.mark.parametrize('bidirectional', [True, False])
+def test_buckets_are_t5s(bidirectional):
+  distance = np.arange(-300, 301)
+  got = relative_position_bucket(jnp.asarray(distance), buckets=32, bidirectional=bidirectional, max_distance=128)
+  expected = [bucket_by_formula(int(d), 32, bidirectional, 128) for d in distance]
+  np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'implementation': 'fast'}, "kernels.attention='fast' is not one of 'auto', 'reference'"),
+    ({'q_segment_ids': SEGMENTS}, 'segment ids of one side only'),
+  ],
+)
+def test_what_cannot_run_says_so(options, message):
+  q, k, v = draw()
+  with pytest.raises(ValueError, match=message):
+    flash_attention(q, k, v, causal=True, **options)
