@@ -4,9 +4,9 @@ Grain runs the work (a thread, or processes); its own state is never saved. A ru
 {'version', 'examples'}, the same on every host, and any number of hosts and workers may go on from it.
 """
 
-import ctypes
-import signal
-import sys
+import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -82,7 +82,9 @@ def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetItera
 
 
 def _die_with_parent(_index: int, _count: int) -> None:
-  """A worker ends when its parent is killed; otherwise it would wait for ever."""
-  if sys.platform == 'linux':
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+  """Ends this worker when the run is killed; otherwise it would wait for ever.
+
+  Not by PR_SET_PDEATHSIG: that is the death of the *thread* that started the worker, which Grain ends before it.
+  """
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -98,10 +98,8 @@ def test_epochs_and_seeds_differ_and_each_is_reproducible():
   assert a.plan(0).cuts.tolist() != a.plan(1).cuts.tolist()
 
 
-@pytest.mark.parametrize(('objective', 'budget'), CASES)
+@pytest.mark.parametrize(('objective', 'budget'), [case for case in CASES if case.id != 'causal'])
 def test_no_document_is_cut_to_a_stub(objective, budget):
-  if isinstance(objective, CausalLm):
-    pytest.skip('causal rows are cut exactly at their length')
   text = stream()
   plan = planner(objective, budget, text=text).plan(0)
   pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])

@@ -1,0 +1,58 @@
+"""What a person sees of a row."""
+
+import re
+
+import pytest
+
+from data.errors import DataError
+from data.objectives import CausalLm, SpanCorruption, Ul2, Ul2r
+from data.show import show_row
+from data.source import Synthetic, open_data
+from tests.data.test_source import opened
+
+
+def test_a_ul2_row_shows_mode_sentinels_and_where_it_is_from(text_store):
+  source = opened(text_store, Ul2())
+  shown = [show_row(source, 3, row) for row in range(8)]
+  assert any('[NLU]' in text for text in shown)
+  assert any('[NLG]' in text for text in shown)
+  spans = next(text for text in shown if 'task X(mu=3' in text or 'task R(mu=3' in text)
+  assert re.search(r'inputs \(\d+\): \[NL[UG]\] .*<extra_id_0>.*</s>', spans)
+  assert re.search(r'targets \(\d+\): <extra_id_0> .*</s>', spans)
+  assert re.search(r'segment 1: document \d+, tokens \d+ to \d+ of the store', spans)
+  assert re.search(r'encoder: \d+ of 64 places used \(\d+%\), \d segments', spans)
+  assert str(text_store) in spans
+
+
+def test_inputs_and_targets_hold_the_text_of_the_document(text_store):
+  source = opened(text_store, SpanCorruption(), 64, 32)
+  document, start, length = source.describe_row(0, 0).pieces[0]
+  text = source.tokenizer.render(source._rows[0].store.read([(start, length)])[0])
+  shown = show_row(source, 0, 0)
+  assert f'document {document}, tokens {start} to {start + length - 1}' in shown
+  assert text.split()[0] in shown
+
+
+def test_a_decoders_row_shows_prefix_and_targets(text_store):
+  shown = show_row(opened(text_store, Ul2r(), 0, 96), 0, 0)
+  assert re.search(r'prefix \(\d+\): \[', shown)
+  assert 'encoder' not in shown
+
+
+def test_a_causal_row_shows_its_text_alone(text_store):
+  shown = show_row(opened(text_store, CausalLm(), 0, 64), 0, 0)
+  assert 'task causal' in shown
+  assert 'prefix' not in shown
+  assert 'loss on 64 targets' in shown
+
+
+def test_synthetic_rows_show_ids():
+  cfg = Synthetic(batch_size=2, targets_length=64, sentinels=8)
+  source = open_data(cfg, SpanCorruption(), seed=0, vocab_size=300, cache_dir='unused')
+  assert re.search(r'targets \(\d+\): <extra_id_0> \d+', show_row(source, 0, 1))
+
+
+@pytest.mark.parametrize(('step', 'row'), [(0, 8), (0, -1), (-1, 0)])
+def test_a_row_that_is_not_there_is_refused(text_store, step, row):
+  with pytest.raises(DataError, match=r'rows are 0 to 7 \(data.batch_size=8\)'):
+    show_row(opened(text_store), step, row)
