@@ -64,7 +64,12 @@ def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int
   """
   if hosts < 1:
     raise ConfigError(f'--hosts={hosts}; it must be at least 1.')
-  group = Group(hosts, [sys.executable, '-m', 'pretrain', *command], stream or sys.stdout)
+  return run_program(hosts, [sys.executable, '-m', 'pretrain', *command], stream or sys.stdout)
+
+
+def run_program(hosts: int, command: Sequence[str], stream: TextIO) -> int:
+  """`run` for any program."""
+  group = Group(hosts, command, stream)
   with ForwardedSignals(group.signal):
     return group.wait()
 
