@@ -134,13 +134,17 @@ def attention(
   top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   top = top if sinks is None else jnp.maximum(top, jax.lax.stop_gradient(sinks))
   weights = jnp.exp(scores - top)
-  weights = weights if mask is None else jnp.where(mask, weights, 0.0)
   total = weights.sum(-1, keepdims=True)
   total = total if sinks is None else total + jnp.exp(sinks - top)
-  weights = weights / jnp.where(total == 0, 1.0, total)
   weights = weights if dropout is None else _drop(weights, dropout)
-  out = jnp.einsum('bkgts,bskd->btkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  mixed = jnp.einsum('bkgts,bskd->bkgtd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  # Divided after the product: head_dim numbers for each query instead of S.
+  mixed = mixed / total
+  seen = None if mask is None else top > MASKED / 2  # a row of masked scores has this for its largest
+  mixed = mixed if seen is None else jnp.where(seen, mixed, 0.0)
+  out = jnp.moveaxis(mixed.astype(q.dtype), 3, 1).reshape(q.shape)
   if not return_lse:
     return out
-  lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))[..., 0]
+  lse = (top + jnp.log(total))[..., 0]
+  lse = lse if seen is None else jnp.where(seen[..., 0], lse, -jnp.inf)
   return out, jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])
