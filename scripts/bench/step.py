@@ -9,7 +9,6 @@ python scripts/bench/step.py [--rounds 5] [--starts 3]
 """
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -70,15 +69,27 @@ def bench_step(rounds: int, steps: int) -> None:
   print(f'step, CPU seconds: pretrain {spread(a)}  bare {spread(b)}  ratio {spread(ratios)}  (bar 1.05)', flush=True)
 
 
-def start(command: list[str], cache: str | None, finished) -> float:
-  """Wall seconds from the start of `command` to the moment `finished()` reports for step 5."""
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  env |= {'PRETRAIN_CACHE': cache} if cache else {}
-  begin = time.time()
-  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f'{command} failed:\n{done.stderr[-2000:]}')
-  return finished(done.stdout) - begin
+def start(command: list[str], cache: str, finished) -> float:
+  """Wall seconds from the start of `command` until `finished()`: step 5 is over."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PRETRAIN_CACHE': cache}
+  begin = time.perf_counter()
+  with tempfile.TemporaryFile() as output, subprocess.Popen(command, env=env, stdout=output, stderr=output) as process:
+    while not finished(output):
+      if process.poll():
+        output.seek(0)
+        raise SystemExit(f'{command} failed:\n{output.read().decode()[-2000:]}')
+      time.sleep(0.005)
+    seconds = time.perf_counter() - begin
+    process.wait()
+  return seconds
+
+
+def five_lines(path: pathlib.Path):
+  return lambda _: path.exists() and path.read_bytes().count(b'\n') >= 5
+
+
+def five_printed(output) -> bool:
+  return os.pread(output.fileno(), 1 << 16, 0).count(b'\n') >= 5
 
 
 def bench_start(starts: int) -> None:
@@ -88,10 +99,9 @@ def bench_start(starts: int) -> None:
       for name, times in (('first', first), ('second', second)):
         workdir = pathlib.Path(scratch) / name
         command = [sys.executable, '-m', 'pretrain', 'train', f'--gin_file={CONFIG}', '--gin.train.steps=5']
-        finished = lambda _, w=workdir: json.loads((w / 'metrics.jsonl').read_text().splitlines()[4])['time']
-        times.append(start([*command, f'--workdir={workdir}'], scratch, finished))
+        times.append(start([*command, f'--workdir={workdir}'], scratch, five_lines(workdir / 'metrics.jsonl')))
       command = [sys.executable, str(ROOT / 'scripts/bench/bare.py'), '5']
-      bare_starts.append(start(command, None, lambda out: float(out.splitlines()[4].split()[2])))
+      bare_starts.append(start(command, scratch, five_printed))
   extra = [a - b for a, b in zip(first, bare_starts, strict=True)]
   speedup = [a / b for a, b in zip(first, second, strict=True)]
   print(f'start to end of step 5, wall s: pretrain {spread(first)}  bare {spread(bare_starts)}')

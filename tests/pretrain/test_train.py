@@ -109,8 +109,12 @@ def test_profile_steps_write_a_trace(tmp_path):
 def test_sigterm_saves_and_exits_75(tmp_path):
   """A run told to stop keeps the step it is at, and goes on from there."""
   code = (
-    'import os, signal, sys; import pretrain.train as t; from tests.pretrain import tiny; '
-    'log = t.Run._log; t.Run._log = lambda self, step, *a: (log(self, step, *a), step == 3 and os.kill(os.getpid(), 15)); '
+    'import os, sys, pretrain.train as t; from tests.pretrain import tiny\n'
+    'log = t.Run._log\n'
+    'def stop(self, step, *rest):\n'
+    '  log(self, step, *rest)\n'
+    '  if step == 3: os.kill(os.getpid(), 15)\n'
+    't.Run._log = stop\n'
     f'sys.exit(t.train(tiny.decoder("train.steps=500"), {str(tmp_path)!r}))'
   )
   done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
