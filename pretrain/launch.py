@@ -3,7 +3,6 @@
 Everything stays on 127.0.0.1: JAX's own default would open the coordinator to the network.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -117,20 +116,23 @@ def exit_code(returncode: int) -> int:
   return 128 - returncode if returncode < 0 else returncode
 
 
+# Runs before the command, in its process: Popen's preexec_fn, the usual place, may not be used where there are threads.
+# The request survives exec. A parent that died before it was made is noticed by the line below it.
+DIE_WITH_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})
+if os.getppid() == int(sys.argv[1]):
+  os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
 def start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
   """A process that the kernel kills should this one die, by kill -9 too (Linux)."""
-  parent = os.getpid()
-  libc = ctypes.CDLL(None, use_errno=True)
-
-  def die_with_parent() -> None:
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-      os._exit(1)
-
+  wrapped = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
   # In a process group of its own, because Ctrl-C in a terminal goes to the whole group: it would arrive twice.
   return subprocess.Popen(
-    command, env=os.environ | env | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    text=True, errors='replace', process_group=0, preexec_fn=die_with_parent,
+    wrapped, env=os.environ | env | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    text=True, errors='replace', process_group=0,
   )  # fmt: skip
 
 
