@@ -77,16 +77,25 @@ def test_workers_end_with_a_parent_that_is_killed(text_store):
     '  batches = loader(opened(sys.argv[1], workers=2), {"examples": 0}, slice(0, 8)); next(batches)\n'
     '  print("ready", flush=True); time.sleep(100)'
   )
-  run = subprocess.Popen([sys.executable, '-c', code, str(text_store)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  assert run.stdout.readline() == b'ready\n', run.stderr.read()
-  workers = [p for p in children(run.pid) if 'spawn_main' in command_of(p)]
-  assert len(workers) == 2
-  os.kill(run.pid, signal.SIGKILL)
-  run.communicate()
+  run = subprocess.Popen([sys.executable, '-c', code, str(text_store)], stdout=subprocess.PIPE)
+  with run, run.stdout:
+    assert run.stdout.readline() == b'ready\n'
+    workers = living(children(run.pid))
+    assert len(workers) == 2
+    run.kill()
+    run.wait()
   until = time.time() + 10
-  while time.time() < until and any('spawn_main' in command_of(p) for p in workers):
+  while time.time() < until and living(workers):
     time.sleep(0.05)
-  assert not [p for p in workers if 'spawn_main' in command_of(p)]
+  left = living(workers)
+  for pid in left:
+    os.kill(pid, signal.SIGKILL)
+  assert not left
+
+
+def living(pids: list[int]) -> list[int]:
+  """Those that are worker processes still."""
+  return [pid for pid in pids if 'spawn_main' in command_of(pid)]
 
 
 def children(pid: int) -> list[int]:
