@@ -5,7 +5,8 @@ import tempfile
 
 # Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit these.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# The second halves the time of the suite, most of which is compiling.
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 # Many tests compile the same small programs: once for all of them, and for all workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix='pretrain-tests-')
