@@ -17,7 +17,7 @@ from absl import flags
 
 from data.errors import DataError
 from data.features import Batch
-from data.source import DataSource
+from data.source import Data, DataSource
 
 VERSION = 1
 
@@ -44,21 +44,23 @@ def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iter
   """
   if position.get('version', VERSION) != VERSION:
     raise DataError(f'position of data version {position["version"]}, this version reads {VERSION}; use its release.')
-  return _Batches(_ahead(source, position['examples'], rows), position['examples'], source.cfg.batch_size)
+  return _Batches(_ahead(source, position['examples'], rows), position['examples'], source.cfg)
 
 
 class _Batches(Iterator):
   """Counts examples along Grain's iterator, and closes it when nobody iterates any more or at exit."""
 
-  def __init__(self, batches: grain.DatasetIterator[Batch], examples: int, size: int):
-    self._examples, self._size, self._held = examples, size, [batches]
+  def __init__(self, batches: grain.DatasetIterator[Batch], examples: int, cfg: Data):
+    self._examples, self._size, self._held = examples, cfg.batch_size, [batches]
+    self._shared = cfg.workers > 0
     weakref.finalize(self, _close, self._held)
 
   def __next__(self) -> tuple[dict[str, Any], Batch]:
     batch = next(self._held[0])
     self._examples += self._size
-    # Copies: batches of worker processes lie in shared memory, which would be taken for as long as they live.
-    return {'version': VERSION, 'examples': self._examples}, {k: np.array(batch.pop(k)) for k in list(batch)}
+    if self._shared:  # batches of worker processes lie in shared memory, which is taken for as long as they live
+      batch = {k: np.array(batch.pop(k)) for k in list(batch)}
+    return {'version': VERSION, 'examples': self._examples}, batch
 
 
 def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
