@@ -1,6 +1,7 @@
 """Checkpoints: the state, the data position and the config of a step, written asynchronously. The only orbax import."""
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 from typing import Any
@@ -30,6 +31,7 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
     self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
     self._cfg = cfg
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells a reader what the options below say
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if read_only else cfg.keep,
       keep_period=cfg.keep_every,

@@ -126,7 +126,7 @@ class Run:
       if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
         self._log(self.step, pending, watch)
         pending = None
-        self._save_and_evaluate()
+        self._evaluate_and_save()
         watch = Stopwatch()
     if pending is not None:
       self._log(self.step, pending, watch)
@@ -165,11 +165,12 @@ class Run:
       )
     self.metrics.warn(f'NONFINITE: {message}')
 
-  def _save_and_evaluate(self) -> None:
-    if self._due(self.cfg.checkpoint.every) or self._last():
-      self._save()
+  def _evaluate_and_save(self) -> None:
+    """Evaluates first: a step that is saved has all its numbers, however soon after the run is killed."""
     if self.cfg.evaluation.every and (self._due(self.cfg.evaluation.every) or self._last()):
       self._evaluate()
+    if self._due(self.cfg.checkpoint.every) or self._last():
+      self._save()
 
   def _save(self) -> None:
     position = {'loader': self.position, 'data': self.data.fingerprint()}

@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 
+COMMIT = 'commit_success.txt'  # Orbax writes it last
+
 
 class Training:
   """One process of `pretrain train`; its stderr is watched for what it is doing."""
@@ -39,7 +41,8 @@ class Training:
     return any(all(word in line for word in words) for line in list(self.lines))
 
   def saving(self) -> bool:
-    return any((self.workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
+    """A step's folder is there and its commit file is not."""
+    return any(not (p / COMMIT).exists() for p in (self.workdir / 'checkpoints').glob('[0-9]*'))
 
   def last_step(self) -> int:
     path = self.workdir / 'metrics.jsonl'
@@ -62,7 +65,7 @@ class Training:
 
 
 def commits(workdir: pathlib.Path) -> list[int]:
-  return sorted(int(p.name) for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit())
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if (p / COMMIT).exists())
 
 
 def kill_in_compilation(options, workdir) -> str:
@@ -76,8 +79,7 @@ def kill_in_compilation(options, workdir) -> str:
 
 def kill_in_save(options, workdir, workers: int) -> str:
   run = Training(options, workdir, workers)
-  known = set(commits(workdir))
-  run.wait_for(lambda: run.saving() and run.last_step() > max(known, default=0), 'a save')
+  run.wait_for(run.saving, 'a save')
   run.kill()
   return f'inside a save ({"inside" if run.saving() else "MISSED"}), workers={workers}; commits: {commits(workdir)}'
 
