@@ -81,10 +81,6 @@ class Checkpoints:
     """The parameters alone, for generation."""
     return self._manager.restore(step, args=args.Composite(state=_restore_args({'params': abstract}))).state['params']
 
-  def config(self, step: int) -> str:
-    """The config text that `step` was saved with."""
-    return self._manager.restore(step, args=args.Composite(config=args.JsonRestore())).config['text']
-
   def close(self) -> None:
     """Waits for the last save; raises what it failed with."""
     try:
