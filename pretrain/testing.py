@@ -28,8 +28,8 @@ def cpu_mesh(num_devices: int, axis: str = 'fsdp') -> Mesh:
   return make_mesh(MeshConfig(**{axis: num_devices}), devices[:num_devices])
 
 
-def losses(cfg: Experiment, steps: int) -> np.ndarray:
-  """The first `steps` training losses of `cfg`, in this process, with no files written: float32[steps]."""
+def losses(cfg: Experiment, steps: int, metric: str = 'loss') -> np.ndarray:
+  """The first `steps` training losses of `cfg`, or another metric of the step: float32[steps]. No file is written."""
   from data.loader import loader
   from data.source import open_data
 
@@ -40,7 +40,7 @@ def losses(cfg: Experiment, steps: int) -> np.ndarray:
   for _ in range(steps):
     _, batch = next(batches)
     state, metrics = program.train_step(state, to_global(batch, program.mesh))
-    out.append(float(metrics['loss']))
+    out.append(float(metrics[metric]))
   return np.array(out, np.float32)
 
 

@@ -92,7 +92,7 @@ class Run:
       write_atomically(saved, self.text)
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
     eval_step = make_eval_step(self.program.model, cfg.kernels, self.data.vocabulary.pieces)
-    self._eval_step = jax.jit(eval_step)
+    self._eval_step = jax.jit(eval_step, compiler_options=self.program.compiler_options)
 
   def _restore_or_initialise(self):
     latest = self.checkpoints.latest()
