@@ -28,12 +28,12 @@ def decoder_features(
   """Fields int32[num_rows, length] of a decoder-only model: each segment is its inputs, then its targets.
 
   Every token of a segment sees the inputs, which the decoder reads one place later than they stand (shifted right),
-  so `decoder_prefix_end` is their number plus one. Without `inputs` the model is causal: 0. Only targets carry loss,
-  unless `loss_on_inputs` (which then asks for tokens that the model can see, as seqio's loss_on_targets_only=False).
+  so `decoder_prefix_end` is their number plus one. Without `inputs` the model is causal, and has no such field. Only
+  targets carry loss, unless `loss_on_inputs`: then the model is also asked for tokens that it sees (as in seqio's
+  loss_on_targets_only=False).
   """
   if inputs is None:
-    prefix = np.zeros(len(targets.lengths), np.int64)
-    return _decoder_fields(targets, rows, (num_rows, length), prefix=prefix)
+    return _decoder_fields(targets, rows, (num_rows, length))
   both, is_input = interleave(inputs, targets)
   weights = None if loss_on_inputs else ~is_input
   return _decoder_fields(both, rows, (num_rows, length), weights, inputs.lengths + 1)

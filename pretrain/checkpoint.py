@@ -19,7 +19,6 @@ from pretrain.step import TrainState
 class Restored:
   state: TrainState
   position: dict[str, Any]
-  config: str
 
 
 class Checkpoints:
@@ -71,11 +70,9 @@ class Checkpoints:
     self._check_tree(abstract, step)
     items = self._manager.restore(
       step,
-      args=args.Composite(
-        state=_restore_args(_as_dict(abstract)), position=args.JsonRestore(), config=args.JsonRestore()
-      ),
+      args=args.Composite(state=_restore_args(_as_dict(abstract)), position=args.JsonRestore()),
     )
-    return Restored(dataclasses.replace(abstract, **items.state), items.position, items.config['text'])
+    return Restored(dataclasses.replace(abstract, **items.state), items.position)
 
   def restore_params(self, abstract: Any, step: int) -> Any:
     """The parameters alone, for generation."""

@@ -47,7 +47,7 @@ def test_a_causal_row_has_no_prefix_and_loss_everywhere():
   assert got['decoder_input_tokens'].tolist() == [[0, 5, 6, 0, 0]]
   assert got['decoder_target_tokens'].tolist() == [[5, 6, 1, 7, 0]]
   assert got['decoder_loss_weights'].tolist() == [[1, 1, 1, 1, 0]]
-  assert not got['decoder_prefix_end'].any()
+  assert 'decoder_prefix_end' not in got
 
 
 def test_loss_on_inputs_weighs_the_prefix_too():
