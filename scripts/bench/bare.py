@@ -1,6 +1,6 @@
 """The reference of the step benchmark: configs/decoder/bench.gin as one file of plain JAX, as short as it gets.
 
-Run alone it trains on one random batch: python scripts/bench/bare.py STEPS
+Run alone it trains on random batches: python scripts/bench/bare.py STEPS [ROWS]
 """
 
 import sys
@@ -83,15 +83,16 @@ def make_step():
   return (params, jax.jit(tx.init)(params)), jax.jit(step, donate_argnums=0)
 
 
-def make_batch(seed=0):
-  tokens = np.random.default_rng(seed).integers(3, VOCAB, (BATCH, LENGTH), np.int32)
-  position = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+def make_batch(seed=0, rows=BATCH):
+  tokens = np.random.default_rng(seed).integers(3, VOCAB, (rows, LENGTH), np.int32)
+  position = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1))
   shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
   return {'input': shifted, 'target': tokens, 'position': position, 'segment': np.ones_like(tokens)}
 
 
 if __name__ == '__main__':
+  steps, rows = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else BATCH
   state, step = make_step()
-  for i in range(int(sys.argv[1])):
-    state, value = step(state, make_batch(i))
+  for i in range(steps):
+    state, value = step(state, make_batch(i, rows))
     print(i + 1, float(value), time.time(), flush=True)
