@@ -144,7 +144,9 @@ def untear(path: pathlib.Path) -> None:
   lines = path.read_bytes().splitlines(keepends=True)
   if not lines or is_row(lines[-1]):
     return
-  head = lines[-1]
+  head = lines[-1].removesuffix(b'}')
+  if head == lines[-1]:  # cut inside a value, which may look whole: 1 of 12
+    head = head.rpartition(b',')[0]
   while head and not is_row(head + b'}\n'):
     head = head.rpartition(b',')[0]
   if head:

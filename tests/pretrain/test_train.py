@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from pretrain import config
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
 from pretrain.testing import assert_resumes_exactly, logged_losses
 from pretrain.train import train
@@ -89,8 +92,31 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
 
 def test_nonfinite_gradients_stop_the_run_after_their_limit(tmp_path):
   cfg = tiny.decoder('train.steps=20', 'schedule.peak=1e30', 'optimizer.max_consecutive_nonfinite=3')
-  with pytest.raises(NonFiniteError, match=r'NONFINITE: grad_norm=.* \(3 of 3 consecutive\). Stopped'):
+  message = r'NONFINITE: grad_norm=.* \(3 of 3 consecutive\). Stopped; no step was saved yet. .* another --workdir'
+  with pytest.raises(NonFiniteError, match=message):
+    train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, log_every=100)), tmp_path)
+  assert rows(tmp_path)[-1]['skipped'] >= 3, 'the step that stops a run is recorded'
+
+
+def test_nonfinite_gradients_name_the_step_that_is_saved(tmp_path):
+  cfg = tiny.decoder('train.steps=20', 'schedule.peak=1e30', 'optimizer.max_consecutive_nonfinite=3')
+  with pytest.raises(NonFiniteError, match='Stopped; step 2 is saved in'):
+    train(dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=2)), tmp_path)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
+  cfg = tiny.decoder('train.steps=6', 'checkpoint.every=2')
+  train(cfg, tmp_path)
+  record = (tmp_path / 'metrics.jsonl').read_bytes()
+  shutil.rmtree(tmp_path / 'checkpoints')
+  with pytest.raises(CheckpointError, match=r'CKPT-NONE: .* reaches step 6. Not starting from step 0'):
     train(cfg, tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == record
+
+
+def test_a_run_that_never_began_does_not_bind_the_next_one(tmp_path):
+  (tmp_path / 'config.gin').write_text(config.render(tiny.decoder('model.mlp.hidden=128')))
+  assert train(tiny.decoder('train.steps=1'), tmp_path) == 0
 
 
 def test_throughput_and_data_wait_are_logged(tmp_path):
@@ -106,8 +132,20 @@ def test_profile_steps_write_a_trace(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
-def test_sigterm_saves_and_exits_75(tmp_path):
-  """A run told to stop keeps the step it is at, and goes on from there."""
+def test_a_trace_to_the_last_step_is_written_too(tmp_path):
+  train(tiny.decoder('train.steps=2', 'train.profile_steps=(1, 2)'), tmp_path)
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_signals_are_given_back(tmp_path):
+  before = signal.getsignal(signal.SIGTERM)
+  train(tiny.decoder('train.steps=1'), tmp_path)
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize('log_every', [1, 1000])
+def test_sigterm_saves_and_exits_75(tmp_path, log_every):
+  """A run told to stop keeps the step it is at, and goes on from there; also where it has not logged anything yet."""
   code = (
     'import os, sys, pretrain.train as t; from tests.pretrain import tiny\n'
     'log = t.Run._log\n'
@@ -115,13 +153,14 @@ def test_sigterm_saves_and_exits_75(tmp_path):
     '  log(self, step, *rest)\n'
     '  if step == 3: os.kill(os.getpid(), 15)\n'
     't.Run._log = stop\n'
-    f'sys.exit(t.train(tiny.decoder("train.steps=500"), {str(tmp_path)!r}))'
+    f'sys.exit(t.train(tiny.decoder("train.steps=500", "train.log_every={log_every}"), {str(tmp_path)!r}))'
   )
   done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 75, done.stderr[-2000:]
   saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
   assert saved
-  assert saved == [logged_losses(tmp_path)[-1][0]]
+  if log_every == 1:
+    assert saved == [logged_losses(tmp_path)[-1][0]]
 
 
 def test_saving_over_a_step_is_refused(tmp_path):
