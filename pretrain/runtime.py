@@ -29,7 +29,7 @@ def cache_dir() -> pathlib.Path:
 def use_compilation_cache() -> None:
   """Compiled programs are kept across processes: a second start compiles nothing."""
   jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,7 @@ def build_program(cfg: Experiment, devices=None) -> Program:
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs)
-  key = jax.random.key(cfg.seed)
-  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, key)
+  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed)
   shapes = jax.eval_shape(init)
   params = partition.shardings(model.specs, mesh)
   everywhere = replicated(mesh)
@@ -68,7 +67,7 @@ def build_program(cfg: Experiment, devices=None) -> Program:
   placed = TrainState(everywhere, params, opt_state, jax.tree.map(lambda _: everywhere, shapes.extra))
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
-    make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, jax.random.fold_in(key, 1),
+    make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, cfg.seed,
     num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
   options = compiler_options(mesh.devices.flat[0].platform)

@@ -60,13 +60,17 @@ def checksum(batch: Batch) -> Array:
   return total
 
 
-def make_train_step(loss: LossFn, tx, schedule, skipped, key: Array, *, num_microbatches: int = 1, shardings=None):
-  """`train_step(state, batch) -> (state, metrics)`; gradients are placed like `shardings`, the parameters'."""
+def make_train_step(loss: LossFn, tx, schedule, skipped, seed: int, *, num_microbatches: int = 1, shardings=None):
+  """`train_step(state, batch) -> (state, metrics)`; gradients are placed like `shardings`, the parameters'.
+
+  Dropout's key is that of `seed` and the step. It is made inside the step: outside, it would be programs of its own.
+  """
   value_and_grad = accumulate(loss, num_microbatches)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
-    (_, metrics), grads = value_and_grad(state.params, batch, jax.random.fold_in(key, state.step), weight)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+    (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients where it could reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -85,7 +89,7 @@ def make_train_step(loss: LossFn, tx, schedule, skipped, key: Array, *, num_micr
   return train_step
 
 
-def init_state(initialize, tx, key: Array) -> TrainState:
+def init_state(initialize, tx, seed: int) -> TrainState:
   """Step 0: parameters drawn by `initialize(key)`, an empty optimizer state, no extra."""
-  params = initialize(key)
+  params = initialize(jax.random.key(seed))
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {})

@@ -31,9 +31,9 @@ def toy_batch(rows=8):
 
 def run(batch, num_microbatches=1, steps=3, tx=None):
   tx = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()) if tx is None else tx
-  state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, jax.random.key(0))
+  state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, 0)
   step = jax.jit(
-    make_train_step(toy_loss, tx, lambda s: 0.1, skipped, jax.random.key(1), num_microbatches=num_microbatches)
+    make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, num_microbatches=num_microbatches)
   )
   out = []
   for _ in range(steps):
@@ -61,7 +61,7 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_counted():
   bad = good | {'y': good['y'].at[0].set(jnp.nan)}
   tx = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity())
   state, _ = run(good, tx=tx)
-  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, jax.random.key(1)))
+  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1))
   after, metrics = step(state, bad)
   np.testing.assert_array_equal(after.params['w'], state.params['w'])
   for a, b in zip(jax.tree.leaves(after.opt_state[0].inner), jax.tree.leaves(state.opt_state[0].inner), strict=True):
