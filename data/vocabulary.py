@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
+from data.errors import DataError
+
 PAD, EOS, UNKNOWN = 0, 1, 2
 MODES = ('[NLU]', '[NLG]', '[S2S]')
 SPECIAL = re.compile(r'(<extra_id_\d+>|' + '|'.join(re.escape(mode) for mode in MODES) + ')')
+ALONE = '\ue000'  # for private use, so that no piece of text holds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Vocabulary:
   def sentinel(self, k: int) -> int:
     return self.first_sentinel - k
 
+  def is_sentinel(self, token: int) -> bool:
+    return self.pieces <= token <= self.first_sentinel
+
   @property
   def mode_ids(self) -> tuple[int, int, int]:
     """The ids of [NLU], [NLG] and [S2S]."""
@@ -48,17 +54,18 @@ class Vocabulary:
     """How people see `token` where it is no text: <extra_id_k>, [NLU], <pad>, </s>; None for text."""
     if token in (PAD, EOS):
       return ('<pad>', '</s>')[token]
-    if self.pieces <= token <= self.first_sentinel:
+    if self.is_sentinel(token):
       return f'<extra_id_{self.first_sentinel - token}>'
     return MODES[token - self.mode_ids[0]] if self.mode_ids[0] <= token <= self.mode_ids[2] else None
 
   def special_id(self, text: str) -> int:
-    """The id of <extra_id_k> or of a mode token. Raises ValueError for a sentinel that does not exist."""
+    """The id of <extra_id_k> or of a mode token. Raises DataError for a sentinel that does not exist."""
     if text in MODES:
       return self.mode_ids[MODES.index(text)]
     k = int(text.removeprefix('<extra_id_').removesuffix('>'))
     if k >= self.sentinels:
-      raise ValueError(f'{text} is beyond the {self.sentinels} sentinels of this vocabulary.')
+      fix = f'use <extra_id_0> to <extra_id_{self.sentinels - 1}>' if self.sentinels else 'it has none'
+      raise DataError(f'{text} is beyond the {self.sentinels} sentinels of this vocabulary (data.sentinels); {fix}.')
     return self.sentinel(k)
 
 
@@ -93,11 +100,25 @@ class Tokenizer:
     return self._processor.decode([int(i) for i in ids])
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS."""
-    ids: list[int] = []
-    for i, part in enumerate(SPECIAL.split(text)):
-      ids += [self.vocabulary.special_id(part)] if i % 2 else self.encode(part)
+    """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
+
+    The ids of text around a sentinel are those of training, where a sentinel stands for pieces of one text: a space
+    belongs to the word after it, and `con<extra_id_0>tion` has no space at all. Raises DataError for a sentinel that
+    does not exist.
+    """
+    parts, ids = SPECIAL.split(text), []
+    is_sentinel = lambda i: 0 < i < len(parts) and i % 2 == 1 and parts[i] not in MODES
+    for i, part in enumerate(parts):
+      if i % 2:
+        ids.append(self.vocabulary.special_id(part))
+        continue
+      part = part.removesuffix(' ') if is_sentinel(i + 1) else part
+      ids += self._encode_inside(part) if is_sentinel(i - 1) else self.encode(part.removeprefix(' ') if i else part)
     return ids
+
+  def _encode_inside(self, text: str) -> list[int]:
+    """The ids of text that goes on after other text: SentencePiece puts a space only before the first of a text."""
+    return self.encode(ALONE + text)[len(self.encode(ALONE)) :]
 
   def render(self, ids: Iterable[int]) -> str:
     """Ids as a person reads them: text, with every special token written out."""
