@@ -16,9 +16,11 @@ from models.specs import Tree
 EOS = 1
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'max_tokens'))
-def greedy(model: Model, params: Tree, batch: Mapping[str, Array], max_tokens: int) -> Array:
-  """int32[batch, max_tokens]: the most likely token at each step, 0 after EOS.
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'vocab_size'))
+def greedy(
+  model: Model, params: Tree, batch: Mapping[str, Array], max_tokens: int, vocab_size: int | None = None
+) -> Array:
+  """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, 0 after EOS.
 
   Encoder-decoder: `batch` holds encoder fields. Decoder-only: `decoder_input_tokens` begin with 0 (the shift) and
   hold prompts of equal length, `decoder_prefix_end` makes the first positions visible to each other.
@@ -28,7 +30,7 @@ def greedy(model: Model, params: Tree, batch: Mapping[str, Array], max_tokens: i
     step, carry, token = _start_encoder_decoder(module, batch, max_tokens)
   else:
     step, carry, token = _start_decoder(module, batch, max_tokens)
-  choose = lambda hidden: jnp.argmax(model.logits(params, hidden[:, -1]), -1).astype(jnp.int32)
+  choose = lambda hidden: jnp.argmax(model.logits(params, hidden[:, -1])[:, :vocab_size], -1).astype(jnp.int32)
   return _loop(step, choose, carry, token, max_tokens)
 
 
@@ -103,16 +105,23 @@ def _start_decoder(module, batch, max_tokens: int):
   return step, step(jnp.asarray(batch['decoder_input_tokens']), cache), None
 
 
-def teacher_forced(model: Model, params: Tree, batch: Mapping[str, Array], tokens: Array) -> Array:
-  """Logits f32[batch, length, vocab] of the cached path fed `tokens` one by one; for tests against `Model.apply`."""
+@functools.partial(jax.jit, static_argnames=('model', 'at_once'))
+def teacher_forced(model: Model, params: Tree, batch: Mapping[str, Array], tokens: Array, at_once: int = 1) -> Array:
+  """Logits f32[batch, length, vocab] of the cached path fed `tokens`; for tests against `Model.apply`.
+
+  The first `at_once` tokens are read in one step, as `greedy` reads a prompt; the others one by one.
+  """
   module = model.bind(params)
   if isinstance(module, EncoderDecoder):
     step, (_, cache), _ = _start_encoder_decoder(module, batch, tokens.shape[1])
   else:
     empty = dict(batch) | {'decoder_input_tokens': tokens[:, :0]}
     step, cache = _decoder_step(module, empty, tokens.shape[1])
-  out = []
-  for i in range(tokens.shape[1]):
-    hidden, cache = step(tokens[:, i : i + 1], cache)
-    out.append(model.logits(params, hidden))
-  return jnp.concatenate(out, 1)
+  first, cache = step(tokens[:, :at_once], cache)
+
+  def one(cache: Cache, token: Array):
+    hidden, cache = step(token[:, None], cache)
+    return cache, hidden[:, 0]
+
+  rest = jax.lax.scan(one, cache, tokens[:, at_once:].T)[1]
+  return model.logits(params, jnp.concatenate([first, jnp.swapaxes(rest, 0, 1)], 1))

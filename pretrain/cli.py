@@ -146,9 +146,14 @@ def show_command(options, overrides) -> None:
 def generate_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--workdir', required=True, type=pathlib.Path)
   command.add_argument(
-    '--text', action='append', required=True, help='a prompt; <extra_id_0>, <extra_id_1>, … mark blanks'
+    '--text',
+    action='append',
+    required=True,
+    help='a prompt: <extra_id_0>, <extra_id_1>, … mark blanks; without them it is continued',
   )
-  command.add_argument('--max_tokens', type=int, default=64)
+  command.add_argument(
+    '--max_tokens', type=int, default=64, help='at most; an output also ends where a training row did'
+  )
 
 
 def generate_command(options, overrides) -> None:

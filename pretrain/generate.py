@@ -2,35 +2,66 @@
 
 import dataclasses
 import pathlib
-import re
+import reprlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from data.source import open_data
+from data.features import Batch, decoder_features, encoder_decoder_features
+from data.objectives import CausalLm, tasks_of
+from data.ragged import join
+from data.source import DataSource, open_data
+from data.vocabulary import EOS, Vocabulary
+from models.build import Model
 from models.decode import greedy
 from pretrain import config
 from pretrain.checkpoint import Checkpoints
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import Experiment
 from pretrain.mesh import MeshConfig
 from pretrain.runtime import build_program, cache_dir
 
-SENTINEL = re.compile(r'<extra_id_(\d+)>')
-EOS = 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """`output` is what the decoder wrote; `text` is the prompt with its blanks filled, or continued."""
+  """`output` is what the decoder wrote; `text` is the prompt with its blanks filled, or continued.
+
+  `text` is spelt as the tokenizer spells the prompt: T5's makes one space of several.
+  """
 
   prompt: str
   output: str
   text: str
 
 
-def generate(workdir: pathlib.Path, prompts: list[str], max_tokens: int = 64) -> list[Generated]:
-  """Greedy outputs for each prompt. Raises CheckpointError where `workdir` holds no checkpoint."""
+def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64) -> list[Generated]:
+  """Greedy outputs for each prompt: at most `max_tokens` tokens, and no more than rows of training held.
+
+  Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Raises ConfigError for a run without text,
+  a prompt longer than the rows of training or one the objective cannot answer; DataError for a sentinel that does not
+  exist; CheckpointError where `workdir` holds no checkpoint. All of them before a parameter is read.
+  """
+  if max_tokens < 1:
+    raise ConfigError(f'--max_tokens={max_tokens}; it must be at least 1.')
+  cfg = _config_of(workdir)
+  checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
+  step = checkpoints.latest()
+  if step is None:
+    raise CheckpointError(
+      'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
+    )
+  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  inputs = [prompt_inputs(prompt, cfg, data) for prompt in prompts]
+  rooms = [min(max_tokens, _room(prompt, own, cfg)) for prompt, own in zip(prompts, inputs, strict=True)]
+  program = build_program(cfg, jax.devices()[:1])
+  params = checkpoints.restore_params(program.abstract.params, step)
+  outputs = [_decode(program.model, params, own, room, cfg, data) for own, room in zip(inputs, rooms, strict=True)]
+  return [_result(*each, data) for each in zip(prompts, inputs, outputs, strict=True)]
+
+
+def _config_of(workdir: pathlib.Path) -> Experiment:
+  """The config of a run on text, for one device."""
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError(
@@ -38,45 +69,87 @@ def generate(workdir: pathlib.Path, prompts: list[str], max_tokens: int = 64) ->
       f'no run in {workdir} (config.gin is missing); train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(config.load(Experiment, [str(saved)], []), mesh=MeshConfig())
-  program = build_program(cfg, jax.devices()[:1])
-  checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
-  step = checkpoints.latest()
-  if step is None:
-    raise CheckpointError(
-      'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
+  if cfg.data.name == 'synthetic':
+    raise ConfigError(
+      f"{saved}: data.name='synthetic' is random tokens, without a tokenizer to read a prompt; generate from a run "
+      "trained with data.name='builtin' or 'store'."
     )
-  params = checkpoints.restore_params(program.abstract.params, step)
-  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  return [_complete(program.model, params, data, prompt, max_tokens) for prompt in prompts]
+  return cfg
 
 
-def _complete(model, params, data, prompt: str, max_tokens: int) -> Generated:
-  ids = np.asarray(data.tokenizer.encode_prompt(prompt), np.int32)
-  denoises = model.cfg.name == 'encoder_decoder'
-  output = np.asarray(greedy(model, params, _prompt_batch(ids, denoises), max_tokens))[0]
-  end = np.flatnonzero(output == EOS)
-  text = data.tokenizer.render(output[: end[0]] if len(end) else output)
-  return Generated(prompt, text, fill(prompt, text) if SENTINEL.search(prompt) else prompt + text)
+def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
+  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective.
 
-
-def _prompt_batch(ids: np.ndarray, denoises: bool) -> dict[str, np.ndarray]:
-  """One row. An encoder reads the prompt and EOS; a decoder reads it shifted right by one."""
-  ids = np.append(ids, EOS).astype(np.int32) if denoises else ids
-  side = 'encoder' if denoises else 'decoder'
-  tokens = ids if denoises else np.concatenate([[0], ids])
-  return {
-    f'{side}_input_tokens': tokens[None].astype(np.int32),
-    f'{side}_segment_ids': np.ones((1, len(tokens)), np.int32),
-    f'{side}_positions': np.arange(len(tokens), dtype=np.int32)[None],
-  }
-
-
-def fill(prompt: str, output: str) -> str:
-  """`prompt` with each sentinel replaced by what follows it in `output`.
-
-  >>> fill('Thank you <extra_id_0> me to your party <extra_id_1> week.', '<extra_id_0> for inviting <extra_id_1> last')
-  'Thank you for inviting me to your party last week.'
+  The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
+  asks for: [NLU] (of the R denoiser, [NLG] where there are only X) for a prompt with blanks, [S2S] for one without.
+  Raises ConfigError where the objective trains no such task; DataError for a sentinel that does not exist.
   """
-  parts = SENTINEL.split(output)
-  found = {int(k): text.strip() for k, text in zip(parts[1::2], parts[2::2], strict=True)}
-  return SENTINEL.sub(lambda m: found.get(int(m[1]), m[0]), prompt)
+  ids = data.tokenizer.encode_prompt(prompt)
+  vocabulary, objective = data.vocabulary, cfg.objective
+  blanks = any(map(vocabulary.is_sentinel, ids))
+  tasks = [task for task in tasks_of(objective) if (task.kind == 'spans') == blanks]
+  if not tasks:
+    fix = 'leave out <extra_id_k>, the text is continued' if blanks else 'mark one, e.g. with <extra_id_0> at the end'
+    trained = 'to fill blanks' if blanks else 'to do anything but fill blanks'
+    raise ConfigError(
+      f"--text={reprlib.repr(prompt)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
+    )
+  if tasks[0].kind == 'causal':
+    return ids
+  if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
+    ids = [vocabulary.mode_ids[min(task.mode for task in tasks)], *ids]
+  return [*ids, EOS]
+
+
+def _room(prompt: str, inputs: list[int], cfg: Experiment) -> int:
+  """How many tokens of output a training row would hold after `inputs`. Raises ConfigError where there is none."""
+  encodes, data = cfg.data.inputs_length > 0, cfg.data
+  key, most = ('inputs_length', data.inputs_length) if encodes else ('targets_length', data.targets_length - 1)
+  if len(inputs) > most:
+    raise ConfigError(
+      f'--text={reprlib.repr(prompt)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
+      f'(data.{key}={getattr(data, key)}); shorten the prompt.'
+    )
+  return data.targets_length - (0 if encodes else len(inputs))
+
+
+def prompt_batch(inputs: list[int], cfg: Experiment) -> Batch:
+  """The row that training makes of `inputs`, up to its first target: fields int32[1, length] as in `data.features`."""
+  ids, target, row = np.asarray(inputs, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int64)
+  if cfg.data.inputs_length:
+    return encoder_decoder_features(join([ids]), join([target]), row, 1, len(inputs), 1)
+  if isinstance(cfg.objective, CausalLm):
+    return decoder_features(None, join([np.append(ids, target)]), row, 1, len(inputs) + 1)
+  return decoder_features(join([ids]), join([target]), row, 1, len(inputs) + 1)
+
+
+def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[int]:
+  """Ids of the text of `inputs`: each sentinel replaced by what follows it in `output`; without sentinels, both.
+
+  A sentinel that `output` does not hold stays. Joined as ids, the parts have spaces where the text had them.
+
+  >>> vocabulary = Vocabulary(100, 4)  # <extra_id_0> is 103, [NLU] 104
+  >>> fill([104, 10, 103, 12, 102, 1], [103, 20, 21, 102, 22], vocabulary)
+  [10, 20, 21, 12, 22]
+  >>> fill([10, 11], [12], vocabulary)
+  [10, 11, 12]
+  """
+  text = [token for token in inputs if token != EOS and token not in vocabulary.mode_ids]
+  if not any(map(vocabulary.is_sentinel, text)):
+    return text + output
+  marks = [i for i, token in enumerate(output) if vocabulary.is_sentinel(token)]
+  ends = [*marks[1:], len(output)]
+  # The first answer to a blank counts: models repeat themselves.
+  found = {output[i]: output[i + 1 : end] for i, end in reversed(list(zip(marks, ends, strict=True)))}
+  return [token for hidden in text for token in found.get(hidden, [hidden])]
+
+
+def _decode(model: Model, params, inputs: list[int], max_tokens: int, cfg: Experiment, data: DataSource) -> list[int]:
+  """What the model writes after `inputs`, up to its EOS; ids that the tokenizer lacks are never chosen."""
+  output = np.asarray(greedy(model, params, prompt_batch(inputs, cfg), max_tokens, data.vocabulary.size))[0].tolist()
+  return output[: output.index(EOS)] if EOS in output else output
+
+
+def _result(prompt: str, inputs: list[int], output: list[int], data: DataSource) -> Generated:
+  render = data.tokenizer.render
+  return Generated(prompt, render(output), render(fill(inputs, output, data.vocabulary)))
