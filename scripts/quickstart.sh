@@ -10,4 +10,4 @@ bin=$PWD/.venv/bin
 "$bin/pretrain" train --gin_file=configs/ul2/quickstart.gin --workdir="$run"
 "$bin/python" scripts/baselines.py "$run"
 "$bin/pretrain" report "$run"
-"$bin/pretrain" generate --workdir="$run" --text='Return the <extra_id_0> of the given <extra_id_1> as a string.'
+"$bin/pretrain" generate --workdir="$run" --text='Return True if the <extra_id_0> of the given <extra_id_1>, False otherwise.'
