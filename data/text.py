@@ -1,10 +1,14 @@
-"""Text files and JSONL -> documents, as a stream: no file is ever held whole in memory."""
+"""Text files and JSONL -> documents, as a stream: no more than a few segments are in memory at once.
+
+A line of JSONL is the exception: it is one JSON value, and held whole.
+"""
 
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from data.errors import DataError
 
@@ -26,8 +30,10 @@ def read_segments(path: pathlib.Path, documents: Documents, field: str) -> Itera
   """The documents of a file, long ones in several segments.
 
   JSONL (by suffix) has one document to a line, in `field`. In a text a document is the file, or what lies between
-  blank lines, or a line. Raises DataError for a file that is missing, empty, no UTF-8 (with the byte), or a JSONL line
-  without `field` (with the line).
+  blank lines, or a line. A segment of it ends at the end of a line where one comes within SEGMENT_BYTES, otherwise at
+  white space (or, in as long a stretch without any, between two characters): however it is cut, it is one document.
+  Raises DataError for a file that is missing, empty, no UTF-8 (with the byte), or a JSONL line without `field` (with
+  the line).
   """
   if path.suffix in JSONL:
     segments = _jsonl(path, field)
@@ -41,16 +47,36 @@ def read_segments(path: pathlib.Path, documents: Documents, field: str) -> Itera
     raise DataError(f'{path} is empty; remove it from the inputs.')
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
-  """(number, text, bytes) of each line. Raises DataError at the first byte that is no text."""
-  offset = 0
+class _Piece(NamedTuple):
+  """A line, or a part of a long one, of `num_bytes`; `ends` says that the line does."""
+
+  text: str
+  num_bytes: int
+  ends: bool
+
+
+def _pieces(path: pathlib.Path, longest: int) -> Iterator[_Piece]:
+  """The lines of a file, in pieces of at most `longest` bytes. Raises DataError at the first byte that is no text."""
+  offset, rest = 0, b''
   try:
     with path.open('rb') as file:
-      for number, line in enumerate(file, 1):
-        yield number, _decode(path, line, offset), len(line)
-        offset += len(line)
+      while block := rest + file.readline(longest - len(rest)):
+        ends = len(block) < longest or block.endswith(b'\n')
+        cut = len(block) if ends else _place_to_cut(block)
+        yield _Piece(_decode(path, block[:cut], offset), cut, ends)
+        offset, rest = offset + cut, block[cut:]
   except OSError as error:
     raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
+
+
+def _place_to_cut(block: bytes) -> int:
+  """Behind the last white space; where there is none, before the last character (it may be cut off)."""
+  if (space := max(block.rfind(white) for white in b' \t\r')) >= 0:
+    return space + 1
+  for place in range(len(block) - 1, max(len(block) - 5, 0), -1):
+    if block[place] & 0xC0 != 0x80:  # no continuation byte: a character begins
+      return place
+  return len(block)
 
 
 def _decode(path: pathlib.Path, line: bytes, offset: int) -> str:
@@ -65,7 +91,7 @@ def _decode(path: pathlib.Path, line: bytes, offset: int) -> str:
 
 
 def _jsonl(path: pathlib.Path, field: str) -> Iterator[Segment]:
-  for number, line, size in _lines(path):
+  for number, (line, size, _) in enumerate(_pieces(path, sys.maxsize), 1):
     if not line.strip():
       continue
     try:
@@ -81,24 +107,29 @@ def _jsonl(path: pathlib.Path, field: str) -> Iterator[Segment]:
 
 def _whole_file(path: pathlib.Path) -> Iterator[Segment]:
   held, size = [], 0
-  for _, line, count in _lines(path):
+  for text, count, _ in _pieces(path, SEGMENT_BYTES):
     if size >= SEGMENT_BYTES:
       yield Segment(''.join(held), False, size)
       held, size = [], 0
-    held.append(line)
+    held.append(text)
     size += count
   yield Segment(''.join(held), True, size)
 
 
 def _parts(path: pathlib.Path, documents: Documents) -> Iterator[Segment]:
-  held, size = [], 0
-  for _, line, count in _lines(path):
+  held, size, blank = [], 0, True  # blank: nothing yet on this line
+  for text, count, ends in _pieces(path, SEGMENT_BYTES):
+    blank = blank and not text.strip()
+    if held and not blank and size >= SEGMENT_BYTES:
+      yield Segment(''.join(held), False, size)
+      held, size = [], 0
     size += count
-    if line.strip():
-      held.append(line)
-    if held and (documents == 'line' or not line.strip()):
+    if not blank:
+      held.append(text)
+    if held and ends and (documents == 'line' or blank):
       yield Segment(''.join(held), True, size)
       held, size = [], 0
+    blank = blank or ends
   if held:
     yield Segment(''.join(held), True, size)
 
