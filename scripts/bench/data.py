@@ -1,12 +1,15 @@
-"""How fast one process makes batches: packed rows of a causal LM, and UL2.
+"""How fast one process loads batches: packed rows of a causal LM, and UL2.
 
 python scripts/bench/data.py [--rounds 7] [--store PATH]
 
-Rounds are interleaved. Bars: 20 Mtok/s of packed LM rows, 3 Mtok/s of UL2. A token is a text token of the store.
+Times `data.loader.loader`, as a run has it (a thread makes batches ahead), and beside it a loop that makes the same
+batches without it. Rounds are interleaved. Bars, of the loader: 20 Mtok/s of packed LM rows, 3 Mtok/s of UL2. A token
+is a text token of the store.
 Without --store random tokens are written to a store in a temporary folder: both numbers include reading it.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import platform
@@ -21,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be 
 import numpy as np  # noqa: E402
 
 from data import prepare, source, store, vocabulary  # noqa: E402
+from data.loader import loader  # noqa: E402
 from data.objectives import CausalLm, Ul2  # noqa: E402
 
 SENTINELS, BATCH = 128, 64
@@ -47,14 +51,29 @@ def open_source(path: str, objective, inputs_length: int, targets_length: int) -
   return source.open_data(cfg, objective, seed=0, vocab_size=2**20, cache_dir='unused')
 
 
-def rate(data: source.DataSource, steps: range) -> float:
-  """Mtok/s over these steps. What a batch holds is counted after the clock has stopped."""
+def loaded(data: source.DataSource, steps: range) -> float:
+  """Seconds that the loader takes for these steps, once it has given the step before them."""
+  batches = loader(data, {'examples': (steps.start - 1) * BATCH}, slice(0, BATCH))
+  next(batches)
+  start = time.perf_counter()
+  for _ in itertools.islice(batches, len(steps)):
+    pass
+  return time.perf_counter() - start
+
+
+def made(data: source.DataSource, steps: range) -> float:
+  """Seconds that the batches of these steps take to make."""
   start = time.perf_counter()
   for step in steps:
     data.batch(step, slice(0, BATCH))
-  seconds = time.perf_counter() - start
-  tokens = sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step, row).pieces)
-  return tokens / seconds / 1e6
+  return time.perf_counter() - start
+
+
+def num_tokens(data: source.DataSource, steps: range) -> int:
+  return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step, row).pieces)
+
+
+WAYS = {'loader': loaded, 'no loader': made}
 
 
 def main() -> None:
@@ -76,13 +95,16 @@ def main() -> None:
     print(f'cores {cores} (load {load:.1f}), Python {platform.python_version()}, numpy {np.__version__}')
     for data in cases.values():
       data.batch(0, slice(0, BATCH))  # plans the epoch
-    rates: dict[str, list[float]] = {name: [] for name in cases}
+    rates: dict[str, list[float]] = {f'{name}, {way}': [] for name in cases for way in WAYS}
     for k in range(options.rounds):
+      steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
       for name, data in cases.items():
-        rates[name].append(rate(data, range(k * options.steps, (k + 1) * options.steps)))
+        tokens = num_tokens(data, steps)
+        for way, seconds in WAYS.items():
+          rates[f'{name}, {way}'].append(tokens / seconds(data, steps) / 1e6)
   for name, values in rates.items():
     middle = statistics.median(values)
-    print(f'{name:32} {middle:6.1f} Mtok/s, median of {len(values)} [{min(values):.1f} .. {max(values):.1f}]')
+    print(f'{name:40} {middle:6.1f} Mtok/s, median of {len(values)} [{min(values):.1f} .. {max(values):.1f}]')
 
 
 if __name__ == '__main__':
