@@ -61,7 +61,10 @@ class RowMaker:
 
 
 class StoreRows:
-  """Row k of an endless sequence over one store: epoch 0 in its order, then epoch 1, … Picklable; thread-safe."""
+  """Row k of an endless sequence over one store: epoch 0 in its order, then epoch 1, … Picklable.
+
+  Threads may share one; a plan is made once, and those who want another meanwhile wait.
+  """
 
   def __init__(self, store, spec: RowSpec, *, seed: int, purpose: str):
     self.store, self._seed, self._purpose = store, seed, purpose
@@ -73,28 +76,30 @@ class StoreRows:
     )  # fmt: skip
     self._firsts = [0]  # the row in the sequence with which each epoch begins
     self._recent: collections.OrderedDict[int, Plan] = collections.OrderedDict()
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()
 
   def __getstate__(self):
     return {k: v for k, v in self.__dict__.items() if k != '_lock'}
 
   def __setstate__(self, state):
     self.__dict__.update(state)
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()
 
   def plan(self, epoch: int) -> Plan:
     """The plan of an epoch; the last two are kept."""
-    if epoch not in self._recent:
-      self._recent[epoch] = self._planner.plan(epoch)
-      while len(self._recent) > 2:
-        self._recent.popitem(last=False)
-    return self._recent[epoch]
+    with self._lock:
+      if epoch not in self._recent:
+        self._recent[epoch] = self._planner.plan(epoch)
+        while len(self._recent) > 2:
+          self._recent.popitem(last=False)
+      return self._recent[epoch]
 
   def row_count(self, epoch: int) -> int:
-    return int(np.diff(self._first_rows(epoch))[epoch])
+    with self._lock:
+      return int(np.diff(self._first_rows(epoch))[epoch])
 
   def _first_rows(self, epoch: int) -> list[int]:
-    """Where epochs 0 … epoch + 1 begin. Counting rows takes planning each epoch once, in order."""
+    """Where epochs 0 … epoch + 1 begin. Counting rows takes planning each epoch once, in order; under the lock."""
     while len(self._firsts) < epoch + 2:
       self._firsts.append(self._firsts[-1] + self.plan(len(self._firsts) - 1).num_rows)
     return self._firsts

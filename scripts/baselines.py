@@ -1,7 +1,9 @@
 """What n-grams reach on the held-out text of a run: python scripts/baselines.py WORKDIR.
 
 Counts a unigram, a Kneser-Ney bigram and trigram on the run's training store, prints their losses beside the model's
-`text_loss` (all in nats per text token) and leaves them in WORKDIR/baselines.json, for `pretrain report`.
+`text_loss` (all in nats per text token) and leaves them in WORKDIR/baselines.json, for `pretrain report`. N-grams
+predict every text token of the held-out store; a run those that its objective asks for, in the first
+`evaluation.batches` batches. What is printed says how many.
 """
 
 import dataclasses
@@ -31,10 +33,13 @@ def stores(data: Data, vocab_size: int) -> tuple[str, str]:
   raise ConfigError(f'baselines need one training store and one held-out store; data.name={data.name!r} has others.')
 
 
-def last_text_loss(workdir: pathlib.Path) -> float | None:
-  """The model's newest held-out loss on text, if it was evaluated."""
-  found = [row[key] for row in read_metrics(workdir) for key in row if key.endswith('/text_loss')]
-  return found[-1] if found else None
+def last_text_loss(workdir: pathlib.Path) -> tuple[float, int] | None:
+  """(the model's newest held-out loss on text, targets it was evaluated on), if it was evaluated."""
+  found = [(row, key) for row in read_metrics(workdir) for key in row if key.endswith('/text_loss')]
+  if not found:
+    return None
+  row, key = found[-1]
+  return row[key], int(row[key.removesuffix('text_loss') + 'targets'])
 
 
 def main(workdir: pathlib.Path) -> None:
@@ -46,10 +51,13 @@ def main(workdir: pathlib.Path) -> None:
   losses = dataclasses.asdict(ngram_loss(open_store(train), open_store(heldout)))
   num_tokens = losses.pop('num_tokens')
   (workdir / 'baselines.json').write_text(json.dumps(losses, indent=2) + '\n')
-  print(f'Held-out text, nats per token ({num_tokens:,} tokens):')
+  print(f'Held-out text, nats per text token. N-grams predict all {num_tokens:,} of the held-out store:')
   for name, loss in losses.items():
     print(f'  {name:<18}{loss:.3f}')
-  if (loss := last_text_loss(workdir)) is not None:
+  if evaluated := last_text_loss(workdir):
+    loss, targets = evaluated
+    batches = f'evaluation.batches={cfg.evaluation.batches}'
+    print(f'The run was asked for {targets:,} targets ({batches}); its loss is of those that are text:')
     print(f'  {"this run":<18}{loss:.3f}   {losses["unigram"] - loss:+.3f} below the unigram')
 
 

@@ -1,10 +1,14 @@
 """The global batch of a step is a pure function of config, seed and step."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -116,15 +120,62 @@ def test_a_causal_epoch_is_the_store_itself(text_store):
   assert text.tolist() == store.read([(0, store.num_tokens)])[0].tolist()
 
 
-def test_no_example_crosses_a_document_unless_asked(text_store):
-  apart = opened(text_store, Ul2()).batch(0, slice(0, 8))
-  across = opened(text_store, Ul2(), attend_across_documents=True).batch(0, slice(0, 8))
-  assert apart['encoder_segment_ids'].max() > 1
-  assert across['encoder_segment_ids'].max() == 1
-  for segments in (apart['encoder_segment_ids'], apart['decoder_segment_ids']):
-    eos = apart['encoder_input_tokens'] == EOS if segments is apart['encoder_segment_ids'] else None
-    if eos is not None:
-      assert eos.sum(1).tolist() == segments.max(1).tolist(), 'one EOS for each example, none inside'
+def examples(batch, side: str) -> list[list[int]]:
+  """The tokens of each example of one side (decoder: targets), row after row."""
+  tokens = batch[{'encoder': 'encoder_input_tokens', 'decoder': 'decoder_target_tokens'}[side]]
+  segments = batch[f'{side}_segment_ids']
+  return [row[own == k].tolist() for row, own in zip(tokens, segments, strict=True) for k in range(1, own.max() + 1)]
+
+
+@pytest.mark.parametrize('side', ['encoder', 'decoder'])
+def test_no_example_crosses_a_document_unless_asked(text_store, side):
+  source = opened(text_store)
+  apart = source.batch(0, slice(0, 8))
+  across = opened(text_store, attend_across_documents=True).batch(0, slice(0, 8))
+  pieces = [source.describe_row(0, row).pieces for row in range(8)]
+  assert apart[f'{side}_segment_ids'].max(1).tolist() == [len(row) for row in pieces], 'a segment for each piece'
+  assert max(len(row) for row in pieces) > 1
+  assert across[f'{side}_segment_ids'].max() == 1
+  store = open_store(text_store)
+  for tokens, (document, begin, length) in zip(examples(apart, side), itertools.chain(*pieces), strict=True):
+    assert store.offsets[document] <= begin
+    assert begin + length < store.offsets[document + 1], 'within one document, without its EOS'
+    assert tokens[-1] == EOS
+    assert tokens.count(EOS) == 1, 'one EOS, at the end'
+    text = store.read([(begin, length)])[0].tolist()
+    assert is_subsequence([token for token in tokens if EOS < token < source.vocabulary.pieces], text)
+
+
+def is_subsequence(short: list[int], long: list[int]) -> bool:
+  rest = iter(long)
+  return all(token in rest for token in short)
+
+
+class SlowDict(collections.OrderedDict):
+  """Other threads run between what is stored and what is done next."""
+
+  def __setitem__(self, key, value):
+    super().__setitem__(key, value)
+    time.sleep(1e-3)
+
+
+def test_threads_that_share_rows_get_what_one_gets(text_store):
+  """Plans of more epochs than are kept, wanted in another order by each thread."""
+  shared, alone = (opened(text_store)._rows[0] for _ in range(2))
+  plan, planned = shared._planner.plan, []
+  shared._planner.plan = lambda epoch: (planned.append(epoch), plan(epoch))[1]
+  shared._recent = SlowDict()
+  wanted = [(epoch, alone.row_count(epoch), alone.batch(epoch, np.arange(3))) for epoch in range(4)]
+
+  def ask(thread: int) -> None:
+    for k in range(20):
+      epoch, count, batch = wanted[(k * (thread + 1) + thread) % 4]
+      assert_equal(shared.batch(epoch, np.arange(3)), batch)
+      assert shared.row_count(epoch) == count
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(ask, range(8)))
+  assert len(planned) > 8, 'plans were dropped and made again'
 
 
 def test_rows_count_from_zero_for_ever(text_store):
