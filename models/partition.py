@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax import Array
@@ -60,7 +60,7 @@ def shardings(specs: Tree, mesh: Mesh) -> Tree:
 
 @contextlib.contextmanager
 def on(mesh: Mesh | AbstractMesh | None):
-  """Inside, `constrain` and `per_shard` speak of this mesh; without one they do nothing."""
+  """Inside, `constrain` speaks of this mesh; without one it does nothing."""
   if mesh is None:
     yield
     return
@@ -73,15 +73,6 @@ def constrain(x: Array, *axes: str | None) -> Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
-
-
-def per_shard(kernel: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]) -> Callable:
-  """`kernel` run on each device's shard of its arguments: a hand-written kernel cannot be partitioned for us."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return kernel
-  spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
-  return jax.shard_map(kernel, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes), check_vma=False)
 
 
 def check_divisible(specs: Tree, mesh: Mesh | AbstractMesh) -> None:
