@@ -9,8 +9,12 @@ lint: setup
 test:
 	./scripts/test.sh
 
+# Then the tests of data/ again, with annotations checked at every call (store and vocabulary take arrays for ints).
+checked := $(filter-out data.__init__ data.store data.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py))))
+comma := ,
 test-all:
 	./scripts/test.sh -m ''
+	.venv/bin/python -m pytest -q tests/data --jaxtyping-packages=$(subst $() ,$(comma),$(checked)),beartype.beartype
 
 golden: setup
 	.venv/bin/python scripts/golden.py

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from data.noise import (
@@ -86,6 +88,41 @@ def test_pieces_do_not_know_of_each_other():
   for i, own in enumerate(np.split(bits, cuts)):
     alone = noise_masks(lengths[i : i + 1], noise[i : i + 1], spans[i : i + 1], own)
     assert alone.tolist() == together[i].tolist()
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+  lengths=st.lists(st.integers(1, 80), min_size=1, max_size=12),
+  density=st.floats(0.01, 0.5),
+  mean=st.floats(2.0, 100.0),  # below, some pieces are refused (check_objective)
+  seed=st.integers(0, 2**32),
+)
+def test_any_pieces_have_their_counts_and_nothing_is_lost(lengths, density, mean, seed):
+  """Noise and spans of each piece as counted; text is back when targets are put in the inputs' sentinels."""
+  lengths, rng = np.array(lengths), np.random.default_rng(seed)
+  noise, spans = noise_counts(lengths, density, mean)
+  noise = np.where(lengths > 1, noise, 0)
+  masks = noise_masks(lengths, noise, spans, rng.integers(0, 2**64, lengths.sum(), np.uint64))
+  for i, mask in enumerate(np.split(masks, np.cumsum(lengths)[:-1])):
+    assert mask.sum() == noise[i]
+    assert np.diff(mask.astype(int), prepend=0).clip(0).sum() == (spans[i] if lengths[i] > 1 else 0)
+    tokens = np.arange(100, 100 + lengths[i], dtype=np.int32)
+    inputs = noise_span_to_unique_sentinel(tokens, mask, FIRST).tolist()
+    targets = nonnoise_span_to_unique_sentinel(tokens, mask, FIRST).tolist()
+    assert restored(inputs, targets) == tokens.tolist()
+
+
+def restored(inputs: list[int], targets: list[int]) -> list[int]:
+  """`inputs` with what follows the same sentinel in `targets` in place of each of theirs."""
+  hidden, text = {}, []
+  for token in targets:
+    if token > FIRST - 1000:
+      hidden[token] = []
+    else:
+      hidden[FIRST + 1 - len(hidden)].append(token)
+  for token in inputs:
+    text += hidden[token] if token > FIRST - 1000 else [token]
+  return text
 
 
 def test_random_roll_turns_a_mask_to_every_place():

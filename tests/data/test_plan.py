@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data.noise import span_corruption_lengths
 from data.objectives import CausalLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
@@ -49,6 +51,37 @@ def test_each_token_is_in_exactly_one_row_of_an_epoch(objective, budget, epoch):
     wanted[begin : begin + length] += 1
   assert used.tolist() == wanted.tolist()
   assert set(pieces.stretches.tolist()) == set(range(plan.num_rows)), 'no row is empty'
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+  case=st.sampled_from([tuple(case.values) for case in CASES]),
+  lengths=st.lists(st.integers(0, 3) | st.integers(0, 300), min_size=1, max_size=30).filter(any),
+  eos=st.integers(0, 1),
+  across=st.booleans(),
+)
+@example(case=(Ul2(), Budget(128, 32)), lengths=[0, 1, 0, 0, 129 + STUB, 0], eos=1, across=False)
+def test_any_documents_are_cut_in_rows_that_fit_and_hold_all_of_them(case, lengths, eos, across):
+  (objective, budget), lengths = case, np.array(lengths, np.int64)
+  begins = np.cumsum(lengths + eos) - lengths - eos
+  if across:
+    lengths, begins = np.array([lengths.sum()]), np.zeros(1, np.int64)
+  text, tasks = Stream(begins, lengths), tasks_of(objective)
+  plan = planner(objective, budget, text=text, across=across).plan(0)
+  assert plan.cuts[0] == 0
+  assert plan.cuts[-1] == text.size
+  assert (np.diff(plan.cuts) > 0).all()
+  pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])
+  covered = [p for place, n in zip(pieces.places, pieces.lengths, strict=True) for p in range(place, place + n)]
+  assert covered == [p for begin, n in zip(begins, lengths, strict=True) for p in range(begin, begin + n)]
+  for row, task in enumerate(plan.tasks):
+    own = pieces.lengths[pieces.stretches == row]
+    if budget.inputs_length:
+      inputs, targets = tasks[task].costs(own)
+      assert inputs.sum() <= budget.inputs_length
+      assert targets.sum() <= budget.targets_length
+    else:
+      assert tasks[task].total_costs(own).sum() <= budget.targets_length
 
 
 @pytest.mark.parametrize(('objective', 'budget'), CASES)
