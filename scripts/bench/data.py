@@ -104,7 +104,7 @@ def main() -> None:
           rates[f'{name}, {way}'].append(tokens / seconds(data, steps) / 1e6)
   for name, values in rates.items():
     middle = statistics.median(values)
-    print(f'{name:40} {middle:6.1f} Mtok/s, median of {len(values)} [{min(values):.1f} .. {max(values):.1f}]')
+    print(f'{name:43} {middle:6.1f} Mtok/s, median of {len(values)} [{min(values):.1f} .. {max(values):.1f}]')
 
 
 if __name__ == '__main__':
