@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Literal, assert_never
+from typing import Annotated, Literal, assert_never
 
 import numpy as np
 
@@ -33,13 +33,13 @@ class _Common:
   """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a decoder-only model, whose rows then have
   `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait (for each)."""
 
-  batch_size: int
-  inputs_length: int = 0
-  targets_length: int
-  sentinels: int = 100
+  batch_size: Annotated[int, '>= 1']
+  inputs_length: Annotated[int, '>= 0'] = 0
+  targets_length: Annotated[int, '>= 1']
+  sentinels: Annotated[int, '>= 0'] = 100
   attend_across_documents: bool = False
-  workers: int = 0
-  prefetch: int = 2
+  workers: Annotated[int, '>= 0'] = 0
+  prefetch: Annotated[int, '>= 0'] = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,11 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from models import partition
-from models.decoder import Decoder, DecoderConfig
-from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from models.decoder import Decoder, DecoderConfig, check_decoder
+from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.specs import Tree, as_function, param_specs
+from pallas_kernels.attention import api as attention
+from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
 
 ModelConfig = EncoderDecoderConfig | DecoderConfig
 
@@ -47,6 +49,26 @@ class Model:
     """f32[…, vocab]."""
     head = self.head(params).astype(hidden.dtype)
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def check_model(cfg: ModelConfig) -> None:
+  """Raises ValueError for sizes that do not fit each other; ranges stand at the fields."""
+  match cfg:
+    case EncoderDecoderConfig():
+      check_encoder_decoder(cfg)
+    case DecoderConfig():
+      check_decoder(cfg)
+    case _:
+      assert_never(cfg)
+
+
+def check_kernels(cfg: KernelsConfig) -> None:
+  """Raises ValueError for an implementation that does not exist. Whether it can run here, its call says."""
+  ops = {'attention': attention, 'linear_cross_entropy': linear_cross_entropy}
+  for name, op in ops.items():
+    given, known = getattr(cfg, name), ('auto', *op.IMPLEMENTATIONS)
+    if given not in known:
+      raise ValueError(f'kernels.{name}={given!r} is not one of {", ".join(map(repr, known))}.')
 
 
 def build(cfg: ModelConfig, kernels: KernelsConfig = KernelsConfig(), mesh: Mesh | AbstractMesh | None = None) -> Model:

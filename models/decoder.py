@@ -1,7 +1,7 @@
 """A decoder-only model with rotary positions, shared keys (GQA) and SwiGLU; causal, or with a visible prefix."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,19 +24,29 @@ class DecoderConfig:
   """Sizes of a Llama-like model; `kv_heads=None` gives each head its own keys."""
 
   name: Literal['decoder'] = 'decoder'
-  vocab_size: int
-  embed: int
-  layers: int
-  heads: int
-  head_dim: int
+  vocab_size: Annotated[int, '>= 1']
+  embed: Annotated[int, '>= 1']
+  layers: Annotated[int, '>= 1']
+  heads: Annotated[int, '>= 1']
+  head_dim: Annotated[int, '>= 1']
   mlp: DecoderMlpConfig
-  kv_heads: int | None = None
-  rope_theta: float = 10_000.0
-  embedding_init_std: float = 1.0
-  head_init_scale: float = 1.0
-  dropout: float = 0.0
+  kv_heads: Annotated[int, '>= 1'] | None = None
+  rope_theta: Annotated[float, '> 0'] = 10_000.0
+  embedding_init_std: Annotated[float, '>= 0'] = 1.0
+  head_init_scale: Annotated[float, '>= 0'] = 1.0
+  dropout: Annotated[float, '[0, 1)'] = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
+
+
+def check_decoder(cfg: DecoderConfig) -> None:
+  """Raises ValueError for sizes that do not fit each other."""
+  if cfg.heads % (cfg.kv_heads or 1):
+    raise ValueError(
+      f'model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}; each serves equally many.'
+    )
+  if cfg.head_dim % 2:
+    raise ValueError(f'model.head_dim={cfg.head_dim} is odd; rotary positions turn pairs, use {cfg.head_dim + 1}.')
 
 
 class Decoder(nnx.Module):

@@ -1,7 +1,7 @@
 """T5 v1.1 and UL2: an encoder and a decoder with relative biases, RMS norms and gated MLPs."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,20 +22,30 @@ class EncoderDecoderConfig:
   """Sizes of a T5 v1.1 model. `dtype` is that of activations; parameters, softmax and loss are f32."""
 
   name: Literal['encoder_decoder'] = 'encoder_decoder'
-  vocab_size: int
-  embed: int
-  encoder_layers: int
-  decoder_layers: int
-  heads: int
-  head_dim: int
+  vocab_size: Annotated[int, '>= 1']
+  embed: Annotated[int, '>= 1']
+  encoder_layers: Annotated[int, '>= 1']
+  decoder_layers: Annotated[int, '>= 1']
+  heads: Annotated[int, '>= 1']
+  head_dim: Annotated[int, '>= 1']
   mlp: MlpConfig
-  relative_buckets: int = 32
-  relative_max_distance: int = 128
-  embedding_init_std: float = 1.0
-  head_init_scale: float = 1.0
-  dropout: float = 0.0
+  relative_buckets: Annotated[int, '>= 4'] = 32  # the encoder has one near and one far bucket on each side
+  relative_max_distance: Annotated[int, '>= 1'] = 128
+  embedding_init_std: Annotated[float, '>= 0'] = 1.0
+  head_init_scale: Annotated[float, '>= 0'] = 1.0
+  dropout: Annotated[float, '[0, 1)'] = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
+
+
+def check_encoder_decoder(cfg: EncoderDecoderConfig) -> None:
+  """Raises ValueError where the logarithmic buckets would begin beyond their end."""
+  exact = cfg.relative_buckets // 2  # of the decoder, which looks to one side
+  if cfg.relative_max_distance <= exact:
+    raise ValueError(
+      f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
+      f'whose first {exact} buckets are single distances; set model.relative_max_distance > {exact}.'
+    )
 
 
 class EncoderDecoder(nnx.Module):

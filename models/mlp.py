@@ -1,7 +1,7 @@
 """Gated feed-forward layer."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 from flax import nnx
@@ -21,7 +21,7 @@ HIDDEN_SITE = 10
 class MlpConfig:
   """`activation` of the gate: gelu (tanh form) in T5 v1.1 and UL2, silu (SwiGLU) in Llama."""
 
-  hidden: int
+  hidden: Annotated[int, '>= 1']
   activation: Literal['gelu', 'silu'] = 'gelu'
 
 

@@ -1,10 +1,12 @@
 """The root of the config: every section of a run, and the facts that span sections."""
 
 import dataclasses
+import math
+from typing import Annotated
 
 from data.objectives import CausalLm, Objective, Ul2r, check_objective
 from data.source import Data
-from models.build import KernelsConfig, ModelConfig
+from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
@@ -16,9 +18,9 @@ from pretrain.schedule import Schedule, check_schedule
 class TrainConfig:
   """`steps` ends the run; `accumulate` cuts the global batch in that many microbatches."""
 
-  steps: int
-  log_every: int = 1
-  accumulate: int = 1
+  steps: Annotated[int, '>= 1']
+  log_every: Annotated[int, '>= 1'] = 1
+  accumulate: Annotated[int, '>= 1'] = 1
   profile_steps: tuple[int, int] | None = None
 
 
@@ -26,17 +28,17 @@ class TrainConfig:
 class EvaluationConfig:
   """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never."""
 
-  every: int = 0
-  batches: int = 8
+  every: Annotated[int, '>= 0'] = 0
+  batches: Annotated[int, '>= 1'] = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   """Save every `every` steps; keep the last `keep`, and for ever those at multiples of `keep_every`."""
 
-  every: int = 100
-  keep: int = 3
-  keep_every: int | None = None
+  every: Annotated[int, '>= 1'] = 100
+  keep: Annotated[int, '>= 1'] = 3
+  keep_every: Annotated[int, '>= 1'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Experiment:
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
   kernels: KernelsConfig = KernelsConfig()
-  seed: int = 0
+  seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
 
 # What a resumed run may change; anything else would make it another run.
@@ -70,25 +72,17 @@ MAY_CHANGE = (
 
 def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone; touches no device and no file."""
-  _check_positive(cfg)
   _check_family(cfg)
-  _check_batch(cfg)
+  _check_profile(cfg)
+  # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
+  check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   try:
+    check_model(cfg.model)
+    check_kernels(cfg.kernels)
     check_schedule(cfg.schedule)
     check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
   except ValueError as error:
     raise ConfigError(str(error)) from error
-
-
-def _check_positive(cfg: Experiment) -> None:
-  values = {
-    'train.steps': cfg.train.steps, 'train.log_every': cfg.train.log_every, 'train.accumulate': cfg.train.accumulate,
-    'checkpoint.every': cfg.checkpoint.every, 'checkpoint.keep': cfg.checkpoint.keep,
-    'data.batch_size': cfg.data.batch_size, 'data.targets_length': cfg.data.targets_length,
-  }  # fmt: skip
-  for key, value in values.items():
-    if value < 1:
-      raise ConfigError(f'{key}={value}; it must be at least 1.')
 
 
 def _check_family(cfg: Experiment) -> None:
@@ -98,12 +92,21 @@ def _check_family(cfg: Experiment) -> None:
   if encoder != (cfg.data.inputs_length > 0):
     fix = 'set it to the encoder length' if encoder else 'remove it (rows have data.targets_length tokens)'
     raise ConfigError(f"data.inputs_length={cfg.data.inputs_length} with model.name='{cfg.model.name}'; {fix}.")
-  if cfg.data.sentinels < 0:
-    raise ConfigError(f'data.sentinels={cfg.data.sentinels}; it must be at least 0.')
 
 
-def _check_batch(cfg: Experiment) -> None:
-  shards = max(cfg.mesh.replica, 1) * max(cfg.mesh.data, 1) * max(cfg.mesh.fsdp, 1)
+def _check_profile(cfg: Experiment) -> None:
+  if cfg.train.profile_steps is None:
+    return
+  first, last = cfg.train.profile_steps
+  if not 0 <= first < last <= cfg.train.steps:
+    raise ConfigError(
+      f'train.profile_steps=({first}, {last}) with train.steps={cfg.train.steps}; '
+      'give (first, last) with 0 <= first < last <= train.steps.'
+    )
+
+
+def check_batch(cfg: Experiment, shards: int) -> None:
+  """Raises ConfigError where the rows of a step do not fill that many shards, `train.accumulate` times."""
   pieces = shards * cfg.train.accumulate
   if cfg.data.batch_size % pieces:
     good = max(cfg.data.batch_size // pieces, 1) * pieces

@@ -1,6 +1,7 @@
 """What a step minimises: token cross entropy (with z-loss), and the same split for evaluation."""
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,8 +15,8 @@ from pretrain.step import Batch, LossFn, Metrics
 class LossConfig:
   """`z_loss` weighs log(Z)^2, which keeps logits near zero (1e-4 in T5X). Source: arXiv:2204.02311, §5."""
 
-  z_loss: float = 0.0
-  label_smoothing: float = 0.0
+  z_loss: Annotated[float, '>= 0'] = 0.0
+  label_smoothing: Annotated[float, '[0, 1)'] = 0.0
 
 
 def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):

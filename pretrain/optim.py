@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,13 @@ class AdamW:
   """
 
   name: Literal['adamw'] = 'adamw'
-  b1: float = 0.9
-  b2: float = 0.98
-  eps: float = 1e-8
-  weight_decay: float = 0.01
-  clip_norm: float = 1.0
+  b1: Annotated[float, '[0, 1)'] = 0.9
+  b2: Annotated[float, '[0, 1)'] = 0.98
+  eps: Annotated[float, '> 0'] = 1e-8
+  weight_decay: Annotated[float, '>= 0'] = 0.01
+  clip_norm: Annotated[float, '>= 0'] = 1.0  # 0 clips nothing
   parameter_scale: bool = False
-  max_consecutive_nonfinite: int = 5
+  max_consecutive_nonfinite: Annotated[int, '>= 1'] = 5
 
 
 def decays(spec: ParamSpec) -> bool:

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 import models.build
 from models import partition, specs
 from pretrain.errors import ConfigError
-from pretrain.experiment import Experiment
+from pretrain.experiment import Experiment, check_batch
 from pretrain.loss import make_loss
-from pretrain.mesh import make_mesh, replicated
+from pretrain.mesh import batch_shards, make_mesh, replicated
 from pretrain.optim import make_optimizer, skipped, state_shardings
 from pretrain.platform import compiler_options
 from pretrain.schedule import make_schedule
@@ -53,8 +53,12 @@ def check_divisible(parameters, mesh) -> None:
 
 
 def build_program(cfg: Experiment, devices=None) -> Program:
-  """Everything a run needs that holds no arrays; nothing is allocated."""
+  """Everything a run needs that holds no arrays; nothing is allocated.
+
+  Raises ConfigError where the mesh does not divide the batch or a parameter.
+  """
   mesh = make_mesh(cfg.mesh, devices)
+  check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule)

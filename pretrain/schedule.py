@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import Annotated, Literal, assert_never
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,8 +11,8 @@ from jax import Array
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
   name: Literal['constant'] = 'constant'
-  peak: float
-  warmup_steps: int = 0
+  peak: Annotated[float, '>= 0']
+  warmup_steps: Annotated[int, '>= 0'] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Rsqrt:
   """peak * sqrt(warmup_steps / step) after warm-up. Source: Raffel et al. 2020, arXiv:1910.10683, §3.1.2."""
 
   name: Literal['rsqrt'] = 'rsqrt'
-  peak: float
-  warmup_steps: int
+  peak: Annotated[float, '>= 0']
+  warmup_steps: Annotated[int, '>= 1']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Linear:
   """Straight from `peak` down to `peak * final_fraction` at step `steps`."""
 
   name: Literal['linear'] = 'linear'
-  peak: float
-  warmup_steps: int = 0
-  steps: int
-  final_fraction: float = 0.0
+  peak: Annotated[float, '>= 0']
+  warmup_steps: Annotated[int, '>= 0'] = 0
+  steps: Annotated[int, '>= 1']
+  final_fraction: Annotated[float, '[0, 1]'] = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class Cosine:
   """Half a cosine from `peak` down to `peak * final_fraction` at step `steps`. Source: arXiv:1608.03983, eq. 5."""
 
   name: Literal['cosine'] = 'cosine'
-  peak: float
-  warmup_steps: int = 0
-  steps: int
-  final_fraction: float = 0.1
+  peak: Annotated[float, '>= 0']
+  warmup_steps: Annotated[int, '>= 0'] = 0
+  steps: Annotated[int, '>= 1']
+  final_fraction: Annotated[float, '[0, 1]'] = 0.1
 
 
 Schedule = Constant | Rsqrt | Linear | Cosine
@@ -76,8 +76,6 @@ def make_schedule(cfg: Schedule) -> Callable[[Array], Array]:
 
 def check_schedule(cfg: Schedule) -> None:
   """Raises ValueError where the decay would end before the warm-up does."""
-  if isinstance(cfg, Rsqrt) and cfg.warmup_steps < 1:
-    raise ValueError(f'schedule.warmup_steps={cfg.warmup_steps}; rsqrt needs at least 1.')
   if isinstance(cfg, Linear | Cosine) and cfg.steps <= cfg.warmup_steps:
     raise ValueError(
       f'schedule.steps={cfg.steps} does not exceed schedule.warmup_steps={cfg.warmup_steps}; '

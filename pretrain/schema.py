@@ -1,7 +1,8 @@
 """Nested values -> frozen dataclasses, checked against their annotations. Knows nothing of files but where keys stand.
 
 Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], a dataclass, or a union of
-dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only coercion.
+dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only coercion. A range stands
+next to its field, in words that need no import: `Annotated[int, '>= 1']`, `Annotated[float, '[0, 1)']`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pretrain.errors import ConfigError
 
@@ -27,7 +28,8 @@ class Builder:
   def build(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """A dataclass from its keys in `tree`; what they leave out comes from `default`, then from the class."""
     schema = self.pick(hint, tree, key, default)
-    hints, fields = typing.get_type_hints(schema), {f.name: f for f in dataclasses.fields(schema)}
+    hints = typing.get_type_hints(schema, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
     for name in tree:
       if name not in fields:
         raise ConfigError(self.unknown(join(key, name), name, schema, hint))
@@ -65,7 +67,8 @@ class Builder:
       raise ConfigError(f'{key} is required and not set; add it to {owner} at {self.places[owner]}.')
     raise ConfigError(f'{key} is required and not set; add {key} = … to {self.file}.')
 
-  def unknown(self, key: str, name: str, schema: Any, hint: Any) -> str:
+  def unknown(self, key: str, given: Any, schema: Any, hint: Any) -> str:
+    name = str(given)
     fields = [f.name for f in dataclasses.fields(schema)]
     text = f'{self.where(key)}unknown key {key}; '
     if close := difflib.get_close_matches(name, fields, 1):
@@ -84,6 +87,8 @@ class Builder:
       return None if given is None else self.value(without_none(args), given, key)
     if is_section(hint):
       return self.section(hint, given, key, default)
+    if origin is Annotated:
+      return self.bounded(args[0], args[1], given, key)
     if origin is tuple:
       return self.sequence(args, given, key)
     if origin is Literal:
@@ -105,6 +110,12 @@ class Builder:
     if len(args) != len(given):
       raise ConfigError(f'{self.where(key)}{key} has {len(given)} values, expected {len(args)}.')
     return tuple(self.value(a, v, f'{key}[{i}]') for i, (a, v) in enumerate(zip(args, given, strict=True)))
+
+  def bounded(self, hint: Any, allowed: str, given: Any, key: str) -> Any:
+    value = self.value(hint, given, key)
+    if not within(value, allowed):
+      raise ConfigError(f'{self.where(key)}{key}={given!r}; it must be {"in " * (allowed[0] in "[(")}{allowed}.')
+    return value
 
   def literal(self, allowed: Sequence[Any], given: Any, key: str) -> Any:
     if given in allowed:
@@ -137,6 +148,19 @@ class Builder:
 
 
 UNIONS = (types.UnionType, typing.Union)
+
+
+def within(value: float, allowed: str) -> bool:
+  """Whether `value` lies in a range as configs write it: '>= low', '> low', or an interval.
+
+  >>> within(1, '>= 1'), within(0, '> 0'), within(0, '[0, 1)'), within(1, '[0, 1)'), within(1, '(0, 1]')
+  (True, False, True, False, True)
+  """
+  if allowed[0] == '>':
+    sign, low = allowed.split()
+    return value > float(low) or (sign == '>=' and value == float(low))
+  low, high = (float(end) for end in allowed[1:-1].split(','))
+  return low < value < high or (value == low and allowed[0] == '[') or (value == high and allowed[-1] == ']')
 
 
 def without_none(args: tuple[Any, ...]) -> Any:

@@ -38,7 +38,7 @@ def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
     ('data.batch_size=30', 'CONFIG: data.batch_size=30 does not divide into'),
     ('data.sentinels=10', 'CONFIG: data.sentinels=10 but denoiser'),
     ('data.inputs_length=0', "CONFIG: data.inputs_length=0 with model.name='encoder_decoder'"),
-    ('train.steps=0', 'CONFIG: train.steps=0; it must be at least 1.'),
+    ('train.steps=0', 'CONFIG: --gin.train.steps: train.steps=0; it must be >= 1.'),
     ("train.steps='many'", 'CONFIG: --gin.train.steps: train.steps'),
     ("objective.name='causal_lm'", "CONFIG: objective.name='causal_lm' is for model.name='decoder'"),
     ('schedule.steps=100', 'CONFIG: schedule.steps=100 does not exceed schedule.warmup_steps'),
@@ -49,6 +49,74 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
   assert (code, len(err.splitlines())) == (64, 1), err
   assert err.startswith(message), err
   assert not (tmp_path / 'run').exists(), 'nothing was written'
+
+
+@pytest.mark.parametrize(
+  ('file', 'override', 'message'),
+  [
+    (tiny.DECODER, 'model.kv_heads=3', 'model.kv_heads=3 does not divide model.heads=4; each serves equally many.'),
+    (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.DECODER, 'model.layers=0', '--gin.model.layers: model.layers=0; it must be >= 1.'),
+    (tiny.DECODER, 'model.mlp.hidden=0', '--gin.model.mlp.hidden: model.mlp.hidden=0; it must be >= 1.'),
+    (tiny.DECODER, 'model.dropout=1.0', '--gin.model.dropout: model.dropout=1.0; it must be in [0, 1).'),
+    (tiny.DECODER, 'model.dropout=-0.5', '--gin.model.dropout: model.dropout=-0.5; it must be in [0, 1).'),
+    (tiny.UL2, 'model.encoder_layers=0', '--gin.model.encoder_layers: model.encoder_layers=0; it must be >= 1.'),
+    (tiny.UL2, 'model.heads=-4', '--gin.model.heads: model.heads=-4; it must be >= 1.'),
+    (tiny.UL2, 'model.relative_buckets=2', '--gin.model.relative_buckets: model.relative_buckets=2; it must be >= 4.'),
+    (
+      tiny.UL2,
+      'model.relative_max_distance=16',
+      'model.relative_max_distance=16 with model.relative_buckets=32, whose first 16 buckets are single distances; '
+      'set model.relative_max_distance > 16.',
+    ),
+    (tiny.UL2, "kernels.attention='fast'", "kernels.attention='fast' is not one of 'auto', 'reference'."),
+    (
+      tiny.UL2,
+      "kernels.linear_cross_entropy='fast'",
+      "kernels.linear_cross_entropy='fast' is not one of 'auto', 'reference'.",
+    ),
+    (tiny.UL2, 'evaluation.batches=0', '--gin.evaluation.batches: evaluation.batches=0; it must be >= 1.'),
+    (tiny.UL2, 'data.workers=-1', '--gin.data.workers: data.workers=-1; it must be >= 0.'),
+    (tiny.UL2, 'data.prefetch=-1', '--gin.data.prefetch: data.prefetch=-1; it must be >= 0.'),
+    (tiny.UL2, 'seed=-1', '--gin.seed: seed=-1; it must be in [0, 4294967296).'),
+    (tiny.UL2, f'seed={2**64}', f'--gin.seed: seed={2**64}; it must be in [0, 4294967296).'),
+    (tiny.UL2, 'checkpoint.keep_every=0', '--gin.checkpoint.keep_every: checkpoint.keep_every=0; it must be >= 1.'),
+    (tiny.UL2, 'checkpoint.every=-1', '--gin.checkpoint.every: checkpoint.every=-1; it must be >= 1.'),
+    (tiny.UL2, 'optimizer.clip_norm=-1.0', '--gin.optimizer.clip_norm: optimizer.clip_norm=-1.0; it must be >= 0.'),
+    (tiny.UL2, 'optimizer.b1=1.0', '--gin.optimizer.b1: optimizer.b1=1.0; it must be in [0, 1).'),
+    (tiny.UL2, 'optimizer.eps=0.0', '--gin.optimizer.eps: optimizer.eps=0.0; it must be > 0.'),
+    (tiny.UL2, 'schedule.peak=-0.1', '--gin.schedule.peak: schedule.peak=-0.1; it must be >= 0.'),
+    (tiny.UL2, 'loss.z_loss=-1.0', '--gin.loss.z_loss: loss.z_loss=-1.0; it must be >= 0.'),
+    (tiny.UL2, 'loss.label_smoothing=1', '--gin.loss.label_smoothing: loss.label_smoothing=1; it must be in [0, 1).'),
+    (
+      tiny.UL2,
+      'train.profile_steps=(5, 5)',
+      'train.profile_steps=(5, 5) with train.steps=9; give (first, last) with 0 <= first < last <= train.steps.',
+    ),
+    (
+      tiny.UL2,
+      'train.profile_steps=(5, 10)',
+      'train.profile_steps=(5, 10) with train.steps=9; give (first, last) with 0 <= first < last <= train.steps.',
+    ),
+  ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_written(capsys, tmp_path, file, override, message):
+  flags = [f'--gin_file={file}', '--gin.train.steps=9', f'--gin.{override}']
+  code, _, err = run(capsys, 'train', *flags, f'--workdir={tmp_path / "run"}')
+  assert (code, err) == (64, f'CONFIG: {message}\n')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_batch_that_does_not_fill_all_devices_is_refused(capsys, tmp_path):
+  """With -1 the mesh is known only when the devices are: eight in the tests."""
+  overrides = [f'--gin.{o}' for o in (*tiny.SMALL_DECODER, 'mesh.data=-1', 'data.batch_size=6')]
+  code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', *overrides, f'--workdir={tmp_path / "run"}')
+  assert (code, err) == (
+    64,
+    'CONFIG: data.batch_size=6 does not divide into replica*data*fsdp=8 shards x train.accumulate=1; '
+    'use a multiple of 8, e.g. 8.\n',
+  )
+  assert not (tmp_path / 'run').exists()
 
 
 def test_an_override_without_a_value_is_named(capsys):

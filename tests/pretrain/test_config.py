@@ -1,7 +1,7 @@
 """Config files: what they may say, and the sentence for everything else."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -13,6 +13,8 @@ from pretrain.errors import ConfigError
 class Mlp:
   hidden: int = 64
   activation: Literal['gelu', 'silu'] = 'gelu'
+  scale: Annotated[float, '[0, 1)'] = 0.5
+  sinks: Annotated[int, '>= 1'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ def test_the_resolved_text_is_one_line_a_key_grouped_by_section():
   [
     ('model.num_layer = 3', 'x.gin:3: unknown key model.num_layer; did you mean model.num_layers?'),
     ('modle.embed = 3', 'x.gin:3: unknown key modle; did you mean model?'),
-    ('model.mlp.width = 3', 'x.gin:3: unknown key model.mlp.width; the keys are hidden, activation.'),
+    ('model.mlp.width = 3', 'x.gin:3: unknown key model.mlp.width; the keys are hidden, activation, scale, sinks.'),
     (
       'model.buckets = 3',
       "x.gin:3: unknown key model.buckets; with model.name='decoder' the keys are name, embed, num_layers, dropout, "
@@ -163,6 +165,11 @@ def test_the_resolved_text_is_one_line_a_key_grouped_by_section():
       "data.sources = [{'path': 'a'}, {'path': 'b', 'wieght': 2}]",
       'x.gin:3: unknown key data.sources[1].wieght; did you mean data.sources[1].weight?',
     ),
+    ("data.sources = [{'path': 'a', 1: 'x'}]", 'x.gin:3: unknown key data.sources[0].1; the keys are path, weight.'),
+    ('model.mlp.scale = 1', 'x.gin:3: model.mlp.scale=1; it must be in [0, 1).'),
+    ('model.mlp.scale = -0.5', 'x.gin:3: model.mlp.scale=-0.5; it must be in [0, 1).'),
+    ('model.mlp.sinks = 0', 'x.gin:3: model.mlp.sinks=0; it must be >= 1.'),
+    ("model.mlp.sinks = 'a'", "x.gin:3: model.mlp.sinks='a' is str, expected int."),
     (
       "data.sources = [{'weight': 2}]",
       'data.sources[0].path is required and not set; add it to data.sources at x.gin:3.',

@@ -31,13 +31,6 @@ def test_linear_and_cosine_end_at_their_fraction_and_stay_there():
   np.testing.assert_allclose(values(cosine, [3, 6, 12]), [1 + math.cos(math.pi / 4), 1.0, 0.0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  ('cfg', 'message'),
-  [
-    (Linear(peak=1.0, warmup_steps=10, steps=10), 'schedule.steps=10 does not exceed schedule.warmup_steps=10'),
-    (Rsqrt(peak=1.0, warmup_steps=0), 'schedule.warmup_steps=0; rsqrt needs at least 1'),
-  ],
-)
-def test_a_decay_without_steps_of_its_own_is_refused(cfg, message):
-  with pytest.raises(ValueError, match=message):
-    check_schedule(cfg)
+def test_a_decay_without_steps_of_its_own_is_refused():
+  with pytest.raises(ValueError, match=r'schedule\.steps=10 does not exceed schedule.warmup_steps=10'):
+    check_schedule(Linear(peak=1.0, warmup_steps=10, steps=10))
