@@ -18,6 +18,7 @@ from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 2**22
+FEWEST_PIECES = 3 + 256 + 100  # special pieces, bytes, and something to say with them
 MAX_SENTENCE = 4096  # characters; SentencePiece passes over longer ones
 TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
 
@@ -64,16 +65,33 @@ def prepare(
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
     raise DataError(f'{missing[0]} is no file; check the path.')
+  if sentinels < 0:
+    raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
   total = sum(path.stat().st_size for path in paths)
-  read = lambda: (segment for path in paths for segment in read_segments(path, documents, field))
+  read = lambda: (segment for path in paths for segment in _unicode_segments(path, documents, field))
   if tokenizer is None:
     texts = (segment.text for segment in _with_progress(read(), total, 'reading a sample'))
-    model = train_sentencepiece(sample(texts, total, SAMPLE_BYTES), vocab_size - sentinels - len(MODES))
+    model = train_sentencepiece(sample(texts, total, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
   else:
     model = load_model(pathlib.Path(tokenizer))
   with StoreWriter(out, Tokenizer(model, sentinels), append_eos=append_eos) as writer:
     digest = _tokenize(_with_progress(read(), total, 'tokenising'), writer, Tokenizer(model, sentinels))
     writer.finish(text_sha256=digest, inputs=[path.name for path in paths], documents=documents)
+
+
+def _unicode_segments(path: pathlib.Path, documents: Documents, field: str) -> Iterator[Segment]:
+  """`read_segments`; raises DataError for half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+  document = 1
+  for segment in read_segments(path, documents, field):
+    try:
+      segment.text.encode()
+    except UnicodeEncodeError as error:
+      half = ascii(segment.text[error.start])[1:-1]
+      raise DataError(
+        f'{path}: document {document} has half of a surrogate pair ({half}), which is no character; correct its text.'
+      ) from error
+    yield segment
+    document += segment.last
 
 
 def _with_progress(segments: Iterable[Segment], total: int, label: str) -> Iterator[Segment]:
@@ -92,7 +110,7 @@ def _tokenize(segments: Iterable[Segment], writer: StoreWriter, tokenizer: Token
   digest, threads = hashlib.sha256(), len(os.sched_getaffinity(0))
   for batch in _batches(segments):
     for segment in batch:
-      digest.update(segment.text.encode('utf-8', 'surrogatepass') + b'\0' * segment.last)
+      digest.update(segment.text.encode() + b'\0' * segment.last)
     ids = tokenizer.encode_batch([segment.text for segment in batch], threads)
     writer.add(ids, [segment.last for segment in batch])
   return digest.hexdigest()
@@ -126,34 +144,56 @@ def load_model(path: pathlib.Path) -> bytes:
 def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: int, *, sample_bytes: int) -> Tokenizer:
   """A tokenizer trained on a sample of documents; `vocab_size` counts pieces, sentinels and modes."""
   chosen = sample(texts, sum(map(len, texts)), sample_bytes)
-  return Tokenizer(train_sentencepiece(chosen, vocab_size - sentinels - len(MODES)), sentinels)
+  return Tokenizer(train_sentencepiece(chosen, vocab_size, sentinels + len(MODES)), sentinels)
 
 
-def train_sentencepiece(texts: Iterable[str], pieces: int) -> bytes:
-  """A unigram model of `pieces` pieces with byte fallback; the same for the same text.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, other_ids: int = 0) -> bytes:
+  """A unigram model with byte fallback whose pieces and `other_ids` are `vocab_size`; the same for the same text.
 
-  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as T5's. Raises DataError where the
-  text or `pieces` do not allow it. Source: Kudo 2018, arXiv:1804.10959.
+  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as T5's. Raises DataError, with a size
+  that will do, where the text does not allow this one. Source: Kudo 2018, arXiv:1804.10959.
   """
-  smallest = 3 + 256 + 100
-  if pieces < smallest:
-    raise DataError(f'{pieces} pieces are left for text, at least {smallest} are needed; raise the vocabulary size.')
-  model = io.BytesIO()
+  pieces = vocab_size - other_ids
+  if pieces < FEWEST_PIECES:
+    raise DataError(
+      f'{pieces} pieces are left for text, at least {FEWEST_PIECES} are needed; '
+      f'set the vocabulary size >= {FEWEST_PIECES + other_ids}.'
+    )
+  model, failures = io.BytesIO(), []
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=(part for text in texts for part in sentences(text)), model_writer=model, vocab_size=pieces,
+      sentence_iterator=_remember(failures, (part for text in texts for part in sentences(text))),
+      model_writer=model, vocab_size=pieces,
       model_type='unigram', byte_fallback=True, pad_id=PAD, eos_id=EOS, unk_id=UNKNOWN, bos_id=-1,
       normalization_rule_name='nmt_nfkc', character_coverage=0.9995, max_sentence_length=8 * MAX_SENTENCE,
       num_threads=TRAINING_THREADS, minloglevel=2,
     )  # fmt: skip
   except RuntimeError as error:
-    raise DataError(f'SentencePiece cannot make {pieces} pieces of this text: {_reason(error)}') from error
+    raise failures[0] if failures else DataError(_advice(str(error), pieces, other_ids)) from error
   return model.getvalue()
 
 
-def _reason(error: RuntimeError) -> str:
-  """SentencePiece's sentence without its source line."""
-  return re.sub(r'^.*\]\s*', '', str(error).splitlines()[-1]).strip() or 'too little text. Give more, or fewer pieces.'
+def _remember(failures: list[DataError], parts: Iterator[str]) -> Iterator[str]:
+  """`parts`; an error among them is kept, because SentencePiece makes another one of it."""
+  try:
+    yield from parts
+  except DataError as error:
+    failures.append(error)
+    raise
+
+
+def _advice(error: str, pieces: int, other_ids: int) -> str:
+  """SentencePiece's error as a sentence that speaks of the vocabulary size, of which pieces are a part."""
+  if most := re.search(r'too high .*value <= (\d+)', error):
+    found = f'{pieces} pieces are left for text, this text has no more than {most[1]}'
+    if int(most[1]) < FEWEST_PIECES:
+      return f'{found}, at least {FEWEST_PIECES} are needed; give more text, or --tokenizer of another store.'
+    return f'{found}; set the vocabulary size <= {int(most[1]) + other_ids}, or give more text.'
+  if fewest := re.search(r'smaller than required_chars. \d+ vs (\d+)', error):
+    needed = f'the characters of this text need {fewest[1]}'
+    return f'{pieces} pieces are left for text, {needed}; set the vocabulary size >= {int(fewest[1]) + other_ids}.'
+  reason = re.sub(r'^.*\]\s*', '', error.splitlines()[-1]).strip() or 'too little text. Give more, or fewer pieces.'
+  return f'SentencePiece cannot make {pieces} pieces of this text: {reason}'
 
 
 def sentences(text: str) -> Iterator[str]:

@@ -29,6 +29,10 @@ from data.errors import DataError
 from data.vocabulary import EOS, Tokenizer
 
 FORMAT = 1
+REQUIRED = {
+  'num_tokens': int, 'num_documents': int, 'append_eos': bool, 'pieces': int, 'tokens_sha256': str,
+  'offsets_sha256': str, 'tokenizer_sha256': str,
+}  # fmt: skip
 SHARD, CHUNK = 2**24, 2**16
 CACHE_CHUNKS = 1024  # 128 MiB of uint16 tokens
 # The pool holds shard indexes; decoded chunks are kept by each Store, where a read costs no call into TensorStore.
@@ -210,7 +214,18 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
       f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
       'Nothing was changed; prepare it again with pretrain data prepare.'
     )
+  _check_manifest(path, manifest)
   return Store(os.fspath(path), manifest)
+
+
+def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+  """Raises DataError where it lacks what a Store reads of it."""
+  bad = [key for key, kind in REQUIRED.items() if type(manifest.get(key)) is not kind]
+  if bad:
+    raise DataError(
+      f'{url_of(path, "manifest.json")} has {bad[0]}={manifest.get(bad[0])!r}, expected {REQUIRED[bad[0]].__name__}. '
+      'Nothing was changed; restore the store from a copy, or prepare it again.', 'DATA-CORRUPT',
+    )  # fmt: skip
 
 
 class Store:
@@ -228,6 +243,13 @@ class Store:
     self.offsets: np.ndarray = self._checked(lambda: self._open('document_offsets').read().result())
     if hashlib.sha256(self.offsets.astype('<i8').tobytes()).hexdigest() != manifest['offsets_sha256']:
       raise DataError(f'{path}: document_offsets do not match manifest.json; restore the store.', 'DATA-CORRUPT')
+    found = (self._array.shape[0], int(self.offsets[-1]), len(self.offsets) - 1)
+    if found != (self.num_tokens, self.num_tokens, self.num_documents):
+      raise DataError(
+        f'{path} has {found[0]} tokens in {found[2]} documents, its manifest.json says {self.num_tokens} in '
+        f'{self.num_documents}. Nothing was changed; restore the store from a copy, or prepare it again.',
+        'DATA-CORRUPT',
+      )
 
   def _reopen(self) -> None:
     self._array = self._checked(lambda: self._open('tokens'))

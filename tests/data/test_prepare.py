@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -83,6 +84,7 @@ def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
     ('t.jsonl', b'{"text": 3}', r"t.jsonl:1: no text in field 'text'"),
     ('t.jsonl', b'["text"]', r"t.jsonl:1: no text in field 'text' \(found: list\)"),
     ('t.jsonl', b'{"text": "a"}\n{"text": ', r't.jsonl:2: not JSON'),
+    ('t.jsonl', b'{"text": "a\\ud800"}', r't.jsonl: document 1 has half of a surrogate pair \(\\ud800\)'),
   ],
 )
 def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
@@ -93,10 +95,17 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name,
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['m', name])
 
 
-def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path):
-  (tmp_path / 't.txt').write_bytes(b'bad \xff byte')
-  with pytest.raises(DataError, match='is not UTF-8 text'):
-    prepare([tmp_path / 't.txt'], tmp_path / 'out', **SMALL)
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('t.txt', b'bad \xff byte', 'is not UTF-8 text'),
+    ('t.jsonl', b'{"text": "a"}\n{"text": "b\\ud800"}', r'document 2 has half of a surrogate pair \(\\ud800\)'),
+  ],
+)
+def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(DataError, match=message):
+    prepare([tmp_path / name], tmp_path / 'out', **SMALL)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -112,10 +121,34 @@ def test_an_existing_store_is_not_touched(tmp_path):
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
-  with pytest.raises(DataError, match=r'SentencePiece cannot make 9877 pieces of this text: .*too high'):
-    prepare([LICENSE], tmp_path / 'out', vocab_size=9900, sentinels=20)
-  with pytest.raises(DataError, match='97 pieces are left for text, at least 359 are needed'):
+  with pytest.raises(DataError, match=r'97 pieces are left for text, at least 359 are needed; set .* size >= 462'):
     prepare([LICENSE], tmp_path / 'out', vocab_size=200, sentinels=100)
+  (tmp_path / 'few.txt').write_text('too few words')
+  with pytest.raises(DataError, match=r'no more than \d+, at least 359 are needed; give more text'):
+    prepare([tmp_path / 'few.txt'], tmp_path / 'out', **SMALL)
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  ('text', 'asked', 'sentence'),
+  [
+    (LICENSE.read_text(), 9900, r'this text has no more than \d+; set the vocabulary size <= (\d+)'),
+    (''.join(map(chr, range(0x4E00, 0x5200))), 500, r'the characters of this text need \d+; set .* size >= (\d+)'),
+  ],
+)
+def test_the_vocabulary_size_that_is_advised_works(tmp_path, text, asked, sentence):
+  (tmp_path / 't.txt').write_text(text)
+  with pytest.raises(DataError, match=sentence) as caught:
+    prepare([tmp_path / 't.txt'], tmp_path / 'out', vocab_size=asked, sentinels=20)
+  advised = int(re.search(sentence, str(caught.value))[1])
+  prepare([tmp_path / 't.txt'], tmp_path / 'out', vocab_size=advised, sentinels=20)
+  assert open_store(tmp_path / 'out').tokenizer(20).vocabulary.size == advised
+
+
+def test_a_negative_number_of_sentinels_is_refused(tmp_path):
+  with pytest.raises(DataError, match='--sentinels=-5; it must be >= 0'):
+    prepare([LICENSE], tmp_path / 'out', vocab_size=500, sentinels=-5)
+  assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('content', [None, b'not a model'])

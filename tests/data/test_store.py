@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -131,6 +132,25 @@ def test_another_format_is_refused(tokenizer, tmp_path):
   manifest = tmp_path / 's/manifest.json'
   manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'format': 99}))
   with pytest.raises(DataError, match='is a token store of format 99, this version reads format 1'):
+    open_store(tmp_path / 's')
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'num_tokens': None}, 'manifest.json has num_tokens=None, expected int. Nothing was changed'),
+    ({'append_eos': 1}, 'manifest.json has append_eos=1, expected bool'),
+    ({'offsets_sha256': None}, 'manifest.json has offsets_sha256=None, expected str'),
+    ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, its manifest.json says 9 in 1. Nothing was changed'),
+    ({'num_documents': 2}, '/s has 3 tokens in 1 documents, its manifest.json says 3 in 2'),
+  ],
+)
+def test_a_manifest_that_lacks_something_or_lies_is_named(tokenizer, tmp_path, change, message):
+  write(tmp_path / 's', tokenizer, [[5, 6]])
+  manifest = tmp_path / 's/manifest.json'
+  changed = {k: v for k, v in (json.loads(manifest.read_text()) | change).items() if v is not None}
+  manifest.write_text(json.dumps(changed))
+  with pytest.raises(DataError, match='^DATA-CORRUPT: .*' + re.escape(message)):
     open_store(tmp_path / 's')
 
 
