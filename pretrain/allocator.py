@@ -16,4 +16,5 @@ def keep_memory() -> None:
   """Replaces this process by the same command with the allocator told to keep memory; once, and on Linux alone."""
   if sys.platform == 'linux' and VARIABLE not in os.environ:
     os.environ[VARIABLE] = TUNABLES
-    os.execv(sys.executable, [sys.executable, '-m', 'pretrain', *sys.argv[1:]])
+    # As it was started: `-m` would let the current folder's packages go before ours.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,12 +1,18 @@
 """The command `pretrain`. Each subcommand imports what it needs, so that --help and errors are quick."""
 
 import argparse
+import os
 import pathlib
+import select
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pretrain.allocator import keep_memory
-from pretrain.errors import USER_ERRORS, ConfigError
+from pretrain.errors import ConfigError, UserError
+from pretrain.neighbours import check_neighbours
 from pretrain.platform import has_accelerator
 
 EXIT_CODES = (
@@ -16,21 +22,45 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand; a user's mistake is one line on stderr and its exit code."""
-  if argv is None:  # the command itself, not a test or a program that calls it
-    argv = sys.argv[1:]
-    if argv[:1] == ['train'] and not has_accelerator():
-      keep_memory()
-  argv = list(argv)
+  is_command = argv is None  # not a test or a program that calls it
+  argv = list(sys.argv[1:] if argv is None else argv)
   try:
+    check_neighbours()
+    if is_command and argv[:1] == ['train'] and not has_accelerator():
+      keep_memory()
     options, overrides = parse(argv)
-    return options.command(options, overrides) or 0
-  except USER_ERRORS as error:
-    if '--traceback' in argv:
+    code = options.command(options, overrides) or 0
+    sys.stdout.flush()
+    return code
+  except KeyboardInterrupt:
+    return 130
+  except Exception as error:
+    if isinstance(error, BrokenPipeError) and nobody_reads():
+      return 128 + signal.SIGPIPE
+    if '--traceback' in argv or not is_user_error(error):
       raise
     print(error, file=sys.stderr)
     return error.exit_code
-  except KeyboardInterrupt:
-    return 130
+
+
+def is_user_error(error: Exception) -> bool:
+  """Whether `error` is a user's mistake. `data` is asked last: it may be the mistake (`check_neighbours`)."""
+  if isinstance(error, UserError):
+    return True
+  from pretrain.errors import USER_ERRORS
+
+  return isinstance(error, USER_ERRORS)
+
+
+def nobody_reads() -> bool:
+  """Whether stdout is a pipe whose reader has gone, as in `| head`; then what is left is thrown away, quietly."""
+  stdout = sys.stdout.fileno()
+  poll = select.poll()
+  poll.register(stdout, 0)
+  gone = any(event & select.POLLERR for _, event in poll.poll(0))
+  if gone:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+  return gone
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -45,8 +75,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   return options, overrides
 
 
+class Parser(argparse.ArgumentParser):
+  """Its errors are those of the config: one line, exit code 64."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f'{message}; see {self.prog} --help.')
+
+
 def parser() -> argparse.ArgumentParser:
-  root = argparse.ArgumentParser('pretrain', description='Pretrain T5, UL2 and decoder models.', epilog=EXIT_CODES)
+  root = Parser('pretrain', description='Pretrain T5, UL2 and decoder models.', epilog=EXIT_CODES)
   commands = root.add_subparsers(required=True, metavar='COMMAND')
   for name, function, flags in COMMANDS:
     summary = function.__doc__.splitlines()[0]
@@ -86,11 +123,24 @@ def load(options, overrides):
   return cfg
 
 
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Raises ConfigError where no run can be written; leaves nothing behind."""
+  try:
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'--workdir={workdir} cannot be written ({error.strerror}). Nothing was changed; choose another folder.'
+    ) from error
+
+
 def train_command(options, overrides) -> int:
   """Train a model, or go on with a run that was cut off."""
   from pretrain import launch, mesh
 
   cfg = load(options, overrides)
+  check_workdir(options.workdir)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
   launch.initialize_from_env()
   from pretrain import runtime, train

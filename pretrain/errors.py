@@ -1,6 +1,6 @@
 """Errors that a user can fix: one line, a stable code, an exit code. A traceback is for bugs."""
 
-from data.errors import DataError
+from typing import Any
 
 
 class UserError(Exception):
@@ -31,4 +31,10 @@ class NonFiniteError(UserError):
   code, exit_code = 'NONFINITE', 71
 
 
-USER_ERRORS = (UserError, DataError)
+def __getattr__(name: str) -> Any:
+  """USER_ERRORS is made when it is asked for: nothing of `data` is imported before it is known to be ours."""
+  if name != 'USER_ERRORS':
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from data.errors import DataError
+
+  return UserError, DataError

@@ -4,6 +4,7 @@ Everything stays on 127.0.0.1: JAX's own default would open the coordinator to t
 """
 
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PR
 HEARTBEAT_SECONDS = 20  # a dead process is noticed, and ends its peers, within this time
 GRACE_SECONDS = 30  # between the signal that asks processes to end and the one that ends them
 PR_SET_PDEATHSIG = 1
+ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
 
 def num_hosts() -> int:
@@ -63,7 +65,7 @@ def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int
   """
   if hosts < 1:
     raise ConfigError(f'--hosts={hosts}; it must be at least 1.')
-  return run_program(hosts, [sys.executable, '-m', 'pretrain', *command], stream or sys.stdout)
+  return run_program(hosts, [sys.executable, '-P', '-m', 'pretrain', *command], stream or sys.stdout)
 
 
 def run_program(hosts: int, command: Sequence[str], stream: TextIO) -> int:
@@ -78,9 +80,11 @@ class Group:
 
   def __init__(self, hosts: int, command: Sequence[str], stream: TextIO):
     address = f'127.0.0.1:{free_port()}'
+    path = os.pathsep.join(filter(None, (ROOT, os.environ.get('PYTHONPATH'))))
     self._processes, self._readers = [], []
     for host in range(hosts):
-      process = start(command, {COORDINATOR: address, NUM_HOSTS: str(hosts), HOST: str(host)})
+      # Ours go before any other package named `data`; -P leaves out the current folder.
+      process = start(command, {'PYTHONPATH': path, COORDINATOR: address, NUM_HOSTS: str(hosts), HOST: str(host)})
       reader = threading.Thread(target=prefix_lines, args=(process.stdout, f'[{host}] ', stream))
       reader.start()
       self._processes.append(process)

@@ -1,5 +1,6 @@
 """The command line: its verbs, its exit codes, and one line for each mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -117,6 +118,77 @@ def test_a_batch_that_does_not_fill_all_devices_is_refused(capsys, tmp_path):
     'use a multiple of 8, e.g. 8.\n',
   )
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ([], 'the following arguments are required: COMMAND; see pretrain --help.'),
+    (['trian'], "argument COMMAND: invalid choice: 'trian'"),
+    (['config'], 'the following arguments are required: --gin_file; see pretrain config --help.'),
+    (['run', '--hosts=two'], "argument --hosts: invalid int value: 'two'; see pretrain run --help."),
+    (['data'], 'the following arguments are required: ACTION; see pretrain data --help.'),
+  ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_64(capsys, argv, message):
+  code, _, err = run(capsys, *argv)
+  assert (code, len(err.splitlines())) == (64, 1), err
+  assert err.startswith(f'CONFIG: {message}')
+
+
+@pytest.mark.parametrize(
+  ('workdir', 'reason'),
+  [('file', 'Not a directory'), ('file/run', 'Not a directory'), ('x' * 300, 'File name too long')],
+)
+def test_a_workdir_that_cannot_be_one_is_refused(capsys, tmp_path, workdir, reason):
+  (tmp_path / 'file').write_text('mine')
+  code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', f'--workdir={tmp_path / workdir}')
+  assert (code, len(err.splitlines())) == (64, 1), err
+  assert err.startswith(f'CONFIG: --workdir={tmp_path / workdir} cannot be written ({reason}). Nothing was changed;')
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
+def test_a_workdir_on_a_file_system_that_takes_no_files_is_refused(capsys):
+  code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', '--workdir=/proc/nope')
+  assert (code, len(err.splitlines())) == (64, 1), err
+
+
+def in_folder(folder, *command, **options):
+  """A command started in `folder`, where `python -m` looks for packages first."""
+  env = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
+  return subprocess.run(
+    [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, check=False, **options
+  )
+
+
+@pytest.mark.parametrize('name', ['data/__init__.py', 'models.py', 'pallas_kernels/__init__.py'])
+def test_a_package_of_the_same_name_is_named(tmp_path, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text('raise RuntimeError("not ours")')
+  done = in_folder(tmp_path, '-m', 'pretrain', 'config', f'--gin_file={tiny.UL2}')
+  package = name.split('/')[0].removesuffix('.py')
+  assert (done.returncode, len(done.stderr.splitlines())) == (64, 1), done.stderr
+  assert done.stderr.startswith(f'CONFIG: import {package} finds {tmp_path / name}, not {tiny.ROOT / package}. Nothing')
+
+
+def test_the_command_takes_its_own_packages_in_any_folder(tmp_path):
+  """Also after it has started itself again, and in the processes of `pretrain run`."""
+  script = tmp_path / 'bin' / 'pretrain'
+  script.parent.mkdir()
+  script.write_text('import sys; from pretrain.cli import main; sys.exit(main())')
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data/__init__.py').write_text('raise RuntimeError("not ours")')
+  done = in_folder(tmp_path, str(script), 'train', f'--gin_file={tiny.UL2}', '--workdir=bin/pretrain')
+  assert done.stderr.startswith('CONFIG: --workdir=bin/pretrain cannot be written'), done.stderr
+  done = in_folder(tmp_path, str(script), 'run', '--hosts=1', '--', 'config', f'--gin_file={tiny.UL2}')
+  assert (done.returncode, done.stdout.splitlines()[0]) == (0, "[0] model.name = 'encoder_decoder'"), done.stdout
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path):
+  command = f'{sys.executable} -m pretrain config --gin_file={tiny.UL2} | true; exit ${{PIPESTATUS[0]}}'
+  done = subprocess.run(['bash', '-c', command], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (141, '')
 
 
 def test_an_override_without_a_value_is_named(capsys):
