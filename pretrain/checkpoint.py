@@ -1,9 +1,11 @@
 """Checkpoints: the state, the data position and the config of a step, written asynchronously. The only orbax import."""
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,17 +68,25 @@ class Checkpoints:
       raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
 
   def restore(self, abstract: TrainState, step: int) -> Restored:
-    """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first."""
-    self._check_tree(abstract, step)
-    items = self._manager.restore(
-      step,
-      args=args.Composite(state=_restore_args(_as_dict(abstract)), position=args.JsonRestore()),
-    )
+    """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first.
+
+    Raises CheckpointError: CKPT-MISMATCH where the model is another one, CKPT-CORRUPT where the files cannot be read.
+    """
+    with self._reading(step):
+      self._check_tree(abstract, step)
+      items = self._manager.restore(
+        step,
+        args=args.Composite(state=_restore_args(_as_dict(abstract)), position=args.JsonRestore()),
+      )
+    if missing := {'loader', 'data'} - items.position.keys():
+      raise self._corrupt(step, f'its position has no {min(missing)!r}')
     return Restored(dataclasses.replace(abstract, **items.state), items.position)
 
   def restore_params(self, abstract: Any, step: int) -> Any:
     """The parameters alone, for generation."""
-    return self._manager.restore(step, args=args.Composite(state=_restore_args({'params': abstract}))).state['params']
+    with self._reading(step):
+      items = self._manager.restore(step, args=args.Composite(state=_restore_args({'params': abstract})))
+    return items.state['params']
 
   def close(self) -> None:
     """Waits for the last save; raises what it failed with."""
@@ -100,6 +110,29 @@ class Checkpoints:
 
   def _metadata(self, step: int):
     return self._manager.item_metadata(step)['state'].tree
+
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    """Inside, what files that are missing or damaged raise is one CheckpointError."""
+    for item in ('state/_METADATA', 'state/manifest.ocdbt', 'position/metadata'):
+      if not (self.directory / str(step) / item).exists():
+        raise self._corrupt(step, f'{item} is missing')
+    try:
+      yield
+    except Exception as error:
+      cause = error.__cause__ if type(error) is Exception else error  # so Orbax wraps what TensorStore raises
+      if not isinstance(cause, ValueError | KeyError | OSError):
+        raise
+      raise self._corrupt(step, str(cause).splitlines()[0][:300]) from error
+
+  def _corrupt(self, step: int, what: str) -> CheckpointError:
+    earlier = [s for s in self._manager.all_steps() if s < step]
+    then = f'go on from step {max(earlier)}' if earlier else 'begin anew'
+    return CheckpointError(
+      'CKPT-CORRUPT',
+      f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
+      f'move {self.directory / str(step)} away to {then}.',
+    )
 
   def _failure(self, step: int | None, state: TrainState | None, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(self.directory).free / 2**20

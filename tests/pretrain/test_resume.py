@@ -1,0 +1,35 @@
+"""Which data a resumed run must find again, and the sentence where it does not."""
+
+import pathlib
+
+import pytest
+
+from pretrain.errors import CheckpointError
+from pretrain.resume import check_same_data
+
+SAVED = {'stores': ['3fa1' * 16, '90cc' * 16], 'tokenizer': 'beef' * 16}
+
+
+@pytest.mark.parametrize(
+  ('found', 'changed'),
+  [
+    (SAVED | {'stores': ['3fa1' * 16, 'dada' * 16]}, 'stores[1] was 90cc90cc.., is dadadada..'),
+    (SAVED | {'stores': ['3fa1' * 16]}, 'stores[1] was 90cc90cc.., is absent'),
+    (
+      {'stores': ['3fa1' * 16, 'synthetic-509-0'], 'tokenizer': None},
+      'stores[1] was 90cc90cc.., is synthetic-509-0, tokenizer was beefbeef.., is absent',
+    ),
+  ],
+)
+def test_only_what_differs_is_shown(found, changed):
+  with pytest.raises(CheckpointError) as caught:
+    check_same_data(SAVED, found, 4, pathlib.Path('RUN'))
+  assert str(caught.value) == (
+    f'CKPT-DATA: step 4 in RUN was trained on other data: {changed}. '
+    'Nothing was changed; bring the data back, or use another --workdir.'
+  )
+  assert caught.value.exit_code == 66
+
+
+def test_the_same_data_is_the_same():
+  check_same_data(SAVED, SAVED, 4, pathlib.Path('RUN'))
