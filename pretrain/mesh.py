@@ -14,6 +14,7 @@ from pretrain.platform import has_accelerator
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 BATCH_AXES = ('replica', 'data', 'fsdp')
+MOST_SIMULATED = 512  # 20,000 had not begun to train after 40 s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
   simulated_elsewhere = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
   if jax.config.jax_platforms == 'cpu' and not simulated_elsewhere:
     devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
+    if devices > MOST_SIMULATED:
+      raise ConfigError(
+        f'mesh.* makes {devices} devices; a CPU simulates at most {MOST_SIMULATED}. Use smaller mesh.* values.'
+      )
     if devices % num_hosts:
       raise ConfigError(
         f'mesh.* makes {devices} devices, not a multiple of {num_hosts} hosts; change --hosts or mesh.*.'

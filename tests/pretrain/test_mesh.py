@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.mesh import AXES, MeshConfig, axis_sizes, batch_sharding, host_rows, make_mesh, to_global
+from pretrain.mesh import (
+  AXES,
+  MeshConfig,
+  axis_sizes,
+  batch_sharding,
+  host_rows,
+  make_mesh,
+  prepare_platform,
+  to_global,
+)
 
 
 def test_all_axes_are_always_there():
@@ -30,6 +39,12 @@ def test_one_axis_takes_the_devices_that_remain():
 def test_what_does_not_fit_is_refused(cfg, message):
   with pytest.raises(ConfigError, match=message):
     axis_sizes(cfg, 8)
+
+
+def test_a_cpu_is_not_asked_for_thousands_of_devices(monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')
+  with pytest.raises(ConfigError, match=r'mesh.\* makes 20000 devices; a CPU simulates at most 512'):
+    prepare_platform(MeshConfig(data=20_000))
 
 
 def test_a_batch_lies_on_the_batch_axes_and_keeps_its_order():
