@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretrain.errors import ConfigError
-from pretrain.platform import has_accelerator
+from pretrain.platform import has_accelerator, set_threads, threads
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 BATCH_AXES = ('replica', 'data', 'fsdp')
@@ -53,6 +53,7 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
         f'mesh.* makes {devices} devices, not a multiple of {num_hosts} hosts; change --hosts or mesh.*.'
       )
     jax.config.update('jax_num_cpu_devices', devices // num_hosts)
+    set_threads(devices // num_hosts)
 
 
 def axis_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -78,11 +79,22 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   product = math.prod(dataclasses.astuple(cfg))
   if simulated and 0 < product <= len(devices):
     devices = devices[:product]
+  if simulated:
+    _check_threads(sum(device.process_index == jax.process_index() for device in devices))
   sizes = axis_sizes(cfg, len(devices))
   if math.prod(sizes.values()) != len(devices):
     raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
   # make_mesh defaults to Explicit axes; all our sharding is by constraint, hence Auto.
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _check_threads(devices: int) -> None:
+  number = threads(jax.local_device_count())
+  if devices > 1 and number <= devices:
+    raise ConfigError(
+      f'mesh.* uses {devices} simulated devices and XLA has {number} threads: too few, its results would be wrong '
+      f'(pretrain/platform.py). Set NPROC={2 * devices} before JAX starts.'
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

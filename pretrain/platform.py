@@ -1,23 +1,29 @@
-"""What the machine is, and what its compiler must be told."""
+"""What the machine is; answered without JAX, whose start decides which devices it uses."""
 
 import glob
-import importlib.metadata
-
-FIRST_JAXLIB_WITHOUT_RACE = (0, 12)
+import os
 
 
 def has_accelerator() -> bool:
-  """True where a TPU or GPU device file exists. Without JAX: its start decides which devices it uses, and may hang."""
+  """True where a TPU or GPU device file exists; importing libtpu to find out would take seconds, or hang."""
   return any(glob.glob(pattern) for pattern in ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/kfd'))
 
 
-def compiler_options(platform: str) -> dict[str, str]:
-  """For jax.jit: on the CPU, where jaxlib needs it, no reductions by YNNPACK.
+def set_threads(devices: int) -> None:
+  """Gives XLA's CPU client two threads a simulated device, or one a core, whichever is more; unless NPROC is set.
 
-  Through jaxlib 0.11 they race with other operations of their device: with microbatches, a block of 96 columns of the
-  head's gradient came out up to three times too large, at random (docs/LOG.md; compare jax issue 39741).
+  With no more threads than devices all of them can wait for each other in a collective, and a matrix product then
+  loses part of its first block: with microbatches the head's gradient was wrong by percents, at random (docs/LOG.md;
+  jaxlib 0.10.2 and 0.12). Call before a JAX backend starts.
   """
-  version = tuple(int(part) for part in importlib.metadata.version('jaxlib').split('.')[:2])
-  if platform != 'cpu' or version >= FIRST_JAXLIB_WITHOUT_RACE:
-    return {}
-  return {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
+  os.environ.setdefault('NPROC', str(max(cores(), 2 * devices)))
+
+
+def threads(devices: int) -> int:
+  """Threads of XLA's CPU client with `devices` devices: NPROC, else one a core, and at least one a device."""
+  number = os.environ.get('NPROC', '')
+  return max(int(number) if number.isdigit() else cores(), devices)
+
+
+def cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -16,7 +16,6 @@ from pretrain.experiment import Experiment, check_batch
 from pretrain.loss import make_loss
 from pretrain.mesh import batch_shards, make_mesh, replicated
 from pretrain.optim import make_optimizer, skipped, state_shardings
-from pretrain.platform import compiler_options
 from pretrain.schedule import make_schedule
 from pretrain.step import TrainState, init_state, make_train_step
 
@@ -41,7 +40,6 @@ class Program:
   abstract: TrainState  # shapes, dtypes and shardings of the state
   init: Any
   train_step: Any
-  compiler_options: dict[str, str]  # of the two above, for other functions on the same mesh
 
 
 def check_divisible(parameters, mesh) -> None:
@@ -74,8 +72,7 @@ def build_program(cfg: Experiment, devices=None) -> Program:
     make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, cfg.seed,
     num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
-  options = compiler_options(mesh.devices.flat[0].platform)
   return Program(
-    mesh, model, abstract, jax.jit(init, out_shardings=placed, compiler_options=options),
-    jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=options), options,
+    mesh, model, abstract, jax.jit(init, out_shardings=placed),
+    jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
   )  # fmt: skip

@@ -1,6 +1,7 @@
 """For users' own tests: a CPU mesh, and the two promises of a run as assertions.
 
-Simulated devices must exist before JAX starts: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu.
+Simulated devices must exist before JAX starts, and twice as many threads:
+XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=16 JAX_PLATFORMS=cpu.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
 from pretrain.report import write_report
-from pretrain.resume import check_same_run
+from pretrain.resume import check_same_data, check_same_run
 from pretrain.runtime import build_program, cache_dir
 
 DONE, PREEMPTED = 0, 75
@@ -107,7 +107,7 @@ class Run:
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
     eval_step = make_eval_step(self.program.model, cfg.kernels, self.data.vocabulary.pieces)
     self._profiling = False
-    self._eval_step = jax.jit(eval_step, compiler_options=self.program.compiler_options)
+    self._eval_step = jax.jit(eval_step)
 
   def _restore_or_initialise(self):
     latest = self.checkpoints.latest()
@@ -115,12 +115,7 @@ class Run:
     if latest is None:
       return self.program.init(), {'examples': 0}
     restored = self.checkpoints.restore(self.program.abstract, latest)
-    if restored.position['data'] != fingerprint:
-      raise CheckpointError(
-        'CKPT-DATA',
-        f'step {latest} in {self.workdir} was trained on {restored.position["data"]}, the data is now {fingerprint}. '
-        'Nothing was changed; bring the data back, or use another --workdir.',
-      )
+    check_same_data(restored.position['data'], fingerprint, latest, self.workdir)
     return restored.state, restored.position['loader']
 
   def loop(self, interrupt: Interrupt) -> None:

@@ -7,6 +7,7 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # The second halves the time of the suite, most of which is compiling.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['NPROC'] = '16'  # pretrain/platform.py:set_threads
 # Many tests compile the same small programs: once for all of them, and for all workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix='pretrain-tests-')

@@ -1,9 +1,12 @@
-"""Prints the gradient norm of the first step, eight times over: python -m tests.pretrain.repeat_step STORE."""
+"""Prints the gradient norm of the first step, four times over; a line for 1, 2 and 4 microbatches each.
+
+python -m tests.pretrain.repeat_step STORE
+"""
 
 import sys
 
 from data.source import open_data
-from pretrain.mesh import to_global
+from pretrain.mesh import prepare_platform, to_global
 from pretrain.runtime import build_program, cache_dir
 from tests.pretrain import tiny
 
@@ -11,15 +14,15 @@ WIDE = ('model.embed=192', 'model.head_dim=48', 'model.mlp.hidden=512', 'model.v
 LONG = ('data.inputs_length=128', 'data.targets_length=128', 'model.encoder_layers=4', 'model.decoder_layers=4')
 
 
-def main() -> None:
-  cfg = tiny.ul2(sys.argv[1], *WIDE, *LONG, 'model.dropout=0.1', 'mesh.fsdp=4', 'train.accumulate=2')
+def norms(accumulate: int) -> list[float]:
+  cfg = tiny.ul2(sys.argv[1], *WIDE, *LONG, 'model.dropout=0.1', 'mesh.fsdp=4', f'train.accumulate={accumulate}')
+  prepare_platform(cfg.mesh)
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   program = build_program(cfg)
   batch = to_global(data.batch(0, slice(0, cfg.data.batch_size)), program.mesh)
-  for _ in range(8):
-    _, metrics = program.train_step(program.init(), batch)
-    print(float(metrics['grad_norm']))
+  return [float(program.train_step(program.init(), batch)[1]['grad_norm']) for _ in range(4)]
 
 
 if __name__ == '__main__':
-  main()
+  for count in (1, 2, 4):
+    print(*norms(count))

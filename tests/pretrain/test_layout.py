@@ -44,12 +44,14 @@ def test_accumulation_with_dropout_does_not_change_the_answer(text_store, accumu
 
 
 @pytest.mark.slow
-def test_the_same_step_gives_the_same_bits_again(text_store):
-  """In a process of as many devices as an XLA reduction needs to race with the head's gradient (platform.py)."""
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+def test_microbatches_have_the_gradient_of_the_whole_batch_every_time(text_store):
+  """Four devices and four cores: without more threads (platform.py) the head's gradient is off by percents."""
+  env = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'NPROC')}
   command = [sys.executable, '-m', 'tests.pretrain.repeat_step', str(text_store)]
   done = subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=True)
-  assert len(set(done.stdout.split())) == 1, done.stdout
+  norms = np.array([line.split() for line in done.stdout.splitlines()], float)
+  np.testing.assert_allclose(norms, norms[0, 0], rtol=2e-6)
+  assert (norms == norms[:, :1]).all(), norms
 
 
 def test_the_check_itself_sees_another_seed(text_store):

@@ -54,3 +54,13 @@ def test_a_batch_lies_on_the_batch_axes_and_keeps_its_order():
   assert placed.sharding == batch_sharding(mesh)
   np.testing.assert_array_equal(jax.device_get(placed), batch['x'])
   assert host_rows(mesh, 4) == slice(0, 4)
+
+
+def test_too_few_threads_are_refused(monkeypatch):
+  monkeypatch.setenv('NPROC', '8')
+  with pytest.raises(
+    ConfigError, match=r'mesh.\* uses 8 simulated devices and XLA has 8 threads.* Set NPROC=16 before'
+  ):
+    make_mesh(MeshConfig(fsdp=8))
+  make_mesh(MeshConfig(fsdp=4))
+  make_mesh(MeshConfig())

@@ -32,9 +32,7 @@ def toy_batch(rows=8):
 def run(batch, num_microbatches=1, steps=3, tx=None):
   tx = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()) if tx is None else tx
   state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, 0)
-  step = jax.jit(
-    make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, num_microbatches=num_microbatches)
-  )
+  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, num_microbatches=num_microbatches))
   out = []
   for _ in range(steps):
     state, metrics = step(state, batch)
