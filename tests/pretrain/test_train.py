@@ -56,10 +56,10 @@ def test_only_the_last_checkpoints_and_the_multiples_are_kept(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 8, 9, 10]
 
 
-def test_a_checkpoint_goes_on_with_another_mesh(text_store, tmp_path):
-  cfg = tiny.ul2(text_store, 'train.steps=4', 'checkpoint.every=2', 'mesh.fsdp=4', 'mesh.tensor=2')
+def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
+  cfg = tiny.decoder('train.steps=4', 'checkpoint.every=2', 'mesh.fsdp=4', 'mesh.tensor=2')
   train(cfg, tmp_path / 'moved')
-  longer = tiny.ul2(text_store, 'train.steps=8', 'checkpoint.every=2', 'mesh.data=8')
+  longer = tiny.decoder('train.steps=8', 'checkpoint.every=2', 'mesh.data=8')
   train(longer, tmp_path / 'moved')
   train(longer, tmp_path / 'whole')
   moved, whole = (np.array([v for _, v in logged_losses(tmp_path / w)]) for w in ('moved', 'whole'))
