@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.errors import DataError
@@ -98,7 +99,8 @@ def _with_progress(segments: Iterable[Segment], total: int, label: str) -> Itera
   columns = (
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
   )  # fmt: skip
-  with Progress(*columns, transient=True) as progress:
+  console = Console(stderr=True)
+  with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
     task = progress.add_task(label, total=total)
     for segment in segments:
       yield segment
