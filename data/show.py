@@ -9,14 +9,16 @@ from data.source import DataSource
 FIRST_IDS = 12
 
 
-def show_row(source: DataSource, step: int, row: int) -> str:
+def show_row(source: DataSource, step: int, row: int, first_example: int | None = None) -> str:
   """Where row `row` of the global batch of `step` came from, its segments with every special token written out.
 
+  The batch begins at `first_example` of the run (None: after `step` batches of the same size).
   Raises DataError where the batch has no such row.
   """
   _check_place(source, step, row)
-  origin = source.describe_row(step, row)
-  fields = {name: values[0] for name, values in source.batch(step, slice(row, row + 1)).items()}
+  place = (step * source.cfg.batch_size if first_example is None else first_example) + row
+  origin = source.describe_row(place)
+  fields = {name: values[0] for name, values in source.global_rows(place, 1).items()}
   lines = [
     f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
     f'from {origin.path}',

@@ -213,9 +213,9 @@ class DataSource:
     skip = start - first * size
     return dealt[skip : skip + count], own[skip : skip + count]
 
-  def describe_row(self, step: int, row: int) -> RowDescription:
-    """Where row `row` of the global batch of a step came from."""
-    ((_, rows, epoch, own),) = self._locate(step * self.cfg.batch_size + row, 1)
+  def describe_row(self, position: int) -> RowDescription:
+    """Where the row at `position` in the run came from."""
+    ((_, rows, epoch, own),) = self._locate(position, 1)
     pieces, tasks = rows.pieces(epoch, own)
     listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
     return RowDescription(rows.store.path, epoch, int(own[0]), rows.task_label(int(tasks[0])), tuple(listed))

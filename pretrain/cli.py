@@ -186,11 +186,13 @@ def show_command(options, overrides) -> None:
   """Print a training row as a person reads it."""
   from data.show import show_row
   from data.source import open_data
+  from pretrain.phases import stretch_at
   from pretrain.runtime import cache_dir
 
-  cfg = load(options, overrides)
+  stretch = stretch_at(load(options, overrides), max(options.step, 0))
+  cfg = stretch.cfg
   source = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  print(show_row(source, options.step, options.row))
+  print(show_row(source, options.step, options.row, stretch.example(options.step)))
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:

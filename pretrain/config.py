@@ -53,6 +53,16 @@ def load(schema: type[T], files: Sequence[str], overrides: Sequence[str] = ()) -
   return builder.build(schema, nest(keys), '')
 
 
+def override(cfg: T, values: Mapping[str, Any], place: str) -> T:
+  """`cfg` with other values at some dotted keys; a section whose `name` changes starts from its own defaults.
+
+  Raises ConfigError as `load` does; `place` is where the values were written.
+  """
+  bindings = {key: Binding(key, value, place) for key, value in values.items()}
+  builder = Builder(dict.fromkeys(values, place), place)
+  return builder.build(type(cfg), nest(bindings), '', default=cfg)
+
+
 def flatten(cfg: Any, prefix: str = '') -> dict[str, Any]:
   """Every value of a config dataclass by its dotted key; tuples of dataclasses become lists of dicts."""
   flat: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
 from pretrain.optim import AdamW
+from pretrain.phases import Phase, stretches
 from pretrain.schedule import Schedule, check_schedule
 
 
@@ -54,6 +55,7 @@ class Experiment:
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
   kernels: KernelsConfig = KernelsConfig()
+  phases: tuple[Phase, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
 
@@ -71,18 +73,26 @@ MAY_CHANGE = (
 
 
 def check(cfg: Experiment) -> None:
-  """Raises ConfigError for facts that no section can see alone; touches no device and no file."""
+  """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
+  for stretch in stretches(cfg):
+    place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
+    try:
+      _check_one(stretch.cfg)
+    except ValueError as error:
+      raise ConfigError(f'{place}{error}') from error
+    except ConfigError as error:
+      raise ConfigError(place + str(error).removeprefix('CONFIG: ')) from error
+
+
+def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
   _check_profile(cfg)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
-  try:
-    check_model(cfg.model)
-    check_kernels(cfg.kernels)
-    check_schedule(cfg.schedule)
-    check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
+  check_model(cfg.model)
+  check_kernels(cfg.kernels)
+  check_schedule(cfg.schedule)
+  check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
 
 
 def _check_family(cfg: Experiment) -> None:

@@ -20,6 +20,7 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import Experiment
 from pretrain.mesh import MeshConfig
+from pretrain.phases import stretch_at
 from pretrain.runtime import build_program, cache_dir
 
 
@@ -44,13 +45,14 @@ def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64
   """
   if max_tokens < 1:
     raise ConfigError(f'--max_tokens={max_tokens}; it must be at least 1.')
-  cfg = _config_of(workdir)
-  checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
+  whole = _config_of(workdir)
+  checkpoints = Checkpoints(workdir, whole.checkpoint, read_only=True)
   step = checkpoints.latest()
   if step is None:
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
+  cfg = stretch_at(whole, step - 1).cfg  # prompts are read as the phase did that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   inputs = [prompt_inputs(prompt, cfg, data) for prompt in prompts]
   rooms = [min(max_tokens, _room(prompt, own, cfg)) for prompt, own in zip(prompts, inputs, strict=True)]

@@ -12,6 +12,7 @@ from data.source import Synthetic, open_data
 from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment
 from pretrain.mesh import batch_sharding
+from pretrain.phases import stretches
 from pretrain.runtime import Program, build_program, cache_dir
 
 # Without these libtpu looks for a TPU machine around it, and refuses to be loaded by two processes at a time.
@@ -97,9 +98,12 @@ def compile_train_step(cfg: Experiment, topology: str) -> tuple[Memory, Any]:
 
 
 def plan(cfg: Experiment, topology: str) -> str:
-  """What `pretrain plan` prints."""
-  memory, _ = compile_train_step(cfg, topology)
-  lines = [f'train step on {topology}, MiB per device:']
-  for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):
-    lines.append(f'  {name:<12}{getattr(memory, name) / MIB:>10,.1f}')
+  """What `pretrain plan` prints: the memory of the train step of each phase."""
+  lines = []
+  for stretch in stretches(cfg):
+    memory, _ = compile_train_step(stretch.cfg, topology)
+    phase = f' from step {stretch.start}' if cfg.phases else ''
+    lines.append(f'train step on {topology}{phase}, MiB per device:')
+    for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):
+      lines.append(f'  {name:<12}{getattr(memory, name) / MIB:>10,.1f}')
   return '\n'.join(lines)

@@ -50,8 +50,8 @@ def check_divisible(parameters, mesh) -> None:
     raise ConfigError(str(error)) from error
 
 
-def build_program(cfg: Experiment, devices=None) -> Program:
-  """Everything a run needs that holds no arrays; nothing is allocated.
+def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> Program:
+  """Everything a run needs that holds no arrays; nothing is allocated. The schedule counts from `schedule_start`.
 
   Raises ConfigError where the mesh does not divide the batch or a parameter.
   """
@@ -59,7 +59,7 @@ def build_program(cfg: Experiment, devices=None) -> Program:
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
-  schedule = make_schedule(cfg.schedule)
+  schedule = make_schedule(cfg.schedule, schedule_start)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed)
   shapes = jax.eval_shape(init)

@@ -63,11 +63,11 @@ def _decay(cfg: Schedule, step: Array) -> Array:
       assert_never(cfg)
 
 
-def make_schedule(cfg: Schedule) -> Callable[[Array], Array]:
-  """`schedule(step)` -> learning rate, f32; the first update (step 0) already moves when there is a warm-up."""
+def make_schedule(cfg: Schedule, start: int = 0) -> Callable[[Array], Array]:
+  """`schedule(step)` -> learning rate, f32, counted from step `start`, whose update already moves in a warm-up."""
 
   def schedule(step: Array) -> Array:
-    step = jnp.asarray(step, jnp.float32)
+    step = jnp.asarray(step, jnp.float32) - start
     warmup = jnp.minimum(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     return cfg.peak * warmup * _decay(cfg, step)
 

@@ -1,8 +1,9 @@
 """Nested values -> frozen dataclasses, checked against their annotations. Knows nothing of files but where keys stand.
 
-Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], a dataclass, or a union of
-dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only coercion. A range stands
-next to its field, in words that need no import: `Annotated[int, '>= 1']`, `Annotated[float, '[0, 1)']`.
+Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], Mapping (names to any values),
+a dataclass, or a union of dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only
+coercion. A range stands next to its field, in words that need no import: `Annotated[int, '>= 1']`,
+`Annotated[float, '[0, 1)']`.
 """
 
 import dataclasses
@@ -93,6 +94,8 @@ class Builder:
       return self.sequence(args, given, key)
     if origin is Literal:
       return self.literal(args, given, key)
+    if origin is Mapping:
+      return self.mapping(given, key)
     return self.scalar(hint, given, key)
 
   def section(self, hint: Any, given: Any, key: str, default: Any) -> Any:
@@ -110,6 +113,11 @@ class Builder:
     if len(args) != len(given):
       raise ConfigError(f'{self.where(key)}{key} has {len(given)} values, expected {len(args)}.')
     return tuple(self.value(a, v, f'{key}[{i}]') for i, (a, v) in enumerate(zip(args, given, strict=True)))
+
+  def mapping(self, given: Any, key: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+      raise ConfigError(f"{self.mistyped(given, key)} a dict of keys and values: {{'schedule.peak': 1e-3}}.")
+    return dict(given)
 
   def bounded(self, hint: Any, allowed: str, given: Any, key: str) -> Any:
     value = self.value(hint, given, key)

@@ -15,10 +15,11 @@ from pretrain import config
 from pretrain.checkpoint import Checkpoints
 from pretrain.errors import CheckpointError, NonFiniteError
 from pretrain.evaluate import evaluate
-from pretrain.experiment import Experiment
+from pretrain.experiment import CheckpointConfig, Experiment
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
+from pretrain.phases import Stretch, stretch_at
 from pretrain.report import write_report
 from pretrain.resume import check_same_data, check_same_run
 from pretrain.runtime import build_program, cache_dir
@@ -84,6 +85,20 @@ class Stopwatch:
     return rates
 
 
+class Stage:
+  """What one phase works with: its data, compiled functions, and this host's rows of its batches."""
+
+  def __init__(self, stretch: Stretch):
+    self.stretch, self.cfg = stretch, stretch.cfg
+    vocab_size = self.cfg.model.vocab_size
+    self.data = open_data(
+      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
+    )
+    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start)
+    self.rows = host_rows(self.program.mesh, self.cfg.data.batch_size)
+    self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
+
+
 class Run:
   """One process's share of a run: its state, its place in the data, its files."""
 
@@ -93,41 +108,45 @@ class Run:
     recorded = read_metrics(workdir)
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
       check_same_run(saved, cfg)
-    vocab_size = cfg.model.vocab_size
-    self.data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir())
-    self.program = build_program(cfg)
-    self.rows = host_rows(self.program.mesh, cfg.data.batch_size)
+    latest = newest(workdir, cfg.checkpoint)
+    check_not_lost(latest, recorded, cfg.checkpoint.every, workdir)
+    # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
+    self.stage = Stage(stretch_at(cfg, max(latest - 1, 0) if latest else 0))
     self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    check_not_lost(self.checkpoints.latest(), recorded, cfg.checkpoint.every, workdir)
     self.state, self.position = self._restore_or_initialise()
     self.step = self.saved_step = int(self.state.step)
     writes = jax.process_index() == 0
     if writes:
       write_atomically(saved, self.text)
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
-    eval_step = make_eval_step(self.program.model, cfg.kernels, self.data.vocabulary.pieces)
     self._profiling = False
-    self._eval_step = jax.jit(eval_step)
 
   def _restore_or_initialise(self):
     latest = self.checkpoints.latest()
-    fingerprint = self.data.fingerprint()
+    fingerprint = self.stage.data.fingerprint()
     if latest is None:
-      return self.program.init(), {'examples': 0}
-    restored = self.checkpoints.restore(self.program.abstract, latest)
+      return self.stage.program.init(), {'examples': 0}
+    restored = self.checkpoints.restore(self.stage.program.abstract, latest)
     check_same_data(restored.position['data'], fingerprint, latest, self.workdir)
     return restored.state, restored.position['loader']
 
   def loop(self, interrupt: Interrupt) -> None:
-    """Steps until the last one, or until interrupted; the metrics of a step are read while the next one runs."""
-    batches = loader(self.data, self.position, self.rows)
-    pending, watch = None, Stopwatch()
+    """Steps until the last one, or until interrupted, phase by phase."""
     while self.step < self.cfg.train.steps and not interrupt.received:
+      if not self.stage.stretch.holds(self.step):
+        self.stage = Stage(stretch_at(self.cfg, self.step))
+      self._loop(interrupt)
+
+  def _loop(self, interrupt: Interrupt) -> None:
+    """The steps of one phase; the metrics of a step are read while the next one runs."""
+    stage, pending, watch = self.stage, None, Stopwatch()
+    batches = loader(stage.data, self.position, stage.rows)
+    while self.step < self.cfg.train.steps and stage.stretch.holds(self.step) and not interrupt.received:
       self._profile()
       start = time.perf_counter()
       self.position, batch = next(batches)
       waited = time.perf_counter() - start
-      self.state, metrics = self.program.train_step(self.state, to_global(batch, self.program.mesh))
+      self.state, metrics = stage.program.train_step(self.state, to_global(batch, stage.program.mesh))
       self.step += 1
       if pending is not None:
         self._log(self.step - 1, pending, watch)
@@ -160,14 +179,16 @@ class Run:
     consecutive = int(values.pop('skipped_consecutive'))
     fatal = consecutive >= self.cfg.optimizer.max_consecutive_nonfinite
     if fatal or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
-      self.metrics.write(step, values | watch.report())
+      phase = {'phase': self.stage.stretch.index} if self.cfg.phases else {}
+      self.metrics.write(step, values | watch.report() | phase)
     if consecutive:
       self._warn_nonfinite(step, values, consecutive, fatal)
 
   def _warn_nonfinite(self, step: int, values, consecutive: int, fatal: bool) -> None:
-    size, limit = self.cfg.data.batch_size, self.cfg.optimizer.max_consecutive_nonfinite
+    limit = self.cfg.optimizer.max_consecutive_nonfinite
+    first, end = (self.stage.stretch.example(s) for s in (step - 1, step))
     message = (
-      f'grad_norm={values["grad_norm"]} at step {step} (examples {(step - 1) * size}..{step * size - 1}). '
+      f'grad_norm={values["grad_norm"]} at step {step} (examples {first}..{end - 1}). '
       f'Update skipped ({consecutive} of {limit} consecutive).'
     )
     if not fatal:
@@ -186,14 +207,14 @@ class Run:
       self._save()
 
   def _save(self) -> None:
-    position = {'loader': self.position, 'data': self.data.fingerprint()}
+    position = {'loader': self.position, 'data': self.stage.data.fingerprint()}
     self.checkpoints.save(self.step, self.state, position, self.text)
     self.saved_step = self.step
 
   def _evaluate(self) -> None:
     values = {}
-    for name, batches in self.data.heldout(self.cfg.evaluation.batches, self.rows).items():
-      result = evaluate(self._eval_step, self.state.params, batches, self.program.mesh)
+    for name, batches in self.stage.data.heldout(self.cfg.evaluation.batches, self.stage.rows).items():
+      result = evaluate(self.stage.eval_step, self.state.params, batches, self.stage.program.mesh)
       values |= {f'eval/{name}/{k}': v for k, v in result.items()}
     self.metrics.eval(self.step, values)
 
@@ -217,6 +238,11 @@ class Run:
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
   return any((workdir / 'checkpoints').glob('[0-9]*'))
+
+
+def newest(workdir: pathlib.Path, cfg: CheckpointConfig) -> int | None:
+  """The newest checkpoint; a workdir without any is left as it is."""
+  return Checkpoints(workdir, cfg, read_only=True).latest() if has_checkpoint(workdir) else None
 
 
 def check_not_lost(latest: int | None, recorded, every: int, workdir: pathlib.Path) -> None:

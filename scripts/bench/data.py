@@ -70,7 +70,7 @@ def made(data: source.DataSource, steps: range) -> float:
 
 
 def num_tokens(data: source.DataSource, steps: range) -> int:
-  return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step, row).pieces)
+  return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step * BATCH + row).pieces)
 
 
 WAYS = {'loader': loaded, 'no loader': made}

@@ -98,21 +98,21 @@ def test_another_seed_gives_other_rows_and_other_noise(text_store):
 def test_each_token_is_in_exactly_one_row_of_an_epoch(text_store, objective, inputs, targets):
   source, store = opened(text_store, objective, inputs, targets, batch_size=1), open_store(text_store)
   used, row = np.zeros(store.num_tokens, int), 0
-  while (origin := source.describe_row(row, 0)).epoch == 0:
+  while (origin := source.describe_row(row)).epoch == 0:
     for _, start, length in origin.pieces:
       used[start : start + length] += 1
     row += 1
   text = store.read([(0, store.num_tokens)])[0] != EOS
   wanted = np.ones_like(used) if isinstance(objective, CausalLm) else text.astype(int)
   assert used.tolist() == wanted.tolist()
-  assert source.describe_row(row, 0).epoch == 1
+  assert source.describe_row(row).epoch == 1
 
 
 def test_a_causal_epoch_is_the_store_itself(text_store):
   """The targets of an epoch's rows, in the order of the text, are all tokens with their EOS."""
   source, store = opened(text_store, CausalLm(), 0, 64, batch_size=1), open_store(text_store)
   rows, step = [], 0
-  while (origin := source.describe_row(step, 0)).epoch == 0:
+  while (origin := source.describe_row(step)).epoch == 0:
     batch = source.batch(step, slice(0, 1))
     rows.append((origin.row, batch['decoder_target_tokens'][0][batch['decoder_segment_ids'][0] > 0]))
     step += 1
@@ -132,7 +132,7 @@ def test_no_example_crosses_a_document_unless_asked(text_store, side):
   source = opened(text_store)
   apart = source.batch(0, slice(0, 8))
   across = opened(text_store, attend_across_documents=True).batch(0, slice(0, 8))
-  pieces = [source.describe_row(0, row).pieces for row in range(8)]
+  pieces = [source.describe_row(row).pieces for row in range(8)]
   assert apart[f'{side}_segment_ids'].max(1).tolist() == [len(row) for row in pieces], 'a segment for each piece'
   assert max(len(row) for row in pieces) > 1
   assert across[f'{side}_segment_ids'].max() == 1
@@ -186,7 +186,7 @@ def test_rows_count_from_zero_for_ever(text_store):
 
 def test_epochs_follow_each_other_inside_a_batch(text_store):
   source = opened(text_store, batch_size=1000)
-  origins = [source.describe_row(0, row) for row in range(0, 1000, 10)]
+  origins = [source.describe_row(row) for row in range(0, 1000, 10)]
   epochs = [origin.epoch for origin in origins]
   assert epochs == sorted(epochs)
   assert len(set(epochs)) > 2
@@ -200,7 +200,7 @@ def test_sources_are_mixed_at_exact_shares_in_every_block(two_stores):
   sources = (Source(path=small, weight=0.3), Source(path=large, weight=0.7))
   source = opened(None, sources=sources, batch_size=10)
   for step in (0, 1, 50):
-    paths = [source.describe_row(step, row).path for row in range(10)]
+    paths = [source.describe_row(10 * step + row).path for row in range(10)]
     assert (paths.count(small), paths.count(large)) == (3, 7)
   whole = source.batch(4, slice(0, 10))
   for row in range(10):
@@ -211,7 +211,7 @@ def test_each_source_goes_through_its_own_epochs(two_stores):
   small, large = map(str, two_stores)
   sources = (Source(path=small), Source(path=large))
   source = opened(None, CausalLm(), 0, 64, sources=sources, batch_size=1)
-  seen = [source.describe_row(p, 0) for p in range(400)]
+  seen = [source.describe_row(p) for p in range(400)]
   for path in (small, large):
     rows = [o.row for o in seen if o.path == path and o.epoch == 0]
     assert len(set(rows)) == len(rows), 'no row twice in an epoch'
