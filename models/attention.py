@@ -10,10 +10,11 @@ from flax import nnx
 from jax import Array
 
 from models.dropout import fold
-from models.linear import linear
+from models.linear import Projections, linear
+from models.norm import RmsNorm
 from models.partition import constrain
 from models.positions import rotary
-from models.specs import Normal, weight
+from models.specs import weight
 from pallas_kernels.attention.api import RelativeBias, flash_attention
 
 WEIGHTS_SITE = 20
@@ -21,20 +22,39 @@ WEIGHTS_SITE = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init."""
+  """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
+
+  `qk_norm` normalises each query and key head before positions enter; the scores are then scaled in any case.
+  `softcap` bends scores to softcap * tanh(scores / softcap).
+  """
 
   heads: int
   kv_heads: int
   head_dim: int
   t5_scale: bool
   rope_theta: float | None
+  qk_norm: bool
+  softcap: float | None
   dropout: float
   implementation: str
+
+  @property
+  def folds_scale(self) -> bool:
+    """Whether 1/sqrt(head_dim) is in the query's init; a norm would take it out again."""
+    return self.t5_scale and not self.qk_norm
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['q_segment_ids', 'kv_segment_ids', 'q_positions', 'kv_positions', 'prefix_end', 'relative_bias'],
+  data_fields=[
+    'q_segment_ids',
+    'kv_segment_ids',
+    'q_positions',
+    'kv_positions',
+    'prefix_end',
+    'relative_bias',
+    'alibi',
+  ],
   meta_fields=['causal'],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,29 +72,43 @@ class Visibility:
   kv_positions: Array | None = None
   prefix_end: Array | None = None
   relative_bias: RelativeBias | None = None
+  alibi: Array | None = None
 
 
 class Attention(nnx.Module):
-  """Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py."""
+  """Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py;
+  norms of queries and keys: Henry et al. 2020, arXiv:2010.04245, as RMS norms with a scale in Qwen3 and Gemma 3.
+  """
 
-  def __init__(self, embed: int, cfg: AttentionConfig):
+  def __init__(self, embed: int, cfg: AttentionConfig, projections: Projections):
     heads, kv_heads, head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
-    query = Normal(head_dim**-0.5 if cfg.t5_scale else 1.0, fan_in=('embed',))
+    query = projections.init('embed', scale=head_dim**-0.5 if cfg.folds_scale else 1.0)
     self.query = weight((embed, heads, head_dim), ('embed', 'heads', 'head_dim'), query)
-    self.key = weight((embed, kv_heads, head_dim), ('embed', 'kv_heads', 'head_dim'), Normal(fan_in=('embed',)))
-    self.value = weight((embed, kv_heads, head_dim), ('embed', 'kv_heads', 'head_dim'), Normal(fan_in=('embed',)))
-    self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), Normal(fan_in=('heads', 'head_dim')))
+    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'))
+    wide = lambda: weight((embed, kv_heads, head_dim), ('embed', 'kv_heads', 'head_dim'), projections.init('embed'))
+    bias = lambda: projections.make_bias((kv_heads, head_dim), ('kv_heads', 'head_dim'))
+    self.key, self.key_bias = wide(), bias()
+    self.value, self.value_bias = wide(), bias()
+    out = projections.init_residual('heads', 'head_dim')
+    self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
+    self.out_bias = projections.make_bias((embed,), ('embed',))
+    self.query_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    self.key_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array) -> Array:
     """[batch, length, heads, head_dim]."""
-    q = constrain(linear(x, self.query), 'batch', 'length', 'heads', 'head_dim')
-    return q if self.cfg.rope_theta is None else rotary(q, positions, self.cfg.rope_theta)
+    q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
+    return self._place(q if self.query_norm is None else self.query_norm(q), positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
-    k, v = (constrain(linear(x, w), 'batch', 'length', 'kv_heads', 'head_dim') for w in (self.key, self.value))
-    return (k, v) if self.cfg.rope_theta is None else (rotary(k, positions, self.cfg.rope_theta), v)
+    k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
+    v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
+    return self._place(k if self.key_norm is None else self.key_norm(k), positions), v
+
+  def _place(self, x: Array, positions: Array) -> Array:
+    return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
 
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
     """Values mixed and projected back: [batch, length, embed]."""
@@ -87,11 +121,12 @@ class Attention(nnx.Module):
       k,
       v,
       **options,
-      scale=1.0 if self.cfg.t5_scale else None,
+      scale=1.0 if self.cfg.folds_scale else None,
+      softcap=self.cfg.softcap,
       dropout=dropped,
       implementation=self.cfg.implementation,
     )
-    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, contract=2)
+    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])

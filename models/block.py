@@ -1,7 +1,7 @@
 """One block and its stack: encoder, decoder and decoder-only models are made of these."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from jax import Array
 
 from models.attention import Attention, AttentionConfig, Cache, Visibility
 from models.dropout import dropout, fold
+from models.linear import Projections
 from models.mlp import Mlp, MlpConfig
-from models.norm import RmsNorm
+from models.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.partition import constrain
 from models.specs import stack
 
 Remat = Literal['none', 'dots', 'full']
+Placement = Literal['pre', 'post', 'sandwich']
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
 
@@ -29,15 +31,48 @@ class Cross:
   keys_values: tuple[Array, Array] | None = None
 
 
-class Block(nnx.Module):
-  """Pre-norm residual block: self-attention, cross-attention where there is an encoder, MLP."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+  """The parts of a block. `placement` of the norms, with f a layer and N a norm:
 
-  def __init__(self, embed: int, attention: AttentionConfig, mlp: MlpConfig, *, cross: bool, rate: float):
-    self.self_norm, self.self_attention = RmsNorm(embed), Attention(embed, attention)
-    if cross:
-      self.cross_norm, self.cross_attention = RmsNorm(embed), Attention(embed, attention)
-    self.mlp_norm, self.mlp = RmsNorm(embed), Mlp(embed, mlp, rate)
-    self.rate = rate
+  pre: x + f(N(x)), T5 and Llama; post: N(x + f(x)), Vaswani et al. 2017 and BERT; sandwich: x + N(f(N(x))), Ding et al.
+  2021, arXiv:2105.13290, §3.3, and Gemma 2. `cross` adds attention to an encoder, which has no rotary positions.
+  """
+
+  embed: int
+  attention: AttentionConfig
+  mlp: MlpConfig
+  norm: NormConfig
+  placement: Placement
+  projections: Projections
+  cross: bool
+  rate: float
+
+
+class Sublayer(NamedTuple):
+  """Where one layer of a block stands: the norm of `BlockConfig.placement`, the second one of a sandwich, its site."""
+
+  norm: RmsNorm | LayerNorm
+  out_norm: RmsNorm | LayerNorm | None
+  site: int
+
+
+class Block(nnx.Module):
+  """Residual block: self-attention, cross-attention where there is an encoder, MLP."""
+
+  def __init__(self, cfg: BlockConfig):
+    norm = lambda: make_norm(cfg.embed, cfg.norm)
+    out_norm = lambda: norm() if cfg.placement == 'sandwich' else None
+    self.self_norm, self.self_out_norm = norm(), out_norm()
+    self.self_attention = Attention(cfg.embed, cfg.attention, cfg.projections)
+    if cfg.cross:
+      self.cross_norm, self.cross_out_norm = norm(), out_norm()
+      # An encoder's positions and a decoder's have no distance.
+      across = dataclasses.replace(cfg.attention, rope_theta=None)
+      self.cross_attention = Attention(cfg.embed, across, cfg.projections)
+    self.mlp_norm, self.mlp_out_norm = norm(), out_norm()
+    self.mlp = Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
+    self.placement, self.rate = cfg.placement, cfg.rate
 
   def __call__(
     self,
@@ -50,27 +85,36 @@ class Block(nnx.Module):
     cache: Cache | None,
   ) -> tuple[Array, Cache | None]:
     """x[batch, length, embed] -> the same, and the cache with this layer's new keys and values."""
-    h = self.self_norm(x)
+    at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
+    h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
-    x = self._add(x, self.self_attention.attend(q, k, v, see, keys, SELF_SITE), keys, SELF_SITE)
+    x = self._add(x, self.self_attention.attend(q, k, v, see, keys, SELF_SITE), keys, at)
     if cross is not None:
-      q = self.cross_attention.queries(self.cross_norm(x), positions)
+      at = Sublayer(self.cross_norm, self.cross_out_norm, CROSS_SITE)
+      q = self.cross_attention.queries(self._enter(x, at), positions)
       k, v = cross.keys_values or self.cross_attention.keys_values(cross.memory, positions)
-      x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, CROSS_SITE)
-    return self._add(x, self.mlp(self.mlp_norm(x), keys), keys, MLP_SITE), cache
+      x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, at)
+    at = Sublayer(self.mlp_norm, self.mlp_out_norm, MLP_SITE)
+    return self._add(x, self.mlp(self._enter(x, at), keys), keys, at), cache
 
-  def _add(self, x: Array, update: Array, keys: Array | None, site: int) -> Array:
-    return constrain(x + dropout(update, self.rate, keys, site), 'batch', 'length', 'embed')
+  def _enter(self, x: Array, at: Sublayer) -> Array:
+    return x if self.placement == 'post' else at.norm(x)
+
+  def _add(self, x: Array, update: Array, keys: Array | None, at: Sublayer) -> Array:
+    update = update if at.out_norm is None else at.out_norm(update)
+    x = constrain(x + dropout(update, self.rate, keys, at.site), 'batch', 'length', 'embed')
+    return at.norm(x) if self.placement == 'post' else x
 
 
 class Stack(nnx.Module):
-  """`layers` equal blocks, scanned, then a norm. The compiled program holds one block, whatever the depth."""
+  """`layers` equal blocks, scanned, then a norm, unless blocks end with one. The compiled program holds one block."""
 
-  def __init__(self, block: Block, layers: int, embed: int, *, remat: Remat, rate: float):
-    self.blocks, self.norm = stack(block, layers), RmsNorm(embed)
-    self.layers, self.remat, self.rate = layers, remat, rate
+  def __init__(self, cfg: BlockConfig, layers: int, *, remat: Remat):
+    self.blocks = stack(Block(cfg), layers)
+    self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
+    self.layers, self.remat, self.rate = layers, remat, cfg.rate
 
   def __call__(
     self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
@@ -80,7 +124,7 @@ class Stack(nnx.Module):
       return block(x, positions, see, cross, fold(keys, layer), layer, None)[0], None
 
     x, _ = jax.lax.scan(rematerialise(body, self.remat), x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32)))
-    return dropout(self.norm(x), self.rate, fold(keys, self.layers), FINAL_SITE)
+    return dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
 
   def decode(
     self, x: Array, positions: Array, see: Visibility, cache: Cache, cross: Cross | None = None
@@ -95,7 +139,10 @@ class Stack(nnx.Module):
     layers = jnp.arange(self.layers, dtype=jnp.int32)
     inputs = (self.blocks, layers, None if cross is None else cross.keys_values)
     (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
-    return self.norm(x), cache.advance(x.shape[1])
+    return self.finish(x), cache.advance(x.shape[1])
+
+  def finish(self, x: Array) -> Array:
+    return x if self.norm is None else self.norm(x)
 
   def cross_keys_values(self, memory: Array, positions: Array) -> tuple[Array, Array]:
     """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, length, …]."""

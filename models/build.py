@@ -42,13 +42,20 @@ class Model:
       return self.bind(params)(batch, key)
 
   def head(self, params: Tree) -> Array:
-    """The weight [embed, vocab] that turns hidden states into logits."""
-    return params['head']['kernel']
+    """The weight [embed, vocab] that turns hidden states into logits, before `cfg.logit_softcap`."""
+    match self.cfg.head:
+      case 'untied':
+        return params['head']['kernel']
+      case 'tied':
+        return params['embedding']['table'].T
+      case 'tied_scaled':
+        return params['embedding']['table'].T * self.cfg.embed**-0.5
 
   def logits(self, params: Tree, hidden: Array) -> Array:
     """f32[…, vocab]."""
     head = self.head(params).astype(hidden.dtype)
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    logits, cap = jnp.matmul(hidden, head, preferred_element_type=jnp.float32), self.cfg.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def check_model(cfg: ModelConfig) -> None:

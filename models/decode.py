@@ -73,11 +73,9 @@ def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
 
   def step(tokens: Array, cache: Cache):
     positions = _positions(cache, tokens)
-    see = Visibility(
-      causal=True, q_positions=positions, kv_positions=_slots(cache), relative_bias=module.decoder_bias()
-    )
+    see = Visibility(causal=True, q_positions=positions, kv_positions=_slots(cache), **module.decoder_bias())
     across = Visibility(causal=False, q_segment_ids=jnp.ones_like(tokens), kv_segment_ids=segments)
-    x = module.embedding(tokens, memory.dtype, None)
+    x = module.embedding(tokens, positions, memory.dtype, None)
     return module.decoder.decode(x, positions, see, cache, Cross(see=across, keys_values=cross_keys_values))
 
   return step, (memory[:, :1], cache), jnp.zeros((rows, 1), jnp.int32)
@@ -94,8 +92,10 @@ def _decoder_step(module, batch, max_tokens: int):
 
   def step(tokens: Array, cache: Cache):
     positions = _positions(cache, tokens)
-    see = Visibility(causal=True, q_positions=positions, kv_positions=_slots(cache), prefix_end=prefix)
-    return module.decoder.decode(module.embedding(tokens, dtype, None), positions, see, cache)
+    see = Visibility(
+      causal=True, q_positions=positions, kv_positions=_slots(cache), prefix_end=prefix, **module.decoder_bias()
+    )
+    return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)
 
   return step, cache
 

@@ -4,7 +4,7 @@ import math
 
 from models.build import ModelConfig, build
 from models.encoder_decoder import EncoderDecoderConfig
-from models.specs import ParamSpec, Tree, is_spec
+from models.specs import ParamSpec, Tree, is_matrix, is_spec
 
 FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of the forward pass
 
@@ -12,8 +12,7 @@ FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of
 def _matrix_parameters(tree: Tree) -> int:
   """Parameters that every token is multiplied with: all but norms and biases (lookups are left out by the caller)."""
   if is_spec(tree):
-    features = [a for a in tree.axes if a not in ('layers', 'buckets')]
-    return math.prod(tree.shape) if len(features) > 1 else 0
+    return math.prod(tree.shape) if is_matrix(tree) else 0
   return sum(_matrix_parameters(branch) for branch in tree.values())
 
 
@@ -26,7 +25,7 @@ def _cross_keys_values(decoder: Tree) -> int:
 def flops_per_step(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> float:
   """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, nothing recomputed."""
   specs = build(cfg).specs
-  head = _matrix_parameters(specs['head'])
+  head = cfg.embed * cfg.vocab_size  # tied or not
   decoder = _matrix_parameters(specs['decoder'])
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   if isinstance(cfg, EncoderDecoderConfig):

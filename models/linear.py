@@ -1,13 +1,39 @@
 """The one matrix product of the models: quantisation and low-rank adapters enter here and nowhere else."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 from jax import Array
 
-from models.specs import cast
+from models.specs import Normal, Zeros, cast, weight
 
 
-def linear(x: Array, w: nnx.Param, contract: int = 1) -> Array:
-  """`x[..., *c]` times `w[*c, ...]`, contracting `contract` dims, in x's dtype."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projections:
+  """What the matrices of a stack have in common.
+
+  `std` None draws each at 1/sqrt(fan-in) (T5X examples/t5/layers.py), a number all at that std (0.02 in GPT-2, BERT).
+  `residual` multiplies the std of those that write to the residual stream: 1/sqrt(additions to it) in GPT-2 (Radford et
+  al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product.
+  """
+
+  std: float | None = None
+  residual: float = 1.0
+  bias: bool = False
+
+  def init(self, *fan_in: str, scale: float = 1.0) -> Normal:
+    return Normal(scale, fan_in) if self.std is None else Normal(scale * self.std)
+
+  def init_residual(self, *fan_in: str) -> Normal:
+    return self.init(*fan_in, scale=self.residual)
+
+  def make_bias(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
+    return weight(shape, axes, Zeros()) if self.bias else None
+
+
+def linear(x: Array, w: nnx.Param, bias: nnx.Param | None = None, contract: int = 1) -> Array:
+  """`x[..., *c]` times `w[*c, ...]`, contracting `contract` dims, plus `bias`, in x's dtype."""
   own = tuple(range(x.ndim - contract, x.ndim))
-  return jax.lax.dot_general(x, cast(w, x), ((own, tuple(range(contract))), ((), ())))
+  product = jax.lax.dot_general(x, cast(w, x), ((own, tuple(range(contract))), ((), ())))
+  return product if bias is None else product + cast(bias, x)

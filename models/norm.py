@@ -1,21 +1,70 @@
-"""RMS normalisation."""
+"""Normalisation of features: RMS norm and layer norm."""
+
+import dataclasses
+from typing import Annotated, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.specs import Ones, cast, weight
+from models.specs import Ones, Zeros, cast, weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RmsNormConfig:
+  """`eps` is 1e-6 in T5, 1e-5 in Llama 2."""
+
+  name: Literal['rmsnorm'] = 'rmsnorm'
+  eps: Annotated[float, '> 0'] = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNormConfig:
+  """`eps` is 1e-5 in GPT-2, 1e-12 in BERT; `bias` adds a learned vector."""
+
+  name: Literal['layernorm'] = 'layernorm'
+  eps: Annotated[float, '> 0'] = 1e-5
+  bias: bool = True
+
+
+NormConfig = RmsNormConfig | LayerNormConfig
 
 
 class RmsNorm(nnx.Module):
   """x / rms(x) * scale, statistics in f32. Source: Zhang and Sennrich 2019, arXiv:1910.07467; T5's layer norm."""
 
-  def __init__(self, embed: int, eps: float = 1e-6):
-    self.scale = weight((embed,), ('embed',), Ones())
+  def __init__(self, dim: int, eps: float = 1e-6, axis: str = 'embed'):
+    self.scale = weight((dim,), (axis,), Ones())
     self.eps = eps
 
   def __call__(self, x: Array) -> Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
     return (x32 * inverse).astype(x.dtype) * cast(self.scale, x)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean(x)) / std(x) * scale (+ bias), statistics in f32. Source: Ba et al. 2016, arXiv:1607.06450."""
+
+  def __init__(self, dim: int, eps: float = 1e-5, *, bias: bool = True):
+    self.scale = weight((dim,), ('embed',), Ones())
+    self.bias = weight((dim,), ('embed',), Zeros()) if bias else None
+    self.eps = eps
+
+  def __call__(self, x: Array) -> Array:
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, -1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+    scaled = (centred * inverse).astype(x.dtype) * cast(self.scale, x)
+    return scaled if self.bias is None else scaled + cast(self.bias, x)
+
+
+def make_norm(embed: int, cfg: NormConfig) -> RmsNorm | LayerNorm:
+  match cfg:
+    case RmsNormConfig():
+      return RmsNorm(embed, cfg.eps)
+    case LayerNormConfig():
+      return LayerNorm(embed, cfg.eps, bias=cfg.bias)
+    case _:
+      assert_never(cfg)

@@ -23,6 +23,7 @@ PARAMETER_RULES: Rules = {
   'layers': None,
   'experts': 'expert',
   'buckets': None,
+  'length': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),

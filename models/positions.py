@@ -1,6 +1,9 @@
-"""Where a token is: T5's relative position buckets (in the attention op) and rotary embedding."""
+"""Where a token is: T5's relative position buckets and ALiBi (in the attention op), and rotary embedding."""
+
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -18,8 +21,38 @@ class RelativePositionBias(nnx.Module):
     self.table = weight((buckets, heads), ('buckets', 'heads'), UniformFanAvg())
     self.bidirectional, self.max_distance = bidirectional, max_distance
 
-  def __call__(self) -> RelativeBias:
-    return RelativeBias(self.table[...], bidirectional=self.bidirectional, max_distance=self.max_distance)
+  def __call__(self) -> dict[str, Any]:
+    bias = RelativeBias(self.table[...], bidirectional=self.bidirectional, max_distance=self.max_distance)
+    return {'relative_bias': bias}
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+  """float32[heads]: 2^(-8 i / n) for i = 1 … n = heads; where n is no power of two, those of the power below, then
+  every other one of the power above.
+
+  Source: Press et al. 2022, arXiv:2108.12409, §3; attention_with_linear_biases get_slopes.
+
+  >>> alibi_slopes(6).tolist()
+  [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]
+  """
+  power = 2 ** (heads.bit_length() - 1)
+  slopes = lambda n: 2.0 ** (-8 * np.arange(1, n + 1) / n)
+  return np.concatenate([slopes(power), slopes(2 * power)[::2][: heads - power]]).astype(np.float32)
+
+
+class Alibi(nnx.Module):
+  """-slope * |distance| on the scores, without parameters; to both sides in an encoder."""
+
+  def __init__(self, heads: int):
+    self.heads = heads
+
+  def __call__(self) -> dict[str, Any]:
+    return {'alibi': jnp.asarray(alibi_slopes(self.heads))}
+
+
+class NoBias(nnx.Module):
+  def __call__(self) -> dict[str, Any]:
+    return {}
 
 
 def rotary(x: Array, positions: Array, theta: float) -> Array:

@@ -51,6 +51,15 @@ class Ones:
 
 
 @dataclasses.dataclass(frozen=True)
+class Zeros:
+  def std(self, shape, axes) -> float:
+    return 0.0
+
+  def __call__(self, key, shape, dtype, axes) -> Array:
+    return jnp.zeros(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class ParamSpec:
   """What is known of a parameter before it exists."""
 
@@ -110,6 +119,19 @@ def initialize(specs: Tree, key: Array) -> Tree:
     return spec.init(jax.random.fold_in(key, own), spec.shape, spec.dtype, spec.axes)
 
   return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+  """Whether the parameter maps one space of features to another; norm scales, biases and bias tables do not.
+
+  `head_dim` stands beside `heads`: both are one space.
+
+  >>> is_matrix(ParamSpec((8, 2, 4), None, ('embed', 'heads', 'head_dim'), None))
+  True
+  >>> is_matrix(ParamSpec((2, 4), None, ('heads', 'head_dim'), None))
+  False
+  """
+  return len([axis for axis in spec.axes if axis not in ('layers', 'buckets', 'head_dim')]) >= 2
 
 
 def count(specs: Tree) -> int:

@@ -87,6 +87,7 @@ def check(cfg: Experiment) -> None:
 def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
   _check_profile(cfg)
+  _check_positions(cfg)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
@@ -113,6 +114,15 @@ def _check_profile(cfg: Experiment) -> None:
       f'train.profile_steps=({first}, {last}) with train.steps={cfg.train.steps}; '
       'give (first, last) with 0 <= first < last <= train.steps.'
     )
+
+
+def _check_positions(cfg: Experiment) -> None:
+  most = cfg.model.max_positions
+  for key in ('inputs_length', 'targets_length'):
+    if most is not None and (length := getattr(cfg.data, key)) > most:
+      raise ConfigError(
+        f'data.{key}={length} with model.max_positions={most}; set model.max_positions >= {length}, or shorter rows.'
+      )
 
 
 def check_batch(cfg: Experiment, shards: int) -> None:

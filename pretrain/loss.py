@@ -23,8 +23,9 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
   hidden, aux = model.apply(params, batch, key)
   flat = hidden.reshape(-1, hidden.shape[-1])
   labels = batch['decoder_target_tokens'].reshape(-1)
-  implementation = kernels.linear_cross_entropy
-  return linear_cross_entropy(flat, model.head(params), labels, implementation=implementation, **options), aux
+  implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
+  options |= {'softcap': softcap, 'implementation': implementation}
+  return linear_cross_entropy(flat, model.head(params), labels, **options), aux
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig) -> LossFn:

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from models.specs import ParamSpec
+from models.specs import ParamSpec, is_matrix
 from pretrain.mesh import replicated
 
 
@@ -34,8 +34,8 @@ class AdamW:
 
 
 def decays(spec: ParamSpec) -> bool:
-  """Matrices decay; norm scales, biases and bias tables (fewer than two axes that hold features) do not."""
-  return len([axis for axis in spec.axes if axis not in ('layers', 'buckets')]) >= 2
+  """Matrices decay; norm scales, biases and bias tables do not."""
+  return is_matrix(spec)
 
 
 def scale_by_parameter(specs: Mapping[str, Any], smallest: float = 1e-3) -> optax.GradientTransformation:

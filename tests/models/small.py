@@ -9,6 +9,7 @@ from models.build import build
 from models.decoder import DecoderConfig, DecoderMlpConfig
 from models.encoder_decoder import EncoderDecoderConfig
 from models.mlp import MlpConfig
+from models.norm import LayerNormConfig
 from models.specs import initialize
 
 VOCAB = 64
@@ -18,6 +19,29 @@ T5 = EncoderDecoderConfig(
 LLAMA = DecoderConfig(
   vocab_size=VOCAB, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=DecoderMlpConfig(hidden=48)
 )
+
+
+# Every part that is not T5 v1.1's or Llama's, in combinations that occur together.
+T5_1_0 = dataclasses.replace(
+  T5, mlp=MlpConfig(hidden=48, activation='relu', gated=False), head='tied_scaled', bias=True, qk_norm=True,
+  norm=LayerNormConfig(bias=False), norm_placement='sandwich', attention_softcap=2.0, logit_softcap=3.0,
+)  # fmt: skip
+T5_ALIBI = dataclasses.replace(T5, positions='alibi')
+ALIBI = dataclasses.replace(
+  LLAMA, positions='alibi', qk_norm=True, attention_softcap=2.0, logit_softcap=3.0, norm_placement='sandwich',
+  head='tied_scaled',
+)  # fmt: skip
+LEARNED = dataclasses.replace(
+  LLAMA, positions='learned', max_positions=14, norm=LayerNormConfig(), bias=True, norm_placement='post', head='tied',
+  mlp=DecoderMlpConfig(hidden=48, activation='gelu_exact', gated=False),
+)  # fmt: skip
+
+
+def shaken(params):
+  """`params` with noise on all that is drawn as ones or zeros: biases and norm scales that do nothing hide mistakes."""
+  rng = np.random.default_rng(0)
+  shake = lambda x: x if np.std(x) else x + rng.normal(0, 0.3, x.shape).astype(x.dtype)
+  return jax.tree.map(shake, params)
 
 
 def model_and_params(cfg, mesh=None, **changes):

@@ -14,9 +14,12 @@ from models.decode import greedy, teacher_forced
 from models.flops import flops_per_step
 from models.partition import check_divisible, shardings
 from pretrain.mesh import MeshConfig, make_mesh
-from tests.models.small import LLAMA, T5, alone, batch, model_and_params
+from tests.models.small import ALIBI, LEARNED, LLAMA, T5, T5_1_0, T5_ALIBI, alone, batch, model_and_params, shaken
 
 FAMILIES = pytest.mark.parametrize('cfg', [T5, LLAMA], ids=['encoder_decoder', 'decoder'])
+VARIANTS = {'t5': T5, 't5_1_0': T5_1_0, 't5_alibi': T5_ALIBI, 'llama': LLAMA, 'alibi': ALIBI, 'learned': LEARNED}
+ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
+DECODERS = pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['llama', 'alibi', 'learned'])
 
 
 @functools.cache
@@ -34,11 +37,13 @@ def prefix_batch(prefix: int):
   return data | {'decoder_prefix_end': ends}
 
 
-@pytest.mark.parametrize(
-  ('cfg', 'data'), [(T5, batch()), (LLAMA, batch()), (LLAMA, prefix_batch(3))], ids=['t5', 'causal', 'prefix']
-)
-def test_packed_and_unpacked_logits_agree(cfg, data):
+@pytest.mark.parametrize('prefix', [None, 3], ids=['causal', 'prefix'])
+@ALL
+def test_packed_and_unpacked_logits_agree(cfg, prefix):
+  if prefix and cfg.name == 'encoder_decoder':
+    pytest.skip('an encoder-decoder has no prefix')
   model, params = model_and_params(cfg)
+  params, data = shaken(params), batch() if prefix is None else prefix_batch(prefix)
   packed = hidden(model, params, data)
   for row, segment in ((0, 1), (0, 2), (1, 1), (1, 2)):
     single = hidden(model, params, alone(data, row, segment))
@@ -55,20 +60,21 @@ def test_the_packing_test_sees_a_lost_segment_mask(cfg):
   assert np.abs(hidden(model, params, data) - hidden(model, params, merged))[0, 6:12].max() > 1e-2
 
 
-def test_scanned_layers_are_a_loop_over_layers():
-  model, params = model_and_params(LLAMA)
-  data = batch()
+@DECODERS
+def test_scanned_layers_are_a_loop_over_layers(cfg):
+  model, params = model_and_params(cfg)
+  params, data = shaken(params), batch()
   module = model.bind(params)
-  x = module.embedding(data['decoder_input_tokens'], jnp.float32, None)
   segments, positions = data['decoder_segment_ids'], data['decoder_positions']
-  see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments)
+  x = module.embedding(data['decoder_input_tokens'], positions, jnp.float32, None)
+  see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **module.decoder_bias())
 
   def loop(order):
     y = x
     for layer in order:
       block = jax.tree.map(lambda a, i=layer: a[i], module.decoder.blocks)
       y, _ = block(y, positions, see, None, None, jnp.uint32(layer), None)
-    return module.decoder.norm(y)
+    return module.decoder.finish(y)
 
   np.testing.assert_allclose(loop([0, 1]), hidden(model, params, data), atol=2e-5)
   assert np.abs(loop([1, 0]) - hidden(model, params, data)).max() > 1e-2, 'swapped layers must show'
@@ -127,10 +133,10 @@ def test_meshes_agree(cfg, mesh):
   np.testing.assert_allclose(hidden(model, on_mesh, batch()), hidden(one, params, batch()), atol=2e-5)
 
 
-@FAMILIES
+@ALL
 def test_cached_decoding_equals_the_full_forward_pass(cfg):
   model, params = model_and_params(cfg)
-  data = batch(((8,), (8,)), 8)
+  params, data = shaken(params), batch(((8,), (8,)), 8)
   full = model.logits(params, compiled(model)(params, data)[0])
   cached = teacher_forced(model, params, data, jnp.asarray(data['decoder_input_tokens']))
   np.testing.assert_allclose(cached, full, atol=4e-5)
@@ -201,11 +207,13 @@ def test_a_mesh_that_does_not_divide_is_named():
     check_divisible(model.specs, make_mesh(MeshConfig(tensor=4)))
 
 
-@FAMILIES
+@pytest.mark.parametrize('cfg', [T5, LLAMA, T5_1_0, LEARNED], ids=['t5', 'llama', 't5_1_0', 'learned'])
 def test_flops_are_those_that_the_compiler_counts(cfg):
   """One layer a stack (the compiler counts a scan's body once), a dense batch, products only within ten percent."""
-  layers = {'encoder_layers': 1, 'decoder_layers': 1} if cfg is T5 else {'layers': 1}
-  model, _ = model_and_params(dataclasses.replace(cfg, embed=256, head_dim=64, vocab_size=512), **layers)
+  encodes = cfg.name == 'encoder_decoder'
+  layers = {'encoder_layers': 1, 'decoder_layers': 1} if encodes else {'layers': 1}
+  places = {'max_positions': 64} if cfg.positions == 'learned' else {}
+  model, _ = model_and_params(dataclasses.replace(cfg, embed=256, head_dim=64, vocab_size=512), **layers, **places)
   model_params = specs.initialize(model.specs, jax.random.key(0))
   data = batch(((64,),), 64)
 
@@ -213,5 +221,5 @@ def test_flops_are_those_that_the_compiler_counts(cfg):
     return jnp.square(model.logits(p, model.apply(p, data)[0])).sum()
 
   counted = jax.jit(jax.grad(loss)).lower(model_params).compile().cost_analysis()['flops']
-  inputs = 64 if cfg is T5 else 0
+  inputs = 64 if encodes else 0
   assert flops_per_step(model.cfg, inputs_length=inputs, targets_length=64) == pytest.approx(counted, rel=0.1)

@@ -63,6 +63,11 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
     (tiny.DECODER, 'model.dropout=-0.5', '--gin.model.dropout: model.dropout=-0.5; it must be in [0, 1).'),
     (tiny.UL2, 'model.encoder_layers=0', '--gin.model.encoder_layers: model.encoder_layers=0; it must be >= 1.'),
     (tiny.UL2, 'model.heads=-4', '--gin.model.heads: model.heads=-4; it must be >= 1.'),
+    (
+      tiny.DECODER,
+      "model.positions='learned'\nmodel.max_positions=511",
+      'data.targets_length=512 with model.max_positions=511; set model.max_positions >= 512, or shorter rows.',
+    ),
     (tiny.UL2, 'model.relative_buckets=2', '--gin.model.relative_buckets: model.relative_buckets=2; it must be >= 4.'),
     (
       tiny.UL2,
