@@ -27,6 +27,7 @@ T5_1_0 = dataclasses.replace(
   norm=LayerNormConfig(bias=False), norm_placement='sandwich', attention_softcap=2.0, logit_softcap=3.0,
 )  # fmt: skip
 T5_ALIBI = dataclasses.replace(T5, positions='alibi')
+T5_ROTARY = dataclasses.replace(T5, positions='rotary')
 ALIBI = dataclasses.replace(
   LLAMA, positions='alibi', qk_norm=True, attention_softcap=2.0, logit_softcap=3.0, norm_placement='sandwich',
   head='tied_scaled',
