@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data.masking import mask_tokens
 from data.noise import noise_masks, replace_runs, roll
 from data.ragged import Ragged, join, starts
 from data.tasks import Task
@@ -65,7 +66,7 @@ def _frame(pieces: Ragged, modes: np.ndarray) -> Ragged:
 
 
 def example(tokens, task: Task, vocabulary: Vocabulary, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """{'inputs', 'targets'} of one piece under `task`, both int32 and ending with EOS.
+  """{'inputs', 'targets'} of one piece under `task`, both int32 and ending with EOS; a masked one has 'chosen' too.
 
   >>> from data.objectives import SpanCorruption, tasks_of
   >>> task, = tasks_of(SpanCorruption(noise_density=0.5, mean_noise_span_length=4.0))
@@ -77,6 +78,11 @@ def example(tokens, task: Task, vocabulary: Vocabulary, rng: np.random.Generator
   >>> e = example(range(10, 18), last, Vocabulary(100, 4), np.random.default_rng(0))
   >>> e['inputs'].tolist(), e['targets'].tolist()
   ([106, 10, 11, 12, 13, 14, 15, 1], [16, 17, 1])
+  >>> from data.objectives import MaskedLm
+  >>> task, = tasks_of(MaskedLm(rate=0.25, mask=1.0, random=0.0))
+  >>> e = example(range(10, 18), task, Vocabulary(100, 4), np.random.default_rng(0))
+  >>> e['inputs'].tolist(), e['targets'][e['chosen']].tolist()
+  ([10, 11, 103, 103, 14, 15, 16, 17, 1], [12, 13])
   """
   piece = join([np.asarray(list(tokens), np.int32)])
   if task.kind == 'causal':
@@ -85,5 +91,8 @@ def example(tokens, task: Task, vocabulary: Vocabulary, rng: np.random.Generator
   if not length:
     raise ValueError('an example needs at least one token.')
   bits = rng.integers(0, 2**64, length + 1, np.uint64)
+  if task.kind == 'masked':
+    inputs, targets, chosen = mask_tokens(piece, bits, task, vocabulary)
+    return {'inputs': inputs.values, 'targets': targets, 'chosen': chosen}
   inputs, targets = Recipes((task,), length, vocabulary).apply(piece, np.zeros(1, np.int64), bits)
   return {'inputs': inputs.values, 'targets': targets.values}

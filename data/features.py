@@ -39,6 +39,23 @@ def decoder_features(
   return _decoder_fields(both, rows, (num_rows, length), weights, inputs.lengths + 1)
 
 
+def encoder_features(
+  inputs: Ragged, targets: np.ndarray, weights: np.ndarray, rows: np.ndarray, num_rows: int, length: int
+) -> Batch:
+  """Fields int32[num_rows, length] of an encoder-only model: what each place reads and what stood there.
+
+  `targets` and `weights` are those of `inputs.values`; only places with weight carry loss. The answers have the names
+  of a decoder's, and stand where the encoder reads.
+  """
+  place = _Placement(inputs.lengths, rows, (num_rows, length))
+  return {
+    'encoder_input_tokens': place.put(inputs.values),
+    **place.describe('encoder'),
+    'decoder_target_tokens': place.put(targets),
+    'decoder_loss_weights': place.put(weights, np.float32),
+  }
+
+
 def _decoder_fields(targets: Ragged, rows, shape: tuple[int, int], weights=None, prefix=None) -> Batch:
   place = _Placement(targets.lengths, rows, shape)
   shifted = np.concatenate([[0], targets.values[:-1]])[: len(targets.values)]

@@ -96,24 +96,32 @@ def random_compositions(totals, parts, bits) -> np.ndarray:
   """int64[sum(parts)]: each `totals[i]` cut in `parts[i]` positive lengths, all cuts equally likely.
 
   A total of 0 has one part of length 0. `bits` is uint64[sum(totals)]. A cut is a subset of parts - 1 of the
-  total - 1 places between elements: the places with the smallest random numbers. One sort serves all groups: its keys
-  are (group, 24 random bits, place), so that ties are settled the same way everywhere.
+  total - 1 places between elements.
   """
-  if len(totals) >= 2 ** (64 - 24 - _SLOT_BITS) or (len(totals) and totals.max() >= 2**_SLOT_BITS):
-    raise ValueError(f'{len(totals)} groups of at most {totals.max()} tokens; both must stay below 2**{_SLOT_BITS}.')
   begins, places = starts(totals), np.where(parts > 1, totals - 1, 0)
-  place = spread(np.zeros_like(places), places)
-  drawn = bits[np.repeat(begins, places) + place] >> np.uint64(40)
-  group = np.repeat(np.arange(len(totals), dtype=np.uint64), places)
-  keys = (group << np.uint64(44)) | (drawn << np.uint64(_SLOT_BITS)) | place.astype(np.uint64)
-  keys.sort()
-  chosen = keys[spread(starts(places), parts - 1)] & np.uint64(2**_SLOT_BITS - 1)
+  chosen = random_subsets(places, parts - 1, bits[spread(begins, places)])
   first = np.zeros(totals.sum(), bool)
   first[begins[totals > 0]] = True
-  first[np.repeat(begins, parts - 1) + chosen.astype(np.int64) + 1] = True
+  first[np.repeat(begins, parts - 1) + chosen + 1] = True
   lengths = np.zeros(parts.sum(), np.int64)
   lengths[np.repeat(totals > 0, parts)] = np.diff(np.flatnonzero(first), append=len(first))
   return lengths
+
+
+def random_subsets(sizes, counts, bits) -> np.ndarray:
+  """int64[sum(counts)]: of each group `counts[i]` of its places 0 … sizes[i] - 1, all subsets equally likely.
+
+  `bits` is uint64[sum(sizes)]: the places with the smallest first 24 bits are taken; what is chosen says nothing of the
+  other 40. One sort serves all groups: its keys are (group, 24 random bits, place), so that ties are settled the same
+  way everywhere.
+  """
+  if len(sizes) >= 2 ** (64 - 24 - _SLOT_BITS) or (len(sizes) and sizes.max() >= 2**_SLOT_BITS):
+    raise ValueError(f'{len(sizes)} groups of at most {sizes.max()} tokens; both must stay below 2**{_SLOT_BITS}.')
+  place = spread(np.zeros_like(sizes), sizes).astype(np.uint64)
+  group = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+  keys = (group << np.uint64(44)) | (bits >> np.uint64(40) << np.uint64(_SLOT_BITS)) | place
+  keys.sort()
+  return (keys[spread(starts(sizes), counts)] & np.uint64(2**_SLOT_BITS - 1)).astype(np.int64)
 
 
 def roll(mask, lengths, bits) -> np.ndarray:

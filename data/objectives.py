@@ -1,7 +1,7 @@
 """What a model is asked to do with text: the objectives of a config, and whether they fit its lengths."""
 
 import dataclasses
-from typing import Literal, assert_never
+from typing import Annotated, Literal, assert_never
 
 import numpy as np
 
@@ -100,7 +100,21 @@ class Ul2r:
   mode_tokens: bool = True
 
 
-Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLm:
+  """BERT: the share `rate` of the tokens is predicted, each in its place. Encoder-only.
+
+  Of these the share `mask` is read as the mask token (<extra_id_0>), the share `random` as a random piece, the rest as
+  it is. Source: Devlin et al. 2019, arXiv:1810.04805, §3.1 and A.1.
+  """
+
+  name: Literal['mlm'] = 'mlm'
+  rate: Annotated[float, '(0, 1)'] = 0.15
+  mask: Annotated[float, '[0, 1]'] = 0.8
+  random: Annotated[float, '[0, 1]'] = 0.1
+
+
+Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r | MaskedLm
 
 
 def tasks_of(objective: Objective) -> tuple[Task, ...]:
@@ -114,6 +128,8 @@ def tasks_of(objective: Objective) -> tuple[Task, ...]:
       label = f'spans(mu={mu:g}, r={r:g})'
       spans = Task(label=label, kind='spans', noise_density=r, mean_noise_span_length=mu, random_roll=turned)
       return (spans,)
+    case MaskedLm(rate=rate, mask=mask, random=random):
+      return (Task(label=f'mlm(r={rate:g})', kind='masked', noise_density=rate, mask=mask, random=random),)
     case Ul2() | Ul2r():
       return tuple(_task(d, objective.s_mode, objective.mode_tokens) for d in objective.denoisers)
     case _:
@@ -136,6 +152,8 @@ def check_objective(objective: Objective, inputs_length: int, targets_length: in
   mode tokens on or off never changes the vocabulary.
   """
   _check_family(objective, inputs_length)
+  if isinstance(objective, MaskedLm):
+    _check_masks(objective, sentinels)
   if isinstance(objective, Ul2 | Ul2r):
     _check_denoisers(objective)
   tasks, budget = tasks_of(objective), Budget(inputs_length, targets_length)
@@ -152,10 +170,23 @@ def check_objective(objective: Objective, inputs_length: int, targets_length: in
 
 
 def _check_family(objective: Objective, inputs_length: int) -> None:
-  if inputs_length and isinstance(objective, CausalLm | Ul2r):
-    raise ValueError(f"objective.name='{objective.name}' is decoder-only, data.inputs_length={inputs_length}; set 0.")
+  if inputs_length and isinstance(objective, CausalLm | Ul2r | MaskedLm):
+    only = 'encoder-only' if isinstance(objective, MaskedLm) else 'decoder-only'
+    raise ValueError(f"objective.name='{objective.name}' is {only}, data.inputs_length={inputs_length}; set 0.")
   if inputs_length and isinstance(objective, PrefixLm) and objective.loss_on_prefix:
     raise ValueError('objective.loss_on_prefix=True needs a decoder-only model (data.inputs_length=0).')
+
+
+def _check_masks(objective: MaskedLm, sentinels: int) -> None:
+  if objective.mask + objective.random > 1 + 1e-9:  # 0.7 + 0.3 may be a little more than 1
+    raise ValueError(
+      f'objective.mask={objective.mask} and objective.random={objective.random} are shares of the chosen tokens, '
+      f'together {objective.mask + objective.random:g}; lower one, so that they are at most 1.'
+    )
+  if not sentinels:
+    raise ValueError(
+      "objective.name='mlm' hides tokens behind <extra_id_0>, data.sentinels=0; set data.sentinels >= 1."
+    )
 
 
 def _check_denoisers(objective: Ul2 | Ul2r) -> None:

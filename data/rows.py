@@ -8,7 +8,8 @@ import numpy as np
 
 from data.bits import philox
 from data.denoise import Recipes
-from data.features import Batch, decoder_features, encoder_decoder_features
+from data.features import Batch, decoder_features, encoder_decoder_features, encoder_features
+from data.masking import mask_tokens
 from data.objectives import Objective, PrefixLm, tasks_of
 from data.plan import Pieces, Plan, Planner, Stream
 from data.ragged import Ragged, join, spread, starts
@@ -45,7 +46,9 @@ class RowMaker:
   def __init__(self, spec: RowSpec):
     tasks, budget = tasks_of(spec.objective), spec.budget
     self._budget = budget
+    self._vocabulary = spec.vocabulary
     self._causal = tasks[0].kind == 'causal'
+    self._masked = tasks[0] if tasks[0].kind == 'masked' else None
     self._recipes = Recipes(tasks, max(budget.capacity(task) for task in tasks), spec.vocabulary)
     self._loss_on_inputs = isinstance(spec.objective, PrefixLm) and spec.objective.loss_on_prefix
 
@@ -54,6 +57,8 @@ class RowMaker:
     length = self._budget.targets_length
     if self._causal:
       return decoder_features(None, tokens, rows, len(tasks), length)
+    if self._masked is not None:
+      return encoder_features(*mask_tokens(tokens, bits(), self._masked, self._vocabulary), rows, len(tasks), length)
     inputs, targets = self._recipes.apply(tokens, tasks[rows], bits())
     if self._budget.inputs_length:
       return encoder_decoder_features(inputs, targets, rows, len(tasks), self._budget.inputs_length, length)

@@ -1,5 +1,7 @@
 """A training row as a person reads it: `pretrain data show`."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data.errors import DataError
@@ -7,6 +9,7 @@ from data.features import Batch
 from data.source import DataSource
 
 FIRST_IDS = 12
+MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>
 
 
 def show_row(source: DataSource, step: int, row: int, first_example: int | None = None) -> str:
@@ -37,6 +40,8 @@ def _check_place(source: DataSource, step: int, row: int) -> None:
 
 def _segment(source: DataSource, fields: Batch, k: int) -> list[str]:
   """The parts of segment `k`: what is read, what is to be written, what is written without loss."""
+  if 'decoder_segment_ids' not in fields:
+    return _masked_segment(source, fields, k)
   mine = fields['decoder_segment_ids'] == k
   targets, weights = fields['decoder_target_tokens'][mine], fields['decoder_loss_weights'][mine] > 0
   parts = {'targets': targets[weights]}
@@ -47,7 +52,19 @@ def _segment(source: DataSource, fields: Batch, k: int) -> list[str]:
   return [f'  {name} ({len(ids)}): {_render(source, ids)}' for name, ids in parts.items()]
 
 
-def _render(source: DataSource, ids: np.ndarray) -> str:
+def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:
+  """What an encoder reads in segment `k`, then the answer to each place with loss, in order, and how it is asked."""
+  names = ('encoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
+  inputs, targets, weights = (fields[name][fields['encoder_segment_ids'] == k] for name in names)
+  mask, answers = source.vocabulary.first_sentinel, []
+  for read, answer in zip(inputs[weights > 0], targets[weights > 0], strict=True):
+    how = '' if read == mask else ' (kept)' if read == answer else f' (reads {_render(source, [read])})'
+    answers.append(_render(source, [answer]) + how)
+  text = _render(source, inputs).replace('<extra_id_0>', MASK)
+  return [f'  inputs ({len(inputs)}): {text}', f'  answers ({len(answers)}): {" | ".join(answers)}']
+
+
+def _render(source: DataSource, ids: Sequence[int] | np.ndarray) -> str:
   """Text, or the first ids where there is no tokenizer (synthetic data)."""
   if source.tokenizer is not None:
     return source.tokenizer.render(ids)

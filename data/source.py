@@ -30,8 +30,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
-  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a decoder-only model, whose rows then have
-  `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait (for each)."""
+  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a model of one stack, decoder or encoder, whose
+  rows then have `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait
+  (for each)."""
 
   batch_size: Annotated[int, '>= 1']
   inputs_length: Annotated[int, '>= 0'] = 0

@@ -15,13 +15,16 @@ import numpy as np
 
 from data.noise import noise_counts
 
-Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans']
+Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'masked']
 MAX_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """`mode` is 0, 1, 2 for [NLU], [NLG], [S2S] in front of the inputs, None for no token. `rate` is relative."""
+  """`mode` is 0, 1, 2 for [NLU], [NLG], [S2S] in front of the inputs, None for no token. `rate` is relative.
+
+  Of the chosen tokens of a masked task, the share `mask` is hidden and the share `random` replaced (data/masking.py).
+  """
 
   label: str
   kind: Kind
@@ -30,6 +33,8 @@ class Task:
   noise_density: float = 0.25
   mean_noise_span_length: float = math.inf
   random_roll: bool = False
+  mask: float = 0.8
+  random: float = 0.1
 
   def counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(noise tokens, noise spans) of pieces: int64 arrays. The split of a uniform prefix is drawn later: -1."""
@@ -48,6 +53,8 @@ class Task:
     match self.kind:
       case 'causal':
         inputs, targets = np.zeros_like(lengths), lengths
+      case 'masked':  # one sequence, read and answered in the same places
+        inputs, targets = np.zeros_like(lengths), lengths + 1
       case 'uniform_prefix':
         inputs, targets = lengths + extra, np.maximum(lengths, 2)
       case 'last_quarter':
@@ -58,7 +65,7 @@ class Task:
     return np.where(lengths > 0, inputs, 0), np.where(lengths > 0, targets, 0)
 
   def total_costs(self, lengths: np.ndarray) -> np.ndarray:
-    """Places that pieces take in a decoder, which reads inputs and targets one after the other."""
+    """Places that pieces take in a model of one stack, which reads inputs and targets one after the other."""
     if self.kind == 'uniform_prefix':
       return np.where(lengths > 0, lengths + 2 + (self.mode is not None), 0)
     return sum(self.costs(lengths))
@@ -66,7 +73,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """Places in a row. `inputs_length` is 0 for a decoder-only model."""
+  """Places in a row. `inputs_length` is 0 for a model of one stack, decoder or encoder."""
 
   inputs_length: int
   targets_length: int
@@ -81,7 +88,7 @@ class Budget:
     return np.arange(self.longest + 2)
 
   def costs(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """(encoder, decoder) costs of pieces of 0 … longest + 1 tokens; a decoder-only row has one budget, the second."""
+    """(encoder, decoder) costs of pieces of 0 … longest + 1 tokens; a row of one stack has one budget, the second."""
     if self.inputs_length:
       return task.costs(self._lengths)
     return np.zeros_like(self._lengths), task.total_costs(self._lengths)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from data.features import decoder_features, encoder_decoder_features
+from data.features import decoder_features, encoder_decoder_features, encoder_features
 from data.ragged import Ragged, join
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/t5_seqio.json').read_text())
@@ -48,6 +48,19 @@ def test_a_causal_row_has_no_prefix_and_loss_everywhere():
   assert got['decoder_target_tokens'].tolist() == [[5, 6, 1, 7, 0]]
   assert got['decoder_loss_weights'].tolist() == [[1, 1, 1, 1, 0]]
   assert 'decoder_prefix_end' not in got
+
+
+def test_a_row_of_an_encoder_has_its_answers_where_it_reads():
+  inputs, targets = join([np.int32([5, 99, 1]), np.int32([98, 1]), np.int32([7, 1])]), np.int32([5, 6, 1, 9, 1, 7, 1])
+  chosen = np.array([0, 1, 0, 1, 0, 1, 0], bool)
+  got = encoder_features(inputs, targets, chosen, np.array([0, 0, 1]), 2, 6)
+  assert {name: values.tolist() for name, values in got.items()} == {
+    'encoder_input_tokens': [[5, 99, 1, 98, 1, 0], [7, 1, 0, 0, 0, 0]],
+    'encoder_segment_ids': [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]],
+    'encoder_positions': [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]],
+    'decoder_target_tokens': [[5, 6, 1, 9, 1, 0], [7, 1, 0, 0, 0, 0]],
+    'decoder_loss_weights': [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]],
+  }
 
 
 def test_loss_on_inputs_weighs_the_prefix_too():

@@ -12,6 +12,7 @@ import pytest
 
 from data.errors import DataError
 from data.loader import loader
+from data.objectives import MaskedLm, Ul2
 from tests.data.test_source import assert_equal, digest, opened
 
 ALL = slice(0, 8)
@@ -29,10 +30,12 @@ def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
     assert_equal(batch, source.batch(step, ALL))
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_resumed_stream_is_the_rest_of_the_first(text_store, workers):
-  whole = take(opened(text_store), {'examples': 0}, 12)
-  rest = take(opened(text_store, workers=workers), whole[4][0], 7)
+@pytest.mark.parametrize(
+  ('workers', 'objective'), [(0, (Ul2(), 64, 64)), (1, (Ul2(), 64, 64)), (0, (MaskedLm(), 0, 64))]
+)
+def test_a_resumed_stream_is_the_rest_of_the_first(text_store, workers, objective):
+  whole = take(opened(text_store, *objective), {'examples': 0}, 12)
+  rest = take(opened(text_store, *objective, workers=workers), whole[4][0], 7)
   assert [(p, digest(b)) for p, b in rest] == [(p, digest(b)) for p, b in whole[5:]]
 
 

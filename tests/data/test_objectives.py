@@ -9,6 +9,7 @@ from data.denoise import Recipes, example
 from data.objectives import (
   CausalLm,
   Denoiser,
+  MaskedLm,
   PrefixLm,
   SpanCorruption,
   Ul2,
@@ -147,6 +148,11 @@ def test_a_causal_example_is_the_text_itself():
     (Ul2r(), 0, 512, 50, 'at 512 tokens makes 64 spans'),
     (CausalLm(), 512, 512, 0, "objective.name='causal_lm' is decoder-only, data.inputs_length=512"),
     (PrefixLm(loss_on_prefix=True), 64, 64, 0, 'objective.loss_on_prefix=True needs a decoder-only model'),
+    (MaskedLm(), 64, 64, 9, "objective.name='mlm' is encoder-only, data.inputs_length=64; set 0."),
+    (MaskedLm(), 0, 64, 0, "objective.name='mlm' hides tokens behind <extra_id_0>, data.sentinels=0; set data.sent"),
+    (MaskedLm(mask=0.8, random=0.3), 0, 64, 9, 'objective.mask=0.8 and objective.random=0.3 are shares of the chosen '
+     'tokens, together 1.1; lower one, so that they are at most 1.'),
+    (MaskedLm(), 0, 2, 9, 'leave no room for two tokens of text with denoiser mlm(r=0.15)'),
     (Ul2(), 2, 2, 9, 'leave no room for two tokens of text'),
     (SpanCorruption(noise_density=1.0), 64, 64, 64, 'noise_density=1.0 must lie in (0, 1)'),
     (SpanCorruption(mean_noise_span_length=0.5), 64, 64, 64, 'mean_noise_span_length=0.5 be at least 1'),

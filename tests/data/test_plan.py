@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.noise import span_corruption_lengths
-from data.objectives import CausalLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
+from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
 from data.plan import STUB, Planner, Stream
 from data.tasks import Budget
 
@@ -17,6 +17,7 @@ CASES = [
   pytest.param(Ul2(s_mode='last_quarter'), Budget(0, 128), id='ul2-decoder'),
   pytest.param(SpanCorruption(), Budget(128, 30), id='spans'),
   pytest.param(PrefixLm(), Budget(64, 64), id='prefix'),
+  pytest.param(MaskedLm(), Budget(0, 100), id='mlm'),
   pytest.param(CausalLm(), Budget(0, 100), id='causal'),
 ]
 

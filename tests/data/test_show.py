@@ -5,7 +5,7 @@ import re
 import pytest
 
 from data.errors import DataError
-from data.objectives import CausalLm, SpanCorruption, Ul2, Ul2r
+from data.objectives import CausalLm, MaskedLm, SpanCorruption, Ul2, Ul2r
 from data.show import show_row
 from data.source import Synthetic, open_data
 from tests.data.test_source import opened
@@ -44,6 +44,23 @@ def test_a_causal_row_shows_its_text_alone(text_store):
   assert 'task causal' in shown
   assert 'prefix' not in shown
   assert 'loss on 64 targets' in shown
+
+
+def test_a_masked_row_shows_its_text_with_masks_and_the_answers(text_store):
+  shown = show_row(opened(text_store, MaskedLm(rate=0.3, mask=0.4, random=0.3), 0, 64), 0, 0)
+  assert 'task mlm(r=0.3)' in shown
+  inputs, answers = re.findall(r'  inputs \(\d+\): (.*)\n  answers \((\d+)\): (.*)', shown), []
+  for text, number, listed in inputs:
+    own = listed.split(' | ')
+    assert len(own) == int(number)
+    assert text.count('[MASK]') == sum(not re.search(r'\((kept|reads .+)\)$', answer) for answer in own)
+    assert text.endswith('</s>')
+    answers += own
+  assert any(answer.endswith(' (kept)') for answer in answers)
+  assert any(' (reads ' in answer for answer in answers)
+  assert f'loss on {len(answers)} targets' in shown
+  assert 'encoder: ' in shown
+  assert 'decoder' not in shown
 
 
 def test_synthetic_rows_show_ids():

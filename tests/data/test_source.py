@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.objectives import CausalLm, Objective, PrefixLm, SpanCorruption, Ul2, Ul2r
+from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Ul2, Ul2r
 from data.source import DataSource, Source, StoreData, Synthetic, open_data
 from data.store import StoreWriter, open_store
 from data.vocabulary import EOS, Tokenizer
@@ -27,6 +27,7 @@ OBJECTIVES = [
   pytest.param(Ul2r(), 0, 96, id='ul2r'),
   pytest.param(PrefixLm(), 0, 64, id='prefix'),
   pytest.param(CausalLm(), 0, 64, id='causal'),
+  pytest.param(MaskedLm(), 0, 64, id='mlm'),
 ]
 
 
