@@ -11,12 +11,13 @@ from jax.sharding import AbstractMesh, Mesh
 
 from models import partition
 from models.decoder import Decoder, DecoderConfig, check_decoder
+from models.encoder import Encoder, EncoderConfig, check_encoder
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
 
-ModelConfig = EncoderDecoderConfig | DecoderConfig
+ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ def check_model(cfg: ModelConfig) -> None:
       check_encoder_decoder(cfg)
     case DecoderConfig():
       check_decoder(cfg)
+    case EncoderConfig():
+      check_encoder(cfg)
     case _:
       assert_never(cfg)
 
@@ -85,6 +88,8 @@ def build(cfg: ModelConfig, kernels: KernelsConfig = KernelsConfig(), mesh: Mesh
       module = EncoderDecoder(cfg, kernels.attention)
     case DecoderConfig():
       module = Decoder(cfg, kernels.attention)
+    case EncoderConfig():
+      module = Encoder(cfg, kernels.attention)
     case _:
       assert_never(cfg)
   return Model(cfg, param_specs(module), as_function(module), mesh)

@@ -3,6 +3,7 @@
 import math
 
 from models.build import ModelConfig, build
+from models.encoder import EncoderConfig
 from models.encoder_decoder import EncoderDecoderConfig
 from models.specs import ParamSpec, Tree, is_matrix, is_spec
 
@@ -26,7 +27,8 @@ def flops_per_step(cfg: ModelConfig, *, inputs_length: int, targets_length: int)
   """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, nothing recomputed."""
   specs = build(cfg).specs
   head = cfg.embed * cfg.vocab_size  # tied or not
-  decoder = _matrix_parameters(specs['decoder'])
+  one_stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
+  decoder = _matrix_parameters(specs[one_stack])
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   if isinstance(cfg, EncoderDecoderConfig):
     cross = _cross_keys_values(specs['decoder'])

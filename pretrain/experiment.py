@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Annotated
 
-from data.objectives import CausalLm, Objective, Ul2r, check_objective
+from data.objectives import CausalLm, MaskedLm, Objective, Ul2r, check_objective
 from data.source import Data
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.errors import ConfigError
@@ -97,11 +97,15 @@ def _check_one(cfg: Experiment) -> None:
 
 
 def _check_family(cfg: Experiment) -> None:
-  encoder = cfg.model.name == 'encoder_decoder'
-  if encoder and isinstance(cfg.objective, CausalLm | Ul2r):
-    raise ConfigError(f"objective.name='{cfg.objective.name}' is for model.name='decoder', not 'encoder_decoder'.")
-  if encoder != (cfg.data.inputs_length > 0):
-    fix = 'set it to the encoder length' if encoder else 'remove it (rows have data.targets_length tokens)'
+  model, objective = cfg.model.name, cfg.objective.name
+  if (model == 'encoder') != isinstance(cfg.objective, MaskedLm):
+    fix = "set objective.name='mlm'" if model == 'encoder' else "set model.name='encoder', or another objective"
+    raise ConfigError(f"objective.name='{objective}' cannot train model.name='{model}'; {fix}.")
+  two_sides = model == 'encoder_decoder'
+  if two_sides and isinstance(cfg.objective, CausalLm | Ul2r):
+    raise ConfigError(f"objective.name='{objective}' is for model.name='decoder', not 'encoder_decoder'.")
+  if two_sides != (cfg.data.inputs_length > 0):
+    fix = 'set it to the encoder length' if two_sides else 'remove it (rows have data.targets_length tokens)'
     raise ConfigError(f"data.inputs_length={cfg.data.inputs_length} with model.name='{cfg.model.name}'; {fix}.")
 
 

@@ -39,9 +39,10 @@ class Generated:
 def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64) -> list[Generated]:
   """Greedy outputs for each prompt: at most `max_tokens` tokens, and no more than rows of training held.
 
-  Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Raises ConfigError for a run without text,
-  a prompt longer than the rows of training or one the objective cannot answer; DataError for a sentinel that does not
-  exist; CheckpointError where `workdir` holds no checkpoint. All of them before a parameter is read.
+  Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Raises ConfigError for a run without text
+  or of an encoder, a prompt longer than the rows of training or one the objective cannot answer; DataError for a
+  sentinel that does not exist; CheckpointError where `workdir` holds no checkpoint. All of them before a parameter is
+  read.
   """
   if max_tokens < 1:
     raise ConfigError(f'--max_tokens={max_tokens}; it must be at least 1.')
@@ -63,7 +64,7 @@ def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64
 
 
 def _config_of(workdir: pathlib.Path) -> Experiment:
-  """The config of a run on text, for one device."""
+  """The config of a run on text whose model writes, for one device."""
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError(
@@ -71,6 +72,11 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
       f'no run in {workdir} (config.gin is missing); train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(config.load(Experiment, [str(saved)], []), mesh=MeshConfig())
+  if cfg.model.name == 'encoder':
+    raise ConfigError(
+      f"{saved}: model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or "
+      "'decoder' (this one is judged by the eval/ lines of its metrics.jsonl)."
+    )
   if cfg.data.name == 'synthetic':
     raise ConfigError(
       f"{saved}: data.name='synthetic' is random tokens, without a tokenizer to read a prompt; generate from a run "

@@ -7,6 +7,7 @@ import numpy as np
 
 from models.build import build
 from models.decoder import DecoderConfig, DecoderMlpConfig
+from models.encoder import EncoderConfig
 from models.encoder_decoder import EncoderDecoderConfig
 from models.mlp import MlpConfig
 from models.norm import LayerNormConfig
@@ -19,7 +20,7 @@ T5 = EncoderDecoderConfig(
 LLAMA = DecoderConfig(
   vocab_size=VOCAB, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=DecoderMlpConfig(hidden=48)
 )
-
+ENCODER = EncoderConfig(vocab_size=VOCAB, embed=32, layers=2, heads=4, head_dim=8, mlp=MlpConfig(hidden=48))
 
 # Every part that is not T5 v1.1's or Llama's, in combinations that occur together.
 T5_1_0 = dataclasses.replace(
@@ -35,6 +36,10 @@ ALIBI = dataclasses.replace(
 LEARNED = dataclasses.replace(
   LLAMA, positions='learned', max_positions=14, norm=LayerNormConfig(), bias=True, norm_placement='post', head='tied',
   mlp=DecoderMlpConfig(hidden=48, activation='gelu_exact', gated=False),
+)  # fmt: skip
+BERT = dataclasses.replace(
+  ENCODER, positions='learned', max_positions=14, norm=LayerNormConfig(eps=1e-12), bias=True, norm_placement='post',
+  head='tied', embedding_norm=True, mlp=MlpConfig(hidden=48, activation='gelu_exact', gated=False),
 )  # fmt: skip
 
 

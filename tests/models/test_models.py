@@ -16,6 +16,8 @@ from models.partition import check_divisible, shardings
 from pretrain.mesh import MeshConfig, make_mesh
 from tests.models.small import (
   ALIBI,
+  BERT,
+  ENCODER,
   LEARNED,
   LLAMA,
   T5,
@@ -29,8 +31,8 @@ from tests.models.small import (
   side,
 )
 
-FAMILIES = pytest.mark.parametrize('cfg', [T5, LLAMA], ids=['encoder_decoder', 'decoder'])
-VARIANTS = {
+FAMILIES = pytest.mark.parametrize('cfg', [T5, LLAMA, ENCODER], ids=['encoder_decoder', 'decoder', 'encoder'])
+WRITERS = {
   't5': T5,
   't5_1_0': T5_1_0,
   't5_alibi': T5_ALIBI,
@@ -39,7 +41,9 @@ VARIANTS = {
   'alibi': ALIBI,
   'learned': LEARNED,
 }
+VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
+CACHED = pytest.mark.parametrize('cfg', WRITERS.values(), ids=WRITERS.keys())
 DECODERS = pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['llama', 'alibi', 'learned'])
 
 
@@ -61,8 +65,8 @@ def prefix_batch(prefix: int):
 @pytest.mark.parametrize('prefix', [None, 3], ids=['causal', 'prefix'])
 @ALL
 def test_packed_and_unpacked_logits_agree(cfg, prefix):
-  if prefix and cfg.name == 'encoder_decoder':
-    pytest.skip('an encoder-decoder has no prefix')
+  if prefix and cfg.name != 'decoder':
+    pytest.skip('only a decoder has a prefix')
   model, params = model_and_params(cfg)
   params, data = shaken(params), batch() if prefix is None else prefix_batch(prefix)
   packed = hidden(model, params, data)
@@ -120,6 +124,18 @@ def test_prefix_zero_is_causal_and_a_full_prefix_sees_the_future():
   assert np.abs(full - causal)[0, 0].max() > 1e-3, 'the first token sees those after it'
 
 
+def test_every_token_of_an_encoder_sees_all_of_its_segment_and_nothing_else():
+  """A row of segments of 5 and 7 tokens: the first of a segment knows its last, the other segment does not."""
+  model, params = model_and_params(BERT)
+  for changed, (own, other) in {4: (0, 5), 11: (5, 0), 0: (4, 11)}.items():
+    data = batch()
+    before = hidden(model, params, data)[0]
+    data['encoder_input_tokens'][0, changed] = 3 + (data['encoder_input_tokens'][0, changed] - 2) % 60
+    after = hidden(model, params, data)[0]
+    assert np.abs(after - before)[own].max() > 1e-3
+    np.testing.assert_array_equal(after[other], before[other])
+
+
 def test_shared_keys_equal_repeated_keys():
   model, params = model_and_params(LLAMA)
   many, _ = model_and_params(LLAMA, kv_heads=4)
@@ -154,7 +170,7 @@ def test_meshes_agree(cfg, mesh):
   np.testing.assert_allclose(hidden(model, on_mesh, batch()), hidden(one, params, batch()), atol=2e-5)
 
 
-@ALL
+@CACHED
 def test_cached_decoding_equals_the_full_forward_pass(cfg):
   model, params = model_and_params(cfg)
   # The encoder's rows have another length: nothing of its positions is the decoder's.
@@ -164,7 +180,7 @@ def test_cached_decoding_equals_the_full_forward_pass(cfg):
   np.testing.assert_allclose(cached, full, atol=4e-5)
 
 
-@FAMILIES
+@pytest.mark.parametrize('cfg', [T5, LLAMA], ids=['encoder_decoder', 'decoder'])
 def test_greedy_takes_the_most_likely_token_of_the_full_pass(cfg):
   model, params = model_and_params(cfg)
   data = batch(((6,), (6,)), 6)
@@ -229,7 +245,7 @@ def test_a_mesh_that_does_not_divide_is_named():
     check_divisible(model.specs, make_mesh(MeshConfig(tensor=4)))
 
 
-@pytest.mark.parametrize('cfg', [T5, LLAMA, T5_1_0, LEARNED], ids=['t5', 'llama', 't5_1_0', 'learned'])
+@pytest.mark.parametrize('cfg', [T5, LLAMA, T5_1_0, LEARNED, BERT], ids=['t5', 'llama', 't5_1_0', 'learned', 'bert'])
 def test_flops_are_those_that_the_compiler_counts(cfg):
   """One layer a stack (the compiler counts a scan's body once), a dense batch, products only within ten percent."""
   encodes = cfg.name == 'encoder_decoder'

@@ -57,6 +57,41 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
   [
     (tiny.DECODER, 'model.kv_heads=3', 'model.kv_heads=3 does not divide model.heads=4; each serves equally many.'),
     (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (
+      tiny.DECODER,
+      "objective.name='mlm'",
+      "objective.name='mlm' cannot train model.name='decoder'; set model.name='encoder', or another objective.",
+    ),
+    (
+      tiny.UL2,
+      "objective.name='mlm'",
+      "objective.name='mlm' cannot train model.name='encoder_decoder'; set model.name='encoder', or another objective.",
+    ),
+    (
+      tiny.ENCODER,
+      "objective.name='ul2'",
+      "objective.name='ul2' cannot train model.name='encoder'; set objective.name='mlm'.",
+    ),
+    (
+      tiny.ENCODER,
+      'data.inputs_length=64',
+      "data.inputs_length=64 with model.name='encoder'; remove it (rows have data.targets_length tokens).",
+    ),
+    (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.ENCODER, 'objective.rate=1.0', '--gin.objective.rate: objective.rate=1.0; it must be in (0, 1).'),
+    (tiny.ENCODER, 'objective.mask=1.1', '--gin.objective.mask: objective.mask=1.1; it must be in [0, 1].'),
+    (tiny.ENCODER, 'objective.random=-0.1', '--gin.objective.random: objective.random=-0.1; it must be in [0, 1].'),
+    (
+      tiny.ENCODER,
+      'objective.random=0.3',
+      'objective.mask=0.8 and objective.random=0.3 are shares of the chosen tokens, together 1.1; lower one, so that '
+      'they are at most 1.',
+    ),
+    (
+      tiny.ENCODER,
+      'data.sentinels=0',
+      "objective.name='mlm' hides tokens behind <extra_id_0>, data.sentinels=0; set data.sentinels >= 1.",
+    ),
     (tiny.DECODER, 'model.layers=0', '--gin.model.layers: model.layers=0; it must be >= 1.'),
     (tiny.DECODER, 'model.mlp.hidden=0', '--gin.model.mlp.hidden: model.mlp.hidden=0; it must be >= 1.'),
     (tiny.DECODER, 'model.dropout=1.0', '--gin.model.dropout: model.dropout=1.0; it must be in [0, 1).'),

@@ -207,6 +207,15 @@ def test_random_tokens_have_no_prompts(tmp_path, capsys):
   assert len(err.splitlines()) == 1
 
 
+def test_an_encoder_writes_no_text(text_store, tmp_path, capsys):
+  train(tiny.encoder(text_store, 'train.steps=1', 'checkpoint.every=1'), tmp_path)
+  capsys.readouterr()
+  assert main(['generate', f'--workdir={tmp_path}', '--text=the <extra_id_0>']) == 64
+  err = capsys.readouterr().err
+  assert "model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or" in err
+  assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
   ('objective', 'prompt', 'message'),
   [

@@ -16,15 +16,19 @@ RUN = ('evaluation.every=4', 'evaluation.batches=2', 'checkpoint.every=4', 'mesh
 SMALL_UL2R = (
   *tiny.SMALL_DECODER, "objective.name='ul2r'", 'data.targets_length=64', 'data.sentinels=32', 'mesh.data=1'
 )  # fmt: skip
-MODELS = {'encoder_decoder': (tiny.UL2, tiny.SMALL_UL2), 'decoder': (tiny.DECODER, SMALL_UL2R)}
+MODELS = {
+  'encoder_decoder': (tiny.UL2, tiny.SMALL_UL2),
+  'decoder': (tiny.DECODER, SMALL_UL2R),
+  'encoder': (tiny.ENCODER, tiny.SMALL_ENCODER),
+}
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ('encoder_decoder', 'encoder')]
 # For processes that start with these flags: none of the devices of tests/conftest.py.
 XLA_FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def overrides(model: str, store) -> tuple[str, ...]:
   """The smallest UL2 run of a model, over `store`."""
-  source = ("data.name='store'", f"data.sources=[{{'path': '{store}'}}]", f"data.heldout=[{{'path': '{store}'}}]")
-  return (*source, *MODELS[model][1])
+  return (*tiny.over(store), *MODELS[model][1])
 
 
 def flags(model: str, store, workdir, *more: str) -> list[str]:
@@ -38,7 +42,7 @@ def series(workdir, key: str) -> dict[int, float]:
   return {row['step']: row[key] for row in read_metrics(workdir) if key in row}
 
 
-@pytest.mark.parametrize('model', [pytest.param('encoder_decoder', marks=pytest.mark.slow), 'decoder'])
+@pytest.mark.parametrize('model', [*SLOW, 'decoder'])
 def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_path, monkeypatch, capfd):
   command = flags(model, text_store, tmp_path / 'two', *RUN, 'train.steps=4')
   with monkeypatch.context() as patch:

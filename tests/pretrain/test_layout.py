@@ -31,6 +31,11 @@ def test_layout_does_not_change_the_answer_of_a_decoder():
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]), steps=4)
 
 
+def test_layout_does_not_change_the_answer_of_an_encoder(text_store):
+  cfg = tiny.encoder(text_store, 'model.dropout=0.1')
+  assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=4)
+
+
 def test_bf16_agrees_to_a_thousandth():
   cfg = tiny.decoder('model.dropout=0.1', 'model.kv_heads=2', "model.dtype='bfloat16'")
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=4, rtol=1e-3)
@@ -42,6 +47,7 @@ def test_no_layout_changes_the_answer(text_store, dtype, rtol):
   overrides = ('model.dropout=0.1', f"model.dtype='{dtype}'")
   assert_layout_invariant(tiny.ul2(text_store, *overrides), LAYOUTS, rtol=rtol)
   assert_layout_invariant(tiny.decoder(*overrides, 'model.kv_heads=2'), LAYOUTS, rtol=rtol)
+  assert_layout_invariant(tiny.encoder(text_store, *overrides), LAYOUTS, rtol=rtol)
 
 
 @pytest.mark.parametrize('accumulate', [pytest.param(2, marks=pytest.mark.slow), 4])

@@ -57,9 +57,10 @@ def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
     tpu_devices('v5e:2x4')
 
 
-def test_the_train_step_of_ul2_compiles_for_eight_tpus():
+@pytest.mark.parametrize('file', [tiny.UL2, pytest.param(tiny.ENCODER, marks=pytest.mark.slow)], ids=['ul2', 'encoder'])
+def test_the_train_step_compiles_for_eight_tpus(file):
   """In a process of its own, as people run it: the mesh of a program is global to a process."""
-  flags = [f'--gin_file={tiny.UL2}', '--topology=v5e:2x4']
+  flags = [f'--gin_file={file}', '--topology=v5e:2x4']
   done = subprocess.run(
     [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False
   )

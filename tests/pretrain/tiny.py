@@ -1,4 +1,4 @@
-"""The smallest runs that still have every part: an encoder-decoder on UL2 and a decoder, as overrides of a config."""
+"""The smallest runs that still have every part: an encoder-decoder on UL2, a decoder, an encoder; as overrides."""
 
 import pathlib
 
@@ -7,6 +7,7 @@ from pretrain.experiment import Experiment, check
 
 ROOT = pathlib.Path(__file__).parents[2]
 UL2 = ROOT / 'configs/ul2/tiny.gin'
+ENCODER = ROOT / 'configs/encoder/tiny.gin'
 DECODER = ROOT / 'configs/decoder/bench.gin'
 
 SMALL = (
@@ -28,6 +29,14 @@ SMALL_UL2 = (
   'data.sentinels=32',
   'mesh.data=1',
 )
+SMALL_ENCODER = (
+  *SMALL,
+  'model.vocab_size=512',
+  'model.layers=2',
+  'data.targets_length=64',
+  'data.sentinels=32',
+  'mesh.data=1',
+)
 SMALL_DECODER = (*SMALL, 'model.vocab_size=512', 'model.layers=2', 'data.targets_length=32')
 
 
@@ -44,5 +53,14 @@ def decoder(*overrides: str) -> Experiment:
 
 def ul2(store: pathlib.Path, *overrides: str) -> Experiment:
   """A two-and-two-layer encoder-decoder on UL2 over `store`."""
-  source = ("data.name='store'", f"data.sources=[{{'path': '{store}'}}]", f"data.heldout=[{{'path': '{store}'}}]")
-  return experiment(UL2, *source, *SMALL_UL2, *overrides)
+  return experiment(UL2, *over(store), *SMALL_UL2, *overrides)
+
+
+def encoder(store: pathlib.Path, *overrides: str) -> Experiment:
+  """A two-layer encoder on masked language modelling over `store`."""
+  return experiment(ENCODER, *over(store), *SMALL_ENCODER, *overrides)
+
+
+def over(store: pathlib.Path) -> tuple[str, ...]:
+  """Overrides: train and evaluate on `store`."""
+  return ("data.name='store'", f"data.sources=[{{'path': '{store}'}}]", f"data.heldout=[{{'path': '{store}'}}]")
