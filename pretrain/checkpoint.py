@@ -53,27 +53,41 @@ class Checkpoints:
     """The newest committed step on disk. Ask before the first save: afterwards Orbax counts steps in flight too."""
     return self._manager.latest_step()
 
+  def finished(self) -> list[int]:
+    """Every step on disk, oldest first, after the last save has ended; raises what it failed with."""
+    self._wait()
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state: TrainState, position: dict[str, Any], config: str) -> None:
     """Returns when the arrays are copied; the files are written behind. Raises what an earlier save failed with."""
+    self._save(step, _as_dict(state), position, config)
+
+  def save_params(self, step: int, params: Any, position: dict[str, Any], config: str) -> None:
+    """A step that holds parameters alone: what averages and merges are. A run can start from it, not go on."""
+    self._save(step, {'params': params}, position, config)
+
+  def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str) -> None:
     items = args.Composite(
-      state=args.PyTreeSave(_as_dict(state)),
+      state=args.PyTreeSave(tree),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config}),
     )
     try:
       saved = self._manager.save(step, args=items)
     except Exception as error:
-      raise self._failure(step, state, error) from error
+      raise self._failure(step, tree, error) from error
     if not saved:
       raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
 
   def restore(self, abstract: TrainState, step: int) -> Restored:
     """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first.
 
-    Raises CheckpointError: CKPT-MISMATCH where the model is another one, CKPT-CORRUPT where the files cannot be read.
+    Raises CheckpointError: CKPT-MISMATCH where the model is another one, CKPT-PARAMS where the step holds parameters
+    alone, CKPT-CORRUPT where the files cannot be read.
     """
     with self._reading(step):
-      self._check_tree(abstract, step)
+      self._check_whole(step)
+      self._check_tree(_as_dict(abstract), step)
       items = self._manager.restore(
         step,
         args=args.Composite(state=_restore_args(_as_dict(abstract)), position=args.JsonRestore()),
@@ -82,24 +96,49 @@ class Checkpoints:
       raise self._corrupt(step, f'its position has no {min(missing)!r}')
     return Restored(dataclasses.replace(abstract, **items.state), items.position)
 
-  def restore_params(self, abstract: Any, step: int) -> Any:
-    """The parameters alone, for generation."""
+  def restore_params(self, abstract: Any, step: int, *, ema: bool = False) -> Any:
+    """The parameters of `step` alone, or with `ema` their moving average; shapes are checked first."""
+    tree = {'extra': {'ema': abstract}} if ema else {'params': abstract}
     with self._reading(step):
-      items = self._manager.restore(step, args=args.Composite(state=_restore_args({'params': abstract})))
-    return items.state['params']
+      if ema and 'ema' not in (self._metadata(step).get('extra') or {}):
+        raise CheckpointError(
+          'CKPT-NONE', f"step {step} of {self.directory} has no moving average: averaging.name was not 'ema' there."
+        )
+      self._check_tree(tree, step)
+      state = self._manager.restore(step, args=args.Composite(state=_restore_args(tree))).state
+    return state['extra']['ema'] if ema else state['params']
+
+  def position(self, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays of `step`."""
+    with self._reading(step):
+      return self._manager.restore(step, args=args.Composite(position=args.JsonRestore())).position
 
   def close(self) -> None:
     """Waits for the last save; raises what it failed with."""
     try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._failure(None, None, error) from error
+      self._wait()
     finally:
       self._manager.close()
 
-  def _check_tree(self, abstract: TrainState, step: int) -> None:
-    stored = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(self._metadata(step))}
-    wanted = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(_as_dict(abstract))}
+  def _wait(self) -> None:
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failure(None, None, error) from error
+
+  def _check_whole(self, step: int) -> None:
+    if 'opt_state' not in self._metadata(step):
+      raise CheckpointError(
+        'CKPT-PARAMS',
+        f'step {step} of {self.directory} holds parameters alone (it is an average or a merge), so no run goes on from '
+        f'it. Start one: --workdir=NEW --gin.checkpoint.initial="\'{self.directory.parent}/{step}\'".',
+      )
+
+  def _check_tree(self, abstract: dict[str, Any], step: int) -> None:
+    """Raises CKPT-MISMATCH where the parts of the state in `abstract` are not those of `step`."""
+    parts = {name: tree for name, tree in self._metadata(step).items() if name in abstract}
+    stored = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(parts)}
+    wanted = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(abstract)}
     bad = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
     if bad:
       raise CheckpointError(
@@ -134,7 +173,7 @@ class Checkpoints:
       f'move {self.directory / str(step)} away to {then}.',
     )
 
-  def _failure(self, step: int | None, state: TrainState | None, error: Exception) -> CheckpointError:
+  def _failure(self, step: int | None, state: dict[str, Any] | None, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(self.directory).free / 2**20
     which = 'the last step' if step is None else f'step {step}'
     if 'RESOURCE_EXHAUSTED' in str(error) or 'No space left' in str(error):

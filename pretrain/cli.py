@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pretrain.allocator import keep_memory
+from pretrain.cli_checkpoints import checkpoints_command, checkpoints_flags
 from pretrain.errors import ConfigError, UserError
 from pretrain.neighbours import check_neighbours
 from pretrain.platform import has_accelerator
@@ -123,7 +124,7 @@ def load(options, overrides):
   return cfg
 
 
-def check_workdir(workdir: pathlib.Path) -> None:
+def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
   """Raises ConfigError where no run can be written; leaves nothing behind."""
   try:
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -131,7 +132,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
       pass
   except OSError as error:
     raise ConfigError(
-      f'--workdir={workdir} cannot be written ({error.strerror}). Nothing was changed; choose another folder.'
+      f'{flag}={workdir} cannot be written ({error.strerror}). Nothing was changed; choose another folder.'
     ) from error
 
 
@@ -262,6 +263,7 @@ COMMANDS = (
   ('config', config_command, config_flags),
   ('data', data_command, data_flags),
   ('generate', generate_command, generate_flags),
+  ('checkpoints', checkpoints_command, checkpoints_flags),
   ('report', report_command, report_flags),
   ('run', run_command, run_flags),
   ('plan', plan_command, plan_flags),

@@ -21,3 +21,12 @@ def evaluate(eval_step, params, batches: Iterable[Mapping[str, np.ndarray]], mes
     'text_loss': sums['text_loss'] / max(sums['text_weight'], 1.0),
     'targets': sums['weight'],
   }
+
+
+def evaluate_sets(eval_step, params, sets: Mapping[str, Iterable], mesh, average: str = '') -> dict[str, float]:
+  """`evaluate` on each held-out set: eval/<set>/loss, …; eval/<set>/<average>/loss, … for averaged parameters."""
+  values = {}
+  for name, batches in sets.items():
+    prefix = '/'.join(filter(None, ('eval', name, average)))
+    values |= {f'{prefix}/{k}': v for k, v in evaluate(eval_step, params, batches, mesh).items()}
+  return values

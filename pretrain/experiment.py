@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import pathlib
 from typing import Annotated
 
 from data.objectives import CausalLm, MaskedLm, Objective, Ul2r, check_objective
 from data.source import Data
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
+from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
@@ -27,19 +29,28 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-  """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never."""
+  """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never.
+
+  `lawa_checkpoints` = k also evaluates the mean of the last k checkpoints at multiples of `checkpoint.every`, from
+  where there are k of them. They are read one at a time: it takes the memory of two copies of the parameters.
+  """
 
   every: Annotated[int, '>= 0'] = 0
   batches: Annotated[int, '>= 1'] = 8
+  lawa_checkpoints: Annotated[int, '>= 0'] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """Save every `every` steps; keep the last `keep`, and for ever those at multiples of `keep_every`."""
+  """Save every `every` steps; keep the last `keep`, and for ever those at multiples of `keep_every`.
+
+  `initial` = 'RUN/<step>': the run begins with the parameters of another one; step, optimizer and data begin anew.
+  """
 
   every: Annotated[int, '>= 1'] = 100
   keep: Annotated[int, '>= 1'] = 3
   keep_every: Annotated[int, '>= 1'] | None = None
+  initial: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,7 @@ class Experiment:
   train: TrainConfig
   loss: LossConfig = LossConfig()
   optimizer: AdamW = AdamW()
+  averaging: Averaging = NoAveraging()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
@@ -65,7 +77,9 @@ MAY_CHANGE = (
   'train.log_every',
   'train.profile_steps',
   'evaluation.',
-  'checkpoint.',
+  'checkpoint.every',
+  'checkpoint.keep',
+  'checkpoint.keep_every',
   'mesh.',
   'data.workers',
   'data.prefetch',
@@ -88,6 +102,8 @@ def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
   _check_profile(cfg)
   _check_positions(cfg)
+  _check_lawa(cfg)
+  _check_initial(cfg.checkpoint.initial)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
@@ -127,6 +143,27 @@ def _check_positions(cfg: Experiment) -> None:
       raise ConfigError(
         f'data.{key}={length} with model.max_positions={most}; set model.max_positions >= {length}, or shorter rows.'
       )
+
+
+def _check_lawa(cfg: Experiment) -> None:
+  count, keep = cfg.evaluation.lawa_checkpoints, cfg.checkpoint.keep
+  if count and not cfg.evaluation.every:
+    raise ConfigError(
+      f'evaluation.lawa_checkpoints={count} with evaluation.every=0: it would never be used; set evaluation.every.'
+    )
+  if keep < count:
+    raise ConfigError(
+      f'evaluation.lawa_checkpoints={count} but checkpoint.keep={keep}: older ones are deleted; '
+      f'set checkpoint.keep >= {count}.'
+    )
+
+
+def _check_initial(initial: str | None) -> None:
+  if initial is not None and not pathlib.PurePath(initial).name.isdecimal():
+    raise ConfigError(
+      f"checkpoint.initial='{initial}' names no step; write 'RUN/<step>', one of `pretrain checkpoints list "
+      '--workdir=RUN`.'
+    )
 
 
 def check_batch(cfg: Experiment, shards: int) -> None:

@@ -31,6 +31,7 @@ LOOK = {
   'lines.linewidth': 1.6, 'axes.axisbelow': True,
 }  # fmt: skip
 BLUE, PALE = '#2563a8', '#a9c6e8'
+STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averages have the colour of the weights themselves
 EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
 
@@ -82,15 +83,31 @@ def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
   """Training loss, held-out losses, and the baselines as lines across; n-grams are comparable with text loss only."""
   plot_smoothed(axes, curve(rows, 'loss'), 'training')
   evaluations = sorted({key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')})
-  for i, key in enumerate(evaluations):
+  raw = list(dict.fromkeys(raw_of(key) for key in evaluations))
+  for key in evaluations:
     label = key.removeprefix('eval/').replace('/text_loss', ', text only').removesuffix('/loss')
-    color = EVALUATION[i % len(EVALUATION)]
-    axes.plot(*curve(rows, key), 'o-', markersize=3.5, color=color, label=label)
+    color = EVALUATION[raw.index(raw_of(key)) % len(EVALUATION)]
+    axes.plot(*curve(rows, key), STYLES[average_of(key)], markersize=3.5, color=color, label=label)
   for name, value in baselines.items():
     axes.axhline(value, color='#777', linestyle=(0, (5, 3)), linewidth=1)
     axes.annotate(f'{name} {value:.2f}', (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
                   va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
   axes.legend(loc='upper center', ncols=4)
+
+
+def raw_of(key: str) -> str:
+  """The metric of the weights themselves that stands beside that of an average of them.
+
+  >>> raw_of('eval/books/ema/loss'), raw_of('eval/books/loss')
+  ('eval/books/loss', 'eval/books/loss')
+  """
+  return key.replace(f'/{average_of(key)}/', '/') if average_of(key) else key
+
+
+def average_of(key: str) -> str:
+  """'ema' of eval/<set>/ema/loss, '' of eval/<set>/loss."""
+  parts = key.split('/')
+  return parts[2] if len(parts) == 4 else ''
 
 
 def plot_smoothed(axes, points: Curve, label: str | None = None) -> None:

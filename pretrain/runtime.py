@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
+from pretrain.averaging import make_track, track_shardings
 from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment, check_batch
 from pretrain.loss import make_loss
 from pretrain.mesh import batch_shards, make_mesh, replicated
 from pretrain.optim import make_optimizer, skipped, state_shardings
 from pretrain.schedule import make_schedule
-from pretrain.step import TrainState, init_state, make_train_step
+from pretrain.step import TrainState, init_state, make_train_step, start_state
 
 
 def cache_dir() -> pathlib.Path:
@@ -39,6 +40,7 @@ class Program:
   model: models.build.Model
   abstract: TrainState  # shapes, dtypes and shardings of the state
   init: Any
+  start: Any  # params -> the state of step 0 with them, which it takes over
   train_step: Any
 
 
@@ -60,19 +62,21 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> 
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start)
-  tx = make_optimizer(cfg.optimizer, schedule, model.specs)
-  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed)
+  tx, track = make_optimizer(cfg.optimizer, schedule, model.specs), make_track(cfg.averaging)
+  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
   shapes = jax.eval_shape(init)
   params = partition.shardings(model.specs, mesh)
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
-  placed = TrainState(everywhere, params, opt_state, jax.tree.map(lambda _: everywhere, shapes.extra))
+  placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params))
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, cfg.seed,
-    num_microbatches=cfg.train.accumulate, shardings=params,
+    track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
+  start = functools.partial(start_state, tx=tx, track=track)
   return Program(
     mesh, model, abstract, jax.jit(init, out_shardings=placed),
+    jax.jit(start, donate_argnums=0, out_shardings=placed),
     jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
   )  # fmt: skip

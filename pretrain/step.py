@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,16 @@ class TrainState:
   params: Any
   opt_state: optax.OptState
   extra: Any
+
+
+class Track(NamedTuple):
+  """What a run keeps in `TrainState.extra` beside its parameters; `update` sees them after update `step` (from 1)."""
+
+  init: Callable[[Any], Any]  # params -> extra
+  update: Callable[[Any, Any, Array], Any]  # (extra, params, step) -> extra
+
+
+NOTHING = Track(lambda params: {}, lambda extra, params, step: extra)
 
 
 def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
@@ -60,7 +70,9 @@ def checksum(batch: Batch) -> Array:
   return total
 
 
-def make_train_step(loss: LossFn, tx, schedule, skipped, seed: int, *, num_microbatches: int = 1, shardings=None):
+def make_train_step(
+  loss: LossFn, tx, schedule, skipped, seed: int, *, track: Track = NOTHING, num_microbatches: int = 1, shardings=None
+):
   """`train_step(state, batch) -> (state, metrics)`; gradients are placed like `shardings`, the parameters'.
 
   Dropout's key is that of `seed` and the step. It is made inside the step: outside, it would be programs of its own.
@@ -84,12 +96,17 @@ def make_train_step(loss: LossFn, tx, schedule, skipped, seed: int, *, num_micro
       'skipped_consecutive': counts.consecutive,
     }
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, state.extra), metrics
+    step = state.step + 1
+    return TrainState(step, params, opt_state, track.update(state.extra, params, step)), metrics
 
   return train_step
 
 
-def init_state(initialize, tx, seed: int) -> TrainState:
-  """Step 0: parameters drawn by `initialize(key)`, an empty optimizer state, no extra."""
-  params = initialize(jax.random.key(seed))
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {})
+def start_state(params, tx, track: Track = NOTHING) -> TrainState:
+  """Step 0 with these parameters, an empty optimizer state and what `track` begins with."""
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), track.init(params))
+
+
+def init_state(initialize, tx, seed: int, track: Track = NOTHING) -> TrainState:
+  """Step 0 with parameters drawn by `initialize(key)`."""
+  return start_state(initialize(jax.random.key(seed)), tx, track)

@@ -5,6 +5,8 @@ import pathlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +14,10 @@ import numpy as np
 from data.loader import loader
 from data.source import open_data
 from pretrain import config
+from pretrain.averaging import lawa_steps, linear_combination
 from pretrain.checkpoint import Checkpoints
-from pretrain.errors import CheckpointError, NonFiniteError
-from pretrain.evaluate import evaluate
+from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
+from pretrain.evaluate import evaluate_sets
 from pretrain.experiment import CheckpointConfig, Experiment
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
@@ -23,6 +26,7 @@ from pretrain.phases import Stretch, stretch_at
 from pretrain.report import write_report
 from pretrain.resume import check_same_data, check_same_run
 from pretrain.runtime import build_program, cache_dir
+from pretrain.weights import initial_params
 
 DONE, PREEMPTED = 0, 75
 
@@ -104,6 +108,7 @@ class Run:
 
   def __init__(self, cfg: Experiment, workdir: pathlib.Path):
     self.cfg, self.workdir, self.text = cfg, workdir, config.render(cfg)
+    check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
     saved = workdir / 'config.gin'
     recorded = read_metrics(workdir)
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
@@ -125,10 +130,15 @@ class Run:
     latest = self.checkpoints.latest()
     fingerprint = self.stage.data.fingerprint()
     if latest is None:
-      return self.stage.program.init(), {'examples': 0}
+      return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
     restored = self.checkpoints.restore(self.stage.program.abstract, latest)
     check_same_data(restored.position['data'], fingerprint, latest, self.workdir)
     return restored.state, restored.position['loader']
+
+  def _initialise(self, initial: str | None, tokenizer: str | None):
+    if initial is None:
+      return self.stage.program.init()
+    return self.stage.program.start(initial_params(initial, self.stage.program, tokenizer))
 
   def loop(self, interrupt: Interrupt) -> None:
     """Steps until the last one, or until interrupted, phase by phase."""
@@ -212,11 +222,26 @@ class Run:
     self.saved_step = self.step
 
   def _evaluate(self) -> None:
-    values = {}
-    for name, batches in self.stage.data.heldout(self.cfg.evaluation.batches, self.stage.rows).items():
-      result = evaluate(self.stage.eval_step, self.state.params, batches, self.stage.program.mesh)
-      values |= {f'eval/{name}/{k}': v for k, v in result.items()}
+    sets, values = self.stage.data.heldout(self.cfg.evaluation.batches, self.stage.rows), {}
+    for average, params in self._weights() if sets else ():
+      values |= evaluate_sets(self.stage.eval_step, params, sets, self.stage.program.mesh, average)
     self.metrics.eval(self.step, values)
+
+  def _weights(self) -> Iterator[tuple[str, Any]]:
+    """The parameters as '', then each average of them by its name."""
+    yield '', self.state.params
+    if 'ema' in self.state.extra:
+      yield 'ema', self.state.extra['ema']
+    steps = lawa_steps(self.step, self.cfg.checkpoint.every, self.cfg.evaluation.lawa_checkpoints)
+    # This step is saved after it is evaluated. No step is taken in place of one that is not there: a run that was
+    # interrupted and resumed would have another average.
+    if steps and {self.step, *self.checkpoints.finished()}.issuperset(steps):
+      yield 'lawa', linear_combination((1 / len(steps), self._params_of(step)) for step in steps)
+
+  def _params_of(self, step: int):
+    if step == self.step:
+      return self.state.params
+    return self.checkpoints.restore_params(self.stage.program.abstract.params, step)
 
   def _profile(self) -> None:
     if self.cfg.train.profile_steps is None:
@@ -238,6 +263,15 @@ class Run:
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
   return any((workdir / 'checkpoints').glob('[0-9]*'))
+
+
+def check_lawa_processes(count: int, processes: int) -> None:
+  """Raises ConfigError for LAWA in several processes: there all but the first see a step they wrote as unfinished."""
+  if count and processes > 1:
+    raise ConfigError(
+      f'evaluation.lawa_checkpoints={count} with {processes} processes: one process alone can read what it has just '
+      'saved. Set it to 0, and afterwards use pretrain checkpoints average.'
+    )
 
 
 def newest(workdir: pathlib.Path, cfg: CheckpointConfig) -> int | None:

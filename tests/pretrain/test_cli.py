@@ -17,7 +17,16 @@ def run(capsys, *argv):
 
 
 def test_the_verbs_are_these():
-  assert [name for name, _, _ in COMMANDS] == ['train', 'config', 'data', 'generate', 'report', 'run', 'plan']
+  assert [name for name, _, _ in COMMANDS] == [
+    'train',
+    'config',
+    'data',
+    'generate',
+    'checkpoints',
+    'report',
+    'run',
+    'plan',
+  ]
 
 
 def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
@@ -122,6 +131,32 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
     (tiny.UL2, 'seed=-1', '--gin.seed: seed=-1; it must be in [0, 4294967296).'),
     (tiny.UL2, f'seed={2**64}', f'--gin.seed: seed={2**64}; it must be in [0, 4294967296).'),
     (tiny.UL2, 'checkpoint.keep_every=0', '--gin.checkpoint.keep_every: checkpoint.keep_every=0; it must be >= 1.'),
+    (
+      tiny.UL2,
+      'evaluation.lawa_checkpoints=4',
+      'evaluation.lawa_checkpoints=4 but checkpoint.keep=3: older ones are deleted; set checkpoint.keep >= 4.',
+    ),
+    (
+      tiny.DECODER,
+      'evaluation.lawa_checkpoints=2',
+      'evaluation.lawa_checkpoints=2 with evaluation.every=0: it would never be used; set evaluation.every.',
+    ),
+    (
+      tiny.UL2,
+      "checkpoint.initial='RUN'",
+      "checkpoint.initial='RUN' names no step; write 'RUN/<step>', one of `pretrain checkpoints list --workdir=RUN`.",
+    ),
+    (
+      tiny.UL2,
+      "averaging.name='swa'",
+      "--gin.averaging.name: averaging.name='swa' is not one of 'none', 'ema'.",
+    ),
+    (
+      tiny.UL2,
+      'averaging.decay=0.9',
+      "--gin.averaging.decay: unknown key averaging.decay; with averaging.name='none' the keys are name "
+      "(it is a key of 'ema').",
+    ),
     (tiny.UL2, 'checkpoint.every=-1', '--gin.checkpoint.every: checkpoint.every=-1; it must be >= 1.'),
     (tiny.UL2, 'optimizer.clip_norm=-1.0', '--gin.optimizer.clip_norm: optimizer.clip_norm=-1.0; it must be >= 0.'),
     (tiny.UL2, 'optimizer.b1=1.0', '--gin.optimizer.b1: optimizer.b1=1.0; it must be in [0, 1).'),

@@ -12,7 +12,10 @@ from pretrain import cli
 from pretrain.metrics import read_metrics
 from tests.pretrain import tiny
 
-RUN = ('evaluation.every=4', 'evaluation.batches=2', 'checkpoint.every=4', 'mesh.fsdp=2')
+RUN = (
+  'evaluation.every=4', 'evaluation.batches=2', 'checkpoint.every=4', 'mesh.fsdp=2', "averaging.name='ema'",
+  'averaging.decay=0.5',
+)  # fmt: skip
 SMALL_UL2R = (
   *tiny.SMALL_DECODER, "objective.name='ul2r'", 'data.targets_length=64', 'data.sentinels=32', 'mesh.data=1'
 )  # fmt: skip
@@ -59,6 +62,7 @@ def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_pa
 def assert_alike(folder, steps: int) -> None:
   """The first steps of the runs `two` and `one` have the bits of their batches in common, and all losses."""
   bars = {'batch_checksum': 0, 'loss': 1e-5, 'grad_norm': 1e-5, 'eval/license/loss': 1e-5, 'eval/license/targets': 0}
+  bars['eval/license/ema/loss'] = 1e-5
   for key, rtol in bars.items():
     two, one = series(folder / 'two', key), series(folder / 'one', key)
     assert list(two) == ([step for step in (4, 6) if step <= steps] if 'eval' in key else list(range(1, steps + 1)))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from pretrain.averaging import Ema, make_track
 from pretrain.optim import skip_nonfinite, skipped
 from pretrain.step import TrainState, init_state, make_train_step
 
@@ -74,3 +75,16 @@ def test_extra_passes_through_and_the_key_moves_with_the_step():
   assert isinstance(state, TrainState)
   assert state.extra == {}
   assert len(set(losses)) == 3, 'the parameters stood still, so only the noise can have moved the loss'
+
+
+def test_a_nonfinite_gradient_does_not_reach_the_average():
+  """The average moves on towards parameters that stood still."""
+  good = toy_batch()
+  bad = good | {'y': good['y'].at[0].set(jnp.nan)}
+  tx, track = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()), make_track(Ema(decay=0.75))
+  state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, 0, track)
+  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, track=track))
+  state, _ = step(state, good)
+  after, _ = step(state, bad)
+  expected = 0.75 * state.extra['ema']['w'] + 0.25 * state.params['w']
+  np.testing.assert_allclose(after.extra['ema']['w'], expected, rtol=1e-6)

@@ -1,0 +1,110 @@
+"""`pretrain checkpoints`: its flags, and each action as one call of `pretrain.weights`."""
+
+import argparse
+import pathlib
+
+from pretrain.errors import ConfigError
+
+# What says of an average of which weights it is.
+SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'inputs', 'coefficients', 'gin_file', 'metric', 'ema')
+
+
+def checkpoints_flags(command: argparse.ArgumentParser) -> None:
+  from pretrain import cli
+
+  actions = command.add_subparsers(required=True, metavar='ACTION')
+  ways = {'list': list_command, 'average': average_command, 'soup': soup_command, 'merge': merge_command}
+  listing, average, soup, merge = (actions.add_parser(name, help=f.__doc__) for name, f in ways.items())
+  for action, function in zip((listing, average, soup, merge), ways.values(), strict=True):
+    action.set_defaults(command=function)
+  cli.config_flags(soup)
+  for action in (listing, average):
+    action.add_argument('--workdir', required=True, type=pathlib.Path)
+  average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
+  average.add_argument('--weights', type=float_list, metavar='1,2', help='one for each step; without them, equal')
+  merge.add_argument('--base', required=True, metavar='RUN[/STEP]', help='what the inputs started from')
+  for action in (soup, merge):
+    action.add_argument('--inputs', required=True, type=text_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
+  merge.add_argument('--coefficients', required=True, type=float_list, metavar='0.5,0.5', help='one for each input')
+  soup.add_argument('--metric', required=True, help='eval/<set>/loss, text_loss or accuracy')
+  for action in (average, soup, merge):
+    action.add_argument('--ema', action='store_true', help='of the moving averages (averaging.name) of the steps')
+    action.add_argument('--output', required=True, type=pathlib.Path, help='a new workdir, to generate or start from')
+
+
+def text_list(text: str) -> list[str]:
+  return text.split(',')
+
+
+def int_list(text: str) -> list[int]:
+  return [int(part) for part in text.split(',')]
+
+
+def float_list(text: str) -> list[float]:
+  return [float(part) for part in text.split(',')]
+
+
+def checkpoints_command(options, overrides) -> None:
+  """List the checkpoints of runs; average, soup and merge them."""
+  raise ConfigError('pretrain checkpoints needs an action: list, average, soup or merge.')
+
+
+def list_command(options, overrides) -> None:
+  """Print the checkpoints of a run: size, and the losses at each."""
+  print(on_the_host().list_steps(options.workdir))
+
+
+def average_command(options, overrides) -> None:
+  """Write the mean of several steps of a run."""
+  from pretrain import cli
+
+  weights = on_the_host()
+  cli.check_workdir(options.output, '--output')
+  steps = [weights.find_step(options.workdir, step, ema=options.ema) for step in options.steps]
+  weights.average(steps, options.weights, options.output, source_of(options))
+  print(options.output)
+
+
+def soup_command(options, overrides) -> None:
+  """Write the mean of those runs that together are better on held-out text than without."""
+  from pretrain import cli, mesh
+
+  cfg = cli.load(options, overrides)
+  cli.check_workdir(options.output, '--output')
+  mesh.prepare_platform(cfg.mesh)
+  from pretrain import weights
+
+  steps = [weights.find(text, ema=options.ema) for text in options.inputs]
+  weights.soup(cfg, steps, options.metric, options.output, source_of(options), print)
+  print(options.output)
+
+
+def merge_command(options, overrides) -> None:
+  """Write base + sum of coefficient * (input - base)."""
+  from pretrain import cli
+
+  weights = on_the_host()
+  cli.check_workdir(options.output, '--output')
+  base, *inputs = (weights.find(text, ema=options.ema) for text in (options.base, *options.inputs))
+  weights.merge(base, inputs, options.coefficients, options.output, source_of(options))
+  print(options.output)
+
+
+def on_the_host():
+  """`pretrain.weights`, with JAX on the CPU: sums of parameters belong into the larger memory."""
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+  from pretrain import weights
+
+  return weights
+
+
+def source_of(options) -> str:
+  """What made a workdir, in one line."""
+  name = options.command.__name__.removesuffix('_command')
+  return f'pretrain checkpoints {name} ' + ' '.join(
+    f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'
+    for key, value in vars(options).items()
+    if key in SOURCE_FLAGS and value not in (None, False)
+  )
