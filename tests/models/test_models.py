@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -166,10 +167,16 @@ def test_dropout_masks_belong_to_examples(cfg):
   assert np.abs(hidden(model, params, moved, key) - whole).max() > 1e-2, 'the mutation: another index, another mask'
 
 
-@pytest.mark.parametrize('mesh', [{'data': 2}, {'fsdp': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
-@FAMILIES
+@pytest.mark.parametrize(
+  ('cfg', 'mesh'),
+  [
+    *itertools.product([T5, LLAMA], [{'data': 2}, {'fsdp': 2}, {'fsdp': 2, 'tensor': 2}]),
+    *itertools.product([T5_1_0, ALIBI, LEARNED], [{'fsdp': 2, 'tensor': 2}]),
+  ],
+)
 def test_meshes_agree(cfg, mesh):
   one, params = model_and_params(cfg)
+  params = shaken(params)
   placed = make_mesh(MeshConfig(**mesh))
   model, _ = model_and_params(cfg, mesh=placed)
   on_mesh = jax.device_put(params, shardings(model.specs, placed))

@@ -68,3 +68,14 @@ def test_the_train_step_compiles_for_eight_tpus(file):
   names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
   assert names == ['arguments', 'outputs', 'donated', 'temporaries', 'code', 'total']
   assert 'Involuntary full rematerialization' not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_train_step_of_20b_fits_a_slice():
+  """The slice of its header; v5p has 95 GB a chip, and the compiler refuses what does not fit."""
+  flags = ['--gin_file=configs/ul2/20b.gin', '--topology=v5p:4x4x8']
+  done = subprocess.run(
+    [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert float(done.stdout.split()[-1].replace(',', '')) < 95e9 / 2**20
