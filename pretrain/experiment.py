@@ -101,12 +101,12 @@ def check(cfg: Experiment) -> None:
 def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
   _check_profile(cfg)
-  _check_positions(cfg)
   _check_lawa(cfg)
   _check_initial(cfg.checkpoint.initial)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
+  _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)

@@ -128,8 +128,10 @@ class Builder:
   def literal(self, allowed: Sequence[Any], given: Any, key: str) -> Any:
     if given in allowed:
       return given
-    close = difflib.get_close_matches(str(given), [str(a) for a in allowed], 1)
-    hint = f'; did you mean {close[0]!r}?' if close else '.'
+    words = [str(a) for a in allowed]
+    # What begins as the given word is meant before what resembles it: 'gelu' is 'gelu_tanh', not 'relu'.
+    close = [w for w in words if given and w.startswith(str(given))] or difflib.get_close_matches(str(given), words, 1)
+    hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else '.'
     raise ConfigError(f'{self.where(key)}{key}={given!r} is not one of {choices(allowed)}{hint}')
 
   def scalar(self, hint: type, given: Any, key: str) -> Any:

@@ -112,6 +112,17 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
       "model.positions='learned'\nmodel.max_positions=511",
       'data.targets_length=512 with model.max_positions=511; set model.max_positions >= 512, or shorter rows.',
     ),
+    (
+      tiny.DECODER,
+      'model.max_positions=9',
+      "model.max_positions=9 with model.positions='rotary'; it is of 'learned', remove it.",
+    ),
+    (
+      tiny.UL2,
+      "model.mlp.activation='gelu'",
+      "--gin.model.mlp.activation: model.mlp.activation='gelu' is not one of 'gelu_tanh', 'gelu_exact', 'silu', "
+      "'relu'; did you mean 'gelu_tanh' or 'gelu_exact'?",
+    ),
     (tiny.UL2, 'model.relative_buckets=2', '--gin.model.relative_buckets: model.relative_buckets=2; it must be >= 4.'),
     (
       tiny.UL2,
