@@ -150,11 +150,41 @@ def train_command(options, overrides) -> int:
   return train.train(cfg, options.workdir)
 
 
+def describe_flags(command: argparse.ArgumentParser) -> None:
+  config_flags(command)
+  command.add_argument(
+    '--plot',
+    nargs='?',
+    const=pathlib.Path('learning_rate.png'),
+    type=pathlib.Path,
+    metavar='FILE.png',
+    help='draw the learning rate of every step instead (default: learning_rate.png); print the path',
+  )
+
+
 def config_command(options, overrides) -> None:
   """Print the resolved config, the parameters and FLOPs per token; touches no device."""
   from pretrain import describe
 
-  print(describe.describe(load(options, overrides)))
+  cfg = load(options, overrides)
+  print(describe.describe(cfg) if options.plot is None else plot_schedule(cfg, options.plot))
+
+
+def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
+  """Draws the learning rate of a run to `path`, on the CPU; raises ConfigError where that is no PNG it can write."""
+  if path.suffix.lower() != '.png':
+    raise ConfigError(f'--plot={path} is no PNG; name a file that ends in .png.')
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use, and is not needed
+  from pretrain.plots import draw_schedule
+  from pretrain.schedule import make_schedule
+
+  try:
+    draw_schedule(make_schedule(cfg.schedule), cfg.train.steps, cfg.schedule.name, path)
+  except OSError as error:
+    raise ConfigError(f'--plot={path} cannot be written ({error.strerror}); choose another place.') from error
+  return path
 
 
 def data_flags(command: argparse.ArgumentParser) -> None:
@@ -260,7 +290,7 @@ def plan_command(options, overrides) -> None:
 
 COMMANDS = (
   ('train', train_command, train_flags),
-  ('config', config_command, config_flags),
+  ('config', config_command, describe_flags),
   ('data', data_command, data_flags),
   ('generate', generate_command, generate_flags),
   ('checkpoints', checkpoints_command, checkpoints_flags),

@@ -1,9 +1,10 @@
-"""The five plots of a run. matplotlib is imported when they are drawn: it takes a second."""
+"""The five plots of a run, and that of a schedule. matplotlib is imported when they are drawn: it takes a second."""
 
 import contextlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +38,7 @@ EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
 def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path) -> list[pathlib.Path]:
   """Writes one PNG for each of `PLOTS` into `folder`; returns their paths in that order."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
+  plt = pyplot()
   folder.mkdir(parents=True, exist_ok=True)
   paths = []
   with plt.rc_context(LOOK):
@@ -51,6 +48,42 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path) -> li
         plot(axes, name, rows, baselines)
       paths.append(folder / f'{name}.png')
   return paths
+
+
+def pyplot():
+  """matplotlib.pyplot, which draws into files: no display is asked for."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  return plt
+
+
+def draw_schedule(schedule: Callable[[np.ndarray], Any], num_steps: int, name: str, path: pathlib.Path) -> None:
+  """Writes `path`: the learning rate at steps 0 .. num_steps - 1, those that a run takes."""
+  plt = pyplot()
+  steps = np.unique(np.linspace(0, num_steps - 1, 20_000).astype(np.int64))
+  rates = np.asarray(schedule(steps), np.float64)
+  with plt.rc_context(LOOK), figure(plt, path, (9.6, 4.2)) as axes:
+    axes.set(title=f'{LABELS["learning_rate"].capitalize()}: {name}', xlabel='step', ylabel=LABELS['learning_rate'])
+    axes.plot(steps, rates, color=BLUE)
+    axes.set_xlim(0, max(num_steps - 1, 1))
+    axes.set_ylim(0, 1.08 * rates.max() or 1)
+    axes.xaxis.set_major_formatter('{x:,.0f}')
+    axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+    note_ends(axes, steps, rates)
+
+
+def note_ends(axes, steps: np.ndarray, rates: np.ndarray) -> None:
+  """The first highest rate and the last one, as dots with their values; the last stands outside, where no curve is."""
+  top, last = int(rates.argmax()), len(rates) - 1
+  axes.plot(steps[[top, last]], rates[[top, last]], 'o', color=BLUE, markersize=4, clip_on=False)
+  note = {'fontsize': 9, 'color': '#555', 'textcoords': 'offset points', 'annotation_clip': False}
+  axes.annotate(f'{rates[last]:.3g}', (steps[last], rates[last]), xytext=(7, 0), va='center', **note)
+  if top != last:
+    side = 'right' if steps[top] > steps[last] / 2 else 'left'
+    axes.annotate(f'{rates[top]:.3g} at step {steps[top]:,}', (steps[top], rates[top]), xytext=(0, 5), ha=side, **note)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,41 @@ def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
     assert text in done.stdout
 
 
+def test_plot_draws_the_schedule_without_an_accelerator_or_a_display(tmp_path):
+  code = (
+    'import sys; from pretrain.cli import main; code = main(sys.argv[1:]); '
+    'import jax; assert jax.config.jax_platforms == "cpu"; assert set(jax._src.xla_bridge._backends) == {"cpu"}'
+  )
+  env = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'DISPLAY')}
+  env['PYTHONPATH'] = os.pathsep.join([str(tiny.ROOT), env.get('PYTHONPATH', '')])
+  command = [sys.executable, '-c', code, 'config', f'--gin_file={tiny.UL2}', '--plot']
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (0, 'learning_rate.png\n'), done.stderr
+  assert (tmp_path / 'learning_rate.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_plot_is_of_the_schedule_that_is_given(capsys, tmp_path):
+  flags = ("schedule.name='wsd'", 'schedule.decay_steps=1000')
+  pictures = []
+  for i, more in enumerate(((), ("schedule.decay='linear'",), ('schedule.peak=0.01',), ('train.steps=1500',))):
+    path = tmp_path / f'{i}.png'
+    overrides = [f'--gin.{o}' for o in (*flags, *more)]
+    assert run(capsys, 'config', f'--gin_file={tiny.UL2}', f'--plot={path}', *overrides) == (0, f'{path}\n', '')
+    pictures.append(path.read_bytes())
+  assert len(set(pictures)) == 4
+
+
+@pytest.mark.parametrize(
+  ('file', 'reason'),
+  [('rate.pdf', 'is no PNG; name a file that ends in .png.'), ('no/rate.png', 'cannot be written (')],
+)
+def test_a_plot_that_cannot_be_written_is_refused(capsys, tmp_path, file, reason):
+  path = tmp_path / file
+  code, _, err = run(capsys, 'config', f'--gin_file={tiny.UL2}', f'--plot={path}')
+  assert (code, len(err.splitlines())) == (64, 1), err
+  assert err.startswith(f'CONFIG: --plot={path} {reason}')
+
+
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
@@ -51,6 +86,12 @@ def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
     ('train.steps=0', 'CONFIG: --gin.train.steps: train.steps=0; it must be >= 1.'),
     ("train.steps='many'", 'CONFIG: --gin.train.steps: train.steps'),
     ("objective.name='causal_lm'", "CONFIG: objective.name='causal_lm' is for model.name='decoder'"),
+    ("optimizer.name='adafacter'", "CONFIG: --gin.optimizer.name: optimizer.name='adafacter' is not one of 'adamw', "),
+    (
+      'optimizer.momentum=0.9',
+      "CONFIG: --gin.optimizer.momentum: unknown key optimizer.momentum; with optimizer.name='a",
+    ),
+    ("optimizer.state_dtype='int4'", "CONFIG: --gin.optimizer.state_dtype: optimizer.state_dtype='int4' is not one of"),
     ('schedule.steps=100', 'CONFIG: schedule.steps=100 does not exceed schedule.warmup_steps'),
   ],
 )
