@@ -12,7 +12,7 @@ from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
-from pretrain.optim import AdamW
+from pretrain.optim import AdamW, Optimizer
 from pretrain.phases import Phase, stretches
 from pretrain.schedule import Schedule, check_schedule
 
@@ -61,7 +61,7 @@ class Experiment:
   schedule: Schedule
   train: TrainConfig
   loss: LossConfig = LossConfig()
-  optimizer: AdamW = AdamW()
+  optimizer: Optimizer = AdamW()
   averaging: Averaging = NoAveraging()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -10,46 +10,35 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from models.specs import ParamSpec, is_matrix
-from pretrain.mesh import replicated
+from pretrain.optim_adafactor import Adafactor, scale_by_adafactor
+from pretrain.optim_muon import Muon, is_hidden_matrix, scale_by_muon
+from pretrain.optim_shared import Shared, decays, scale_by_parameter
+from pretrain.optim_state import stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-  """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
-
-  `parameter_scale` multiplies each update by the RMS of its parameter, layer by layer: T5's parameters are drawn at
-  sizes a hundred times apart, for Adafactor, which does the same. Source: Shazeer and Stern 2018, arXiv:1804.04235, §8;
-  with Adam: Nawrot 2023, arXiv:2309.02373, §3.
-  """
+class AdamW(Shared):
+  """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
 
   name: Literal['adamw'] = 'adamw'
   b1: Annotated[float, '[0, 1)'] = 0.9
   b2: Annotated[float, '[0, 1)'] = 0.98
   eps: Annotated[float, '> 0'] = 1e-8
-  weight_decay: Annotated[float, '>= 0'] = 0.01
-  clip_norm: Annotated[float, '>= 0'] = 1.0  # 0 clips nothing
-  parameter_scale: bool = False
-  max_consecutive_nonfinite: Annotated[int, '>= 1'] = 5
 
 
-def decays(spec: ParamSpec) -> bool:
-  """Matrices decay; norm scales, biases and bias tables do not."""
-  return is_matrix(spec)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Shared):
+  """The sign of an interpolated momentum: one moment only. Its authors take a learning rate 3 to 10 times smaller than
+  AdamW's, and a decay as much larger. Source: Chen et al. 2023, arXiv:2302.06675, Algorithm 2.
+  """
+
+  name: Literal['lion'] = 'lion'
+  weight_decay: Annotated[float, '>= 0'] = 0.1
+  b1: Annotated[float, '[0, 1)'] = 0.9
+  b2: Annotated[float, '[0, 1)'] = 0.99
 
 
-def scale_by_parameter(specs: Mapping[str, Any], smallest: float = 1e-3) -> optax.GradientTransformation:
-  """Updates times the RMS of their parameter, at least `smallest`; stacked layers each have their own."""
-
-  def scaled(update: Array, param: Array, spec: ParamSpec) -> Array:
-    dims = tuple(i for i, axis in enumerate(spec.axes) if axis != 'layers')
-    rms = jnp.sqrt(jnp.mean(jnp.square(param), dims, keepdims=True))
-    return update * jnp.maximum(rms, smallest)
-
-  def update(updates, state, params=None):
-    return jax.tree.map(scaled, updates, params, specs), state
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+Optimizer = AdamW | Adafactor | Lion | Muon
 
 
 class SkipState(NamedTuple):
@@ -75,16 +64,46 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
   return optax.GradientTransformation(init, update)
 
 
+def direction(cfg: Optimizer, specs: Mapping[str, Any], mesh: Mesh | None) -> optax.GradientTransformation:
+  """Gradients -> the direction of the update, before parameter scale, weight decay and learning rate."""
+  adam = lambda own: stored(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps), cfg.state_dtype, own)
+  match cfg:
+    case AdamW():
+      return adam(specs)
+    case Lion():
+      return stored(optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2), cfg.state_dtype, specs)
+    case Adafactor():
+      return scale_by_adafactor(cfg, specs)
+    case Muon():
+      labels = jax.tree.map(lambda spec: 'muon' if is_hidden_matrix(spec) else 'adam', specs)
+      own = {label: only(label, labels, specs) for label in ('muon', 'adam')}
+      muon = stored(scale_by_muon(cfg, own['muon'], mesh), cfg.state_dtype, own['muon'])
+      return optax.partition({'muon': muon, 'adam': adam(own['adam'])}, labels)
+    case _:
+      assert_never(cfg)
+
+
+def only(label: str, labels: Mapping[str, Any], specs: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The specs of a label; in place of the others what optax.partition has there."""
+  return jax.tree.map(lambda own, spec: spec if own == label else optax.MaskedNode(), labels, specs)
+
+
 def make_optimizer(
-  cfg: AdamW, schedule: Callable[[Array], Array], specs: Mapping[str, Any]
+  cfg: Optimizer, schedule: Callable[[Array], Array], specs: Mapping[str, Any], mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Clip by global norm, AdamW with decay by axes, non-finite steps skipped; the schedule counts every step."""
-  mask = jax.tree.map(decays, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+  """Clip by global norm, the optimizer, decay by axes; non-finite steps skipped; the schedule counts every step.
+
+  `mesh` is that of a run; muon spreads its work over it.
+  """
+  momentum = cfg.momentum if isinstance(cfg, Adafactor) else 0
   moments = optax.chain(
     optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-    optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+    direction(cfg, specs, mesh),
     scale_by_parameter(specs) if cfg.parameter_scale else optax.identity(),
-    optax.add_decayed_weights(cfg.weight_decay, mask=mask) if cfg.weight_decay else optax.identity(),
+    stored(optax.ema(momentum, debias=False), cfg.state_dtype, specs) if momentum else optax.identity(),
+    optax.add_decayed_weights(cfg.weight_decay, mask=jax.tree.map(decays, specs))
+    if cfg.weight_decay
+    else optax.identity(),
   )
   return optax.chain(skip_nonfinite(moments), optax.scale_by_learning_rate(schedule))
 
@@ -92,9 +111,3 @@ def make_optimizer(
 def skipped(opt_state) -> SkipState:
   """The counts of skipped updates inside an optimizer state made by `make_optimizer`."""
   return opt_state[0]
-
-
-def state_shardings(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
-  """Shardings of tx's state: a parameter's statistics lie where it lies, everything else on every device."""
-  state = jax.eval_shape(tx.init, params)
-  return optax.tree_map_params(tx, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh))

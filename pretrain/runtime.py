@@ -16,7 +16,8 @@ from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment, check_batch
 from pretrain.loss import make_loss
 from pretrain.mesh import batch_shards, make_mesh, replicated
-from pretrain.optim import make_optimizer, skipped, state_shardings
+from pretrain.optim import make_optimizer, skipped
+from pretrain.optim_state import state_shardings
 from pretrain.schedule import make_schedule
 from pretrain.step import TrainState, init_state, make_train_step, start_state
 
@@ -62,7 +63,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> 
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start)
-  tx, track = make_optimizer(cfg.optimizer, schedule, model.specs), make_track(cfg.averaging)
+  tx, track = make_optimizer(cfg.optimizer, schedule, model.specs, mesh), make_track(cfg.averaging)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
   shapes = jax.eval_shape(init)
   params = partition.shardings(model.specs, mesh)
