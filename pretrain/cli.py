@@ -177,11 +177,13 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use, and is not needed
+  from pretrain.describe import learning_rates
+  from pretrain.phases import stretches
   from pretrain.plots import draw_schedule
-  from pretrain.schedule import make_schedule
 
+  names = ', '.join(dict.fromkeys(stretch.cfg.schedule.name for stretch in stretches(cfg)))
   try:
-    draw_schedule(make_schedule(cfg.schedule), cfg.train.steps, cfg.schedule.name, path)
+    draw_schedule(lambda steps: learning_rates(cfg, steps), cfg.train.steps, names, path)
   except OSError as error:
     raise ConfigError(f'--plot={path} cannot be written ({error.strerror}); choose another place.') from error
   return path

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
@@ -12,7 +13,9 @@ from models.specs import ParamSpec
 from pretrain import config
 from pretrain.experiment import Experiment
 from pretrain.mesh import AXES, axis_sizes
+from pretrain.phases import stretches
 from pretrain.runtime import check_divisible
+from pretrain.schedule import make_schedule
 
 COLUMNS = ('path', 'shape', 'axes', 'sharding', 'count', 'init std')
 
@@ -58,3 +61,12 @@ def describe(cfg: Experiment) -> str:
   return f'{config.render(cfg)}\n# Parameters\n{parameters}\n\n# FLOPs per token (forward and backward)\n' + '\n'.join(
     lines
   )
+
+
+def learning_rates(cfg: Experiment, steps: np.ndarray) -> np.ndarray:
+  """float64: the learning rate of the update at each of `steps`, by the schedule of its phase."""
+  rates = np.zeros(len(steps))
+  for stretch in stretches(cfg):
+    own = (steps >= stretch.start) & (steps < (np.inf if stretch.end is None else stretch.end))
+    rates[own] = make_schedule(stretch.cfg.schedule, stretch.schedule_start)(steps[own])
+  return rates

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from pretrain.cli import COMMANDS, main
+from pretrain.describe import learning_rates
 from tests.pretrain import tiny
 
 
@@ -63,6 +65,14 @@ def test_the_plot_is_of_the_schedule_that_is_given(capsys, tmp_path):
     assert run(capsys, 'config', f'--gin_file={tiny.UL2}', f'--plot={path}', *overrides) == (0, f'{path}\n', '')
     pictures.append(path.read_bytes())
   assert len(set(pictures)) == 4
+
+
+def test_the_learning_rate_is_that_of_each_phase():
+  phase = "{'start_step': 40, 'set': {'schedule.name': 'linear', 'schedule.peak': 1.0, 'schedule.steps': 10, "
+  phase += "'schedule.warmup_steps': 0, 'schedule.final_fraction': 0.0}}"
+  constant = ("schedule.name='constant'", 'schedule.peak=0.5')
+  cfg = tiny.experiment(tiny.DECODER, *constant, f'phases=[{phase}]', 'train.steps=60')
+  assert learning_rates(cfg, np.array([0, 39, 40, 45, 50, 59])).tolist() == [0.5, 0.5, 1.0, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
