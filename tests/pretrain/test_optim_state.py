@@ -20,6 +20,7 @@ from pretrain.optim_state import (
   stored,
 )
 from pretrain.runtime import build_program
+from pretrain.testing import assert_resumes_exactly
 from tests.pretrain import tiny
 from tests.pretrain.optimizing import spec
 
@@ -204,3 +205,9 @@ def test_state_is_restored_onto_another_mesh(tmp_path, overrides):
 def test_f32_state_is_the_transform_itself():
   tx = make_optimizer(AdamW(), lambda step: 0.1, BIG)
   assert stored(tx, 'float32', BIG) is tx
+
+
+@pytest.mark.slow
+def test_a_run_with_small_state_resumes_exactly(tmp_path):
+  cfg = tiny.decoder(*SIZES, "optimizer.name='muon'", "optimizer.state_dtype='int8'", 'mesh.fsdp=4')
+  assert_resumes_exactly(cfg, tmp_path, steps=6, stop_at=3)
