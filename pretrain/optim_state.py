@@ -73,8 +73,8 @@ def block_of(spec: ParamSpec) -> tuple[int, int] | None:
   """(dim, size) of the blocks of a parameter's moments; None where they stay f32, as the paper has it: what is small,
   an embedding, or no matrix.
 
-  Blocks lie along head_dim, else what `tensor` cuts, never along `embed`, which fsdp cuts; in multiples of 16, so that no block lies on two devices of tensor = 2, 4, 8 or 16. The state then has one
-  shape on all meshes.
+  Blocks lie along head_dim, else what `tensor` cuts, never along `embed`, which fsdp cuts; in multiples of 16, so that
+  no block lies on two devices of tensor = 2, 4, 8 or 16. The state then has one shape on all meshes.
   """
   if own_size(spec) < SMALLEST or sides(spec) is None or spec.axes[0] == 'vocab':
     return None
