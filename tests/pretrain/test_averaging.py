@@ -274,7 +274,7 @@ def test_only_one_tree_is_read_at_a_time():
     ('merge', '--base={run}/1 --inputs={run}/2 --coefficients=nan --output={new}', 64,
      'CONFIG: --coefficients=nan; each must be finite.'),
     ('merge', '--base={run}/1 --inputs={other} --coefficients=1 --output={new}', 66,
-     "CKPT-MISMATCH: model.mlp.activation is 'silu' in {run}/config.gin, 'gelu_tanh' in {other}/config.gin (first of 1); "
+     "CKPT-MISMATCH: model.mlp.activation is 'silu' in {run}/config.gin, 'relu' in {other}/config.gin (first of 1); "
      'only weights of one architecture can be mixed. Nothing was written.'),
     ('merge', '--base={run}/1 --inputs={foreign} --coefficients=1 --output={new}', 66,
      'CKPT-MISMATCH: {run}/1 and {foreign}/0 have different tokenizers: an id is not the same text in both.'),
@@ -305,7 +305,7 @@ def others(run, tmp_path_factory):
   assert main(['checkpoints', 'average', f'--workdir={run}', '--steps=2', f'--output={folder / "other"}']) == 0
   for name in ('foreign', 'mean'):
     shutil.copytree(folder / 'other', folder / name)
-  edit(folder / 'other/config.gin', "model.mlp.activation = 'silu'", "model.mlp.activation = 'gelu_tanh'")
+  edit(folder / 'other/config.gin', "model.mlp.activation = 'silu'", "model.mlp.activation = 'relu'")
   position = folder / 'foreign/checkpoints/0/position/metadata'
   position.write_text(json.dumps({'data': {'tokenizer': 'another'}}))
   return {name: folder / name for name in ('other', 'foreign', 'mean')}
