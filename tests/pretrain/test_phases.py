@@ -51,6 +51,7 @@ def test_a_schedule_that_a_phase_sets_begins_with_it(tmp_path):
   assert column(tmp_path, 'learning_rate') == pytest.approx([1e-3] * 3 + [0.5, 0.375])
 
 
+@pytest.mark.slow
 def test_a_run_in_phases_resumes_exactly(text_store, tmp_path):
   """Stopped in the second phase, which ends with another objective, length, batch size and dtype than the first."""
   cfg = adapted(text_store, 'checkpoint.every=3', 'model.dropout=0.1')
