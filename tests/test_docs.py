@@ -1,0 +1,157 @@
+"""What documents name is there: files, commands, flags, config keys, and the values that pick a part.
+
+Whatever stands in backticks or in a code block is read. Not read: blocks marked `t5x` or `wrong`, the first column of
+tables in docs/from_*.md (other programs' words), and docs/LOG.md, which says what was.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import typing
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from pretrain import cli, config
+from pretrain.experiment import Experiment, check
+from pretrain.schema import is_section, name_of, sections, without_none
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = [ROOT / 'README.md', *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md')]
+SECTIONS = '|'.join(field.name for field in dataclasses.fields(Experiment))
+FOLDERS = 'configs|data|docs|models|pallas_kernels|pretrain|scripts|tests'
+START = r'(?:(?<=--gin\.)|(?<![\w./-]))'
+KEY = re.compile(rf'{START}((?:{SECTIONS})(?:\.[a-z]\w*)+)(?!\w|/|\.[a-z])')
+PICK = re.compile(rf'{START}((?:{SECTIONS})(?:\.\w+)*\.name)[\'"]?\s*[=:]\s*[\'"]*(\w+)')
+FILE = re.compile(rf'(?<![\w./-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)(?![\w.-]*[*{{…])')
+FLAG = re.compile(r'(?<![\w-])--[a-z]\w*')
+LINK = re.compile(r'\]\(([^)#:]+)\)')
+BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def members(hint) -> tuple:
+  """The dataclasses that a section, an optional one, or a list of them is made of."""
+  args = typing.get_args(hint)
+  if typing.get_origin(hint) is tuple:
+    return members(args[0])
+  if type(None) in args:
+    hint = without_none(args)
+  return sections(hint) if is_section(hint) else ()
+
+
+def keys_of(schema, prefix: str = '') -> Iterator[tuple[str, set[str]]]:
+  """Every dotted key of every choice, and the values that pick one of them."""
+  for name, hint in typing.get_type_hints(schema).items():
+    parts, key = members(hint), prefix + name
+    yield key, {name_of(schema)} if name == 'name' and prefix else set()
+    for part in parts:
+      yield from keys_of(part, key + '.')
+
+
+KEYS: dict[str, set[str]] = {}
+for key, values in keys_of(Experiment):
+  KEYS[key] = KEYS.get(key, set()) | values
+
+
+def code_of(text: str, foreign_column: bool) -> list[str]:
+  """Code blocks (but of other programs, and mistakes) and inline code of a document."""
+  blocks = [body for language, body in BLOCK.findall(text) if language not in ('t5x', 'wrong')]
+  prose = BLOCK.sub('', text)
+  if foreign_column:
+    prose = re.sub(r'^\|(?:[^|`]|`[^`]*`)*\|', '|', prose, flags=re.MULTILINE)
+  return blocks + [code.replace('\n', ' ') for code in re.findall(r'`([^`]+)`', prose)]
+
+
+def commands_in(code: str) -> Iterator[list[str]]:
+  """The words of each `pretrain …`, one command on a (continued) line; what `--` hands on is a command of its own."""
+  for line in code.replace('\\\n', ' ').splitlines():
+    line = re.split(r'\s[|#>&]|\s-- ', line.strip().removeprefix('$ '))
+    for i, part in enumerate(line):
+      words = part.split()
+      if words and words[0] == 'pretrain':
+        yield words[1:]
+      elif i and words and words[0] == 'train':
+        yield words
+
+
+def wrong_words(words: list[str]) -> Iterator[str]:
+  """Sub-commands and flags that the parser does not have; `--gin.KEY=` is a key's matter."""
+  parser = cli.parser()
+  for word in words:
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not word.startswith('-'):
+      if actions:
+        if word not in actions[0].choices:
+          yield f'sub-command {word}'
+          return
+        parser = actions[0].choices[word]
+      continue
+    flag = word.split('=')[0]
+    if not flag.startswith('--gin.') and flag not in parser._option_string_actions:
+      yield f'flag {flag} of {parser.prog}'
+
+
+def all_flags(parser: argparse.ArgumentParser) -> set[str]:
+  found = set(parser._option_string_actions)
+  for action in parser._actions:
+    for child in (action.choices or {}).values() if isinstance(action.choices, Mapping) else ():
+      found |= all_flags(child)
+  return found
+
+
+def mistakes(path: pathlib.Path, text: str) -> list[str]:
+  """What a document names and the program does not have."""
+  found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
+  known = all_flags(cli.parser()) | {'--gin', '--dev', '--hosts'}
+  for code in code_of(text, path.name.startswith('from_')):
+    found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
+    found += [f'key {key}' for key in KEY.findall(code) if key not in KEYS and not key.endswith(('.py', '.md'))]
+    found += [f'{key}={value}' for key, value in PICK.findall(code) if key in KEYS and value not in KEYS[key]]
+    found += [f'flag {flag}' for flag in FLAG.findall(code) if flag not in known]
+    found += [wrong for words in commands_in(code) for wrong in wrong_words(words)]
+  return found
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(path):
+  assert mistakes(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
+def test_configs_in_documents_load(path, tmp_path):
+  """Blocks that include a shipped config, as files of a folder beside configs/."""
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  (tmp_path / 'my').mkdir()
+  blocks = [body for language, body in BLOCK.findall(path.read_text()) if language == 'gin']
+  for i, body in enumerate(body for body in blocks if body.startswith("include '../configs/")):
+    (file := tmp_path / 'my' / f'{i}.gin').write_text(body)
+    check(config.load(Experiment, [str(file)]))
+
+
+@pytest.mark.parametrize(
+  ('text', 'mistake'),
+  [
+    ('`model.num_heads`', 'key model.num_heads'),
+    ('set `--gin.train.step=3`', 'key train.step'),
+    ("```\noptimizer.name = 'adamv'\n```", 'optimizer.name=adamv'),
+    ("```gin\nphases = [{'set': {'objective.name': 'ul3'}}]\n```", 'objective.name=ul3'),
+    ('`configs/t5/smal.gin`', 'file configs/t5/smal.gin'),
+    ('```\npretrain tran --workdir=RUN\n```', 'sub-command tran'),
+    ('`pretrain data shaw`', 'sub-command shaw'),
+    ('`pretrain train --workdri=RUN`', 'flag --workdri of pretrain train'),
+    ('```\npretrain run --hosts=2 -- train --workdri=RUN\n```', 'flag --workdri of pretrain train'),
+    ('`--workdri`', 'flag --workdri'),
+    ('[page](nowhere.md)', 'link nowhere.md'),
+    ('| `model.num_heads` | ours `model.num_layers` |', 'key model.num_layers'),
+  ],
+)
+def test_a_misspelt_word_is_found(text, mistake):
+  assert mistake in mistakes(ROOT / 'docs' / 'from_x.md', text)
+
+
+def test_words_of_other_programs_are_left_alone():
+  text = (
+    '| `model.num_heads`, `--gin_search_paths` | no |\n```t5x\nmodel.num_heads = 3\n```\n`t5.data.mixtures` `train/x.y`'
+  )
+  assert mistakes(ROOT / 'docs' / 'from_x.md', text) == []
