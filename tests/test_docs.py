@@ -23,6 +23,7 @@ SECTIONS = '|'.join(field.name for field in dataclasses.fields(Experiment))
 FOLDERS = 'configs|data|docs|models|pallas_kernels|pretrain|scripts|tests'
 START = r'(?:(?<=--gin\.)|(?<![\w./-]))'
 KEY = re.compile(rf'{START}((?:{SECTIONS})(?:\.[a-z]\w*)+)(?!\w|/|\.[a-z])')
+ASSIGNED = re.compile(r"""(?:^|--gin\.|['"])([a-z]\w*(?:\.[a-z]\w*)+)['"]?\s*[=:]""", re.MULTILINE)
 PICK = re.compile(rf'{START}((?:{SECTIONS})(?:\.\w+)*\.name)[\'"]?\s*[=:]\s*[\'"]*(\w+)')
 FILE = re.compile(rf'(?<![\w./-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)(?![\w.-]*[*{{…])')
 FLAG = re.compile(r'(?<![\w-])--[a-z]\w*')
@@ -103,10 +104,11 @@ def all_flags(parser: argparse.ArgumentParser) -> set[str]:
 def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
-  known = all_flags(cli.parser()) | {'--gin', '--dev', '--hosts'}
+  known = all_flags(cli.parser()) | {'--gin', '--dev'}  # scripts/setup.sh --dev
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
-    found += [f'key {key}' for key in KEY.findall(code) if key not in KEYS and not key.endswith(('.py', '.md'))]
+    keys = dict.fromkeys(KEY.findall(code) + ASSIGNED.findall(code))
+    found += [f'key {key}' for key in keys if key not in KEYS and not key.endswith('.py')]
     found += [f'{key}={value}' for key, value in PICK.findall(code) if key in KEYS and value not in KEYS[key]]
     found += [f'flag {flag}' for flag in FLAG.findall(code) if flag not in known]
     found += [wrong for words in commands_in(code) for wrong in wrong_words(words)]
@@ -134,6 +136,7 @@ def test_configs_in_documents_load(path, tmp_path):
   [
     ('`model.num_heads`', 'key model.num_heads'),
     ('set `--gin.train.step=3`', 'key train.step'),
+    ('```\nmodell.embed = 64\n```', 'key modell.embed'),
     ("```\noptimizer.name = 'adamv'\n```", 'optimizer.name=adamv'),
     ("```gin\nphases = [{'set': {'objective.name': 'ul3'}}]\n```", 'objective.name=ul3'),
     ('`configs/t5/smal.gin`', 'file configs/t5/smal.gin'),
