@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from data.errors import DataError
 
 Documents = Literal['file', 'paragraph', 'line']
-JSONL = ('.jsonl', '.ndjson')
+JSONL = ('.jsonl', '.ndjson', '.json')  # C4's files are named .json
 SEGMENT_BYTES = 2**18
 
 

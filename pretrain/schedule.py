@@ -20,11 +20,15 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rsqrt:
-  """peak * sqrt(warmup_steps / step) after warm-up. Source: Raffel et al. 2020, arXiv:1910.10683, §3.1.2."""
+  """peak * sqrt(warmup_steps / step) after warm-up, in which it climbs, or stays at `peak` as in T5 (0.01, 10,000).
+
+  Source: Raffel et al. 2020, arXiv:1910.10683, §3.1.2; T5X's factors 'constant * rsqrt_decay'.
+  """
 
   name: Literal['rsqrt'] = 'rsqrt'
   peak: Annotated[float, '>= 0']
   warmup_steps: Annotated[int, '>= 1']
+  warmup: Literal['linear', 'constant'] = 'linear'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +209,7 @@ def _drops(cfg: Multistep) -> list[int]:
 
 def _warmup(cfg: Schedule, step: Array) -> Array | float:
   """The share of the warm-up that is done; it climbs from 0, or from the floor of rewarm."""
-  if not cfg.warmup_steps:
+  if not cfg.warmup_steps or (isinstance(cfg, Rsqrt) and cfg.warmup == 'constant'):
     return 1.0
   begin, floor = (cfg.start, cfg.final_fraction) if isinstance(cfg, Rewarm) else (0, 0.0)
   return floor + (1 - floor) * jnp.clip((step - begin + 1) / cfg.warmup_steps, 0.0, 1.0)

@@ -46,6 +46,12 @@ def test_rsqrt_falls_with_the_root_of_the_step():
   np.testing.assert_allclose(values(Rsqrt(peak=1.0, warmup_steps=100), [400, 10_000]), [0.5, 0.1], rtol=1e-6)
 
 
+def test_rsqrt_can_stay_at_its_peak_as_t5_does():
+  t5 = Rsqrt(peak=0.01, warmup_steps=10_000, warmup='constant')
+  wanted = [1 / math.sqrt(max(step, 10_000)) for step in (0, 1, 9_999, 10_000, 40_000, 1_000_000)]
+  np.testing.assert_allclose(values(t5, [0, 1, 9_999, 10_000, 40_000, 1_000_000]), wanted, rtol=1e-6)
+
+
 def test_linear_and_cosine_end_at_their_fraction_and_stay_there():
   linear = Linear(peak=2.0, warmup_steps=0, steps=10, final_fraction=0.1)
   np.testing.assert_allclose(values(linear, [0, 5, 10, 99]), [2.0, 1.1, 0.2, 0.2], rtol=1e-6)
