@@ -1,0 +1,91 @@
+"""Runs of a study: many small trainings side by side, one core each, kept so that a study goes on where it stopped."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One training: a config, `key=value` overrides, and a name that no other trial of the study has."""
+
+  name: str
+  gin_file: str
+  overrides: tuple[str, ...]
+
+
+def run_all(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) -> dict[str, dict[str, float]]:
+  """`measure(cfg, workdir)` of each trial after its training: name -> numbers. Finished trials are not run again."""
+  cores = sorted(os.sched_getaffinity(0))
+  context = multiprocessing.get_context('spawn')
+  free = context.SimpleQueue()
+  for core in cores:
+    free.put(core)
+  jobs = [(trial, folder / trial.name, measure) for trial in trials]
+  with concurrent.futures.ProcessPoolExecutor(len(cores), context, _pin, (free,)) as pool:
+    done = {}
+    for trial, result in zip(trials, pool.map(_run, jobs), strict=True):
+      done[trial.name] = result
+      shown = '  '.join(f'{key} {value:.3f}' for key, value in result.items())
+      print(f'{len(done):>3} of {len(trials)}  {trial.name:<40}{shown}', flush=True)
+  return done
+
+
+def _pin(free) -> None:
+  """One core for each process: two trainings on one core would only wait for each other."""
+  os.sched_setaffinity(0, {free.get()})
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+
+
+def _run(job) -> dict[str, float]:
+  trial, workdir, measure = job
+  result = workdir / 'result.json'
+  if result.exists():
+    return json.loads(result.read_text())
+  from pretrain import config, experiment, runtime, train
+
+  cfg = config.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
+  experiment.check(cfg)
+  runtime.use_compilation_cache()
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+    train.train(cfg, workdir)
+    values = measure(cfg, workdir)
+  result.write_text(json.dumps(values))
+  return values
+
+
+def summary(values: Iterable[float]) -> str:
+  """Mean and spread over seeds: `4.321 ± 0.012` is mean ± half the range."""
+  values = list(values)
+  half = (max(values) - min(values)) / 2
+  return f'{statistics.mean(values):.3f}' + (f' ± {half:.3f}' if len(values) > 1 else '')
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def best(results: Mapping[str, Mapping[str, float]], key: str) -> str:
+  """The name, without its seed, of the trial with the lowest `key`."""
+  return min(results, key=lambda name: results[name][key]).rpartition('/')[0]
+
+
+def command_line() -> str:
+  return 'python ' + ' '.join([str(pathlib.Path(sys.argv[0])), *sys.argv[1:]])
+
+
+def group(results: Mapping[str, Mapping[str, float]], prefix: str, key: str) -> list[float]:
+  """The values of `key` of the trials `prefix/…`, one for each seed."""
+  return [result[key] for name, result in results.items() if name.rpartition('/')[0] == prefix and key in result]

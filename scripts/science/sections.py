@@ -1,0 +1,112 @@
+"""The questions of the study: which runs each needs, and the section of the document that they make."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from runs import best, group, summary, table
+
+DECODER, ENCODER_DECODER = 'configs/science/decoder.gin', 'configs/science/encoder_decoder.gin'
+Seeds = tuple[int, ...]
+Results = Mapping[str, Mapping[str, float]]
+Wanted = Sequence[tuple[str, str, tuple[str, ...]]]  # (name, gin file, overrides); {1/5} is a fifth of the steps
+Run = Callable[[Wanted, Seeds], Results]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  tokens: int
+  seeds: Seeds
+
+
+OBJECTIVES = {
+  'causal LM': ("objective.name='causal_lm'",),
+  'prefix LM': ("objective.name='prefix_lm'",),
+  'T5 spans': ("objective.name='span_corruption'",),
+  'UL2': ("objective.name='ul2'",),
+  'UL2 without modes': ("objective.name='ul2'", 'objective.mode_tokens=False'),
+}
+QUESTIONS = {'causal': 'causal loss', 'prefix': 'prefix loss', 'infill': 'infilling loss'}
+COSINE = ("schedule.name='cosine'", 'schedule.steps={1}')
+OPTIMIZERS = {
+  'adamw': (1e-3, 3e-3, 1e-2),
+  'adafactor': (1e-2, 3e-2, 1e-1),
+  'muon': (1e-3, 3e-3, 1e-2),
+  'lion': (1e-4, 3e-4, 1e-3),
+}
+SCHEDULES = {
+  'cosine to 10%': COSINE,
+  'WSD, last fifth 1-sqrt': ("schedule.name='wsd'", 'schedule.steps={1}', 'schedule.decay_steps={1/5}'),
+  'WSD, last fifth linear': (
+    "schedule.name='wsd'", "schedule.decay='linear'", 'schedule.steps={1}', 'schedule.decay_steps={1/5}'
+  ),
+  'infinite, last fifth annealed': (
+    "schedule.name='infinite'", 'schedule.cooldown_steps={1/4}', 'schedule.anneal_start={4/5}',
+    'schedule.anneal_steps={1/5}',
+  ),
+  'constant': (),
+}  # fmt: skip
+AVERAGES = (
+  "averaging.name='ema'", 'averaging.decay=0.95', 'averaging.warmup=True', 'evaluation.lawa_checkpoints=5',
+  'evaluation.every={1}', 'evaluation.batches=16', 'checkpoint.every={1/20}', 'checkpoint.keep=5',
+)  # fmt: skip
+
+
+def objectives(run: Run, seeds: Seeds) -> str:
+  models = {'decoder': DECODER, 'encoder-decoder': ENCODER_DECODER}
+  cases = [(model, name) for model in models for name in OBJECTIVES]
+  cases.remove(('encoder-decoder', 'causal LM'))
+  names = {case: 'objective/' + ' '.join(case).replace(' ', '_') for case in cases}
+  results = run([(names[m, n], models[m], (*OBJECTIVES[n], *COSINE)) for m, n in cases], seeds)
+  rows = [[*case, *(summary(group(results, names[case], key)) for key in QUESTIONS)] for case in cases]
+  return f"""## Objectives and architectures
+
+Causal loss: every token from those before it; an encoder-decoder reads an empty prefix. Prefix loss: the second part of
+a text from the first, cut anywhere. Infilling loss: T5 spans, 15% in spans of 3. Models that were trained with mode
+tokens are given the one of the question ([S2S], [S2S], [NLU]).
+
+{table(['model', 'trained on', *QUESTIONS.values()], rows)}
+"""
+
+
+def optimizers(run: Run, seeds: Seeds) -> str:
+  """Rates are tuned on the first seed; the best one of each optimizer is run with the others."""
+  rows = []
+  for name, rates in OPTIMIZERS.items():
+    choose = lambda rate, name=name: (
+      f'optimizer/{name}_{rate:g}', DECODER, (f"optimizer.name='{name}'", f'schedule.peak={rate}', *COSINE)
+    )  # fmt: skip
+    tried = run([choose(rate) for rate in rates], seeds[:1])
+    rate = float(best(tried, 'causal').rpartition('_')[2])
+    values = group(run([choose(rate)], seeds), choose(rate)[0], 'causal')
+    others = ', '.join(f'{r:g}: {tried[f"{choose(r)[0]}/{seeds[0]}"]["causal"]:.3f}' for r in rates)
+    edge = ' (edge)' if rate in (rates[0], rates[-1]) else ''
+    rows.append([name, f'{rate:g}{edge}', summary(values), others])
+  return f"""## Optimizers
+
+A decoder on causal LM, cosine to a tenth. The peak rate of each was tuned on one seed over three values ("edge": the
+best one was at the end of them, so that a better one may lie beyond).
+
+{table(['optimizer', 'peak', 'causal loss', 'tuning, one seed'], rows)}
+"""
+
+
+def schedules(run: Run, seeds: Seeds) -> str:
+  names = {name: 'schedule/' + name.replace(' ', '_').replace(',', '').replace('%', '') for name in SCHEDULES}
+  wanted = [(names[n], DECODER, (*overrides, *AVERAGES)) for n, overrides in SCHEDULES.items()]
+  results = run(wanted, seeds)
+  rows = []
+  for name, own in names.items():
+    raw, ema, lawa = (group(results, own, key) for key in ('raw', 'ema', 'lawa'))
+    gains = [statistics.mean(raw) - statistics.mean(average) for average in (ema, lawa)]
+    rows.append([name, summary(raw), summary(ema), summary(lawa), *(f'{gain:+.3f}' for gain in gains)])
+  return f"""## Schedules and averages of weights
+
+The same decoder and AdamW at a peak of 3e-3 (infinite falls to 55% of it in between). EMA: decay 0.95 with warm-up.
+LAWA: the mean of the last five of twenty checkpoints. Gain: the mean loss of the raw weights less that of the average.
+
+{table(['schedule', 'raw', 'EMA', 'LAWA', 'gain of EMA', 'gain of LAWA'], rows)}
+"""
+
+
+GROUPS = {'objectives': objectives, 'optimizers': optimizers, 'schedules': schedules}
