@@ -77,11 +77,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def best(results: Mapping[str, Mapping[str, float]], key: str) -> str:
-  """The name, without its seed, of the trial with the lowest `key`."""
-  return min(results, key=lambda name: results[name][key]).rpartition('/')[0]
-
-
 def command_line() -> str:
   return 'python ' + ' '.join([str(pathlib.Path(sys.argv[0])), *sys.argv[1:]])
 

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from runs import best, group, summary, table
+from runs import group, summary, table
 
 DECODER, ENCODER_DECODER = 'configs/science/decoder.gin', 'configs/science/encoder_decoder.gin'
 Seeds = tuple[int, ...]
@@ -71,17 +71,15 @@ tokens are given the one of the question ([S2S], [S2S], [NLU]).
 
 def optimizers(run: Run, seeds: Seeds) -> str:
   """Rates are tuned on the first seed; the best one of each optimizer is run with the others."""
+  tried = run([_optimizer(name, rate) for name, rates in OPTIMIZERS.items() for rate in rates], seeds[:1])
+  loss = lambda name, rate: group(tried, _optimizer(name, rate)[0], 'causal')[0]
+  peaks = {name: min(rates, key=lambda rate, name=name: loss(name, rate)) for name, rates in OPTIMIZERS.items()}
+  results = run([_optimizer(name, peak) for name, peak in peaks.items()], seeds)
   rows = []
-  for name, rates in OPTIMIZERS.items():
-    choose = lambda rate, name=name: (
-      f'optimizer/{name}_{rate:g}', DECODER, (f"optimizer.name='{name}'", f'schedule.peak={rate}', *COSINE)
-    )  # fmt: skip
-    tried = run([choose(rate) for rate in rates], seeds[:1])
-    rate = float(best(tried, 'causal').rpartition('_')[2])
-    values = group(run([choose(rate)], seeds), choose(rate)[0], 'causal')
-    others = ', '.join(f'{r:g}: {tried[f"{choose(r)[0]}/{seeds[0]}"]["causal"]:.3f}' for r in rates)
-    edge = ' (edge)' if rate in (rates[0], rates[-1]) else ''
-    rows.append([name, f'{rate:g}{edge}', summary(values), others])
+  for name, peak in peaks.items():
+    edge = ' (edge)' if peak in (OPTIMIZERS[name][0], OPTIMIZERS[name][-1]) else ''
+    others = ', '.join(f'{rate:g}: {loss(name, rate):.3f}' for rate in OPTIMIZERS[name])
+    rows.append([name, f'{peak:g}{edge}', summary(group(results, _optimizer(name, peak)[0], 'causal')), others])
   return f"""## Optimizers
 
 A decoder on causal LM, cosine to a tenth. The peak rate of each was tuned on one seed over three values ("edge": the
@@ -89,6 +87,10 @@ best one was at the end of them, so that a better one may lie beyond).
 
 {table(['optimizer', 'peak', 'causal loss', 'tuning, one seed'], rows)}
 """
+
+
+def _optimizer(name: str, peak: float) -> tuple[str, str, tuple[str, ...]]:
+  return f'optimizer/{name}_{peak:g}', DECODER, (f"optimizer.name='{name}'", f'schedule.peak={peak}', *COSINE)
 
 
 def schedules(run: Run, seeds: Seeds) -> str:
