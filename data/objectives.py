@@ -114,7 +114,21 @@ class MaskedLm:
   random: Annotated[float, '[0, 1]'] = 0.1
 
 
-Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r | MaskedLm
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised:
+  """Targets are predicted from inputs, over stores of pairs: fine-tuning.
+
+  An encoder-decoder reads inputs in its encoder. A decoder sees them whole, as a prefix without loss; it needs
+  `inputs_length`: inputs are cut to it, targets to the rest of data.targets_length (task_feature_lengths in seqio).
+  Source: seqio feature_converters.py (EncDecFeatureConverter, PrefixLMFeatureConverter); utils.py trim_dataset: what is
+  too long loses its end, with EOS.
+  """
+
+  name: Literal['supervised'] = 'supervised'
+  inputs_length: Annotated[int, '>= 1'] | None = None
+
+
+Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r | MaskedLm | Supervised
 
 
 def tasks_of(objective: Objective) -> tuple[Task, ...]:
@@ -130,6 +144,8 @@ def tasks_of(objective: Objective) -> tuple[Task, ...]:
       return (spans,)
     case MaskedLm(rate=rate, mask=mask, random=random):
       return (Task(label=f'mlm(r={rate:g})', kind='masked', noise_density=rate, mask=mask, random=random),)
+    case Supervised():
+      return (Task(label='supervised', kind='pairs'),)
     case Ul2() | Ul2r():
       return tuple(_task(d, objective.s_mode, objective.mode_tokens) for d in objective.denoisers)
     case _:
@@ -152,6 +168,9 @@ def check_objective(objective: Objective, inputs_length: int, targets_length: in
   mode tokens on or off never changes the vocabulary.
   """
   _check_family(objective, inputs_length)
+  if isinstance(objective, Supervised):
+    _check_pairs(objective, inputs_length, targets_length)
+    return
   if isinstance(objective, MaskedLm):
     _check_masks(objective, sentinels)
   if isinstance(objective, Ul2 | Ul2r):
@@ -175,6 +194,35 @@ def _check_family(objective: Objective, inputs_length: int) -> None:
     raise ValueError(f"objective.name='{objective.name}' is {only}, data.inputs_length={inputs_length}; set 0.")
   if inputs_length and isinstance(objective, PrefixLm) and objective.loss_on_prefix:
     raise ValueError('objective.loss_on_prefix=True needs a decoder-only model (data.inputs_length=0).')
+
+
+def pair_lengths(objective: Supervised, budget: Budget) -> tuple[int, int]:
+  """The most tokens that (inputs, targets) of a pair have in a row, EOS included.
+
+  >>> pair_lengths(Supervised(), Budget(64, 32)), pair_lengths(Supervised(inputs_length=64), Budget(0, 96))
+  ((64, 32), (64, 32))
+  """
+  prefix = objective.inputs_length or 0
+  return (budget.inputs_length or prefix), budget.targets_length - prefix
+
+
+def _check_pairs(objective: Supervised, inputs_length: int, targets_length: int) -> None:
+  own = objective.inputs_length
+  if inputs_length and own is not None:
+    raise ValueError(
+      f'objective.inputs_length={own} is for a decoder; here data.inputs_length={inputs_length} is the length of '
+      'inputs: remove it.'
+    )
+  if not inputs_length and own is None:
+    raise ValueError(
+      "objective.name='supervised' on a decoder needs objective.inputs_length: inputs are cut to it, targets to the "
+      f'rest of data.targets_length={targets_length}; set it.'
+    )
+  if own is not None and own >= targets_length:
+    raise ValueError(
+      f'objective.inputs_length={own} leaves no place for targets in rows of data.targets_length={targets_length}; '
+      'lower it, or use longer rows.'
+    )
 
 
 def _check_masks(objective: MaskedLm, sentinels: int) -> None:

@@ -3,18 +3,20 @@
 import argparse
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import sentencepiece
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.errors import DataError
-from data.store import StoreWriter, open_store
-from data.text import Documents, Segment, read_segments, sample
+from data.store import Store, StoreWriter, open_store
+from data.text import Documents, Segment, read_pairs, read_segments, sample
 from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 SAMPLE_BYTES = 20_000_000
@@ -33,6 +35,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
   parser.add_argument('--documents', choices=('file', 'paragraph', 'line'), default='file', help='what a document is')
   parser.add_argument('--field', default='text', help='the field of a JSONL line that holds the text')
+  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields of a JSONL line')
+  parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
   parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
 
 
@@ -41,9 +45,23 @@ def run(options: argparse.Namespace) -> None:
   prepare(
     options.inputs, options.out, vocab_size=options.vocab_size, sentinels=options.sentinels,
     tokenizer=options.tokenizer, documents=options.documents, field=options.field, append_eos=not options.no_eos,
+    inputs_field=options.inputs_field, targets_field=options.targets_field,
   )  # fmt: skip
-  manifest = open_store(options.out).manifest
-  print(f'{options.out}: {manifest["num_tokens"]:,} tokens in {manifest["num_documents"]:,} documents')
+  store = open_store(options.out)
+  print(f'{options.out}: {store.num_tokens:,} tokens in ' + (_pairs_of(store) if store.pairs else _documents_of(store)))
+
+
+def _documents_of(store: Store) -> str:
+  return f'{store.num_documents:,} documents'
+
+
+def _pairs_of(store: Store) -> str:
+  """How many pairs, and how long they are: what is longer than a row of training has room for is cut there."""
+  lines = [f'{store.num_documents // 2:,} pairs']
+  for side, lengths in zip(('inputs', 'targets'), np.diff(store.offsets).reshape(-1, 2).T, strict=True):
+    half, most = np.percentile(lengths, [50, 99], method='inverted_cdf')
+    lines.append(f'{side}: half have up to {half} tokens, 99% up to {most}, the longest {lengths.max()} (with EOS)')
+  return '\n  '.join(lines)
 
 
 def prepare(
@@ -56,9 +74,12 @@ def prepare(
   documents: Documents = 'file',
   field: str = 'text',
   append_eos: bool = True,
+  inputs_field: str | None = None,
+  targets_field: str | None = None,
 ) -> None:
   """Makes the store `out` from files, streaming: memory does not grow with them.
 
+  With `inputs_field` and `targets_field` it is a store of pairs, made of JSONL.
   With `tokenizer` (a SentencePiece model file) `vocab_size` is not used. Raises DataError for bad input, for an `out`
   that exists, and for a vocabulary that the text cannot fill; then nothing is left behind.
   """
@@ -66,33 +87,35 @@ def prepare(
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
     raise DataError(f'{missing[0]} is no file; check the path.')
+  _check_fields(inputs_field, targets_field, field, append_eos)
   if sentinels < 0:
     raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
   total = sum(path.stat().st_size for path in paths)
-  read = lambda: (segment for path in paths for segment in _unicode_segments(path, documents, field))
+  pairs = inputs_field is not None and targets_field is not None
+  one = lambda path: read_pairs(path, inputs_field, targets_field) if pairs else read_segments(path, documents, field)
+  read = lambda: itertools.chain.from_iterable(map(one, paths))
   if tokenizer is None:
     texts = (segment.text for segment in _with_progress(read(), total, 'reading a sample'))
     model = train_sentencepiece(sample(texts, total, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
   else:
     model = load_model(pathlib.Path(tokenizer))
-  with StoreWriter(out, Tokenizer(model, sentinels), append_eos=append_eos) as writer:
+  with StoreWriter(out, Tokenizer(model, sentinels), append_eos=append_eos, pairs=pairs) as writer:
     digest = _tokenize(_with_progress(read(), total, 'tokenising'), writer, Tokenizer(model, sentinels))
-    writer.finish(text_sha256=digest, inputs=[path.name for path in paths], documents=documents)
+    what = {'fields': [inputs_field, targets_field]} if pairs else {'documents': documents}
+    writer.finish(text_sha256=digest, inputs=[path.name for path in paths], **what)
 
 
-def _unicode_segments(path: pathlib.Path, documents: Documents, field: str) -> Iterator[Segment]:
-  """`read_segments`; raises DataError for half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
-  document = 1
-  for segment in read_segments(path, documents, field):
-    try:
-      segment.text.encode()
-    except UnicodeEncodeError as error:
-      half = ascii(segment.text[error.start])[1:-1]
-      raise DataError(
-        f'{path}: document {document} has half of a surrogate pair ({half}), which is no character; correct its text.'
-      ) from error
-    yield segment
-    document += segment.last
+def _check_fields(inputs_field: str | None, targets_field: str | None, field: str, append_eos: bool) -> None:
+  """Raises DataError for flags of pairs that do not go together."""
+  if inputs_field is None and targets_field is None:
+    return
+  if inputs_field is None or targets_field is None:
+    given, missing = ('targets', 'inputs') if inputs_field is None else ('inputs', 'targets')
+    raise DataError(f'--{given}_field is given without --{missing}_field; a pair has both.')
+  if field != 'text':
+    raise DataError(f'--field={field} is for text, --inputs_field and --targets_field are for pairs; give one kind.')
+  if not append_eos:
+    raise DataError('--no_eos cannot go with pairs, in which EOS says where an output ends; leave it out.')
 
 
 def _with_progress(segments: Iterable[Segment], total: int, label: str) -> Iterator[Segment]:

@@ -51,3 +51,15 @@ def interleave(a: Ragged, b: Ragged) -> tuple[Ragged, np.ndarray]:
   values = np.empty(len(from_a), a.values.dtype)
   values[from_a], values[~from_a] = a.values, b.values
   return Ragged(values, a.lengths + b.lengths), from_a
+
+
+def separate(pieces: Ragged) -> tuple[Ragged, Ragged]:
+  """a0 b0 a1 b1 … -> (a0 a1 …, b0 b1 …): `interleave`, undone.
+
+  >>> a, b = separate(join([np.int32([1, 2]), np.int32([3]), np.int32([4]), np.int32([5, 6])]))
+  >>> a.values.tolist(), b.values.tolist()
+  ([1, 2, 4], [3, 5, 6])
+  """
+  is_first = np.repeat(np.arange(len(pieces.lengths)) % 2 == 0, pieces.lengths)
+  first, second = (Ragged(pieces.values[own], pieces.lengths[i::2]) for i, own in enumerate((is_first, ~is_first)))
+  return first, second

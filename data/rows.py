@@ -10,7 +10,8 @@ from data.bits import philox
 from data.denoise import Recipes
 from data.features import Batch, decoder_features, encoder_decoder_features, encoder_features
 from data.masking import mask_tokens
-from data.objectives import Objective, PrefixLm, tasks_of
+from data.objectives import Objective, PrefixLm, Supervised, pair_lengths, tasks_of
+from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
 from data.plan import Pieces, Plan, Planner, Stream
 from data.ragged import Ragged, join, spread, starts
 from data.tasks import Budget
@@ -73,12 +74,17 @@ class StoreRows:
 
   def __init__(self, store, spec: RowSpec, *, seed: int, purpose: str):
     self.store, self._seed, self._purpose = store, seed, purpose
-    self._maker = RowMaker(spec)
     self._tasks = tasks_of(spec.objective)
-    self._planner = Planner(
-      text_of(store, spec), self._tasks, spec.budget, seed=seed, purpose=purpose,
-      attend_across_documents=spec.attend_across_documents,
-    )  # fmt: skip
+    self._pairs: PairStream | None = None
+    if isinstance(spec.objective, Supervised):
+      self._pairs = PairStream(store, pair_lengths(spec.objective, spec.budget))
+      self._maker, self._planner = PairMaker(spec.budget), PairPlanner(self._pairs, spec.budget, seed, purpose)
+    else:
+      self._maker = RowMaker(spec)
+      self._planner = Planner(
+        text_of(store, spec), self._tasks, spec.budget, seed=seed, purpose=purpose,
+        attend_across_documents=spec.attend_across_documents,
+      )  # fmt: skip
     self._firsts = [0]  # the row in the sequence with which each epoch begins
     self._recent: collections.OrderedDict[int, Plan] = collections.OrderedDict()
     self._lock = threading.RLock()
@@ -124,6 +130,15 @@ class StoreRows:
     """(pieces of rows of the plan of an epoch, each row's task)."""
     plan = self.plan(epoch)
     return self._planner.stream.pieces(plan.cuts[rows], plan.cuts[rows + 1]), plan.tasks[rows]
+
+  @property
+  def pair_counts(self) -> PairCounts | None:
+    """None where the store holds text."""
+    return self._pairs and self._pairs.counts
+
+  def sample_pairs(self, count: int) -> list[tuple[list[int], list[int]]]:
+    """See `pairs.sample_pairs`; none where the store holds text."""
+    return sample_pairs(self.store, self._pairs.counts.longest, count) if self._pairs else []
 
   def task_label(self, task: int) -> str:
     return self._tasks[task].label

@@ -6,7 +6,8 @@ import numpy as np
 
 from data.errors import DataError
 from data.features import Batch
-from data.source import DataSource
+from data.pairs import PairCounts
+from data.source import DataSource, RowDescription
 
 FIRST_IDS = 12
 MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>
@@ -26,10 +27,28 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
     f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
     f'from {origin.path}',
   ]
-  for k, (document, start, length) in enumerate(origin.pieces, 1):
-    lines += ['', f'segment {k}: document {document}, tokens {start} to {start + length - 1} of the store']
-    lines += _segment(source, fields, k)
+  if origin.pairs is not None:
+    lines += _cuts(origin.pairs)
+  for k, where in enumerate(_origins(origin), 1):
+    lines += ['', f'segment {k}: {where} of the store', *_segment(source, fields, k)]
   return '\n'.join([*lines, '', *_summary(fields)])
+
+
+def _origins(origin: RowDescription) -> list[str]:
+  """Where each segment came from."""
+  places = [f'tokens {start} to {start + length - 1}' for _, start, length in origin.pieces]
+  if origin.pairs is None:
+    return [f'document {document}, {place}' for (document, _, _), place in zip(origin.pieces, places, strict=True)]
+  pairs = [document // 2 for document, _, _ in origin.pieces[::2]]
+  listed = zip(pairs, places[::2], places[1::2], strict=True)
+  return [f'pair {pair}, inputs {inputs}, targets {targets}' for pair, inputs, targets in listed]
+
+
+def _cuts(counts: PairCounts) -> list[str]:
+  """How many pairs lose their end."""
+  sides = zip(('inputs', 'targets'), counts.cut, counts.longest, strict=True)
+  cuts = (f'{cut:,} have {side} cut to {longest} tokens' for side, cut, longest in sides)
+  return [f'of its {counts.pairs:,} pairs ' + ', '.join(cuts)]
 
 
 def _check_place(source: DataSource, step: int, row: int) -> None:

@@ -12,7 +12,8 @@ from data.bits import permutation
 from data.builtin import builtin_store
 from data.errors import DataError
 from data.features import Batch
-from data.objectives import Objective, check_objective
+from data.objectives import Objective, Supervised, check_objective
+from data.pairs import PairCounts
 from data.rows import RowSpec, StoreRows
 from data.store import Store, open_store
 from data.synthetic import SyntheticStore
@@ -41,6 +42,10 @@ class _Common:
   attend_across_documents: bool = False
   workers: Annotated[int, '>= 0'] = 0
   prefetch: Annotated[int, '>= 0'] = 2
+
+  @property
+  def budget(self) -> Budget:
+    return Budget(self.inputs_length, self.targets_length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,13 +76,14 @@ Data = Builtin | StoreData | Synthetic
 
 @dataclasses.dataclass(frozen=True)
 class RowDescription:
-  """Where a row came from. `pieces` are (document, first token in the store, length)."""
+  """Where a row came from. `pieces` are (document, first token in the store, length); inputs and targets of pairs."""
 
   path: str
   epoch: int
   row: int
   task: str
   pieces: tuple[tuple[int, int, int], ...]
+  pairs: PairCounts | None = None
 
 
 def open_data(
@@ -142,10 +148,26 @@ def _check_same_tokenizer(stores: list[Store]) -> None:
       )
 
 
+def _check_pairs(store, objective: Objective) -> None:
+  """Raises DataError for text where `objective` learns from pairs, and the other way round."""
+  wanted = isinstance(objective, Supervised)
+  if wanted and not store.pairs:
+    raise DataError(
+      f"{store.path} holds text, objective.name='supervised' learns from pairs; make a store of them with: "
+      'pretrain data prepare --inputs_field=inputs --targets_field=targets …'
+    )
+  if store.pairs and not wanted:
+    raise DataError(
+      f"{store.path} holds pairs, objective.name='{objective.name}' learns from text; set objective.name='supervised', "
+      'or name a store of text.'
+    )
+
+
 def _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, heldout) -> 'DataSource':
-  budget = Budget(cfg.inputs_length, cfg.targets_length)
+  for store in [*stores, *heldout.values()]:
+    _check_pairs(store, objective)
   spec = RowSpec(
-    objective=objective, budget=budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
+    objective=objective, budget=cfg.budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
   )
   rows = [StoreRows(store, spec, seed=seed, purpose=f'source {i}') for i, store in enumerate(stores)]
   # Evaluation sets have a seed of their own: runs that differ in theirs are judged on the same rows.
@@ -219,12 +241,17 @@ class DataSource:
     ((_, rows, epoch, own),) = self._locate(position, 1)
     pieces, tasks = rows.pieces(epoch, own)
     listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
-    return RowDescription(rows.store.path, epoch, int(own[0]), rows.task_label(int(tasks[0])), tuple(listed))
+    label = rows.task_label(int(tasks[0]))
+    return RowDescription(rows.store.path, epoch, int(own[0]), label, tuple(listed), rows.pair_counts)
 
   def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
     """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
     size = self.cfg.batch_size
     return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
+
+  def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
+    return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
 
 
 def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:

@@ -7,6 +7,8 @@ A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3
   tokens/              zarr3, uint16 or uint32: the documents' ids one after another, each document ending with EOS
   document_offsets/    zarr3, int64[num_documents + 1]: where each document begins
 
+In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k.
+
 Arrays are `sharding_indexed`: files of 16 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
 flipped bit is an error when it is read.
 """
@@ -30,7 +32,7 @@ from data.vocabulary import EOS, Tokenizer
 
 FORMAT = 1
 REQUIRED = {
-  'num_tokens': int, 'num_documents': int, 'append_eos': bool, 'pieces': int, 'tokens_sha256': str,
+  'num_tokens': int, 'num_documents': int, 'append_eos': bool, 'pairs': bool, 'pieces': int, 'tokens_sha256': str,
   'offsets_sha256': str, 'tokenizer_sha256': str,
 }  # fmt: skip
 SHARD, CHUNK = 2**24, 2**16
@@ -104,14 +106,16 @@ class StoreWriter:
   exception inside the `with` leaves nothing at the path. Raises DataError where something is at `path` already.
   """
 
-  def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, *, append_eos: bool = True):
+  def __init__(
+    self, path: str | os.PathLike[str], tokenizer: Tokenizer, *, append_eos: bool = True, pairs: bool = False
+  ):
     self.path = os.fspath(path).removeprefix('file://').rstrip('/')
     self._local = '://' not in self.path
     self._refuse_existing()
     self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
     if self._local:
       self._make_staging()
-    self._tokenizer, self._append_eos = tokenizer, append_eos
+    self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
     dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
     self._tokens = _Appender(self._staging, 'tokens', dtype)
     self._offsets = _Appender(self._staging, 'document_offsets', 'int64')
@@ -133,14 +137,14 @@ class StoreWriter:
   def add(self, segments: Sequence[Sequence[int]], last: Sequence[bool] | None = None) -> None:
     """Appends ids without EOS. A document is all segments up to one that is `last`; by default each is one.
 
-    Documents without a token are left out.
+    Documents without a token are left out, but not of pairs.
     """
     end = np.full(int(self._append_eos), EOS, np.int64)
     parts, ends = [], []
     for ids, is_last in zip(segments, [True] * len(segments) if last is None else last, strict=True):
       parts.append(np.asarray(ids, np.int64))
       self._open_tokens += len(ids)
-      if is_last and self._open_tokens:
+      if is_last and (self._open_tokens or self._pairs):
         parts.append(end)
         self.num_tokens += self._open_tokens + len(end)
         ends.append(self.num_tokens)
@@ -165,6 +169,7 @@ class StoreWriter:
       'tokens_sha256': self._tokens.sha256.hexdigest(),
       'offsets_sha256': self._offsets.sha256.hexdigest(),
       'versions': {name: importlib.metadata.version(name) for name in ('numpy', 'sentencepiece', 'tensorstore')},
+      **({'pairs': True} if self._pairs else {}),
       **provenance,
     }
     _write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
@@ -214,6 +219,7 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
       f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
       'Nothing was changed; prepare it again with pretrain data prepare.'
     )
+  manifest.setdefault('pairs', False)
   _check_manifest(path, manifest)
   return Store(os.fspath(path), manifest)
 
@@ -239,6 +245,7 @@ class Store:
     self.num_tokens: int = manifest['num_tokens']
     self.num_documents: int = manifest['num_documents']
     self.append_eos: bool = manifest['append_eos']
+    self.pairs: bool = manifest['pairs']
     self._reopen()
     self.offsets: np.ndarray = self._checked(lambda: self._open('document_offsets').read().result())
     if hashlib.sha256(self.offsets.astype('<i8').tobytes()).hexdigest() != manifest['offsets_sha256']:
@@ -250,6 +257,11 @@ class Store:
         f'{self.num_documents}. Nothing was changed; restore the store from a copy, or prepare it again.',
         'DATA-CORRUPT',
       )
+    if self.pairs and self.num_documents % 2:
+      raise DataError(
+        f'{path} has {self.num_documents} documents, its manifest.json says that they are pairs. Nothing was changed; '
+        'restore the store from a copy, or prepare it again.', 'DATA-CORRUPT',
+      )  # fmt: skip
 
   def _reopen(self) -> None:
     self._array = self._checked(lambda: self._open('tokens'))
@@ -282,9 +294,9 @@ class Store:
 
   @property
   def fingerprint(self) -> str:
-    """Equal for stores with the same tokens, documents and tokenizer."""
-    parts = (self.manifest[k] for k in ('tokens_sha256', 'offsets_sha256', 'tokenizer_sha256'))
-    return hashlib.sha256(' '.join(parts).encode()).hexdigest()
+    """Equal for stores with the same tokens, documents (or pairs) and tokenizer."""
+    parts = [self.manifest[k] for k in ('tokens_sha256', 'offsets_sha256', 'tokenizer_sha256')]
+    return hashlib.sha256(' '.join(parts + ['pairs'] * self.pairs).encode()).hexdigest()
 
   def tokenizer(self, sentinels: int) -> Tokenizer:
     """The tokenizer of the text, with `sentinels` sentinels. Raises DataError where its file is not the manifest's."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.noise import noise_counts
 
-Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'masked']
+Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'masked', 'pairs']
 MAX_BLOCK = 4096
 
 
@@ -62,6 +62,8 @@ class Task:
       case 'spans':
         sentinels = spans + self.random_roll  # rolling may cut one span in two
         inputs, targets = lengths - noise + sentinels + extra + 1, noise + sentinels + 1
+      case 'pairs':
+        raise ValueError('each side of a pair has a length of its own; data/pairs.py plans them.')
     return np.where(lengths > 0, inputs, 0), np.where(lengths > 0, targets, 0)
 
   def total_costs(self, lengths: np.ndarray) -> np.ndarray:

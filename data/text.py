@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data.errors import DataError
 
@@ -36,9 +36,21 @@ def read_segments(path: pathlib.Path, documents: Documents, field: str) -> Itera
   the line).
   """
   if path.suffix in JSONL:
-    segments = _jsonl(path, field)
-  else:
-    segments = _whole_file(path) if documents == 'file' else _parts(path, documents)
+    return _not_empty(path, _jsonl(path, field))
+  return _not_empty(path, _whole_file(path) if documents == 'file' else _parts(path, documents))
+
+
+def read_pairs(path: pathlib.Path, inputs_field: str, targets_field: str) -> Iterator[Segment]:
+  """The pairs of a JSONL file: for each line two documents, its inputs, then its targets.
+
+  Inputs may be empty. Raises DataError as `read_segments`, for empty targets and for a file that is no .jsonl.
+  """
+  if path.suffix not in JSONL:
+    raise DataError(f'{path} is no .jsonl file, and only those hold pairs (--inputs_field, --targets_field).')
+  return _not_empty(path, _pairs(path, inputs_field, targets_field))
+
+
+def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
   empty = True
   for segment in segments:
     empty &= not segment.text.strip()
@@ -91,6 +103,22 @@ def _decode(path: pathlib.Path, line: bytes, offset: int) -> str:
 
 
 def _jsonl(path: pathlib.Path, field: str) -> Iterator[Segment]:
+  for where, value, size in _lines(path):
+    yield Segment(_text(value, field, where, '--field'), True, size)
+
+
+def _pairs(path: pathlib.Path, inputs_field: str, targets_field: str) -> Iterator[Segment]:
+  for where, value, size in _lines(path):
+    inputs = _text(value, inputs_field, where, '--inputs_field')
+    targets = _text(value, targets_field, where, '--targets_field')
+    if not targets.strip():
+      raise DataError(f'{where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.')
+    yield Segment(inputs, True, size)
+    yield Segment(targets, True, 0)
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
+  """(file:line, JSON value, bytes) of each line that is not blank."""
   for number, (line, size, _) in enumerate(_pieces(path, sys.maxsize), 1):
     if not line.strip():
       continue
@@ -98,11 +126,23 @@ def _jsonl(path: pathlib.Path, field: str) -> Iterator[Segment]:
       value = json.loads(line)
     except ValueError as error:
       raise DataError(f'{path}:{number}: not JSON ({error}); each line must be one object.') from error
-    text = value.get(field) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-      keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
-      raise DataError(f'{path}:{number}: no text in field {field!r} (found: {keys}); name it with --field=.')
-    yield Segment(text, True, size)
+    yield f'{path}:{number}', value, size
+
+
+def _text(value: Any, field: str, where: str, flag: str) -> str:
+  """The text of a field. Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold, is a DataError too."""
+  text = value.get(field) if isinstance(value, dict) else None
+  if not isinstance(text, str):
+    keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
+    raise DataError(f'{where}: no text in field {field!r} (found: {keys}); name it with {flag}=.')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    half = ascii(text[error.start])[1:-1]
+    raise DataError(
+      f'{where}: field {field!r} has half of a surrogate pair ({half}), which is no character; correct its text.'
+    ) from error
+  return text
 
 
 def _whole_file(path: pathlib.Path) -> Iterator[Segment]:

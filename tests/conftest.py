@@ -69,6 +69,21 @@ def text_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
   return path
 
 
+@pytest.fixture(scope='session')
+def pair_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
+  """Pairs of the license: one to nine words, and the one to twelve that follow them."""
+  path, words = tmp_path_factory.mktemp('stores') / 'pairs', ' '.join(paragraphs()).split()
+  tokenizer, texts = Tokenizer(tokenizer_model, sentinels=32), []
+  while len(words) > 20:
+    for size in ((1, 2, 1, 3, 9)[len(texts) // 2 % 5], (2, 1, 1, 12)[len(texts) // 2 % 4]):
+      texts.append(' '.join(words[:size]))
+      words = words[size:]
+  with StoreWriter(path, tokenizer, pairs=True) as writer:
+    writer.add([tokenizer.encode(text) for text in texts])
+    writer.finish(source='LICENSE')
+  return path
+
+
 def paragraphs() -> list[str]:
   text = (ROOT / 'LICENSE').read_text()
   return [' '.join(part.split()) for part in text.split('\n\n') if part.strip()]

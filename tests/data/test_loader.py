@@ -12,7 +12,7 @@ import pytest
 
 from data.errors import DataError
 from data.loader import loader
-from data.objectives import MaskedLm, Ul2
+from data.objectives import MaskedLm, Supervised, Ul2
 from tests.data.test_source import assert_equal, digest, opened
 
 ALL = slice(0, 8)
@@ -31,11 +31,13 @@ def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
 
 
 @pytest.mark.parametrize(
-  ('workers', 'objective'), [(0, (Ul2(), 64, 64)), (1, (Ul2(), 64, 64)), (0, (MaskedLm(), 0, 64))]
+  ('workers', 'objective'),
+  [(0, (Ul2(), 64, 64)), (1, (Ul2(), 64, 64)), (0, (MaskedLm(), 0, 64)), (1, (Supervised(), 64, 32))],
 )
-def test_a_resumed_stream_is_the_rest_of_the_first(text_store, workers, objective):
-  whole = take(opened(text_store, *objective), {'examples': 0}, 12)
-  rest = take(opened(text_store, *objective, workers=workers), whole[4][0], 7)
+def test_a_resumed_stream_is_the_rest_of_the_first(text_store, pair_store, workers, objective):
+  store = pair_store if isinstance(objective[0], Supervised) else text_store
+  whole = take(opened(store, *objective), {'examples': 0}, 12)
+  rest = take(opened(store, *objective, workers=workers), whole[4][0], 7)
   assert [(p, digest(b)) for p, b in rest] == [(p, digest(b)) for p, b in whole[5:]]
 
 

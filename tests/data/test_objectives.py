@@ -12,6 +12,7 @@ from data.objectives import (
   MaskedLm,
   PrefixLm,
   SpanCorruption,
+  Supervised,
   Ul2,
   Ul2r,
   check_objective,
@@ -154,6 +155,12 @@ def test_a_causal_example_is_the_text_itself():
      'tokens, together 1.1; lower one, so that they are at most 1.'),
     (MaskedLm(), 0, 2, 9, 'leave no room for two tokens of text with denoiser mlm(r=0.15)'),
     (Ul2(), 2, 2, 9, 'leave no room for two tokens of text'),
+    (Supervised(inputs_length=8), 64, 64, 0, 'objective.inputs_length=8 is for a decoder; here data.inputs_length=64 '
+     'is the length of inputs: remove it.'),
+    (Supervised(), 0, 64, 0, "objective.name='supervised' on a decoder needs objective.inputs_length: inputs are cut "
+     'to it, targets to the rest of data.targets_length=64; set it.'),
+    (Supervised(inputs_length=64), 0, 64, 0, 'objective.inputs_length=64 leaves no place for targets in rows of '
+     'data.targets_length=64; lower it, or use longer rows.'),
     (SpanCorruption(noise_density=1.0), 64, 64, 64, 'noise_density=1.0 must lie in (0, 1)'),
     (SpanCorruption(mean_noise_span_length=0.5), 64, 64, 64, 'mean_noise_span_length=0.5 be at least 1'),
     (SpanCorruption(noise_density=0.9, mean_noise_span_length=1.0), 64, 64, 64, 'noise spans among 1 other tokens'),

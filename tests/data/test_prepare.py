@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from data.errors import DataError
@@ -84,7 +85,7 @@ def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
     ('t.jsonl', b'{"text": 3}', r"t.jsonl:1: no text in field 'text'"),
     ('t.jsonl', b'["text"]', r"t.jsonl:1: no text in field 'text' \(found: list\)"),
     ('t.jsonl', b'{"text": "a"}\n{"text": ', r't.jsonl:2: not JSON'),
-    ('t.jsonl', b'{"text": "a\\ud800"}', r't.jsonl: document 1 has half of a surrogate pair \(\\ud800\)'),
+    ('t.jsonl', b'{"text": "a\\ud800"}', r"t.jsonl:1: field 'text' has half of a surrogate pair \(\\ud800\)"),
   ],
 )
 def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
@@ -99,13 +100,76 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name,
   ('name', 'content', 'message'),
   [
     ('t.txt', b'bad \xff byte', 'is not UTF-8 text'),
-    ('t.jsonl', b'{"text": "a"}\n{"text": "b\\ud800"}', r'document 2 has half of a surrogate pair \(\\ud800\)'),
+    (
+      't.jsonl',
+      b'{"text": "a"}\n{"text": "b\\ud800"}',
+      r"t.jsonl:2: field 'text' has half of a surrogate pair \(\\ud800\)",
+    ),
   ],
 )
 def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError, match=message):
     prepare([tmp_path / name], tmp_path / 'out', **SMALL)
+
+
+PAIRS = {'inputs_field': 'inputs', 'targets_field': 'targets'}
+
+
+def test_pairs_are_two_documents_each_with_their_eos_and_nothing_is_left_out(tmp_path, tokenizer_model, capsys):
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  rows = [{'q': 'the work', 'a': 'of'}, {'q': '', 'a': 'the license'}, {'q': '<extra_id_0> or', 'a': 'terms', 'x': 1}]
+  (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+  parser = argparse.ArgumentParser()
+  add_flags(parser)
+  flags = [f'--out={tmp_path}/s', f'--tokenizer={tmp_path}/m', '--inputs_field=q', '--targets_field=a']
+  run(parser.parse_args([str(tmp_path / 't.jsonl'), *flags]))
+  store = open_store(tmp_path / 's')
+  assert store.pairs
+  assert texts_of(tmp_path / 's') == [text for row in rows for text in (row['q'], row['a'])]
+  assert all(store.read([(end - 1, 1)])[0][0] == EOS for end in store.offsets[1:].tolist())
+  out = capsys.readouterr().out
+  lengths = np.diff(store.offsets).reshape(-1, 2)
+  assert f'{store.num_tokens} tokens in 3 pairs' in out
+  assert f'targets: half have up to {np.median(lengths[:, 1]):g} tokens, ' in out
+  assert f'the longest {lengths[:, 0].max()} (with EOS)' in out
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('t.jsonl', '{"inputs": "a", "targets": "b"}\n{"inputs": "a", "x": 1}',
+     r"t.jsonl:2: no text in field 'targets' \(found: inputs, x\); name it with --targets_field=."),
+    ('t.jsonl', '{"targets": "b"}', r"t.jsonl:1: no text in field 'inputs' \(found: targets\); .* --inputs_field=."),
+    ('t.jsonl', '{"inputs": 3, "targets": "b"}', r"t.jsonl:1: no text in field 'inputs'"),
+    ('t.jsonl', '{"inputs": "a", "targets": ["b"]}', r"t.jsonl:1: no text in field 'targets'"),
+    ('t.jsonl', '\n{"inputs": "a", "targets": " "}', r"t.jsonl:2: field 'targets' is empty; write what"),
+    ('t.jsonl', '{"inputs": "a", "targets": "b\\ud800"}', r"t.jsonl:1: field 'targets' has half of a surrogate pair"),
+    ('t.jsonl', '', r't.jsonl is empty; remove it'),
+    ('t.txt', 'a\tb', r't.txt is no .jsonl file, and only those hold pairs'),
+  ],
+)  # fmt: skip
+def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(DataError, match='^DATA: .*' + message):
+    prepare([tmp_path / name], tmp_path / 'out', tokenizer=tmp_path / 'm', **PAIRS)
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['m', name])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'inputs_field': 'q'}, '--inputs_field is given without --targets_field; a pair has both'),
+    ({'targets_field': 'a'}, '--targets_field is given without --inputs_field; a pair has both'),
+    (PAIRS | {'field': 'body'}, '--field=body is for text, --inputs_field and --targets_field are for pairs'),
+    (PAIRS | {'append_eos': False}, '--no_eos cannot go with pairs, in which EOS says where an output ends'),
+  ],
+)
+def test_flags_of_pairs_that_do_not_go_together_are_refused(tmp_path, options, message):
+  with pytest.raises(DataError, match='^DATA: ' + message):
+    prepare([LICENSE], tmp_path / 'out', **SMALL, **options)
+  assert not (tmp_path / 'out').exists()
 
 
 def test_a_missing_file_is_named(tmp_path):

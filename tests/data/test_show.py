@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.objectives import CausalLm, MaskedLm, SpanCorruption, Ul2, Ul2r
+from data.objectives import CausalLm, MaskedLm, SpanCorruption, Supervised, Ul2, Ul2r
 from data.show import show_row
 from data.source import Synthetic, open_data
+from data.store import open_store
 from tests.data.test_source import opened
 
 
@@ -61,6 +63,31 @@ def test_a_masked_row_shows_its_text_with_masks_and_the_answers(text_store):
   assert f'loss on {len(answers)} targets' in shown
   assert 'encoder: ' in shown
   assert 'decoder' not in shown
+
+
+@pytest.mark.parametrize(
+  ('objective', 'lengths', 'side'),
+  [(Supervised(), (12, 20), 'inputs'), (Supervised(inputs_length=12), (0, 32), 'prefix')],
+)
+def test_a_row_of_pairs_shows_each_and_how_many_are_cut(pair_store, objective, lengths, side):
+  source = opened(pair_store, objective, *lengths)
+  shown, store = '\n'.join(show_row(source, 0, row) for row in range(8)), open_store(pair_store)
+  inputs, targets = np.diff(store.offsets).reshape(-1, 2).T
+  cut = (inputs > 12).sum(), (targets > 20).sum()
+  assert min(cut) > 0
+  cuts = f'{cut[0]} have inputs cut to 12 tokens, {cut[1]} have targets cut to 20 tokens'
+  assert f'of its {len(inputs)} pairs {cuts}' in shown
+  found = re.findall(
+    rf'segment \d+: pair (\d+), inputs tokens (\d+) to (\d+), targets tokens (\d+) to (\d+) of the store\n'
+    rf'  {side} \((\d+)\): (.*)\n  targets \((\d+)\): (.*)\n', shown,
+  )  # fmt: skip
+  assert len(found) > 8, 'some share a row'
+  render = store.tokenizer(32).render
+  for pair, a, b, c, d, number, text, count, answer in found:
+    assert (int(a), int(c)) == tuple(store.offsets[2 * int(pair) : 2 * int(pair) + 2])
+    for first, last, size, words in ((a, b, number, text), (c, d, count, answer)):
+      (ids,) = store.read([(int(first), int(size))])
+      assert (words, int(last)) == (render(ids), int(first) + int(size) - 1)
 
 
 def test_synthetic_rows_show_ids():

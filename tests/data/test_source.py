@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Ul2, Ul2r
+from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Supervised, Ul2, Ul2r
 from data.source import DataSource, Source, StoreData, Synthetic, open_data
 from data.store import StoreWriter, open_store
 from data.vocabulary import EOS, Tokenizer
@@ -29,6 +29,10 @@ OBJECTIVES = [
   pytest.param(CausalLm(), 0, 64, id='causal'),
   pytest.param(MaskedLm(), 0, 64, id='mlm'),
 ]
+PAIRS = [
+  pytest.param(Supervised(), 64, 32, id='supervised'),
+  pytest.param(Supervised(inputs_length=24), 0, 64, id='supervised-decoder'),
+]
 
 
 def opened(
@@ -37,6 +41,12 @@ def opened(
   options = {'batch_size': 8, 'sources': (Source(path=str(store)),)} | options
   cfg = StoreData(inputs_length=inputs, targets_length=targets, sentinels=SENTINELS, **options)
   return open_data(cfg, objective, seed=seed, vocab_size=600, cache_dir='unused')
+
+
+@pytest.fixture
+def store_for(text_store, pair_store):
+  """objective -> the store that it learns from."""
+  return lambda objective: pair_store if isinstance(objective, Supervised) else text_store
 
 
 def digest(batch) -> str:
@@ -60,23 +70,21 @@ def two_stores(tokenizer_model, tmp_path_factory):
   return folder / 'small', folder / 'large'
 
 
-@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES)
+@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS)
 @pytest.mark.parametrize('hosts', [2, 8])
-def test_hosts_together_have_the_batch_of_one(text_store, objective, inputs, targets, hosts):
-  own = 8 // hosts
+def test_hosts_together_have_the_batch_of_one(store_for, objective, inputs, targets, hosts):
+  own, store = 8 // hosts, store_for(objective)
   for step in (0, 3, 11):  # the last one crosses an epoch for some
-    whole = opened(text_store, objective, inputs, targets).batch(step, slice(0, 8))
-    parts = [
-      opened(text_store, objective, inputs, targets).batch(step, slice(h * own, (h + 1) * own)) for h in range(hosts)
-    ]
+    whole = opened(store, objective, inputs, targets).batch(step, slice(0, 8))
+    parts = [opened(store, objective, inputs, targets).batch(step, slice(h * own, (h + 1) * own)) for h in range(hosts)]
     assert_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
-@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES)
-def test_a_batch_does_not_depend_on_those_before_it(text_store, objective, inputs, targets):
-  stream = opened(text_store, objective, inputs, targets)
+@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS)
+def test_a_batch_does_not_depend_on_those_before_it(store_for, objective, inputs, targets):
+  stream = opened(store_for(objective), objective, inputs, targets)
   batches = [stream.batch(step, slice(0, 8)) for step in range(30)]
-  assert_equal(batches[29], opened(text_store, objective, inputs, targets).batch(29, slice(0, 8)))
+  assert_equal(batches[29], opened(store_for(objective), objective, inputs, targets).batch(29, slice(0, 8)))
   assert len({digest(batch) for batch in batches}) == 30
 
 

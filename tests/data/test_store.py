@@ -139,6 +139,8 @@ def test_another_format_is_refused(tokenizer, tmp_path):
   ('change', 'message'),
   [
     ({'num_tokens': None}, 'manifest.json has num_tokens=None, expected int. Nothing was changed'),
+    ({'pairs': True}, '/s has 1 documents, its manifest.json says that they are pairs. Nothing was changed'),
+    ({'pairs': 'no'}, "manifest.json has pairs='no', expected bool"),
     ({'append_eos': 1}, 'manifest.json has append_eos=1, expected bool'),
     ({'offsets_sha256': None}, 'manifest.json has offsets_sha256=None, expected str'),
     ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, its manifest.json says 9 in 1. Nothing was changed'),
@@ -203,3 +205,16 @@ def test_a_store_can_be_sent_to_another_process(tokenizer, tmp_path):
 def test_errors_keep_their_code_between_processes():
   error = pickle.loads(pickle.dumps(DataError('x', 'DATA-CORRUPT')))
   assert (str(error), error.code, error.exit_code) == ('DATA-CORRUPT: x', 'DATA-CORRUPT', 65)
+
+
+def test_documents_without_a_token_stay_where_they_are_half_of_a_pair(tokenizer, tmp_path):
+  text, pairs = [write(tmp_path / name, tokenizer, [[], [5, 6]], pairs=p) for name, p in (('text', 0), ('pairs', 1))]
+  assert (text.pairs, text.offsets.tolist()) == (False, [0, 3])
+  assert (pairs.pairs, pairs.offsets.tolist()) == (True, [0, 1, 4])
+  assert pairs.read([(0, 4)])[0].tolist() == [EOS, 5, 6, EOS]
+
+
+def test_pairs_and_text_of_the_same_tokens_are_told_apart(tokenizer, tmp_path):
+  text, pairs = (write(tmp_path / str(p), tokenizer, [[5], [6]], pairs=p) for p in (False, True))
+  assert text.manifest['tokens_sha256'] == pairs.manifest['tokens_sha256']
+  assert text.fingerprint != pairs.fingerprint

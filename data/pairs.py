@@ -1,0 +1,95 @@
+"""Pairs of inputs and targets: which go in which row, and the fields of such rows.
+
+A pair is never cut in two: a row takes whole pairs, in the order of the store, while both sides fit. A side that is
+longer than `objectives.pair_lengths` loses its end (seqio's trim), the same in every epoch; `PairStream.counts` says
+how often. Rows come in another order in each epoch.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from data.bits import permutation
+from data.features import Batch, decoder_features, encoder_decoder_features
+from data.plan import Pieces, Plan
+from data.ragged import Ragged, separate, spread
+from data.tasks import Budget
+
+
+class PairCounts(NamedTuple):
+  """How many pairs a store has, the most tokens of (inputs, targets), and how many of each are cut to that."""
+
+  pairs: int
+  longest: tuple[int, int]
+  cut: tuple[int, int]
+
+
+class PairStream:
+  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep. Places count pairs."""
+
+  def __init__(self, store, longest: tuple[int, int]):
+    self._begins = store.offsets[:-1].reshape(-1, 2)
+    whole = np.diff(store.offsets).reshape(-1, 2)
+    self.lengths = np.minimum(whole, longest)  # int64[pairs, 2]
+    inputs, targets = (self.lengths < whole).sum(0).tolist()
+    self.counts = PairCounts(len(whole), longest, (inputs, targets))
+
+  def pieces(self, first: np.ndarray, last: np.ndarray) -> Pieces:
+    """The inputs and targets, in turn, of the pairs in stretches [first, last)."""
+    pairs = spread(first, last - first)
+    documents = (2 * pairs[:, None] + np.arange(2)).ravel()
+    stretches = np.repeat(np.arange(len(first)), 2 * (last - first))
+    return Pieces(stretches, documents, self._begins[pairs].ravel(), self.lengths[pairs].ravel())
+
+
+@dataclasses.dataclass(frozen=True)
+class PairPlanner:
+  """Makes the plan of an epoch, as `plan.Planner` does for text: a pure function of the arguments and the epoch."""
+
+  stream: PairStream
+  budget: Budget
+  seed: int
+  purpose: str
+
+  def plan(self, epoch: int) -> Plan:
+    num_rows = len(self._cuts) - 1
+    order = permutation(self.seed, self.purpose + ' rows', epoch, 0, size=num_rows)
+    return Plan(self._cuts, np.zeros(num_rows, np.int8), order)
+
+  @functools.cached_property
+  def _cuts(self) -> np.ndarray:
+    lengths, budget = self.stream.lengths, self.budget
+    sides = list(lengths.T) if budget.inputs_length else [lengths.sum(1)]
+    rooms = [room for room in (budget.inputs_length, budget.targets_length) if room]
+    sums = [np.concatenate([[0], np.cumsum(side)]) for side in sides]
+    cuts = [0]
+    while cuts[-1] < len(lengths):
+      ends = (own.searchsorted(own[cuts[-1]] + room, 'right') for own, room in zip(sums, rooms, strict=True))
+      cuts.append(int(min(ends)) - 1)
+    return np.array(cuts, np.int64)
+
+
+class PairMaker:
+  """Tokens of pairs -> the fields of rows, as `rows.RowMaker` does for text; nothing is left to chance."""
+
+  def __init__(self, budget: Budget):
+    self._budget = budget
+
+  def make(self, tokens: Ragged, rows: np.ndarray, tasks: np.ndarray, _bits) -> Batch:
+    """Fields of `len(tasks)` rows: pieces 2i (inputs) and 2i + 1 (targets) are a segment of row `rows[2i]`."""
+    inputs, targets = separate(tokens)
+    length = self._budget.targets_length
+    if self._budget.inputs_length:
+      return encoder_decoder_features(inputs, targets, rows[::2], len(tasks), self._budget.inputs_length, length)
+    return decoder_features(inputs, targets, rows[::2], len(tasks), length)
+
+
+def sample_pairs(store, longest: tuple[int, int], count: int) -> list[tuple[list[int], list[int]]]:
+  """(inputs as a row holds them, targets whole but for their EOS) of at most `count` pairs, taken evenly all along."""
+  begins, lengths = store.offsets[:-1].reshape(-1, 2), np.diff(store.offsets).reshape(-1, 2)
+  chosen = np.arange(min(count, len(begins))) * len(begins) // min(count, len(begins))
+  keep = np.stack([np.minimum(lengths[:, 0], longest[0]), lengths[:, 1] - 1], 1)[chosen]
+  found = store.read(list(zip(begins[chosen].ravel().tolist(), keep.ravel().tolist(), strict=True)))
+  return [(inputs.tolist(), targets.tolist()) for inputs, targets in zip(found[::2], found[1::2], strict=True)]
