@@ -23,7 +23,8 @@ def greedy(
   """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, 0 after EOS.
 
   Encoder-decoder: `batch` holds encoder fields. Decoder-only: `decoder_input_tokens` begin with 0 (the shift) and
-  hold prompts of equal length, `decoder_prefix_end` makes the first positions visible to each other.
+  `decoder_prefix_end` makes the first positions visible to each other. Shorter prompts stand at the end of their rows,
+  behind places whose `decoder_segment_ids` are 0; without these there are none.
   """
   module = model.bind(params)
   if isinstance(module, EncoderDecoder):
@@ -57,12 +58,18 @@ def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tok
   return jax.lax.while_loop(alive, body, start)[3]
 
 
-def _positions(cache: Cache, tokens: Array) -> Array:
-  return jnp.broadcast_to(cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+def _positions(cache: Cache, tokens: Array, empty: Array | int = 0) -> Array:
+  """Of `tokens`, where each row begins after `empty` slots: negative in those."""
+  return jnp.broadcast_to(cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32) - empty, tokens.shape)
 
 
-def _slots(cache: Cache) -> Array:
-  return jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), cache.keys.shape[1:3])
+def _slots(cache: Cache, empty: Array | int = 0) -> Array:
+  return jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32) - empty, cache.keys.shape[1:3])
+
+
+def _filled(positions: Array) -> Array:
+  """Segment ids: 0 where a row is empty."""
+  return (positions >= 0).astype(jnp.int32)
 
 
 def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
@@ -86,15 +93,19 @@ def _decoder_step(module, batch, max_tokens: int):
   rows, length = batch['decoder_input_tokens'].shape
   dtype = jnp.dtype(module.cfg.dtype)
   cache = Cache.empty(module.cfg.layers, rows, length + max_tokens, module.attention, dtype)
+  segments = batch.get('decoder_segment_ids')
+  empty = 0 if segments is None else (jnp.asarray(segments) == 0).sum(1, keepdims=True, dtype=jnp.int32)
   prefix = batch.get('decoder_prefix_end')
   if prefix is not None:
     prefix = jnp.pad(jnp.asarray(prefix), ((0, 0), (0, cache.keys.shape[2] - prefix.shape[1])))
 
   def step(tokens: Array, cache: Cache):
-    positions = _positions(cache, tokens)
+    positions, slots = _positions(cache, tokens, empty), _slots(cache, empty)
+    own = {} if segments is None else {f'{k}_segment_ids': _filled(p) for k, p in (('q', positions), ('kv', slots))}
     see = Visibility(
-      causal=True, q_positions=positions, kv_positions=_slots(cache), prefix_end=prefix, **module.decoder_bias()
+      causal=True, q_positions=positions, kv_positions=slots, prefix_end=prefix, **own, **module.decoder_bias()
     )
+    positions = jnp.maximum(positions, 0)
     return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)
 
   return step, cache

@@ -27,6 +27,14 @@ def evaluate_sets(eval_step, params, sets: Mapping[str, Iterable], mesh, average
   """`evaluate` on each held-out set: eval/<set>/loss, …; eval/<set>/<average>/loss, … for averaged parameters."""
   values = {}
   for name, batches in sets.items():
-    prefix = '/'.join(filter(None, ('eval', name, average)))
-    values |= {f'{prefix}/{k}': v for k, v in evaluate(eval_step, params, batches, mesh).items()}
+    values |= {f'{series(name, average)}/{k}': v for k, v in evaluate(eval_step, params, batches, mesh).items()}
   return values
+
+
+def series(name: str, average: str) -> str:
+  """What the names of a set's metrics begin with.
+
+  >>> series('builtin', ''), series('builtin', 'ema')
+  ('eval/builtin', 'eval/builtin/ema')
+  """
+  return '/'.join(filter(None, ('eval', name, average)))

@@ -5,8 +5,8 @@ import math
 import pathlib
 from typing import Annotated
 
-from data.objectives import CausalLm, MaskedLm, Objective, Ul2r, check_objective
-from data.source import Data
+from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective
+from data.source import Data, StoreData
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
@@ -33,11 +33,14 @@ class EvaluationConfig:
 
   `lawa_checkpoints` = k also evaluates the mean of the last k checkpoints at multiples of `checkpoint.every`, from
   where there are k of them. They are read one at a time: it takes the memory of two copies of the parameters.
+
+  Of pairs, outputs for `generate` inputs of each set are written and compared with their targets; 0 = none.
   """
 
   every: Annotated[int, '>= 0'] = 0
   batches: Annotated[int, '>= 1'] = 8
   lawa_checkpoints: Annotated[int, '>= 0'] = 0
+  generate: Annotated[int, '>= 0'] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ MAY_CHANGE = (
 
 def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
+  _check_generate(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -100,6 +104,7 @@ def check(cfg: Experiment) -> None:
 
 def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
+  _check_pairs(cfg)
   _check_profile(cfg)
   _check_lawa(cfg)
   _check_initial(cfg.checkpoint.initial)
@@ -123,6 +128,30 @@ def _check_family(cfg: Experiment) -> None:
   if two_sides != (cfg.data.inputs_length > 0):
     fix = 'set it to the encoder length' if two_sides else 'remove it (rows have data.targets_length tokens)'
     raise ConfigError(f"data.inputs_length={cfg.data.inputs_length} with model.name='{cfg.model.name}'; {fix}.")
+
+
+def _check_pairs(cfg: Experiment) -> None:
+  """Where `objective` is of pairs: only stores hold them, and each is alone."""
+  if not isinstance(cfg.objective, Supervised):
+    return
+  if not isinstance(cfg.data, StoreData):
+    raise ConfigError(
+      f"data.name='{cfg.data.name}' has no pairs for objective.name='supervised'; set data.name='store', with "
+      'data.sources made by pretrain data prepare --inputs_field=inputs --targets_field=targets.'
+    )
+  if cfg.data.attend_across_documents:
+    raise ConfigError(
+      "data.attend_across_documents=True would mix the pairs of objective.name='supervised'; remove it."
+    )
+
+
+def _check_generate(cfg: Experiment) -> None:
+  supervised = any(isinstance(stretch.cfg.objective, Supervised) for stretch in stretches(cfg))
+  if cfg.evaluation.generate and not supervised:
+    raise ConfigError(
+      f'evaluation.generate={cfg.evaluation.generate} compares outputs with targets of pairs, '
+      f"objective.name='{cfg.objective.name}' has none; set it to 0, or objective.name='supervised'."
+    )
 
 
 def _check_profile(cfg: Experiment) -> None:

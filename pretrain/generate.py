@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from data.features import Batch, decoder_features, encoder_decoder_features
-from data.objectives import CausalLm, tasks_of
-from data.ragged import join
+from data.objectives import CausalLm, Supervised, pair_lengths, tasks_of
+from data.ragged import interleave, join
 from data.source import DataSource, open_data
 from data.vocabulary import EOS, Vocabulary
 from models.build import Model
@@ -26,7 +26,7 @@ from pretrain.runtime import build_program, cache_dir
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """`output` is what the decoder wrote; `text` is the prompt with its blanks filled, or continued.
+  """`output` is what the decoder wrote; `text` is the prompt with its blanks filled, or continued, or its answer.
 
   `text` is spelt as the tokenizer spells the prompt: T5's makes one space of several.
   """
@@ -60,7 +60,7 @@ def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64
   program = build_program(cfg, jax.devices()[:1])
   params = checkpoints.restore_params(program.abstract.params, step)
   outputs = [_decode(program.model, params, own, room, cfg, data) for own, room in zip(inputs, rooms, strict=True)]
-  return [_result(*each, data) for each in zip(prompts, inputs, outputs, strict=True)]
+  return [_result(*each, cfg, data) for each in zip(prompts, inputs, outputs, strict=True)]
 
 
 def _config_of(workdir: pathlib.Path) -> Experiment:
@@ -88,10 +88,13 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
 def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective.
 
+  Inputs of pairs are plain text, in which nothing is special.
   The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
   asks for: [NLU] (of the R denoiser, [NLG] where there are only X) for a prompt with blanks, [S2S] for one without.
   Raises ConfigError where the objective trains no such task; DataError for a sentinel that does not exist.
   """
+  if isinstance(cfg.objective, Supervised):
+    return [*data.tokenizer.encode(prompt), EOS]
   ids = data.tokenizer.encode_prompt(prompt)
   vocabulary, objective = data.vocabulary, cfg.objective
   blanks = any(map(vocabulary.is_sentinel, ids))
@@ -111,24 +114,38 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
 
 def _room(prompt: str, inputs: list[int], cfg: Experiment) -> int:
   """How many tokens of output a training row would hold after `inputs`. Raises ConfigError where there is none."""
-  encodes, data = cfg.data.inputs_length > 0, cfg.data
-  key, most = ('inputs_length', data.inputs_length) if encodes else ('targets_length', data.targets_length - 1)
+  data, objective = cfg.data, cfg.objective
+  if data.inputs_length:
+    key, length, most, room = 'data.inputs_length', data.inputs_length, data.inputs_length, data.targets_length
+  elif isinstance(objective, Supervised):
+    most, room = pair_lengths(objective, data.budget)
+    key, length = 'objective.inputs_length', most
+  else:
+    key, length, most = 'data.targets_length', data.targets_length, data.targets_length - 1
+    room = length - len(inputs)
   if len(inputs) > most:
     raise ConfigError(
       f'--text={reprlib.repr(prompt)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
-      f'(data.{key}={getattr(data, key)}); shorten the prompt.'
+      f'({key}={length}); shorten the prompt.'
     )
-  return data.targets_length - (0 if encodes else len(inputs))
+  return room
 
 
-def prompt_batch(inputs: list[int], cfg: Experiment) -> Batch:
-  """The row that training makes of `inputs`, up to its first target: fields int32[1, length] as in `data.features`."""
-  ids, target, row = np.asarray(inputs, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int64)
+def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
+  """A row of each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
+
+  They have `length` places, and one more in a decoder, where each prompt stands at the end of its row.
+  """
+  inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
+  target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
-    return encoder_decoder_features(join([ids]), join([target]), row, 1, len(inputs), 1)
+    return encoder_decoder_features(inputs, target, rows, number, length, 1)
   if isinstance(cfg.objective, CausalLm):
-    return decoder_features(None, join([np.append(ids, target)]), row, 1, len(inputs) + 1)
-  return decoder_features(join([ids]), join([target]), row, 1, len(inputs) + 1)
+    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
+  else:
+    fields = decoder_features(inputs, target, rows, number, length + 1)
+  places = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
+  return {name: np.take_along_axis(values, places, 1) for name, values in fields.items()}
 
 
 def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[int]:
@@ -154,10 +171,14 @@ def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[i
 
 def _decode(model: Model, params, inputs: list[int], max_tokens: int, cfg: Experiment, data: DataSource) -> list[int]:
   """What the model writes after `inputs`, up to its EOS; ids that the tokenizer lacks are never chosen."""
-  output = np.asarray(greedy(model, params, prompt_batch(inputs, cfg), max_tokens, data.vocabulary.size))[0].tolist()
+  batch = prompt_batch([inputs], cfg, len(inputs))
+  return until_eos(np.asarray(greedy(model, params, batch, max_tokens, data.vocabulary.size))[0].tolist())
+
+
+def until_eos(output: list[int]) -> list[int]:
   return output[: output.index(EOS)] if EOS in output else output
 
 
-def _result(prompt: str, inputs: list[int], output: list[int], data: DataSource) -> Generated:
-  render = data.tokenizer.render
-  return Generated(prompt, render(output), render(fill(inputs, output, data.vocabulary)))
+def _result(prompt: str, inputs: list[int], output: list[int], cfg: Experiment, data: DataSource) -> Generated:
+  render, answers = data.tokenizer.render, isinstance(cfg.objective, Supervised)
+  return Generated(prompt, render(output), render(output if answers else fill(inputs, output, data.vocabulary)))

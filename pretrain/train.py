@@ -12,12 +12,14 @@ import jax
 import numpy as np
 
 from data.loader import loader
+from data.objectives import Supervised
 from data.source import open_data
 from pretrain import config
 from pretrain.averaging import lawa_steps, linear_combination
 from pretrain.checkpoint import Checkpoints
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
 from pretrain.evaluate import evaluate_sets
+from pretrain.exact_match import make_exact_match, matches
 from pretrain.experiment import CheckpointConfig, Experiment
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
@@ -101,6 +103,8 @@ class Stage:
     self.program = build_program(self.cfg, schedule_start=stretch.schedule_start)
     self.rows = host_rows(self.program.mesh, self.cfg.data.batch_size)
     self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
+    decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
+    self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
 
 
 class Run:
@@ -222,9 +226,13 @@ class Run:
     self.saved_step = self.step
 
   def _evaluate(self) -> None:
-    sets, values = self.stage.data.heldout(self.cfg.evaluation.batches, self.stage.rows), {}
+    evaluation = self.cfg.evaluation
+    sets, values = self.stage.data.heldout(evaluation.batches, self.stage.rows), {}
+    pairs = self.stage.data.heldout_pairs(evaluation.generate)
     for average, params in self._weights() if sets else ():
       values |= evaluate_sets(self.stage.eval_step, params, sets, self.stage.program.mesh, average)
+      if self.stage.exact_match is not None:
+        values |= matches(self.stage.exact_match, params, pairs, average)
     self.metrics.eval(self.step, values)
 
   def _weights(self) -> Iterator[tuple[str, Any]]:

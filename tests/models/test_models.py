@@ -215,6 +215,23 @@ def test_greedy_takes_the_most_likely_token_of_the_full_pass(cfg):
     np.testing.assert_array_equal(generated[row, :stop], expected[row, :stop])
 
 
+@pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['rotary', 'alibi', 'learned'])
+@pytest.mark.parametrize('prefix', [False, True])
+def test_prompts_of_unequal_lengths_are_gone_on_with_as_each_alone(cfg, prefix):
+  """They stand at the end of their rows; without segment ids the empty places would be read."""
+  model, params = model_and_params(cfg)
+  params, data = shaken(params), side('decoder', [[5], [8], [2]], 8, seed=3)
+  lengths = (data['decoder_segment_ids'] > 0).sum(1)
+  data['decoder_prefix_end'] = np.where(data['decoder_segment_ids'], lengths[:, None] if prefix else 0, 0)
+  moved = {name: np.stack([np.roll(v, 8 - n) for v, n in zip(x, lengths, strict=True)]) for name, x in data.items()}
+  together = np.asarray(greedy(model, params, moved, 6))
+  for row, length in enumerate(lengths):
+    own = {name: values[row : row + 1, :length] for name, values in data.items()}
+    np.testing.assert_array_equal(np.asarray(greedy(model, params, own, 6))[0], together[row])
+  del moved['decoder_segment_ids']
+  assert (np.asarray(greedy(model, params, moved, 6)) != together).any(), 'the mutation'
+
+
 EXPECTED_STD = {
   # T5X examples/t5/layers.py: query scaled by 1/sqrt(head_dim) at init, the rest fan-in.
   'encoder/blocks/self_attention/query': 1 / np.sqrt(32 * 8),

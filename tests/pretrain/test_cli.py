@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.cli import COMMANDS, main
 from pretrain.describe import learning_rates
+from pretrain.errors import ConfigError
 from tests.pretrain import tiny
 
 
@@ -112,6 +113,12 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
   assert not (tmp_path / 'run').exists(), 'nothing was written'
 
 
+def test_pairs_are_kept_apart(pair_store):
+  flags = ("objective.name='supervised'", 'data.attend_across_documents=True')
+  with pytest.raises(ConfigError, match=r'data.attend_across_documents=True would mix the pairs of objec'):
+    tiny.ul2(pair_store, *flags)
+
+
 @pytest.mark.parametrize(
   ('file', 'override', 'message'),
   [
@@ -137,6 +144,19 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
       'data.inputs_length=64',
       "data.inputs_length=64 with model.name='encoder'; remove it (rows have data.targets_length tokens).",
     ),
+    (
+      tiny.UL2,
+      "objective.name='supervised'",
+      "data.name='builtin' has no pairs for objective.name='supervised'; set data.name='store', with data.sources made "
+      'by pretrain data prepare --inputs_field=inputs --targets_field=targets.',
+    ),
+    (
+      tiny.UL2,
+      'evaluation.generate=8',
+      "evaluation.generate=8 compares outputs with targets of pairs, objective.name='ul2' has none; set it to 0, or "
+      "objective.name='supervised'.",
+    ),
+    (tiny.UL2, 'evaluation.generate=-1', '--gin.evaluation.generate: evaluation.generate=-1; it must be >= 0.'),
     (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
     (tiny.ENCODER, 'objective.rate=1.0', '--gin.objective.rate: objective.rate=1.0; it must be in (0, 1).'),
     (tiny.ENCODER, 'objective.mask=1.1', '--gin.objective.mask: objective.mask=1.1; it must be in [0, 1].'),

@@ -9,13 +9,14 @@ from data.denoise import Recipes
 from data.objectives import tasks_of
 from data.ragged import join
 from data.source import open_data
+from data.store import open_store
 from data.vocabulary import EOS, Vocabulary
 from models.build import build
 from models.decode import greedy, teacher_forced
 from models.specs import initialize
 from pretrain.cli import main
 from pretrain.errors import ConfigError
-from pretrain.generate import _config_of, _room, fill, generate, prompt_batch, prompt_inputs
+from pretrain.generate import _config_of, _result, _room, fill, generate, prompt_batch, prompt_inputs
 from pretrain.runtime import cache_dir
 from pretrain.train import train
 from tests.pretrain import tiny
@@ -28,8 +29,15 @@ def config_of(store, objective: str, *overrides: str):
   name, _, encoder = objective.partition('+')
   if encoder:
     return tiny.ul2(store, *(() if name == 'ul2' else (f"objective.name='{name}'",)), *overrides)
-  rows = ("data.name='store'", f"data.sources=[{{'path': '{store}'}}]", 'data.sentinels=32', 'data.targets_length=64')
+  rows = (*tiny.over(store), 'data.sentinels=32', 'data.targets_length=64')
+  rows += ('objective.inputs_length=24',) if name == 'supervised' else ()
   return tiny.decoder(f"objective.name='{name}'", *rows, *overrides)
+
+
+@pytest.fixture
+def store_for(text_store, pair_store):
+  """objective -> the store that it learns from."""
+  return lambda objective: pair_store if objective.startswith('supervised') else text_store
 
 
 def opened(cfg):
@@ -52,16 +60,16 @@ def first_segments(cfg, data, count: int):
 OBJECTIVES = ['causal_lm', 'prefix_lm', 'ul2r', 'ul2', 'span_corruption', 'ul2+encoder', 'prefix_lm+encoder']
 
 
-@pytest.mark.parametrize('objective', ['causal_lm', 'prefix_lm', 'ul2r', 'ul2+encoder'])
-def test_a_cached_prompt_has_the_logits_of_its_training_row(text_store, objective):
+@pytest.mark.parametrize('objective', ['causal_lm', 'prefix_lm', 'ul2r', 'ul2+encoder', 'supervised'])
+def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective):
   """What a real packed row's targets are predicted with is what decoding from its inputs alone computes."""
-  cfg = config_of(text_store, objective)
+  cfg = config_of(store_for(objective), objective)
   model = build(cfg.model)
   params, data = initialize(model.specs, jax.random.key(0)), opened(cfg)
   apply = jax.jit(model.apply)
   for batch, inputs, targets, mine in first_segments(cfg, data, 2):
     full = np.asarray(model.logits(params, apply(params, batch)[0]))[mine]
-    prompt = prompt_batch(inputs.tolist(), cfg)
+    prompt = prompt_batch([inputs.tolist()], cfg, len(inputs))
     read = prompt['decoder_input_tokens'].shape[1]
     tokens = np.concatenate([prompt['decoder_input_tokens'][0], targets[:-1]])[None]
     cached = np.asarray(teacher_forced(model, params, prompt, jnp.asarray(tokens), at_once=read))[0]
@@ -96,6 +104,20 @@ def test_prompts_are_framed_as_the_inputs_of_training(text_store, objective):
   if tasks[-1].mode is not None:
     assert (v.mode_ids[0], v.mode_ids[0]) in found, 'an R denoiser'
     assert prompt_inputs('[NLG] the <extra_id_0>', cfg, data)[:2] == [v.mode_ids[1], encode('the')[0]], 'one is enough'
+
+
+@pytest.mark.parametrize('objective', ['supervised', 'supervised+encoder'])
+def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, objective):
+  """The ids of a prompt are those that its text has in the store; in it nothing is special."""
+  cfg = config_of(pair_store, objective)
+  data, store = opened(cfg), open_store(pair_store)
+  for k in range(5):
+    (inputs,) = store.read([(int(store.offsets[2 * k]), int(store.offsets[2 * k + 1] - store.offsets[2 * k]))])
+    assert prompt_inputs(data.tokenizer.decode(inputs[:-1]), cfg, data) == inputs.tolist()
+  special = '[NLU] a <extra_id_0>'
+  assert prompt_inputs(special, cfg, data) == [*data.tokenizer.encode(special), EOS]
+  answer = data.tokenizer.encode('of the License')
+  assert _result('the Work', prompt_inputs('the Work', cfg, data), answer, cfg, data).text == 'of the License'
 
 
 def test_blanks_of_a_mixture_without_r_are_filled_by_x(text_store):
@@ -230,9 +252,10 @@ def test_what_the_run_was_never_asked_is_refused(text_store, objective, prompt, 
     prompt_inputs(prompt, cfg, opened(cfg))
 
 
-def test_the_longest_prompt_leaves_room_for_one_token(text_store):
-  for objective, longest, room in (('prefix_lm', 63, 1), ('causal_lm', 63, 1), ('ul2+encoder', 64, 64)):
-    cfg = config_of(text_store, objective)
+def test_the_longest_prompt_leaves_room_for_what_training_had(store_for):
+  cases = (('prefix_lm', 63, 1), ('causal_lm', 63, 1), ('ul2+encoder', 64, 64), ('supervised', 24, 40))
+  for objective, longest, room in cases:
+    cfg = config_of(store_for(objective), objective)
     assert _room('', [3] * longest, cfg) == room
     with pytest.raises(ConfigError, match=f'is {longest + 1} tokens, at most {longest} fit'):
       _room('', [3] * (longest + 1), cfg)
