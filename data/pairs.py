@@ -67,7 +67,7 @@ class PairPlanner:
     cuts = [0]
     while cuts[-1] < len(lengths):
       ends = (own.searchsorted(own[cuts[-1]] + room, 'right') for own, room in zip(sums, rooms, strict=True))
-      cuts.append(int(min(ends)) - 1)
+      cuts.append(max(int(min(ends)) - 1, cuts[-1] + 1))  # a pair that fits no row is an error of its features
     return np.array(cuts, np.int64)
 
 

@@ -14,7 +14,7 @@ from pretrain.runtime import build_program, cache_dir
 from pretrain.train import train
 from tests.pretrain.test_generate import config_of
 
-OBJECTIVES = ['supervised', 'supervised+encoder']
+OBJECTIVES = ['supervised', pytest.param('supervised+encoder', marks=pytest.mark.slow)]
 
 
 def opened(cfg):
