@@ -49,8 +49,27 @@ def load(schema: type[T], files: Sequence[str], overrides: Sequence[str] = ()) -
   macros = {b.key: b for b in bindings if is_macro(b.key)}
   keys = {b.key: b._replace(value=expand(b.value, macros, b.place)) for b in bindings if not is_macro(b.key)}
   places = {key: binding.place for key, binding in keys.items()}
-  builder = Builder(places, files[-1] if files else 'the config')
+  builder = Builder(places, files[-1] if files else 'the config', outdated(bindings))
   return builder.build(schema, nest(keys), '')
+
+
+def outdated(bindings: Sequence[Binding]) -> frozenset[str]:
+  """Keys of a section that were all written before another `name` was chosen for it: they may be of the first choice.
+
+  >>> b = lambda key, value: Binding(key, value, '')
+  >>> sorted(outdated([b('a.name', 'x'), b('a.p', 1), b('a.q', 1), b('a.name', 'y'), b('a.q', 2)]))
+  ['a.p']
+  """
+  names, old = {}, set()
+  seen: set[str] = set()
+  for key, value, _ in bindings:
+    if key.endswith('.name') and names.setdefault(key, value) != value:
+      section = key.removesuffix('name')
+      old |= {other for other in seen if other.startswith(section) and other != key}
+      names[key] = value
+    seen.add(key)
+    old.discard(key)
+  return frozenset(old)
 
 
 def override(cfg: T, values: Mapping[str, Any], place: str) -> T:

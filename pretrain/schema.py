@@ -21,10 +21,14 @@ from pretrain.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-  """Builds dataclasses from nested dicts. `places` says where each dotted key was written, `file` where to add more."""
+  """Builds dataclasses from nested dicts. `places` says where each dotted key was written, `file` where to add more.
+
+  Keys in `outdated` were written before another choice was made for their section, and go where it does not have them.
+  """
 
   places: Mapping[str, str]
   file: str
+  outdated: frozenset[str] = frozenset()
 
   def build(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """A dataclass from its keys in `tree`; what they leave out comes from `default`, then from the class."""
@@ -32,7 +36,7 @@ class Builder:
     hints = typing.get_type_hints(schema, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for name in tree:
-      if name not in fields:
+      if name not in fields and not self.is_outdated(join(key, name)):
         raise ConfigError(self.unknown(join(key, name), name, schema, hint))
     base = default if type(default) is schema else None
     values = {}
@@ -44,6 +48,11 @@ class Builder:
       elif default_of(field, None) is dataclasses.MISSING:
         values[name] = self.missing(hints[name], join(key, name))
     return schema(**values)
+
+  def is_outdated(self, key: str) -> bool:
+    """Whether all that was written at `key` or under it was written for another choice."""
+    written = {known for known in self.places if known == key or known.startswith(key + '.')}
+    return bool(written) and written <= self.outdated
 
   def pick(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any) -> Any:
     """The member of a union of dataclasses that `name` in `tree` says; a lone dataclass is itself."""

@@ -110,6 +110,14 @@ def test_includes_are_relative_to_the_file_that_includes(write):
   assert (cfg.seed, cfg.model.num_layers, cfg.model.embed) == (2, 3, 8)
 
 
+def test_another_choice_leaves_behind_what_only_the_first_one_had(write):
+  write(BASE + 'model.num_layers = 3\nmodel.mlp.hidden = 5', 'base.gin')
+  assert load(write("include 'base.gin'\nmodel.name = 'encoder'")).model == Encoder(embed=8)
+  wrong = write("include 'base.gin'\nmodel.name = 'encoder'\nmodel.num_layers = 4")
+  assert 'x.gin:3: unknown key model.num_layers' in message(wrong), 'written for the new choice: a mistake'
+  assert 'unknown key model.buckets' in message(write("include 'base.gin'\nmodel.buckets = 4\nmodel.name = 'decoder'"))
+
+
 def test_macros_are_replaced_also_inside_lists_and_may_be_overridden(write):
   file = write(
     f"{BASE}WIDTH = 8\nTWICE = %WIDTH\nmodel.embed = %TWICE\ndata.sources = [{{'path': 'a', 'weight': %WIDTH}}]"
