@@ -4,6 +4,7 @@ python scripts/science/objectives.py [--quick] [--folder runs/science] [--output
 
 Every run has the same number of tokens (inputs and targets, without padding). --quick takes one seed and a tenth of
 them: a check that all of it runs, not a result. Finished runs in the folder are kept; delete it to run them again.
+What stands in the document from `## Reading` on is written by hand, and kept.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pretrain import config, experiment, runtime
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FULL = Scale(tokens=400_000, seeds=(0, 1, 2))
 QUICK = Scale(tokens=40_000, seeds=(0,))
+READING = '## Reading\n'
 HEAD = """# Objectives, optimizers, schedules and averages at small scale
 
 What the methods of this repository do at a size where a laptop shows it: {tokens:,} tokens of documentation strings for
@@ -65,6 +67,12 @@ def run_group(folder: pathlib.Path, scale: Scale, wanted: Wanted, seeds: tuple[i
   return run_all(trials, folder, score)
 
 
+def reading(document: pathlib.Path) -> str:
+  """What a person has written under the tables, which stays when they are made anew."""
+  old = document.read_text() if document.exists() else ''
+  return READING + old.partition(READING)[2] if READING in old else ''
+
+
 def main() -> None:
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--quick', action='store_true')
@@ -80,7 +88,7 @@ def main() -> None:
   run = functools.partial(run_group, folder, scale)
   parts += [GROUPS[name](run, scale.seeds) for name in options.groups]
   options.output.parent.mkdir(parents=True, exist_ok=True)
-  options.output.write_text('\n'.join(parts))
+  options.output.write_text('\n'.join([*parts, reading(options.output)]))
   print(options.output)
 
 

@@ -43,6 +43,15 @@ def test_trials_have_equal_tokens_and_shares_of_steps(monkeypatch):
   }  # fmt: skip
 
 
+def test_what_is_written_by_hand_is_kept(tmp_path):
+  from objectives import READING, reading
+
+  document = tmp_path / 'doc.md'
+  assert reading(document) == ''
+  document.write_text(f'tables\n\n{READING}\nModes help.\n')
+  assert reading(document) == f'{READING}\nModes help.\n'
+
+
 def test_summaries_show_mean_and_half_the_range():
   from runs import group, summary, table
 
