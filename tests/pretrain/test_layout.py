@@ -23,12 +23,12 @@ LAYOUTS = (
 
 def test_layout_does_not_change_the_answer_of_ul2_with_dropout(text_store):
   cfg = tiny.ul2(text_store, 'model.dropout=0.1')
-  assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]), steps=6)
+  assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=6)
 
 
 def test_layout_does_not_change_the_answer_of_a_decoder():
   cfg = tiny.decoder('model.dropout=0.1', 'model.kv_heads=2')
-  assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]), steps=4)
+  assert_layout_invariant(cfg, LAYOUTS[:4], steps=4)
 
 
 def test_layout_does_not_change_the_answer_of_an_encoder(text_store):
@@ -69,8 +69,8 @@ def test_microbatches_have_the_gradient_of_the_whole_batch_every_time(text_store
   assert (norms == norms[:, :1]).all(), norms
 
 
-def test_the_check_itself_sees_another_seed(text_store):
+def test_the_check_itself_sees_another_seed():
   """The mutation: were the assertion blind, two different runs would pass it."""
-  cfg = tiny.ul2(text_store)
+  cfg = tiny.decoder()
   other = dataclasses.replace(cfg, seed=1)
   assert np.abs(losses(cfg, 2) / losses(other, 2) - 1).max() > 1e-4
