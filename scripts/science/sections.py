@@ -29,10 +29,10 @@ OBJECTIVES = {
 QUESTIONS = {'causal': 'causal loss', 'prefix': 'prefix loss', 'infill': 'infilling loss'}
 COSINE = ("schedule.name='cosine'", 'schedule.steps={1}')
 OPTIMIZERS = {
-  'adamw': (1e-3, 3e-3, 1e-2),
-  'adafactor': (1e-2, 3e-2, 1e-1),
-  'muon': (1e-3, 3e-3, 1e-2),
-  'lion': (1e-4, 3e-4, 1e-3),
+  'adamw': (3e-3, 1e-2, 3e-2, 1e-1),
+  'adafactor': (3e-2, 1e-1, 3e-1, 1.0),
+  'muon': (3e-3, 1e-2, 3e-2, 1e-1),
+  'lion': (3e-4, 1e-3, 3e-3, 1e-2),
 }
 SCHEDULES = {
   'cosine to 10%': COSINE,
@@ -82,7 +82,7 @@ def optimizers(run: Run, seeds: Seeds) -> str:
     rows.append([name, f'{peak:g}{edge}', summary(group(results, _optimizer(name, peak)[0], 'causal')), others])
   return f"""## Optimizers
 
-A decoder on causal LM, cosine to a tenth. The peak rate of each was tuned on one seed over three values ("edge": the
+A decoder on causal LM, cosine to a tenth. The peak rate of each was tuned on one seed over four values ("edge": the
 best one was at the end of them, so that a better one may lie beyond).
 
 {table(['optimizer', 'peak', 'causal loss', 'tuning, one seed'], rows)}
