@@ -69,6 +69,7 @@ def assert_alike(folder, steps: int) -> None:
     np.testing.assert_allclose(list(two.values()), [one[step] for step in two], rtol=rtol, err_msg=key)
 
 
+@pytest.mark.slow
 def test_the_compiler_replicates_nothing_to_change_a_sharding(text_store, tmp_path):
   """In a process of its own: the partitioner's warning is written by C++, and only when it compiles."""
   mesh = ('mesh.fsdp=4', 'mesh.tensor=2', 'train.steps=1', 'evaluation.every=1', 'evaluation.batches=1')

@@ -50,7 +50,8 @@ def test_no_layout_changes_the_answer(text_store, dtype, rtol):
   assert_layout_invariant(tiny.encoder(text_store, *overrides), LAYOUTS, rtol=rtol)
 
 
-@pytest.mark.parametrize('accumulate', [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize('accumulate', [2, 4])
 def test_accumulation_with_dropout_does_not_change_the_answer(text_store, accumulate):
   cfg = tiny.ul2(text_store, 'model.dropout=0.1', 'mesh.fsdp=2')
   split = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulate=accumulate))

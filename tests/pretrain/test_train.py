@@ -26,14 +26,14 @@ def test_a_resumed_run_is_bit_equal_to_one_left_alone(text_store, tmp_path):
   assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
 
 
-def test_the_resume_check_sees_a_lost_data_position(text_store, tmp_path, monkeypatch):
+def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   """The mutation: a restore that forgets where the data was must be caught."""
   import pretrain.train as module
 
   restore = module.Run._restore_or_initialise
   monkeypatch.setattr(module.Run, '_restore_or_initialise', lambda self: (restore(self)[0], {'examples': 0}))
   with pytest.raises(AssertionError, match='first difference'):
-    assert_resumes_exactly(tiny.ul2(text_store, 'checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
+    assert_resumes_exactly(tiny.decoder('checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
 
 
 def test_it_learns_and_leaves_metrics_report_and_config(text_store, tmp_path):
