@@ -19,9 +19,9 @@ import re
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported
 
 import jax
-from runs import Trial, command_line, run_all
 from score import score
 from sections import GROUPS, Results, Scale, Wanted
+from trials import Trial, command_line, run_all
 
 from data.source import open_data
 from pretrain import config, experiment, runtime

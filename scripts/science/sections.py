@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from runs import group, summary, table
+from trials import group, summary, table
 
 DECODER, ENCODER_DECODER = 'configs/science/decoder.gin', 'configs/science/encoder_decoder.gin'
 Seeds = tuple[int, ...]

@@ -53,7 +53,7 @@ def test_what_is_written_by_hand_is_kept(tmp_path):
 
 
 def test_summaries_show_mean_and_half_the_range():
-  from runs import group, summary, table
+  from trials import group, summary, table
 
   results = {'a/0': {'loss': 1.0}, 'a/1': {'loss': 2.0}, 'b/0': {'loss': 1.2}}
   assert summary(group(results, 'a', 'loss')) == '1.500 ± 0.500'
