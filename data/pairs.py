@@ -72,7 +72,7 @@ class PairPlanner:
 
 
 class PairMaker:
-  """Tokens of pairs -> the fields of rows, as `rows.RowMaker` does for text; nothing is left to chance."""
+  """Tokens of pairs -> the fields of rows, as `make.RowMaker` does for text; nothing is left to chance."""
 
   def __init__(self, budget: Budget):
     self._budget = budget

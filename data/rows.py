@@ -1,69 +1,17 @@
 """The rows of one store, epoch after epoch: plan, tokens, random bits and objective put together."""
 
 import collections
-import dataclasses
 import threading
 
 import numpy as np
 
 from data.bits import philox
-from data.denoise import Recipes
-from data.features import Batch, decoder_features, encoder_decoder_features, encoder_features
-from data.masking import mask_tokens
-from data.objectives import Objective, PrefixLm, Supervised, pair_lengths, tasks_of
+from data.features import Batch
+from data.make import RowMaker, RowSpec, text_of
+from data.objectives import Supervised, pair_lengths, tasks_of
 from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
-from data.plan import Pieces, Plan, Planner, Stream
+from data.plan import Pieces, Plan, Planner
 from data.ragged import Ragged, join, spread, starts
-from data.tasks import Budget
-from data.vocabulary import Vocabulary
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowSpec:
-  """What rows look like, whatever their text."""
-
-  objective: Objective
-  budget: Budget
-  vocabulary: Vocabulary
-  attend_across_documents: bool
-
-
-def text_of(store, spec: RowSpec) -> Stream:
-  """The stream that rows are cut from.
-
-  A causal model learns where documents end, so it sees their EOS. Denoising puts EOS after inputs and targets on its
-  own and leaves the store's out. With attend_across_documents all of the store is one document, EOS included.
-  """
-  begins, ends = store.offsets[:-1], store.offsets[1:]
-  if spec.attend_across_documents:
-    return Stream(np.zeros(1, np.int64), np.array([store.num_tokens]))
-  drop = store.append_eos and tasks_of(spec.objective)[0].kind != 'causal'
-  return Stream(begins, ends - begins - drop)
-
-
-class RowMaker:
-  """Tokens and random bits -> the fields of rows."""
-
-  def __init__(self, spec: RowSpec):
-    tasks, budget = tasks_of(spec.objective), spec.budget
-    self._budget = budget
-    self._vocabulary = spec.vocabulary
-    self._causal = tasks[0].kind == 'causal'
-    self._masked = tasks[0] if tasks[0].kind == 'masked' else None
-    self._recipes = Recipes(tasks, max(budget.capacity(task) for task in tasks), spec.vocabulary)
-    self._loss_on_inputs = isinstance(spec.objective, PrefixLm) and spec.objective.loss_on_prefix
-
-  def make(self, tokens: Ragged, rows: np.ndarray, tasks: np.ndarray, bits) -> Batch:
-    """Fields of `len(tasks)` rows: piece i is in row `rows[i]`; `bits()` gives what `Recipes.apply` wants."""
-    length = self._budget.targets_length
-    if self._causal:
-      return decoder_features(None, tokens, rows, len(tasks), length)
-    if self._masked is not None:
-      return encoder_features(*mask_tokens(tokens, bits(), self._masked, self._vocabulary), rows, len(tasks), length)
-    inputs, targets = self._recipes.apply(tokens, tasks[rows], bits())
-    if self._budget.inputs_length:
-      return encoder_decoder_features(inputs, targets, rows, len(tasks), self._budget.inputs_length, length)
-    return decoder_features(inputs, targets, rows, len(tasks), length, self._loss_on_inputs)
 
 
 class StoreRows:

@@ -12,9 +12,10 @@ from data.bits import permutation
 from data.builtin import builtin_store
 from data.errors import DataError
 from data.features import Batch
+from data.make import RowSpec
 from data.objectives import Objective, Supervised, check_objective
 from data.pairs import PairCounts
-from data.rows import RowSpec, StoreRows
+from data.rows import StoreRows
 from data.store import Store, open_store
 from data.synthetic import SyntheticStore
 from data.tasks import Budget, block_of
