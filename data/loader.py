@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.features import Batch
 from data.source import Data, DataSource
 
-VERSION = 1
+VERSION = 2
 
 
 class _Steps:

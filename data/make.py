@@ -24,17 +24,17 @@ class RowSpec:
   attend_across_documents: bool
 
 
-def text_of(store, spec: RowSpec) -> Stream:
-  """The stream that rows are cut from.
+def text_of(store, spec: RowSpec, shard: int) -> Stream:
+  """The stream of a shard that rows are cut from.
 
   A causal model learns where documents end, so it sees their EOS. Denoising puts EOS after inputs and targets on its
-  own and leaves the store's out. With attend_across_documents all of the store is one document, EOS included.
+  own and leaves the store's out. With attend_across_documents all of the shard is one document, EOS included.
   """
-  begins, ends = store.offsets[:-1], store.offsets[1:]
+  offsets, first = store.offsets_of(shard), store.shards[shard].documents.start
   if spec.attend_across_documents:
-    return Stream(np.zeros(1, np.int64), np.array([store.num_tokens]))
+    return Stream(offsets[:1], offsets[-1:] - offsets[:1], first)
   drop = store.append_eos and tasks_of(spec.objective)[0].kind != 'causal'
-  return Stream(begins, ends - begins - drop)
+  return Stream(offsets[:-1], np.diff(offsets) - drop, first)
 
 
 class RowMaker:

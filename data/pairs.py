@@ -6,15 +6,13 @@ how often. Rows come in another order in each epoch.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import numpy as np
 
-from data.bits import permutation
 from data.features import Batch, decoder_features, encoder_decoder_features
-from data.plan import Pieces, Plan
-from data.ragged import Ragged, separate, spread
+from data.plan import Bins, Pieces
+from data.ragged import Ragged, separate
 from data.tasks import Budget
 
 
@@ -27,40 +25,37 @@ class PairCounts(NamedTuple):
 
 
 class PairStream:
-  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep. Places count pairs."""
+  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep."""
 
   def __init__(self, store, longest: tuple[int, int]):
-    self._begins = store.offsets[:-1].reshape(-1, 2)
+    self.store, self._longest = store, longest
     whole = np.diff(store.offsets).reshape(-1, 2)
-    self.lengths = np.minimum(whole, longest)  # int64[pairs, 2]
-    inputs, targets = (self.lengths < whole).sum(0).tolist()
+    inputs, targets = (np.minimum(whole, longest) < whole).sum(0).tolist()
     self.counts = PairCounts(len(whole), longest, (inputs, targets))
 
-  def pieces(self, first: np.ndarray, last: np.ndarray) -> Pieces:
-    """The inputs and targets, in turn, of the pairs in stretches [first, last)."""
-    pairs = spread(first, last - first)
-    documents = (2 * pairs[:, None] + np.arange(2)).ravel()
-    stretches = np.repeat(np.arange(len(first)), 2 * (last - first))
-    return Pieces(stretches, documents, self._begins[pairs].ravel(), self.lengths[pairs].ravel())
+  def shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    """(where inputs and targets of each pair begin, how many tokens they keep): int64[pairs, 2]."""
+    offsets = self.store.offsets_of(shard)
+    return offsets[:-1].reshape(-1, 2), np.minimum(np.diff(offsets).reshape(-1, 2), self._longest)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairPlanner:
-  """Makes the plan of an epoch, as `plan.Planner` does for text: a pure function of the arguments and the epoch."""
+  """A planner (data/plan.py) of pairs: the same rows in each epoch."""
 
   stream: PairStream
   budget: Budget
-  seed: int
-  purpose: str
+  variants = 1
 
-  def plan(self, epoch: int) -> Plan:
-    num_rows = len(self._cuts) - 1
-    order = permutation(self.seed, self.purpose + ' rows', epoch, 0, size=num_rows)
-    return Plan(self._cuts, np.zeros(num_rows, np.int8), order)
+  def plan(self, shard: int, variant: int) -> Bins:
+    begins, lengths = self.stream.shard(shard)
+    cuts = self._cuts(lengths)
+    documents = self.stream.store.shards[shard].documents.start + np.arange(lengths.size)
+    rows = np.repeat(np.arange(len(cuts) - 1), 2 * np.diff(cuts))
+    return Bins(np.zeros(len(cuts) - 1, np.int8), 2 * cuts, Pieces(rows, documents, begins.ravel(), lengths.ravel()))
 
-  @functools.cached_property
-  def _cuts(self) -> np.ndarray:
-    lengths, budget = self.stream.lengths, self.budget
+  def _cuts(self, lengths: np.ndarray) -> np.ndarray:
+    budget = self.budget
     sides = list(lengths.T) if budget.inputs_length else [lengths.sum(1)]
     rooms = [room for room in (budget.inputs_length, budget.targets_length) if room]
     sums = [np.concatenate([[0], np.cumsum(side)]) for side in sides]

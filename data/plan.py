@@ -1,31 +1,23 @@
-"""Which text goes in which row: the concat-split plan of an epoch.
+"""What a plan is: the pieces of text that each row of a shard holds, and the task of each row.
 
-The text of all documents is one stream. Rows are cut from it in order: a row takes whole documents while they fit,
-then the beginning of the next one, which goes on in the next row. So every token is in exactly one row of an epoch, no
-row crosses a document inside one example, and a plan is nothing but the places of its cuts. Each row has a task; tasks
-are dealt in blocks that hold their exact rates, in an order drawn for each block and epoch, so text meets other tasks
-in the next epoch. In training, rows of a task come in a random order. Documents stay in the store's order (shuffle them
-when the store is made): rows are then near-contiguous reads.
+A shard is a run of whole documents of a store. Plans are made shard by shard, so their memory is bounded whatever the
+size of a store. How text is laid in rows is the planner's affair (data/concat_split.py, …); in which order rows come in
+training is not a plan's at all (data/order.py).
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.bits import permutation, philox
-from data.ragged import spread
-from data.tasks import Budget, Task, block_of
-
-STUB = 8  # tokens; a shorter beginning or end of a cut document is avoided
-_BLOCKS_AT_ONCE = 1024
+from data.ragged import Ragged, spread, starts
 
 
 class Pieces(NamedTuple):
-  """int64 arrays over pieces: the stretch that each is of, its document, where it lies in the store, its length."""
+  """int64 arrays over pieces: the row that each is of (ascending), its document, its first token, its length."""
 
-  stretches: np.ndarray
+  rows: np.ndarray
   documents: np.ndarray
   places: np.ndarray
   lengths: np.ndarray
@@ -33,7 +25,7 @@ class Pieces(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """The documents that rows are cut from.
+  """The documents of a shard, one after another: `first` is the number of the first one in its store.
 
   `begins` and `lengths` (int64[documents]) are where a document's text lies in the store, without the EOS that some
   objectives add on their own. Places in the stream count text tokens only.
@@ -41,6 +33,7 @@ class Stream:
 
   begins: np.ndarray
   lengths: np.ndarray
+  first: int = 0
 
   @functools.cached_property
   def ends(self) -> np.ndarray:
@@ -48,10 +41,10 @@ class Stream:
 
   @property
   def size(self) -> int:
-    return int(self.ends[-1])
+    return int(self.ends[-1]) if len(self.lengths) else 0
 
   def pieces(self, first: np.ndarray, last: np.ndarray) -> Pieces:
-    """The pieces of stretches [first, last) of the stream, none of them empty, in order."""
+    """The pieces of stretches [first, last) of the stream, none of them empty, in order; `rows` counts stretches."""
     begin = np.searchsorted(self.ends, first, side='right')
     count = np.searchsorted(self.ends, last, side='left') - begin + 1
     documents = spread(begin, count)
@@ -61,133 +54,79 @@ class Stream:
     stretches = np.repeat(np.arange(len(first)), count)
     places = self.begins[documents] + left - origin
     some = lengths > 0  # empty documents have no piece
-    return Pieces(stretches[some], documents[some], places[some], lengths[some])
+    return Pieces(stretches[some], self.first + documents[some], places[some], lengths[some])
+
+
+class Plan(Protocol):
+  """The rows of a shard; `tasks` (int8[rows]) is what each is used for."""
+
+  tasks: np.ndarray
+
+  def pieces(self, rows: np.ndarray) -> Pieces:
+    """The pieces of these rows, none of them empty; `rows` of the answer counts them from 0."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """The rows of one epoch. Row r holds the stream from `cuts[r]` to `cuts[r + 1]` under task `tasks[r]`.
+class Cuts:
+  """A plan whose row r holds `stream` from `cuts[r]` to `cuts[r + 1]`."""
 
-  The p-th row of the epoch in training is row `order[p]`, which has the task that row p has: blocks keep their rates.
+  tasks: np.ndarray
+  cuts: np.ndarray
+  stream: Stream
+
+  def pieces(self, rows: np.ndarray) -> Pieces:
+    return self.stream.pieces(self.cuts[rows], self.cuts[rows + 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+  """A plan that lists its pieces: row r has those from `firsts[r]` to `firsts[r + 1]`, of any document."""
+
+  tasks: np.ndarray
+  firsts: np.ndarray
+  listed: Pieces
+
+  def pieces(self, rows: np.ndarray) -> Pieces:
+    counts = self.firsts[rows + 1] - self.firsts[rows]
+    own = spread(self.firsts[rows], counts)
+    return Pieces(np.repeat(np.arange(len(rows)), counts), *(values[own] for values in self.listed[1:]))
+
+
+class Planner(Protocol):
+  """Makes plans: pure functions of its own arguments, the shard and the variant.
+
+  Epoch e follows variant `e % variants` of a shard's plan: with several tasks, text meets others in the next epoch.
   """
 
-  cuts: np.ndarray
-  tasks: np.ndarray
-  order: np.ndarray
+  variants: int
 
-  @property
-  def num_rows(self) -> int:
-    return len(self.tasks)
+  def plan(self, shard: int, variant: int) -> Plan: ...
 
 
-class Planner:
-  """Makes the plan of an epoch: a pure function of the arguments and the epoch."""
-
-  def __init__(
-    self,
-    stream: Stream,
-    tasks: tuple[Task, ...],
-    budget: Budget,
-    *,
-    seed: int,
-    purpose: str,
-    attend_across_documents: bool,
-  ):
-    self.stream, self.budget, self.seed, self.purpose = stream, budget, seed, purpose
-    self._block = block_of([task.rate for task in tasks], 'objective rates')
-    self._capacity = np.array([budget.capacity(task) for task in tasks])
-    # Where documents do not matter, and where any cut fills a row, cuts follow from the tasks alone.
-    self._uniform = attend_across_documents or all(task.kind == 'causal' for task in tasks)
-    if not self._uniform:
-      self._costs = [budget.costs(task) for task in tasks]
-
-  def plan(self, epoch: int) -> Plan:
-    cuts, tasks = self._cut_anywhere(epoch) if self._uniform else self._cut_by_document(epoch)
-    return Plan(cuts, tasks, self._shuffle(tasks, epoch))
-
-  def tasks_of_rows(self, epoch: int, start: int, count: int) -> np.ndarray:
-    """int8[count]: the tasks of rows start, start + 1, …; every block of rows holds each task at its exact rate."""
-    at_once = _BLOCKS_AT_ONCE * len(self._block)
-    parts = [self._deal(epoch, k) for k in range(start // at_once, (start + count - 1) // at_once + 1)]
-    skip = start - start // at_once * at_once
-    return np.concatenate(parts)[skip : skip + count]
-
-  def _deal(self, epoch: int, group: int) -> np.ndarray:
-    if len(self._block) == 1:
-      return np.zeros(_BLOCKS_AT_ONCE, np.int8)
-    bits = philox(self.seed, self.purpose + ' tasks', epoch, group).random_raw(_BLOCKS_AT_ONCE * len(self._block))
-    order = np.argsort(bits.reshape(_BLOCKS_AT_ONCE, -1), axis=1, kind='stable')
-    return self._block[order].astype(np.int8).ravel()
-
-  def _cut_anywhere(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row takes as much of the stream as its task can."""
-    size = self.stream.size
-    bound = -(-size // int(self._capacity.min()))
-    tasks = self.tasks_of_rows(epoch, 0, bound)
-    cuts = np.concatenate([[0], np.cumsum(self._capacity[tasks])])
-    num_rows = int(np.searchsorted(cuts, size))
-    return np.append(cuts[:num_rows], size), tasks[:num_rows]
-
-  def _cut_by_document(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    cuts, tasks, place = [0], np.zeros(0, np.int8), 0
-    cutters = [
-      _Cutter(self.stream, encoder, decoder, self.budget, int(capacity))
-      for (encoder, decoder), capacity in zip(self._costs, self._capacity, strict=True)
-    ]
-    while place < self.stream.size:
-      if len(cuts) > len(tasks):
-        tasks = np.append(tasks, self.tasks_of_rows(epoch, len(tasks), max(1024, len(tasks))))
-        dealt = tasks.tolist()
-      place = cutters[dealt[len(cuts) - 1]].cut(place)
-      cuts.append(place)
-    return np.array(cuts, np.int64), tasks[: len(cuts) - 1]
-
-  def _shuffle(self, tasks: np.ndarray, epoch: int) -> np.ndarray:
-    order = np.empty(len(tasks), np.int64)
-    for task in np.unique(tasks):
-      rows = np.flatnonzero(tasks == task)
-      order[rows] = rows[permutation(self.seed, self.purpose + ' rows', epoch, int(task), size=len(rows))]
-    return order
+def joined(parts: list[tuple[np.ndarray, Pieces]]) -> Pieces:
+  """Pieces of several shards as one: of each, the number that each of its rows has in the whole."""
+  fields = [np.concatenate(own) for own in zip(*((places[p.rows], *p[1:]) for places, p in parts), strict=True)]
+  order = np.argsort(fields[0], kind='stable')
+  return Pieces(*(values[order] for values in fields))
 
 
-class _Cutter:
-  """Fills one row of a task from any place of the stream. Costs are arrays over lengths 0 … longest + 1."""
+def runs_of(pieces: Pieces, gap: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+  """([(first token, length)], where each piece lies in them, end to end) for as few reads as serve all pieces.
 
-  def __init__(self, stream: Stream, encoder: np.ndarray, decoder: np.ndarray, budget: Budget, capacity: int):
-    self._ends, self._capacity = stream.ends, capacity
-    sides = [(encoder, budget.inputs_length), (decoder, budget.targets_length)]
-    self._sides = [(cost.tolist(), room) for cost, room in sides if room]
-    capped = np.minimum(stream.lengths, len(encoder) - 1)
-    # Costs of the first n documents; one that does not fit an empty row costs more than a row here too.
-    self._sums = [np.concatenate([[0], np.cumsum(c[capped])]) for c, room in sides if room]
-    # The longest beginning of a document that fits what is left.
-    self._fits = [(np.searchsorted(c, np.arange(room + 1), side='right') - 1).tolist() for c, room in sides if room]
-
-  def cut(self, place: int) -> int:
-    """Where the row that begins at `place` ends: the beginning of the next row."""
-    document = int(self._ends.searchsorted(place, side='right'))
-    end = int(self._ends[document])
-    if end - place > self._capacity:
-      return place + _avoid_stub(self._capacity, end - place, at_least=1)
-    left = [room - cost[end - place] for cost, room in self._sides]
-    document += 1
-    last = min(
-      int(sums.searchsorted(sums[document] + room, side='right')) - 1
-      for sums, room in zip(self._sums, left, strict=True)
-    )
-    if last >= len(self._ends):
-      return int(self._ends[-1])
-    place = int(self._ends[last - 1])
-    fit = min(
-      fits[room - int(sums[last] - sums[document])]
-      for fits, sums, room in zip(self._fits, self._sums, left, strict=True)
-    )
-    return place + _avoid_stub(fit, int(self._ends[last]) - place, at_least=STUB)
+  Pieces of a row that follow each other in the store, with at most `gap` tokens between, are one read.
+  """
+  ends = pieces.places + pieces.lengths
+  apart = pieces.places[1:] - ends[:-1]
+  new = np.flatnonzero(np.concatenate([[True], (np.diff(pieces.rows) != 0) | (apart < 0) | (apart > gap)]))
+  last = np.append(new[1:], len(ends)) - 1
+  lengths = ends[last] - pieces.places[new]
+  shift = np.repeat(starts(lengths) - pieces.places[new], last - new + 1)
+  return list(zip(pieces.places[new].tolist(), lengths.tolist(), strict=True)), pieces.places + shift
 
 
-def _avoid_stub(fit: int, length: int, at_least: int) -> int:
-  """How much of a document of `length` to put where `fit` < length tokens fit, so that neither part is a stub."""
-  best = min(fit, length - STUB)
-  if best >= STUB:
-    return best
-  return fit if at_least < STUB else 0
+def cut_out(read: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> Ragged:
+  """The pieces that begin at `places` of what was read."""
+  if len(read) == lengths.sum():  # nothing lies between them
+    return Ragged(read, lengths)
+  return Ragged(read[spread(places, lengths)], lengths)

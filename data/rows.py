@@ -1,40 +1,50 @@
-"""The rows of one store, epoch after epoch: plan, tokens, random bits and objective put together."""
+"""The rows of one store, epoch after epoch: plan, order, tokens, random bits and objective put together."""
 
 import collections
+import functools
 import threading
 
 import numpy as np
 
 from data.bits import philox
+from data.concat_split import ConcatSplitPlanner
 from data.features import Batch
 from data.make import RowMaker, RowSpec, text_of
 from data.objectives import Supervised, pair_lengths, tasks_of
+from data.order import WINDOW, Deal, EpochOrder
 from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
-from data.plan import Pieces, Plan, Planner
-from data.ragged import Ragged, join, spread, starts
+from data.plan import Pieces, Plan, cut_out, joined, runs_of
+from data.ragged import Ragged, join
+from data.tasks import block_of
+
+GAP = 64  # tokens between two pieces of a row that are read along rather than read around
 
 
 class StoreRows:
   """Row k of an endless sequence over one store: epoch 0 in its order, then epoch 1, … Picklable.
 
-  Threads may share one; a plan is made once, and those who want another meanwhile wait.
+  Threads may share one; a plan is made once, and those who want another meanwhile wait. The plans of a window of
+  shards are kept, and the row counts of all that were ever made.
   """
 
   def __init__(self, store, spec: RowSpec, *, seed: int, purpose: str):
     self.store, self._seed, self._purpose = store, seed, purpose
     self._tasks = tasks_of(spec.objective)
     self._pairs: PairStream | None = None
+    rates = [task.rate for task in self._tasks]
+    self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')
     if isinstance(spec.objective, Supervised):
       self._pairs = PairStream(store, pair_lengths(spec.objective, spec.budget))
-      self._maker, self._planner = PairMaker(spec.budget), PairPlanner(self._pairs, spec.budget, seed, purpose)
+      self._maker, self._planner = PairMaker(spec.budget), PairPlanner(self._pairs, spec.budget)
     else:
       self._maker = RowMaker(spec)
-      self._planner = Planner(
-        text_of(store, spec), self._tasks, spec.budget, seed=seed, purpose=purpose,
+      self._planner = ConcatSplitPlanner(
+        functools.partial(text_of, store, spec), self._tasks, spec.budget, seed=seed, purpose=purpose,
         attend_across_documents=spec.attend_across_documents,
       )  # fmt: skip
-    self._firsts = [0]  # the row in the sequence with which each epoch begins
-    self._recent: collections.OrderedDict[int, Plan] = collections.OrderedDict()
+    self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
+    self._plans: collections.OrderedDict[tuple[int, int], tuple[Plan, list[np.ndarray]]] = collections.OrderedDict()
+    self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
     self._lock = threading.RLock()
 
   def __getstate__(self):
@@ -44,40 +54,77 @@ class StoreRows:
     self.__dict__.update(state)
     self._lock = threading.RLock()
 
-  def plan(self, epoch: int) -> Plan:
-    """The plan of an epoch; the last two are kept."""
+  def _plan(self, shard: int, variant: int) -> tuple[Plan, list[np.ndarray]]:
+    """A plan, and which of its rows have each task."""
     with self._lock:
-      if epoch not in self._recent:
-        self._recent[epoch] = self._planner.plan(epoch)
-        while len(self._recent) > 2:
-          self._recent.popitem(last=False)
-      return self._recent[epoch]
+      if (shard, variant) not in self._plans:
+        plan = self._planner.plan(shard, variant)
+        by_task = [np.flatnonzero(plan.tasks == task) for task in range(len(self._tasks))]
+        self._plans[shard, variant] = plan, by_task
+      self._plans.move_to_end((shard, variant))
+      while len(self._plans) > 2 * WINDOW:
+        self._plans.popitem(last=False)
+      return self._plans[shard, variant]
 
-  def row_count(self, epoch: int) -> int:
+  def _counts_of(self, variant: int) -> np.ndarray:
     with self._lock:
-      return int(np.diff(self._first_rows(epoch))[epoch])
+      if variant not in self._counts:
+        shards = range(len(self.store.shards))
+        self._counts[variant] = np.array([[len(own) for own in self._plan(s, variant)[1]] for s in shards])
+      return self._counts[variant]
 
-  def _first_rows(self, epoch: int) -> list[int]:
-    """Where epochs 0 … epoch + 1 begin. Counting rows takes planning each epoch once, in order; under the lock."""
-    while len(self._firsts) < epoch + 2:
-      self._firsts.append(self._firsts[-1] + self.plan(len(self._firsts) - 1).num_rows)
-    return self._firsts
+  def _order(self, epoch: int) -> EpochOrder:
+    with self._lock:
+      if epoch not in self._orders:
+        counts = self._counts_of(epoch % self._planner.variants)
+        self._orders[epoch] = EpochOrder(counts, self._deal, seed=self._seed, purpose=self._purpose, epoch=epoch)
+        while len(self._orders) > 2:
+          self._orders.popitem(last=False)
+      return self._orders[epoch]
+
+  def num_rows(self, epoch: int) -> int:
+    return int(self._counts_of(epoch % self._planner.variants).sum())
+
+  def epoch_of(self, row: int) -> tuple[int, int]:
+    """(epoch, the first row of that epoch) of a row of the sequence. Plans no epoch twice, however far the row."""
+    first = 0
+    for epoch in range(self._planner.variants):
+      end = first + self.num_rows(epoch)
+      if row < end:
+        return epoch, first
+      first = end
+    cycles, rest = divmod(row, first)
+    epoch, start = self.epoch_of(rest)
+    return cycles * self._planner.variants + epoch, cycles * first + start
 
   def epochs(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(epoch, rows of its plan) for ascending rows of the sequence, in the order of training."""
-    with self._lock:
-      while self._firsts[-1] <= rows[-1]:
-        self._first_rows(len(self._firsts) - 1)
-      epochs = np.searchsorted(self._firsts, rows, side='right') - 1
-      groups = []
-      for epoch in np.unique(epochs).tolist():
-        groups.append((epoch, self.plan(epoch).order[rows[epochs == epoch] - self._firsts[epoch]]))
-      return groups
+    """(epoch, places in it) for ascending rows of the sequence."""
+    groups = []
+    while len(rows):
+      epoch, first = self.epoch_of(int(rows[0]))
+      count = int(np.searchsorted(rows, first + self.num_rows(epoch)))
+      groups.append((epoch, rows[:count] - first))
+      rows = rows[count:]
+    return groups
 
-  def pieces(self, epoch: int, rows: np.ndarray) -> tuple[Pieces, np.ndarray]:
-    """(pieces of rows of the plan of an epoch, each row's task)."""
-    plan = self.plan(epoch)
-    return self._planner.stream.pieces(plan.cuts[rows], plan.cuts[rows + 1]), plan.tasks[rows]
+  def locate(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shard, row of the shard's plan, task) at each place of an epoch."""
+    shards, tasks, ranks = self._order(epoch).locate(places)
+    rows = np.empty_like(ranks)
+    for shard in np.unique(shards).tolist():
+      by_task = self._plan(shard, epoch % self._planner.variants)[1]
+      for task in np.unique(tasks[shards == shard]).tolist():
+        own = (shards == shard) & (tasks == task)
+        rows[own] = by_task[task][ranks[own]]
+    return shards, rows, tasks
+
+  def pieces(self, epoch: int, shards: np.ndarray, rows: np.ndarray) -> Pieces:
+    """The pieces of rows of plans of an epoch."""
+    parts = []
+    for shard in np.unique(shards).tolist():
+      own = np.flatnonzero(shards == shard)
+      parts.append((own, self._plan(shard, epoch % self._planner.variants)[0].pieces(rows[own])))
+    return joined(parts)
 
   @property
   def pair_counts(self) -> PairCounts | None:
@@ -91,25 +138,20 @@ class StoreRows:
   def task_label(self, task: int) -> str:
     return self._tasks[task].label
 
-  def batch(self, epoch: int, rows: np.ndarray) -> Batch:
-    """The fields of rows of an epoch's plan, in the given order."""
-    pieces, tasks = self.pieces(epoch, rows)
-    return self._maker.make(self._tokens(pieces), pieces.stretches, tasks, lambda: self._bits(epoch, rows, pieces))
+  def batch(self, epoch: int, places: np.ndarray) -> Batch:
+    """The fields of the rows at these places of an epoch."""
+    shards, rows, tasks = self.locate(epoch, places)
+    pieces = self.pieces(epoch, shards, rows)
+    bits = lambda: self._bits(epoch, shards, rows, pieces)
+    return self._maker.make(self._tokens(pieces), pieces.rows, tasks, bits)
 
   def _tokens(self, pieces: Pieces) -> Ragged:
-    """The text of pieces, one read for each row: its pieces lie close together."""
-    begin = np.flatnonzero(np.diff(pieces.stretches, prepend=-1))
-    end = np.append(begin[1:], len(pieces.stretches)) - 1
-    first, last = pieces.places[begin], pieces.places[end] + pieces.lengths[end]
-    read = join(self.store.read(list(zip(first.tolist(), (last - first).tolist(), strict=True))))
-    if len(read.values) == pieces.lengths.sum():  # no EOS between documents is left out
-      return Ragged(read.values, pieces.lengths)
-    offset = np.repeat(starts(read.lengths) - first, np.diff(begin, append=len(pieces.stretches)))
-    return Ragged(read.values[spread(pieces.places + offset, pieces.lengths)], pieces.lengths)
+    ranges, places = runs_of(pieces, GAP)
+    return cut_out(join(self.store.read(ranges)).values, places, pieces.lengths)
 
-  def _bits(self, epoch: int, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
+  def _bits(self, epoch: int, shards: np.ndarray, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
     """For each row its own stream: a number for each token and each piece."""
-    counts = np.bincount(pieces.stretches, pieces.lengths + 1, len(rows)).astype(np.int64).tolist()
+    counts = np.bincount(pieces.rows, pieces.lengths + 1, len(rows)).astype(np.int64)
     purpose = self._purpose + ' noise'
-    draw = lambda row, count: philox(self._seed, purpose, epoch, row).random_raw(count)
-    return np.concatenate([draw(row, count) for row, count in zip(rows.tolist(), counts, strict=True)])
+    draw = lambda shard, row, count: philox(self._seed, purpose, epoch, shard, row).random_raw(count)
+    return np.concatenate([draw(*own) for own in zip(shards.tolist(), rows.tolist(), counts.tolist(), strict=True)])

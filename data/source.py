@@ -8,12 +8,12 @@ from typing import Annotated, Literal, assert_never
 
 import numpy as np
 
-from data.bits import permutation
 from data.builtin import builtin_store
 from data.errors import DataError
 from data.features import Batch
 from data.make import RowSpec
 from data.objectives import Objective, Supervised, check_objective
+from data.order import Deal
 from data.pairs import PairCounts
 from data.rows import StoreRows
 from data.store import Store, open_store
@@ -81,6 +81,7 @@ class RowDescription:
 
   path: str
   epoch: int
+  shard: int
   row: int
   task: str
   pieces: tuple[tuple[int, int, int], ...]
@@ -192,7 +193,7 @@ class DataSource:
     self.cfg, self.vocabulary, self.tokenizer = cfg, vocabulary, tokenizer
     self._seed, self._rows, self._heldout = seed, rows, heldout
     try:
-      self._block = block_of(weights, 'data.sources weights')
+      self._deal = Deal(block_of(weights, 'data.sources weights'), seed, 'mixture')
     except ValueError as error:
       raise DataError(str(error)) from error
 
@@ -212,38 +213,25 @@ class DataSource:
     return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
 
   def _locate(self, start: int, count: int) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
-    """(places in the answer, source, epoch, rows of its plan) for each source and epoch that occurs."""
-    source, own = self._deal(start, count)
+    """(rows of the answer, source, epoch, places in it) for each source and epoch that occurs."""
+    source, own = self._deal.at(np.arange(start, start + count))
     for i, rows in enumerate(self._rows):
-      places = np.flatnonzero(source == i)
-      if not len(places):
-        continue
-      for epoch, planned in rows.epochs(own[places]):
-        yield places[: len(planned)], rows, epoch, planned
-        places = places[len(planned) :]
-
-  def _deal(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, row in the sequence of that source) of each position; every block holds the exact shares."""
-    size = len(self._block)
-    if len(self._rows) == 1:
-      return np.zeros(count, np.int64), np.arange(start, start + count)
-    first, last = start // size, (start + count - 1) // size
-    orders = [permutation(self._seed, 'mixture', block, size=size) for block in range(first, last + 1)]
-    dealt = self._block[np.concatenate(orders)]
-    own = np.zeros(len(dealt), np.int64)
-    for i in range(len(self._rows)):
-      mine = dealt == i
-      own[mine] = first * (self._block == i).sum() + np.arange(mine.sum())
-    skip = start - first * size
-    return dealt[skip : skip + count], own[skip : skip + count]
+      mine = np.flatnonzero(source == i)
+      mine = mine[np.argsort(own[mine], kind='stable')]
+      for epoch, places in rows.epochs(own[mine]):
+        yield mine[: len(places)], rows, epoch, places
+        mine = mine[len(places) :]
 
   def describe_row(self, position: int) -> RowDescription:
     """Where the row at `position` in the run came from."""
-    ((_, rows, epoch, own),) = self._locate(position, 1)
-    pieces, tasks = rows.pieces(epoch, own)
+    ((_, source, epoch, places),) = self._locate(position, 1)
+    shards, rows, tasks = source.locate(epoch, places)
+    pieces = source.pieces(epoch, shards, rows)
     listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
-    label = rows.task_label(int(tasks[0]))
-    return RowDescription(rows.store.path, epoch, int(own[0]), label, tuple(listed), rows.pair_counts)
+    return RowDescription(
+      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), tuple(listed),
+      source.pair_counts,
+    )  # fmt: skip
 
   def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
     """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
@@ -274,16 +262,15 @@ class HeldoutSet:
   rows: slice
 
   def __len__(self) -> int:
-    return min(self.num_batches, -(-self.source.row_count(0) // self.batch_size))
+    return min(self.num_batches, -(-self.source.num_rows(0) // self.batch_size))
 
   def __iter__(self) -> Iterator[Batch]:
     for i in range(len(self)):
       yield self._batch(i * self.batch_size + self.rows.start, self.rows.stop - self.rows.start)
 
   def _batch(self, start: int, count: int) -> Batch:
-    present = np.arange(start, start + count) < self.source.row_count(0)
-    order = self.source.plan(0).order
-    # Padding needs the shapes of a real row: row 0 is made and blanked.
-    part = self.source.batch(0, order[np.where(present, np.arange(start, start + count), 0)])
+    present = np.arange(start, start + count) < self.source.num_rows(0)
+    # Padding needs the shapes of a real row: the first is made and blanked.
+    part = self.source.batch(0, np.where(present, np.arange(start, start + count), 0))
     blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
     return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}

@@ -14,6 +14,7 @@ flipped bit is an error when it is read.
 """
 
 import collections
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -97,6 +98,14 @@ class _Appender:
 
   def close(self) -> None:
     self._flush(self._num_pending)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """Whole documents of a store that are planned together, and the tokens that they have."""
+
+  documents: range
+  tokens: range
 
 
 class StoreWriter:
@@ -262,6 +271,13 @@ class Store:
         f'{path} has {self.num_documents} documents, its manifest.json says that they are pairs. Nothing was changed; '
         'restore the store from a copy, or prepare it again.', 'DATA-CORRUPT',
       )  # fmt: skip
+
+  @property
+  def shards(self) -> tuple[Shard, ...]:
+    return (Shard(range(self.num_documents), range(self.num_tokens)),)
+
+  def offsets_of(self, shard: int) -> np.ndarray:
+    return self.offsets
 
   def _reopen(self) -> None:
     self._array = self._checked(lambda: self._open('tokens'))

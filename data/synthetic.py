@@ -3,6 +3,7 @@
 import numpy as np
 
 from data.bits import philox
+from data.store import Shard
 from data.vocabulary import UNKNOWN
 
 _DOCUMENT, _NUM_DOCUMENTS = 4096, 1024
@@ -17,8 +18,13 @@ class SyntheticStore:
     self.path, self.fingerprint = 'synthetic', f'synthetic-{pieces}-{seed}'
     self.num_documents, self.num_tokens = _NUM_DOCUMENTS, _DOCUMENT * _NUM_DOCUMENTS
     self.offsets = np.arange(_NUM_DOCUMENTS + 1, dtype=np.int64) * _DOCUMENT
+    self.shards = (Shard(range(_NUM_DOCUMENTS), range(self.num_tokens)),)
     bits = philox(seed, 'synthetic').random_raw(self.num_tokens // 2).view(np.uint32)
     self._tokens = (bits % np.uint32(pieces - UNKNOWN - 1) + np.uint32(UNKNOWN + 1)).astype(np.int32)
+
+  def offsets_of(self, shard: int) -> np.ndarray:
+    """int64[documents + 1]: where each document of the (only) shard begins, and the last one ends."""
+    return self.offsets
 
   def read(self, ranges) -> list[np.ndarray]:
     """int32 tokens of each (start, length)."""

@@ -26,7 +26,7 @@ def take(source, position, count, rows=ALL):
 def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
   source = opened(text_store, workers=workers, prefetch=prefetch)
   for step, (position, batch) in enumerate(take(source, {'examples': 0}, 9)):
-    assert position == {'version': 1, 'examples': 8 * (step + 1)}
+    assert position == {'version': 2, 'examples': 8 * (step + 1)}
     assert_equal(batch, source.batch(step, ALL))
 
 
@@ -56,7 +56,7 @@ def test_hosts_load_their_rows(text_store):
 
 
 def test_a_position_of_another_version_is_refused(text_store):
-  with pytest.raises(DataError, match='position of data version 7, this version reads 1'):
+  with pytest.raises(DataError, match='position of data version 7, this version reads 2'):
     loader(opened(text_store), {'version': 7, 'examples': 0}, ALL)
 
 

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+import data.rows
 from data.errors import DataError
 from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Supervised, Ul2, Ul2r
 from data.source import DataSource, Source, StoreData, Synthetic, open_data
@@ -168,19 +169,20 @@ class SlowDict(collections.OrderedDict):
     time.sleep(1e-3)
 
 
-def test_threads_that_share_rows_get_what_one_gets(text_store):
+def test_threads_that_share_rows_get_what_one_gets(text_store, monkeypatch):
   """Plans of more epochs than are kept, wanted in another order by each thread."""
+  monkeypatch.setattr(data.rows, 'WINDOW', 1)
   shared, alone = (opened(text_store)._rows[0] for _ in range(2))
   plan, planned = shared._planner.plan, []
-  shared._planner.plan = lambda epoch: (planned.append(epoch), plan(epoch))[1]
-  shared._recent = SlowDict()
-  wanted = [(epoch, alone.row_count(epoch), alone.batch(epoch, np.arange(3))) for epoch in range(4)]
+  shared._planner.plan = lambda *which: (planned.append(which), plan(*which))[1]
+  shared._plans = SlowDict()
+  wanted = [(epoch, alone.num_rows(epoch), alone.batch(epoch, np.arange(3))) for epoch in range(4)]
 
   def ask(thread: int) -> None:
     for k in range(20):
       epoch, count, batch = wanted[(k * (thread + 1) + thread) % 4]
       assert_equal(shared.batch(epoch, np.arange(3)), batch)
-      assert shared.row_count(epoch) == count
+      assert shared.num_rows(epoch) == count
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(ask, range(8)))

@@ -1,13 +1,14 @@
-"""The plan: every token once, exact rates in every block, rows that fit, other rows in the next epoch."""
+"""Concat-split: every token once, exact rates in every block, rows that fit, other rows in the next epoch."""
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data.concat_split import STUB, VARIANTS, ConcatSplitPlanner
 from data.noise import span_corruption_lengths
 from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
-from data.plan import STUB, Planner, Stream
+from data.plan import Stream
 from data.tasks import Budget
 
 CASES = [
@@ -30,28 +31,29 @@ def stream(number: int = 300, eos: int = 1, seed: int = 0) -> Stream:
   return Stream(np.cumsum(lengths + eos) - lengths - eos, lengths)
 
 
-def planner(objective, budget: Budget, *, text: Stream | None = None, seed: int = 0, across: bool = False) -> Planner:
-  return Planner(
-    text or stream(), tasks_of(objective), budget, seed=seed, purpose='test', attend_across_documents=across
+def planner(
+  objective, budget: Budget, *, text: Stream | None = None, seed: int = 0, across: bool = False
+) -> ConcatSplitPlanner:
+  text = text or stream()
+  return ConcatSplitPlanner(
+    lambda shard: text, tasks_of(objective), budget, seed=seed, purpose='test', attend_across_documents=across
   )
 
 
 @pytest.mark.parametrize(('objective', 'budget'), CASES)
-@pytest.mark.parametrize('epoch', [0, 3])
-def test_each_token_is_in_exactly_one_row_of_an_epoch(objective, budget, epoch):
+@pytest.mark.parametrize('variant', [0, 3])
+def test_each_token_is_in_exactly_one_row(objective, budget, variant):
   text = stream()
-  made = planner(objective, budget, text=text)
-  plan = made.plan(epoch)
-  assert sorted(plan.order.tolist()) == list(range(plan.num_rows))
+  plan = planner(objective, budget, text=text).plan(0, variant)
   used = np.zeros(text.begins[-1] + text.lengths[-1] + 1, np.int64)
-  pieces = made.stream.pieces(plan.cuts[plan.order], plan.cuts[plan.order + 1])
+  pieces = plan.pieces(np.arange(len(plan.tasks))[::-1])
   for place, length in zip(pieces.places, pieces.lengths, strict=True):
     used[place : place + length] += 1
   wanted = np.zeros_like(used)
   for begin, length in zip(text.begins, text.lengths, strict=True):
     wanted[begin : begin + length] += 1
   assert used.tolist() == wanted.tolist()
-  assert set(pieces.stretches.tolist()) == set(range(plan.num_rows)), 'no row is empty'
+  assert set(pieces.rows.tolist()) == set(range(len(plan.tasks))), 'no row is empty'
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -68,7 +70,7 @@ def test_any_documents_are_cut_in_rows_that_fit_and_hold_all_of_them(case, lengt
   if across:
     lengths, begins = np.array([lengths.sum()]), np.zeros(1, np.int64)
   text, tasks = Stream(begins, lengths), tasks_of(objective)
-  plan = planner(objective, budget, text=text, across=across).plan(0)
+  plan = planner(objective, budget, text=text, across=across).plan(0, 0)
   assert plan.cuts[0] == 0
   assert plan.cuts[-1] == text.size
   assert (np.diff(plan.cuts) > 0).all()
@@ -76,7 +78,7 @@ def test_any_documents_are_cut_in_rows_that_fit_and_hold_all_of_them(case, lengt
   covered = [p for place, n in zip(pieces.places, pieces.lengths, strict=True) for p in range(place, place + n)]
   assert covered == [p for begin, n in zip(begins, lengths, strict=True) for p in range(begin, begin + n)]
   for row, task in enumerate(plan.tasks):
-    own = pieces.lengths[pieces.stretches == row]
+    own = pieces.lengths[pieces.rows == row]
     if budget.inputs_length:
       inputs, targets = tasks[task].costs(own)
       assert inputs.sum() <= budget.inputs_length
@@ -89,16 +91,16 @@ def test_any_documents_are_cut_in_rows_that_fit_and_hold_all_of_them(case, lengt
 def test_every_row_fits_and_all_but_the_last_are_full(objective, budget):
   text, tasks = stream(), tasks_of(objective)
   made = planner(objective, budget, text=text)
-  plan = made.plan(0)
+  plan = made.plan(0, 0)
   pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])
-  for row in range(plan.num_rows):
-    lengths = pieces.lengths[pieces.stretches == row]
+  for row in range(len(plan.tasks)):
+    lengths = pieces.lengths[pieces.rows == row]
     task = tasks[plan.tasks[row]]
     sides = task.costs(lengths) if budget.inputs_length else (np.zeros(1, int), task.total_costs(lengths))
     rooms = (budget.inputs_length, budget.targets_length)
     left = [room - int(side.sum()) for side, room in zip(sides, rooms, strict=True)]
     assert min(left) >= 0
-    if row < plan.num_rows - 1:
+    if row < len(plan.tasks) - 1:
       stub = np.array([2 * STUB])
       more = task.costs(stub) if budget.inputs_length else (np.zeros(1, int), task.total_costs(stub))
       assert any(int(m[0]) > x for m, x in zip(more, left, strict=True) if x or m[0]), (
@@ -106,36 +108,33 @@ def test_every_row_fits_and_all_but_the_last_are_full(objective, budget):
       )
 
 
-def test_every_block_of_rows_holds_the_exact_rates_in_training_order():
-  made = planner(Ul2(), Budget(64, 64), text=stream(1000))
-  for epoch in (0, 1):
-    plan = made.plan(epoch)
-    whole = plan.num_rows // 7 * 7
-    assert whole >= 700
-    in_training = plan.tasks[plan.order][:whole].reshape(-1, 7)
-    assert (np.sort(in_training, axis=1) == np.arange(7)).all()
+def test_every_block_of_rows_holds_the_exact_rates_in_an_order_of_its_own():
+  for variant in (0, 1):
+    tasks = planner(Ul2(), Budget(64, 64), text=stream(1000)).plan(0, variant).tasks
+    whole = tasks[: len(tasks) // 7 * 7].reshape(-1, 7)
+    assert len(whole) >= 100
+    assert (np.sort(whole, axis=1) == np.arange(7)).all()
+    assert len({row.tobytes() for row in whole[:100]}) > 50
 
 
-def test_blocks_have_different_orders_and_rows_are_shuffled():
-  plan = planner(Ul2(), Budget(64, 64), text=stream(1000)).plan(0)
-  assert len({row.tobytes() for row in plan.tasks[:700].reshape(-1, 7)}) > 50
-  assert np.abs(np.corrcoef(plan.order, np.arange(plan.num_rows))[0, 1]) < 0.2
-
-
-def test_epochs_and_seeds_differ_and_each_is_reproducible():
+def test_variants_shards_and_seeds_differ_and_each_is_reproducible():
   a, again = planner(Ul2(), Budget(64, 64)), planner(Ul2(), Budget(64, 64))
   other = planner(Ul2(), Budget(64, 64), seed=1)
-  assert a.plan(1).order.tolist() == again.plan(1).order.tolist()
-  assert a.plan(1).cuts.tolist() == again.plan(1).cuts.tolist()
-  assert a.plan(0).tasks[:200].tolist() != a.plan(1).tasks[:200].tolist()
-  assert a.plan(0).tasks[:200].tolist() != other.plan(0).tasks[:200].tolist()
-  assert a.plan(0).cuts.tolist() != a.plan(1).cuts.tolist()
+  assert a.variants == VARIANTS
+  assert a.plan(0, 1).cuts.tolist() == again.plan(0, 1).cuts.tolist()
+  assert a.plan(0, 0).cuts.tolist() != a.plan(0, 1).cuts.tolist()
+  first = [made.plan(*which).tasks[:200].tobytes() for made, *which in ((a, 0, 0), (a, 0, 1), (a, 1, 0), (other, 0, 0))]
+  assert len(set(first)) == 4
+
+
+def test_a_single_task_has_one_plan_for_all_epochs():
+  assert planner(SpanCorruption(), Budget(128, 30)).variants == 1
 
 
 @pytest.mark.parametrize(('objective', 'budget'), [case for case in CASES if case.id != 'causal'])
 def test_no_document_is_cut_to_a_stub(objective, budget):
   text = stream()
-  plan = planner(objective, budget, text=text).plan(0)
+  plan = planner(objective, budget, text=text).plan(0, 0)
   pieces = text.pieces(plan.cuts[:-1], plan.cuts[1:])
   cut = pieces.lengths < text.lengths[pieces.documents]
   assert cut.sum() > 20
@@ -144,15 +143,15 @@ def test_no_document_is_cut_to_a_stub(objective, budget):
 
 def test_causal_rows_are_full_to_the_last_token():
   text = stream()
-  plan = planner(CausalLm(), Budget(0, 100), text=text).plan(0)
+  plan = planner(CausalLm(), Budget(0, 100), text=text).plan(0, 0)
   assert set(np.diff(plan.cuts)[:-1].tolist()) == {100}
-  assert plan.num_rows == -(-text.size // 100)
+  assert len(plan.tasks) == -(-text.size // 100)
 
 
 def chunk_sizes(inputs: int, targets: int, mean: float, density: float) -> set[int]:
   objective = SpanCorruption(mean_noise_span_length=mean, noise_density=density)
   text = Stream(np.zeros(1, np.int64), np.array([10_000]))
-  return set(np.diff(planner(objective, Budget(inputs, targets), text=text, across=True).plan(0).cuts)[:-1].tolist())
+  return set(np.diff(planner(objective, Budget(inputs, targets), text=text, across=True).plan(0, 0).cuts)[:-1].tolist())
 
 
 @pytest.mark.parametrize(('mean', 'density'), [(3.0, 0.15), (8.0, 0.15), (3.0, 0.5), (64.0, 0.5), (32.0, 0.15)])
@@ -170,7 +169,7 @@ def test_where_the_references_size_overflows_its_rows_ours_is_smaller():
 
 def test_a_document_longer_than_many_rows_fills_them():
   text = Stream(np.array([0]), np.array([100_000]))
-  plan = planner(SpanCorruption(), Budget(512, 114), text=text).plan(0)
+  plan = planner(SpanCorruption(), Budget(512, 114), text=text).plan(0, 0)
   assert set(np.diff(plan.cuts)[:-2].tolist()) == {568}
 
 
@@ -181,5 +180,5 @@ def test_planning_is_as_fast_as_it_must_be():
   text = stream(20_000)
   made = planner(Ul2(), Budget(512, 512), text=text)
   start = time.process_time()
-  made.plan(0)
+  made.plan(0, 0)
   assert text.size / (time.process_time() - start) > 2e6

@@ -1,0 +1,82 @@
+"""Which row comes when: tasks in blocks of exact rates, rows at random. Computed for each place alone, without memory.
+
+An epoch goes through the shards of a store in a random order, a window of them at a time; inside a window any row may
+be next. So a run holds the plans of one window, whatever the size of its store.
+"""
+
+import numpy as np
+
+from data.bits import permute, stream_key
+from data.ragged import starts
+
+WINDOW = 8  # shards
+
+
+class Deal:
+  """An endless sequence of numbers 0, 1, … at exact rates: every block holds its share of each, in a random order."""
+
+  def __init__(self, block: np.ndarray, seed: int, purpose: str):
+    self.block, self._seed, self._purpose = block, seed, purpose
+    self.shares = np.bincount(block)
+    self._firsts = starts(self.shares)
+
+  def at(self, places: np.ndarray, *counter: int) -> tuple[np.ndarray, np.ndarray]:
+    """(number, which of that number's occurrences) at each place of the sequence of `counter`: int64 arrays."""
+    size = len(self.block)
+    if size == 1:
+      return np.zeros(len(places), np.int64), places
+    blocks, within = np.divmod(places, size)
+    slots = permute(within, size, stream_key(self._seed, self._purpose, *counter, blocks))
+    numbers = self.block[slots]
+    return numbers, blocks * self.shares[numbers] + slots - self._firsts[numbers]
+
+
+class EpochOrder:
+  """The order of one epoch. `counts` (int64[shards, tasks]) is how many rows of each task a shard's plan has."""
+
+  def __init__(self, counts: np.ndarray, deal: Deal, *, seed: int, purpose: str, epoch: int, window: int = WINDOW):
+    self._counts, self._deal, self._seed, self._purpose, self._epoch = counts, deal, seed, purpose, epoch
+    order = permute(np.arange(len(counts)), len(counts), stream_key(seed, purpose + ' shards', epoch))
+    self._windows = [order[i : i + window] for i in range(0, len(order), window)]
+    self._ends = np.cumsum([counts[own].sum() for own in self._windows])
+
+  @property
+  def num_rows(self) -> int:
+    return int(self._ends[-1])
+
+  def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shard, task, which of the shard's rows of that task) at each place of the epoch: int64 arrays."""
+    windows = np.searchsorted(self._ends, places, side='right')
+    found = np.empty((3, len(places)), np.int64)
+    for number in np.unique(windows).tolist():
+      own = windows == number
+      first = self._ends[number - 1] if number else 0
+      found[:, own] = self._in_window(number, places[own] - first)
+    return found[0], found[1], found[2]
+
+  def _in_window(self, number: int, places: np.ndarray) -> np.ndarray:
+    shards = self._windows[number]
+    counts = self._counts[shards]
+    tasks, ranks = self._tasks(number, places, counts.sum(0))
+    found = np.empty((3, len(places)), np.int64)
+    for task in np.unique(tasks).tolist():
+      own, ends = tasks == task, np.cumsum(counts[:, task])
+      key = stream_key(self._seed, self._purpose + ' rows', self._epoch, number, task)
+      rows = permute(ranks[own], int(ends[-1]), key)
+      shard = np.searchsorted(ends, rows, side='right')
+      found[:, own] = shards[shard], np.full(own.sum(), task), rows - (ends - counts[:, task])[shard]
+    return found
+
+  def _tasks(self, number: int, places: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(task, which of the window's rows of that task); rows that fill no whole block come last, in any order."""
+    shares = self._deal.shares
+    blocks = int((totals // shares).min())
+    whole = places < blocks * shares.sum()
+    found = np.empty((2, len(places)), np.int64)
+    found[:, whole] = self._deal.at(places[whole], self._epoch, number)
+    left = totals - blocks * shares
+    key = stream_key(self._seed, self._purpose + ' rest', self._epoch, number)
+    rest = permute(places[~whole] - blocks * shares.sum(), int(left.sum()), key)
+    tasks = np.searchsorted(np.cumsum(left), rest, side='right')
+    found[:, ~whole] = tasks, blocks * shares[tasks] + rest - starts(left)[tasks]
+    return found[0], found[1]
