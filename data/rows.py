@@ -7,11 +7,11 @@ import threading
 import numpy as np
 
 from data.bits import philox
-from data.concat_split import ConcatSplitPlanner
 from data.features import Batch
 from data.make import RowMaker, RowSpec, text_of
 from data.objectives import Supervised, pair_lengths, tasks_of
 from data.order import WINDOW, Deal, EpochOrder
+from data.packing import Packing, make_planner
 from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
 from data.plan import Pieces, Plan, cut_out, joined, runs_of
 from data.ragged import Ragged, join
@@ -27,8 +27,8 @@ class StoreRows:
   shards are kept, and the row counts of all that were ever made.
   """
 
-  def __init__(self, store, spec: RowSpec, *, seed: int, purpose: str):
-    self.store, self._seed, self._purpose = store, seed, purpose
+  def __init__(self, store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str):
+    self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
     self._tasks = tasks_of(spec.objective)
     self._pairs: PairStream | None = None
     rates = [task.rate for task in self._tasks]
@@ -38,10 +38,8 @@ class StoreRows:
       self._maker, self._planner = PairMaker(spec.budget), PairPlanner(self._pairs, spec.budget)
     else:
       self._maker = RowMaker(spec)
-      self._planner = ConcatSplitPlanner(
-        functools.partial(text_of, store, spec), self._tasks, spec.budget, seed=seed, purpose=purpose,
-        attend_across_documents=spec.attend_across_documents,
-      )  # fmt: skip
+      stream = functools.partial(text_of, store, spec)
+      self._planner = make_planner(packing, stream, spec, seed=seed, purpose=purpose)
     self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
     self._plans: collections.OrderedDict[tuple[int, int], tuple[Plan, list[np.ndarray]]] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
@@ -125,6 +123,23 @@ class StoreRows:
       own = np.flatnonzero(shards == shard)
       parts.append((own, self._plan(shard, epoch % self._planner.variants)[0].pieces(rows[own])))
     return joined(parts)
+
+  def shard_pieces(self, shard: int, epoch: int) -> tuple[Pieces, np.ndarray]:
+    """(all pieces of a shard, the task of each of its rows), in the order of its plan."""
+    plan = self._plan(shard, epoch % self._planner.variants)[0]
+    return plan.pieces(np.arange(len(plan.tasks))), plan.tasks
+
+  def places_taken(self, pieces: Pieces, tasks: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    """(places that each piece takes, places of a row) for each side of a row: encoder and decoder, or the decoder."""
+    budget = self._budget
+    rooms = (budget.inputs_length, budget.targets_length)
+    if self._pairs:
+      own = np.arange(len(pieces.lengths)) % 2 == 0
+      taken = [own * pieces.lengths, ~own * pieces.lengths] if budget.inputs_length else [0, pieces.lengths]
+    else:
+      tables = [np.stack(side) for side in zip(*(budget.costs(task) for task in self._tasks), strict=True)]
+      taken = [table[tasks[pieces.rows], pieces.lengths] for table in tables]
+    return [(cost, room) for cost, room in zip(taken, rooms, strict=True) if room]
 
   @property
   def pair_counts(self) -> PairCounts | None:

@@ -19,8 +19,7 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
   The batch begins at `first_example` of the run (None: after `step` batches of the same size).
   Raises DataError where the batch has no such row.
   """
-  _check_place(source, step, row)
-  place = (step * source.cfg.batch_size if first_example is None else first_example) + row
+  place = _place(source, step, row, first_example)
   origin = source.describe_row(place)
   fields = {name: values[0] for name, values in source.global_rows(place, 1).items()}
   lines = [
@@ -32,6 +31,27 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
   for k, where in enumerate(_origins(origin), 1):
     lines += ['', f'segment {k}: {where} of the store', *_segment(source, fields, k)]
   return '\n'.join([*lines, '', *_summary(fields)])
+
+
+def explain_row(source: DataSource, step: int, row: int, first_example: int | None = None) -> str:
+  """A table of the pieces of a row; arguments and errors are those of `show_row`."""
+  place = _place(source, step, row, first_example)
+  origin = source.describe_row(place)
+  lines = [
+    f'step {step}, row {row} (example {place}): task {origin.task}, epoch {origin.epoch}',
+    f'source {origin.path}, shard {origin.shard}, row {origin.row} of its plan',
+    f'{"segment":>7} {"document":>10} {"offset":>10} {"length":>7} {"token of the store":>20}',
+  ]
+  for k, (document, start, length) in enumerate(origin.pieces, 1):
+    offset = start - source.document_start(origin, document)
+    lines.append(f'{k:>7} {document:>10} {offset:>10} {length:>7} {start:>20}')
+  return '\n'.join(lines)
+
+
+def _place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
+  """The row's number in the run."""
+  _check_place(source, step, row)
+  return (step * source.cfg.batch_size if first_example is None else first_example) + row
 
 
 def _origins(origin: RowDescription) -> list[str]:

@@ -14,6 +14,7 @@ from data.features import Batch
 from data.make import RowSpec
 from data.objectives import Objective, Supervised, check_objective
 from data.order import Deal
+from data.packing import ConcatSplit, Packing, check_packing
 from data.pairs import PairCounts
 from data.rows import StoreRows
 from data.store import Store, open_store
@@ -41,6 +42,7 @@ class _Common:
   targets_length: Annotated[int, '>= 1']
   sentinels: Annotated[int, '>= 0'] = 100
   attend_across_documents: bool = False
+  packing: Packing = ConcatSplit()
   workers: Annotated[int, '>= 0'] = 0
   prefetch: Annotated[int, '>= 0'] = 2
 
@@ -97,6 +99,7 @@ def open_data(
   too small; ValueError where the objective does not fit (`check_objective`).
   """
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
+  check_packing(cfg.packing, objective, cfg.attend_across_documents)
   match cfg:
     case Synthetic():
       vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
@@ -171,9 +174,9 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, heldou
   spec = RowSpec(
     objective=objective, budget=cfg.budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
   )
-  rows = [StoreRows(store, spec, seed=seed, purpose=f'source {i}') for i, store in enumerate(stores)]
-  # Evaluation sets have a seed of their own: runs that differ in theirs are judged on the same rows.
-  sets = {name: StoreRows(store, spec, seed=0, purpose='heldout') for name, store in heldout.items()}
+  rows = [StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}') for i, store in enumerate(stores)]
+  # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
+  sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
   return DataSource(cfg, seed, vocabulary, tokenizer, rows, weights, sets)
 
 
@@ -196,6 +199,10 @@ class DataSource:
       self._deal = Deal(block_of(weights, 'data.sources weights'), seed, 'mixture')
     except ValueError as error:
       raise DataError(str(error)) from error
+
+  @property
+  def sources(self) -> list[StoreRows]:
+    return self._rows
 
   def fingerprint(self) -> dict:
     """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
@@ -232,6 +239,11 @@ class DataSource:
       source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), tuple(listed),
       source.pair_counts,
     )  # fmt: skip
+
+  def document_start(self, origin: RowDescription, document: int) -> int:
+    """The first token, in its store, of a document of a described row."""
+    store = next(rows.store for rows in self._rows if rows.store.path == origin.path)
+    return int(store.offsets_of(origin.shard)[document - store.shards[origin.shard].documents.start])
 
   def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
     """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""

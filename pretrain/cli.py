@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from pretrain.allocator import keep_memory
 from pretrain.cli_checkpoints import checkpoints_command, checkpoints_flags
+from pretrain.cli_data import data_command, data_flags
 from pretrain.errors import ConfigError, UserError
 from pretrain.neighbours import check_neighbours
 from pretrain.platform import has_accelerator
@@ -187,45 +188,6 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   except OSError as error:
     raise ConfigError(f'--plot={path} cannot be written ({error.strerror}); choose another place.') from error
   return path
-
-
-def data_flags(command: argparse.ArgumentParser) -> None:
-  actions = command.add_subparsers(required=True, metavar='ACTION')
-  prepare = actions.add_parser('prepare', help=prepare_command.__doc__)
-  from data.prepare import add_flags
-
-  add_flags(prepare)
-  prepare.set_defaults(command=prepare_command)
-  show = actions.add_parser('show', help=show_command.__doc__)
-  config_flags(show)
-  show.add_argument('--step', type=int, default=0)
-  show.add_argument('--row', type=int, default=0)
-  show.set_defaults(command=show_command)
-
-
-def data_command(options, overrides) -> None:
-  """Prepare token stores and look at rows."""
-  raise ConfigError('pretrain data needs an action: prepare or show.')
-
-
-def prepare_command(options, overrides) -> None:
-  """Turn text or JSONL into a token store."""
-  from data.prepare import run
-
-  run(options)
-
-
-def show_command(options, overrides) -> None:
-  """Print a training row as a person reads it."""
-  from data.show import show_row
-  from data.source import open_data
-  from pretrain.phases import stretch_at
-  from pretrain.runtime import cache_dir
-
-  stretch = stretch_at(load(options, overrides), max(options.step, 0))
-  cfg = stretch.cfg
-  source = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  print(show_row(source, options.step, options.row, stretch.example(options.step)))
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:

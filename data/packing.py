@@ -1,0 +1,75 @@
+"""The `data.packing` section of a config: how text is laid in rows."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, assert_never
+
+from data.best_fit import BestFitPlanner
+from data.concat_split import ConcatSplitPlanner
+from data.make import RowSpec
+from data.next_fit import NextFitPlanner
+from data.objectives import Supervised, tasks_of
+from data.plan import Planner, Stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConcatSplit:
+  """Documents end to end, cut where a row is full (data/concat_split.py). For any objective."""
+
+  name: Literal['concat_split'] = 'concat_split'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestFit:
+  """No document that fits a row is cut (data/best_fit.py). For objectives of one task."""
+
+  name: Literal['best_fit'] = 'best_fit'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextFit:
+  """As seqio packs, for comparisons (data/next_fit.py). For objectives of one task."""
+
+  name: Literal['next_fit'] = 'next_fit'
+
+
+Packing = ConcatSplit | BestFit | NextFit
+
+
+def check_packing(packing: Packing, objective, attend_across_documents: bool) -> None:
+  """Raises ValueError where `packing` does not go with the objective."""
+  if isinstance(packing, ConcatSplit):
+    return
+  if isinstance(objective, Supervised):
+    raise ValueError(
+      f"data.packing.name='{packing.name}' is for text; pairs go whole into rows, in order: remove data.packing."
+    )
+  number = len(tasks_of(objective))
+  if number > 1:
+    raise ValueError(
+      f"data.packing.name='{packing.name}' is for objectives of one task, objective.name='{objective.name}' has "
+      f"{number}; set data.packing.name='concat_split'."
+    )
+  if attend_across_documents:
+    raise ValueError(
+      f"data.packing.name='{packing.name}' keeps documents whole, data.attend_across_documents=True makes one of all; "
+      "set one of them back (data.packing.name='concat_split')."
+    )
+
+
+def make_planner(
+  packing: Packing, stream: Callable[[int], Stream], spec: RowSpec, *, seed: int, purpose: str
+) -> Planner:
+  """The planner that `packing` names; `stream(shard)` are the documents of a shard."""
+  tasks = tasks_of(spec.objective)
+  match packing:
+    case ConcatSplit():
+      return ConcatSplitPlanner(
+        stream, tasks, spec.budget, seed=seed, purpose=purpose, attend_across_documents=spec.attend_across_documents
+      )
+    case BestFit():
+      return BestFitPlanner(stream, tasks[0], spec.budget)
+    case NextFit():
+      return NextFitPlanner(stream, tasks[0], spec.budget)
+    case _:
+      assert_never(packing)
