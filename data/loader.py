@@ -15,9 +15,10 @@ import grain
 import numpy as np
 from absl import flags
 
+from data.batches import DataSource
 from data.errors import DataError
 from data.features import Batch
-from data.source import Data, DataSource
+from data.source import Data
 
 VERSION = 2
 

@@ -24,7 +24,7 @@ class Deal:
     """(number, which of that number's occurrences) at each place of the sequence of `counter`: int64 arrays."""
     size = len(self.block)
     if size == 1:
-      return np.zeros(len(places), np.int64), places
+      return np.full(len(places), self.block[0]), places
     blocks, within = np.divmod(places, size)
     slots = permute(within, size, stream_key(self._seed, self._purpose, *counter, blocks))
     numbers = self.block[slots]

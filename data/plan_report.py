@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
+from data.batches import DataSource
 from data.rows import StoreRows
-from data.source import DataSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,11 @@ class StoreRows:
     epoch, start = self.epoch_of(rest)
     return cycles * self._planner.variants + epoch, cycles * first + start
 
+  def epochs_in(self, count: int) -> float:
+    """How many epochs the first `count` rows of the sequence are."""
+    epoch, first = self.epoch_of(count)
+    return epoch + (count - first) / self.num_rows(epoch)
+
   def epochs(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(epoch, places in it) for ascending rows of the sequence."""
     groups = []

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.batches import DataSource, RowDescription
 from data.errors import DataError
 from data.features import Batch
 from data.pairs import PairCounts
-from data.source import DataSource, RowDescription
 
 FIRST_IDS = 12
 MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>

@@ -1,26 +1,22 @@
-"""Where batches come from: the data section of a config, and the global batch of any step as a pure function."""
+"""Where batches come from: the data section of a config, and what it opens."""
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Annotated, Literal, assert_never
 
-import numpy as np
-
+from data.batches import DataSource
 from data.builtin import builtin_store
 from data.errors import DataError
-from data.features import Batch
 from data.make import RowSpec
+from data.mixture import Mixture, Stage, by_size
 from data.objectives import Objective, Supervised, check_objective
-from data.order import Deal
 from data.packing import ConcatSplit, Packing, check_packing
-from data.pairs import PairCounts
 from data.rows import StoreRows
 from data.store import Store, open_store
 from data.synthetic import SyntheticStore
-from data.tasks import Budget, block_of
-from data.vocabulary import MODES, Tokenizer, Vocabulary
+from data.tasks import Budget
+from data.vocabulary import MODES, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +25,14 @@ class Source:
 
   path: str
   weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureStage:
+  """From step `start_step` on sources have these relative weights, in the order of their list; 0 leaves one out."""
+
+  start_step: Annotated[int, '>= 0']
+  weights: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,10 @@ class _Common:
   prefetch: Annotated[int, '>= 0'] = 2
 
   @property
+  def num_sources(self) -> int:
+    return 1
+
+  @property
   def budget(self) -> Budget:
     return Budget(self.inputs_length, self.targets_length)
 
@@ -60,11 +68,21 @@ class Builtin(_Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreData(_Common):
-  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own."""
+  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own.
+
+  Shares of the sources are their weights, or with `temperature` their weights times tokens ** (1 / temperature), or
+  what `stages` say.
+  """
 
   name: Literal['store'] = 'store'
   sources: tuple[Source, ...]
+  stages: tuple[MixtureStage, ...] = ()
+  temperature: Annotated[float, '> 0'] | None = None
   heldout: tuple[Source, ...] = ()
+
+  @property
+  def num_sources(self) -> int:
+    return len(self.sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,22 +95,9 @@ class Synthetic(_Common):
 Data = Builtin | StoreData | Synthetic
 
 
-@dataclasses.dataclass(frozen=True)
-class RowDescription:
-  """Where a row came from. `pieces` are (document, first token in the store, length); inputs and targets of pairs."""
-
-  path: str
-  epoch: int
-  shard: int
-  row: int
-  task: str
-  pieces: tuple[tuple[int, int, int], ...]
-  pairs: PairCounts | None = None
-
-
 def open_data(
   cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
-) -> 'DataSource':
+) -> DataSource:
   """The batches of a config. `vocab_size` is the model's; the built-in corpus is made in `cache_dir` when missing.
 
   Raises DataError for stores that are missing, damaged or of different tokenizers, and for a model whose vocabulary is
@@ -100,46 +105,82 @@ def open_data(
   """
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
   check_packing(cfg.packing, objective, cfg.attend_across_documents)
+  check_mixture(cfg)
   match cfg:
     case Synthetic():
       vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
       if vocabulary.pieces < 4:
         raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
-      return _source(cfg, objective, seed, vocabulary, None, [SyntheticStore(vocabulary.pieces, seed)], [1.0], {})
+      store = SyntheticStore(vocabulary.pieces, seed)
+      return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {})
     case Builtin():
       train, heldout = builtin_store(cache_dir, vocab_size, cfg.sentinels)
-      return _open_stores(cfg, objective, seed, vocab_size, [Source(path=str(train))], {'builtin': str(heldout)})
+      return _open_stores(cfg, objective, seed, vocab_size, (Source(path=str(train)),), {'builtin': str(heldout)})
     case StoreData():
-      heldout = _names(cfg.heldout)
-      return _open_stores(cfg, objective, seed, vocab_size, cfg.sources, heldout)
+      return _open_stores(cfg, objective, seed, vocab_size, cfg.sources, _names(cfg.heldout))
     case _:
       assert_never(cfg)
 
 
-def _names(heldout: tuple[Source, ...]) -> dict[str, str]:
-  """The name of each evaluation set: the last part of its path, numbered where two would be the same."""
+def _names(sources: tuple[Source, ...]) -> dict[str, str]:
+  """name -> path: the name of a store is the last part of its path, numbered where two would be the same."""
   names: dict[str, str] = {}
-  for source in heldout:
+  for source in sources:
     stem = pathlib.PurePath(source.path.rstrip('/')).name
     names[stem if stem not in names else f'{stem}_{len(names)}'] = source.path
   return names
 
 
-def _open_stores(cfg, objective, seed, vocab_size, sources, heldout: dict[str, str]) -> 'DataSource':
+def _open_stores(cfg, objective, seed, vocab_size, sources, heldout: dict[str, str]) -> DataSource:
   if not sources:
     raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
-  stores = [open_store(source.path) for source in sources]
+  stores = {name: open_store(path) for name, path in _names(sources).items()}
   others = {name: open_store(path) for name, path in heldout.items()}
-  _check_same_tokenizer([*stores, *others.values()])
-  tokenizer = stores[0].tokenizer(cfg.sentinels)
+  _check_same_tokenizer([*stores.values(), *others.values()])
+  first = next(iter(stores.values()))
+  tokenizer = first.tokenizer(cfg.sentinels)
   vocabulary = tokenizer.vocabulary
   if vocab_size < vocabulary.size:
     raise DataError(
-      f'model.vocab_size={vocab_size} but {stores[0].path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
+      f'model.vocab_size={vocab_size} but {first.path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
       f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
     )
-  weights = [source.weight for source in sources]
-  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, others)
+  stages = _stages(cfg, [store.num_tokens for store in stores.values()], [source.weight for source in sources])
+  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others)
+
+
+def _stages(cfg: Data, sizes: list[int], weights: list[float]) -> list[Stage]:
+  """The stages of the mixture, counted in rows. `sizes` are tokens of the sources."""
+  if isinstance(cfg, StoreData) and cfg.stages:
+    return [Stage(stage.start_step * cfg.batch_size, stage.weights) for stage in cfg.stages]
+  if isinstance(cfg, StoreData) and cfg.temperature is not None:
+    weights = by_size(sizes, weights, cfg.temperature)
+  return [Stage(0, tuple(weights))]
+
+
+def check_mixture(cfg: Data) -> None:
+  """Raises ValueError where weights, temperature and stages of the sources do not go together."""
+  if not isinstance(cfg, StoreData):
+    return
+  number, weights = len(cfg.sources), [source.weight for source in cfg.sources]
+  if any(weight <= 0 for weight in weights):
+    raise ValueError(
+      f'data.sources have the weights {weights}; each must be greater than 0, or the source be left out.'
+    )
+  if cfg.stages and (cfg.temperature is not None or len(set(weights)) > 1):
+    other = 'data.temperature' if cfg.temperature is not None else 'the weights of data.sources'
+    raise ValueError(f'data.stages say what the shares are, and so do {other}; remove one of them.')
+  starts = [stage.start_step for stage in cfg.stages]
+  if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
+    raise ValueError(f'data.stages start at the steps {starts}; the first must start at 0, each later one after it.')
+  for i, stage in enumerate(cfg.stages):
+    if len(stage.weights) != number:
+      raise ValueError(f'data.stages[{i}].weights has {len(stage.weights)} values for {number} sources; give each one.')
+    if min(stage.weights) < 0 or not sum(stage.weights):
+      raise ValueError(f'data.stages[{i}].weights={list(stage.weights)}; none may be negative, not all of them 0.')
+  idle = [i for i in range(number) if cfg.stages and not any(stage.weights[i] for stage in cfg.stages)]
+  if idle:
+    raise ValueError(f'data.sources[{idle[0]}] has weight 0 in every stage; leave it out.')
 
 
 def _check_same_tokenizer(stores: list[Store]) -> None:
@@ -168,121 +209,16 @@ def _check_pairs(store, objective: Objective) -> None:
     )
 
 
-def _source(cfg, objective, seed, vocabulary, tokenizer, stores, weights, heldout) -> 'DataSource':
-  for store in [*stores, *heldout.values()]:
+def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout) -> DataSource:
+  for store in [*stores.values(), *heldout.values()]:
     _check_pairs(store, objective)
   spec = RowSpec(
     objective=objective, budget=cfg.budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
   )
-  rows = [StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}') for i, store in enumerate(stores)]
+  rows = {
+    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}')
+    for i, (name, store) in enumerate(stores.items())
+  }
   # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
   sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
-  return DataSource(cfg, seed, vocabulary, tokenizer, rows, weights, sets)
-
-
-class DataSource:
-  """The rows of a run: position p in the run always holds the same row, whoever asks. Picklable."""
-
-  def __init__(
-    self,
-    cfg: Data,
-    seed: int,
-    vocabulary: Vocabulary,
-    tokenizer: Tokenizer | None,
-    rows: list[StoreRows],
-    weights: list[float],
-    heldout: dict[str, StoreRows],
-  ):
-    self.cfg, self.vocabulary, self.tokenizer = cfg, vocabulary, tokenizer
-    self._seed, self._rows, self._heldout = seed, rows, heldout
-    try:
-      self._deal = Deal(block_of(weights, 'data.sources weights'), seed, 'mixture')
-    except ValueError as error:
-      raise DataError(str(error)) from error
-
-  @property
-  def sources(self) -> list[StoreRows]:
-    return self._rows
-
-  def fingerprint(self) -> dict:
-    """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
-    stores = [rows.store.fingerprint for rows in self._rows]
-    return {'stores': stores, 'tokenizer': self.tokenizer.fingerprint if self.tokenizer else None}
-
-  def global_rows(self, start: int, count: int) -> Batch:
-    """Rows start … start + count - 1 of the run, as fields [count, length] and `example_index` [count]."""
-    parts = [(place, rows.batch(epoch, own)) for place, rows, epoch, own in self._locate(start, count)]
-    batch = parts[0][1] if len(parts) == 1 else _merge(parts, count)
-    return batch | {'example_index': np.arange(start, start + count).astype(np.int32)}
-
-  def batch(self, step: int, rows: slice) -> Batch:
-    """These rows of the global batch of a step that begins at `step * batch_size`."""
-    return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
-
-  def _locate(self, start: int, count: int) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
-    """(rows of the answer, source, epoch, places in it) for each source and epoch that occurs."""
-    source, own = self._deal.at(np.arange(start, start + count))
-    for i, rows in enumerate(self._rows):
-      mine = np.flatnonzero(source == i)
-      mine = mine[np.argsort(own[mine], kind='stable')]
-      for epoch, places in rows.epochs(own[mine]):
-        yield mine[: len(places)], rows, epoch, places
-        mine = mine[len(places) :]
-
-  def describe_row(self, position: int) -> RowDescription:
-    """Where the row at `position` in the run came from."""
-    ((_, source, epoch, places),) = self._locate(position, 1)
-    shards, rows, tasks = source.locate(epoch, places)
-    pieces = source.pieces(epoch, shards, rows)
-    listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
-    return RowDescription(
-      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), tuple(listed),
-      source.pair_counts,
-    )  # fmt: skip
-
-  def document_start(self, origin: RowDescription, document: int) -> int:
-    """The first token, in its store, of a document of a described row."""
-    store = next(rows.store for rows in self._rows if rows.store.path == origin.path)
-    return int(store.offsets_of(origin.shard)[document - store.shards[origin.shard].documents.start])
-
-  def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
-    """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
-    size = self.cfg.batch_size
-    return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
-
-  def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
-    return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
-
-
-def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
-  """One batch of `count` rows from parts and the rows that each fills."""
-  batch = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in parts[0][1].items()}
-  for place, part in parts:
-    for name, values in part.items():
-      batch[name][place] = values
-  return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldoutSet:
-  """A fixed set of batches to iterate over; rows beyond the last are padding, whose loss weights are 0."""
-
-  source: StoreRows
-  batch_size: int
-  num_batches: int
-  rows: slice
-
-  def __len__(self) -> int:
-    return min(self.num_batches, -(-self.source.num_rows(0) // self.batch_size))
-
-  def __iter__(self) -> Iterator[Batch]:
-    for i in range(len(self)):
-      yield self._batch(i * self.batch_size + self.rows.start, self.rows.stop - self.rows.start)
-
-  def _batch(self, start: int, count: int) -> Batch:
-    present = np.arange(start, start + count) < self.source.num_rows(0)
-    # Padding needs the shapes of a real row: the first is made and blanked.
-    part = self.source.batch(0, np.where(present, np.arange(start, start + count), 0))
-    blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
-    return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}
+  return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from data.batches import DataSource
 from data.objectives import Supervised, pair_lengths
-from data.source import DataSource
 from models.decode import greedy
 from pretrain.evaluate import series
 from pretrain.experiment import Experiment

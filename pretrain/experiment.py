@@ -7,7 +7,7 @@ from typing import Annotated
 
 from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective
 from data.packing import check_packing
-from data.source import Data, StoreData
+from data.source import Data, StoreData, check_mixture
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
@@ -116,6 +116,7 @@ def _check_one(cfg: Experiment) -> None:
   check_kernels(cfg.kernels)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
+  check_mixture(cfg.data)
   check_packing(cfg.data.packing, cfg.objective, cfg.data.attend_across_documents)
 
 

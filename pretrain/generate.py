@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from data.batches import DataSource
 from data.features import Batch, decoder_features, encoder_decoder_features
 from data.objectives import CausalLm, Supervised, pair_lengths, tasks_of
 from data.ragged import interleave, join
-from data.source import DataSource, open_data
+from data.source import open_data
 from data.vocabulary import EOS, Vocabulary
 from models.build import Model
 from models.decode import greedy

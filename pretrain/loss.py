@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -28,8 +29,12 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
   return linear_cross_entropy(flat, model.head(params), labels, **options), aux
 
 
-def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig) -> LossFn:
-  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token."""
+def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
+  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+
+  Of several sources, metrics `source_loss` and `source_weight` are float32[sources]: the parts of the loss and of the
+  weight that each has.
+  """
 
   def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
     (value, lse, correct), _ = _token_losses(
@@ -39,7 +44,13 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig) -> LossFn:
     penalty = cfg.z_loss * jnp.square(lse)
     total = (value * share).sum()
     z_loss = (penalty * share).sum()
-    return total, {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
+    metrics = {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
+    if num_sources > 1:
+      rows = batch['source_index'].shape[0]
+      by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
+      mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
+      metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
+    return total, metrics
 
   return loss
 

@@ -72,7 +72,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> 
   placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params))
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
-    make_loss(cfg.loss, model, cfg.kernels), tx, schedule, skipped, cfg.seed,
+    make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
     track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
   start = functools.partial(start_state, tx=tx, track=track)

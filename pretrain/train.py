@@ -189,7 +189,9 @@ class Run:
     return self.step == self.cfg.train.steps
 
   def _log(self, step: int, metrics, watch: Stopwatch) -> None:
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    found = jax.device_get(metrics)
+    sources = self._source_metrics(step, found.pop('source_loss', None), found.pop('source_weight', None))
+    values = {k: float(v) for k, v in found.items()} | sources
     consecutive = int(values.pop('skipped_consecutive'))
     fatal = consecutive >= self.cfg.optimizer.max_consecutive_nonfinite
     if fatal or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
@@ -197,6 +199,16 @@ class Run:
       self.metrics.write(step, values | watch.report() | phase)
     if consecutive:
       self._warn_nonfinite(step, values, consecutive, fatal)
+
+  def _source_metrics(self, step: int, losses, weights) -> dict[str, float]:
+    """Of several sources: the loss of each in this batch, its share of all rows up to here, and its epochs."""
+    if losses is None:
+      return {}
+    data, values = self.stage.data, {}
+    for i, (name, progress) in enumerate(data.progress(self.stage.stretch.example(step)).items()):
+      loss = {f'loss/{name}': float(losses[i] / weights[i])} if weights[i] else {}
+      values |= {**loss, f'share/{name}': progress['share'], f'epochs/{name}': progress['epochs']}
+    return values
 
   def _warn_nonfinite(self, step: int, values, consecutive: int, fatal: bool) -> None:
     limit = self.cfg.optimizer.max_consecutive_nonfinite

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be 
 
 import numpy as np  # noqa: E402
 
-from data import prepare, source, store, vocabulary  # noqa: E402
+from data import batches, prepare, source, store, vocabulary  # noqa: E402
 from data.loader import loader  # noqa: E402
 from data.objectives import CausalLm, Ul2  # noqa: E402
 
@@ -43,7 +43,7 @@ def write_store(path: pathlib.Path) -> None:
     writer.finish(source='random tokens')
 
 
-def open_source(path: str, objective, inputs_length: int, targets_length: int) -> source.DataSource:
+def open_source(path: str, objective, inputs_length: int, targets_length: int) -> batches.DataSource:
   cfg = source.StoreData(
     batch_size=BATCH, inputs_length=inputs_length, targets_length=targets_length, sentinels=SENTINELS,
     sources=(source.Source(path=path),),
@@ -51,7 +51,7 @@ def open_source(path: str, objective, inputs_length: int, targets_length: int) -
   return source.open_data(cfg, objective, seed=0, vocab_size=2**20, cache_dir='unused')
 
 
-def loaded(data: source.DataSource, steps: range) -> float:
+def loaded(data: batches.DataSource, steps: range) -> float:
   """Seconds that the loader takes for these steps, once it has given the step before them."""
   batches = loader(data, {'examples': (steps.start - 1) * BATCH}, slice(0, BATCH))
   next(batches)
@@ -61,7 +61,7 @@ def loaded(data: source.DataSource, steps: range) -> float:
   return time.perf_counter() - start
 
 
-def made(data: source.DataSource, steps: range) -> float:
+def made(data: batches.DataSource, steps: range) -> float:
   """Seconds that the batches of these steps take to make."""
   start = time.perf_counter()
   for step in steps:
@@ -69,7 +69,7 @@ def made(data: source.DataSource, steps: range) -> float:
   return time.perf_counter() - start
 
 
-def num_tokens(data: source.DataSource, steps: range) -> int:
+def num_tokens(data: batches.DataSource, steps: range) -> int:
   return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step * BATCH + row).pieces)
 
 

@@ -29,7 +29,7 @@ def test_a_ul2_row_shows_mode_sentinels_and_where_it_is_from(text_store):
 def test_inputs_and_targets_hold_the_text_of_the_document(text_store):
   source = opened(text_store, SpanCorruption(), 64, 32)
   document, start, length = source.describe_row(0).pieces[0]
-  text = source.tokenizer.render(source._rows[0].store.read([(start, length)])[0])
+  text = source.tokenizer.render(source.sources[0].store.read([(start, length)])[0])
   shown = show_row(source, 0, 0)
   assert f'document {document}, tokens {start} to {start + length - 1}' in shown
   assert text.split()[0] in shown

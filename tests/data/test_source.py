@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import data.rows
+from data.batches import DataSource
 from data.errors import DataError
 from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Supervised, Ul2, Ul2r
-from data.source import DataSource, Source, StoreData, Synthetic, open_data
+from data.source import Source, StoreData, Synthetic, open_data
 from data.store import StoreWriter, open_store
 from data.vocabulary import EOS, Tokenizer
 
@@ -172,7 +173,7 @@ class SlowDict(collections.OrderedDict):
 def test_threads_that_share_rows_get_what_one_gets(text_store, monkeypatch):
   """Plans of more epochs than are kept, wanted in another order by each thread."""
   monkeypatch.setattr(data.rows, 'WINDOW', 1)
-  shared, alone = (opened(text_store)._rows[0] for _ in range(2))
+  shared, alone = (opened(text_store).sources[0] for _ in range(2))
   plan, planned = shared._planner.plan, []
   shared._planner.plan = lambda *which: (planned.append(which), plan(*which))[1]
   shared._plans = SlowDict()
@@ -327,13 +328,6 @@ def test_stores_of_different_tokenizers_are_refused(text_store, tmp_path):
 def test_sources_that_cannot_be_are_refused(options, message):
   with pytest.raises(DataError, match='DATA: ' + message):
     opened(None, **options)
-
-
-@pytest.mark.parametrize('weight', [0.0, -1.0])
-def test_a_weight_must_be_positive(two_stores, weight):
-  sources = (Source(path=str(two_stores[0])), Source(path=str(two_stores[1]), weight=weight))
-  with pytest.raises(DataError, match=r'DATA: data.sources weights=.*; every one must be greater than 0'):
-    opened(None, sources=sources)
 
 
 def test_too_few_sentinels_are_refused_here_too(text_store):

@@ -1,0 +1,134 @@
+"""The rows of a run: the global batch of any step as a pure function of config, seed and position."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from data.features import Batch
+from data.mixture import Mixture
+from data.pairs import PairCounts
+from data.rows import StoreRows
+from data.vocabulary import Tokenizer, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDescription:
+  """Where a row came from. `pieces` are (document, first token in the store, length); inputs and targets of pairs."""
+
+  path: str
+  epoch: int
+  shard: int
+  row: int
+  task: str
+  pieces: tuple[tuple[int, int, int], ...]
+  pairs: PairCounts | None = None
+
+
+class DataSource:
+  """The rows of a run: position p in the run always holds the same row, whoever asks. Picklable."""
+
+  def __init__(
+    self,
+    cfg,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer | None,
+    sources: Mapping[str, StoreRows],
+    mixture: Mixture,
+    heldout: Mapping[str, StoreRows],
+  ):
+    self.cfg, self.vocabulary, self.tokenizer, self.mixture = cfg, vocabulary, tokenizer, mixture
+    self.names, self.sources, self._heldout = tuple(sources), tuple(sources.values()), heldout
+
+  def fingerprint(self) -> dict:
+    """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
+    stores = [rows.store.fingerprint for rows in self.sources]
+    return {'stores': stores, 'tokenizer': self.tokenizer.fingerprint if self.tokenizer else None}
+
+  def global_rows(self, start: int, count: int) -> Batch:
+    """Rows start … start + count - 1 of the run, as fields [count, length] and `example_index` [count].
+
+    Of several sources there is a `source_index` [count] too.
+    """
+    parts = [(place, rows.batch(epoch, own)) for place, rows, epoch, own in self._locate(start, count)]
+    batch = parts[0][1] if len(parts) == 1 else _merge(parts, count)
+    batch['example_index'] = np.arange(start, start + count).astype(np.int32)
+    if len(self.sources) > 1:
+      batch['source_index'] = self.mixture.at(start, count)[0].astype(np.int32)
+    return batch
+
+  def batch(self, step: int, rows: slice) -> Batch:
+    """These rows of the global batch of a step that begins at `step * batch_size`."""
+    return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
+
+  def _locate(self, start: int, count: int) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
+    """(rows of the answer, source, epoch, places in it) for each source and epoch that occurs."""
+    source, own = self.mixture.at(start, count)
+    for i, rows in enumerate(self.sources):
+      mine = np.flatnonzero(source == i)
+      for epoch, places in rows.epochs(own[mine]):
+        yield mine[: len(places)], rows, epoch, places
+        mine = mine[len(places) :]
+
+  def progress(self, position: int) -> dict[str, dict[str, float]]:
+    """For each source: its `share` of the rows of this stage before `position`, and how many `epochs` were seen."""
+    known = zip(self.names, self.sources, self.mixture.used(position), self.mixture.shares(position), strict=True)
+    return {name: {'share': float(share), 'epochs': rows.epochs_in(int(n))} for name, rows, n, share in known}
+
+  def describe_row(self, position: int) -> RowDescription:
+    """Where the row at `position` in the run came from."""
+    ((_, source, epoch, places),) = self._locate(position, 1)
+    shards, rows, tasks = source.locate(epoch, places)
+    pieces = source.pieces(epoch, shards, rows)
+    listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
+    return RowDescription(
+      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), tuple(listed),
+      source.pair_counts,
+    )  # fmt: skip
+
+  def document_start(self, origin: RowDescription, document: int) -> int:
+    """The first token, in its store, of a document of a described row."""
+    store = next(rows.store for rows in self.sources if rows.store.path == origin.path)
+    return int(store.offsets_of(origin.shard)[document - store.shards[origin.shard].documents.start])
+
+  def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
+    """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
+    size = self.cfg.batch_size
+    return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
+
+  def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
+    return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
+
+
+def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
+  """One batch of `count` rows from parts and the rows that each fills."""
+  batch = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in parts[0][1].items()}
+  for place, part in parts:
+    for name, values in part.items():
+      batch[name][place] = values
+  return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutSet:
+  """A fixed set of batches to iterate over; rows beyond the last are padding, whose loss weights are 0."""
+
+  source: StoreRows
+  batch_size: int
+  num_batches: int
+  rows: slice
+
+  def __len__(self) -> int:
+    return min(self.num_batches, -(-self.source.num_rows(0) // self.batch_size))
+
+  def __iter__(self) -> Iterator[Batch]:
+    for i in range(len(self)):
+      yield self._batch(i * self.batch_size + self.rows.start, self.rows.stop - self.rows.start)
+
+  def _batch(self, start: int, count: int) -> Batch:
+    present = np.arange(start, start + count) < self.source.num_rows(0)
+    # Padding needs the shapes of a real row: the first is made and blanked.
+    part = self.source.batch(0, np.where(present, np.arange(start, start + count), 0))
+    blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
+    return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}
