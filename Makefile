@@ -9,8 +9,8 @@ lint: setup
 test:
 	./scripts/test.sh
 
-# Then the tests of data/ again, with annotations checked at every call (store and vocabulary take arrays for ints).
-checked := $(filter-out data.__init__ data.store data.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py))))
+# Then the tests of data/ again, with annotations checked at every call (stores and vocabulary take arrays for ints).
+checked := $(filter-out data.__init__ data.arrays data.store data.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py))))
 comma := ,
 test-all:
 	./scripts/test.sh -m ''

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from data import docstrings
 from data.prepare import tokenizer_from_documents
-from data.store import StoreWriter
+from data.store import FORMAT, StoreWriter
 from data.vocabulary import MODES, Tokenizer
 
 PACKAGES = (
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 def _key(pieces: int) -> str:
   """Names a corpus by all that goes into it."""
-  inputs = json.dumps([RECIPE, versions(), importlib.metadata.version('sentencepiece')], sort_keys=True)
+  inputs = json.dumps([RECIPE, FORMAT, versions(), importlib.metadata.version('sentencepiece')], sort_keys=True)
   return f'{pieces}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}'
 
 

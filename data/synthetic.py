@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.bits import philox
-from data.store import Shard
+from data.shards import Shard
 from data.vocabulary import UNKNOWN
 
 _DOCUMENT, _NUM_DOCUMENTS = 4096, 1024

@@ -1,5 +1,7 @@
 """The token store: what goes in comes out, half a store is none, damage is an error that names its file."""
 
+import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -8,9 +10,10 @@ import shutil
 import numpy as np
 import pytest
 
-import data.store as store_module
+from data import arrays
+from data.arrays import CHUNK
 from data.errors import DataError
-from data.store import CHUNK, StoreWriter, open_store
+from data.store import StoreWriter, open_store
 from data.vocabulary import EOS, Tokenizer
 
 
@@ -41,7 +44,7 @@ def test_documents_come_back_with_their_eos(tokenizer, tmp_path):
 
 
 def test_any_range_reads_as_a_slice_of_the_whole(tokenizer, tmp_path, monkeypatch):
-  monkeypatch.setattr(store_module, 'CACHE_CHUNKS', 2)
+  monkeypatch.setattr(arrays, 'CACHE_BYTES', 4 * CHUNK)
   store = write(tmp_path / 's', tokenizer, documents())
   whole = np.concatenate(store.read([(0, store.num_tokens)]))
   rng = np.random.default_rng(0)
@@ -51,8 +54,8 @@ def test_any_range_reads_as_a_slice_of_the_whole(tokenizer, tmp_path, monkeypatc
     assert ids.dtype == np.int32
 
 
-def test_shards_are_written_as_they_fill(tokenizer, tmp_path, monkeypatch):
-  monkeypatch.setattr(store_module, 'SHARD', 2 * CHUNK)
+def test_files_are_written_as_they_fill(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(arrays, 'FILE', 2 * CHUNK)
   wanted = documents()
   with StoreWriter(tmp_path / 's', tokenizer) as writer:
     for document in wanted:
@@ -131,7 +134,7 @@ def test_another_format_is_refused(tokenizer, tmp_path):
   write(tmp_path / 's', tokenizer, [[5, 6]])
   manifest = tmp_path / 's/manifest.json'
   manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'format': 99}))
-  with pytest.raises(DataError, match='is a token store of format 99, this version reads format 1'):
+  with pytest.raises(DataError, match='is a token store of format 99, this version reads format 2'):
     open_store(tmp_path / 's')
 
 
@@ -142,8 +145,11 @@ def test_another_format_is_refused(tokenizer, tmp_path):
     ({'pairs': True}, '/s has 1 documents, its manifest.json says that they are pairs. Nothing was changed'),
     ({'pairs': 'no'}, "manifest.json has pairs='no', expected bool"),
     ({'append_eos': 1}, 'manifest.json has append_eos=1, expected bool'),
-    ({'offsets_sha256': None}, 'manifest.json has offsets_sha256=None, expected str'),
+    ({'shards': None}, 'manifest.json has shards=None, expected list'),
+    ({'shards': [{'documents': 1}]}, 'manifest.json has shards[0].tokens=None, expected int'),
+    ({'shards': [3]}, 'manifest.json has shards[0].documents=3, expected int'),
     ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, its manifest.json says 9 in 1. Nothing was changed'),
+    ({'shards': []}, '/s has 0 tokens in 0 documents in shards, its'),
     ({'num_documents': 2}, '/s has 3 tokens in 1 documents, its manifest.json says 3 in 2'),
   ],
 )
@@ -186,7 +192,7 @@ def test_a_file_that_is_gone_is_an_error(tokenizer, tmp_path, file):
 def read_everything(path):
   store = open_store(path)
   store.tokenizer(8)
-  return store.read([(0, store.num_tokens)])
+  return store.offsets, store.read([(0, store.num_tokens)])
 
 
 def test_the_fingerprint_is_of_the_contents(tokenizer, tmp_path):
@@ -216,5 +222,62 @@ def test_documents_without_a_token_stay_where_they_are_half_of_a_pair(tokenizer,
 
 def test_pairs_and_text_of_the_same_tokens_are_told_apart(tokenizer, tmp_path):
   text, pairs = (write(tmp_path / str(p), tokenizer, [[5], [6]], pairs=p) for p in (False, True))
-  assert text.manifest['tokens_sha256'] == pairs.manifest['tokens_sha256']
+  assert text.manifest['shards'] == pairs.manifest['shards']
   assert text.fingerprint != pairs.fingerprint
+
+
+LIMIT = 20_000
+
+
+def sharded(path, tokenizer, wanted, calls, **options):
+  """A store of `wanted` in shards of at most LIMIT tokens; its segments, two to a document, come in so many calls."""
+  segments = [part for ids in wanted for part in ((ids[:3], False), (ids[3:], True))]
+  with StoreWriter(path, tokenizer, shard_tokens=LIMIT, **options) as writer:
+    for part in np.array_split(np.arange(len(segments)), calls):
+      writer.add([segments[i][0] for i in part], last=[segments[i][1] for i in part])
+    writer.finish()
+  return open_store(path)
+
+
+@pytest.mark.parametrize('pairs', [False, True])
+def test_shards_are_whole_documents_cut_at_the_last_one_that_fits(tokenizer, tmp_path, pairs):
+  wanted = [*documents(300), [7] * 3 * LIMIT, [8] * 3 * LIMIT, *documents(100, seed=1)]  # two exceed any shard
+  store = sharded(tmp_path / 's', tokenizer, wanted, 5, pairs=pairs)
+  ends, unit, cut = store.offsets, 2 if pairs else 1, [0]
+  while cut[-1] < len(wanted):
+    most = int(np.searchsorted(ends, ends[cut[-1]] + LIMIT, 'right')) - 1
+    cut.append(max(most // unit * unit, cut[-1] + unit))
+  assert [shard.documents for shard in store.shards] == [range(a, b) for a, b in itertools.pairwise(cut)]
+  assert [shard.tokens for shard in store.shards] == [range(ends[a], ends[b]) for a, b in itertools.pairwise(cut)]
+  for i, shard in enumerate(store.shards):
+    assert store.offsets_of(i).tolist() == ends[shard.documents.start : shard.documents.stop + 1].tolist()
+
+
+@pytest.mark.parametrize('pairs', [False, True])
+def test_a_store_is_the_same_in_however_many_calls_it_was_written(tokenizer, tmp_path, pairs):
+  wanted = [*documents(100), [7] * 3 * LIMIT, *documents(51, seed=1)]
+  stores = [sharded(tmp_path / str(calls), tokenizer, wanted, calls, pairs=pairs) for calls in (1, 5, 304)]
+  assert [store.manifest for store in stores] == 3 * [stores[0].manifest]
+  whole = stores[0].read([(0, stores[0].num_tokens)])[0].astype('<u2')
+  hashes = [hashlib.sha256(whole[s.tokens.start : s.tokens.stop].tobytes()).hexdigest() for s in stores[0].shards]
+  assert [entry['tokens_sha256'] for entry in stores[0].manifest['shards']] == hashes
+
+
+def test_a_store_is_opened_without_its_offsets(tokenizer, tmp_path):
+  """The offsets of a trillion tokens are 25 GB: a shard's are read when they are asked for."""
+  store = sharded(tmp_path / 's', tokenizer, documents(60), 1)
+  (tmp_path / 's/document_offsets/c/0').unlink()
+  open_store(tmp_path / 's')
+  with pytest.raises(DataError, match=r'DATA-CORRUPT: .*document_offsets'):
+    store.offsets_of(1)
+
+
+def test_offsets_that_are_not_the_manifests_are_named_by_shard(tokenizer, tmp_path):
+  sharded(tmp_path / 'a', tokenizer, documents(60), 1)
+  sharded(tmp_path / 'b', tokenizer, documents(60)[::-1], 1)
+  shutil.rmtree(tmp_path / 'a/document_offsets')
+  shutil.copytree(tmp_path / 'b/document_offsets', tmp_path / 'a/document_offsets')
+  store = open_store(tmp_path / 'a')
+  last = store.shards[0].documents.stop - 1
+  with pytest.raises(DataError, match=rf'a: document_offsets of documents 0 to {last} \(shard 0\) do not match'):
+    store.offsets_of(0)

@@ -1,0 +1,181 @@
+"""Arrays of a store, through TensorStore: appended to, read in chunks that are checked, on disks and object stores.
+
+Arrays are zarr3, `sharding_indexed`: files of 16 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
+flipped bit is an error when it is read.
+"""
+
+import collections
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from data.errors import DataError
+
+FILE, CHUNK = 2**24, 2**16
+CACHE_BYTES = 2**27  # of decoded chunks, for each open array
+RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
+# The pool holds the files' indexes; decoded chunks are kept by each array, where a read costs no call into TensorStore.
+_CONTEXT = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}})
+
+
+def url_of(path: str | os.PathLike[str], name: str = '') -> str:
+  """The URL of a store, or of `name` in it: a plain path becomes file://.
+
+  >>> url_of('gs://bucket/store/', 'tokens/')
+  'gs://bucket/store/tokens/'
+  """
+  text = os.fspath(path)
+  base = text if '://' in text else 'file://' + os.path.abspath(text)
+  return base.rstrip('/') + '/' + name
+
+
+def write_file(path: str | os.PathLike[str], name: str, value: bytes) -> None:
+  tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().write(name, value).result()
+
+
+def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
+  """The contents, or None where there is no such file."""
+  try:
+    found = tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().read(name).result()
+  except ValueError as error:
+    raise DataError(f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL.') from error
+  return found.value if found.state == 'value' else None
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:300]
+
+
+def little(values: np.ndarray, dtype: str) -> np.ndarray:
+  """`values` as their bytes are hashed and stored."""
+  return np.ascontiguousarray(values, np.dtype(dtype).newbyteorder('<'))
+
+
+def sha256(values: np.ndarray, dtype: str) -> str:
+  return hashlib.sha256(little(values, dtype)).hexdigest()
+
+
+class Appender:
+  """Writes an array of unknown length file by file; holds at most one file in memory."""
+
+  def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
+    self._array = tensorstore.open(_array_spec(path, name, dtype), create=True, context=_CONTEXT).result()
+    self._pending: list[np.ndarray] = []
+    self._num_pending, self.length = 0, 0
+    self._dtype = dtype
+
+  def append(self, values: np.ndarray) -> None:
+    self._pending.append(little(values, self._dtype))
+    self._num_pending += len(values)
+    if self._num_pending >= FILE:
+      self._flush(self._num_pending // FILE * FILE)
+
+  def _flush(self, count: int) -> None:
+    values = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+    array = self._array.resize(exclusive_max=[self.length + count], resize_metadata_only=True).result()
+    array[self.length : self.length + count].write(values[:count]).result()
+    self.length += count
+    self._pending, self._num_pending = [values[count:]], len(values) - count
+
+  def close(self) -> None:
+    self._flush(self._num_pending)
+
+
+def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:
+  inner = [
+    {'name': 'bytes', 'configuration': {'endian': 'little'}},
+    {'name': 'zstd', 'configuration': {'level': 1}},
+    {'name': 'crc32c'},
+  ]
+  chunks = {'chunk_shape': [CHUNK], 'codecs': inner}
+  return {
+    'driver': 'zarr3',
+    'kvstore': url_of(path, name + '/'),
+    'metadata': {
+      'shape': [0],
+      'data_type': dtype,
+      'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [FILE]}},
+      'codecs': [{'name': 'sharding_indexed', 'configuration': chunks}],
+    },
+  }
+
+
+class Array:
+  """Reads an array; keeps the chunks that were read last, CACHE_BYTES of them. Picklable; threads may share one.
+
+  Raises DataError (DATA-CORRUPT), with the file that TensorStore names, where one is missing or a checksum fails.
+  """
+
+  def __init__(self, path: str, name: str):
+    self.path, self.name = path, name
+    self._reopen()
+
+  def _reopen(self) -> None:
+    spec = {
+      'driver': 'zarr3', 'kvstore': url_of(self.path, self.name + '/'), 'recheck_cached_data': 'open',
+      'fill_missing_data_reads': False,  # a file that is gone is an error, not zeros
+    }  # fmt: skip
+    self._array = self._checked(lambda: tensorstore.open(spec, read=True, context=_CONTEXT).result())
+    self._chunks: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+    self._num_bytes = 0
+    self._lock = threading.Lock()
+
+  def __getstate__(self):
+    return {'path': self.path, 'name': self.name}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._reopen()
+
+  def __len__(self) -> int:
+    return self._array.shape[0]
+
+  @property
+  def dtype(self) -> str:
+    return self._array.dtype.name
+
+  def _checked(self, read: Callable):
+    try:
+      return read()
+    except ValueError as error:
+      raise DataError(f'{self.path}: {_first_line(error)}. {RESTORE}', 'DATA-CORRUPT') from error
+
+  def whole(self, places: range) -> np.ndarray:
+    """The values at `places`, past the cache: for what is read once."""
+    return self._checked(self._array[places.start : places.stop].read().result)
+
+  def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """The values of each (start, length); every chunk that is not at hand is asked for before any is waited for."""
+    firsts = [start // CHUNK for start, _ in ranges]
+    lasts = [max(start + length - 1, start) // CHUNK for start, length in ranges]
+    with self._lock:
+      chunks = self._fetch({k for first, last in zip(firsts, lasts, strict=True) for k in range(first, last + 1)})
+    return [
+      _slice(chunks, first, last, start - first * CHUNK, length)
+      for (start, length), first, last in zip(ranges, firsts, lasts, strict=True)
+    ]
+
+  def _fetch(self, wanted: set[int]) -> dict[int, np.ndarray]:
+    missing = sorted(wanted - self._chunks.keys())
+    futures = [self._array[k * CHUNK : min((k + 1) * CHUNK, len(self))].read() for k in missing]
+    for k, future in zip(missing, futures, strict=True):
+      self._chunks[k] = self._checked(future.result)
+      self._num_bytes += self._chunks[k].nbytes
+    found = {k: self._chunks[k] for k in wanted}
+    for k in wanted:
+      self._chunks.move_to_end(k)
+    while self._num_bytes > CACHE_BYTES:
+      self._num_bytes -= self._chunks.popitem(last=False)[1].nbytes
+    return found
+
+
+def _slice(chunks: dict[int, np.ndarray], first: int, last: int, start: int, length: int) -> np.ndarray:
+  if first == last:
+    return chunks[first][start : start + length].astype(np.int32)
+  whole = np.concatenate([chunks[k] for k in range(first, last + 1)])
+  return whole[start : start + length].astype(np.int32)
