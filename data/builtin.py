@@ -16,13 +16,14 @@ import pathlib
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from rich.console import Console
 from rich.progress import track
 
 from data import docstrings
 from data.prepare import tokenizer_from_documents
-from data.store import FORMAT, StoreWriter
+from data.store import FORMAT, StoreWriter, open_store
 from data.vocabulary import MODES, Tokenizer
 
 PACKAGES = (
@@ -30,6 +31,11 @@ PACKAGES = (
   'ml_collections', 'ml_dtypes', 'msgpack', 'numpy', 'opt_einsum', 'optax', 'orbax', 'PIL', 'pygments', 'rich', 'scipy',
   'sentencepiece', 'setuptools', 'tensorboardX', 'tensorstore', 'treescope', 'yaml',
 )  # fmt: skip
+ARRAYS = {
+  'flax', 'grain', 'jax', 'jaxtyping', 'ml_dtypes', 'numpy', 'opt_einsum', 'optax', 'orbax', 'scipy', 'tensorstore',
+  'treescope',
+}  # fmt: skip
+GROUPS = ('python', 'arrays', 'tools')  # the standard library; packages about arrays; the others
 RECIPE = 1  # raise when the text that comes out changes
 HELDOUT_PERCENT = 5
 MIN_DOCUMENT_CHARACTERS = 200
@@ -52,6 +58,18 @@ def builtin_store(
     if not (heldout.exists() and train.exists()):
       _build(train, heldout, vocab_size, sentinels)
   return train, heldout
+
+
+def builtin_groups(
+  cache_dir: str | os.PathLike[str], vocab_size: int, sentinels: int
+) -> tuple[dict[str, pathlib.Path], pathlib.Path]:
+  """({group: store}, held-out store): the training store of `builtin_store`, apart by `GROUPS`; one tokenizer."""
+  train, heldout = builtin_store(cache_dir, vocab_size, sentinels)
+  groups = {name: train.with_name(f'train-{name}') for name in GROUPS}
+  with _exclusive(train.with_name('lock')):
+    if not all(path.exists() for path in groups.values()):
+      _build_groups(groups, open_store(train).tokenizer(sentinels))
+  return groups, heldout
 
 
 @contextlib.contextmanager
@@ -141,15 +159,38 @@ def is_heldout(name: str) -> bool:
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100 < HELDOUT_PERCENT
 
 
+def group_of(name: str) -> str:
+  """The group of a file of the corpus."""
+  package = name.split('/')[0]
+  return 'python' if package == 'python' else 'arrays' if package in ARRAYS else 'tools'
+
+
+def _read() -> dict[str, str]:
+  """name -> text of each document, ordered by hash: neighbouring rows come from different packages."""
+  found = dict(_track(documents(), 'reading', len(files())))
+  return {name: found[name] for name in sorted(found, key=lambda n: hashlib.sha256(b'order ' + n.encode()).digest())}
+
+
+def _track(items: Iterable, what: str, total: int) -> Iterable:
+  """A progress bar on a terminal; nothing elsewhere."""
+  console = Console(stderr=True)
+  return track(
+    items, f'built-in corpus: {what}', total=total, transient=True, console=console, disable=not console.is_terminal
+  )
+
+
+def _build_groups(groups: dict[str, pathlib.Path], tokenizer: Tokenizer) -> None:
+  found = _read()
+  for group, path in groups.items():
+    _write(path, [found[name] for name in found if not is_heldout(name) and group_of(name) == group], tokenizer)
+
+
 def _build(train: pathlib.Path, heldout: pathlib.Path, vocab_size: int, sentinels: int) -> None:
-  total = len(files())
-  found = dict(track(documents(), 'built-in corpus: reading', total=total, transient=True))
-  # By hash: neighbouring rows come from different packages.
-  names = sorted(found, key=lambda name: hashlib.sha256(b'order ' + name.encode()).digest())
-  training = [found[name] for name in names if not is_heldout(name)]
+  found = _read()
+  training = [found[name] for name in found if not is_heldout(name)]
   tokenizer = tokenizer_from_documents(training, vocab_size, sentinels, sample_bytes=SAMPLE_BYTES)
   _write(train, training, tokenizer)
-  _write(heldout, [found[name] for name in names if is_heldout(name)], tokenizer)
+  _write(heldout, [found[name] for name in found if is_heldout(name)], tokenizer)
 
 
 def _write(path: pathlib.Path, texts: list[str], tokenizer: Tokenizer) -> None:
@@ -158,6 +199,6 @@ def _write(path: pathlib.Path, texts: list[str], tokenizer: Tokenizer) -> None:
   digest = hashlib.sha256('\n'.join(texts).encode('utf-8', 'replace')).hexdigest()
   with StoreWriter(path, tokenizer) as writer:
     threads = len(os.sched_getaffinity(0))
-    for i in track(range(0, len(texts), 256), f'built-in corpus: {path.name}', transient=True):
+    for i in _track(range(0, len(texts), 256), path.name, -(-len(texts) // 256)):
       writer.add(tokenizer.encode_batch(texts[i : i + 256], threads))
     writer.finish(text_sha256=digest, source='documentation strings', packages=versions())

@@ -6,7 +6,7 @@ import pathlib
 from typing import Annotated, Literal, assert_never
 
 from data.batches import DataSource
-from data.builtin import builtin_store
+from data.builtin import GROUPS, builtin_groups, builtin_store
 from data.errors import DataError
 from data.make import RowSpec
 from data.mixture import Mixture, Stage, by_size
@@ -51,8 +51,13 @@ class _Common:
   prefetch: Annotated[int, '>= 0'] = 2
 
   @property
+  def weights(self) -> tuple[float, ...]:
+    """Relative shares of the sources."""
+    return (1.0,)
+
+  @property
   def num_sources(self) -> int:
-    return 1
+    return len(self.weights)
 
   @property
   def budget(self) -> Budget:
@@ -60,29 +65,39 @@ class _Common:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Builtin(_Common):
-  """Documentation strings of this Python installation, made into a store on first use; see data/builtin.py."""
+class _Mixed(_Common):
+  """Shares of sources are their weights; with `temperature` times tokens ** (1 / temperature); or what `stages` say."""
 
-  name: Literal['builtin'] = 'builtin'
+  stages: tuple[MixtureStage, ...] = ()
+  temperature: Annotated[float, '> 0'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StoreData(_Common):
-  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own.
+class Builtin(_Mixed):
+  """Documentation strings of this Python installation, made into a store on first use; see data/builtin.py.
 
-  Shares of the sources are their weights, or with `temperature` their weights times tokens ** (1 / temperature), or
-  what `stages` say.
+  With `groups` they are three sources: python (the standard library), arrays (packages about arrays) and tools.
   """
+
+  name: Literal['builtin'] = 'builtin'
+  groups: bool = False
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    return (1.0,) * (len(GROUPS) if self.groups else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreData(_Mixed):
+  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own."""
 
   name: Literal['store'] = 'store'
   sources: tuple[Source, ...]
-  stages: tuple[MixtureStage, ...] = ()
-  temperature: Annotated[float, '> 0'] | None = None
   heldout: tuple[Source, ...] = ()
 
   @property
-  def num_sources(self) -> int:
-    return len(self.sources)
+  def weights(self) -> tuple[float, ...]:
+    return tuple(source.weight for source in self.sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,11 +128,15 @@ def open_data(
         raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
       store = SyntheticStore(vocabulary.pieces, seed)
       return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {})
+    case Builtin(groups=True):
+      groups, heldout = builtin_groups(cache_dir, vocab_size, cfg.sentinels)
+      paths = {name: str(path) for name, path in groups.items()}
+      return _open_stores(cfg, objective, seed, vocab_size, paths, {'builtin': str(heldout)})
     case Builtin():
       train, heldout = builtin_store(cache_dir, vocab_size, cfg.sentinels)
-      return _open_stores(cfg, objective, seed, vocab_size, (Source(path=str(train)),), {'builtin': str(heldout)})
+      return _open_stores(cfg, objective, seed, vocab_size, {'builtin': str(train)}, {'builtin': str(heldout)})
     case StoreData():
-      return _open_stores(cfg, objective, seed, vocab_size, cfg.sources, _names(cfg.heldout))
+      return _open_stores(cfg, objective, seed, vocab_size, _names(cfg.sources), _names(cfg.heldout))
     case _:
       assert_never(cfg)
 
@@ -131,10 +150,10 @@ def _names(sources: tuple[Source, ...]) -> dict[str, str]:
   return names
 
 
-def _open_stores(cfg, objective, seed, vocab_size, sources, heldout: dict[str, str]) -> DataSource:
+def _open_stores(cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str]) -> DataSource:
   if not sources:
     raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
-  stores = {name: open_store(path) for name, path in _names(sources).items()}
+  stores = {name: open_store(path) for name, path in sources.items()}
   others = {name: open_store(path) for name, path in heldout.items()}
   _check_same_tokenizer([*stores.values(), *others.values()])
   first = next(iter(stores.values()))
@@ -145,28 +164,26 @@ def _open_stores(cfg, objective, seed, vocab_size, sources, heldout: dict[str, s
       f'model.vocab_size={vocab_size} but {first.path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
       f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
     )
-  stages = _stages(cfg, [store.num_tokens for store in stores.values()], [source.weight for source in sources])
+  stages = _stages(cfg, [store.num_tokens for store in stores.values()])
   return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others)
 
 
-def _stages(cfg: Data, sizes: list[int], weights: list[float]) -> list[Stage]:
+def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
   """The stages of the mixture, counted in rows. `sizes` are tokens of the sources."""
-  if isinstance(cfg, StoreData) and cfg.stages:
+  if cfg.stages:
     return [Stage(stage.start_step * cfg.batch_size, stage.weights) for stage in cfg.stages]
-  if isinstance(cfg, StoreData) and cfg.temperature is not None:
-    weights = by_size(sizes, weights, cfg.temperature)
-  return [Stage(0, tuple(weights))]
+  if cfg.temperature is not None:
+    return [Stage(0, tuple(by_size(sizes, cfg.weights, cfg.temperature)))]
+  return [Stage(0, cfg.weights)]
 
 
 def check_mixture(cfg: Data) -> None:
   """Raises ValueError where weights, temperature and stages of the sources do not go together."""
-  if not isinstance(cfg, StoreData):
+  if isinstance(cfg, Synthetic):
     return
-  number, weights = len(cfg.sources), [source.weight for source in cfg.sources]
+  number, weights = cfg.num_sources, list(cfg.weights)
   if any(weight <= 0 for weight in weights):
-    raise ValueError(
-      f'data.sources have the weights {weights}; each must be greater than 0, or the source be left out.'
-    )
+    raise ValueError(f'data.sources have the weights {weights}; each must be greater than 0. Leave out what has none.')
   if cfg.stages and (cfg.temperature is not None or len(set(weights)) > 1):
     other = 'data.temperature' if cfg.temperature is not None else 'the weights of data.sources'
     raise ValueError(f'data.stages say what the shares are, and so do {other}; remove one of them.')
