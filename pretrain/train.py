@@ -121,6 +121,7 @@ class Run:
     check_not_lost(latest, recorded, cfg.checkpoint.every, workdir)
     # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
     self.stage = Stage(stretch_at(cfg, max(latest - 1, 0) if latest else 0))
+    self.data = self.stage.data  # that of the last step: a run that is stopped at the border saves it, not the next one
     self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
     self.state, self.position = self._restore_or_initialise()
     self.step = self.saved_step = int(self.state.step)
@@ -162,6 +163,7 @@ class Run:
       waited = time.perf_counter() - start
       self.state, metrics = stage.program.train_step(self.state, to_global(batch, stage.program.mesh))
       self.step += 1
+      self.data = stage.data
       if pending is not None:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
@@ -233,7 +235,7 @@ class Run:
       self._save()
 
   def _save(self) -> None:
-    position = {'loader': self.position, 'data': self.stage.data.fingerprint()}
+    position = {'loader': self.position, 'data': self.data.fingerprint()}
     self.checkpoints.save(self.step, self.state, position, self.text)
     self.saved_step = self.step
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import signal
 
 import numpy as np
 import pytest
 
+from data.prepare import prepare
 from data.source import open_data
 from pretrain import config
 from pretrain.cli import main
@@ -15,7 +17,7 @@ from pretrain.metrics import read_metrics
 from pretrain.phases import stretch_at, stretches
 from pretrain.step import checksum
 from pretrain.testing import assert_resumes_exactly
-from pretrain.train import train
+from pretrain.train import DONE, PREEMPTED, Stage, train
 from tests.pretrain import tiny
 
 RAMP = "phases=[{'start_step': 3, 'set': {'data.batch_size': 16}}, {'start_step': 5, 'set': {'schedule.peak': 1e-4}}]"
@@ -64,6 +66,28 @@ def test_a_run_in_phases_resumes_exactly(text_store, tmp_path):
 def test_a_run_stopped_at_the_border_of_two_phases_goes_on_in_the_second(text_store, tmp_path):
   assert_resumes_exactly(adapted(text_store, 'checkpoint.every=4'), tmp_path, steps=5, stop_at=4)
   assert column(tmp_path / 'resumed', 'phase') == [0, 0, 1, 1, 2]
+
+
+def test_a_run_stopped_while_the_next_phase_opens_its_data_goes_on(text_store, tokenizer_model, tmp_path, monkeypatch):
+  (tmp_path / 'other.txt').write_text('Another store, of the same tokenizer.\n' * 99)
+  (tmp_path / 'm').write_bytes(tokenizer_model)
+  prepare([tmp_path / 'other.txt'], tmp_path / 'other', tokenizer=tmp_path / 'm', sentinels=32)
+  other = f"phases=[{{'start_step': 1, 'set': {{'data.sources': [{{'path': '{tmp_path}/other'}}]}}}}]"
+  source = ("data.name='store'", f"data.sources=[{{'path': '{text_store}'}}]", 'data.sentinels=32', other)
+  cfg = tiny.decoder(*source, 'train.steps=2')
+
+  class Stopped(Stage):
+    def __init__(self, stretch):
+      super().__init__(stretch)
+      if stretch.index:
+        signal.raise_signal(signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr('pretrain.train.Stage', Stopped)
+    assert train(cfg, tmp_path / 'run') == PREEMPTED
+  assert column(tmp_path / 'run', 'phase') == [0]
+  assert train(cfg, tmp_path / 'run') == DONE
+  assert column(tmp_path / 'run', 'phase') == [0, 1]
 
 
 def adapted(store, *overrides) -> Experiment:
