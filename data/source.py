@@ -110,6 +110,11 @@ class Synthetic(_Common):
 Data = Builtin | StoreData | Synthetic
 
 
+def has_heldout(cfg: Data) -> bool:
+  """Whether there are evaluation sets."""
+  return isinstance(cfg, Builtin) or (isinstance(cfg, StoreData) and bool(cfg.heldout))
+
+
 def open_data(
   cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
 ) -> DataSource:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective
 from data.packing import check_packing
-from data.source import Data, StoreData, check_mixture
+from data.source import Data, StoreData, check_mixture, has_heldout
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
-from pretrain.optim import AdamW, Optimizer
+from pretrain.optim import AdamW, Optimizer, check_optimizer
 from pretrain.phases import Phase, stretches
 from pretrain.schedule import Schedule, check_schedule
 
@@ -92,7 +92,7 @@ MAY_CHANGE = (
 
 def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
-  _check_generate(cfg)
+  _check_evaluation(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -114,6 +114,7 @@ def _check_one(cfg: Experiment) -> None:
   check_model(cfg.model)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
+  check_optimizer(cfg.optimizer)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
   check_mixture(cfg.data)
@@ -148,13 +149,22 @@ def _check_pairs(cfg: Experiment) -> None:
     )
 
 
-def _check_generate(cfg: Experiment) -> None:
-  supervised = any(isinstance(stretch.cfg.objective, Supervised) for stretch in stretches(cfg))
-  if cfg.evaluation.generate and not supervised:
+def _check_evaluation(cfg: Experiment) -> None:
+  """What is asked of an evaluation has something to work on, in some phase."""
+  own, parts = cfg.evaluation, [stretch.cfg for stretch in stretches(cfg)]
+  if own.every and not any(has_heldout(part.data) for part in parts):
+    fix = 'set it to 0' if cfg.data.name == 'synthetic' else 'set data.heldout, or evaluation.every=0'
+    raise ConfigError(f"evaluation.every={own.every} with data.name='{cfg.data.name}' and nothing held out; {fix}.")
+  if own.generate and not any(isinstance(part.objective, Supervised) for part in parts):
     raise ConfigError(
-      f'evaluation.generate={cfg.evaluation.generate} compares outputs with targets of pairs, '
+      f'evaluation.generate={own.generate} compares outputs with targets of pairs, '
       f"objective.name='{cfg.objective.name}' has none; set it to 0, or objective.name='supervised'."
     )
+  for key in ('generate', 'lawa_checkpoints'):
+    if (given := getattr(own, key)) and not own.every:
+      raise ConfigError(
+        f'evaluation.{key}={given} with evaluation.every=0: it would never be used; set evaluation.every.'
+      )
 
 
 def _check_profile(cfg: Experiment) -> None:
@@ -179,10 +189,6 @@ def _check_positions(cfg: Experiment) -> None:
 
 def _check_lawa(cfg: Experiment) -> None:
   count, keep = cfg.evaluation.lawa_checkpoints, cfg.checkpoint.keep
-  if count and not cfg.evaluation.every:
-    raise ConfigError(
-      f'evaluation.lawa_checkpoints={count} with evaluation.every=0: it would never be used; set evaluation.every.'
-    )
   if keep < count:
     raise ConfigError(
       f'evaluation.lawa_checkpoints={count} but checkpoint.keep={keep}: older ones are deleted; '

@@ -41,6 +41,15 @@ class Lion(Shared):
 Optimizer = AdamW | Adafactor | Lion | Muon
 
 
+def check_optimizer(cfg: Optimizer) -> None:
+  """Raises ValueError for a key that nothing would read."""
+  if isinstance(cfg, Adafactor) and not cfg.momentum and cfg.state_dtype != 'float32':
+    raise ValueError(
+      f"optimizer.state_dtype='{cfg.state_dtype}' is of moments of a parameter's size, and optimizer.name='adafactor' "
+      'with optimizer.momentum=0.0 has none; remove it.'
+    )
+
+
 class SkipState(NamedTuple):
   total: Array
   consecutive: Array

@@ -28,7 +28,10 @@ from pretrain.phases import stretch_at
 from pretrain.runtime import Program, build_program, cache_dir
 
 # Keys of model.* that change neither the shapes of weights nor what is computed of them.
-NOT_ARCHITECTURE = ('model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale')
+NOT_ARCHITECTURE = (
+  'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
+  'model.scale_residual_init',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

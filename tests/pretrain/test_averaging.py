@@ -283,7 +283,8 @@ def test_only_one_tree_is_read_at_a_time():
     ('soup', '--gin_file={run}/config.gin --inputs={run} --metric=eval/books/loss --output={new}', 64,
      "CONFIG: --metric='eval/books/loss' is not one of eval/license/loss, eval/license/text_loss, "
      'eval/license/accuracy.'),
-    ('soup', '--gin_file={run}/config.gin --gin.data.heldout=[] --inputs={run} --metric=loss --output={new}', 64,
+    ('soup', '--gin_file={run}/config.gin --gin.data.heldout=[] --gin.evaluation.every=0 '
+     '--gin.evaluation.lawa_checkpoints=0 --inputs={run} --metric=loss --output={new}', 64,
      'CONFIG: --gin_file has no held-out set to judge a soup on; set data.heldout.'),
     ('soup', '--gin_file={run}/config.gin --gin.model.embed=64 --inputs={run} --metric=loss --output={new}', 66,
      'CKPT-MISMATCH: model.embed is 64 in --gin_file, 32 in {run}/config.gin (first of 1); '

@@ -156,6 +156,27 @@ def test_pairs_are_kept_apart(pair_store):
       "evaluation.generate=8 compares outputs with targets of pairs, objective.name='ul2' has none; set it to 0, or "
       "objective.name='supervised'.",
     ),
+    (
+      tiny.UL2,
+      "evaluation.every=0\nobjective.name='supervised'\ndata.name='store'\ndata.sources=[]\nevaluation.generate=8",
+      'evaluation.generate=8 with evaluation.every=0: it would never be used; set evaluation.every.',
+    ),
+    (
+      tiny.UL2,
+      "data.name='store'\ndata.sources=[{'path': 'a'}]",
+      "evaluation.every=200 with data.name='store' and nothing held out; set data.heldout, or evaluation.every=0.",
+    ),
+    (
+      tiny.DECODER,
+      'evaluation.every=5',
+      "evaluation.every=5 with data.name='synthetic' and nothing held out; set it to 0.",
+    ),
+    (
+      tiny.UL2,
+      "optimizer.name='adafactor'\noptimizer.state_dtype='int8'",
+      "optimizer.state_dtype='int8' is of moments of a parameter's size, and optimizer.name='adafactor' with "
+      'optimizer.momentum=0.0 has none; remove it.',
+    ),
     (tiny.UL2, 'evaluation.generate=-1', '--gin.evaluation.generate: evaluation.generate=-1; it must be >= 0.'),
     (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
     (tiny.ENCODER, 'objective.rate=1.0', '--gin.objective.rate: objective.rate=1.0; it must be in (0, 1).'),
