@@ -152,6 +152,11 @@ def tasks_of(objective: Objective) -> tuple[Task, ...]:
       assert_never(objective)
 
 
+def has_marks(task: Task) -> bool:
+  """Whether its rows hold sentinels or mode tokens."""
+  return task.kind in ('spans', 'masked') or task.mode is not None
+
+
 def _task(denoiser: Denoiser, s_mode: SMode, mode_tokens: bool) -> Task:
   mode = MODE_OF_KIND[denoiser.kind] if mode_tokens else None
   if denoiser.kind == 'S':

@@ -1,11 +1,12 @@
 """The root of the config: every section of a run, and the facts that span sections."""
 
 import dataclasses
+import itertools
 import math
 import pathlib
 from typing import Annotated
 
-from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective
+from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective, has_marks, tasks_of
 from data.packing import check_packing
 from data.source import Data, StoreData, check_mixture, has_heldout
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
@@ -93,6 +94,7 @@ MAY_CHANGE = (
 def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
   _check_evaluation(cfg)
+  _check_sentinels(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -101,6 +103,18 @@ def check(cfg: Experiment) -> None:
       raise ConfigError(f'{place}{error}') from error
     except ConfigError as error:
       raise ConfigError(place + str(error).removeprefix('CONFIG: ')) from error
+
+
+def _check_sentinels(cfg: Experiment) -> None:
+  """Sentinels and modes are the ids after the pieces, counted from the last: with more sentinels each is another id."""
+  marked = [stretch for stretch in stretches(cfg) if any(map(has_marks, tasks_of(stretch.cfg.objective)))]
+  for before, after in itertools.pairwise(marked):
+    old, new = before.cfg.data.sentinels, after.cfg.data.sentinels
+    if old != new:
+      raise ConfigError(
+        f'phases[{after.index - 1}]: data.sentinels={new}, {old} in an earlier phase with sentinels or modes: '
+        f'each would become another id; set data.sentinels={max(old, new)} from the beginning.'
+      )
 
 
 def _check_one(cfg: Experiment) -> None:

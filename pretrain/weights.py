@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ NOT_ARCHITECTURE = (
   'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
   'model.scale_residual_init',
 )  # fmt: skip
+# What a run that starts from another may change as well: how far apart positions are, for longer rows.
+MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +80,17 @@ def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
   """The parameters that `checkpoint.initial` names, placed for `program`, whose data have `tokenizer`.
 
-  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for other shapes and another tokenizer.
+  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
   """
   path = pathlib.Path(initial)
   step = find_step(path.parent, int(path.name))
+  ours, theirs = config.flatten(program.model.cfg, 'model.'), config.flatten(config_of(step.workdir))
+  if bad := _differences(ours, theirs, MAY_DIFFER):
+    raise CheckpointError(
+      'CKPT-MISMATCH',
+      f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
+      f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
+    )
   params, theirs = step.read(program.abstract.params), step.tokenizer()
   if None not in (theirs, tokenizer) and theirs != tokenizer:
     raise CheckpointError(
@@ -207,13 +216,18 @@ def _one_architecture(steps: Sequence[Step]) -> Experiment:
 
 def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> None:
   ours, theirs = config.flatten(cfg), config.flatten(other)
-  keys = [key for key in dict.fromkeys([*ours, *theirs]) if key.startswith('model.') and key not in NOT_ARCHITECTURE]
-  if bad := [key for key in [*keys, 'data.sentinels'] if ours.get(key) != theirs.get(key)]:
+  if bad := _differences(ours, theirs, NOT_ARCHITECTURE, 'data.sentinels'):
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{bad[0]} is {ours.get(bad[0])!r} in {where}, {theirs.get(bad[0])!r} in {step.workdir}/config.gin '
       f'(first of {len(bad)}); only weights of one architecture can be mixed. Nothing was written.',
     )
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Sequence[str], *others: str) -> list[str]:
+  """The keys of the model, but those in `free`, and of `others` that differ."""
+  keys = [key for key in dict.fromkeys([*ours, *theirs]) if key.startswith('model.') and key not in free]
+  return [key for key in [*keys, *others] if ours.get(key) != theirs.get(key)]
 
 
 def config_of(workdir: pathlib.Path) -> Experiment:

@@ -319,7 +319,8 @@ def edit(path, old: str, new: str) -> None:
 
 
 def test_a_run_starts_from_parameters_alone(run, text_store, tmp_path, program):
-  cfg = config_of(text_store, f"checkpoint.initial='{run}/4'", 'train.steps=1', 'schedule.peak=0.0')
+  free = ('model.dropout=0.1', 'model.init_std=0.02', 'model.rope_theta=500000.0')
+  cfg = config_of(text_store, f"checkpoint.initial='{run}/4'", 'train.steps=1', 'schedule.peak=0.0', *free)
   with without_report():
     train(cfg, tmp_path)
   assert_trees_equal(params_of(tmp_path, 1, program), params_of(run, 4, program))
@@ -350,7 +351,17 @@ def test_lawa_in_several_processes_is_refused(text_store, tmp_path, monkeypatch)
   [
     ('{run}/40', (), 'CKPT-NONE: no step 40 in {run}/checkpoints; it has 1, 2, 3, 4, 5, 6. Choose one of them.'),
     ('{run}x/4', (), 'CKPT-NONE: no finished checkpoint in {run}x/checkpoints; check the path.'),
-    ('{run}/4', ('model.mlp.hidden=128',), 'CKPT-MISMATCH: params/'),
+    (
+      '{run}/4',
+      ('model.mlp.hidden=128',),
+      'CKPT-MISMATCH: model.mlp.hidden is 64 in {run}/config.gin, 128 in this command',
+    ),
+    (
+      '{other}/0',
+      (),
+      "CKPT-MISMATCH: model.mlp.activation is 'relu' in {other}/config.gin, 'silu' in this command (first of 1); its "
+      'parameters would be those of another model. Nothing was changed; set it as it is there.',
+    ),
     (
       '{foreign}/0',
       (),

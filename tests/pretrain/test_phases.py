@@ -136,6 +136,17 @@ def test_a_phase_that_cannot_be_is_one_sentence(phases, message):
     check(tiny.decoder('mesh.data=2', f'phases={phases}'))
 
 
+def test_sentinels_keep_their_ids_in_all_phases_that_have_any():
+  causal, ul2r = "'objective.name': 'causal_lm'", "'objective.name': 'ul2r', 'data.sentinels': 64"
+  first, back = f"{{'start_step': 3, 'set': {{{ul2r}}}}}", f"{{'start_step': 5, 'set': {{{causal}}}}}"
+  check(tiny.decoder(f'phases=[{first}, {back}]'))  # none before it
+  again = "{'start_step': 7, 'set': {'objective.name': 'ul2r', 'data.sentinels': 32}}"
+  with pytest.raises(
+    ConfigError, match=r'phases\[2\]: data.sentinels=32, 64 in an earlier phase .* data.sentinels=64 from the begin'
+  ):
+    check(tiny.decoder(f'phases=[{first}, {back}, {again}]'))
+
+
 def test_a_resumed_run_keeps_its_phases(tmp_path):
   cfg = tiny.decoder('train.steps=2', RAMP)
   train(cfg, tmp_path)
