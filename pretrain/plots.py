@@ -115,17 +115,37 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float]) -> None:
 def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
   """Training loss, held-out losses, and the baselines as lines across; n-grams are comparable with text loss only."""
   plot_smoothed(axes, curve(rows, 'loss'), 'training')
-  evaluations = sorted({key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')})
-  raw = list(dict.fromkeys(raw_of(key) for key in evaluations))
-  for key in evaluations:
-    label = key.removeprefix('eval/').replace('/text_loss', ', text only').removesuffix('/loss')
-    color = EVALUATION[raw.index(raw_of(key)) % len(EVALUATION)]
+  found = evaluations(rows)
+  colors = list(dict.fromkeys(map(raw_of, found)))
+  for key, label in found.items():
+    color = EVALUATION[colors.index(raw_of(key)) % len(EVALUATION)]
     axes.plot(*curve(rows, key), STYLES[average_of(key)], markersize=3.5, color=color, label=label)
   for name, value in baselines.items():
     axes.axhline(value, color='#777', linestyle=(0, (5, 3)), linewidth=1)
     axes.annotate(f'{name} {value:.2f}', (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
                   va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
-  axes.legend(loc='upper center', ncols=4)
+  axes.figure.legend(loc='outside lower center', ncols=4)  # inside it would hide curves
+
+
+def evaluations(rows: Rows) -> dict[str, str]:
+  """The held-out losses to draw, the weights' own before those of averages, and their labels.
+
+  One of text alone that stays within 1% of that of all targets would hide it: it is named in the other's label.
+  """
+  keys = sorted(
+    {key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')},
+    key=lambda key: (raw_of(key), average_of(key)),
+  )
+  same = {text.replace('/text_loss', '/loss'): text for text in keys if hides(rows, text)}
+  label = lambda key: key.removeprefix('eval/').replace('/text_loss', ', text only').removesuffix('/loss')
+  return {key: label(key) + ', text only within 1%' * (key in same) for key in keys if key not in same.values()}
+
+
+def hides(rows: Rows, text: str) -> bool:
+  """Whether `text`, the key of a loss of text alone, is everywhere within 1% of that of all targets."""
+  whole = text.replace('/text_loss', '/loss')
+  pairs = [(row[text], row[whole]) for row in rows if text in row and whole in row]
+  return whole != text and bool(pairs) and all(abs(a - b) <= 0.01 * abs(b) for a, b in pairs)
 
 
 def raw_of(key: str) -> str:

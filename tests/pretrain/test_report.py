@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.errors import CheckpointError
 from pretrain.metrics import Metrics
-from pretrain.plots import PLOTS, curve, draw
+from pretrain.plots import PLOTS, curve, draw, evaluations
 from pretrain.report import write_report
 
 
@@ -87,6 +87,16 @@ def test_every_plot_shows_its_numbers(run, tmp_path_factory):
     other = [row | {key: row[key] * (1 + row['step'])} for row in rows]
     after = [path.read_bytes() for path in draw(other, {}, tmp_path_factory.mktemp('plots'))]
     assert [a != b for a, b in zip(after, before, strict=True)] == [j == i for j in range(5)], key
+
+
+def test_averages_follow_the_weights_and_no_curve_hides_another():
+  near, far = ({f'eval/{name}loss': 4.0, f'eval/{name}text_loss': loss} for name, loss in (('a/', 4.03), ('b/', 4.1)))
+  rows = [near | far | {'step': 1}, far | {'eval/b/lawa/loss': 4.0, 'eval/b/ema/loss': 4.0, 'loss': 4.0, 'step': 2}]
+  assert list(evaluations(rows).items()) == [
+    ('eval/a/loss', 'a, text only within 1%'),
+    ('eval/b/loss', 'b'), ('eval/b/ema/loss', 'b/ema'), ('eval/b/lawa/loss', 'b/lawa'),
+    ('eval/b/text_loss', 'b, text only'),
+  ]  # fmt: skip
 
 
 def test_what_is_not_finite_is_left_out_of_curves():
