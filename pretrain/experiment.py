@@ -31,7 +31,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-  """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never.
+  """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never. A phase with
+  another data.batch_size is judged on as many batches, of that size: its losses are those of more text, or less.
 
   `lawa_checkpoints` = k also evaluates the mean of the last k checkpoints at multiples of `checkpoint.every`, from
   where there are k of them. They are read one at a time: it takes the memory of two copies of the parameters.

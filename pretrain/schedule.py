@@ -46,8 +46,9 @@ class Linear:
 class Cosine:
   """Half a cosine from `peak` down to `peak * final_fraction` at step `steps`. Source: arXiv:1608.03983, eq. 5.
 
-  A moderate decay (final_fraction about 1/3) keeps the best data of a curriculum, which comes last, from being learnt
-  at a rate near zero: Luo et al. 2025, arXiv:2511.18903. The same goes for `linear` and `wsd`.
+  A moderate decay, to a rate only moderately below the peak (a higher `final_fraction`), keeps the best data of a
+  curriculum, which comes last, from being learnt at a rate near zero: Luo et al. 2025, arXiv:2511.18903, abstract. The
+  same goes for `linear` and `wsd`.
   """
 
   name: Literal['cosine'] = 'cosine'
@@ -61,7 +62,7 @@ class Cosine:
 class Wsd:
   """Warm-up, stable at `peak`, then over the last `decay_steps` before `steps` down to `peak * final_fraction`.
 
-  Source: Hu et al. 2024, arXiv:2404.06395; 'sqrt' is 1 - sqrt(done): Hägele et al. 2024, arXiv:2405.18392, §4.
+  Source: Hu et al. 2024, arXiv:2404.06395; 'sqrt' is 1 - sqrt(done): Hägele et al. 2024, arXiv:2405.18392.
   """
 
   name: Literal['wsd'] = 'wsd'

@@ -64,10 +64,11 @@ class Gpt:
     return self.layers * block + 2 * self.embed + (50257 + self.positions) * self.embed
 
 
-# What transformers counts in each checkpoint (num_parameters; t5-large's file holds an unused table of 512 more), and
-# for ul2/20b, of which it counts one table, both.
+# The parameters in each published checkpoint (t5-large's file holds an unused table of 512 more). ul2/20b's are not
+# published to the last digit: the sum of its config's sizes, the paper's 20B.
 PUBLISHED = {
   't5/small': (76_961_152, T5(512, 8, 6, 1024)),
+  't5/finetune_small': (76_961_152, T5(512, 8, 6, 1024)),
   't5/base': (247_577_856, T5(768, 12, 12, 2048)),
   't5/large': (783_150_080, T5(1024, 24, 16, 2816)),
   't5/xl': (2_849_757_184, T5(2048, 24, 32, 5120)),
