@@ -37,11 +37,19 @@ def text_list(text: str) -> list[str]:
 
 
 def int_list(text: str) -> list[int]:
-  return [int(part) for part in text.split(',')]
+  return number_list(text, int)
 
 
 def float_list(text: str) -> list[float]:
-  return [float(part) for part in text.split(',')]
+  return number_list(text, float)
+
+
+def number_list(text: str, kind: type) -> list:
+  try:
+    return [kind(part) for part in text.split(',')]
+  except ValueError as error:
+    numbers = 'whole numbers' if kind is int else 'numbers'
+    raise argparse.ArgumentTypeError(f"'{text}' is no list of {numbers}; write e.g. 1,2") from error
 
 
 def checkpoints_command(options, overrides) -> None:

@@ -265,7 +265,8 @@ def test_only_one_tree_is_read_at_a_time():
     ('average', '--workdir={run} --steps=2,3 --output={run}', 64,
      'CONFIG: --output={run} exists; nothing is overwritten. Choose another folder.'),
     ('average', '--workdir={run} --steps=2,x --output={new}', 64,
-     "CONFIG: argument --steps: invalid int_list value: '2,x'; see pretrain checkpoints average --help."),
+     "CONFIG: argument --steps: '2,x' is no list of whole numbers; write e.g. 1,2; see pretrain checkpoints "
+     'average --help.'),
     ('average', '--workdir={new} --steps=2 --output={new}', 66,
      'CKPT-NONE: no finished checkpoint in {new}/checkpoints; check the path.'),
     ('list', '--workdir={new}', 66, 'CKPT-NONE: no finished checkpoint in {new}/checkpoints; check the path.'),
