@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from data.source import open_data
 from pretrain.errors import ConfigError
-from pretrain.plan import compile_for, tpu_devices
+from pretrain.plan import abstract_batch, compile_for, tpu_devices
+from pretrain.runtime import build_program, cache_dir
 from tests.pretrain import tiny
+from tests.pretrain.test_generate import config_of
 
 pytestmark = pytest.mark.aot
 
@@ -44,6 +47,15 @@ def test_a_donated_argument_is_counted_once(mesh):
 def test_what_does_not_fit_says_so(mesh):
   with pytest.raises(ConfigError, match=r'^CONFIG: RESOURCE_EXHAUSTED: .* Use more devices'):
     compile_for(jax.jit(lambda x: x @ x), (matrix(mesh, (), dim=2**16),))
+
+
+@pytest.mark.parametrize('objective', ['supervised', 'supervised+encoder', 'prefix_lm'])
+def test_a_planned_batch_is_one_of_training(pair_store, text_store, objective):
+  cfg = config_of(text_store if objective == 'prefix_lm' else pair_store, objective)
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  shapes = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}
+  real = data.batch(0, slice(0, cfg.data.batch_size))
+  assert shapes(abstract_batch(cfg, build_program(cfg))) == shapes(real)
 
 
 def test_a_slice_that_does_not_exist_is_refused():
