@@ -377,6 +377,7 @@ def test_an_override_without_a_value_is_named(capsys):
 
 def test_a_missing_store_is_exit_code_65(capsys, tmp_path):
   flags = ["--gin.data.name='store'", f"--gin.data.sources=[{{'path': '{tmp_path}/none'}}]"]
+  flags += ['--gin.evaluation.every=0']
   code, _, err = run(capsys, 'train', f'--gin_file={tiny.UL2}', *flags, f'--workdir={tmp_path / "run"}')
   assert code == 65
   assert 'no token store at' in err
