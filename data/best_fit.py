@@ -30,7 +30,7 @@ class BestFitPlanner:
 
   def plan(self, shard: int, variant: int) -> Bins:
     pieces = cut_long(self._stream(shard), self._capacity)
-    bins = _fill(pieces.lengths, *self._sides)
+    bins = fill(pieces.lengths, *self._sides)
     order = np.lexsort((pieces.places, bins))
     firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
     listed = Pieces(bins[order], *(values[order] for values in pieces[1:]))
@@ -57,8 +57,8 @@ class _Side(NamedTuple):
   room: int
 
 
-def _fill(lengths: np.ndarray, leading, *following) -> np.ndarray:
-  """int64[pieces]: the row that each piece goes to."""
+def fill(lengths: np.ndarray, leading, *following) -> np.ndarray:
+  """int64[pieces]: the row that each piece goes to. Sides are (places by length of a piece, places of a row)."""
   cost, room = leading
   sizes = cost[lengths]
   order = np.argsort(-sizes, kind='stable')

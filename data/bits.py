@@ -72,3 +72,8 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+def uniform(keys: np.ndarray) -> np.ndarray:
+  """float64 in (0, 1) for each key."""
+  return ((_mix(keys) >> np.uint64(12)) + 0.5) * 2.0**-52
