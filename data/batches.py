@@ -86,6 +86,15 @@ class DataSource:
       source.pair_counts,
     )  # fmt: skip
 
+  def batch_rows(self, start: int) -> int:
+    """How many rows the global batch has that begins at this position."""
+    return self.cfg.batch_size
+
+  def row(self, start: int, row: int) -> tuple[RowDescription, Batch]:
+    """(where row `row` of the batch that begins at this position came from, its fields, int32[length])."""
+    fields = {name: values[0] for name, values in self.global_rows(start + row, 1).items()}
+    return self.describe_row(start + row), fields
+
   def document_start(self, origin: RowDescription, document: int) -> int:
     """The first token, in its store, of a document of a described row."""
     store = next(rows.store for rows in self.sources if rows.store.path == origin.path)

@@ -1,4 +1,4 @@
-"""Length buckets: rows of one document each, of several lengths; a step has rows of one length and as many tokens as any.
+"""Length buckets: rows of one document each, of several lengths; a step has rows of one length, all steps one size.
 
 A document becomes pieces of 2^k tokens, the longest first, as its length is written in binary. What is left below the
 shortest length is packed with others' rests in rows of that length (best fit); nothing is dropped. Source: Pouransari
@@ -6,8 +6,6 @@ et al. 2024, arXiv:2405.13226 ("Dataset Decomposition"), which drops the rests a
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from data.best_fit import fill
 from data.bits import permute, stream_key, uniform
 from data.plan import Bins, Pieces, Stream
-from data.ragged import spread, starts
+from data.ragged import starts
 
 WINDOW = 8  # shards whose rows are mixed
 
@@ -43,14 +41,14 @@ class LengthBuckets:
       found.append(2 * found[-1])
     if found[-1] != longest:
       raise ValueError(
-        f'data.packing.min_length={self.min_length} doubled leads to {found[-1]}, not to data.targets_length={longest}; '
-        'make their quotient a power of two.'
+        f'data.packing.min_length={self.min_length} doubled leads to {found[-1]}, not to data.targets_length={longest}'
+        '; make their quotient a power of two.'
       )
     return tuple(found)
 
 
 def decompose(stream: Stream, lengths: tuple[int, ...]) -> list[Bins]:
-  """The rows of each length, ascending; each a plan of its own whose rows have one piece, but the shortest may have more."""
+  """The rows of each length, ascending, as plans of their own. Rows have one piece, but the shortest may have more."""
   sizes = np.array(lengths[::-1])
   digits = stream.lengths[:, None] // sizes % 2
   digits[:, 0] = stream.lengths // sizes[0]
@@ -60,7 +58,8 @@ def decompose(stream: Stream, lengths: tuple[int, ...]) -> list[Bins]:
   documents = np.repeat(np.arange(len(counts)), counts.sum(1))
   own = np.append(sizes, 0)[which]
   own[which == len(sizes)] = rest[documents[which == len(sizes)]]
-  before = starts(own) - np.repeat(starts(own)[starts(counts.sum(1))[counts.sum(1) > 0]], counts.sum(1)[counts.sum(1) > 0])
+  some = counts.sum(1)[counts.sum(1) > 0]
+  before = starts(own) - np.repeat(starts(own)[starts(some)], some)
   pieces = Pieces(which, stream.first + documents, stream.begins[documents] + before, own)
   plans = [_one_each(pieces, which == len(sizes) - 1 - k) for k in range(len(sizes))]
   return [_with_rests(plans[0], pieces, which == len(sizes), lengths[0]), *plans[1:]]
@@ -85,7 +84,7 @@ def _with_rests(plan: Bins, pieces: Pieces, rests: np.ndarray, room: int) -> Bin
 
 
 class Place(NamedTuple):
-  """A step of the run: its epoch, window of shards, length (index), and which step of that length in the window it is."""
+  """A step of the run: its epoch, window of shards, length (index), and which step of this length in the window."""
 
   epoch: int
   window: int
@@ -100,7 +99,7 @@ class BucketOrder:
     self._counts, self._cfg, self._rows_per_step = counts, cfg, rows_per_step
     self._seed, self._purpose = seed, purpose
     self._steps = -(-counts // rows_per_step)  # the last step of a length may have empty rows
-    self._schedule = functools.lru_cache(maxsize=4)(self._make_schedule)
+    self._schedules: dict[tuple[int, int], np.ndarray] = {}
 
   @property
   def steps_per_epoch(self) -> int:
@@ -108,11 +107,14 @@ class BucketOrder:
 
   def place(self, step: int) -> Place:
     epoch, rest = divmod(step, self.steps_per_epoch)
-    order = permute(np.arange(len(self._counts)), len(self._counts), stream_key(self._seed, self._purpose + ' windows', epoch))
+    number = len(self._counts)
+    order = permute(np.arange(number), number, stream_key(self._seed, self._purpose + ' windows', epoch))
     ends = np.cumsum(self._steps[order].sum(1))
     at = int(np.searchsorted(ends, rest, side='right'))
     window, rest = int(order[at]), rest - int(ends[at] - self._steps[order[at]].sum())
-    schedule = self._schedule(epoch, window)
+    if (epoch, window) not in self._schedules:
+      self._schedules = {(epoch, window): self._make_schedule(epoch, window)}
+    schedule = self._schedules[epoch, window]
     bucket = int(schedule[rest])
     return Place(epoch, window, bucket, int((schedule[:rest] == bucket).sum()))
 
@@ -141,6 +143,7 @@ class BucketOrder:
 
 
 def windows_of(num_shards: int) -> list[range]:
+  """The shards of each window."""
   return [range(i, min(i + WINDOW, num_shards)) for i in range(0, num_shards, WINDOW)]
 
 

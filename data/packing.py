@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Literal, assert_never
 
 from data.best_fit import BestFitPlanner
+from data.buckets import LengthBuckets
 from data.concat_split import ConcatSplitPlanner
 from data.make import RowSpec
 from data.next_fit import NextFitPlanner
-from data.objectives import Supervised, tasks_of
+from data.objectives import CausalLm, Supervised, tasks_of
 from data.plan import Planner, Stream
 
 
@@ -33,11 +34,12 @@ class NextFit:
   name: Literal['next_fit'] = 'next_fit'
 
 
-Packing = ConcatSplit | BestFit | NextFit
+Packing = ConcatSplit | BestFit | NextFit | LengthBuckets
 
 
-def check_packing(packing: Packing, objective, attend_across_documents: bool) -> None:
-  """Raises ValueError where `packing` does not go with the objective."""
+def check_packing(cfg, objective) -> None:
+  """Raises ValueError where the `packing` of a data config does not go with the rest of it, or with the objective."""
+  packing, attend_across_documents = cfg.packing, cfg.attend_across_documents
   if isinstance(packing, ConcatSplit):
     return
   if isinstance(objective, Supervised):
@@ -55,6 +57,20 @@ def check_packing(packing: Packing, objective, attend_across_documents: bool) ->
       f"data.packing.name='{packing.name}' keeps documents whole, data.attend_across_documents=True makes one of all; "
       "set one of them back (data.packing.name='concat_split')."
     )
+  if isinstance(packing, LengthBuckets):
+    _check_buckets(packing, cfg, objective)
+
+
+def _check_buckets(packing: LengthBuckets, cfg, objective) -> None:
+  packing.lengths(cfg.targets_length)
+  if not isinstance(objective, CausalLm):
+    raise ValueError(
+      f"data.packing.name='length_buckets' is for objective.name='causal_lm', not '{objective.name}'; set either back."
+    )
+  if cfg.num_sources > 1:
+    raise ValueError(
+      f"data.packing.name='length_buckets' is for one source, not {cfg.num_sources}; prepare one store of all text."
+    )
 
 
 def make_planner(
@@ -71,5 +87,7 @@ def make_planner(
       return BestFitPlanner(stream, tasks[0], spec.budget)
     case NextFit():
       return NextFitPlanner(stream, tasks[0], spec.budget)
+    case LengthBuckets():
+      raise ValueError('rows of several lengths have no single planner; data/bucketed.py makes them.')
     case _:
       assert_never(packing)

@@ -116,6 +116,8 @@ def runs_of(pieces: Pieces, gap: int) -> tuple[list[tuple[int, int]], np.ndarray
 
   Pieces of a row that follow each other in the store, with at most `gap` tokens between, are one read.
   """
+  if not len(pieces.rows):
+    return [], pieces.places
   ends = pieces.places + pieces.lengths
   apart = pieces.places[1:] - ends[:-1]
   new = np.flatnonzero(np.concatenate([[True], (np.diff(pieces.rows) != 0) | (apart < 0) | (apart > gap)]))

@@ -19,9 +19,7 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
   The batch begins at `first_example` of the run (None: after `step` batches of the same size).
   Raises DataError where the batch has no such row.
   """
-  place = _place(source, step, row, first_example)
-  origin = source.describe_row(place)
-  fields = {name: values[0] for name, values in source.global_rows(place, 1).items()}
+  origin, fields = source.row(_check_place(source, step, row, first_example), row)
   lines = [
     f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
     f'from {origin.path}',
@@ -35,10 +33,9 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
 
 def explain_row(source: DataSource, step: int, row: int, first_example: int | None = None) -> str:
   """A table of the pieces of a row; arguments and errors are those of `show_row`."""
-  place = _place(source, step, row, first_example)
-  origin = source.describe_row(place)
+  origin, fields = source.row(_check_place(source, step, row, first_example), row)
   lines = [
-    f'step {step}, row {row} (example {place}): task {origin.task}, epoch {origin.epoch}',
+    f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
     f'source {origin.path}, shard {origin.shard}, row {origin.row} of its plan',
     f'{"segment":>7} {"document":>10} {"offset":>10} {"length":>7} {"token of the store":>20}',
   ]
@@ -46,12 +43,6 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
     offset = start - source.document_start(origin, document)
     lines.append(f'{k:>7} {document:>10} {offset:>10} {length:>7} {start:>20}')
   return '\n'.join(lines)
-
-
-def _place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
-  """The row's number in the run."""
-  _check_place(source, step, row)
-  return (step * source.cfg.batch_size if first_example is None else first_example) + row
 
 
 def _origins(origin: RowDescription) -> list[str]:
@@ -71,10 +62,14 @@ def _cuts(counts: PairCounts) -> list[str]:
   return [f'of its {counts.pairs:,} pairs ' + ', '.join(cuts)]
 
 
-def _check_place(source: DataSource, step: int, row: int) -> None:
-  size = source.cfg.batch_size
+def _check_place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
+  """The position at which the batch of `step` begins. Raises DataError where it has no such row."""
+  start = step * source.cfg.batch_size if first_example is None else first_example
+  size = source.batch_rows(start) if step >= 0 else source.cfg.batch_size
   if step < 0 or not 0 <= row < size:
-    raise DataError(f'step {step}, row {row}: steps begin at 0 and rows are 0 to {size - 1} (data.batch_size={size}).')
+    known = f' (data.batch_size={size})' if size == source.cfg.batch_size else ''
+    raise DataError(f'step {step}, row {row}: steps begin at 0 and rows are 0 to {size - 1}{known}.')
+  return start
 
 
 def _segment(source: DataSource, fields: Batch, k: int) -> list[str]:

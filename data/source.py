@@ -6,6 +6,8 @@ import pathlib
 from typing import Annotated, Literal, assert_never
 
 from data.batches import DataSource
+from data.bucketed import BucketedSource, BucketRows
+from data.buckets import LengthBuckets
 from data.builtin import GROUPS, builtin_groups, builtin_store
 from data.errors import DataError
 from data.make import RowSpec
@@ -124,7 +126,7 @@ def open_data(
   too small; ValueError where the objective does not fit (`check_objective`).
   """
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
-  check_packing(cfg.packing, objective, cfg.attend_across_documents)
+  check_packing(cfg, objective)
   check_mixture(cfg)
   match cfg:
     case Synthetic():
@@ -237,10 +239,13 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
   spec = RowSpec(
     objective=objective, budget=cfg.budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
   )
+  # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
+  sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
+  if isinstance(cfg.packing, LengthBuckets):
+    ((name, store),) = stores.items()
+    return BucketedSource(cfg, vocabulary, tokenizer, name, BucketRows(store, spec, cfg, seed=seed), sets)
   rows = {
     name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}')
     for i, (name, store) in enumerate(stores.items())
   }
-  # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
-  sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
   return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets)

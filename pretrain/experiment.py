@@ -6,6 +6,7 @@ import math
 import pathlib
 from typing import Annotated
 
+from data.buckets import LengthBuckets
 from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective, has_marks, tasks_of
 from data.packing import check_packing
 from data.source import Data, StoreData, check_mixture, has_heldout
@@ -96,6 +97,8 @@ def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
   _check_evaluation(cfg)
   _check_sentinels(cfg)
+  _check_buckets(cfg)
+  _check_stages(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -133,7 +136,27 @@ def _check_one(cfg: Experiment) -> None:
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
   check_mixture(cfg.data)
-  check_packing(cfg.data.packing, cfg.objective, cfg.data.attend_across_documents)
+  check_packing(cfg.data, cfg.objective)
+
+
+def _check_buckets(cfg: Experiment) -> None:
+  """A step of rows of one length is cut by the batch size: another one would cut other steps."""
+  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
+  if len(sizes) > 1 and any(isinstance(stretch.cfg.data.packing, LengthBuckets) for stretch in stretches(cfg)):
+    raise ConfigError(
+      f"data.batch_size is {sorted(sizes)} in the phases of a run with data.packing.name='length_buckets', whose steps "
+      'are cut by it; give all phases one size.'
+    )
+
+
+def _check_stages(cfg: Experiment) -> None:
+  """Steps of data.stages are counted in batches of one size."""
+  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
+  if len(sizes) > 1 and any(getattr(stretch.cfg.data, 'stages', ()) for stretch in stretches(cfg)):
+    raise ConfigError(
+      f'data.stages start at steps of one data.batch_size, the phases of this run have {sorted(sizes)}; set one size '
+      'in all phases, or remove data.stages.'
+    )
 
 
 def _check_family(cfg: Experiment) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.buckets import LengthBuckets
 from data.loader import loader
 from data.objectives import Supervised
 from data.source import open_data
@@ -167,7 +168,7 @@ class Run:
       if pending is not None:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
-      pending = metrics
+      pending = metrics | self._row_length(batch)
       if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
         self._log(self.step, pending, watch)
         pending = None
@@ -201,6 +202,11 @@ class Run:
       self.metrics.write(step, values | watch.report() | phase)
     if consecutive:
       self._warn_nonfinite(step, values, consecutive, fatal)
+
+  def _row_length(self, batch) -> dict[str, int]:
+    """Where steps have rows of different lengths, that of this one."""
+    bucketed = isinstance(self.stage.cfg.data.packing, LengthBuckets)
+    return {'row_length': batch['decoder_target_tokens'].shape[1]} if bucketed else {}
 
   def _source_metrics(self, step: int, losses, weights) -> dict[str, float]:
     """Of several sources: the loss of each in this batch, its share of all rows up to here, and its epochs."""

@@ -10,6 +10,7 @@ from data.next_fit import NextFitPlanner
 from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Supervised, Ul2, tasks_of
 from data.packing import BestFit, NextFit, check_packing
 from data.plan import Stream
+from data.source import Source, StoreData
 from data.tasks import Budget
 from tests.data.test_concat_split import stream
 
@@ -103,11 +104,15 @@ def test_next_fit_closes_a_row_where_seqio_does():
   ]  # fmt: skip
 
 
+def config(packing, **options) -> StoreData:
+  return StoreData(batch_size=2, targets_length=8, sources=(Source(path='a'),), packing=packing, **options)
+
+
 @pytest.mark.parametrize('packing', [BestFit(), NextFit()])
 def test_objectives_that_a_packing_is_not_for_are_refused(packing):
   with pytest.raises(ValueError, match=r"is for objectives of one task, objective.name='ul2' has 7; set data.packing"):
-    check_packing(packing, Ul2(), False)
+    check_packing(config(packing), Ul2())
   with pytest.raises(ValueError, match=r'data.attend_across_documents=True makes one of all'):
-    check_packing(packing, CausalLm(), True)
+    check_packing(config(packing, attend_across_documents=True), CausalLm())
   with pytest.raises(ValueError, match=r'pairs go whole into rows, in order: remove data.packing'):
-    check_packing(packing, Supervised(), False)
+    check_packing(config(packing), Supervised())
