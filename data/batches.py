@@ -1,7 +1,9 @@
 """The rows of a run: the global batch of any step as a pure function of config, seed and position."""
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,19 @@ class DataSource:
     """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
     stores = [rows.store.fingerprint for rows in self.sources]
     return {'stores': stores, 'tokenizer': self.tokenizer.fingerprint if self.tokenizer else None}
+
+  def at(self, position: Mapping[str, Any]) -> 'DataSource':
+    """This data as a run at `position` has it: one that went on with other sources or weights knows from where."""
+    began = position.get('mixture')
+    if not began:
+      return self
+    there = copy.copy(self)
+    there.mixture = self.mixture.restarted(began['start'], _in_order(began['used'], self.names), began.get('weights'))
+    return there
+
+  def used(self, examples: int) -> dict[str, int]:
+    """How many rows of each source the first `examples` of the run were."""
+    return dict(zip(self.names, self.mixture.used(examples).tolist(), strict=True))
 
   def global_rows(self, start: int, count: int) -> Batch:
     """Rows start … start + count - 1 of the run, as fields [count, length] and `example_index` [count].
@@ -108,6 +123,13 @@ class DataSource:
   def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
     """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
     return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
+
+
+def _in_order(used: Mapping[str, int], names: Sequence[str]) -> list[int]:
+  """Rows used of each source now, by its name; one that had another name, if it is the only one."""
+  if len(used) == len(names) == 1:
+    return list(used.values())
+  return [used.get(name, 0) for name in names]
 
 
 def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:

@@ -40,28 +40,28 @@ class _Steps:
 def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iterator[tuple[dict[str, Any], Batch]]:
   """(position after the batch, this host's `rows` of the global batch) for each step from `position` on.
 
-  `position` is {'examples': 0} at the beginning, later what came with the last batch that was used. Raises DataError
-  for a position of another version.
+  `position` is {'examples': 0} at the beginning, later what came with the last batch that was used. What else stands
+  in it (`DataSource.at`) is kept. Raises DataError for a position of another version.
   """
   if position.get('version', VERSION) != VERSION:
     raise DataError(f'position of data version {position["version"]}, this version reads {VERSION}; use its release.')
-  return _Batches(_ahead(source, position['examples'], rows), position['examples'], source.cfg)
+  return _Batches(_ahead(source.at(position), position['examples'], rows), position, source.cfg)
 
 
 class _Batches(Iterator):
   """Counts examples along Grain's iterator, and closes it when nobody iterates any more or at exit."""
 
-  def __init__(self, batches: grain.DatasetIterator[Batch], examples: int, cfg: Data):
-    self._examples, self._size, self._held = examples, cfg.batch_size, [batches]
+  def __init__(self, batches: grain.DatasetIterator[Batch], position: Mapping[str, Any], cfg: Data):
+    self._position, self._size, self._held = {**position, 'version': VERSION}, cfg.batch_size, [batches]
     self._shared = cfg.workers > 0
     weakref.finalize(self, _close, self._held)
 
   def __next__(self) -> tuple[dict[str, Any], Batch]:
     batch = next(self._held[0])
-    self._examples += self._size
+    self._position = {**self._position, 'examples': self._position['examples'] + self._size}
     if self._shared:  # batches of worker processes lie in shared memory, which is taken for as long as they live
       batch = {k: np.array(batch.pop(k)) for k in list(batch)}
-    return {'version': VERSION, 'examples': self._examples}, batch
+    return self._position, batch
 
 
 def _close(held: list[grain.DatasetIterator[Batch]]) -> None:

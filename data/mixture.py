@@ -25,13 +25,23 @@ class Mixture:
   run was given other sources or weights, of which `used` rows each had been taken by then."""
 
   def __init__(self, stages: Sequence[Stage], seed: int, used: Sequence[int] | None = None):
-    self.stages = tuple(stages)
+    self.stages, self._seed = tuple(stages), seed
     self._deals = [Deal(quotas(stage.weights), seed, 'mixture') for stage in stages]
     self._starts = np.array([stage.start for stage in stages])
     self._used = np.zeros((len(stages), len(stages[0].weights)), np.int64)  # rows of each source before a stage
     self._used[0] = 0 if used is None else used
     for number in range(1, len(stages)):
       self._used[number] = self._used_in(number - 1, stages[number].start)
+
+  def restarted(self, start: int, used: Sequence[int], weights: Sequence[float] | None = None) -> 'Mixture':
+    """The mixture of a run that has used so many rows of each source before row `start`: these stages from there on.
+
+    With `weights` those instead, for the rest of the run.
+    """
+    if weights is not None:
+      return Mixture([Stage(start, tuple(weights))], self._seed, used)
+    now = self.stages[max(self._number(start), 0)]
+    return Mixture([now._replace(start=start), *(s for s in self.stages if s.start > start)], self._seed, used)
 
   def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(source, which row of that source) of `count` rows of the run from `start` on: int64 arrays."""

@@ -114,6 +114,9 @@ def train_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--workdir', required=True, type=pathlib.Path, help='where the run lives; the same command resumes it'
   )
+  command.add_argument(
+    '--allow_data_change', action='store_true', help='go on with other data, from the same row of each source'
+  )
 
 
 def load(options, overrides):
@@ -148,7 +151,7 @@ def train_command(options, overrides) -> int:
   from pretrain import runtime, train
 
   runtime.use_compilation_cache()
-  return train.train(cfg, options.workdir)
+  return train.train(cfg, options.workdir, allow_data_change=options.allow_data_change)
 
 
 def describe_flags(command: argparse.ArgumentParser) -> None:

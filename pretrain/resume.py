@@ -20,29 +20,48 @@ def differences(old: Experiment, new: Experiment) -> list[tuple[str, object, obj
   return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
-def check_same_run(saved: pathlib.Path, cfg: Experiment) -> None:
-  """Raises ConfigError where `cfg` is not the run whose resolved config is `saved`; reads only."""
+def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: bool = False) -> list[str]:
+  """Raises ConfigError where `cfg` is not the run whose resolved config is `saved`; reads only.
+
+  With `allow_data_change` keys of `data` may differ: a line for each is returned.
+  """
   changed = differences(config.load(Experiment, [str(saved)], []), cfg)
-  if changed:
-    key, old, new = changed[0]
-    more = f' (first of {len(changed)})' if len(changed) > 1 else ''
+  allowed = [item for item in changed if allow_data_change and item[0].startswith('data.')]
+  refused = [item for item in changed if item not in allowed]
+  if refused:
+    key, old, new = refused[0]
+    more = f' (first of {len(refused)})' if len(refused) > 1 else ''
+    data = ' If other data is what you want, add --allow_data_change.' if key.startswith('data.') else ''
     raise ConfigError(
       f'{key} is {old!r} in {saved}, {new!r} in this command{more}. A resumed run keeps its model, data and schedule; '
-      'nothing was changed. Set it back, or use another --workdir.'
+      f'nothing was changed. Set it back, or use another --workdir.{data}'
     )
+  return [f'{key} was {old!r}, is {new!r}' for key, old, new in allowed]
 
 
-def check_same_data(saved: Mapping[str, Any], found: Mapping[str, Any], step: int, workdir: pathlib.Path) -> None:
-  """Raises CheckpointError where the data of `step` (`DataSource.fingerprint`, saved with it) is not that of now."""
+def check_same_data(
+  saved: Mapping[str, Any],
+  found: Mapping[str, Any],
+  step: int,
+  workdir: pathlib.Path,
+  *,
+  allow_data_change: bool = False,
+) -> list[str]:
+  """Raises CheckpointError where the data of `step` (`DataSource.fingerprint`, saved with it) is not that of now.
+
+  With `allow_data_change` a line is returned for what differs; the tokenizer must be the same even so.
+  """
   before, after = _flat(saved), _flat(found)
   keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-  if keys:
-    changed = ', '.join(f'{key} was {_short(before.get(key))}, is {_short(after.get(key))}' for key in keys)
+  lines = [f'{key} was {_short(before.get(key))}, is {_short(after.get(key))}' for key in keys]
+  if keys and not (allow_data_change and 'tokenizer' not in keys):
+    add = '' if 'tokenizer' in keys else ', or add --allow_data_change to go on with it from the same place'
     raise CheckpointError(
       'CKPT-DATA',
-      f'step {step} in {workdir} was trained on other data: {changed}. '
-      'Nothing was changed; bring the data back, or use another --workdir.',
+      f'step {step} in {workdir} was trained on other data: {", ".join(lines)}. '
+      f'Nothing was changed; bring the data back, or use another --workdir{add}.',
     )
+  return lines
 
 
 def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,12 @@ from pretrain.weights import initial_params
 DONE, PREEMPTED = 0, 75
 
 
-def train(cfg: Experiment, workdir: str | os.PathLike[str]) -> int:
-  """Trains until `cfg.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the exit code."""
-  run = Run(cfg, pathlib.Path(workdir))
+def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change: bool = False) -> int:
+  """Trains until `cfg.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the exit code.
+
+  With `allow_data_change` a run goes on where its data has changed, from the same row of each source.
+  """
+  run = Run(cfg, pathlib.Path(workdir), allow_data_change)
   with Interrupt() as interrupt:
     try:
       run.loop(interrupt)
@@ -111,13 +114,14 @@ class Stage:
 class Run:
   """One process's share of a run: its state, its place in the data, its files."""
 
-  def __init__(self, cfg: Experiment, workdir: pathlib.Path):
+  def __init__(self, cfg: Experiment, workdir: pathlib.Path, allow_data_change: bool = False):
     self.cfg, self.workdir, self.text = cfg, workdir, config.render(cfg)
+    self._allow_data_change, self._changes = allow_data_change, []
     check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
     saved = workdir / 'config.gin'
     recorded = read_metrics(workdir)
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
-      check_same_run(saved, cfg)
+      self._changes = check_same_run(saved, cfg, allow_data_change=allow_data_change)
     latest = newest(workdir, cfg.checkpoint)
     check_not_lost(latest, recorded, cfg.checkpoint.every, workdir)
     # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
@@ -131,6 +135,8 @@ class Run:
       write_atomically(saved, self.text)
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
     self._profiling = False
+    if self._changes and self.step:
+      self.metrics.warn(f'DATA-CHANGE: from step {self.step} on {"; ".join(self._changes)}.')
 
   def _restore_or_initialise(self):
     latest = self.checkpoints.latest()
@@ -138,8 +144,14 @@ class Run:
     if latest is None:
       return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
     restored = self.checkpoints.restore(self.stage.program.abstract, latest)
-    check_same_data(restored.position['data'], fingerprint, latest, self.workdir)
-    return restored.state, restored.position['loader']
+    self._changes += check_same_data(
+      restored.position['data'], fingerprint, latest, self.workdir, allow_data_change=self._allow_data_change
+    )
+    position = restored.position['loader']
+    if self._changes:
+      position = position | {'mixture': {'start': position['examples'], 'used': restored.position['used']}}
+    self.data = self.stage.data = self.stage.data.at(position)
+    return restored.state, position
 
   def _initialise(self, initial: str | None, tokenizer: str | None):
     if initial is None:
@@ -151,6 +163,7 @@ class Run:
     while self.step < self.cfg.train.steps and not interrupt.received:
       if not self.stage.stretch.holds(self.step):
         self.stage = Stage(stretch_at(self.cfg, self.step))
+        self.stage.data = self.stage.data.at(self.position)
       self._loop(interrupt)
 
   def _loop(self, interrupt: Interrupt) -> None:
@@ -168,7 +181,7 @@ class Run:
       if pending is not None:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
-      pending = metrics | self._row_length(batch)
+      pending = metrics | self._row_length(batch) | {'examples': self.position['examples']}
       if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
         self._log(self.step, pending, watch)
         pending = None
@@ -193,7 +206,8 @@ class Run:
 
   def _log(self, step: int, metrics, watch: Stopwatch) -> None:
     found = jax.device_get(metrics)
-    sources = self._source_metrics(step, found.pop('source_loss', None), found.pop('source_weight', None))
+    examples = found.pop('examples')
+    sources = self._source_metrics(examples, found.pop('source_loss', None), found.pop('source_weight', None))
     values = {k: float(v) for k, v in found.items()} | sources
     consecutive = int(values.pop('skipped_consecutive'))
     fatal = consecutive >= self.cfg.optimizer.max_consecutive_nonfinite
@@ -201,28 +215,28 @@ class Run:
       phase = {'phase': self.stage.stretch.index} if self.cfg.phases else {}
       self.metrics.write(step, values | watch.report() | phase)
     if consecutive:
-      self._warn_nonfinite(step, values, consecutive, fatal)
+      self._warn_nonfinite(step, examples, values, consecutive, fatal)
 
   def _row_length(self, batch) -> dict[str, int]:
     """Where steps have rows of different lengths, that of this one."""
     bucketed = isinstance(self.stage.cfg.data.packing, LengthBuckets)
     return {'row_length': batch['decoder_target_tokens'].shape[1]} if bucketed else {}
 
-  def _source_metrics(self, step: int, losses, weights) -> dict[str, float]:
-    """Of several sources: the loss of each in this batch, its share of all rows up to here, and its epochs."""
+  def _source_metrics(self, examples: int, losses, weights) -> dict[str, float]:
+    """Of several sources: the loss of each in this batch, its share of the rows of this stage, and its epochs."""
     if losses is None:
       return {}
     data, values = self.stage.data, {}
-    for i, (name, progress) in enumerate(data.progress(self.stage.stretch.example(step)).items()):
+    for i, (name, progress) in enumerate(data.progress(examples).items()):
       loss = {f'loss/{name}': float(losses[i] / weights[i])} if weights[i] else {}
       values |= {**loss, f'share/{name}': progress['share'], f'epochs/{name}': progress['epochs']}
     return values
 
-  def _warn_nonfinite(self, step: int, values, consecutive: int, fatal: bool) -> None:
+  def _warn_nonfinite(self, step: int, examples: int, values, consecutive: int, fatal: bool) -> None:
     limit = self.cfg.optimizer.max_consecutive_nonfinite
-    first, end = (self.stage.stretch.example(s) for s in (step - 1, step))
+    first = examples - self.stage.cfg.data.batch_size
     message = (
-      f'grad_norm={values["grad_norm"]} at step {step} (examples {first}..{end - 1}). '
+      f'grad_norm={values["grad_norm"]} at step {step} (examples {first}..{examples - 1}). '
       f'Update skipped ({consecutive} of {limit} consecutive).'
     )
     if not fatal:
@@ -241,7 +255,8 @@ class Run:
       self._save()
 
   def _save(self) -> None:
-    position = {'loader': self.position, 'data': self.data.fingerprint()}
+    used = self.data.used(self.position['examples'])
+    position = {'loader': self.position, 'data': self.data.fingerprint(), 'used': used}
     self.checkpoints.save(self.step, self.state, position, self.text)
     self.saved_step = self.step
 

@@ -26,10 +26,17 @@ def test_only_what_differs_is_shown(found, changed):
     check_same_data(SAVED, found, 4, pathlib.Path('RUN'))
   assert str(caught.value) == (
     f'CKPT-DATA: step 4 in RUN was trained on other data: {changed}. '
-    'Nothing was changed; bring the data back, or use another --workdir.'
+    'Nothing was changed; bring the data back, or use another --workdir'
+    + ('.' if 'tokenizer' in changed else ', or add --allow_data_change to go on with it from the same place.')
   )
   assert caught.value.exit_code == 66
 
 
 def test_the_same_data_is_the_same():
   check_same_data(SAVED, SAVED, 4, pathlib.Path('RUN'))
+
+
+def test_another_tokenizer_is_refused_even_where_data_may_change():
+  found = SAVED | {'tokenizer': 'dada' * 16}
+  with pytest.raises(CheckpointError, match='tokenizer was beefbeef'):
+    check_same_data(SAVED, found, 4, pathlib.Path('RUN'), allow_data_change=True)
