@@ -1,10 +1,10 @@
-"""Pieces of text -> inputs and targets: many pieces at once for rows, one piece for people and tests."""
+"""Noise that sentinels stand for, and prefixes: pieces of text -> inputs and targets."""
 
 import numpy as np
 
-from data.masking import mask_tokens
+from data.masking import corrupt
 from data.noise import noise_masks, replace_runs, roll
-from data.ragged import Ragged, join, starts
+from data.ragged import Ragged, starts
 from data.tasks import Task
 from data.vocabulary import EOS, Vocabulary
 
@@ -15,11 +15,18 @@ class Recipes:
   def __init__(self, tasks: tuple[Task, ...], longest: int, vocabulary: Vocabulary):
     counts = [task.counts(np.arange(longest + 1)) for task in tasks]
     self._noise, self._spans = (np.stack(table) for table in zip(*counts, strict=True))
-    self._sentinels = np.array([task.kind == 'spans' for task in tasks])
+    self._iid = np.array([task.kind == 'iid' for task in tasks])
+    self._density = np.array([task.noise_density for task in tasks])
+    self._most = np.stack([task.most_hidden(np.arange(longest + 1)) for task in tasks])
+    marked = [task.kind == 'spans' or (task.kind == 'iid' and task.hide == 'sentinel_per_run') for task in tasks]
+    self._sentinels = np.array(marked)
+    self._one_by_one = np.array([task.kind == 'iid' and task.hide == 'mask' for task in tasks])
+    self._random = np.array([task.random if task.kind == 'iid' else 0.0 for task in tasks])
+    self._full = np.array([task.full for task in tasks])
     self._rolls = np.array([task.random_roll for task in tasks])
     modes = [-1 if task.mode is None else vocabulary.mode_ids[task.mode] for task in tasks]
     self._modes = np.array(modes, np.int32)
-    self._first_sentinel = vocabulary.first_sentinel
+    self._vocabulary = vocabulary
 
   def apply(self, tokens: Ragged, tasks: np.ndarray, bits: np.ndarray) -> tuple[Ragged, Ragged]:
     """(inputs, targets) of each piece: [mode] text with holes EOS, and what was in the holes EOS.
@@ -27,22 +34,53 @@ class Recipes:
     `tasks` is int[pieces]. `bits` is uint64[tokens + pieces], random: for each piece one for each token, then one
     more. Pieces are not empty. A piece's result depends on its own tokens, task and bits alone.
     """
-    lengths = tokens.lengths
+    lengths, begins = tokens.lengths, starts(tokens.lengths)
     one_more = np.zeros(len(bits), bool)
     one_more[np.cumsum(lengths + 1) - 1] = True
-    own = bits[one_more]
-    noise, spans = self._noise[tasks, lengths], self._spans[tasks, lengths]
-    noise = np.where(noise < 0, lengths - _uniform_prefix(lengths, own), noise)
-    mask = noise_masks(lengths, noise, spans, bits[~one_more])
-    if self._rolls.any():
-      mask = np.where(np.repeat(self._rolls[tasks], lengths), roll(mask, lengths, own), mask)
-    begins, sentinels = starts(lengths), np.repeat(self._sentinels[tasks], lengths)
+    own, bits = bits[one_more], bits[~one_more]
+    hidden, sentinels = self._hidden(lengths, tasks, own, bits), np.repeat(self._sentinels[tasks], lengths)
+    inputs = replace_runs(tokens.values, hidden, begins, self._vocabulary.first_sentinel, sentinels)
+    targets = replace_runs(tokens.values, ~hidden, begins, self._vocabulary.first_sentinel, sentinels)
+    if self._one_by_one.any():
+      inputs = self._mask(tokens.values, hidden, np.repeat(tasks, lengths), bits, inputs)
+    if self._full.any():
+      full = np.repeat(self._full[tasks], lengths)
+      targets = np.where(full, tokens.values, targets[0]), targets[1] | full
     sides = []
-    for hidden, modes in ((mask, self._modes[tasks]), (~mask, np.full(len(lengths), -1, np.int32))):
-      values, keep = replace_runs(tokens.values, hidden, begins, self._first_sentinel, sentinels)
+    for (values, keep), modes in ((inputs, self._modes[tasks]), (targets, np.full(len(lengths), -1, np.int32))):
       kept = np.add.reduceat(keep, begins, dtype=np.int64)
       sides.append(_frame(Ragged(values[keep], kept), modes))
     return sides[0], sides[1]
+
+  def _hidden(self, lengths: np.ndarray, tasks: np.ndarray, own: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """bool[tokens]: what inputs do not show."""
+    noise, spans = self._noise[tasks, lengths], self._spans[tasks, lengths]
+    noise = np.where(noise < 0, lengths - _uniform_prefix(lengths, own), noise)
+    mask = noise_masks(lengths, noise, spans, bits)
+    if self._rolls.any():
+      mask = np.where(np.repeat(self._rolls[tasks], lengths), roll(mask, lengths, own), mask)
+    if self._iid.any():
+      iid = iid_masks(lengths, self._density[tasks], self._most[tasks, lengths], bits)
+      mask = np.where(np.repeat(self._iid[tasks], lengths), iid, mask)
+    return mask
+
+  def _mask(self, tokens, hidden, tasks, bits, inputs: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`inputs`, where tasks hide tokens one by one: the mask token or a random piece in place of each."""
+    own, random = self._one_by_one[tasks], self._random[tasks]
+    read = np.where(hidden, corrupt(tokens, bits, 1 - random, random, self._vocabulary), tokens)
+    return np.where(own, read, inputs[0]), inputs[1] | own
+
+
+def iid_masks(lengths: np.ndarray, density: np.ndarray, most: np.ndarray, bits: np.ndarray) -> np.ndarray:
+  """bool[tokens]: each token of a piece with probability `density`, but no more than `most` (arrays over pieces).
+
+  What a token's first 24 bits decide is settled; the others say nothing of it. Source: t5/data/preprocessors.py
+  iid_noise_mask.
+  """
+  mask = bits >> np.uint64(40) < np.repeat(np.rint(density * 2.0**24).astype(np.uint64), lengths)
+  count, begins = np.cumsum(mask), starts(lengths)
+  before = count[begins] - mask[begins]
+  return mask & (count - np.repeat(before, lengths) <= np.repeat(most, lengths))
 
 
 def _uniform_prefix(lengths: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -63,36 +101,3 @@ def _frame(pieces: Ragged, modes: np.ndarray) -> Ragged:
   values[starts(lengths)[has_mode]] = modes[has_mode]
   values[ends] = EOS
   return Ragged(values, lengths)
-
-
-def example(tokens, task: Task, vocabulary: Vocabulary, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """{'inputs', 'targets'} of one piece under `task`, both int32 and ending with EOS; a masked one has 'chosen' too.
-
-  >>> from data.objectives import SpanCorruption, tasks_of
-  >>> task, = tasks_of(SpanCorruption(noise_density=0.5, mean_noise_span_length=4.0))
-  >>> e = example(range(10, 18), task, Vocabulary(100, 4), np.random.default_rng(0))
-  >>> e['inputs'].tolist(), e['targets'].tolist()
-  ([10, 11, 12, 13, 103, 1], [103, 14, 15, 16, 17, 1])
-  >>> from data.objectives import Ul2
-  >>> last = tasks_of(Ul2(s_mode='last_quarter'))[-1]
-  >>> e = example(range(10, 18), last, Vocabulary(100, 4), np.random.default_rng(0))
-  >>> e['inputs'].tolist(), e['targets'].tolist()
-  ([106, 10, 11, 12, 13, 14, 15, 1], [16, 17, 1])
-  >>> from data.objectives import MaskedLm
-  >>> task, = tasks_of(MaskedLm(rate=0.25, mask=1.0, random=0.0))
-  >>> e = example(range(10, 18), task, Vocabulary(100, 4), np.random.default_rng(0))
-  >>> e['inputs'].tolist(), e['targets'][e['chosen']].tolist()
-  ([10, 11, 103, 103, 14, 15, 16, 17, 1], [12, 13])
-  """
-  piece = join([np.asarray(list(tokens), np.int32)])
-  if task.kind == 'causal':
-    return {'inputs': np.zeros(0, np.int32), 'targets': piece.values}
-  length = len(piece.values)
-  if not length:
-    raise ValueError('an example needs at least one token.')
-  bits = rng.integers(0, 2**64, length + 1, np.uint64)
-  if task.kind == 'masked':
-    inputs, targets, chosen = mask_tokens(piece, bits, task, vocabulary)
-    return {'inputs': inputs.values, 'targets': targets, 'chosen': chosen}
-  inputs, targets = Recipes((task,), length, vocabulary).apply(piece, np.zeros(1, np.int64), bits)
-  return {'inputs': inputs.values, 'targets': targets.values}

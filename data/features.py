@@ -23,20 +23,26 @@ def encoder_decoder_features(
 
 
 def decoder_features(
-  inputs: Ragged | None, targets: Ragged, rows: np.ndarray, num_rows: int, length: int, loss_on_inputs: bool = False
+  inputs: Ragged | None,
+  targets: Ragged,
+  rows: np.ndarray,
+  num_rows: int,
+  length: int,
+  loss_on_inputs: np.ndarray | bool = False,
 ) -> Batch:
   """Fields int32[num_rows, length] of a decoder-only model: each segment is its inputs, then its targets.
 
   Every token of a segment sees the inputs, which the decoder reads one place later than they stand (shifted right),
-  so `decoder_prefix_end` is their number plus one. Without `inputs` the model is causal, and has no such field. Only
-  targets carry loss, unless `loss_on_inputs`: then the model is also asked for tokens that it sees (as in seqio's
-  loss_on_targets_only=False).
+  so `decoder_prefix_end` is their number plus one; 0 for a segment without inputs, which is causal. Where `inputs` is
+  None all are, and there is no such field. Only targets carry loss, unless `loss_on_inputs` (of all pieces, or
+  bool[pieces]): then the model is also asked for tokens that it sees (as in seqio's loss_on_targets_only=False).
   """
   if inputs is None:
     return _decoder_fields(targets, rows, (num_rows, length))
   both, is_input = interleave(inputs, targets)
-  weights = None if loss_on_inputs else ~is_input
-  return _decoder_fields(both, rows, (num_rows, length), weights, inputs.lengths + 1)
+  weights = ~is_input | np.repeat(np.broadcast_to(loss_on_inputs, rows.shape), both.lengths)
+  prefix = np.where(inputs.lengths > 0, inputs.lengths + 1, 0)
+  return _decoder_fields(both, rows, (num_rows, length), weights, prefix)
 
 
 def encoder_features(

@@ -1,39 +1,67 @@
 """What rows are made of: tokens and random bits -> fields, as the tasks of an objective say."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
-from data.denoise import Recipes
+from data.corrupt import Corruption
+from data.errors import DataError
 from data.features import Batch, decoder_features, encoder_decoder_features, encoder_features
+from data.fitting import check_room
+from data.lexicon import Lexicon
 from data.masking import mask_tokens
-from data.objectives import Objective, PrefixLm, tasks_of
+from data.objectives import Objective, is_encoder_only, tasks_of
 from data.plan import Stream
 from data.ragged import Ragged
-from data.tasks import Budget
-from data.vocabulary import Vocabulary
+from data.tasks import LEFT_TO_RIGHT, Budget, Task
+from data.vocabulary import Tokenizer, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowSpec:
-  """What rows look like, whatever their text."""
+  """What rows look like, whatever their text. `tokenizer` is None for synthetic data."""
 
   objective: Objective
   budget: Budget
   vocabulary: Vocabulary
+  tokenizer: Tokenizer | None
   attend_across_documents: bool
+
+  @functools.cached_property
+  def tasks(self) -> tuple[Task, ...]:
+    """The tasks of rows, which know what cuts inside tokens cost. Raises DataError where no row has room for that."""
+    tasks = tasks_of(self.objective)
+    if not any(task.kind == 'fim' for task in tasks):
+      return tasks
+    tasks = tuple(dataclasses.replace(task, growth=self.lexicon.halves.growth) for task in tasks)
+    try:
+      check_room(tasks, self.budget)
+    except ValueError as error:
+      raise DataError(str(error)) from error
+    return tasks
+
+  @functools.cached_property
+  def lexicon(self) -> Lexicon:
+    return Lexicon(self.vocabulary, self.tokenizer)
+
+  @property
+  def ends(self) -> bool:
+    """Whether text comes with the EOS of its documents: some task learns where they end."""
+    return any(task.kind in LEFT_TO_RIGHT for task in tasks_of(self.objective))
 
 
 def text_of(store, spec: RowSpec, shard: int) -> Stream:
   """The stream of a shard that rows are cut from.
 
-  A causal model learns where documents end, so it sees their EOS. Denoising puts EOS after inputs and targets on its
-  own and leaves the store's out. With attend_across_documents all of the shard is one document, EOS included.
+  A model that reads from left to right learns where documents end, so it sees their EOS. Denoising puts EOS after
+  inputs and targets on its own and leaves the store's out. With attend_across_documents all of the shard is one
+  document, EOS included.
   """
   offsets, first = store.offsets_of(shard), store.shards[shard].documents.start
   if spec.attend_across_documents:
     return Stream(offsets[:1], offsets[-1:] - offsets[:1], first)
-  drop = store.append_eos and tasks_of(spec.objective)[0].kind != 'causal'
+  drop = store.append_eos and not spec.ends
   return Stream(offsets[:-1], np.diff(offsets) - drop, first)
 
 
@@ -41,22 +69,27 @@ class RowMaker:
   """Tokens and random bits -> the fields of rows."""
 
   def __init__(self, spec: RowSpec):
-    tasks, budget = tasks_of(spec.objective), spec.budget
-    self._budget = budget
-    self._vocabulary = spec.vocabulary
-    self._causal = tasks[0].kind == 'causal'
-    self._masked = tasks[0] if tasks[0].kind == 'masked' else None
-    self._recipes = Recipes(tasks, max(budget.capacity(task) for task in tasks), spec.vocabulary)
-    self._loss_on_inputs = isinstance(spec.objective, PrefixLm) and spec.objective.loss_on_prefix
+    tasks = self._tasks = spec.tasks
+    self._budget, self._vocabulary = spec.budget, spec.vocabulary
+    self._causal = all(task.kind == 'causal' for task in tasks)
+    self._masked = is_encoder_only(spec.objective)
+    self._inputs = not all(task.kind in LEFT_TO_RIGHT for task in tasks)
+    self._loss_on_inputs = np.array([task.loss_on_inputs for task in tasks])
+    if not self._masked:
+      longest = max(spec.budget.capacity(task) for task in tasks)
+      ends = spec.ends and not spec.attend_across_documents
+      self._corruption = Corruption(tasks, longest, spec.vocabulary, spec.lexicon, ends=ends)
 
   def make(self, tokens: Ragged, rows: np.ndarray, tasks: np.ndarray, bits) -> Batch:
-    """Fields of `len(tasks)` rows: piece i is in row `rows[i]`; `bits()` gives what `Recipes.apply` wants."""
-    length = self._budget.targets_length
+    """Fields of `len(tasks)` rows: piece i is in row `rows[i]`; `bits()` gives what `Corruption.apply` wants."""
+    length, own = self._budget.targets_length, tasks[rows]
     if self._causal:
       return decoder_features(None, tokens, rows, len(tasks), length)
-    if self._masked is not None:
-      return encoder_features(*mask_tokens(tokens, bits(), self._masked, self._vocabulary), rows, len(tasks), length)
-    inputs, targets = self._recipes.apply(tokens, tasks[rows], bits())
+    if self._masked:
+      sides = mask_tokens(tokens, self._tasks, own, bits(), self._vocabulary)
+      return encoder_features(*sides, rows, len(tasks), length)
+    inputs, targets = self._corruption.apply(tokens, own, bits())
     if self._budget.inputs_length:
       return encoder_decoder_features(inputs, targets, rows, len(tasks), self._budget.inputs_length, length)
-    return decoder_features(inputs, targets, rows, len(tasks), length, self._loss_on_inputs)
+    inputs = inputs if self._inputs else None
+    return decoder_features(inputs, targets, rows, len(tasks), length, self._loss_on_inputs[own])

@@ -1,11 +1,9 @@
-"""What a model is asked to do with text: the objectives of a config, and whether they fit its lengths."""
+"""What a model is asked to do with text: the objectives of a config (data/fitting.py: whether they fit its lengths)."""
 
 import dataclasses
 from typing import Annotated, Literal, assert_never
 
-import numpy as np
-
-from data.tasks import Budget, Task, block_of
+from data.tasks import Budget, Hide, Task
 
 MODE_OF_KIND = {'R': 0, 'X': 1, 'S': 2}
 SMode = Literal['uniform_prefix', 'last_quarter']
@@ -38,6 +36,54 @@ class SpanCorruption:
   noise_density: float = 0.15
   mean_noise_span_length: float = 3.0
   random_roll: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IidDenoising:
+  """T5's noise without spans: each token is hidden with probability `noise_density`, whatever the others are.
+
+  `hide` says what is read: one sentinel for each run of hidden tokens, <extra_id_0> for each token ('mask'), or nothing
+  ('drop'). `targets` says what is written: the hidden tokens (with sentinels, if inputs have them: for each run of
+  others), or the full text. Of the masks the share `random` is a random piece instead. T5's variants:
+  MASS-style is ('mask', 'full'), BERT-style (iid_15_r10s90_f) the same with random=0.1, dropped tokens
+  ('drop', 'noise').
+  Source: Raffel et al. 2020, §3.3.1, §3.3.2; t5/data/preprocessors.py iid_noise_mask, noise_token_to_sentinel,
+  noise_token_to_random_token_or_sentinel (which draws random pieces from sentinels too; here they are text).
+  """
+
+  name: Literal['iid_denoising'] = 'iid_denoising'
+  noise_density: Annotated[float, '(0, 1)'] = 0.15
+  hide: Hide = 'sentinel_per_run'
+  targets: Literal['noise', 'full'] = 'noise'
+  random: Annotated[float, '[0, 1]'] = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bart:
+  """BART: spans of whole words become one <extra_id_0> each, sentences change places; the target is the text.
+
+  The share `noise_density` of the words is hidden; spans have Poisson(`mean_noise_span_length`) words, and one of none
+  is a mask more. Source: Lewis et al. 2019, arXiv:1910.13461, §2.2; fairseq denoising_dataset.py (data/infilling.py).
+  """
+
+  name: Literal['bart'] = 'bart'
+  noise_density: Annotated[float, '(0, 1)'] = 0.3
+  mean_noise_span_length: Annotated[float, '[1, 16]'] = 3.0  # the reference never ends beyond
+  permute_sentences: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FillInTheMiddle:
+  """A causal LM that also learns to write the middle of a text, having read its beginning and its end. Decoder-only.
+
+  The share `rate` of the documents (of the parts that stand in one row) is cut at two random characters, and read as
+  prefix, suffix, middle; the share `spm_rate` of these with the suffix first. The last three sentinels stand before the
+  parts: data/fim.py. Source: Bavarian et al. 2022, arXiv:2207.14255, §3 (SPM in its variant 2, appendix D).
+  """
+
+  name: Literal['fim'] = 'fim'
+  rate: Annotated[float, '[0, 1]'] = 0.5
+  spm_rate: Annotated[float, '[0, 1]'] = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +151,11 @@ class MaskedLm:
   """BERT: the share `rate` of the tokens is predicted, each in its place. Encoder-only.
 
   Of these the share `mask` is read as the mask token (<extra_id_0>), the share `random` as a random piece, the rest as
-  it is. Source: Devlin et al. 2019, arXiv:1810.04805, §3.1 and A.1.
+  it is; each carries loss, however it is read. Source: Devlin et al. 2019, arXiv:1810.04805, §3.1 and A.1.
+
+  What the generator of a replaced-token detector reads and is asked is this too: (mask, random) is (0.85, 0) in ELECTRA
+  (Clark et al. 2020, arXiv:2003.10555; google-research/electra pretrain_helpers.py mask; there a place may be drawn
+  twice, and then weighs double), (1, 0) in DeBERTaV3 (He et al. 2021, arXiv:2111.09543).
   """
 
   name: Literal['mlm'] = 'mlm'
@@ -128,7 +178,41 @@ class Supervised:
   inputs_length: Annotated[int, '>= 1'] | None = None
 
 
-Objective = CausalLm | PrefixLm | SpanCorruption | Ul2 | Ul2r | MaskedLm | Supervised
+OfText = (
+  CausalLm | PrefixLm | SpanCorruption | IidDenoising | Bart | FillInTheMiddle | Ul2 | Ul2r | MaskedLm
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """An objective, and its share of the rows relative to the other parts."""
+
+  objective: OfText
+  rate: Annotated[float, '> 0'] = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveMixture:
+  """Several objectives in one run, each in rows of its own: parts = [{'rate': 0.5, 'objective': {'name': …}}, …]."""
+
+  name: Literal['mixture'] = 'mixture'
+  parts: tuple[Part, ...]
+
+
+Objective = OfText | Supervised | ObjectiveMixture
+
+
+def parts_of(objective: Objective) -> tuple[OfText | Supervised, ...]:
+  """The objectives of a mixture; any other is its own only part."""
+  return tuple(part.objective for part in objective.parts) if isinstance(objective, ObjectiveMixture) else (objective,)
+
+
+def is_encoder_only(objective: Objective) -> bool:
+  return all(isinstance(part, MaskedLm) for part in parts_of(objective))
+
+
+def is_decoder_only(objective: Objective) -> bool:
+  return any(isinstance(part, CausalLm | Ul2r | FillInTheMiddle) for part in parts_of(objective))
 
 
 def tasks_of(objective: Objective) -> tuple[Task, ...]:
@@ -136,25 +220,50 @@ def tasks_of(objective: Objective) -> tuple[Task, ...]:
   match objective:
     case CausalLm():
       return (Task(label='causal', kind='causal'),)
-    case PrefixLm():
-      return (Task(label='prefix', kind='uniform_prefix'),)
-    case SpanCorruption(noise_density=r, mean_noise_span_length=mu, random_roll=turned):
-      label = f'spans(mu={mu:g}, r={r:g})'
-      spans = Task(label=label, kind='spans', noise_density=r, mean_noise_span_length=mu, random_roll=turned)
-      return (spans,)
+    case PrefixLm(loss_on_prefix=loss):
+      return (Task(label='prefix', kind='uniform_prefix', loss_on_inputs=loss),)
+    case FillInTheMiddle(rate=rate, spm_rate=spm):
+      return (Task(label=f'fim(r={rate:g}, spm={spm:g})', kind='fim', noise_density=rate, spm=spm),)
+    case SpanCorruption() | IidDenoising() | Bart():
+      return (_noise(objective),)
     case MaskedLm(rate=rate, mask=mask, random=random):
       return (Task(label=f'mlm(r={rate:g})', kind='masked', noise_density=rate, mask=mask, random=random),)
     case Supervised():
       return (Task(label='supervised', kind='pairs'),)
     case Ul2() | Ul2r():
       return tuple(_task(d, objective.s_mode, objective.mode_tokens) for d in objective.denoisers)
+    case ObjectiveMixture(parts=parts):
+      return tuple(task for part in parts for task in _shared(part))
     case _:
       assert_never(objective)
 
 
 def has_marks(task: Task) -> bool:
   """Whether its rows hold sentinels or mode tokens."""
-  return task.kind in ('spans', 'masked') or task.mode is not None
+  return task.mode is not None or task.sentinels(2) > 0
+
+
+def _noise(objective: SpanCorruption | IidDenoising | Bart) -> Task:
+  r = objective.noise_density
+  match objective:
+    case SpanCorruption(mean_noise_span_length=mu, random_roll=turned):
+      label, kind = f'spans(mu={mu:g}, r={r:g})', {'kind': 'spans', 'mean_noise_span_length': mu, 'random_roll': turned}
+    case IidDenoising(hide=hide, targets=targets, random=random):
+      label = f'iid(r={r:g}, {hide}, {targets})'
+      kind = {'kind': 'iid', 'hide': hide, 'full': targets == 'full', 'random': random}
+    case Bart(mean_noise_span_length=mu, permute_sentences=permute):
+      label = f'bart(mu={mu:g}, r={r:g})'
+      kind = {'kind': 'infilling', 'mean_noise_span_length': mu, 'full': True, 'permute': permute}
+    case _:
+      assert_never(objective)
+  return Task(label=label, noise_density=r, **kind)
+
+
+def _shared(part: Part) -> list[Task]:
+  """The tasks of a part, whose rates add up to its own."""
+  tasks = tasks_of(part.objective)
+  whole = sum(task.rate for task in tasks)
+  return [dataclasses.replace(task, rate=part.rate * task.rate / whole) for task in tasks]
 
 
 def _task(denoiser: Denoiser, s_mode: SMode, mode_tokens: bool) -> Task:
@@ -166,41 +275,6 @@ def _task(denoiser: Denoiser, s_mode: SMode, mode_tokens: bool) -> Task:
   return Task(label=str(denoiser), kind='spans', rate=denoiser.rate, mode=mode, **spans)
 
 
-def check_objective(objective: Objective, inputs_length: int, targets_length: int, sentinels: int) -> None:
-  """Raises ValueError where `objective` cannot be: values out of range, rows too short, too few sentinels.
-
-  Sentinels must do for every piece that can occur. The place of a mode token is left out of the sum, so that turning
-  mode tokens on or off never changes the vocabulary.
-  """
-  _check_family(objective, inputs_length)
-  if isinstance(objective, Supervised):
-    _check_pairs(objective, inputs_length, targets_length)
-    return
-  if isinstance(objective, MaskedLm):
-    _check_masks(objective, sentinels)
-  if isinstance(objective, Ul2 | Ul2r):
-    _check_denoisers(objective)
-  tasks, budget = tasks_of(objective), Budget(inputs_length, targets_length)
-  block_of([task.rate for task in tasks], 'objective rates')
-  for task in tasks:
-    if task.kind == 'spans':
-      _check_spans(task, budget)
-    if budget.capacity(task) < 2:
-      raise ValueError(
-        f'data.inputs_length={inputs_length} and data.targets_length={targets_length} leave no room for two tokens of '
-        f'text with denoiser {task.label}; use longer rows.'
-      )
-  _check_sentinels(tasks, budget, sentinels)
-
-
-def _check_family(objective: Objective, inputs_length: int) -> None:
-  if inputs_length and isinstance(objective, CausalLm | Ul2r | MaskedLm):
-    only = 'encoder-only' if isinstance(objective, MaskedLm) else 'decoder-only'
-    raise ValueError(f"objective.name='{objective.name}' is {only}, data.inputs_length={inputs_length}; set 0.")
-  if inputs_length and isinstance(objective, PrefixLm) and objective.loss_on_prefix:
-    raise ValueError('objective.loss_on_prefix=True needs a decoder-only model (data.inputs_length=0).')
-
-
 def pair_lengths(objective: Supervised, budget: Budget) -> tuple[int, int]:
   """The most tokens that (inputs, targets) of a pair have in a row, EOS included.
 
@@ -209,82 +283,3 @@ def pair_lengths(objective: Supervised, budget: Budget) -> tuple[int, int]:
   """
   prefix = objective.inputs_length or 0
   return (budget.inputs_length or prefix), budget.targets_length - prefix
-
-
-def _check_pairs(objective: Supervised, inputs_length: int, targets_length: int) -> None:
-  own = objective.inputs_length
-  if inputs_length and own is not None:
-    raise ValueError(
-      f'objective.inputs_length={own} is for a decoder; here data.inputs_length={inputs_length} is the length of '
-      'inputs: remove it.'
-    )
-  if not inputs_length and own is None:
-    raise ValueError(
-      "objective.name='supervised' on a decoder needs objective.inputs_length: inputs are cut to it, targets to the "
-      f'rest of data.targets_length={targets_length}; set it.'
-    )
-  if own is not None and own >= targets_length:
-    raise ValueError(
-      f'objective.inputs_length={own} leaves no place for targets in rows of data.targets_length={targets_length}; '
-      'lower it, or use longer rows.'
-    )
-
-
-def _check_masks(objective: MaskedLm, sentinels: int) -> None:
-  if objective.mask + objective.random > 1 + 1e-9:  # 0.7 + 0.3 may be a little more than 1
-    raise ValueError(
-      f'objective.mask={objective.mask} and objective.random={objective.random} are shares of the chosen tokens, '
-      f'together {objective.mask + objective.random:g}; lower one, so that they are at most 1.'
-    )
-  if not sentinels:
-    raise ValueError(
-      "objective.name='mlm' hides tokens behind <extra_id_0>, data.sentinels=0; set data.sentinels >= 1."
-    )
-
-
-def _check_denoisers(objective: Ul2 | Ul2r) -> None:
-  if not objective.denoisers:
-    raise ValueError('objective.denoisers is empty; name at least one.')
-  for i, denoiser in enumerate(objective.denoisers):
-    given = sum(x is not None for x in (denoiser.mean_noise_span_length, denoiser.noise_density))
-    if given != (0 if denoiser.kind == 'S' else 2):
-      need = 'takes no' if denoiser.kind == 'S' else 'needs both'
-      raise ValueError(
-        f"objective.denoisers[{i}] of kind '{denoiser.kind}' {need} mean_noise_span_length and noise_density."
-      )
-
-
-def _check_spans(task: Task, budget: Budget) -> None:
-  mu, r = task.mean_noise_span_length, task.noise_density
-  if not 0 < r < 1 or not mu >= 1:
-    raise ValueError(
-      f'denoiser {task.label}: noise_density={r} must lie in (0, 1), mean_noise_span_length={mu} be at least 1.'
-    )
-  lengths = np.arange(2, budget.longest + 1)
-  noise, spans = task.counts(lengths)
-  bad = np.flatnonzero(spans > lengths - noise)
-  if len(bad):
-    at = bad[0]
-    raise ValueError(
-      f'denoiser {task.label} makes {spans[at]} noise spans among {(lengths - noise)[at]} other tokens in a piece of '
-      f'{lengths[at]}; lower its noise_density or raise its mean_noise_span_length.'
-    )
-
-
-def num_sentinels(task: Task, budget: Budget) -> int:
-  """The most sentinels that one piece in a row can take."""
-  if task.kind != 'spans':
-    return 0
-  longest = budget.capacity(dataclasses.replace(task, mode=None))
-  return int(task.counts(np.array([longest]))[1][0]) + task.random_roll
-
-
-def _check_sentinels(tasks, budget: Budget, sentinels: int) -> None:
-  needs = [num_sentinels(task, budget) for task in tasks]
-  if max(needs) > sentinels:
-    task = tasks[int(np.argmax(needs))]
-    where = f'{budget.inputs_length} inputs' if budget.inputs_length else f'{budget.targets_length} tokens'
-    raise ValueError(
-      f'data.sentinels={sentinels} but denoiser {task.label} at {where} makes {max(needs)} spans; '
-      f'set data.sentinels >= {max(needs)}.'
-    )

@@ -77,7 +77,7 @@ def make_planner(
   packing: Packing, stream: Callable[[int], Stream], spec: RowSpec, *, seed: int, purpose: str
 ) -> Planner:
   """The planner that `packing` names; `stream(shard)` are the documents of a shard."""
-  tasks = tasks_of(spec.objective)
+  tasks = spec.tasks
   match packing:
     case ConcatSplit():
       return ConcatSplitPlanner(

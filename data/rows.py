@@ -9,7 +9,7 @@ import numpy as np
 from data.bits import philox
 from data.features import Batch
 from data.make import RowMaker, RowSpec, text_of
-from data.objectives import Supervised, pair_lengths, tasks_of
+from data.objectives import Supervised, pair_lengths
 from data.order import WINDOW, Deal, EpochOrder
 from data.packing import Packing, make_planner
 from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
@@ -29,7 +29,7 @@ class StoreRows:
 
   def __init__(self, store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str):
     self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
-    self._tasks = tasks_of(spec.objective)
+    self._tasks = spec.tasks
     self._pairs: PairStream | None = None
     rates = [task.rate for task in self._tasks]
     self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')

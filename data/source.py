@@ -10,9 +10,10 @@ from data.bucketed import BucketedSource, BucketRows
 from data.buckets import LengthBuckets
 from data.builtin import GROUPS, builtin_groups, builtin_store
 from data.errors import DataError
+from data.fitting import check_objective
 from data.make import RowSpec
 from data.mixture import Mixture, Stage, by_size
-from data.objectives import Objective, Supervised, check_objective
+from data.objectives import Objective, Supervised
 from data.packing import ConcatSplit, Packing, check_packing
 from data.rows import StoreRows
 from data.store import Store, open_store
@@ -237,8 +238,9 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
   for store in [*stores.values(), *heldout.values()]:
     _check_pairs(store, objective)
   spec = RowSpec(
-    objective=objective, budget=cfg.budget, vocabulary=vocabulary, attend_across_documents=cfg.attend_across_documents
-  )
+    objective=objective, budget=cfg.budget, vocabulary=vocabulary, tokenizer=tokenizer,
+    attend_across_documents=cfg.attend_across_documents,
+  )  # fmt: skip
   # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
   sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
   if isinstance(cfg.packing, LengthBuckets):

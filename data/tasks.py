@@ -15,7 +15,10 @@ import numpy as np
 
 from data.noise import noise_counts
 
-Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'masked', 'pairs']
+Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'iid', 'infilling', 'fim', 'masked', 'pairs']
+Hide = Literal['sentinel_per_run', 'mask', 'drop']
+LEFT_TO_RIGHT = ('causal', 'fim')  # kinds that have no inputs, and see where documents end
+FIM_SENTINELS = 3
 MAX_BLOCK = 4096
 
 
@@ -23,7 +26,10 @@ MAX_BLOCK = 4096
 class Task:
   """`mode` is 0, 1, 2 for [NLU], [NLG], [S2S] in front of the inputs, None for no token. `rate` is relative.
 
-  Of the chosen tokens of a masked task, the share `mask` is hidden and the share `random` replaced (data/masking.py).
+  `noise_density` is the share of what is hidden: tokens, words (infilling), or pieces that are cut in three (fim, of
+  these the share `spm` with the suffix first). Of the chosen tokens of a masked task, the share `mask` is hidden and
+  the share `random` replaced (data/masking.py); of the masks of an iid task too. `full`: the targets are all the text.
+  `growth` is the most tokens that a cut inside a token adds (data/fim.py).
   """
 
   label: str
@@ -35,18 +41,33 @@ class Task:
   random_roll: bool = False
   mask: float = 0.8
   random: float = 0.1
+  hide: Hide = 'sentinel_per_run'
+  full: bool = False
+  permute: bool = False
+  spm: float = 0.0
+  growth: int = 0
+  loss_on_inputs: bool = False
+
+  @property
+  def shows_blanks(self) -> bool:
+    """Whether inputs have sentinels where something is hidden."""
+    return self.kind in ('spans', 'infilling') or (self.kind == 'iid' and self.hide != 'drop')
 
   def counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(noise tokens, noise spans) of pieces: int64 arrays. The split of a uniform prefix is drawn later: -1."""
-    if self.kind == 'uniform_prefix':
-      return np.full_like(lengths, -1), np.ones_like(lengths)
+    """(noise tokens, noise spans) of pieces: int64 arrays. The split of a uniform prefix is drawn later: -1.
+
+    Of iid noise nothing is known before: no noise, one span.
+    """
+    if self.kind in ('uniform_prefix', 'iid'):
+      return np.full_like(lengths, -1 if self.kind == 'uniform_prefix' else 0), np.ones_like(lengths)
     noise, spans = noise_counts(lengths, self.noise_density, self.mean_noise_span_length)
     return np.where(lengths > 1, noise, 0), spans
 
   def costs(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets): places that pieces take, with mode token, sentinels and EOS; 0 for an empty piece.
 
-    Exact, but for the split of a uniform prefix, and for spans of one token or with random_roll: upper bounds.
+    Exact, but for the split of a uniform prefix, spans of one token or with random_roll, and what depends on the text
+    or on chance alone (iid, infilling, fim): upper bounds.
     """
     noise, spans = self.counts(lengths)
     extra = self.mode is not None
@@ -62,15 +83,60 @@ class Task:
       case 'spans':
         sentinels = spans + self.random_roll  # rolling may cut one span in two
         inputs, targets = lengths - noise + sentinels + extra + 1, noise + sentinels + 1
+      case 'iid':
+        inputs, targets = lengths + 1, self._iid_targets(lengths) + 1
+      case 'infilling':
+        inputs, targets = lengths + self.most_inserted(lengths) + 1, lengths + 1
+      case 'fim':
+        inputs, targets = np.zeros_like(lengths), lengths + FIM_SENTINELS + 2 * self.growth
       case 'pairs':
         raise ValueError('each side of a pair has a length of its own; data/pairs.py plans them.')
     return np.where(lengths > 0, inputs, 0), np.where(lengths > 0, targets, 0)
+
+  def most_hidden(self, lengths: np.ndarray) -> np.ndarray:
+    """The most tokens that iid noise hides: int64 array.
+
+    Chance alone has no bound. This one is 8 standard deviations from the mean, and is met less than once in a million
+    pieces (tests/data/test_tasks.py); there the last hidden tokens stay in sight.
+    """
+    r = self.noise_density
+    return np.minimum(lengths, _bound(lengths * r, lengths * r * (1 - r)))
+
+  def most_inserted(self, lengths: np.ndarray) -> np.ndarray:
+    """The most masks that infilling puts between words: int64 array. Bounded as `most_hidden` is."""
+    words, mu = np.ceil(lengths * self.noise_density), self.mean_noise_span_length
+    empty = math.exp(-mu)  # the share of spans of no words, of about words / mu + 1
+    mean = empty * (words / mu + 1)
+    return _bound(mean, mean / (1 - empty))
+
+  def _iid_targets(self, lengths: np.ndarray) -> np.ndarray:
+    """The most tokens in the targets of iid noise; a run of hidden tokens, or of others, is as long as its sentinel."""
+    if self.full:
+      return lengths
+    hidden = self.most_hidden(lengths)
+    return hidden if self.hide != 'sentinel_per_run' else np.minimum(2 * hidden + 1, lengths)
+
+  def sentinels(self, length: int) -> int:
+    """The most sentinels that a piece of at most `length` tokens can take."""
+    match self.kind, self.hide:
+      case ('spans', _):
+        return int(self.counts(np.array([length]))[1][0]) + self.random_roll
+      case ('iid', 'sentinel_per_run'):
+        return min(int(self.most_hidden(np.array([length]))[0]) + 1, (length + 1) // 2)
+      case ('infilling' | 'masked', _) | ('iid', 'mask'):
+        return 1
+      case _:
+        return FIM_SENTINELS if self.kind == 'fim' else 0
 
   def total_costs(self, lengths: np.ndarray) -> np.ndarray:
     """Places that pieces take in a model of one stack, which reads inputs and targets one after the other."""
     if self.kind == 'uniform_prefix':
       return np.where(lengths > 0, lengths + 2 + (self.mode is not None), 0)
     return sum(self.costs(lengths))
+
+
+def _bound(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+  return np.ceil(mean + 8 * np.sqrt(variance) + 4).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,15 @@ class Tokenizer:
     """Ids of text -> text."""
     return self._processor.decode([int(i) for i in ids])
 
+  def pieces(self) -> tuple[list[str], list[float], list[str]]:
+    """(name, score, kind) of each piece: of 'text', or 'byte' (its name is then in hexadecimal), or 'control'."""
+    model, ids = self._processor, list(range(self.vocabulary.pieces))
+    special = zip(model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), strict=True)
+    kinds = ['control' if any(flags) else 'text' for flags in special]
+    kinds = ['byte' if is_byte else kind for is_byte, kind in zip(model.is_byte(ids), kinds, strict=True)]
+    names = [name[1:-1] if kind == 'byte' else name for name, kind in zip(model.id_to_piece(ids), kinds, strict=True)]
+    return names, model.get_score(ids), kinds
+
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
 

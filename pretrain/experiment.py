@@ -7,7 +7,17 @@ import pathlib
 from typing import Annotated
 
 from data.buckets import LengthBuckets
-from data.objectives import CausalLm, MaskedLm, Objective, Supervised, Ul2r, check_objective, has_marks, tasks_of
+from data.fitting import check_objective
+from data.objectives import (
+  FillInTheMiddle,
+  Objective,
+  Supervised,
+  has_marks,
+  is_decoder_only,
+  is_encoder_only,
+  parts_of,
+  tasks_of,
+)
 from data.packing import check_packing
 from data.source import Data, StoreData, check_mixture, has_heldout
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
@@ -124,6 +134,7 @@ def _check_sentinels(cfg: Experiment) -> None:
 def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
   _check_pairs(cfg)
+  _check_documents(cfg)
   _check_profile(cfg)
   _check_lawa(cfg)
   _check_initial(cfg.checkpoint.initial)
@@ -161,11 +172,11 @@ def _check_stages(cfg: Experiment) -> None:
 
 def _check_family(cfg: Experiment) -> None:
   model, objective = cfg.model.name, cfg.objective.name
-  if (model == 'encoder') != isinstance(cfg.objective, MaskedLm):
+  if (model == 'encoder') != is_encoder_only(cfg.objective):
     fix = "set objective.name='mlm'" if model == 'encoder' else "set model.name='encoder', or another objective"
     raise ConfigError(f"objective.name='{objective}' cannot train model.name='{model}'; {fix}.")
   two_sides = model == 'encoder_decoder'
-  if two_sides and isinstance(cfg.objective, CausalLm | Ul2r):
+  if two_sides and is_decoder_only(cfg.objective):
     raise ConfigError(f"objective.name='{objective}' is for model.name='decoder', not 'encoder_decoder'.")
   if two_sides != (cfg.data.inputs_length > 0):
     fix = 'set it to the encoder length' if two_sides else 'remove it (rows have data.targets_length tokens)'
@@ -185,6 +196,13 @@ def _check_pairs(cfg: Experiment) -> None:
     raise ConfigError(
       "data.attend_across_documents=True would mix the pairs of objective.name='supervised'; remove it."
     )
+
+
+def _check_documents(cfg: Experiment) -> None:
+  """Where `objective` takes documents apart, rows must know where they end."""
+  fim = any(isinstance(part, FillInTheMiddle) for part in parts_of(cfg.objective))
+  if fim and cfg.data.attend_across_documents:
+    raise ConfigError("data.attend_across_documents=True hides the documents that 'fim' takes apart; remove it.")
 
 
 def _check_evaluation(cfg: Experiment) -> None:

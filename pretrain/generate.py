@@ -10,9 +10,11 @@ import numpy as np
 
 from data.batches import DataSource
 from data.features import Batch, decoder_features, encoder_decoder_features
-from data.objectives import CausalLm, Supervised, pair_lengths, tasks_of
+from data.fim import fim_ids
+from data.objectives import Supervised, pair_lengths, tasks_of
 from data.ragged import interleave, join
 from data.source import open_data
+from data.tasks import LEFT_TO_RIGHT
 from data.vocabulary import EOS, Vocabulary
 from models.build import Model
 from models.decode import greedy
@@ -87,7 +89,8 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
 
 
 def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
-  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective.
+  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective, of a run
+  with fill-in-the-middle (PSM) what stands around the one blank.
 
   Inputs of pairs are plain text, in which nothing is special.
   The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
@@ -98,18 +101,21 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
     return [*data.tokenizer.encode(prompt), EOS]
   ids = data.tokenizer.encode_prompt(prompt)
   vocabulary, objective = data.vocabulary, cfg.objective
-  blanks = any(map(vocabulary.is_sentinel, ids))
-  tasks = [task for task in tasks_of(objective) if (task.kind == 'spans') == blanks]
+  blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
+  tasks = [task for task in tasks_of(objective) if task.shows_blanks == bool(blanks)]
+  if not tasks and len(blanks) == 1 and any(task.kind == 'fim' for task in tasks_of(objective)):
+    (blank,), (pre, suf, mid) = blanks, fim_ids(vocabulary)
+    return [pre, *ids[:blank], suf, *ids[blank + 1 :], mid]
   if not tasks:
     fix = 'leave out <extra_id_k>, the text is continued' if blanks else 'mark one, e.g. with <extra_id_0> at the end'
     trained = 'to fill blanks' if blanks else 'to do anything but fill blanks'
     raise ConfigError(
       f"--text={reprlib.repr(prompt)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
     )
-  if tasks[0].kind == 'causal':
+  if tasks[0].kind in LEFT_TO_RIGHT:
     return ids
   if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
-    ids = [vocabulary.mode_ids[min(task.mode for task in tasks)], *ids]
+    ids = [vocabulary.mode_ids[min(task.mode for task in tasks if task.mode is not None)], *ids]
   return [*ids, EOS]
 
 
@@ -135,13 +141,15 @@ def _room(prompt: str, inputs: list[int], cfg: Experiment) -> int:
 def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
   """A row of each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
 
-  They have `length` places, and one more in a decoder, where each prompt stands at the end of its row.
+  They have `length` places, and one more in a decoder, where each prompt stands at the end of its row. Inputs that are
+  read from left to right have no EOS behind (`prompt_inputs`); all prompts are of one kind.
   """
   inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
     return encoder_decoder_features(inputs, target, rows, number, length, 1)
-  if isinstance(cfg.objective, CausalLm):
+  causal = not isinstance(cfg.objective, Supervised) and prompts[0][-1:] != [EOS]
+  if causal:
     fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
   else:
     fields = decoder_features(inputs, target, rows, number, length + 1)
@@ -152,7 +160,8 @@ def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> 
 def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[int]:
   """Ids of the text of `inputs`: each sentinel replaced by what follows it in `output`; without sentinels, both.
 
-  A sentinel that `output` does not hold stays. Joined as ids, the parts have spaces where the text had them.
+  Inputs of fill-in-the-middle get `output` in their middle. A sentinel that `output` does not hold stays. Joined as
+  ids, the parts have spaces where the text had them.
 
   >>> vocabulary = Vocabulary(100, 4)  # <extra_id_0> is 103, [NLU] 104
   >>> fill([104, 10, 103, 12, 102, 1], [103, 20, 21, 102, 22], vocabulary)
@@ -160,6 +169,10 @@ def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[i
   >>> fill([10, 11], [12], vocabulary)
   [10, 11, 12]
   """
+  pre, suf, mid = fim_ids(vocabulary)
+  if inputs[:1] == [pre] and inputs[-1:] == [mid]:
+    cut = inputs.index(suf)
+    return inputs[1:cut] + output + inputs[cut + 1 : -1]
   text = [token for token in inputs if token != EOS and token not in vocabulary.mode_ids]
   if not any(map(vocabulary.is_sentinel, text)):
     return text + output
@@ -181,5 +194,7 @@ def until_eos(output: list[int]) -> list[int]:
 
 
 def _result(prompt: str, inputs: list[int], output: list[int], cfg: Experiment, data: DataSource) -> Generated:
-  render, answers = data.tokenizer.render, isinstance(cfg.objective, Supervised)
+  # Targets of pairs, and full ones of noise, are an answer of their own.
+  answers = isinstance(cfg.objective, Supervised) or all(task.full for task in tasks_of(cfg.objective))
+  render = data.tokenizer.render
   return Generated(prompt, render(output), render(output if answers else fill(inputs, output, data.vocabulary)))

@@ -63,19 +63,20 @@ class Builder:
     if 'name' not in tree:
       if type(default) in members:
         return type(default)
-      raise ConfigError(
-        f'{key}.name is required and not set; add {key}.name = … to {self.file}, one of {choices(names)}.'
-      )
+      raise ConfigError(f'{self.unset(key + ".name")}, one of {choices(names)}.')
     return names[self.literal(tuple(names), tree['name'], f'{key}.name')]
 
   def missing(self, hint: Any, key: str) -> Any:
     """A section can be made of defaults alone; anything else is an error."""
     if is_section(hint):
       return self.build(hint, {}, key)
+    raise ConfigError(self.unset(key) + '.')
+
+  def unset(self, key: str) -> str:
     if '[' in key:
       owner = key.split('[')[0]
-      raise ConfigError(f'{key} is required and not set; add it to {owner} at {self.places[owner]}.')
-    raise ConfigError(f'{key} is required and not set; add {key} = … to {self.file}.')
+      return f'{key} is required and not set; add it to {owner} at {self.places[owner]}'
+    return f'{key} is required and not set; add {key} = … to {self.file}'
 
   def unknown(self, key: str, given: Any, schema: Any, hint: Any) -> str:
     name = str(given)
@@ -110,7 +111,7 @@ class Builder:
   def section(self, hint: Any, given: Any, key: str, default: Any) -> Any:
     if isinstance(given, Mapping):
       return self.build(hint, given, key, default)
-    fields = [f.name for f in dataclasses.fields(sections(hint)[0])]
+    fields = [f.name for f in dataclasses.fields(sections(hint)[0])] if len(sections(hint)) == 1 else ['name', '…']
     wanted = f'a dict with the keys {", ".join(fields)}.' if '[' in key else f'keys of its own: {key}.{fields[0]} = …'
     raise ConfigError(f'{self.mistyped(given, key)} {wanted}')
 

@@ -7,10 +7,30 @@ from hypothesis import strategies as st
 
 from data.concat_split import STUB, VARIANTS, ConcatSplitPlanner
 from data.noise import span_corruption_lengths
-from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, Ul2r, tasks_of
+from data.objectives import (
+  Bart,
+  CausalLm,
+  FillInTheMiddle,
+  IidDenoising,
+  MaskedLm,
+  ObjectiveMixture,
+  Part,
+  PrefixLm,
+  SpanCorruption,
+  Ul2,
+  Ul2r,
+  tasks_of,
+)
 from data.plan import Stream
 from data.tasks import Budget
 
+MIXTURE = ObjectiveMixture(
+  parts=(
+    Part(rate=0.5, objective=CausalLm()),
+    Part(rate=0.25, objective=Ul2r()),
+    Part(rate=0.25, objective=FillInTheMiddle()),
+  )
+)
 CASES = [
   pytest.param(Ul2(), Budget(128, 128), id='ul2'),
   pytest.param(Ul2(), Budget(128, 32), id='ul2-short-targets'),
@@ -20,6 +40,11 @@ CASES = [
   pytest.param(PrefixLm(), Budget(64, 64), id='prefix'),
   pytest.param(MaskedLm(), Budget(0, 100), id='mlm'),
   pytest.param(CausalLm(), Budget(0, 100), id='causal'),
+  pytest.param(IidDenoising(), Budget(128, 100), id='iid'),
+  pytest.param(IidDenoising(hide='drop'), Budget(0, 100), id='iid-decoder'),
+  pytest.param(Bart(), Budget(128, 128), id='bart'),
+  pytest.param(FillInTheMiddle(), Budget(0, 100), id='fim'),
+  pytest.param(MIXTURE, Budget(0, 128), id='mixture'),
 ]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from data.features import encoder_features
 from data.masking import choose, mask_tokens
 from data.objectives import MaskedLm, tasks_of
 from data.ragged import Ragged, join
@@ -24,7 +25,7 @@ def mask(pieces, objective=None, seed: int = 0):
   tokens = join([np.asarray(piece, np.int32) for piece in pieces])
   (task,) = tasks_of(objective or MaskedLm())
   bits = random_bits(len(tokens.values) + len(pieces), seed)
-  inputs, targets, chosen = mask_tokens(tokens, bits, task, VOCABULARY)
+  inputs, targets, chosen = mask_tokens(tokens, [task], np.zeros(len(pieces), int), bits, VOCABULARY)
   return zip(inputs.split(), *(Ragged(x, inputs.lengths).split() for x in (targets, chosen)), strict=True)
 
 
@@ -70,7 +71,8 @@ def test_every_choice_is_equally_likely():
 
 
 @pytest.mark.parametrize(
-  'objective', [MaskedLm(), MaskedLm(rate=0.3, mask=0.5, random=0.25), MaskedLm(mask=1, random=0)]
+  'objective',
+  [MaskedLm(), MaskedLm(rate=0.3, mask=0.5, random=0.25), MaskedLm(mask=1, random=0), MaskedLm(mask=0.85, random=0)],
 )
 def test_of_the_chosen_four_fifths_are_masked_a_tenth_is_random_a_tenth_kept(objective):
   """Unknown pieces are never drawn at random, so a chosen one that is read as it stands was kept."""
@@ -82,6 +84,25 @@ def test_of_the_chosen_four_fifths_are_masked_a_tenth_is_random_a_tenth_kept(obj
   possible = shares > 1e-9
   assert found[~possible].sum() == 0
   assert possible.sum() == 1 or not unlikely(found[possible], len(read) * shares[possible])
+
+
+@pytest.mark.parametrize('share', [0.85, 1.0])
+def test_a_generator_of_replaced_tokens_reads_this_noise_and_is_asked_every_chosen_place(share):
+  """ELECTRA's (0.85) and DeBERTaV3's (1): pretrain_helpers.mask, given the places and a number in [0, 1) for each."""
+  tokens = join([np.random.default_rng(n).integers(3, 100, n) for n in range(1, 60)])
+  bits = random_bits(len(tokens.values) + 59, seed=6)
+  spec = tasks_of(MaskedLm(mask=share, random=0.0))
+  inputs, targets, chosen = mask_tokens(tokens, spec, np.zeros(59, int), bits, VOCABULARY)
+  fields = encoder_features(inputs, targets, chosen, np.arange(59), 59, 60)
+  for row, own in enumerate(np.split(bits, np.cumsum(tokens.lengths + 1)[:-1])):
+    text, asked = tokens.split()[row].tolist(), fields['decoder_loss_weights'][row] > 0
+    assert asked.sum() == max(1, round(len(text) * 0.15))  # num_to_predict
+    read, drawn = [*text, EOS], (own & np.uint64(2**40 - 1)) / 2.0**40
+    for place in np.flatnonzero(asked):
+      if drawn[place] < share:
+        read[place] = VOCABULARY.first_sentinel
+    assert fields['encoder_input_tokens'][row, : len(read)].tolist() == read
+    assert fields['decoder_target_tokens'][row, : len(read)].tolist() == [*text, EOS]
 
 
 def test_random_pieces_are_any_piece_of_text_equally_often():
@@ -108,10 +129,10 @@ def test_pieces_do_not_know_of_each_other():
   lengths = rng.integers(1, 200, 40)
   tokens = join([rng.integers(3, 100, n) for n in lengths])
   bits = random_bits(lengths.sum() + 40)
-  together = mask_tokens(tokens, bits, TASK, VOCABULARY)
+  together = mask_tokens(tokens, [TASK], np.zeros(40, int), bits, VOCABULARY)
   ends = np.cumsum(lengths + 1)
   for i, piece in enumerate(tokens.split()):
     own = slice(ends[i] - lengths[i] - 1, ends[i])
-    alone = mask_tokens(join([piece]), bits[own], TASK, VOCABULARY)
+    alone = mask_tokens(join([piece]), [TASK], np.zeros(1, int), bits[own], VOCABULARY)
     assert alone[0].values.tolist() == together[0].values[own].tolist()
     assert alone[2].tolist() == together[2][own].tolist()

@@ -5,18 +5,23 @@ import re
 import numpy as np
 import pytest
 
-from data.denoise import Recipes, example
+from data.corrupt import Corruption, example
+from data.fitting import check_objective, num_sentinels
+from data.lexicon import Lexicon
 from data.objectives import (
+  Bart,
   CausalLm,
   Denoiser,
+  FillInTheMiddle,
+  IidDenoising,
   MaskedLm,
+  ObjectiveMixture,
+  Part,
   PrefixLm,
   SpanCorruption,
   Supervised,
   Ul2,
   Ul2r,
-  check_objective,
-  num_sentinels,
   tasks_of,
 )
 from data.ragged import join
@@ -25,32 +30,45 @@ from data.vocabulary import EOS, Vocabulary
 
 VOCABULARY = Vocabulary(1000, 128)
 NLU, NLG, S2S = VOCABULARY.mode_ids
+IID = [
+  IidDenoising(hide=hide, targets=targets)
+  for hide in ('sentinel_per_run', 'mask', 'drop')
+  for targets in ('noise', 'full')
+]
+TEXTS = (IidDenoising(hide='mask', targets='full', random=0.3), Bart(), FillInTheMiddle(), CausalLm())
 ALL_TASKS = (
   *tasks_of(Ul2()),
   *tasks_of(Ul2(s_mode='last_quarter', mode_tokens=False)),
   *tasks_of(Ul2r()),
   *tasks_of(SpanCorruption(random_roll=True)),
   *tasks_of(PrefixLm()),
+  *(task for objective in (*IID, *TEXTS) for task in tasks_of(objective)),
 )
+SPLIT = [t for t in ALL_TASKS if t.kind in ('uniform_prefix', 'last_quarter', 'spans') and not t.random_roll]
+EXACT = [t for t in SPLIT if t.kind != 'uniform_prefix']
+
+
+def mixture(*objectives) -> ObjectiveMixture:
+  return ObjectiveMixture(parts=tuple(Part(objective=objective) for objective in objectives))
 
 
 def restore(inputs: list[int], targets: list[int]) -> list[int]:
-  """The text, from inputs and targets without mode token and EOS: each sentinel gives way to what follows it there."""
-  low, high = VOCABULARY.pieces, VOCABULARY.first_sentinel
-  if not any(low <= t <= high for t in inputs + targets):
-    return inputs + targets
-  holes: dict[int, list[int]] = {}
-  k = None
-  for t in targets:
-    if low <= t <= high:
-      k = t
-    else:
-      holes.setdefault(k, []).append(t)
-  # Without random_roll the text begins with inputs, so the sentinel of a hole in `inputs` is the one in `targets`.
-  return [x for t in inputs for x in (holes.pop(t, []) if low <= t <= high else [t])]
+  """The text, from inputs and targets without mode token and EOS: a sentinel of one is a run of the other, in turn."""
+  sides, low, high = [], VOCABULARY.pieces, VOCABULARY.first_sentinel
+  for side in (inputs, targets):
+    found = [t for t in side if low <= t <= high]
+    assert found == list(range(high, high - len(found), -1))
+    sides.append(''.join('|' if low <= t <= high else chr(t) for t in side).split('|'))
+    assert all(sides[-1][1:-1]), 'no run is empty'
+  runs = [[run for run in side if run] for side in sides]
+  turn, text = int(not inputs or low <= inputs[0] <= high), ''
+  while runs[turn]:
+    text, turn = text + runs[turn].pop(0), 1 - turn
+  assert not any(runs)
+  return [ord(t) for t in text]
 
 
-@pytest.mark.parametrize('task', [t for t in ALL_TASKS if not t.random_roll], ids=str)
+@pytest.mark.parametrize('task', [*SPLIT, *tasks_of(IID[0]), *tasks_of(SpanCorruption(random_roll=True))], ids=str)
 @pytest.mark.parametrize('length', [1, 2, 3, 17, 200, 400])
 def test_inputs_and_targets_together_are_the_text(task, length):
   rng = np.random.default_rng(length)
@@ -77,7 +95,7 @@ def test_costs_bound_every_example_and_never_fall(task):
     assert len(got['inputs']) + len(got['targets']) <= total[length]
 
 
-@pytest.mark.parametrize('task', [t for t in ALL_TASKS if t.kind != 'uniform_prefix' and not t.random_roll], ids=str)
+@pytest.mark.parametrize('task', EXACT, ids=str)
 def test_costs_are_exact_where_nothing_is_left_to_chance(task):
   got = example(np.full(321, 7), task, VOCABULARY, np.random.default_rng(0))
   assert (len(got['inputs']), len(got['targets'])) == tuple(int(c[0]) for c in task.costs(np.array([321])))
@@ -85,11 +103,12 @@ def test_costs_are_exact_where_nothing_is_left_to_chance(task):
 
 def test_a_piece_is_corrupted_alike_alone_and_among_others():
   rng = np.random.default_rng(5)
-  lengths = rng.integers(1, 200, 40)
+  lengths = rng.integers(1, 200, 80)
   tokens = join([rng.integers(3, 1000, n) for n in lengths])
-  tasks = rng.integers(0, len(ALL_TASKS), 40)
-  bits = rng.integers(0, 2**64, lengths.sum() + 40, np.uint64)
-  recipes = Recipes(ALL_TASKS, 200, VOCABULARY)
+  tasks = np.arange(80) % len(ALL_TASKS)
+  bits = rng.integers(0, 2**64, lengths.sum() + 80, np.uint64)
+  recipes = Corruption(ALL_TASKS, 200, VOCABULARY, Lexicon(VOCABULARY, None), ends=True)
+  tokens.values[np.cumsum(lengths)[::3] - 1] = EOS
   inputs, targets = (side.split() for side in recipes.apply(tokens, tasks, bits))
   own_bits = np.split(bits, np.cumsum(lengths + 1)[:-1])
   for i, piece in enumerate(tokens.split()):
@@ -161,6 +180,26 @@ def test_a_causal_example_is_the_text_itself():
      'to it, targets to the rest of data.targets_length=64; set it.'),
     (Supervised(inputs_length=64), 0, 64, 0, 'objective.inputs_length=64 leaves no place for targets in rows of '
      'data.targets_length=64; lower it, or use longer rows.'),
+    (IidDenoising(), 512, 512, 100, 'data.sentinels=100 but denoiser iid(r=0.15, sentinel_per_run, noise) at 512 '
+     'inputs makes up to 147 spans; set data.sentinels >= 147.'),
+    (IidDenoising(hide='mask'), 64, 64, 0, 'hides text behind <extra_id_0>; set data.sentinels >= 1.'),
+    (Bart(), 64, 64, 0, 'denoiser bart(mu=3, r=0.3) at 64 inputs hides text behind <extra_id_0>; set data.sentinels'),
+    (IidDenoising(random=0.1), 64, 64, 64, "objective.random=0.1 with objective.hide='sentinel_per_run' and "
+     "objective.targets='noise': nothing would tell random pieces from text; set objective.hide='mask' and "
+     "objective.targets='full', or random to 0."),
+    (FillInTheMiddle(), 64, 64, 64, "objective.name='fim' is decoder-only, data.inputs_length=64; set 0."),
+    (FillInTheMiddle(), 0, 64, 2, "objective.name='fim' marks its parts with the last 3 sentinels, data.sentinels=2; "
+     'set data.sentinels >= 3.'),
+    (FillInTheMiddle(), 0, 4, 3, 'leave no room for two tokens of text with denoiser fim(r=0.5, spm=0.5)'),
+    (ObjectiveMixture(parts=()), 0, 64, 9, "objective.parts is empty; name at least one, e.g. {'rate': 0.5, 'objec"),
+    (mixture(CausalLm(), MaskedLm()), 0, 64, 9, "objective.parts[1] ('mlm') is for an encoder, objective.parts[0] "
+     "('causal_lm') for a model that writes; no model learns both: remove one."),
+    (mixture(SpanCorruption(), CausalLm()), 64, 64, 9, "objective.name='mixture' (by its parts) is decoder-only"),
+    (mixture(CausalLm(), IidDenoising(random=0.1)), 0, 64, 64, 'objective.parts[1].objective.random=0.1 with objec'),
+    (mixture(Ul2r(), FillInTheMiddle()), 0, 512, 64, 'but denoiser X(mu=3, r=0.5) at 512 tokens makes '
+     '64 spans beside the 3 of fim; set data.sentinels >= 67.'),
+    (ObjectiveMixture(parts=(Part(rate=0.1234, objective=CausalLm()), Part(rate=0.9, objective=PrefixLm()))), 0, 64, 9,
+     'use rounder numbers'),
     (SpanCorruption(noise_density=1.0), 64, 64, 64, 'noise_density=1.0 must lie in (0, 1)'),
     (SpanCorruption(mean_noise_span_length=0.5), 64, 64, 64, 'mean_noise_span_length=0.5 be at least 1'),
     (SpanCorruption(noise_density=0.9, mean_noise_span_length=1.0), 64, 64, 64, 'noise spans among 1 other tokens'),
@@ -176,7 +215,9 @@ def test_an_objective_that_cannot_be_is_refused(objective, inputs, targets, sent
     check_objective(objective, inputs, targets, sentinels)
 
 
-@pytest.mark.parametrize('objective', [Ul2(), Ul2(s_mode='last_quarter'), SpanCorruption(random_roll=True), PrefixLm()])
+@pytest.mark.parametrize(
+  'objective', [Ul2(), Ul2(s_mode='last_quarter'), SpanCorruption(random_roll=True), PrefixLm(), *IID, Bart()]
+)
 @pytest.mark.parametrize(('inputs', 'targets'), [(64, 64), (512, 114), (0, 256)])
 def test_the_sentinels_asked_for_are_enough_for_every_length(objective, inputs, targets):
   budget = Budget(inputs, targets)
@@ -193,3 +234,9 @@ def test_the_sentinels_asked_for_are_enough_for_every_length(objective, inputs, 
 def test_a_block_holds_exact_rates():
   assert np.bincount(block_of([0.4 / 2] * 2 + [0.4 / 4] * 4 + [0.2], 'rates')).tolist() == [2, 2, 1, 1, 1, 1, 2]
   assert np.bincount(block_of([1 / 3, 2 / 3], 'weights')).tolist() == [1, 2]
+
+
+def test_the_rates_of_a_mixture_are_those_of_its_parts_whatever_they_are_made_of():
+  parts = (Part(rate=1.0, objective=CausalLm()), Part(rate=0.5, objective=Ul2()), Part(rate=0.5, objective=PrefixLm()))
+  tasks = tasks_of(ObjectiveMixture(parts=parts))
+  assert np.bincount(block_of([t.rate for t in tasks], 'rates')).tolist() == [14, *[1] * 7, 7]

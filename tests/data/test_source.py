@@ -16,13 +16,33 @@ import pytest
 import data.rows
 from data.batches import DataSource
 from data.errors import DataError
-from data.objectives import CausalLm, MaskedLm, Objective, PrefixLm, SpanCorruption, Supervised, Ul2, Ul2r
+from data.objectives import (
+  Bart,
+  CausalLm,
+  FillInTheMiddle,
+  MaskedLm,
+  Objective,
+  ObjectiveMixture,
+  Part,
+  PrefixLm,
+  SpanCorruption,
+  Supervised,
+  Ul2,
+  Ul2r,
+)
 from data.source import Source, StoreData, Synthetic, open_data
 from data.store import StoreWriter, open_store
 from data.vocabulary import EOS, Tokenizer
 
 SENTINELS = 32
 UL2 = Ul2()
+MIXTURE = ObjectiveMixture(
+  parts=(
+    Part(rate=0.5, objective=CausalLm()),
+    Part(rate=0.25, objective=Ul2r()),
+    Part(rate=0.25, objective=FillInTheMiddle()),
+  )
+)
 OBJECTIVES = [
   pytest.param(Ul2(), 64, 64, id='ul2'),
   pytest.param(SpanCorruption(random_roll=True), 64, 32, id='spans'),
@@ -30,6 +50,8 @@ OBJECTIVES = [
   pytest.param(PrefixLm(), 0, 64, id='prefix'),
   pytest.param(CausalLm(), 0, 64, id='causal'),
   pytest.param(MaskedLm(), 0, 64, id='mlm'),
+  pytest.param(Bart(), 64, 64, id='bart'),
+  pytest.param(MIXTURE, 0, 96, id='mixture'),
 ]
 PAIRS = [
   pytest.param(Supervised(), 64, 32, id='supervised'),
@@ -114,7 +136,7 @@ def test_each_token_is_in_exactly_one_row_of_an_epoch(text_store, objective, inp
       used[start : start + length] += 1
     row += 1
   text = store.read([(0, store.num_tokens)])[0] != EOS
-  wanted = np.ones_like(used) if isinstance(objective, CausalLm) else text.astype(int)
+  wanted = np.ones_like(used) if isinstance(objective, CausalLm | ObjectiveMixture) else text.astype(int)
   assert used.tolist() == wanted.tolist()
   assert source.describe_row(row).epoch == 1
 

@@ -291,3 +291,13 @@ def test_flops_are_those_that_the_compiler_counts(cfg):
   counted = jax.jit(jax.grad(loss)).lower(model_params).compile().cost_analysis()['flops']
   inputs = 64 if encodes else 0
   assert flops_per_step(model.cfg, inputs_length=inputs, targets_length=64) == pytest.approx(counted, rel=0.1)
+
+
+@DECODERS
+def test_an_empty_prefix_is_no_prefix(cfg):
+  """Causal rows of a mixture, beside rows with a prefix."""
+  model, params = model_and_params(cfg)
+  params, data = shaken(params), prefix_batch(0)
+  causal = hidden(model, params, {name: values for name, values in data.items() if name != 'decoder_prefix_end'})
+  np.testing.assert_array_equal(hidden(model, params, data), causal)
+  assert (hidden(model, params, prefix_batch(3)) != causal).any(), 'the mutation'

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from pretrain import config
 from pretrain.cli import COMMANDS, main
 from pretrain.describe import learning_rates
 from pretrain.errors import ConfigError
+from pretrain.experiment import Experiment
 from tests.pretrain import tiny
 
 
@@ -117,6 +119,57 @@ def test_pairs_are_kept_apart(pair_store):
   flags = ("objective.name='supervised'", 'data.attend_across_documents=True')
   with pytest.raises(ConfigError, match=r'data.attend_across_documents=True would mix the pairs of objec'):
     tiny.ul2(pair_store, *flags)
+
+
+@pytest.mark.parametrize(
+  ('file', 'name', 'override', 'message'),
+  [
+    (tiny.DECODER, 'mixture', "parts=[{'rate': 0, 'objective': {'name': 'fim'}}]",
+     '--gin.objective.parts: objective.parts[0].rate=0; it must be > 0.'),
+    (tiny.DECODER, 'mixture', "parts=[{'objective': {'name': 'fim', 'rat': 1.0}}]",
+     '--gin.objective.parts: unknown key objective.parts[0].objective.rat; did you mean objective.parts[0].obj'),
+    (tiny.DECODER, 'mixture', "parts=[{'objective': {'rate': 1.0}}]",
+     'objective.parts[0].objective.name is required and not set; add it to objective.parts at --gin.objective.pa'),
+    (tiny.DECODER, 'mixture', "parts=[{'objective': 'fim'}]",
+     "--gin.objective.parts: objective.parts[0].objective='fim' is str, expected a dict with the keys name, …."),
+    (tiny.DECODER, 'mixture', "parts=[{'objective': {'name': 'supervised'}}]",
+     "--gin.objective.parts: objective.parts[0].objective.name='supervised' is not one of 'causal_lm', 'prefix_lm'"),
+    (tiny.DECODER, 'mixture', "parts=[{'objective': {'name': 'mlm'}}]",
+     "objective.name='mixture' cannot train model.name='decoder'; set model.name='encoder', or another objective."),
+    (tiny.UL2, 'mixture', "parts=[{'objective': {'name': 'ul2'}}, {'objective': {'name': 'fim'}}]",
+     "objective.name='mixture' is for model.name='decoder', not 'encoder_decoder'."),
+    (tiny.DECODER, 'fim', 'rate=1.5', '--gin.objective.rate: objective.rate=1.5; it must be in [0, 1].'),
+    (tiny.DECODER, 'fim', 'spm_rate=-1', '--gin.objective.spm_rate: objective.spm_rate=-1; it must be in [0, 1].'),
+    (tiny.UL2, 'fim', 'rate=1.0', "objective.name='fim' is for model.name='decoder', not 'encoder_decoder'."),
+    (tiny.UL2, 'bart', 'mean_noise_span_length=0.5',
+     '--gin.objective.mean_noise_span_length: objective.mean_noise_span_length=0.5; it must be in [1, 16].'),
+    (tiny.UL2, 'bart', 'noise_density=1.0',
+     '--gin.objective.noise_density: objective.noise_density=1.0; it must be in (0, 1).'),
+    (tiny.UL2, 'iid_denoising', "hide='masks'", "--gin.objective.hide: objective.hide='masks' is not one of"),
+    (tiny.UL2, 'iid_denoising', "targets='all'", "--gin.objective.targets: objective.targets='all' is not one of"),
+    (tiny.UL2, 'iid_denoising', 'random=2.0', '--gin.objective.random: objective.random=2.0; it must be in [0, 1].'),
+  ],
+)  # fmt: skip
+def test_a_mistake_in_an_objective_is_one_line(file, name, override, message, capsys):
+  flags = [f'--gin_file={file}', f"--gin.objective.name='{name}'", f'--gin.objective.{override}']
+  assert main(['config', *flags]) == 64
+  err = capsys.readouterr().err
+  assert err.startswith('CONFIG: ' + message), err
+  assert len(err.splitlines()) == 1
+
+
+def test_documents_that_fim_takes_apart_must_be_known(capsys):
+  flags = ["--gin.objective.name='fim'", '--gin.data.attend_across_documents=True']
+  assert main(['config', f'--gin_file={tiny.DECODER}', *flags]) == 64
+  assert "data.attend_across_documents=True hides the documents that 'fim' takes apart" in capsys.readouterr().err
+
+
+def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
+  parts = "[{'rate': 0.5, 'objective': {'name': 'ul2r'}}, {'rate': 0.5, 'objective': {'name': 'fim', 'rate': 0.9}}]"
+  cfg = tiny.decoder("objective.name='mixture'", f'objective.parts={parts}', 'data.sentinels=100')
+  (tmp_path / 'config.gin').write_text(config.render(cfg))
+  assert config.load(Experiment, [str(tmp_path / 'config.gin')], []) == cfg
+  assert cfg.objective.parts[1].objective.rate == 0.9
 
 
 @pytest.mark.parametrize(

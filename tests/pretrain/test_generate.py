@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.denoise import Recipes
+from data.fim import fim_ids
 from data.objectives import tasks_of
 from data.ragged import join
 from data.source import open_data
@@ -159,6 +160,41 @@ def test_filled_and_continued_text_has_the_spaces_of_the_text(text_store):
   assert read('the <extra_id_0> of <extra_id_1>s', s(0), *work, s(1), *work, s(0)) == 'the work of works'
   assert read('contribu<extra_id_0>s', s(0), *tion) == 'contributions'
   assert read('the <extra_id_3> of', s(0), *work) == 'the <extra_id_3> of', 'without an answer'
+
+
+MIXTURE = "objective.parts=[{'objective': {'name': 'causal_lm'}}, {'objective': {'name': 'ul2r'}}]"
+
+
+def test_a_prompt_of_a_mixture_is_that_of_the_first_part_that_answers_it(text_store):
+  cfg, alone = config_of(text_store, 'mixture', MIXTURE), config_of(text_store, 'ul2r')
+  data = opened(cfg)
+  went_on, blank = prompt_inputs('the Work', cfg, data), prompt_inputs('the <extra_id_0>', cfg, data)
+  assert went_on == data.tokenizer.encode('the Work')
+  assert 'decoder_prefix_end' not in prompt_batch([went_on], cfg, 9), 'read from left to right'
+  assert blank == prompt_inputs('the <extra_id_0>', alone, data)
+  assert prompt_batch([blank], cfg, len(blank))['decoder_prefix_end'].max() == len(blank) + 1
+
+
+def test_one_blank_is_filled_in_the_middle_and_the_text_is_whole(text_store):
+  cfg = config_of(text_store, 'fim')
+  data = opened(cfg)
+  tokenizer, (pre, suf, mid) = data.tokenizer, fim_ids(data.vocabulary)
+  prompt = 'the contribu<extra_id_0> of the Work'
+  inputs = prompt_inputs(prompt, cfg, data)
+  before, after = tokenizer.encode('the contribu'), tokenizer.encode('of the Work')
+  assert inputs == [pre, *before, suf, *after, mid]
+  tions = tokenizer.encode_prompt('<extra_id_0>tions')[1:]
+  assert _result(prompt, inputs, tions, cfg, data).text == 'the contributions of the Work'
+  assert prompt_inputs('the Work', cfg, data) == tokenizer.encode('the Work')
+  with pytest.raises(ConfigError, match=r"objective.name='fim' is not trained to fill blanks"):
+    prompt_inputs('<extra_id_0> and <extra_id_1>', cfg, data)
+
+
+def test_an_answer_that_is_all_the_text_is_the_text(text_store):
+  cfg = config_of(text_store, 'bart+encoder')
+  data = opened(cfg)
+  inputs = prompt_inputs('the <extra_id_0> Work', cfg, data)
+  assert _result('', inputs, data.tokenizer.encode('the whole Work'), cfg, data).text == 'the whole Work'
 
 
 @pytest.fixture(scope='module')
