@@ -47,6 +47,20 @@ class BucketRows:
           self._plans.popitem(last=False)
       return self._plans[window]
 
+  def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
+    """See `rows.StoreRows.fill`; rows are of all lengths."""
+    plans = decompose(text_of(self.store, self._spec, shard), self.lengths)
+    places = sum(len(plan.tasks) * length for plan, length in zip(plans, self.lengths, strict=True))
+    whole = joined_plans(plans)
+    return len(whole.tasks), whole.pieces(np.arange(len(whole.tasks))), [(int(whole.listed.lengths.sum()), places)]
+
+  @property
+  def variants(self) -> int:
+    return 1
+
+  def keep_plan(self, shard: int, variant: int) -> None:
+    """Nothing: such plans are made in less time than a file is read."""
+
   def pieces(self, place: Place, rows: np.ndarray) -> Pieces:
     """The pieces of rows of a length; `rows` of -1 have none."""
     present = np.flatnonzero(rows >= 0)

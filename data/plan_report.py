@@ -1,6 +1,8 @@
-"""How full the rows of an epoch are: `pretrain data plan`."""
+"""How full the rows of an epoch are, and plans made ahead: `pretrain data plan`."""
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import time
 
 import numpy as np
@@ -29,18 +31,46 @@ class Fill:
 
 def fill_of(rows: StoreRows, epoch: int = 0) -> Fill:
   """Counts of all shards of an epoch. One shard's plan is in memory at a time."""
-  start, parts = time.perf_counter(), []
+  start, totals, sides = time.perf_counter(), np.zeros(5, np.int64), np.zeros((0, 2), np.int64)
   for shard in range(len(rows.store.shards)):
-    planned, tasks = rows.shard_pieces(shard, epoch)
-    sides = rows.places_taken(planned, tasks)
-    of_document = np.unique(planned.documents, return_counts=True)[1]
-    taken = [(int(cost.sum()), room * len(tasks)) for cost, room in sides]
-    parts.append((len(tasks), int(planned.lengths.sum()), len(planned.lengths), len(of_document),
-                  int((of_document > 1).sum()), taken))  # fmt: skip
-  totals = [sum(part[i] for part in parts) for i in range(5)]
-  sides = [(sum(p[5][k][1] for p in parts), sum(p[5][k][0] for p in parts)) for k in range(len(parts[0][5]))]
-  places, used = max(sides, key=lambda side: side[1] / side[0])
-  return Fill(*totals, places, used, time.perf_counter() - start)
+    number, pieces, filled = rows.fill(shard, epoch)
+    of_document = np.unique(pieces.documents, return_counts=True)[1]
+    totals += (number, pieces.lengths.sum(), len(pieces.lengths), len(of_document), (of_document > 1).sum())
+    sides = np.array(filled) + (sides if len(sides) else 0)
+  used, places = max(sides.tolist(), key=lambda side: side[0] / side[1])
+  return Fill(*totals.tolist(), places, used, time.perf_counter() - start)
+
+
+def keep_plans(source: DataSource, workers: int) -> int:
+  """Makes every plan of every shard that is not kept yet, in `workers` processes; returns how many there are."""
+  jobs = [(i, s, v) for i, rows in enumerate(source.sources) for s in range(len(rows.store.shards))
+          for v in range(rows.variants)]  # fmt: skip
+  workers = min(workers, len(jobs))
+  if workers < 2:
+    for job in jobs:
+      _keep(source, job)
+    return len(jobs)
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _open, (source,)) as pool:
+    for _ in pool.map(_keep_here, jobs):
+      pass
+  return len(jobs)
+
+
+def _keep(source: DataSource, job: tuple[int, int, int]) -> None:
+  number, shard, variant = job
+  source.sources[number].keep_plan(shard, variant)
+
+
+_here: list[DataSource] = []  # of a worker process
+
+
+def _open(source: DataSource) -> None:
+  _here.append(source)
+
+
+def _keep_here(job: tuple[int, int, int]) -> None:
+  _keep(_here[0], job)
 
 
 def report(source: DataSource) -> str:

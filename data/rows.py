@@ -2,12 +2,15 @@
 
 import collections
 import functools
+import pathlib
 import threading
+from typing import Any
 
 import numpy as np
 
 from data.bits import philox
 from data.features import Batch
+from data.kept_plans import LARGE, KeptPlans
 from data.make import RowMaker, RowSpec, text_of
 from data.objectives import Supervised, pair_lengths
 from data.order import WINDOW, Deal, EpochOrder
@@ -27,7 +30,9 @@ class StoreRows:
   shards are kept, and the row counts of all that were ever made.
   """
 
-  def __init__(self, store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str):
+  def __init__(
+    self, store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: pathlib.Path | None = None
+  ):
     self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
     self._tasks = spec.tasks
     self._pairs: PairStream | None = None
@@ -39,7 +44,10 @@ class StoreRows:
     else:
       self._maker = RowMaker(spec)
       stream = functools.partial(text_of, store, spec)
-      self._planner = make_planner(packing, stream, spec, seed=seed, purpose=purpose)
+      planner = make_planner(packing, stream, spec, seed=seed, purpose=purpose)
+      if plans is not None and store.num_tokens >= LARGE:
+        planner = KeptPlans(planner, stream, plans, _identity(store, spec, packing, planner.variants, seed, purpose))
+      self._planner = planner
     self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
     self._plans: collections.OrderedDict[tuple[int, int], tuple[Plan, list[np.ndarray]]] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
@@ -67,9 +75,23 @@ class StoreRows:
   def _counts_of(self, variant: int) -> np.ndarray:
     with self._lock:
       if variant not in self._counts:
-        shards = range(len(self.store.shards))
-        self._counts[variant] = np.array([[len(own) for own in self._plan(s, variant)[1]] for s in shards])
+        count = functools.partial(self._count, variant)
+        kept = self._planner.counts(variant, count) if isinstance(self._planner, KeptPlans) else count()
+        self._counts[variant] = kept
       return self._counts[variant]
+
+  def _count(self, variant: int) -> np.ndarray:
+    shards = range(len(self.store.shards))
+    return np.array([[len(own) for own in self._plan(shard, variant)[1]] for shard in shards])
+
+  @property
+  def variants(self) -> int:
+    """How many different plans a shard has: one for each of so many epochs, then the first again."""
+    return self._planner.variants
+
+  def keep_plan(self, shard: int, variant: int) -> None:
+    """Makes a plan, unless it is kept in a file already."""
+    self._planner.plan(shard, variant)
 
   def _order(self, epoch: int) -> EpochOrder:
     with self._lock:
@@ -129,22 +151,19 @@ class StoreRows:
       parts.append((own, self._plan(shard, epoch % self._planner.variants)[0].pieces(rows[own])))
     return joined(parts)
 
-  def shard_pieces(self, shard: int, epoch: int) -> tuple[Pieces, np.ndarray]:
-    """(all pieces of a shard, the task of each of its rows), in the order of its plan."""
+  def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
+    """(rows, pieces, (places used, places) of each side of a row: encoder and decoder) of all rows of a shard."""
     plan = self._plan(shard, epoch % self._planner.variants)[0]
-    return plan.pieces(np.arange(len(plan.tasks))), plan.tasks
-
-  def places_taken(self, pieces: Pieces, tasks: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """(places that each piece takes, places of a row) for each side of a row: encoder and decoder, or the decoder."""
-    budget = self._budget
-    rooms = (budget.inputs_length, budget.targets_length)
+    number, budget = len(plan.tasks), self._budget
+    pieces = plan.pieces(np.arange(number))
     if self._pairs:
-      own = np.arange(len(pieces.lengths)) % 2 == 0
-      taken = [own * pieces.lengths, ~own * pieces.lengths] if budget.inputs_length else [0, pieces.lengths]
+      inputs, targets = pieces.lengths[::2].sum(), pieces.lengths[1::2].sum()
+      taken = [inputs, targets] if budget.inputs_length else [0, inputs + targets]
     else:
       tables = [np.stack(side) for side in zip(*(budget.costs(task) for task in self._tasks), strict=True)]
-      taken = [table[tasks[pieces.rows], pieces.lengths] for table in tables]
-    return [(cost, room) for cost, room in zip(taken, rooms, strict=True) if room]
+      taken = [table[plan.tasks[pieces.rows], pieces.lengths].sum() for table in tables]
+    rooms = (budget.inputs_length, budget.targets_length)
+    return number, pieces, [(int(used), room * number) for used, room in zip(taken, rooms, strict=True) if room]
 
   @property
   def pair_counts(self) -> PairCounts | None:
@@ -175,3 +194,10 @@ class StoreRows:
     purpose = self._purpose + ' noise'
     draw = lambda shard, row, count: philox(self._seed, purpose, epoch, shard, row).random_raw(count)
     return np.concatenate([draw(*own) for own in zip(shards.tolist(), rows.tolist(), counts.tolist(), strict=True)])
+
+
+def _identity(store, spec: RowSpec, packing: Packing, variants: int, seed: int, purpose: str) -> list[Any]:
+  """All that plans hang on (JSON); only those that deal out tasks hang on chance."""
+  chance = [seed, purpose] if variants > 1 else []
+  tasks = [repr(task) for task in spec.tasks]
+  return [store.fingerprint, repr(packing), tasks, repr(spec.budget), spec.attend_across_documents, *chance]

@@ -129,22 +129,23 @@ def open_data(
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
   check_packing(cfg, objective)
   check_mixture(cfg)
+  plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
     case Synthetic():
       vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
       if vocabulary.pieces < 4:
         raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
       store = SyntheticStore(vocabulary.pieces, seed)
-      return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {})
+      return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {}, None)
     case Builtin(groups=True):
       groups, heldout = builtin_groups(cache_dir, vocab_size, cfg.sentinels)
       paths = {name: str(path) for name, path in groups.items()}
-      return _open_stores(cfg, objective, seed, vocab_size, paths, {'builtin': str(heldout)})
+      return _open_stores(cfg, objective, seed, vocab_size, paths, {'builtin': str(heldout)}, plans)
     case Builtin():
       train, heldout = builtin_store(cache_dir, vocab_size, cfg.sentinels)
-      return _open_stores(cfg, objective, seed, vocab_size, {'builtin': str(train)}, {'builtin': str(heldout)})
+      return _open_stores(cfg, objective, seed, vocab_size, {'builtin': str(train)}, {'builtin': str(heldout)}, plans)
     case StoreData():
-      return _open_stores(cfg, objective, seed, vocab_size, _names(cfg.sources), _names(cfg.heldout))
+      return _open_stores(cfg, objective, seed, vocab_size, _names(cfg.sources), _names(cfg.heldout), plans)
     case _:
       assert_never(cfg)
 
@@ -158,7 +159,9 @@ def _names(sources: tuple[Source, ...]) -> dict[str, str]:
   return names
 
 
-def _open_stores(cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str]) -> DataSource:
+def _open_stores(
+  cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str], plans: pathlib.Path
+) -> DataSource:
   if not sources:
     raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
   stores = {name: open_store(path) for name, path in sources.items()}
@@ -173,7 +176,7 @@ def _open_stores(cfg, objective, seed, vocab_size, sources: dict[str, str], held
       f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
     )
   stages = _stages(cfg, [store.num_tokens for store in stores.values()])
-  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others)
+  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others, plans)
 
 
 def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
@@ -234,7 +237,7 @@ def _check_pairs(store, objective: Objective) -> None:
     )
 
 
-def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout) -> DataSource:
+def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout, plans) -> DataSource:
   for store in [*stores.values(), *heldout.values()]:
     _check_pairs(store, objective)
   spec = RowSpec(
@@ -247,7 +250,7 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
     ((name, store),) = stores.items()
     return BucketedSource(cfg, vocabulary, tokenizer, name, BucketRows(store, spec, cfg, seed=seed), sets)
   rows = {
-    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}')
+    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}', plans=plans)
     for i, (name, store) in enumerate(stores.items())
   }
   return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets)

@@ -8,7 +8,7 @@ from pretrain.errors import ConfigError
 def data_flags(command: argparse.ArgumentParser) -> None:
   actions = command.add_subparsers(required=True, metavar='ACTION')
   ways = {'prepare': prepare_command, 'show': show_command, 'explain': explain_command, 'plan': plan_command}
-  flags = {'prepare': _prepare_flags, 'show': _row_flags, 'explain': _row_flags, 'plan': _config_flags}
+  flags = {'prepare': _prepare_flags, 'show': _row_flags, 'explain': _row_flags, 'plan': _plan_flags}
   for name, function in ways.items():
     action = actions.add_parser(name, help=function.__doc__)
     action.set_defaults(command=function)
@@ -38,6 +38,11 @@ def _row_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--row', type=int, default=0)
 
 
+def _plan_flags(action: argparse.ArgumentParser) -> None:
+  _config_flags(action)
+  action.add_argument('--workers', type=int, default=1, help='processes that make plans')
+
+
 def prepare_command(options, overrides) -> None:
   """Turn text or JSONL into a token store."""
   from data.prepare import run
@@ -62,10 +67,12 @@ def explain_command(options, overrides) -> None:
 
 
 def plan_command(options, overrides) -> None:
-  """Print how full the rows of an epoch are, and how many documents are cut."""
-  from data.plan_report import report
+  """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
+  from data.plan_report import keep_plans, report
 
-  print(report(_open(options, overrides, 0)[0]))
+  source = _open(options, overrides, 0)[0]
+  keep_plans(source, options.workers)
+  print(report(source))
 
 
 def _open(options, overrides, step: int):

@@ -16,9 +16,10 @@ from scipy import stats
 from data.best_fit import BestFitPlanner
 from data.buckets import LengthBuckets
 from data.errors import DataError
+from data.fitting import check_objective, num_sentinels
 from data.loader import loader
 from data.noise import noise_counts, noise_masks, noise_span_to_unique_sentinel, nonnoise_span_to_unique_sentinel
-from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, check_objective, num_sentinels, tasks_of
+from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, tasks_of
 from data.packing import BestFit, ConcatSplit, NextFit
 from data.plan import Stream
 from data.source import MixtureStage, Source
