@@ -38,6 +38,14 @@ def write_file(path: str | os.PathLike[str], name: str, value: bytes) -> None:
   tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().write(name, value).result()
 
 
+def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
+  """Deletes those files of a store; a name that ends with / is a folder."""
+  store = tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result()
+  for name in names:
+    end = name[:-1] + '0' if name.endswith('/') else name + '\0'  # '0' comes right after '/'
+    store.delete_range(tensorstore.KvStore.KeyRange(name, end)).result()
+
+
 def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
   """The contents, or None where there is no such file."""
   try:
@@ -64,19 +72,21 @@ class Appender:
   """Writes an array of unknown length file by file; holds at most one file in memory."""
 
   def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
-    self._array = tensorstore.open(_array_spec(path, name, dtype), create=True, context=_CONTEXT).result()
+    self._array = tensorstore.open(
+      _array_spec(path, name, dtype), create=True, delete_existing=True, context=_CONTEXT
+    ).result()  # what an attempt that was killed has left on an object store is no store
     self._pending: list[np.ndarray] = []
     self._num_pending, self.length = 0, 0
-    self._dtype = dtype
+    self.dtype = dtype
 
   def append(self, values: np.ndarray) -> None:
-    self._pending.append(little(values, self._dtype))
+    self._pending.append(little(values, self.dtype))
     self._num_pending += len(values)
     if self._num_pending >= FILE:
       self._flush(self._num_pending // FILE * FILE)
 
   def _flush(self, count: int) -> None:
-    values = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+    values = np.concatenate([np.zeros(0, self.dtype), *self._pending])
     array = self._array.resize(exclusive_max=[self.length + count], resize_metadata_only=True).result()
     array[self.length : self.length + count].write(values[:count]).result()
     self.length += count
@@ -103,6 +113,23 @@ def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:
       'codecs': [{'name': 'sharding_indexed', 'configuration': chunks}],
     },
   }
+
+
+class Column(Appender):
+  """A value for each document; those that have come since `take_sha256` are held."""
+
+  def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
+    super().__init__(path, name, dtype)
+    self._held = np.zeros(0, dtype)
+
+  def append(self, values: np.ndarray) -> None:
+    super().append(values)
+    self._held = np.concatenate([self._held, little(values, self.dtype)])
+
+  def take_sha256(self, count: int) -> str:
+    """The hash of the next `count` values."""
+    taken, self._held = self._held[:count], self._held[count:]
+    return sha256(taken, self.dtype)
 
 
 class Array:

@@ -1,6 +1,7 @@
-"""`pretrain data prepare`: text or JSONL -> a token store, with a SentencePiece model of its own when none is given."""
+"""`pretrain data prepare`: files of text -> a token store, with a SentencePiece model of its own when none is given."""
 
 import argparse
+import contextlib
 import hashlib
 import io
 import itertools
@@ -8,19 +9,24 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import sentencepiece
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data.encode import Encoder, Recipe, batches, encode_all
 from data.errors import DataError
+from data.inputs import Meter, Records
+from data.scores import SCORES, Score
 from data.store import Store, StoreWriter, open_store
-from data.text import Documents, Segment, read_pairs, read_segments, sample
+from data.text import Documents, Reading, Segment, read_segments, sample
 from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
+FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
 SAMPLE_BYTES = 20_000_000
-BATCH_BYTES = 2**22
+WORKER_BYTES = 16_000_000  # of input: less is done before another process has started
 FEWEST_PIECES = 3 + 256 + 100  # special pieces, bytes, and something to say with them
 MAX_SENTENCE = 4096  # characters; SentencePiece passes over longer ones
 TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
@@ -28,27 +34,50 @@ TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of `pretrain data prepare`."""
-  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help='text files, or .jsonl')
+  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help=FORMATS)
   parser.add_argument('--out', required=True, help='the store: a path or a URL (gs://, s3://)')
   parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
   parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
   parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
-  parser.add_argument('--documents', choices=('file', 'paragraph', 'line'), default='file', help='what a document is')
-  parser.add_argument('--field', default='text', help='the field of a JSONL line that holds the text')
-  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields of a JSONL line')
+  parser.add_argument('--documents', choices=get_args(Documents), default='file', help='what a document is in a text')
+  parser.add_argument('--records', choices=get_args(Records), default='text', help='what a record of .arrayrecord is')
+  parser.add_argument('--field', default='text', help='the field of a JSONL line, or the column, that holds the text')
+  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields')
   parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
+  parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
+  parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
+  parser.add_argument('--score_field', help='a field that holds a number, kept as a score of each document')
   parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
+  parser.add_argument('--workers', type=int, help='processes (default: as many as cores for large inputs)')
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(filter(None, text.split(',')))
 
 
 def run(options: argparse.Namespace) -> None:
   """Prepares a store as the flags say and prints what it holds."""
+  reading = Reading(
+    documents=options.documents, field=options.field, pair=_pair(options.inputs_field, options.targets_field),
+    tag_fields=options.tag_fields, score_field=options.score_field, records=options.records,
+  )  # fmt: skip
   prepare(
     options.inputs, options.out, vocab_size=options.vocab_size, sentinels=options.sentinels,
-    tokenizer=options.tokenizer, documents=options.documents, field=options.field, append_eos=not options.no_eos,
-    inputs_field=options.inputs_field, targets_field=options.targets_field,
+    tokenizer=options.tokenizer, append_eos=not options.no_eos, reading=reading, scores=options.scores,
+    workers=options.workers,
   )  # fmt: skip
   store = open_store(options.out)
   print(f'{options.out}: {store.num_tokens:,} tokens in ' + (_pairs_of(store) if store.pairs else _documents_of(store)))
+
+
+def _pair(inputs_field: str | None, targets_field: str | None) -> tuple[str, str] | None:
+  """The fields of pairs; None where neither is given. Raises DataError for one without the other."""
+  if inputs_field is None or targets_field is None:
+    if inputs_field is None and targets_field is None:
+      return None
+    given, missing = ('targets', 'inputs') if inputs_field is None else ('inputs', 'targets')
+    raise DataError(f'--{given}_field is given without --{missing}_field; a pair has both.')
+  return inputs_field, targets_field
 
 
 def _documents_of(store: Store) -> str:
@@ -71,92 +100,99 @@ def prepare(
   vocab_size: int = 32_768,
   sentinels: int = 100,
   tokenizer: str | os.PathLike[str] | None = None,
-  documents: Documents = 'file',
-  field: str = 'text',
   append_eos: bool = True,
-  inputs_field: str | None = None,
-  targets_field: str | None = None,
+  reading: Reading | None = None,
+  scores: tuple[Score, ...] = (),
+  workers: int | None = None,
 ) -> None:
   """Makes the store `out` from files, streaming: memory does not grow with them.
 
-  With `inputs_field` and `targets_field` it is a store of pairs, made of JSONL.
-  With `tokenizer` (a SentencePiece model file) `vocab_size` is not used. Raises DataError for bad input, for an `out`
-  that exists, and for a vocabulary that the text cannot fill; then nothing is left behind.
+  `reading` says what is taken of them, `scores` what is computed for each document. With `tokenizer` (a SentencePiece
+  model file) `vocab_size` is not used. The store is the same for any number of `workers` (processes); by default it is
+  one for each WORKER_BYTES, at most one for each core. Raises DataError for bad input, for an `out` that exists, and
+  for a vocabulary that the text cannot fill; then nothing is left behind.
   """
-  paths = [pathlib.Path(path) for path in inputs]
+  paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
     raise DataError(f'{missing[0]} is no file; check the path.')
-  _check_fields(inputs_field, targets_field, field, append_eos)
+  _check(reading, scores, append_eos, sentinels, workers)
+  total = sum(path.stat().st_size for path in paths)
+  workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
+  model = load_model(tokenizer) if tokenizer else _train(paths, reading, total, vocab_size, sentinels)
+  own = Tokenizer(model, sentinels)
+  recipe = Recipe(scores, reading.score_field, bool(reading.tag_fields))
+  options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
+  with StoreWriter(out, own, **options) as writer:
+    digest = hashlib.sha256()
+    segments = _hashed(_read(paths, reading, total, 'tokenising'), digest)
+    with contextlib.closing(encode_all(batches(segments), Encoder(own, recipe), workers)) as encoded:
+      for batch in encoded:
+        writer.add_joined(batch.tokens, batch.last, batch.columns)
+    writer.finish(text_sha256=digest.hexdigest(), inputs=[path.name for path in paths], **_provenance(reading))
+
+
+def _provenance(reading: Reading) -> dict[str, Any]:
+  taken = {'fields': list(reading.pair)} if reading.pair else {'documents': reading.documents}
+  return taken | ({'tag_fields': list(reading.tag_fields)} if reading.tag_fields else {})
+
+
+def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentinels: int, workers: int | None) -> None:
+  """Raises DataError for values, and for flags, that cannot be or do not go together."""
   if sentinels < 0:
     raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
-  total = sum(path.stat().st_size for path in paths)
-  pairs = inputs_field is not None and targets_field is not None
-  one = lambda path: read_pairs(path, inputs_field, targets_field) if pairs else read_segments(path, documents, field)
-  read = lambda: itertools.chain.from_iterable(map(one, paths))
-  if tokenizer is None:
-    texts = (segment.text for segment in _with_progress(read(), total, 'reading a sample'))
-    model = train_sentencepiece(sample(texts, total, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
-  else:
-    model = load_model(pathlib.Path(tokenizer))
-  with StoreWriter(out, Tokenizer(model, sentinels), append_eos=append_eos, pairs=pairs) as writer:
-    digest = _tokenize(_with_progress(read(), total, 'tokenising'), writer, Tokenizer(model, sentinels))
-    what = {'fields': [inputs_field, targets_field]} if pairs else {'documents': documents}
-    writer.finish(text_sha256=digest, inputs=[path.name for path in paths], **what)
-
-
-def _check_fields(inputs_field: str | None, targets_field: str | None, field: str, append_eos: bool) -> None:
-  """Raises DataError for flags of pairs that do not go together."""
-  if inputs_field is None and targets_field is None:
+  if workers is not None and workers < 1:
+    raise DataError(f'--workers={workers}; it must be >= 1.')
+  if unknown := [name for name in scores if name not in SCORES]:
+    raise DataError(f'--scores={unknown[0]} is no score; choose of {", ".join(SCORES)}.')
+  if reading.score_field in scores:
+    raise DataError(f'--score_field={reading.score_field} is one of --scores too; leave one out.')
+  if not reading.pair:
     return
-  if inputs_field is None or targets_field is None:
-    given, missing = ('targets', 'inputs') if inputs_field is None else ('inputs', 'targets')
-    raise DataError(f'--{given}_field is given without --{missing}_field; a pair has both.')
-  if field != 'text':
-    raise DataError(f'--field={field} is for text, --inputs_field and --targets_field are for pairs; give one kind.')
+  if reading.field != 'text':
+    raise DataError(
+      f'--field={reading.field} is for text, --inputs_field and --targets_field are for pairs; give one kind.'
+    )
   if not append_eos:
     raise DataError('--no_eos cannot go with pairs, in which EOS says where an output ends; leave it out.')
+  if reading.tag_fields or reading.score_field or scores:
+    raise DataError('--tag_fields, --scores and --score_field are for text, not for pairs; leave them out.')
 
 
-def _with_progress(segments: Iterable[Segment], total: int, label: str) -> Iterator[Segment]:
+def _read(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[Segment]:
+  """The segments of all files, with a bar in a terminal."""
+  return (segment for segment, _ in _metered(paths, reading, total, label))
+
+
+def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[tuple[Segment, float]]:
+  """Segments, and the fraction of all files that was read when each came."""
   columns = (
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
   )  # fmt: skip
-  console = Console(stderr=True)
+  console, meter = Console(stderr=True), Meter(total)
   with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
     task = progress.add_task(label, total=total)
-    for segment in segments:
-      yield segment
-      progress.advance(task, segment.num_bytes)
+    for path in paths:
+      for segment in read_segments(path, reading, meter):
+        yield segment, meter.fraction
+        progress.update(task, completed=meter.read)
 
 
-def _tokenize(segments: Iterable[Segment], writer: StoreWriter, tokenizer: Tokenizer) -> str:
-  """Fills `writer`; returns the sha256 of the text."""
-  digest, threads = hashlib.sha256(), len(os.sched_getaffinity(0))
-  for batch in _batches(segments):
-    for segment in batch:
-      digest.update(segment.text.encode() + b'\0' * segment.last)
-    ids = tokenizer.encode_batch([segment.text for segment in batch], threads)
-    writer.add(ids, [segment.last for segment in batch])
-  return digest.hexdigest()
-
-
-def _batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-  batch, size = [], 0
+def _hashed(segments: Iterable[Segment], digest: 'hashlib._Hash') -> Iterator[Segment]:
   for segment in segments:
-    batch.append(segment)
-    size += segment.num_bytes
-    if size >= BATCH_BYTES:
-      yield batch
-      batch, size = [], 0
-  if batch:
-    yield batch
+    digest.update(segment.text.encode() + b'\0' * segment.last)
+    yield segment
 
 
-def load_model(path: pathlib.Path) -> bytes:
+def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: int, sentinels: int) -> bytes:
+  texts = ((found.text, fraction) for found, fraction in _metered(paths, reading, total, 'reading a sample'))
+  return train_sentencepiece(sample(texts, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
+
+
+def load_model(path: str | os.PathLike[str]) -> bytes:
   """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
   try:
-    model = path.read_bytes()
+    model = pathlib.Path(path).read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   except (OSError, RuntimeError) as error:
     raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error
@@ -168,7 +204,8 @@ def load_model(path: pathlib.Path) -> bytes:
 
 def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: int, *, sample_bytes: int) -> Tokenizer:
   """A tokenizer trained on a sample of documents; `vocab_size` counts pieces, sentinels and modes."""
-  chosen = sample(texts, sum(map(len, texts)), sample_bytes)
+  ends = list(itertools.accumulate(map(len, texts)))
+  chosen = sample(((text, end / max(ends[-1], 1)) for text, end in zip(texts, ends, strict=True)), sample_bytes)
   return Tokenizer(train_sentencepiece(chosen, vocab_size, sentinels + len(MODES)), sentinels)
 
 

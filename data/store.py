@@ -6,6 +6,8 @@ A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3
   tokenizer.model      the SentencePiece model
   tokens/              uint16 or uint32: the documents' ids one after another, each document ending with EOS
   document_offsets/    int64[num_documents + 1]: where each document begins
+  scores/NAME/         float32[num_documents]: a score of each document
+  tag_lengths/         int32[num_documents]: how many tokens at the beginning of each document are its tags
 
 In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k.
 
@@ -20,13 +22,15 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from data.arrays import RESTORE, Appender, Array, read_file, sha256, url_of, write_file
+from data.arrays import RESTORE, Appender, Array, Column, delete_files, read_file, sha256, url_of, write_file
 from data.errors import DataError
+from data.ragged import Ragged, join
 from data.shards import ShardCutter, parse_shards
 from data.vocabulary import EOS, Tokenizer
 
@@ -52,21 +56,34 @@ class StoreWriter:
     *,
     append_eos: bool = True,
     pairs: bool = False,
+    columns: Mapping[str, str] = MappingProxyType({}),
     shard_tokens: int = SHARD_TOKENS,
   ):
     self.path = os.fspath(path).removeprefix('file://').rstrip('/')
     self._local = '://' not in self.path
     self._refuse_existing()
     self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
+    self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
+    self._dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
+    self._shards, self._kinds = ShardCutter(self._dtype, shard_tokens, 2 if pairs else 1), columns
+    self.num_tokens = self.num_documents = self._open_tokens = self._num_hashed = 0
+    self._finished = False
+
+  def __enter__(self):
+    try:
+      self._start()
+    except BaseException:  # an interrupt too
+      self.__exit__(None, None, None)
+      raise
+    return self
+
+  def _start(self) -> None:
     if self._local:
       self._make_staging()
-    self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
-    dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
-    self._tokens = Appender(self._staging, 'tokens', dtype)
+    self._tokens = Appender(self._staging, 'tokens', self._dtype)
     self._offsets = Appender(self._staging, 'document_offsets', 'int64')
-    self._shards = ShardCutter(dtype, shard_tokens, 2 if pairs else 1)
+    self._columns = {name: Column(self._staging, name, kind) for name, kind in self._kinds.items()}
     self._offsets.append(np.zeros(1, np.int64))
-    self.num_tokens = self.num_documents = self._open_tokens = 0
 
   def _make_staging(self) -> None:
     shutil.rmtree(self._staging, ignore_errors=True)
@@ -80,26 +97,48 @@ class StoreWriter:
     if exists:
       raise DataError(f'{self.path} already exists. Nothing was changed; choose another --out, or remove it.')
 
-  def add(self, segments: Sequence[Sequence[int]], last: Sequence[bool] | None = None) -> None:
+  def add(
+    self,
+    segments: Sequence[Sequence[int]],
+    last: Sequence[bool] | None = None,
+    columns: Mapping[str, np.ndarray] = MappingProxyType({}),
+  ) -> None:
     """Appends ids without EOS. A document is all segments up to one that is `last`; by default each is one.
 
-    Documents without a token are left out, but not of pairs.
+    `columns` has a value for each document that ends, of each column. Documents without a token are left out, but not
+    of pairs.
     """
-    end = np.full(int(self._append_eos), EOS, np.int64)
-    parts, ends = [], []
-    for ids, is_last in zip(segments, [True] * len(segments) if last is None else last, strict=True):
-      parts.append(np.asarray(ids, np.int64))
-      self._open_tokens += len(ids)
-      if is_last and (self._open_tokens or self._pairs):
-        parts.append(end)
-        self.num_tokens += self._open_tokens + len(end)
-        ends.append(self.num_tokens)
-        self._open_tokens = 0
-    self.num_documents += len(ends)
-    tokens, offsets = np.concatenate([np.zeros(0, np.int64), *parts]), np.array(ends, np.int64)
+    parts = [np.asarray(ids, np.int64) for ids in segments]
+    self.add_joined(join(parts, np.int64), np.array([True] * len(segments) if last is None else last, bool), columns)
+
+  def add_joined(self, segments: Ragged, last: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """`add`, of segments that lie in one array; `last` is bool[segments]."""
+    closing = np.flatnonzero(last)
+    stops = np.cumsum(segments.lengths)[closing]  # where documents end among these tokens
+    sizes = np.diff(stops, prepend=-self._open_tokens)
+    self._open_tokens = (
+      len(segments.values) - int(stops[-1]) if len(stops) else self._open_tokens + len(segments.values)
+    )
+    kept = np.logical_or(sizes > 0, self._pairs)
+    tokens = np.insert(segments.values, stops[kept], EOS) if self._append_eos else segments.values
+    ends = self.num_tokens + np.cumsum(sizes[kept] + self._append_eos)
+    self.num_tokens, self.num_documents = (
+      int(ends[-1]) if len(ends) else self.num_tokens,
+      self.num_documents + len(ends),
+    )
     self._tokens.append(tokens)
-    self._offsets.append(offsets)
-    self._shards.add(tokens, offsets)
+    self._offsets.append(ends)
+    self._shards.add(tokens, ends)
+    for name, column in self._columns.items():
+      column.append(columns[name][kept])
+    self._hash_columns()
+
+  def _hash_columns(self) -> None:
+    """Puts the hashes of columns in the entries of shards that are whole."""
+    for entry in self._shards.entries[self._num_hashed :]:
+      if self._columns:
+        entry['columns_sha256'] = {name: own.take_sha256(entry['documents']) for name, own in self._columns.items()}
+      self._num_hashed += 1
 
   def finish(self, **provenance: Any) -> None:
     """Makes the store appear. `provenance` (JSON) goes in its manifest. Raises DataError where it would be empty."""
@@ -108,6 +147,9 @@ class StoreWriter:
     self._tokens.close()
     self._offsets.close()
     self._shards.close()
+    self._hash_columns()
+    for column in self._columns.values():
+      column.close()
     manifest = {
       'format': FORMAT,
       'num_tokens': self.num_tokens,
@@ -117,6 +159,7 @@ class StoreWriter:
       'tokenizer_sha256': self._tokenizer.fingerprint,
       'versions': {name: importlib.metadata.version(name) for name in ('numpy', 'sentencepiece', 'tensorstore')},
       **({'pairs': True} if self._pairs else {}),
+      **({'columns': {name: column.dtype for name, column in self._columns.items()}} if self._columns else {}),
       **provenance,
       'shards': self._shards.entries,
     }
@@ -124,13 +167,15 @@ class StoreWriter:
     write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
     if self._local:
       os.rename(self._staging, self.path)
-
-  def __enter__(self):
-    return self
+    self._finished = True
 
   def __exit__(self, kind, error, trace):
     if self._local:
       shutil.rmtree(self._staging, ignore_errors=True)
+    elif not self._finished:
+      delete_files(
+        self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *(f'{name}/' for name in self._kinds)]
+      )
 
 
 def open_store(path: str | os.PathLike[str]) -> 'Store':
@@ -176,6 +221,7 @@ class Store:
     self.pairs: bool = manifest['pairs']
     self.shards = parse_shards(url_of(path, 'manifest.json'), manifest['shards'])
     self._tokens, self._offsets = Array(path, 'tokens'), Array(path, 'document_offsets')
+    self._columns = {name: Array(path, name) for name in manifest.get('columns', {})}
     self._check_counts()
 
   def _check_counts(self) -> None:
@@ -204,7 +250,7 @@ class Store:
     """
     documents = self.shards[shard].documents
     offsets = self._offsets.whole(range(documents.start, documents.stop + 1))
-    self._check_hash('document_offsets', offsets, 'int64', shard, 'offsets_sha256')
+    self._check_hash('document_offsets', offsets, 'int64', shard, self.manifest['shards'][shard]['offsets_sha256'])
     return offsets
 
   @functools.cached_property
@@ -213,8 +259,34 @@ class Store:
     parts = [self.offsets_of(i)[:-1] for i in range(len(self.shards))]
     return np.concatenate([*parts, np.array([self.num_tokens])])
 
-  def _check_hash(self, name: str, values: np.ndarray, dtype: str, shard: int, key: str) -> None:
-    if sha256(values, dtype) != self.manifest['shards'][shard][key]:
+  @property
+  def score_names(self) -> tuple[str, ...]:
+    """What `scores` can be asked for."""
+    return tuple(name.removeprefix('scores/') for name in self._columns if name.startswith('scores/'))
+
+  def scores(self, name: str, shard: int) -> np.ndarray:
+    """float32[documents]: a score of each document of a shard. Raises DataError where the store has no such score."""
+    if f'scores/{name}' not in self._columns:
+      raise DataError(
+        f'{self.path} has no score {name!r} (it has: {", ".join(self.score_names) or "none"}); prepare it with '
+        f'--scores={name}, or --score_field={name} where its records have it.'
+      )
+    return self._column(f'scores/{name}', shard)
+
+  def tag_lengths(self, shard: int) -> np.ndarray:
+    """int32[documents]: how many tokens at the beginning of each document of a shard are tags; 0 in a store without."""
+    if 'tag_lengths' not in self._columns:
+      return np.zeros(len(self.shards[shard].documents), np.int32)
+    return self._column('tag_lengths', shard)
+
+  def _column(self, name: str, shard: int) -> np.ndarray:
+    values = self._columns[name].whole(self.shards[shard].documents)
+    wanted = self.manifest['shards'][shard]['columns_sha256'][name]
+    self._check_hash(name, values, self.manifest['columns'][name], shard, wanted)
+    return values
+
+  def _check_hash(self, name: str, values: np.ndarray, dtype: str, shard: int, wanted: str) -> None:
+    if sha256(values, dtype) != wanted:
       documents = self.shards[shard].documents
       raise DataError(
         f'{self.path}: {name} of documents {documents.start} to {documents.stop - 1} (shard {shard}) do not match '

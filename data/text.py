@@ -1,53 +1,150 @@
-"""Text files and JSONL -> documents, as a stream: no more than a few segments are in memory at once.
+"""Input files -> documents, as a stream: no more than a few segments are in memory at once.
 
-A line of JSONL is the exception: it is one JSON value, and held whole.
+A line of JSONL is the exception: it is one JSON value, and held whole. So is a record.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from data.errors import DataError
+from data.inputs import (
+  ARRAY_RECORD,
+  JSONL,
+  Meter,
+  Records,
+  array_records,
+  decode,
+  open_bytes,
+  parquet_rows,
+  parse_json,
+  suffix_of,
+)
 
 Documents = Literal['file', 'paragraph', 'line']
-JSONL = ('.jsonl', '.ndjson', '.json')  # C4's files are named .json
 SEGMENT_BYTES = 2**18
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+  """What is taken of files: what a document is in a text, and which fields of records (JSONL, Parquet, …) it has.
+
+  `pair` are the fields of inputs and targets, in place of `field`. `tag_fields` are put in front of the text as tags;
+  `score_field` is a number that is kept for each document. Records of ArrayRecord files are `records`.
+  """
+
+  documents: Documents = 'file'
+  field: str = 'text'
+  pair: tuple[str, str] | None = None
+  tag_fields: tuple[str, ...] = ()
+  score_field: str | None = None
+  records: Records = 'text'
+
+  @property
+  def columns(self) -> list[str]:
+    """All fields that are read of a record."""
+    scores = [self.score_field] if self.score_field else []
+    return [*dict.fromkeys([*(self.pair or (self.field,)), *self.tag_fields, *scores])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A stretch of a document, ended where `last`; `num_bytes` of the file were read for it."""
+  """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
+
+  `tags` stand in front of its text, `score` is what its record gives.
+  """
 
   text: str
   last: bool
   num_bytes: int
+  tags: str = ''
+  score: float = 0.0
 
 
-def read_segments(path: pathlib.Path, documents: Documents, field: str) -> Iterator[Segment]:
-  """The documents of a file, long ones in several segments.
+def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = None) -> Iterator[Segment]:
+  """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair.
 
-  JSONL (by suffix) has one document to a line, in `field`. In a text a document is the file, or what lies between
-  blank lines, or a line. A segment of it ends at the end of a line where one comes within SEGMENT_BYTES, otherwise at
-  white space (or, in as long a stretch without any, between two characters): however it is cut, it is one document.
-  Raises DataError for a file that is missing, empty, no UTF-8 (with the byte), or a JSONL line without `field` (with
-  the line).
+  JSONL and files of records (by suffix) have one document to a line or record. In a text a document is the file, or
+  what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
+  SEGMENT_BYTES, otherwise at white space (or, in as long a stretch without any, between two characters): however it is
+  cut, it is one document. Raises DataError for a file that is missing, empty, damaged, no UTF-8 (with the byte), or a
+  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not.
   """
-  if path.suffix in JSONL:
-    return _not_empty(path, _jsonl(path, field))
-  return _not_empty(path, _whole_file(path) if documents == 'file' else _parts(path, documents))
+  meter = meter or Meter(0)
+  if (records := _records(path, reading, meter)) is not None:
+    take = _pair if reading.pair else _document
+    return _not_empty(path, (segment for record in records for segment in take(record, reading)))
+  if fields := [*(reading.pair or ()), *reading.tag_fields, *filter(None, [reading.score_field])]:
+    raise DataError(
+      f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
+    )
+  if suffix_of(path) in ARRAY_RECORD:
+    found = array_records(path, 'text', meter)
+    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()))
+  return _not_empty(path, _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter))
 
 
-def read_pairs(path: pathlib.Path, inputs_field: str, targets_field: str) -> Iterator[Segment]:
-  """The pairs of a JSONL file: for each line two documents, its inputs, then its targets.
+class _Record(NamedTuple):
+  """A JSON value or row: `where` it stands, and of how many bytes."""
 
-  Inputs may be empty. Raises DataError as `read_segments`, for empty targets and for a file that is no .jsonl.
-  """
-  if path.suffix not in JSONL:
-    raise DataError(f'{path} is no .jsonl file, and only those hold pairs (--inputs_field, --targets_field).')
-  return _not_empty(path, _pairs(path, inputs_field, targets_field))
+  where: str
+  value: Any
+  num_bytes: int
+
+
+def _records(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[_Record] | None:
+  """The records of a file; None where it is text."""
+  suffix = suffix_of(path)
+  if suffix in JSONL:
+    return _lines(path, meter)
+  if suffix == '.parquet':
+    return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
+  if suffix in ARRAY_RECORD and reading.records == 'json':
+    return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
+  return None
+
+
+def _size(value: Any) -> int:
+  return sum(len(part) for part in value.values() if isinstance(part, str)) if isinstance(value, dict) else 0
+
+
+def _document(record: _Record, reading: Reading) -> Iterator[Segment]:
+  text = _text(record, reading.field, '--field')
+  tags = ''.join(_tag(record, field) for field in reading.tag_fields)
+  yield Segment(text, True, record.num_bytes, tags, _score(record, reading.score_field) if reading.score_field else 0.0)
+
+
+def _tag(record: _Record, field: str) -> str:
+  """A field as the line of a tag, after Gao et al. 2025, arXiv:2501.01956 (`URL: …`); nothing where it is not there."""
+  value = record.value.get(field)
+  if value is None:
+    return ''
+  if not isinstance(value, str | int | float):
+    raise DataError(
+      f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
+    )
+  return f'{field}: {value}\n'
+
+
+def _score(record: _Record, field: str) -> float:
+  value = record.value.get(field)
+  if type(value) not in (int, float) or value != value:
+    raise DataError(f'{record.where}: field {field!r} is {value!r}, no number; name another one with --score_field=.')
+  return float(value)
+
+
+def _pair(record: _Record, reading: Reading) -> Iterator[Segment]:
+  inputs_field, targets_field = reading.pair
+  inputs = _text(record, inputs_field, '--inputs_field')
+  targets = _text(record, targets_field, '--targets_field')
+  if not targets.strip():
+    raise DataError(
+      f'{record.where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.'
+    )
+  yield Segment(inputs, True, record.num_bytes)
+  yield Segment(targets, True, 0)
 
 
 def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
@@ -67,15 +164,15 @@ class _Piece(NamedTuple):
   ends: bool
 
 
-def _pieces(path: pathlib.Path, longest: int) -> Iterator[_Piece]:
+def _pieces(path: pathlib.Path, longest: int, meter: Meter) -> Iterator[_Piece]:
   """The lines of a file, in pieces of at most `longest` bytes. Raises DataError at the first byte that is no text."""
   offset, rest = 0, b''
   try:
-    with path.open('rb') as file:
+    with open_bytes(path, meter) as file:
       while block := rest + file.readline(longest - len(rest)):
         ends = len(block) < longest or block.endswith(b'\n')
         cut = len(block) if ends else _place_to_cut(block)
-        yield _Piece(_decode(path, block[:cut], offset), cut, ends)
+        yield _Piece(decode(str(path), block[:cut], offset), cut, ends)
         offset, rest = offset + cut, block[cut:]
   except OSError as error:
     raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
@@ -91,46 +188,16 @@ def _place_to_cut(block: bytes) -> int:
   return len(block)
 
 
-def _decode(path: pathlib.Path, line: bytes, offset: int) -> str:
-  try:
-    text = line.decode('utf-8')
-  except UnicodeDecodeError as error:
-    where = f'{path} is not UTF-8 text (byte {offset + error.start})'
-    raise DataError(f'{where}; convert it, e.g. with iconv, or leave it out.') from error
-  if '\0' in text:
-    raise DataError(f'{path} is binary (a NUL at byte {offset + line.index(0)}); give text or .jsonl files.')
-  return text
+def _lines(path: pathlib.Path, meter: Meter) -> Iterator[_Record]:
+  """The JSON value of each line that is not blank."""
+  for number, (line, size, _) in enumerate(_pieces(path, sys.maxsize, meter), 1):
+    if line.strip():
+      yield _Record(f'{path}:{number}', parse_json(f'{path}:{number}', line), size)
 
 
-def _jsonl(path: pathlib.Path, field: str) -> Iterator[Segment]:
-  for where, value, size in _lines(path):
-    yield Segment(_text(value, field, where, '--field'), True, size)
-
-
-def _pairs(path: pathlib.Path, inputs_field: str, targets_field: str) -> Iterator[Segment]:
-  for where, value, size in _lines(path):
-    inputs = _text(value, inputs_field, where, '--inputs_field')
-    targets = _text(value, targets_field, where, '--targets_field')
-    if not targets.strip():
-      raise DataError(f'{where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.')
-    yield Segment(inputs, True, size)
-    yield Segment(targets, True, 0)
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
-  """(file:line, JSON value, bytes) of each line that is not blank."""
-  for number, (line, size, _) in enumerate(_pieces(path, sys.maxsize), 1):
-    if not line.strip():
-      continue
-    try:
-      value = json.loads(line)
-    except ValueError as error:
-      raise DataError(f'{path}:{number}: not JSON ({error}); each line must be one object.') from error
-    yield f'{path}:{number}', value, size
-
-
-def _text(value: Any, field: str, where: str, flag: str) -> str:
+def _text(record: _Record, field: str, flag: str) -> str:
   """The text of a field. Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold, is a DataError too."""
+  where, value = record.where, record.value
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
@@ -145,9 +212,9 @@ def _text(value: Any, field: str, where: str, flag: str) -> str:
   return text
 
 
-def _whole_file(path: pathlib.Path) -> Iterator[Segment]:
+def _whole_file(path: pathlib.Path, meter: Meter) -> Iterator[Segment]:
   held, size = [], 0
-  for text, count, _ in _pieces(path, SEGMENT_BYTES):
+  for text, count, _ in _pieces(path, SEGMENT_BYTES, meter):
     if size >= SEGMENT_BYTES:
       yield Segment(''.join(held), False, size)
       held, size = [], 0
@@ -156,9 +223,9 @@ def _whole_file(path: pathlib.Path) -> Iterator[Segment]:
   yield Segment(''.join(held), True, size)
 
 
-def _parts(path: pathlib.Path, documents: Documents) -> Iterator[Segment]:
+def _parts(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[Segment]:
   held, size, blank = [], 0, True  # blank: nothing yet on this line
-  for text, count, ends in _pieces(path, SEGMENT_BYTES):
+  for text, count, ends in _pieces(path, SEGMENT_BYTES, meter):
     blank = blank and not text.strip()
     if held and not blank and size >= SEGMENT_BYTES:
       yield Segment(''.join(held), False, size)
@@ -166,7 +233,7 @@ def _parts(path: pathlib.Path, documents: Documents) -> Iterator[Segment]:
     size += count
     if not blank:
       held.append(text)
-    if held and ends and (documents == 'line' or blank):
+    if held and ends and (reading.documents == 'line' or blank):
       yield Segment(''.join(held), True, size)
       held, size = [], 0
     blank = blank or ends
@@ -174,11 +241,10 @@ def _parts(path: pathlib.Path, documents: Documents) -> Iterator[Segment]:
     yield Segment(''.join(held), True, size)
 
 
-def sample(texts: Iterable[str], total_bytes: int, budget: int) -> Iterator[str]:
-  """About `budget` of `total_bytes` bytes of texts, taken evenly all along."""
-  share, due = min(budget / max(total_bytes, 1), 1.0), 0.0
-  for text in texts:
-    due += share * len(text)
-    if due >= len(text) / 2:
-      due -= len(text)
+def sample(texts: Iterable[tuple[str, float]], budget: int) -> Iterator[str]:
+  """About `budget` characters of texts, taken evenly all along; each comes with the fraction of all that is read."""
+  taken = 0
+  for text, fraction in texts:
+    if taken + len(text) / 2 <= budget * fraction:
+      taken += len(text)
       yield text

@@ -11,7 +11,7 @@ import pytest
 from data.errors import DataError
 from data.prepare import add_flags, prepare, run, sentences, train_sentencepiece
 from data.store import open_store
-from data.text import read_segments, sample
+from data.text import Reading, read_segments, sample
 from data.vocabulary import EOS, PAD, UNKNOWN, Tokenizer
 
 LICENSE = pathlib.Path(__file__).parents[2] / 'LICENSE'
@@ -23,6 +23,12 @@ def texts_of(path, sentinels=20) -> list[str]:
   tokenizer = store.tokenizer(sentinels)
   ranges = [(int(a), int(b - a - 1)) for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
   return [tokenizer.decode(ids) for ids in store.read(ranges)]
+
+
+def command_line(*arguments) -> None:
+  parser = argparse.ArgumentParser()
+  add_flags(parser)
+  run(parser.parse_args(list(map(str, arguments))))
 
 
 def squeezed(text: str) -> str:
@@ -51,7 +57,7 @@ def test_the_same_text_makes_the_same_store(tmp_path):
 def test_a_document_is_a_file_a_paragraph_or_a_line(tmp_path, tokenizer_model, documents, wanted):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / 't.txt').write_text('\na\nb\n\n \n\nc\nd')
-  prepare([tmp_path / 't.txt'], tmp_path / 's', tokenizer=tmp_path / 'm', documents=documents)
+  prepare([tmp_path / 't.txt'], tmp_path / 's', tokenizer=tmp_path / 'm', reading=Reading(documents=documents))
   assert texts_of(tmp_path / 's') == wanted
 
 
@@ -59,13 +65,13 @@ def test_jsonl_has_a_document_to_a_line_in_any_field(tmp_path, tokenizer_model):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   rows = [{'body': 'the work', 'x': 1}, {'body': 'of\nthe\n\nlicense'}]
   (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
-  prepare([tmp_path / 't.jsonl'], tmp_path / 's', tokenizer=tmp_path / 'm', field='body')
+  prepare([tmp_path / 't.jsonl'], tmp_path / 's', tokenizer=tmp_path / 'm', reading=Reading(field='body'))
   assert texts_of(tmp_path / 's') == ['the work', 'of the license']
 
 
 def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
   monkeypatch.setattr('data.text.SEGMENT_BYTES', 100)
-  segments = list(read_segments(LICENSE, 'file', 'text'))
+  segments = list(read_segments(LICENSE, Reading()))
   assert len(segments) > 50
   assert [s.last for s in segments] == [False] * (len(segments) - 1) + [True]
   assert ''.join(s.text for s in segments) == LICENSE.read_text()
@@ -113,17 +119,15 @@ def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path, name, 
     prepare([tmp_path / name], tmp_path / 'out', **SMALL)
 
 
-PAIRS = {'inputs_field': 'inputs', 'targets_field': 'targets'}
+FIELDS = ['--inputs_field=q', '--targets_field=a']
+PAIRS = Reading(pair=('inputs', 'targets'))
 
 
 def test_pairs_are_two_documents_each_with_their_eos_and_nothing_is_left_out(tmp_path, tokenizer_model, capsys):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   rows = [{'q': 'the work', 'a': 'of'}, {'q': '', 'a': 'the license'}, {'q': '<extra_id_0> or', 'a': 'terms', 'x': 1}]
   (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
-  parser = argparse.ArgumentParser()
-  add_flags(parser)
-  flags = [f'--out={tmp_path}/s', f'--tokenizer={tmp_path}/m', '--inputs_field=q', '--targets_field=a']
-  run(parser.parse_args([str(tmp_path / 't.jsonl'), *flags]))
+  command_line(tmp_path / 't.jsonl', f'--out={tmp_path}/s', f'--tokenizer={tmp_path}/m', *FIELDS)
   store = open_store(tmp_path / 's')
   assert store.pairs
   assert texts_of(tmp_path / 's') == [text for row in rows for text in (row['q'], row['a'])]
@@ -146,29 +150,36 @@ def test_pairs_are_two_documents_each_with_their_eos_and_nothing_is_left_out(tmp
     ('t.jsonl', '\n{"inputs": "a", "targets": " "}', r"t.jsonl:2: field 'targets' is empty; write what"),
     ('t.jsonl', '{"inputs": "a", "targets": "b\\ud800"}', r"t.jsonl:1: field 'targets' has half of a surrogate pair"),
     ('t.jsonl', '', r't.jsonl is empty; remove it'),
-    ('t.txt', 'a\tb', r't.txt is no .jsonl file, and only those hold pairs'),
+    ('t.txt', 'a\tb', r"t.txt has no field 'inputs': it is text"),
   ],
 )  # fmt: skip
 def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / name).write_text(content)
   with pytest.raises(DataError, match='^DATA: .*' + message):
-    prepare([tmp_path / name], tmp_path / 'out', tokenizer=tmp_path / 'm', **PAIRS)
+    prepare([tmp_path / name], tmp_path / 'out', tokenizer=tmp_path / 'm', reading=PAIRS)
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['m', name])
 
 
 @pytest.mark.parametrize(
-  ('options', 'message'),
+  ('flags', 'message'),
   [
-    ({'inputs_field': 'q'}, '--inputs_field is given without --targets_field; a pair has both'),
-    ({'targets_field': 'a'}, '--targets_field is given without --inputs_field; a pair has both'),
-    (PAIRS | {'field': 'body'}, '--field=body is for text, --inputs_field and --targets_field are for pairs'),
-    (PAIRS | {'append_eos': False}, '--no_eos cannot go with pairs, in which EOS says where an output ends'),
+    (['--inputs_field=q'], '--inputs_field is given without --targets_field; a pair has both'),
+    (['--targets_field=a'], '--targets_field is given without --inputs_field; a pair has both'),
+    ([*FIELDS, '--field=body'], '--field=body is for text, --inputs_field and --targets_field are for pairs'),
+    ([*FIELDS, '--no_eos'], '--no_eos cannot go with pairs, in which EOS says where an output ends'),
+    ([*FIELDS, '--tag_fields=url'], '--tag_fields, --scores and --score_field are for text, not for pairs'),
+    (['--scores=beauty'], '--scores=beauty is no score; choose of compression, lexical_diversity, readability'),
+    (['--scores=readability', '--score_field=readability'], '--score_field=readability is one of --scores too'),
+    (['--score_field=quality'], "LICENSE has no field 'quality': it is text"),
+    (['--tag_fields=url,lang'], "LICENSE has no field 'url': it is text"),
+    (['--workers=0'], '--workers=0; it must be >= 1'),
+    (['--sentinels=-5'], '--sentinels=-5; it must be >= 0'),
   ],
 )
-def test_flags_of_pairs_that_do_not_go_together_are_refused(tmp_path, options, message):
-  with pytest.raises(DataError, match='^DATA: ' + message):
-    prepare([LICENSE], tmp_path / 'out', **SMALL, **options)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):
+  with pytest.raises(DataError, match='^DATA: .*' + message):
+    command_line(LICENSE, f'--out={tmp_path}/out', *flags)
   assert not (tmp_path / 'out').exists()
 
 
@@ -209,12 +220,6 @@ def test_the_vocabulary_size_that_is_advised_works(tmp_path, text, asked, senten
   assert open_store(tmp_path / 'out').tokenizer(20).vocabulary.size == advised
 
 
-def test_a_negative_number_of_sentinels_is_refused(tmp_path):
-  with pytest.raises(DataError, match='--sentinels=-5; it must be >= 0'):
-    prepare([LICENSE], tmp_path / 'out', vocab_size=500, sentinels=-5)
-  assert not (tmp_path / 'out').exists()
-
-
 @pytest.mark.parametrize('content', [None, b'not a model'])
 def test_a_tokenizer_that_is_none_is_named(tmp_path, content):
   if content:
@@ -224,10 +229,8 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path, content):
 
 
 def test_the_command_line_prepares_a_store(tmp_path, capsys):
-  parser = argparse.ArgumentParser()
-  add_flags(parser)
   flags = ['--vocab_size=500', '--sentinels=20', '--documents=paragraph', '--no_eos']
-  run(parser.parse_args([str(LICENSE), f'--out={tmp_path}/s', *flags]))
+  command_line(LICENSE, f'--out={tmp_path}/s', *flags)
   store = open_store(tmp_path / 's')
   assert not store.append_eos
   assert f'{store.num_tokens:,} tokens in {store.num_documents:,} documents' in capsys.readouterr().out
@@ -256,10 +259,11 @@ def test_people_see_special_tokens_and_may_write_them(tokenizer_model):
 
 def test_a_sample_is_taken_evenly_all_along():
   texts = [f'{i:04d}' for i in range(1000)]
-  chosen = list(sample(texts, 4000, 400))
+  read = [(text, (i + 1) / 1000) for i, text in enumerate(texts)]
+  chosen = list(sample(read, 400))
   assert 90 <= len(chosen) <= 110
   assert sum(int(t) < 500 for t in chosen) in range(45, 56)
-  assert list(sample(texts, 4000, 10**6)) == texts
+  assert list(sample(read, 10**6)) == texts
 
 
 def test_no_line_is_too_long_for_the_trainer_and_nothing_is_lost():

@@ -36,7 +36,7 @@ def read(content: bytes, documents: str, longest: int) -> list[text.Segment]:
     patch.setattr(text, 'SEGMENT_BYTES', longest)
     path = pathlib.Path(folder) / 't.txt'
     path.write_bytes(content)
-    return list(text.read_segments(path, documents, 'text'))
+    return list(text.read_segments(path, text.Reading(documents=documents)))
 
 
 def joined(segments: list[text.Segment]) -> list[str]:
@@ -88,7 +88,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path, documents, unit):
   path.write_bytes(unit * (16_000_000 // len(unit)))
   tracemalloc.start()
   try:
-    longest = max(len(segment.text) for segment in text.read_segments(path, documents, 'text'))
+    longest = max(len(segment.text) for segment in text.read_segments(path, text.Reading(documents=documents)))
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()

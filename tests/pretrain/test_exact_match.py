@@ -7,6 +7,7 @@ import pytest
 
 from data.prepare import prepare
 from data.source import open_data
+from data.text import Reading
 from pretrain.exact_match import make_exact_match
 from pretrain.generate import _decode
 from pretrain.metrics import read_metrics
@@ -67,8 +68,8 @@ def make_stores(folder, tokenizer_model, shift: int = 0):
     pairs = zip(own, own[by:] + own[:by], strict=True)
     lines = [json.dumps({'inputs': ' '.join(a), 'targets': ' '.join(reversed(b))}) for a, b in pairs]
     (folder / f'{name}.jsonl').write_text('\n'.join(lines))
-    fields = {'inputs_field': 'inputs', 'targets_field': 'targets'}
-    prepare([folder / f'{name}.jsonl'], folder / name, tokenizer=folder / 'm', sentinels=32, **fields)
+    pair = Reading(pair=('inputs', 'targets'))
+    prepare([folder / f'{name}.jsonl'], folder / name, tokenizer=folder / 'm', sentinels=32, reading=pair)
 
 
 @pytest.mark.slow

@@ -1,0 +1,202 @@
+"""Files of input as bytes (unpacked) and as records, streaming: no more than a block or a group of rows is in memory.
+
+By the end of the name: .gz and .zst are unpacked; .parquet and .arrayrecord hold records; what is left is text or
+JSONL (`text.py`). Libraries that a plain installation lacks are imported where they are needed.
+"""
+
+import dataclasses
+import importlib
+import io
+import json
+import pathlib
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from data.errors import DataError
+
+Records = Literal['text', 'json']
+PACKED = ('.gz', '.zst')
+JSONL = ('.jsonl', '.ndjson', '.json')  # C4's files are named .json
+ARRAY_RECORD = ('.arrayrecord', '.array_record')
+BLOCK_BYTES = 2**16
+_ROWS = 256
+
+
+@dataclasses.dataclass
+class Meter:
+  """How much of `total` bytes of files was read."""
+
+  total: int
+  read: int = 0
+
+  @property
+  def fraction(self) -> float:
+    return self.read / max(self.total, 1)
+
+
+def suffix_of(path: pathlib.Path) -> str:
+  """What a file holds, once it is unpacked.
+
+  >>> suffix_of(pathlib.Path('c4/train.00001.json.gz'))
+  '.json'
+  """
+  return path.with_suffix('').suffix if path.suffix in PACKED else path.suffix
+
+
+def optional(name: str, path: pathlib.Path) -> types.ModuleType:
+  """A module of the extra `data`. Raises DataError where it is not installed."""
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    package = name.split('.')[0]
+    raise DataError(f"{path} needs {package}, which is not installed; pip install -e '.[data]'.") from error
+
+
+class _Metered(io.RawIOBase):
+  """A file; tells a meter what is read of it."""
+
+  def __init__(self, path: pathlib.Path, meter: Meter):
+    self._file, self._meter = path.open('rb', buffering=0), meter
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    count = self._file.readinto(buffer)
+    self._meter.read += count
+    return count
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+class _Unpacked(io.RawIOBase):
+  """A compressed file (of one or several members) as what it holds. Raises DataError where it is damaged or cut off."""
+
+  def __init__(self, path: pathlib.Path, packed: io.RawIOBase, start: Callable[[], Any], errors: type[Exception]):
+    self._path, self._packed, self._start, self._errors = path, packed, start, errors
+    self._member: Any = None  # a decompressor, None between members
+    self._rest = self._out = b''  # packed bytes, and unpacked ones, that were not used yet
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._out and self._unpack():
+      pass
+    count = min(len(buffer), len(self._out))
+    buffer[:count], self._out = self._out[:count], self._out[count:]
+    return count
+
+  def _unpack(self) -> bool:
+    """Unpacks a block; False at the end of the file."""
+    block, self._rest = self._rest or self._packed.read(BLOCK_BYTES), b''
+    if not block:
+      if self._member is not None:
+        raise DataError(f'{self._path} is cut off in the middle of its compressed data; copy it again.')
+      return False
+    self._member = self._member or self._start()
+    try:
+      self._out = self._member.decompress(block)
+    except self._errors as error:
+      raise DataError(f'{self._path} cannot be unpacked ({error}); copy it again.') from error
+    if self._member.eof:
+      self._rest, self._member = self._member.unused_data, None
+    return True
+
+  def close(self) -> None:
+    self._packed.close()
+    super().close()
+
+
+def open_bytes(path: pathlib.Path, meter: Meter) -> io.BufferedReader:
+  """A file, unpacked where its name says that it is packed. Raises DataError where it cannot be read."""
+  try:
+    raw = _Metered(path, meter)
+  except OSError as error:
+    raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
+  if path.suffix == '.gz':
+    raw = _Unpacked(path, raw, lambda: zlib.decompressobj(31), zlib.error)
+  elif path.suffix == '.zst':
+    zstandard = optional('zstandard', path)
+    raw = _Unpacked(path, raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+  return io.BufferedReader(raw, BLOCK_BYTES)
+
+
+def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where, those columns) of each row. Raises DataError for a file that is none, and for a column that is missing."""
+  optional('pyarrow', path)
+  parquet = optional('pyarrow.parquet', path)
+  number, size = 0, path.stat().st_size
+  try:
+    with parquet.ParquetFile(path) as file:
+      names = file.schema_arrow.names
+      if missing := [column for column in columns if column not in names]:
+        raise DataError(f'{path} has no column {missing[0]!r} (found: {", ".join(names)}); name another one.')
+      for batch in file.iter_batches(_ROWS, columns=columns):
+        meter.read += size * batch.num_rows // max(file.metadata.num_rows, 1)
+        for row in batch.to_pylist():
+          yield f'{path}: row {number}', row
+          number += 1
+  except (OSError, importlib.import_module('pyarrow').ArrowException) as error:
+    raise DataError(
+      f'{path} cannot be read as Parquet from row {number} on ({_line(error)}); copy it again.'
+    ) from error
+
+
+def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterator[tuple[str, Any]]:
+  """(where, text or JSON value) of each record. Raises DataError for a file, and for a record, that is none."""
+  reader = _array_record_reader(path)
+  size, count = path.stat().st_size, reader.num_records()
+  for first in range(0, count, _ROWS):
+    last = min(first + _ROWS, count)
+    try:
+      found = reader.read(list(range(first, last)))
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise DataError(f'{path} cannot be read from record {first} on ({_line(error)}); copy it again.') from error
+    meter.read += size * (last - first) // count
+    for number, raw in enumerate(found, first):
+      yield f'{path}: record {number}', _record(f'{path}: record {number}', raw, records)
+  reader.close()
+
+
+def _array_record_reader(path: pathlib.Path):
+  module = optional('array_record.python.array_record_module', path)
+  try:
+    reader = module.ArrayRecordReader(str(path))
+  except (RuntimeError, ValueError) as error:
+    raise DataError(f'{path} cannot be read as ArrayRecord ({_line(error)}); copy it again.') from error
+  if not reader.ok():
+    raise DataError(f'{path} cannot be read as ArrayRecord; copy it again.')
+  return reader
+
+
+def _record(where: str, raw: bytes, records: Records) -> Any:
+  text = decode(where, raw, 0)
+  return text if records == 'text' else parse_json(where, text)
+
+
+def decode(where: str, raw: bytes, offset: int) -> str:
+  """UTF-8 -> text; `raw` stands at `offset` of its file. Raises DataError at the first byte that is no text."""
+  try:
+    text = raw.decode('utf-8')
+  except UnicodeDecodeError as error:
+    place = f'{where} is not UTF-8 text (byte {offset + error.start})'
+    raise DataError(f'{place}; convert it, e.g. with iconv, or leave it out.') from error
+  if '\0' in text:
+    raise DataError(f'{where} is binary (a NUL at byte {offset + raw.index(0)}); give text or .jsonl files.')
+  return text
+
+
+def parse_json(where: str, text: str) -> Any:
+  try:
+    return json.loads(text)
+  except ValueError as error:
+    raise DataError(f'{where}: not JSON ({error}); each line must be one object.') from error
+
+
+def _line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
