@@ -306,6 +306,10 @@ class Store:
       raise DataError(f'{url_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
     return Tokenizer(model, sentinels)
 
+  def tokens(self, places: range) -> np.ndarray:
+    """uint16 or uint32, as they are stored; past what is kept of `read`: for what reads a store from end to end."""
+    return self._tokens.whole(places)
+
   def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """int32 tokens of each (start, length); the store keeps what it read last (arrays.CACHE_BYTES).
 

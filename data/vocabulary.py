@@ -129,6 +129,10 @@ class Tokenizer:
     """The ids of text that goes on after other text: SentencePiece puts a space only before the first of a text."""
     return self.encode(ALONE + text)[len(self.encode(ALONE)) :]
 
+  def piece(self, token: int) -> str:
+    """A piece of text as SentencePiece spells it: ▁the, <0x0A>."""
+    return self._processor.id_to_piece(token)
+
   def render(self, ids: Iterable[int]) -> str:
     """Ids as a person reads them: text, with every special token written out."""
     parts, text = [], []

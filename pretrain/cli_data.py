@@ -1,14 +1,22 @@
 """`pretrain data`: its flags, and each action as one call into `data`."""
 
 import argparse
+import json
+import pathlib
 
 from pretrain.errors import ConfigError
 
 
 def data_flags(command: argparse.ArgumentParser) -> None:
   actions = command.add_subparsers(required=True, metavar='ACTION')
-  ways = {'prepare': prepare_command, 'show': show_command, 'explain': explain_command, 'plan': plan_command}
-  flags = {'prepare': _prepare_flags, 'show': _row_flags, 'explain': _row_flags, 'plan': _plan_flags}
+  ways = {
+    'prepare': prepare_command, 'verify': verify_command, 'inspect': inspect_command, 'stats': stats_command,
+    'show': show_command, 'explain': explain_command, 'plan': plan_command,
+  }  # fmt: skip
+  flags = {
+    'prepare': _prepare_flags, 'verify': _store_flags, 'inspect': _inspect_flags, 'stats': _stats_flags,
+    'show': _row_flags, 'explain': _row_flags, 'plan': _plan_flags,
+  }  # fmt: skip
   for name, function in ways.items():
     action = actions.add_parser(name, help=function.__doc__)
     action.set_defaults(command=function)
@@ -24,6 +32,20 @@ def _prepare_flags(action: argparse.ArgumentParser) -> None:
   from data.prepare import add_flags
 
   add_flags(action)
+
+
+def _store_flags(action: argparse.ArgumentParser) -> None:
+  action.add_argument('path', help='a token store: a path or a URL (gs://, s3://)')
+
+
+def _inspect_flags(action: argparse.ArgumentParser) -> None:
+  _store_flags(action)
+  action.add_argument('--documents', type=int, default=3, help='how many documents to print')
+
+
+def _stats_flags(action: argparse.ArgumentParser) -> None:
+  _store_flags(action)
+  action.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='gets stats.json and stats.png')
 
 
 def _config_flags(action: argparse.ArgumentParser) -> None:
@@ -48,6 +70,44 @@ def prepare_command(options, overrides) -> None:
   from data.prepare import run
 
   run(options)
+
+
+def verify_command(options, overrides) -> int:
+  """Read all of a token store and check every hash; exit code 1 where something is damaged."""
+  from data.verify import verify
+
+  damaged = 0
+  for line in verify(options.path):
+    print(f'damaged: {line}')
+    damaged += 1
+  many = f'{damaged} places are damaged; restore it from a copy, or prepare it again'
+  print(f'{options.path}: {many if damaged else "whole"}')
+  return int(damaged > 0)
+
+
+def inspect_command(options, overrides) -> None:
+  """Print what a token store holds, and its first documents."""
+  from data.inspect import inspect
+
+  print(inspect(options.path, options.documents))
+
+
+def stats_command(options, overrides) -> None:
+  """Measure a token store: lengths of documents, frequent tokens, duplicates (stats.json, stats.png)."""
+  from data.stats import store_stats
+  from pretrain.cli import check_workdir
+  from pretrain.plots import draw_stats
+
+  check_workdir(options.out, '--out')
+  found = store_stats(options.path)
+  options.out.mkdir(parents=True, exist_ok=True)
+  values = found.to_json()
+  (options.out / 'stats.json').write_text(json.dumps(values, indent=1, ensure_ascii=False) + '\n')
+  draw_stats(values, options.out / 'stats.png')
+  half, most = (values['length_percentiles'][p] for p in ('50', '99'))
+  print(f'{options.path}: half of the documents have up to {half:,} tokens, 99% up to {most:,}')
+  print(f'duplicates: {values["duplicate_documents"]:,} documents ({values["duplicate_share"]:.2%}) repeat one before')
+  print(f'{options.out / "stats.json"}\n{options.out / "stats.png"}')
 
 
 def show_command(options, overrides) -> None:

@@ -194,3 +194,26 @@ def curve(rows: Rows, key: str) -> Curve:
 
 def scaled(points: Curve, factor: float) -> Curve:
   return points[0], points[1] * factor
+
+
+def draw_stats(values: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws what `pretrain data stats` found: how long documents are, and which tokens are frequent."""
+  plt = pyplot()
+  with plt.rc_context(LOOK):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout='constrained')
+    bins = values['length_histogram']
+    names = [f'{b["from"]:,}' for b in bins]
+    left.bar(names, [b['documents'] / values['num_documents'] * 100 for b in bins], color=BLUE, label='documents')
+    shares = [b['tokens'] / values['num_tokens'] * 100 for b in bins]
+    left.plot(names, shares, 'o-', color=EVALUATION[0], label='tokens')
+    left.set(title='Lengths of documents', xlabel='tokens, from … to the next', ylabel='%')
+    left.tick_params('x', rotation=45)
+    left.legend()
+    common = values['frequent_tokens'][:20][::-1]
+    pieces = [token['piece'].replace('\u2581', '_').replace('$', r'\$') for token in common]
+    labels = [p if p.isascii() else f'id {token["id"]}' for p, token in zip(pieces, common, strict=True)]
+    right.barh(range(len(common)), [token['count'] / values['num_tokens'] * 100 for token in common], color=PALE)
+    right.set_yticks(range(len(common)), labels)
+    right.set(title='Most frequent tokens', xlabel='% of all tokens')
+    fig.savefig(path)
+    plt.close(fig)

@@ -1,5 +1,6 @@
 """Every kind of input file gives the same documents; what is damaged is named, and nothing is left behind."""
 
+import functools
 import gzip
 import json
 import os
@@ -24,6 +25,7 @@ from data.scores import SCORES, score
 from data.store import open_store
 from data.text import Reading, read_segments
 
+packed = functools.partial(gzip.compress, mtime=0)  # names of tests hold no time
 TEXTS = [f'document {i} of the license\nand of any work {i % 7}' for i in range(700)]
 ROWS = [{'text': text, 'lang': 'en', 'quality': i / 2} for i, text in enumerate(TEXTS)]
 LINES = '\n'.join(map(json.dumps, ROWS)).encode()
@@ -47,10 +49,10 @@ def zstd(content: bytes) -> bytes:
 
 WRITERS = {
   't.txt': lambda path: path.write_bytes(PLAIN),
-  't.txt.gz': lambda path: path.write_bytes(gzip.compress(PLAIN[:999]) + gzip.compress(PLAIN[999:])),
+  't.txt.gz': lambda path: path.write_bytes(packed(PLAIN[:999]) + packed(PLAIN[999:])),
   't.txt.zst': lambda path: path.write_bytes(zstd(PLAIN)),
   't.jsonl': lambda path: path.write_bytes(LINES),
-  't.json.gz': lambda path: path.write_bytes(gzip.compress(LINES)),
+  't.json.gz': lambda path: path.write_bytes(packed(LINES)),
   't.jsonl.zst': lambda path: path.write_bytes(zstd(LINES)),
   't.parquet': lambda path: parquet(path, ROWS),
   't.arrayrecord': lambda path: arrayrecord(path, [text.encode() for text in TEXTS]),
@@ -80,15 +82,15 @@ def test_documents_are_the_same_in_every_kind_of_file(tmp_path, name):
 @pytest.mark.parametrize(
   ('name', 'content', 'message'),
   [
-    ('t.txt.gz', gzip.compress(PLAIN)[:-20], 't.txt.gz is cut off in the middle of its compressed data'),
+    ('t.txt.gz', packed(PLAIN)[:-20], 't.txt.gz is cut off in the middle of its compressed data'),
     ('t.txt.zst', zstandard.compress(PLAIN)[:-20], 't.txt.zst is cut off in the middle of its compressed data'),
     ('t.txt.gz', PLAIN, r't.txt.gz cannot be unpacked \(.*\); copy it again'),
     ('t.txt.zst', PLAIN, r't.txt.zst cannot be unpacked \(.*\); copy it again'),
-    ('t.txt.gz', gzip.compress(PLAIN)[:400] + b'\xff' * 9 + gzip.compress(PLAIN)[409:], 't.txt.gz cannot be unpacked'),
-    ('t.txt.gz', gzip.compress(b'a' * 90 + b'\xff'), r't.txt.gz is not UTF-8 text \(byte 90\)'),
+    ('t.txt.gz', packed(PLAIN)[:400] + b'\xff' * 9 + packed(PLAIN)[409:], 't.txt.gz cannot be unpacked'),
+    ('t.txt.gz', packed(b'a' * 90 + b'\xff'), r't.txt.gz is not UTF-8 text \(byte 90\)'),
     ('t.txt.zst', zstandard.compress(b'a' * 90 + b'\0'), r't.txt.zst is binary \(a NUL at byte 90\)'),
-    ('t.jsonl.gz', gzip.compress(b'{"text": "a"}\n{'), r't.jsonl.gz:2: not JSON'),
-    ('t.txt.gz', gzip.compress(b''), 't.txt.gz is empty; remove it'),
+    ('t.jsonl.gz', packed(b'{"text": "a"}\n{'), r't.jsonl.gz:2: not JSON'),
+    ('t.txt.gz', packed(b''), 't.txt.gz is empty; remove it'),
     ('t.parquet', PLAIN, r't.parquet cannot be read as Parquet from row 0 on'),
     ('t.arrayrecord', PLAIN, r't.arrayrecord cannot be read as ArrayRecord'),
   ],
