@@ -7,6 +7,7 @@ flipped bit is an error when it is read.
 import collections
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,11 @@ FILE, CHUNK = 2**24, 2**16
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
 RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
 # The pool holds the files' indexes; decoded chunks are kept by each array, where a read costs no call into TensorStore.
-_CONTEXT = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}})
+# Up to 32 s each: two minutes without a network are lived through, a wrong address is not waited for all day.
+_RETRIES = {'max_retries': 8}
+_CONTEXT = tensorstore.Context(
+  {'cache_pool': {'total_bytes_limit': 2**24}, 's3_request_retries': _RETRIES, 'gcs_request_retries': _RETRIES}
+)
 
 
 def url_of(path: str | os.PathLike[str], name: str = '') -> str:
@@ -34,13 +39,40 @@ def url_of(path: str | os.PathLike[str], name: str = '') -> str:
   return base.rstrip('/') + '/' + name
 
 
+def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, Any]:
+  """What TensorStore calls `url_of`; an s3:// one as the environment has it (AWS_ENDPOINT_URL, AWS_REGION, keys)."""
+  url, endpoint = url_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
+  if not url.startswith('s3://'):
+    return url
+  bucket, _, folder = url.removeprefix('s3://').partition('/')
+  spec: dict[str, Any] = {'driver': 's3', 'bucket': bucket, 'path': folder}
+  if endpoint:
+    spec |= {'endpoint': endpoint.rstrip('/'), 'aws_region': os.environ.get('AWS_REGION', 'us-east-1')}
+  if 'AWS_ACCESS_KEY_ID' in os.environ:  # otherwise wherever AWS keeps them; the search is slow, and noisy
+    spec['aws_credentials'] = {'type': 'environment'}
+  return spec
+
+
+def _open_files(path: str | os.PathLike[str]) -> tensorstore.KvStore:
+  return tensorstore.KvStore.open(_kvstore(path), context=_CONTEXT).result()
+
+
+def _written(path: str | os.PathLike[str], write: Callable):
+  """`write()`; what keeps it from being done as a DataError."""
+  try:
+    return write()
+  except (ValueError, OSError) as error:
+    what = 'its bucket, and the credentials' if '://' in os.fspath(path) else 'the disk'
+    raise DataError(f'{os.fspath(path)} cannot be written: {_first_line(error)}. Check {what}.') from error
+
+
 def write_file(path: str | os.PathLike[str], name: str, value: bytes) -> None:
-  tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().write(name, value).result()
+  _written(path, lambda: _open_files(path).write(name, value).result())
 
 
 def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
   """Deletes those files of a store; a name that ends with / is a folder."""
-  store = tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result()
+  store = _open_files(path)
   for name in names:
     end = name[:-1] + '0' if name.endswith('/') else name + '\0'  # '0' comes right after '/'
     store.delete_range(tensorstore.KvStore.KeyRange(name, end)).result()
@@ -49,14 +81,16 @@ def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
 def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
   """The contents, or None where there is no such file."""
   try:
-    found = tensorstore.KvStore.open(url_of(path), context=_CONTEXT).result().read(name).result()
+    found = _open_files(path).read(name).result()
   except ValueError as error:
-    raise DataError(f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL.') from error
+    raise DataError(
+      f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL, and credentials.'
+    ) from error
   return found.value if found.state == 'value' else None
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).splitlines()[0][:300]
+  return re.sub(r" \[[\w-]+='.*", '', str(error).splitlines()[0])[:300]  # without HTTP headers
 
 
 def little(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -72,9 +106,10 @@ class Appender:
   """Writes an array of unknown length file by file; holds at most one file in memory."""
 
   def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
-    self._array = tensorstore.open(
-      _array_spec(path, name, dtype), create=True, delete_existing=True, context=_CONTEXT
-    ).result()  # what an attempt that was killed has left on an object store is no store
+    spec = _array_spec(path, name, dtype)
+    # What an attempt that was killed has left on an object store is no store.
+    create = lambda: tensorstore.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
+    self._path, self._array = path, _written(path, create)
     self._pending: list[np.ndarray] = []
     self._num_pending, self.length = 0, 0
     self.dtype = dtype
@@ -87,8 +122,9 @@ class Appender:
 
   def _flush(self, count: int) -> None:
     values = np.concatenate([np.zeros(0, self.dtype), *self._pending])
-    array = self._array.resize(exclusive_max=[self.length + count], resize_metadata_only=True).result()
-    array[self.length : self.length + count].write(values[:count]).result()
+    end = self.length + count
+    array = _written(self._path, self._array.resize(exclusive_max=[end], resize_metadata_only=True).result)
+    _written(self._path, array[self.length : end].write(values[:count]).result)
     self.length += count
     self._pending, self._num_pending = [values[count:]], len(values) - count
 
@@ -105,7 +141,7 @@ def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:
   chunks = {'chunk_shape': [CHUNK], 'codecs': inner}
   return {
     'driver': 'zarr3',
-    'kvstore': url_of(path, name + '/'),
+    'kvstore': _kvstore(path, name + '/'),
     'metadata': {
       'shape': [0],
       'data_type': dtype,
@@ -144,7 +180,7 @@ class Array:
 
   def _reopen(self) -> None:
     spec = {
-      'driver': 'zarr3', 'kvstore': url_of(self.path, self.name + '/'), 'recheck_cached_data': 'open',
+      'driver': 'zarr3', 'kvstore': _kvstore(self.path, self.name + '/'), 'recheck_cached_data': 'open',
       'fill_missing_data_reads': False,  # a file that is gone is an error, not zeros
     }  # fmt: skip
     self._array = self._checked(lambda: tensorstore.open(spec, read=True, context=_CONTEXT).result())

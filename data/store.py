@@ -15,6 +15,7 @@ Documents are counted in shards of at most SHARD_TOKENS tokens: what is planned 
 has a hash of each shard's tokens and offsets; to open a store reads the manifest, and no array before it is asked for.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -173,9 +174,9 @@ class StoreWriter:
     if self._local:
       shutil.rmtree(self._staging, ignore_errors=True)
     elif not self._finished:
-      delete_files(
-        self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *(f'{name}/' for name in self._kinds)]
-      )
+      columns = [f'{name}/' for name in self._kinds]
+      with contextlib.suppress(ValueError):  # what went wrong first is to be said
+        delete_files(self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *columns])
 
 
 def open_store(path: str | os.PathLike[str]) -> 'Store':
