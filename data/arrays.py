@@ -1,6 +1,6 @@
 """Arrays of a store, through TensorStore: appended to, read in chunks that are checked, on disks and object stores.
 
-Arrays are zarr3, `sharding_indexed`: files of 16 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
+Arrays are zarr3, `sharding_indexed`: files of 8 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
 flipped bit is an error when it is read.
 """
 
@@ -17,7 +17,7 @@ import tensorstore
 
 from data.errors import DataError
 
-FILE, CHUNK = 2**24, 2**16
+FILE, CHUNK = 2**23, 2**16  # a file is in memory while it is written
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
 RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
 # The pool holds the files' indexes; decoded chunks are kept by each array, where a read costs no call into TensorStore.
@@ -110,26 +110,29 @@ class Appender:
     # What an attempt that was killed has left on an object store is no store.
     create = lambda: tensorstore.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
     self._path, self._array = path, _written(path, create)
-    self._pending: list[np.ndarray] = []
+    self._buffer = np.empty(FILE, np.dtype(dtype).newbyteorder('<'))  # pages that are not reached take no memory
     self._num_pending, self.length = 0, 0
     self.dtype = dtype
 
   def append(self, values: np.ndarray) -> None:
-    self._pending.append(little(values, self.dtype))
-    self._num_pending += len(values)
-    if self._num_pending >= FILE:
-      self._flush(self._num_pending // FILE * FILE)
+    while len(values):
+      part = values[: len(self._buffer) - self._num_pending]
+      self._buffer[self._num_pending : self._num_pending + len(part)] = part
+      self._num_pending += len(part)
+      if self._num_pending == len(self._buffer):
+        self._flush()
+      values = values[len(part) :]
 
-  def _flush(self, count: int) -> None:
-    values = np.concatenate([np.zeros(0, self.dtype), *self._pending])
-    end = self.length + count
+  def _flush(self) -> None:
+    end = self.length + self._num_pending
     array = _written(self._path, self._array.resize(exclusive_max=[end], resize_metadata_only=True).result)
-    _written(self._path, array[self.length : end].write(values[:count]).result)
-    self.length += count
-    self._pending, self._num_pending = [values[count:]], len(values) - count
+    values = self._buffer[: self._num_pending]
+    write = array[self.length : end].write(values, can_reference_source_data_indefinitely=True)  # it is waited for
+    _written(self._path, write.result)
+    self.length, self._num_pending = end, 0
 
   def close(self) -> None:
-    self._flush(self._num_pending)
+    self._flush()
 
 
 def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:

@@ -244,6 +244,17 @@ class Store:
   def __getstate__(self):
     return {k: v for k, v in self.__dict__.items() if k != 'offsets'}
 
+  def __setstate__(self, state):
+    """Raises DataError where the store is another one by now: a process that starts later has to see the same."""
+    self.__dict__.update(state)
+    now = open_store(self.path)
+    if now.fingerprint != self.fingerprint:
+      raise DataError(
+        f'{self.path} has changed since the run opened it: {self.num_tokens:,} tokens (fingerprint '
+        f'{self.fingerprint[:8]}..) then, {now.num_tokens:,} ({now.fingerprint[:8]}..) now. Write new text to another '
+        'store, and restore this one from a copy.', 'DATA-CORRUPT',
+      )  # fmt: skip
+
   def offsets_of(self, shard: int) -> np.ndarray:
     """int64[documents + 1]: where each document of a shard begins in the store, and the last one ends; read anew.
 

@@ -202,6 +202,8 @@ def _text(record: _Record, field: str, flag: str) -> str:
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
     raise DataError(f'{where}: no text in field {field!r} (found: {keys}); name it with {flag}=.')
+  if '\0' in text:
+    raise DataError(f'{where}: field {field!r} has a NUL (character {text.index(chr(0))}); correct its text.')
   try:
     text.encode()
   except UnicodeEncodeError as error:

@@ -91,6 +91,7 @@ def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
     ('t.jsonl', b'{"text": 3}', r"t.jsonl:1: no text in field 'text'"),
     ('t.jsonl', b'["text"]', r"t.jsonl:1: no text in field 'text' \(found: list\)"),
     ('t.jsonl', b'{"text": "a"}\n{"text": ', r't.jsonl:2: not JSON'),
+    ('t.jsonl', b'{"text": "a\\u0000b"}', r"t.jsonl:1: field 'text' has a NUL \(character 1\)"),
     ('t.jsonl', b'{"text": "a\\ud800"}', r"t.jsonl:1: field 'text' has half of a surrogate pair \(\\ud800\)"),
   ],
 )

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import pathlib
 import pickle
 import re
 import shutil
@@ -13,13 +14,19 @@ import pytest
 from data import arrays
 from data.arrays import CHUNK
 from data.errors import DataError
+from data.prepare import train_sentencepiece
+from data.ragged import Ragged
 from data.store import StoreWriter, open_store
+from data.verify import verify
 from data.vocabulary import EOS, Tokenizer
 
 
 @pytest.fixture
 def tokenizer(tokenizer_model):
   return Tokenizer(tokenizer_model, sentinels=8)
+
+
+LICENSE = pathlib.Path(__file__).parents[2] / 'LICENSE'
 
 
 def write(path, tokenizer, documents, **options):
@@ -281,3 +288,44 @@ def test_offsets_that_are_not_the_manifests_are_named_by_shard(tokenizer, tmp_pa
   last = store.shards[0].documents.stop - 1
   with pytest.raises(DataError, match=rf'a: document_offsets of documents 0 to {last} \(shard 0\) do not match'):
     store.offsets_of(0)
+
+
+def test_a_store_that_grows_under_a_run_is_refused_by_processes_that_start_later(tokenizer, tmp_path):
+  store = write(tmp_path / 's', tokenizer, [[5, 6]])
+  sent = pickle.dumps(store)
+  shutil.rmtree(tmp_path / 's')
+  grown = write(tmp_path / 's', tokenizer, [[5, 6], [7]])
+  message = rf's has changed since the run opened it: 3 tokens .*{store.fingerprint[:8]}.* 5 \({grown.fingerprint[:8]}'
+  with pytest.raises(DataError, match='^DATA-CORRUPT: .*' + message):
+    pickle.loads(sent)
+
+
+def test_arrays_that_grew_without_their_manifest_are_refused(tokenizer, tmp_path):
+  write(tmp_path / 's', tokenizer, [[5, 6]])
+  write(tmp_path / 'grown', tokenizer, [[5, 6], [7]])
+  for name in ('tokens', 'document_offsets'):
+    shutil.rmtree(tmp_path / 's' / name)
+    shutil.copytree(tmp_path / 'grown' / name, tmp_path / 's' / name)
+  with pytest.raises(DataError, match=r'/s has 5 tokens in 2 documents, its manifest.json says 3 in 1'):
+    open_store(tmp_path / 's')
+
+
+def test_a_document_of_ten_million_tokens_is_a_document(tokenizer, tmp_path):
+  long = np.random.default_rng(0).integers(3, 400, 10**7).astype(np.uint32)
+  with StoreWriter(tmp_path / 's', tokenizer, shard_tokens=10**6) as writer:
+    for part in np.split(long, 10):
+      writer.add_joined(Ragged(part, np.array([len(part)])), np.array([False]), {})
+    writer.add([[], [5]], last=[True, True])
+    writer.finish()
+  store = open_store(tmp_path / 's')
+  assert store.offsets.tolist() == [0, 10**7 + 1, 10**7 + 3]
+  assert [len(shard.documents) for shard in store.shards] == [1, 1]
+  assert (store.tokens(range(10**7)) == long).all()
+  assert list(verify(str(tmp_path / 's'))) == []
+
+
+def test_a_tokenizer_that_is_another_one_is_refused(tokenizer, tmp_path):
+  write(tmp_path / 's', tokenizer, [[5, 6]])
+  (tmp_path / 's/tokenizer.model').write_bytes(train_sentencepiece([LICENSE.read_text()], 400))
+  with pytest.raises(DataError, match=r'^DATA-CORRUPT: .*/s/tokenizer.model is not the file of manifest.json'):
+    open_store(tmp_path / 's').tokenizer(8)
