@@ -80,7 +80,7 @@ def verify_command(options, overrides) -> int:
   for line in verify(options.path):
     print(f'damaged: {line}')
     damaged += 1
-  many = f'{damaged} places are damaged; restore it from a copy, or prepare it again'
+  many = f'damaged places: {damaged}; restore it from a copy, or prepare it again'
   print(f'{options.path}: {many if damaged else "whole"}')
   return int(damaged > 0)
 

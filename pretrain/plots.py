@@ -211,7 +211,7 @@ def draw_stats(values: Mapping[str, Any], path: pathlib.Path) -> None:
     left.legend()
     common = values['frequent_tokens'][:20][::-1]
     pieces = [token['piece'].replace('\u2581', '_').replace('$', r'\$') for token in common]
-    labels = [p if p.isascii() else f'id {token["id"]}' for p, token in zip(pieces, common, strict=True)]
+    labels = [f'"{p}"' if p.isascii() else f'id {token["id"]}' for p, token in zip(pieces, common, strict=True)]
     right.barh(range(len(common)), [token['count'] / values['num_tokens'] * 100 for token in common], color=PALE)
     right.set_yticks(range(len(common)), labels)
     right.set(title='Most frequent tokens', xlabel='% of all tokens')
