@@ -1,11 +1,9 @@
 """Stores on an object store, over the real protocol: a server of moto on loopback, found by AWS_ENDPOINT_URL."""
 
-import boto3
 import numpy as np
 import pytest
 import requests
 import tensorstore
-from moto.server import ThreadedMotoServer
 
 from data import arrays
 from data.errors import DataError
@@ -14,16 +12,19 @@ from data.store import StoreWriter, open_store
 from data.verify import verify
 from data.vocabulary import EOS, Tokenizer
 
+server = pytest.importorskip('moto.server', reason="pip install -e '.[s3]': not in the lock, see setup.cfg")
+boto3 = pytest.importorskip('boto3')
+
 URL = 's3://texts/some/store'
 
 
 @pytest.fixture(scope='module')
 def endpoint():
-  server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-  server.start()
-  host, port = server.get_host_and_port()
+  moto = server.ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+  moto.start()
+  host, port = moto.get_host_and_port()
   yield f'http://{host}:{port}'
-  server.stop()
+  moto.stop()
 
 
 @pytest.fixture
