@@ -12,10 +12,10 @@ from jax import Array
 from models.dropout import fold
 from models.linear import Projections, linear
 from models.norm import RmsNorm
-from models.partition import constrain
+from models.partition import constrain, per_shard
 from models.positions import rotary
 from models.specs import weight
-from pallas_kernels.attention.api import RelativeBias, flash_attention
+from pallas_kernels.attention.api import RelativeBias, choose, flash_attention
 
 WEIGHTS_SITE = 20
 
@@ -44,28 +44,33 @@ class AttentionConfig:
     return self.t5_scale and not self.qk_norm
 
 
+VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
+  'q_segment_ids': ('batch', None),
+  'kv_segment_ids': ('batch', None),
+  'q_positions': ('batch', None),
+  'kv_positions': ('batch', None),
+  'prefix_end': ('batch', None),
+  'relative_bias': (None, 'heads'),
+  'alibi': ('heads',),
+}
+
+
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=[
-    'q_segment_ids',
-    'kv_segment_ids',
-    'q_positions',
-    'kv_positions',
-    'prefix_end',
-    'relative_bias',
-    'alibi',
-  ],
-  meta_fields=['causal'],
+  data_fields=list(VISIBILITY_AXES),
+  meta_fields=['causal', 'cached'],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:
   """Which keys a query sees, and the bias between them: the arguments of `flash_attention`, once for all layers.
 
   Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
-  positions are given only where a prefix or a cache needs them.
+  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
+  queries; there the reference is as good as a kernel.
   """
 
   causal: bool
+  cached: bool = False
   q_segment_ids: Array | None = None
   kv_segment_ids: Array | None = None
   q_positions: Array | None = None
@@ -73,6 +78,18 @@ class Visibility:
   prefix_end: Array | None = None
   relative_bias: RelativeBias | None = None
   alibi: Array | None = None
+
+  @property
+  def arrays(self) -> dict[str, Any]:
+    """Those that are there."""
+    return {name: x for name in VISIBILITY_AXES if (x := getattr(self, name)) is not None}
+
+
+def _on_each_device(run, arrays: dict[str, Any]):
+  """`run` for the examples and heads of each device. Lengths are whole: a mesh.sequence > 1 repeats the work."""
+  heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
+  own = {name: VISIBILITY_AXES[name] for name in arrays}
+  return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
 
 
 class Attention(nnx.Module):
@@ -115,17 +132,15 @@ class Attention(nnx.Module):
     dropped = None
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
-    options: dict[str, Any] = {f.name: getattr(see, f.name) for f in dataclasses.fields(see)}
-    mixed = flash_attention(
-      q,
-      k,
-      v,
-      **options,
-      scale=1.0 if self.cfg.folds_scale else None,
-      softcap=self.cfg.softcap,
-      dropout=dropped,
-      implementation=self.cfg.implementation,
+    implementation = 'reference' if see.cached else choose(self.cfg.implementation, dropout=dropped is not None)
+    scale = 1.0 if self.cfg.folds_scale else None
+    run = functools.partial(
+      flash_attention, causal=see.causal, scale=scale, softcap=self.cfg.softcap, implementation=implementation
     )
+    if implementation == 'reference':
+      mixed = run(q, k, v, **see.arrays, dropout=dropped)
+    else:
+      mixed = _on_each_device(run, see.arrays)(q, k, v, see.arrays)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
 

@@ -22,7 +22,11 @@ ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-  """Implementation of each op: 'auto' chooses by platform, a name that cannot run here fails."""
+  """Implementation of each op: 'auto' chooses by platform, a name that cannot run here fails.
+
+  `attention`: 'reference', 'tpu' or 'interpret' ('tpu' in an interpreter, slow, on any platform). Decoding with a cache
+  uses the reference.
+  """
 
   attention: str = 'auto'
   linear_cross_entropy: str = 'auto'

@@ -80,8 +80,10 @@ def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
 
   def step(tokens: Array, cache: Cache):
     positions = _positions(cache, tokens)
-    see = Visibility(causal=True, q_positions=positions, kv_positions=_slots(cache), **module.decoder_bias())
-    across = Visibility(causal=False, q_segment_ids=jnp.ones_like(tokens), kv_segment_ids=segments)
+    see = Visibility(
+      causal=True, cached=True, q_positions=positions, kv_positions=_slots(cache), **module.decoder_bias()
+    )
+    across = Visibility(causal=False, cached=True, q_segment_ids=jnp.ones_like(tokens), kv_segment_ids=segments)
     x = module.embedding(tokens, positions, memory.dtype, None)
     return module.decoder.decode(x, positions, see, cache, Cross(see=across, keys_values=cross_keys_values))
 
@@ -103,7 +105,13 @@ def _decoder_step(module, batch, max_tokens: int):
     positions, slots = _positions(cache, tokens, empty), _slots(cache, empty)
     own = {} if segments is None else {f'{k}_segment_ids': _filled(p) for k, p in (('q', positions), ('kv', slots))}
     see = Visibility(
-      causal=True, q_positions=positions, kv_positions=slots, prefix_end=prefix, **own, **module.decoder_bias()
+      causal=True,
+      cached=True,
+      q_positions=positions,
+      kv_positions=slots,
+      prefix_end=prefix,
+      **own,
+      **module.decoder_bias(),
     )
     positions = jnp.maximum(positions, 0)
     return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)

@@ -76,6 +76,24 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
 
 
+def per_shard(kernel, in_axes, out_axes: Sequence[str | None]):
+  """`kernel` on each device's part of arrays with these logical axes; axes that are None are whole on each.
+
+  What cannot be partitioned automatically (a Pallas call) is called through this. Without a mesh it is `kernel`.
+  `in_axes`: for each argument a tuple of axes, or a dict of them.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return kernel
+  spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
+  in_specs = jax.tree.map(spec, in_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
+  # A kernel does not say along which axes its outputs vary: the check of that is off.
+  return jax.shard_map(kernel, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
+
+
+def _nested(x) -> bool:
+  return isinstance(x, tuple | dict)
+
+
 def check_divisible(specs: Tree, mesh: Mesh | AbstractMesh) -> None:
   """Raises ValueError naming the first parameter dim that its mesh axes do not divide."""
   for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]:

@@ -1,29 +1,56 @@
 """`flash_attention`: one signature, one dict of implementations."""
 
+import functools
 import logging
 
+import jax
 from jax import Array
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, tpu
 from pallas_kernels.attention.reference import RelativeBias
 
-__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'flash_attention']
+__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'choose', 'flash_attention']
 
-IMPLEMENTATIONS = {'reference': reference.attention}
+# `interpret` is `tpu` on any platform, slowly: for tests, and to see on a CPU what a TPU would compute.
+IMPLEMENTATIONS = {
+  'reference': reference.attention,
+  'tpu': tpu.attention,
+  'interpret': functools.partial(tpu.attention, interpret=True),
+}
 _reported: set[str] = set()
 
 
-def choose(implementation: str) -> str:
-  """The implementation that `auto` means here; a named one must exist. Says its choice once."""
-  if implementation != 'auto':
-    if implementation not in IMPLEMENTATIONS:
-      known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
-      raise ValueError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
-    return implementation
-  if 'auto' not in _reported:
-    _reported.add('auto')
-    logging.getLogger(__name__).info('attention: reference (no kernel for this platform)')
-  return 'reference'
+def choose(implementation: str, *, dropout: bool) -> str:
+  """The implementation that `auto` means here, said once for each reason; a named one must exist and be able to run.
+
+  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have.
+  """
+  if implementation == 'auto':
+    chosen, reason = _automatic(dropout)
+    if reason not in _reported:
+      _reported.add(reason)
+      logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
+    return chosen
+  if implementation not in IMPLEMENTATIONS:
+    known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
+    raise ValueError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
+  if dropout and implementation != 'reference':
+    raise ValueError(
+      f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 asks for; "
+      "use 'auto' or 'reference', or model.dropout=0."
+    )
+  return implementation
+
+
+def _automatic(dropout: bool) -> tuple[str, str]:
+  """(implementation, reason)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return 'reference', 'no mesh says which platform this is for'
+  platform = mesh.abstract_device.platform
+  if platform != 'tpu':
+    return 'reference', f'no kernel for {platform}'
+  return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
 def flash_attention(
@@ -55,13 +82,18 @@ def flash_attention(
   indices. `relative_bias`, `alibi` (slopes[heads]), `softcap`, `sink_logits[heads]` and `dropout` (rate, keys[batch])
   act as `reference.attention` defines. Returns q's shape and dtype, and lse f32[batch, T, heads] if asked.
 
-  Raises ValueError for an implementation that does not exist, or segment ids given on one side only.
+  Kernels read a relative bias by the difference of indices: with one, positions inside a segment must rise by one from
+  place to place, as in packed rows. They have no gradient of `alibi`, and no dropout.
+
+  Raises ValueError for an implementation that does not exist or cannot do what is asked, or segment ids of one side.
   """
   if (q_segment_ids is None) != (kv_segment_ids is None):
     raise ValueError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
-  return IMPLEMENTATIONS[choose(implementation)](
+  chosen = choose(implementation, dropout=dropout is not None)
+  options = {'dropout': dropout} if chosen == 'reference' else {}
+  return IMPLEMENTATIONS[chosen](
     q, k, v, causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-    relative_bias=relative_bias, alibi=alibi, softcap=softcap, scale=scale, sink_logits=sink_logits, dropout=dropout,
-    return_lse=return_lse,
+    relative_bias=relative_bias, alibi=alibi, softcap=softcap, scale=scale, sink_logits=sink_logits,
+    return_lse=return_lse, **options,
   )  # fmt: skip

@@ -120,8 +120,11 @@ def attention(
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
-  are one more logit in each head's softmax that carries no value. lse: f32[batch, T, heads].
+  are one more logit in each head's softmax that carries no value. lse: f32[batch, T, heads]. Keys of segment 0 have
+  no say, whatever is in them.
   """
+  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
+    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
   q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
   kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -142,7 +142,7 @@ def test_buckets_are_t5s(bidirectional):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'implementation': 'fast'}, "kernels.attention='fast' is not one of 'auto', 'reference'"),
+    ({'implementation': 'fast'}, "kernels.attention='fast' is not one of 'auto', 'reference', 'tpu', 'interpret'"),
     ({'q_segment_ids': SEGMENTS}, 'segment ids of one side only'),
   ],
 )

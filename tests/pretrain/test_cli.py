@@ -275,7 +275,11 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       'model.relative_max_distance=16 with model.relative_buckets=32, whose first 16 buckets are single distances; '
       'set model.relative_max_distance > 16.',
     ),
-    (tiny.UL2, "kernels.attention='fast'", "kernels.attention='fast' is not one of 'auto', 'reference'."),
+    (
+      tiny.UL2,
+      "kernels.attention='fast'",
+      "kernels.attention='fast' is not one of 'auto', 'reference', 'tpu', 'interpret'.",
+    ),
     (
       tiny.UL2,
       "kernels.linear_cross_entropy='fast'",

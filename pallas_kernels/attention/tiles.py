@@ -1,0 +1,206 @@
+"""Which tiles of the scores a kernel visits: found from vectors in plain JAX, walked as a list of packed words.
+
+A tile is block i of queries times block j of keys. `classify` says from the least and largest segment and position of
+each block whether a tile is live (some query may see some key), near (its relative bias is no single number; without a
+bias: it crosses the diagonal) and masked (some pair may be hidden by segments, positions or a window). It may call a
+dead tile live or a clear one masked, never the reverse; the exact mask is the kernels'.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+INDEX_BITS = 12
+MAX_BLOCKS = 1 << INDEX_BITS
+FIRST, LAST, LIVE, NEAR, MASKED = (1 << (2 * INDEX_BITS + n) for n in range(5))
+FAR = 1 << 30  # beyond every position
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+  """What is known of a call when it is compiled. Lengths are padded to blocks.
+
+  `max_distance` is the bias's, None without one; `positioned`: positions are vectors, not indices. A tile of scores
+  is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
+  """
+
+  heads: int
+  group: int
+  q_length: int
+  kv_length: int
+  block_q: int
+  block_kv: int
+  compute: int
+  causal: bool
+  segmented: bool
+  positioned: bool
+  scale: float
+  window: int | None = None
+  num_sinks: int = 0
+  max_distance: int | None = None
+  bidirectional: bool = False
+  alibi: bool = False
+  sinks: bool = False
+  softcap: float | None = None
+  interpret: Any = False
+
+  @property
+  def num_q(self) -> int:
+    return self.q_length // self.block_q
+
+  @property
+  def num_kv(self) -> int:
+    return self.kv_length // self.block_kv
+
+  @property
+  def diagonal(self) -> bool:
+    """Whether causality is a matter of indices: the mask is the same in every row of the batch."""
+    return self.causal and not self.positioned
+
+  @property
+  def biased(self) -> bool:
+    return self.max_distance is not None
+
+  @property
+  def tile_classes(self) -> list[tuple[bool, bool]]:
+    """(near, masked) of the tiles that can occur."""
+    near = (False, True) if self.biased or self.diagonal else (False,)
+    masked = (False, True) if self.segmented or self.positioned or self.window is not None else (False,)
+    return [(n, m) for n in near for m in masked]
+
+  @property
+  def near_offsets(self) -> range:
+    """Of all pieces of near tiles: first key - first query, `compute` apart."""
+    step, reach = math.gcd(self.block_q, self.block_kv), self.max_distance or 0
+    low = -(-(-reach - self.block_kv + 2) // step) * step
+    high = self.block_q - 1 + (0 if self.diagonal else reach - 1)
+    return range(low, high // step * step + self.block_kv - self.compute + 1, self.compute)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['q_segments', 'kv_segments', 'q_positions', 'kv_positions', 'kv_reach'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vectors:
+  """int32[batch, padded length] each, None where there are none. Key j is visible under causality iff `kv_reach[j]` <=
+  the query's position: its own position, or less than all of them in a prefix.
+  """
+
+  q_segments: Array | None = None
+  kv_segments: Array | None = None
+  q_positions: Array | None = None
+  kv_positions: Array | None = None
+  kv_reach: Array | None = None
+
+
+def classify(spec: Spec, vectors: Vectors):
+  """(live, near, masked), bool[batch or 1, num_q, num_kv]: numpy where no vector has a say, and then batch is 1."""
+  offset = np.arange(spec.num_kv)[None, None] * spec.block_kv - np.arange(spec.num_q)[None, :, None] * spec.block_q
+  live = offset < spec.block_q if spec.diagonal else np.ones_like(offset, bool)
+  near, masked = _near(spec, offset), np.zeros_like(live)
+  if spec.segmented:
+    both, one = _segments(spec, vectors)
+    live, masked = live & both, masked | ~one
+  if spec.positioned or spec.window is not None:
+    some, every = _positions(spec, vectors)
+    live, masked = live & some, masked | ~every
+  return live, near, masked
+
+
+def _near(spec: Spec, offset):
+  if spec.biased:
+    above = spec.diagonal or offset - (spec.block_q - 1) < spec.max_distance
+    return (offset + spec.block_kv - 1 > -spec.max_distance) & above
+  return offset + spec.block_kv - 1 > 0 if spec.diagonal else np.zeros_like(offset, bool)
+
+
+def _range(x, block: int):
+  blocks = x.reshape(x.shape[0], -1, block)
+  return blocks.min(-1), blocks.max(-1)
+
+
+def _segments(spec: Spec, vectors: Vectors):
+  """(whether a segment may be on both sides of the tile, whether only one is); 0 is none."""
+  ends = []
+  for ids, block in ((vectors.q_segments, spec.block_q), (vectors.kv_segments, spec.block_kv)):
+    lowest, highest = _range(jnp.where(ids == 0, FAR, ids), block)[0], _range(jnp.where(ids == 0, -FAR, ids), block)[1]
+    ends.append((lowest, highest, (lowest == highest) & (_range(ids, block)[0] != 0)))
+  (q_low, q_high, q_one), (k_low, k_high, k_one) = ends
+  both = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+  return both, q_one[:, :, None] & k_one[:, None] & (q_low[:, :, None] == k_low[:, None])
+
+
+def _positions(spec: Spec, vectors: Vectors):
+  """(whether some pair may see each other by position, whether every pair does)."""
+  index = lambda length: np.arange(length, dtype=np.int32)[None]
+  at = lambda given, length: index(length) if given is None else given
+  q_low, q_high = (x[:, :, None] for x in _range(at(vectors.q_positions, spec.q_length), spec.block_q))
+  k_low, k_high = (x[:, None] for x in _range(at(vectors.kv_positions, spec.kv_length), spec.block_kv))
+  some = every = np.ones((1, 1, 1), bool)
+  if spec.causal and spec.positioned:
+    low, high = (x[:, None] for x in _range(vectors.kv_reach, spec.block_kv))
+    some, every = some & (low <= q_high), every & (high <= q_low)
+  if spec.window is not None:
+    meets = (k_low - q_high < spec.window) & (q_low - k_high < spec.window)
+    inside = (k_high - q_low < spec.window) & (q_high - k_low < spec.window)
+    some, every = some & (meets | (k_low < spec.num_sinks)), every & (inside | (k_high < spec.num_sinks))
+  return some, every
+
+
+def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):
+  """(words int32[batch or 1, at most num_q * num_kv], how many are used: int, or an array where vectors decide).
+
+  Tiles of one block of queries (`by_keys`: of keys) follow each other, the first and last are marked, and a block of
+  which no tile is live still has one, so that its output is written. Words after a row's last repeat its tile without
+  marks: no copy, no work.
+
+  Raises ValueError for more than 4,096 blocks.
+  """
+  if max(spec.num_q, spec.num_kv) > MAX_BLOCKS:
+    raise ValueError(f'flash_attention over {spec.num_q} x {spec.num_kv} blocks; {MAX_BLOCKS} fit, use larger blocks.')
+  classes = classify(spec, vectors)
+  static = all(isinstance(x, np.ndarray) for x in classes)
+  xp, shape = (np if static else jnp), (-1, spec.num_q, spec.num_kv)
+  i, j = np.meshgrid(np.arange(spec.num_q), np.arange(spec.num_kv), indexing='ij')
+  order = (lambda x: xp.swapaxes(x, 1, 2)) if by_keys else (lambda x: x)
+  flat = lambda x: order(xp.reshape(x, shape)).reshape(x.size // i.size, -1)
+  live, near, masked = (flat(x) for x in classes)
+  own = flat(xp.asarray(j if by_keys else i, np.int32))[0]
+  place = flat(xp.asarray(i | j << INDEX_BITS, np.int32))
+  some = live.reshape(live.shape[0], -1, spec.num_q if by_keys else spec.num_kv).any(-1)
+  begins = np.diff(np.asarray(np.sort(j if by_keys else i, axis=None)), prepend=-1) != 0
+  keep = live | (begins[None] & ~some[:, own])
+  flags = _flag(xp, live, LIVE) + _flag(xp, near, NEAR) + _flag(xp, masked, MASKED)
+  return _compact(xp, keep, xp.broadcast_to(own, keep.shape), place + flags, place)
+
+
+def _flag(xp, on, bit: int):
+  return xp.where(on, np.int32(bit), np.int32(0))
+
+
+def _compact(xp, keep, own, words, place):
+  """The words of the tiles kept, in front, with marks at the ends of each block."""
+  order = xp.argsort(~keep, axis=-1, stable=True)
+  take = lambda x: xp.take_along_axis(xp.broadcast_to(x, keep.shape), order, axis=-1)
+  own, used, at = take(own), keep.sum(-1, keepdims=True), np.arange(keep.shape[1])[None]
+  change, edge = own[:, 1:] != own[:, :-1], xp.ones_like(keep[:, :1])
+  first = xp.concatenate([edge, change], -1)
+  last = xp.concatenate([change, edge], -1) | (at == used - 1)
+  end = xp.take_along_axis(take(place), used - 1, axis=-1)
+  words = xp.where(at < used, take(words) + _flag(xp, first, FIRST) + _flag(xp, last, LAST), end)
+  if xp is np:
+    return words[:, : int(used.max())].astype(np.int32), int(used.max())
+  return words.astype(jnp.int32), used.max()
+
+
+def unpack(word):
+  """(block of queries, block of keys)."""
+  return word & (MAX_BLOCKS - 1), (word >> INDEX_BITS) & (MAX_BLOCKS - 1)

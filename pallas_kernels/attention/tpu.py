@@ -1,0 +1,345 @@
+"""Flash attention on TPU: one Mosaic kernel forward, two backward, O(length) memory; the interpreter runs the same.
+
+Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so positions inside
+a segment must rise by one from place to place, as in packed rows; `alibi` has no gradient; no dropout.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
+from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.tiles import Spec, Vectors
+from pallas_kernels.attention.toeplitz import LANES
+from pallas_kernels.attention.tpu_kernels import HIDDEN, LOG2E, NO_ROW
+
+BLOCKS = (1024, 512, 256, 128)
+COMPUTE = 512
+WORDS_AT_ONCE = 2**17  # of the lists of tiles: half of the scalar memory of a core
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """Of queries, of keys, and of keys computed at a time: multiples of 128, the last divides the others."""
+
+  q: int
+  kv: int
+  compute: int
+
+
+def choose_block(length: int) -> int:
+  """The largest block that pads `length` by no more than a quarter of what 128 would leave."""
+  least = -(-length // LANES) * LANES
+  return next(block for block in BLOCKS if -(-length // block) * block <= least * 5 / 4)
+
+
+def choose_blocks(q_length: int, kv_length: int) -> Blocks:
+  q, kv = choose_block(q_length), choose_block(kv_length)
+  return Blocks(q=q, kv=kv, compute=min(q, kv, COMPUTE))
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool,
+  window: int | None = None,
+  num_sinks: int = 0,
+  q_segment_ids: Array | None = None,
+  kv_segment_ids: Array | None = None,
+  q_positions: Array | None = None,
+  kv_positions: Array | None = None,
+  prefix_end: Array | None = None,
+  relative_bias: RelativeBias | None = None,
+  alibi: Array | None = None,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Array | None = None,
+  return_lse: bool = False,
+  blocks: Blocks | None = None,
+  interpret: Any = False,
+):
+  """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
+  (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
+  blocks = choose_blocks(q_length, kv_length) if blocks is None else blocks
+  vectors = _vectors(
+    (batch, q_length, kv_length), causal, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end, blocks
+  )
+  spec = Spec(
+    heads=heads, group=heads // k.shape[2], q_length=_padded(q_length, blocks.q),
+    kv_length=_padded(kv_length, blocks.kv), block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
+    causal=causal, segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
+    scale=1 / math.sqrt(head_dim) if scale is None else scale, window=window, num_sinks=num_sinks,
+    max_distance=None if relative_bias is None else relative_bias.max_distance,
+    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
+    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+  )  # fmt: skip
+  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
+    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  major = lambda x, length: _pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
+  table = None if relative_bias is None else relative_bias.table
+  call = lambda rows: _flash(spec, *rows[:3], table, alibi, sink_logits, rows[3])
+  arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
+  out, lse = _in_turns(call, arrays, batch, _rows_at_once(spec, vectors, batch))
+  out = jnp.moveaxis(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length], 1, 2)
+  if not return_lse:
+    return out
+  return out, jnp.moveaxis(lse.reshape(batch, heads, -1)[:, :, :q_length], 1, 2)
+
+
+def _rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:
+  """The most rows, of those that divide `batch`, whose lists of tiles fit; without vectors all share one list."""
+  if not jax.tree.leaves(vectors):
+    return batch
+  most = max(1, WORDS_AT_ONCE // (spec.num_q * spec.num_kv))
+  return next(rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0)
+
+
+def _in_turns(call, arrays, batch: int, rows: int):
+  if rows == batch:
+    return call(arrays)
+  split = lambda x: x.reshape(batch // rows, -1, *x.shape[1:])
+  join = lambda x: x.reshape(-1, *x.shape[2:])
+  return jax.tree.map(join, jax.lax.map(call, jax.tree.map(split, arrays)))
+
+
+def _padded(length: int, block: int) -> int:
+  return -(-length // block) * block
+
+
+def _pad(x: Array, dim: int, length: int, mode: str = 'constant') -> Array:
+  widths = [(0, length - n if d == dim else 0) for d, n in enumerate(x.shape)]
+  return jnp.pad(x, widths, mode=mode) if length != x.shape[dim] else x
+
+
+def _vectors(shape, causal, q_segments, kv_segments, q_positions, kv_positions, prefix_end, blocks: Blocks) -> Vectors:
+  """Padded to blocks. Padding is of segment 0, unless no query that counts could see it anyway."""
+  batch, q_length, kv_length = shape
+  row = lambda x, length: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length))
+  to_q = lambda x, mode='constant': _pad(row(x, q_length), 1, _padded(q_length, blocks.q), mode)
+  to_kv = lambda x, mode='constant': _pad(row(x, kv_length), 1, _padded(kv_length, blocks.kv), mode)
+  positioned = any(x is not None for x in (q_positions, kv_positions, prefix_end))
+  unseen = causal and not positioned and q_length <= kv_length
+  if q_segments is None and kv_length % blocks.kv and not unseen:
+    q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, kv_length), jnp.int32)
+  found = {}
+  if q_segments is not None:
+    found = {'q_segments': to_q(q_segments), 'kv_segments': to_kv(kv_segments)}
+  if positioned:
+    own = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
+    reach = own if prefix_end is None else jnp.where(own < prefix_end, -tiles.FAR, own)
+    found['q_positions'] = to_q(jnp.arange(q_length)[None] if q_positions is None else q_positions, 'edge')
+    found |= {'kv_positions': to_kv(own, 'edge'), 'kv_reach': to_kv(reach, 'edge')}
+  return Vectors(**found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors) -> tuple[Array, Array]:
+  """q[batch * heads, length, head_dim], … -> (o like q, lse f32[batch * heads, length])."""
+  return _forward(spec, q, k, v, table, alibi, sink_logits, vectors)[0]
+
+
+def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
+  heads, strips, _ = _numbers(spec, table, alibi, sink_logits)
+  call = Call.make(spec, heads, vectors, by_keys=False)
+  f32 = jnp.float32
+  out = call.run(
+    tpu_kernels.forward,
+    ins={'q': call.of_q(q), 'k': call.of_kv(k), 'v': call.of_kv(v), **call.strips(strips)},
+    outs={'o': call.of_q(q), 'lse': call.row_of_q(jax.ShapeDtypeStruct((q.shape[0], 1, spec.q_length), f32))},
+    scratch={'m': ((spec.block_q, LANES), f32), 'l': ((spec.block_q, LANES), f32),
+             'acc': ((spec.block_q, q.shape[2]), f32), 'scaled': ((spec.block_q, q.shape[2]), q.dtype),
+             **call.toe(strips, 'toe')},
+  )  # fmt: skip
+  lse = out['lse'][:, 0]
+  natural = jnp.where(lse == NO_ROW, -jnp.inf, lse / LOG2E)
+  return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
+
+
+def _backward(spec: Spec, saved, gradients):
+  q, k, v, table, alibi, sink_logits, vectors, o, lse = saved
+  do, dlse = gradients
+  (heads, strips, turned), back = jax.vjp(lambda *x: _numbers(spec, x[0], alibi, x[1]), table, sink_logits)
+  di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
+  rows = {'lse': lse[:, None], 'di': di[:, None]}
+  same = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), **rows}
+  dq, dstrips, dsaturated = _grad_queries(spec, same, heads, strips, vectors)
+  dk, dv = _grad_keys_values(spec, same, heads, turned, vectors)
+  dheads = jnp.zeros_like(heads)
+  if spec.biased:
+    dheads = dheads.at[:, :2].set(dsaturated)
+  if spec.sinks:
+    sink = jnp.exp2(heads[:, tpu_kernels.SINK, None] - lse.reshape(-1, *heads.shape[:1], spec.q_length))
+    dheads = dheads.at[:, tpu_kernels.SINK].set(-(sink * di.reshape(sink.shape)).sum((0, 2)))
+  # The kernels' gradients are those of scores in base e; `back` is of scores in base 2.
+  nothing = None if strips is None else jnp.zeros_like(turned)
+  dtable, dsink = back((dheads / LOG2E, None if strips is None else dstrips / LOG2E, nothing))
+  zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+  dalibi = None if alibi is None else jnp.zeros_like(alibi)
+  return dq, dk, dv, dtable, dalibi, dsink, jax.tree.map(zero, vectors)
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def _grad_queries(spec: Spec, arrays: Mapping[str, Array], heads, strips, vectors: Vectors):
+  """(dq, dstrips, dsaturated[heads, 2]), both of the bias summed over the batch, or None."""
+  call, f32 = Call.make(spec, heads, vectors, by_keys=False), jnp.float32
+  q = arrays['q']
+  outs, scratch = (
+    {'dq': call.of_q(q)},
+    {'acc': ((spec.block_q, q.shape[2]), f32), 'scaled': ((spec.block_q, q.shape[2]), q.dtype)},
+  )
+  scratch |= {f'column_{name}': ((spec.block_q, LANES), f32) for name in ('lse', 'di')}
+  if spec.biased:
+    outs['dstrips'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], *strips.shape[1:]), f32))
+    outs['dsaturated'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], 2, 8, LANES), f32))
+    scratch |= call.toe(strips, 'toe') | call.toe(strips, 'dtoe')
+  out = call.run(tpu_kernels.grad_queries, call.inputs(arrays) | call.strips(strips), outs, scratch)
+  if not spec.biased:
+    return out['dq'], None, None
+  sum_rows = lambda x: x.reshape(-1, spec.heads, *x.shape[1:]).sum(0)
+  return out['dq'], sum_rows(out['dstrips']), sum_rows(out['dsaturated']).sum((-1, -2))
+
+
+def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], heads, strips, vectors: Vectors):
+  call, f32 = Call.make(spec, heads, vectors, by_keys=True), jnp.float32
+  k, v = arrays['k'], arrays['v']
+  scratch = {name: ((spec.block_kv, k.shape[2]), f32) for name in ('acc_k', 'acc_v')}
+  scratch['scaled'] = ((spec.block_kv, k.shape[2]), k.dtype)
+  out = call.run(
+    tpu_kernels.grad_keys_values, call.inputs(arrays) | call.strips(strips),
+    {'dk': call.of_kv(k), 'dv': call.of_kv(v)}, scratch | call.toe(strips, 'toe', members=spec.group),
+  )  # fmt: skip
+  return out['dk'], out['dv']
+
+
+def _numbers(spec: Spec, table, alibi, sink_logits):
+  """(f32[heads, 4] of each head: bias far left and far right, slope, sink; strips; transposed strips), in base 2."""
+  strips = turned = None
+  none = jnp.zeros(spec.heads, jnp.float32)
+  left = right = none
+  if table is not None:
+    strips, turned, far = toeplitz.expand(table, spec, HIDDEN / LOG2E)
+    strips, turned, left, right = strips * LOG2E, turned * LOG2E, far[:, 0], far[:, 1]
+  numbers = [left, right, *(none if x is None else x.astype(jnp.float32) for x in (alibi, sink_logits))]
+  return jnp.stack(numbers, -1) * LOG2E, strips, turned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """One pallas_call: its tiles, and where a block of each array lies at a step. Arrays come with their BlockSpec.
+
+  The grid is (batch * heads, tiles), or (batch * kv_heads, tiles, heads that share them) for gradients of keys.
+  """
+
+  spec: Spec
+  numbers: Array
+  words: Array
+  steps: Any
+  vectors: dict[str, Array]
+  by_keys: bool
+
+  @classmethod
+  def make(cls, spec: Spec, numbers: Array, vectors: Vectors, *, by_keys: bool) -> 'Call':
+    words, steps = tiles.walk(spec, vectors, by_keys=by_keys)
+    found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
+    found = {name: x for name, x in found.items() if x is not None}
+    if spec.segmented:  # padding sees nothing, not even padding
+      found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
+    return cls(spec=spec, numbers=numbers, words=jnp.asarray(words), steps=steps, vectors=found, by_keys=by_keys)
+
+  @property
+  def per_row(self) -> int:
+    """Programs along the first dim of the grid for each row of the batch."""
+    return self.spec.heads // (self.spec.group if self.by_keys else 1)
+
+  def _block(self, shape, index) -> pl.BlockSpec:
+    """`index(i, j, head, kv_head, row)` of a step, for a block of `shape`."""
+
+    def at(program, step, *rest):
+      words, member = rest[-1], rest[0] if self.by_keys else 0
+      row = program // self.per_row
+      i, j = tiles.unpack(words[row if words.shape[0] > 1 else 0, step])
+      group = self.spec.group
+      head, kv_head = (program * group + member, program) if self.by_keys else (program, program // group)
+      return index(i, j, head, kv_head, row)
+
+    return pl.BlockSpec(shape, at)
+
+  def of_q(self, x):
+    return x, self._block((None, self.spec.block_q, x.shape[2]), lambda i, j, head, kv_head, row: (head, i, 0))
+
+  def of_kv(self, x):
+    return x, self._block((None, self.spec.block_kv, x.shape[2]), lambda i, j, head, kv_head, row: (kv_head, j, 0))
+
+  def row_of_q(self, x):
+    return x, self._block((None, 1, self.spec.block_q), lambda i, j, head, kv_head, row: (head, 0, i))
+
+  def of_head(self, x):
+    rest = x.shape[1:]
+    return x, self._block((None, *rest), lambda i, j, head, kv_head, row: (head, *(0 for _ in rest)))
+
+  def strips(self, x):
+    if x is None:
+      return {}
+    place = lambda i, j, head, kv_head, row: (head % self.spec.heads, 0, 0)
+    return {'strips': (x, self._block((None, *x.shape[1:]), place))}
+
+  def inputs(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    place = {'k': self.of_kv, 'v': self.of_kv, 'lse': self.row_of_q, 'di': self.row_of_q}
+    return {name: place.get(name, self.of_q)(x) for name, x in arrays.items()}
+
+  def toe(self, strips, name: str, members: int | None = None) -> dict[str, Any]:
+    if strips is None:
+      return {}
+    shape = (strips.shape[1], LANES, strips.shape[2])
+    return {name: (shape if members is None else (members, *shape), jnp.float32)}
+
+  def _row_vectors(self) -> dict[str, Any]:
+    """int32[batch, 1, length] with its blocks."""
+    found = {}
+    for name, x in self.vectors.items():
+      of_q = name.startswith('q_')
+      block = self.spec.block_q if of_q else self.spec.block_kv
+      place = (lambda i, j, h, g, row: (row, 0, i)) if of_q else (lambda i, j, h, g, row: (row, 0, j))
+      found[name] = (x[:, None], self._block((None, 1, block), place))
+    return found
+
+  def _columns(self) -> dict[str, Any]:
+    """Scratch for the vectors of the rows of a tile: of keys where it is transposed."""
+    block, side = (self.spec.block_kv, 'kv_') if self.by_keys else (self.spec.block_q, 'q_')
+    return {f'column_{name}': ((block, LANES), jnp.int32) for name in self.vectors if name.startswith(side)}
+
+  def run(self, kernel, ins, outs, scratch) -> dict[str, Array]:
+    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    ins = {'numbers': (self.numbers, smem), **self._row_vectors(), **ins}
+    scratch = scratch | self._columns()
+    names, spec = [*ins, *outs, *scratch], self.spec
+    grid = (ins['k'][0].shape[0], self.steps, spec.group) if self.by_keys else (ins['q'][0].shape[0], self.steps)
+
+    def body(words, *refs):
+      kernel(spec, words, dict(zip(names, refs, strict=True)))
+
+    found = pl.pallas_call(
+      body, name=f'attention_{kernel.__name__}', interpret=spec.interpret,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs.values()],
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1, grid=grid, in_specs=[block for _, block in ins.values()],
+        out_specs=[block for _, block in outs.values()],
+        scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
+      ),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', *['arbitrary'] * (len(grid) - 1))),
+    )(self.words, *(x for x, _ in ins.values()))  # fmt: skip
+    return dict(zip(outs, found, strict=True))

@@ -1,0 +1,314 @@
+"""The three Mosaic kernels: forward, the gradient of queries (and of the bias), the gradients of keys and values.
+
+Scores are in base 2: the side that stays (queries, or keys for their gradients) is multiplied by scale * log2(e), or
+by scale / softcap where scores are capped, when it comes. The grid is sequential along tiles; what belongs to one block
+of queries or keys stays in scratch from its FIRST tile to its LAST.
+`ref` holds the blocks by name; vectors of the rows of a tile lie as columns, [rows, 128] with all lanes equal.
+Source: Dao et al. 2022, arXiv:2205.14135, as jax's splash_attention lays it out for TPU.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention import tiles, toeplitz
+from pallas_kernels.attention.tiles import Spec
+from pallas_kernels.attention.toeplitz import LANES
+
+LOG2E = math.log2(math.e)
+HIDDEN = -2e30  # below LOWEST: a row that sees nothing then has weights of 0, and no NaN
+LOWEST = -1e30
+NO_ROW = 1e30  # the log-sum-exp of such a row, for the backward: exp2(score - NO_ROW) = 0
+LEFT, RIGHT, SLOPE, SINK = range(4)  # columns of the numbers of each head
+NT = (((1,), (1,)), ((), ()))  # contracts the minor dim of both
+NN = (((1,), (0,)), ((), ()))
+
+
+def dot(a: Array, b: Array, dims) -> Array:
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def column(row: Array) -> Array:
+  """(1, n) -> (n, 128), every lane equal."""
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def wide(x: Array, columns: int) -> Array:
+  """(n, 128) of equal lanes -> (n, columns)."""
+  return x[:, :columns] if columns <= LANES else jnp.tile(x, (1, -(-columns // LANES)))[:, :columns]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+  """A live tile: its place, its class, the numbers of its head; `toe` is the head's place in scratch."""
+
+  spec: Spec
+  ref: Any
+  word: Array
+  numbers: tuple[Array, ...]
+  toe: Any
+  near: bool
+  masked: bool
+  transposed: bool
+
+  def keys(self, piece: int) -> slice:
+    return slice(piece * self.spec.compute, (piece + 1) * self.spec.compute)
+
+  @property
+  def pieces(self) -> range:
+    return range(self.spec.block_kv // self.spec.compute)
+
+  def offset(self, piece: int) -> Array:
+    """First key - first query."""
+    i, j = tiles.unpack(self.word)
+    return j * self.spec.block_kv - i * self.spec.block_q + piece * self.spec.compute
+
+  def strip(self, piece: int) -> Array:
+    return (self.offset(piece) - self.spec.near_offsets[0]) // self.spec.compute
+
+  @property
+  def side(self):
+    """Of a saturated tile: 0 where its keys come before its queries, 1 behind."""
+    return 0 if self.spec.diagonal else jnp.where(self.offset(0) < 0, 0, 1)
+
+  @property
+  def shift(self):
+    """The bias of a saturated tile, one number."""
+    if not self.spec.biased or self.near:
+      return 0.0
+    left, right = self.numbers[LEFT], self.numbers[RIGHT]
+    return left if self.spec.diagonal else jnp.where(self.offset(0) < 0, left, right)
+
+  def of_keys(self, name: str, piece: int, shape) -> Array:
+    """A vector of keys, spread over the tile."""
+    if self.transposed:
+      return wide(self.ref[f'column_{name}'][self.keys(piece)], shape[1])
+    return self.ref[name][:, self.keys(piece)]
+
+  def of_queries(self, name: str, shape) -> Array:
+    return self.ref[name][...] if self.transposed else wide(self.ref[f'column_{name}'][...], shape[1])
+
+  def iota(self, shape) -> tuple[Array, Array]:
+    """(place of the query in the tile, place of the key)."""
+    q_dim = 1 if self.transposed else 0
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (q_dim, 1 - q_dim))
+
+  def ahead(self, piece: int, shape) -> Array:
+    """Position of the key - position of the query."""
+    if self.spec.positioned:
+      return self.of_keys('kv_positions', piece, shape) - self.of_queries('q_positions', shape)
+    query, key = self.iota(shape)
+    return key - query + self.offset(piece)
+
+  def visible(self, piece: int, shape) -> list[Array]:
+    """The conditions that a pair must fulfil to be seen."""
+    spec, found = self.spec, []
+    if self.near and spec.diagonal and not spec.biased:
+      query, key = self.iota(shape)
+      found.append(key - query <= -self.offset(piece))
+    if self.masked and spec.segmented:
+      found.append(self.of_keys('kv_segments', piece, shape) == self.of_queries('q_segments', shape))
+    if self.masked and spec.causal and spec.positioned:
+      found.append(self.of_keys('kv_reach', piece, shape) <= self.of_queries('q_positions', shape))
+    if self.masked and spec.window is not None:
+      found.append(self._in_window(piece, shape))
+    return found
+
+  def _in_window(self, piece: int, shape) -> Array:
+    near = jnp.abs(self.ahead(piece, shape)) < self.spec.window
+    if not self.spec.num_sinks:
+      return near
+    if self.spec.positioned:
+      return near | (self.of_keys('kv_positions', piece, shape) < self.spec.num_sinks)
+    first = tiles.unpack(self.word)[1] * self.spec.block_kv + piece * self.spec.compute
+    return near | (self.iota(shape)[1] < self.spec.num_sinks - first)
+
+  def scores(self, products: Array, piece: int) -> tuple[Array, Array | None]:
+    """(scores in base 2 without `shift`, the derivative of the cap)."""
+    slope, x = None, products
+    if self.spec.softcap is not None:
+      bent = jnp.tanh(x)
+      x, slope = bent * (self.spec.softcap * LOG2E), 1 - bent * bent
+    if self.spec.biased and self.near:
+      x = x + toeplitz.load(self.toe, self.strip(piece), *x.shape)
+    if self.spec.alibi:
+      x = x - self.numbers[SLOPE] * jnp.abs(self.ahead(piece, x.shape)).astype(jnp.float32)
+    seen = self.visible(piece, x.shape)
+    return (jnp.where(functools.reduce(jnp.logical_and, seen), x, HIDDEN) if seen else x), slope
+
+
+def _each_class(spec: Spec, word: Array, run) -> None:
+  """Runs `run(near, masked)` for the class of this tile: one region of code for each, however many pieces it has."""
+  has = lambda bit: (word & bit) != 0
+  for near, masked in spec.tile_classes:
+    on = has(tiles.LIVE)
+    if len({n for n, _ in spec.tile_classes}) > 1:
+      on &= has(tiles.NEAR) == near
+    if len({m for _, m in spec.tile_classes}) > 1:
+      on &= has(tiles.MASKED) == masked
+    pl.when(on)(functools.partial(run, near, masked))
+
+
+def _begin(words, per_row: int, head, ref):
+  """(this step's word, the numbers of its head). Program ids are read outside `pl.when`: the interpreter needs that."""
+  row = pl.program_id(0) // per_row if words.shape[0] > 1 else 0
+  return words[row, pl.program_id(1)], tuple(ref['numbers'][head, n] for n in range(4))
+
+
+def _keep_scaled(spec: Spec, ref, x) -> None:
+  factor = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
+  ref['scaled'][...] = (x[...].astype(jnp.float32) * factor).astype(ref['scaled'].dtype)
+
+
+def _columns(ref) -> None:
+  for name in [name for name in ref if name.startswith('column_')]:
+    ref[name][...] = column(ref[name.removeprefix('column_')][...])
+
+
+def forward(spec: Spec, words, ref) -> None:
+  """o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
+  word, numbers = _begin(words, spec.heads, pl.program_id(0) % spec.heads, ref)
+  if spec.biased:
+    pl.when(pl.program_id(1) == 0)(lambda: toeplitz.build(ref['strips'], ref['toe']))
+
+  @pl.when((word & tiles.FIRST) != 0)
+  def _():
+    m, l = ref['m'], ref['l']
+    m[...] = jnp.full_like(m, numbers[SINK] if spec.sinks else LOWEST)
+    # `l` is summed over lanes at the end; a sink is a weight of 1 at its own maximum.
+    first = jax.lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0
+    l[...] = jnp.where(first, 1.0, 0.0) if spec.sinks else jnp.zeros_like(l)
+    ref['acc'][...] = jnp.zeros_like(ref['acc'])
+    _keep_scaled(spec, ref, ref['q'])
+    _columns(ref)
+
+  def run(near: bool, masked: bool):
+    tile = Tile(
+      spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), near=near, masked=masked, transposed=False
+    )
+    for piece in tile.pieces:
+      _forward_piece(tile, piece)
+
+  _each_class(spec, word, run)
+
+  @pl.when((word & tiles.LAST) != 0)
+  def _():
+    l = jnp.broadcast_to(ref['l'][...].sum(1, keepdims=True), ref['l'].shape)
+    some = l > 0
+    inverse = wide(jnp.where(some, 1 / l, 0.0), ref['acc'].shape[1])
+    ref['o'][...] = (ref['acc'][...] * inverse).astype(ref['o'].dtype)
+    ref['lse'][...] = jnp.where(some, ref['m'][...] + jnp.log2(l), NO_ROW).T[:1]
+
+
+def _forward_piece(tile: Tile, piece: int) -> None:
+  ref, keys, columns = tile.ref, tile.keys(piece), tile.spec.compute
+  s, _ = tile.scores(dot(ref['scaled'][...], ref['k'][keys], NT), piece)
+  old, shift = ref['m'][...], tile.shift
+  m = jnp.maximum(old, s.max(1, keepdims=True) + shift)
+  p = jnp.exp2(s - wide(m - shift, columns))
+  keep = jnp.exp2(old - m)
+  ref['m'][...] = m
+  ref['l'][...] = keep * ref['l'][...] + functools.reduce(
+    jnp.add, [p[:, x : x + LANES] for x in range(0, columns, LANES)]
+  )
+  acc = ref['acc']
+  acc[...] = wide(keep, acc.shape[1]) * acc[...] + dot(p.astype(ref['v'].dtype), ref['v'][keys], NN)
+
+
+def grad_queries(spec: Spec, words, ref) -> None:
+  """dq[block_q, head_dim]; of each head's bias: dstrips[near offsets, width], dsaturated[2, 8, 128] to be summed."""
+  word, numbers = _begin(words, spec.heads, pl.program_id(0) % spec.heads, ref)
+  step, steps = pl.program_id(1), pl.num_programs(1)
+  if spec.biased:
+
+    @pl.when(step == 0)
+    def _():
+      toeplitz.build(ref['strips'], ref['toe'])
+      ref['dtoe'][...] = jnp.zeros_like(ref['dtoe'])
+      ref['dsaturated'][...] = jnp.zeros_like(ref['dsaturated'])
+
+  @pl.when((word & tiles.FIRST) != 0)
+  def _():
+    ref['acc'][...] = jnp.zeros_like(ref['acc'])
+    _keep_scaled(spec, ref, ref['q'])
+    _columns(ref)
+
+  def run(near: bool, masked: bool):
+    tile = Tile(
+      spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), near=near, masked=masked, transposed=False
+    )
+    for piece in tile.pieces:
+      _grad_queries_piece(tile, piece)
+
+  _each_class(spec, word, run)
+
+  @pl.when((word & tiles.LAST) != 0)
+  def _():
+    ref['dq'][...] = (ref['acc'][...] * spec.scale).astype(ref['dq'].dtype)
+
+  if spec.biased:
+
+    @pl.when(step == steps - 1)
+    def _():
+      for n in range(ref['dtoe'].shape[0]):
+        ref['dstrips'][n : n + 1, :] = toeplitz.fold(ref['dtoe'][n])
+
+
+def _grad_queries_piece(tile: Tile, piece: int) -> None:
+  ref, keys, columns = tile.ref, tile.keys(piece), tile.spec.compute
+  k = ref['k'][keys]
+  s, slope = tile.scores(dot(ref['scaled'][...], k, NT), piece)
+  p = jnp.exp2(s - wide(ref['column_lse'][...] - tile.shift, columns))
+  ds = p * (dot(ref['do'][...], ref['v'][keys], NT) - wide(ref['column_di'][...], columns))
+  dx = ds if slope is None else ds * slope
+  ref['acc'][...] += dot(dx.astype(k.dtype), k, NN)
+  if tile.spec.biased and tile.near:
+    toeplitz.add(ref['dtoe'], tile.strip(piece), ds)
+  elif tile.spec.biased:
+    ref['dsaturated'][tile.side] += toeplitz.partial_sum(ds)
+
+
+def grad_keys_values(spec: Spec, words, ref) -> None:
+  """dk, dv[block_kv, head_dim], summed over the queries' heads that share them: those are the last dim of the grid."""
+  kv_heads, member = spec.heads // spec.group, pl.program_id(2)
+  head = pl.program_id(0) % kv_heads * spec.group + member
+  word, numbers = _begin(words, kv_heads, head, ref)
+  toe = ref['toe'].at[member] if spec.biased else None
+  if spec.biased:
+    pl.when(pl.program_id(1) == 0)(lambda: toeplitz.build(ref['strips'], toe))
+
+  @pl.when(((word & tiles.FIRST) != 0) & (member == 0))
+  def _():
+    for name in ('acc_k', 'acc_v'):
+      ref[name][...] = jnp.zeros_like(ref[name])
+    _keep_scaled(spec, ref, ref['k'])
+    _columns(ref)
+
+  def run(near: bool, masked: bool):
+    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=toe, near=near, masked=masked, transposed=True)
+    for piece in tile.pieces:
+      _grad_keys_values_piece(tile, piece)
+
+  _each_class(spec, word, run)
+
+  @pl.when(((word & tiles.LAST) != 0) & (member == spec.group - 1))
+  def _():
+    ref['dk'][...] = (ref['acc_k'][...] * spec.scale).astype(ref['dk'].dtype)
+    ref['dv'][...] = ref['acc_v'][...].astype(ref['dv'].dtype)
+
+
+def _grad_keys_values_piece(tile: Tile, piece: int) -> None:
+  ref, keys = tile.ref, tile.keys(piece)
+  q, do = ref['q'][...], ref['do'][...]
+  s, slope = tile.scores(dot(ref['scaled'][keys], q, NT), piece)
+  p = jnp.exp2(s - (ref['lse'][...] - tile.shift))
+  ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
+  ds = p * (dot(ref['v'][keys], do, NT) - ref['di'][...])
+  ds = ds if slope is None else ds * slope
+  ref['acc_k'][keys] += dot(ds.astype(q.dtype), q, NN)

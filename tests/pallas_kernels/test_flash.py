@@ -1,0 +1,174 @@
+"""The kernels for TPU, in an interpreter, against the definition: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import reference, toeplitz, tpu
+from pallas_kernels.attention.api import choose, flash_attention
+from pallas_kernels.attention.reference import RelativeBias
+from tests.pallas_kernels.attention_cases import SMALL, compare, draw, normal, packed, prefixed, relative, row
+
+ROW = np.stack([row(100, 30, 100, padding=26), row(156, 100)])
+OTHER = np.stack([row(20, 60, 40, padding=8), row(100, 28)])
+PREFIX = prefixed(ROW, (0, 20, 0, 70))
+SLOPES = jnp.asarray([0.1, 0.01], jnp.float32)
+SINKS = jnp.asarray([0.3, -1.0], jnp.float32)
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+
+
+def bias(bidirectional: bool, max_distance: int = 64) -> dict:
+  return {'relative_bias': RelativeBias(normal((16, 2), 5), bidirectional, max_distance)}
+
+
+CASES = {
+  'causal, lengths that no block divides': ((200,), {}, {'causal': True}),
+  'full, keys shared': ((200, 140), {'kv_heads': 1}, {'causal': False}),
+  'across packed rows': (
+    (256, 128), {'batch': 2},
+    {'causal': False, 'q_segment_ids': jnp.asarray(ROW), 'kv_segment_ids': jnp.asarray(OTHER)},
+  ),
+  'prefixes, a cap, sinks': (
+    (256,), {'batch': 2, 'kv_heads': 1}, {'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, **PREFIX}
+  ),
+  'window, first tokens, slopes': (
+    (256,), {'batch': 2}, {'causal': True, 'window': 40, 'num_sinks': 3, 'alibi': SLOPES, **PREFIX}
+  ),
+  'bias, packed': ((256,), {'batch': 2}, {'causal': True, **packed(ROW), **bias(False)}),
+  'bias of both sides': ((384, 256), {}, {'causal': False, **bias(True)}),
+}  # fmt: skip
+MORE = {
+  'window of both sides': ((300,), {}, {'causal': False, 'window': 70}),
+  'window, first tokens, by index': ((300,), {}, {'causal': True, 'window': 70, 'num_sinks': 5}),
+  'slopes': ((256,), {}, {'causal': True, 'alibi': SLOPES}),
+  'more queries than keys': ((256, 140), {}, {'causal': True}),
+  'bias, prefixes, keys shared': ((256,), {'batch': 2, 'kv_heads': 1}, {'causal': True, **PREFIX, **bias(False)}),
+  'all': (
+    (256,), {'batch': 2},
+    {'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, **PREFIX, **bias(False)},
+  ),
+}  # fmt: skip
+MANY = [tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128)]
+
+
+@pytest.mark.parametrize('case', [*CASES, *(slow(case) for case in MORE)])
+def test_it_is_the_definition_in_values_and_gradients(case):
+  lengths, sizes, options = (CASES | MORE)[case]
+  differences = compare(draw(*lengths, **sizes), options)
+  assert max(differences.values()) < 3e-6, differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('blocks', MANY, ids=['wide', 'tall'])
+@pytest.mark.parametrize('case', CASES | MORE)
+def test_blocks_do_not_change_the_answer(case, blocks):
+  lengths, sizes, options = (CASES | MORE)[case]
+  differences = compare(draw(*lengths, **sizes), options, blocks)
+  assert max(differences.values()) < 3e-6, differences
+
+
+@pytest.mark.slow
+def test_rows_whose_lists_do_not_fit_together_take_turns(monkeypatch):
+  monkeypatch.setattr(tpu, 'WORDS_AT_ONCE', 4)
+  lengths, sizes, options = CASES['bias, packed']
+  differences = compare(draw(*lengths, **sizes), options)
+  assert max(differences.values()) < 3e-6, differences
+
+
+@pytest.mark.slow
+def test_nothing_is_read_before_it_is_written_and_nothing_races():
+  """In the interpreter that simulates memories: what was not written is NaN."""
+  lengths, sizes, options = CASES['bias, packed']
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')
+  differences = compare(draw(*lengths, **sizes), options, interpret=params)
+  assert max(differences.values()) < 3e-6, differences
+
+
+def run(q, k, v, **options):
+  return tpu.attention(q, k, v, **options, blocks=SMALL, interpret=True)
+
+
+def test_what_stands_in_padding_does_not_leak():
+  q, k, v = draw(256, batch=2)
+  options = {'causal': False, **packed(ROW)}
+  hole = jnp.asarray(ROW == 0)[:, :, None, None]
+  for function in (run, reference.attention):
+    clean = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(q, k, v)
+    dirty = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(
+      q, *(jnp.where(hole, jnp.nan, x) for x in (k, v))
+    )
+    for a, b in zip(clean, dirty, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is():
+  arrays = draw(256, batch=2, dtype=jnp.bfloat16)
+  options = {'causal': True, **packed(ROW)}
+  weights = normal(arrays[0].shape, 3)
+
+  def everything(function, arrays):
+    out, back = jax.vjp(lambda *x: function(*x, **options).astype(jnp.float32), *arrays)
+    return [np.asarray(x, np.float32) for x in (out, *back(weights))]
+
+  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays))
+  kernel, definition = everything(run, arrays), everything(reference.attention, arrays)
+  for limit, t, got, own in zip((2, 3, 3, 3), truth, kernel, definition, strict=True):
+    assert np.abs(got - t).max() <= limit * np.abs(own - t).max() + 1e-3
+
+
+def exact_table_gradient(q, k, v, weights, bias: RelativeBias, causal: bool) -> np.ndarray:
+  """In float64: the definition's own, in f32, is up to 9e-6 away from it."""
+  q, k, v, weights, table = (np.asarray(x, np.float64) for x in (q, k, v, weights, bias.table))
+  ahead = np.arange(k.shape[1])[None] - np.arange(q.shape[1])[:, None]
+  bucket = np.asarray(
+    reference.relative_position_bucket(
+      jnp.asarray(ahead), buckets=len(table), bidirectional=bias.bidirectional, max_distance=bias.max_distance
+    )
+  )
+  found = np.zeros_like(table)
+  for b, h in np.ndindex(q.shape[0], q.shape[2]):
+    scores = q[b, :, h] @ k[b, :, h].T / np.sqrt(q.shape[-1]) + table[bucket, h]
+    p = np.exp(np.where(ahead <= 0, scores, -np.inf) if causal else scores)
+    p /= p.sum(-1, keepdims=True)
+    dp = weights[b, :, h] @ v[b, :, h].T
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+    found[:, h] += np.bincount(bucket.ravel(), ds.ravel(), minlength=len(table))
+  return found
+
+
+@pytest.mark.parametrize(
+  ('causal', 'dtype', 'limit'),
+  [(True, jnp.float32, 5e-6), slow(False, jnp.float32, 5e-6), slow(True, 'bfloat16', 1e-2)],
+)
+def test_the_gradient_of_the_bias_table_is_exact_and_needs_the_saturated_tiles(causal, dtype, limit, monkeypatch):
+  arrays, options = draw(512, dtype=dtype), bias(not causal)['relative_bias']
+  weights = normal(arrays[0].shape, 3)
+
+  def loss(table):
+    own = RelativeBias(table, options.bidirectional, options.max_distance)
+    return (run(*arrays, causal=causal, relative_bias=own).astype(jnp.float32) * weights).sum()
+
+  want = exact_table_gradient(*arrays, weights, options, causal)
+  assert relative(np.asarray(jax.jit(jax.grad(loss))(options.table), np.float64), want) < limit
+  if dtype == jnp.float32 and causal:
+    monkeypatch.setattr(toeplitz, 'partial_sum', lambda x: jnp.zeros((8, 128), jnp.float32))
+    jax.clear_caches()
+    assert relative(np.asarray(jax.grad(loss)(options.table), np.float64), want) > 1e-2
+
+
+def test_dropout_is_the_references_and_a_named_kernel_says_so():
+  q, k, v = draw(8)
+  keys = jax.random.split(jax.random.key(0), 1)
+  with pytest.raises(ValueError, match=r"kernels.attention='interpret' has no attention dropout.*use 'auto'"):
+    flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='interpret')
+  flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='auto')
+
+
+def test_auto_goes_by_the_platform_of_the_mesh_and_says_why_once(caplog):
+  caplog.set_level('INFO')
+  mesh = jax.make_mesh((8,), ('data',))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    assert [choose('auto', dropout=False) for _ in range(3)] == ['reference'] * 3
+  assert [r.getMessage() for r in caplog.records].count('attention: reference (no kernel for cpu)') <= 1
