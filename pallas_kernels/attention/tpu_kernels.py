@@ -111,7 +111,7 @@ class Tile:
     spec, found = self.spec, []
     if self.near and spec.diagonal and not spec.biased:
       query, key = self.iota(shape)
-      found.append(key - query <= -self.offset(piece))
+      found.append(key <= query - self.offset(piece))  # as key - query <= … the VLIW schedule is 6% longer
     if self.masked and spec.segmented:
       found.append(self.of_keys('kv_segments', piece, shape) == self.of_queries('q_segments', shape))
     if self.masked and spec.causal and spec.positioned:
