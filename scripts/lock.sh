@@ -3,5 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 compile=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes)
+compile+=(-c scripts/constraints.txt)
 "${compile[@]}" "$@" setup.cfg -o requirements.lock
 "${compile[@]}" "$@" --extra dev --extra tpu -c requirements.lock setup.cfg -o requirements-dev.lock

@@ -1,9 +1,11 @@
 """Stores on an object store, over the real protocol: a server of moto on loopback, found by AWS_ENDPOINT_URL."""
 
+import boto3
 import numpy as np
 import pytest
 import requests
 import tensorstore
+from moto import server
 
 from data import arrays
 from data.errors import DataError
@@ -11,9 +13,6 @@ from data.prepare import prepare
 from data.store import StoreWriter, open_store
 from data.verify import verify
 from data.vocabulary import EOS, Tokenizer
-
-server = pytest.importorskip('moto.server', reason="pip install -e '.[s3]': not in the lock, see setup.cfg")
-boto3 = pytest.importorskip('boto3')
 
 URL = 's3://texts/some/store'
 
