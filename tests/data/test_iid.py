@@ -96,7 +96,7 @@ def test_the_worst_mask_takes_the_places_that_its_task_counts_with():
   """Every other token hidden, as many as may be: each has a sentinel of its own in the inputs, as have all between."""
   (task,) = tasks_of(IidDenoising(noise_density=0.15))
   length = 400
-  bits = np.where(np.arange(length + 1) % 2, 0, 2**64 - 1).astype(np.uint64)
+  bits = np.where(np.arange(length + 1) % 2, np.uint64(0), np.uint64(2**64 - 1))
   maker = Corruption([task], length, VOCABULARY, Lexicon(VOCABULARY, None), ends=False)
   inputs, targets = maker.apply(join([np.arange(length) % 90 + 3]), np.zeros(1, int), bits)
   cost = [int(own[0]) for own in task.costs(np.array([length]))]
