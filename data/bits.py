@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd: what they multiply stays apart
 
 
 def philox(seed: int, purpose: str, *counter: int) -> np.random.Philox:
@@ -27,11 +27,17 @@ def permutation(seed: int, purpose: str, *counter: int, size: int) -> np.ndarray
 
 
 def stream_key(seed: int, purpose: str, *counter) -> np.ndarray:
-  """uint64: the key of (seed, purpose, counter) for `permute`; of arrays as counters, an array of keys."""
-  key = _mix(np.atleast_1d(np.uint64(seed % 2**64)) ^ _mix(np.uint64(zlib.crc32(purpose.encode())) + _GOLDEN))
+  """uint64[1]: the key of (seed, purpose, counter) for `permute`; of arrays as counters, an array of keys."""
+  key = _mix(np.array([seed % 2**64], np.uint64) ^ _mix(np.array([zlib.crc32(purpose.encode())], np.uint64) + _GOLDEN))
   for value in counter:
-    key = _mix(key ^ _mix(np.asarray(value).astype(np.uint64) + _GOLDEN))
+    key = _mix(key ^ _mix(np.atleast_1d(value).astype(np.uint64) + _GOLDEN))
   return key
+
+
+def orders(keys: np.ndarray, size: int) -> np.ndarray:
+  """int64[keys, size]: a uniformly random order of `range(size)` for each key. What `permute` is to large ranges."""
+  places = _mix(np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN)
+  return np.argsort(_mix(keys[:, None] ^ places), axis=1, kind='stable')
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
@@ -62,16 +68,15 @@ def _feistel(place: np.ndarray, radix: tuple[np.uint64, np.uint64], keys: np.nda
   for number in range(rounds):
     this, other = number % 2, 1 - number % 2
     keys = keys + _GOLDEN
-    halves[this] = (halves[this] + _mix(keys ^ _mix(halves[other] + _GOLDEN))) % radix[this]
+    halves[this] = (halves[this] + _mix(keys ^ (halves[other] * _SPREAD))) % radix[this]
   return halves[1] * radix[0] + halves[0]
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
   """A bijection of 64 bits in which every bit of the result hangs on every bit of `value` (splitmix64's)."""
-  with np.errstate(over='ignore'):
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+  value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return value ^ (value >> np.uint64(31))
 
 
 def uniform(keys: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ be next. So a run holds the plans of one window, whatever the size of its store.
 
 import numpy as np
 
-from data.bits import permute, stream_key
+from data.bits import orders, permute, stream_key
 from data.ragged import starts
 
 WINDOW = 8  # shards
@@ -26,7 +26,8 @@ class Deal:
     if size == 1:
       return np.full(len(places), self.block[0]), places
     blocks, within = np.divmod(places, size)
-    slots = permute(within, size, stream_key(self._seed, self._purpose, *counter, blocks))
+    asked, rows = np.unique(blocks, return_inverse=True)
+    slots = orders(stream_key(self._seed, self._purpose, *counter, asked), size)[rows, within]
     numbers = self.block[slots]
     return numbers, blocks * self.shares[numbers] + slots - self._firsts[numbers]
 

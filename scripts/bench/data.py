@@ -1,11 +1,11 @@
-"""How fast one process loads batches: packed rows of a causal LM, and UL2.
+"""How fast one process loads batches, plans rows and finds a place, against Grain's packer and the bars.
 
-python scripts/bench/data.py [--rounds 7] [--store PATH]
+python scripts/bench/data.py [--rounds 7] [--steps 40] [--store PATH] [--workers 1 2 4]
 
-Times `data.loader.loader`, as a run has it (a thread makes batches ahead), and beside it a loop that makes the same
-batches without it. Rounds are interleaved. Bars, of the loader: 20 Mtok/s of packed LM rows, 3 Mtok/s of UL2. A token
-is a text token of the store.
-Without --store random tokens are written to a store in a temporary folder: both numbers include reading it.
+`loader` is `data.loader.loader` as a run has it (a thread makes batches ahead), `no loader` the same batches made in a
+loop, `Grain` its ConcatThenSplit over the same documents, batched. Rounds are interleaved. A token is a text token of a
+store. Without --store random tokens are written to a store in a temporary folder: all numbers include reading it. Bars
+scale with cores where workers are counted: w workers should do 0.7 w times what one does, as far as there are cores.
 """
 
 import argparse
@@ -21,11 +21,17 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be this file
 
+import grain  # noqa: E402
 import numpy as np  # noqa: E402
 
 from data import batches, prepare, source, store, vocabulary  # noqa: E402
+from data.best_fit import BestFitPlanner  # noqa: E402
 from data.loader import loader  # noqa: E402
-from data.objectives import CausalLm, Ul2  # noqa: E402
+from data.objectives import CausalLm, SpanCorruption, Ul2, tasks_of  # noqa: E402
+from data.packing import BestFit  # noqa: E402
+from data.plan import Stream  # noqa: E402
+from data.plan_report import keep_plans  # noqa: E402
+from data.tasks import Budget  # noqa: E402
 
 SENTINELS, BATCH = 128, 64
 NUM_TOKENS = 40_000_000
@@ -43,12 +49,15 @@ def write_store(path: pathlib.Path) -> None:
     writer.finish(source='random tokens')
 
 
-def open_source(path: str, objective, inputs_length: int, targets_length: int) -> batches.DataSource:
+def open_source(
+  path: str, objective, inputs_length: int, targets_length: int, cache: str = '', **options
+) -> batches.DataSource:
   cfg = source.StoreData(
     batch_size=BATCH, inputs_length=inputs_length, targets_length=targets_length, sentinels=SENTINELS,
-    sources=(source.Source(path=path),),
+    sources=(source.Source(path=path),), **options,
   )  # fmt: skip
-  return source.open_data(cfg, objective, seed=0, vocab_size=2**20, cache_dir='unused')
+  cache = cache or f'{path}-cache'
+  return source.open_data(cfg, objective, seed=0, vocab_size=2**20, cache_dir=cache)
 
 
 def loaded(data: batches.DataSource, steps: range) -> float:
@@ -73,7 +82,115 @@ def num_tokens(data: batches.DataSource, steps: range) -> int:
   return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step * BATCH + row).pieces)
 
 
-WAYS = {'loader': loaded, 'no loader': made}
+def grain_packed(store_path: str, count: int) -> float:
+  """Seconds in which Grain packs `count` batches of 64 rows of 2048 of a store's documents, end to end and split."""
+  opened = store.open_store(store_path)
+  documents = grain.MapDataset.source(_Documents(opened)).repeat(None)
+  rows = grain.experimental.ConcatThenSplitIterDataset(
+    documents.to_iter_dataset(grain.ReadOptions(num_threads=0)), length_struct={'targets': 2048}
+  )
+  packed = iter(rows.batch(BATCH))
+  next(packed)
+  start = time.perf_counter()
+  for _ in range(count):
+    next(packed)
+  return time.perf_counter() - start
+
+
+class _Documents:
+  """A Grain source: the tokens of each document."""
+
+  def __init__(self, opened: store.Store):
+    self._store, self._offsets = opened, opened.offsets
+
+  def __len__(self) -> int:
+    return len(self._offsets) - 1
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    return {'targets': self._store.read([(int(self._offsets[k]), int(self._offsets[k + 1] - self._offsets[k]))])[0]}
+
+
+def planning(rounds: int) -> None:
+  """Best fit over documents of log-normal lengths, rows of 2048."""
+  lengths = np.clip(np.random.default_rng(0).lognormal(np.log(500), 1.1, 200_000), 20, 60_000).astype(np.int64)
+  stream = Stream(np.cumsum(lengths) - lengths, lengths)
+  (task,) = tasks_of(CausalLm())
+  rates, rows = [], 0
+  for _ in range(rounds):
+    start = time.perf_counter()
+    rows = len(BestFitPlanner(lambda shard: stream, task, Budget(0, 2048)).plan(0, 0).tasks)
+    rates.append(lengths.sum() / (time.perf_counter() - start) / 1e6)
+  show('plan: best fit, rows of 2048', rates, 'Mtok/s', 20)
+  padding = 1 - lengths.sum() / (rows * 2048)
+  print(f'{"  its padding":47} {padding:8.3%}         bar 0.1%   {"met" if padding <= 1e-3 else "MISSED"}')
+
+
+def seeking(path: str, cache: str, rounds: int) -> None:
+  """From a data source whose plans are in files to the first batch of a step: 1,000,000 is many epochs away."""
+  opened = lambda: open_source(path, Ul2(), 512, 512, cache)
+  keep_plans(opened(), len(os.sched_getaffinity(0)))
+  opened().batch(1_000_000, slice(0, BATCH))  # counts the rows of each plan, once
+  seconds = []
+  for k in range(rounds):
+    data = opened()
+    start = time.perf_counter()
+    data.batch(1_000_000 + k, slice(0, BATCH))
+    seconds.append(time.perf_counter() - start)
+  show('UL2: to step 1,000,000 and its batch', seconds, 's', 0.1, above=False)
+
+
+def show(name: str, values: list[float], unit: str, bar: float | None = None, *, above: bool = True) -> float:
+  """A line: median, spread, and whether the bar is met. Returns the median."""
+  middle = statistics.median(values)
+  line = f'{name:47} {middle:8.3g} {unit:7} [{min(values):.3g} .. {max(values):.3g}] of {len(values)}'
+  if bar is not None:
+    line += f'   bar {bar:g}   {"met" if (middle >= bar) == above else "MISSED"}'
+  print(line, flush=True)
+  return middle
+
+
+def loading(path: str, options: argparse.Namespace) -> None:
+  cases = {
+    'LM rows of 2048': (open_source(path, CausalLm(), 0, 2048), 20.0),
+    'LM rows of 2048, best fit': (open_source(path, CausalLm(), 0, 2048, packing=BestFit()), None),
+    'LM rows of 512': (open_source(path, CausalLm(), 0, 512), None),
+    'spans, 512 + 114': (open_source(path, SpanCorruption(), 512, 114), 4.0),
+    'UL2, 512 + 512': (open_source(path, Ul2(), 512, 512), 3.0),
+  }
+  for data, _ in cases.values():
+    data.batch(0, slice(0, BATCH))  # plans the epoch
+  ways = {'loader': loaded, 'no loader': made}
+  rates: dict[tuple[str, str], list[float]] = {(name, way): [] for name in cases for way in ways}
+  grain_rates = []
+  for k in range(options.rounds):
+    steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
+    for name, (data, _) in cases.items():
+      tokens = num_tokens(data, steps)
+      for way, seconds in ways.items():
+        rates[name, way].append(tokens / seconds(data, steps) / 1e6)
+    count = max(options.steps // 8, 2)
+    grain_rates.append(count * BATCH * 2048 / grain_packed(path, count) / 1e6)
+  for (name, way), values in rates.items():
+    show(f'{name}, {way}', values, 'Mtok/s', cases[name][1] if way == 'loader' else None)
+  show('LM rows of 2048, Grain ConcatThenSplit', grain_rates, 'Mtok/s')
+  ratios = [a / b for a, b in zip(rates['LM rows of 2048', 'loader'], grain_rates, strict=True)]
+  show('  ours / Grain', ratios, 'x', 10)
+
+
+def scaling(path: str, options: argparse.Namespace) -> None:
+  """UL2 batches by worker processes."""
+  rates: dict[int, list[float]] = {workers: [] for workers in options.workers}
+  for k in range(max(options.rounds // 2, 3)):
+    steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
+    for workers in options.workers:
+      data = open_source(path, Ul2(), 512, 512, workers=workers)
+      data.batch(0, slice(0, BATCH))
+      rates[workers].append(num_tokens(data, steps) / loaded(data, steps) / 1e6)
+  for workers, values in rates.items():
+    factor = [a / b for a, b in zip(values, rates[options.workers[0]], strict=True)]
+    show(f'UL2, 512 + 512, {workers} workers', values, 'Mtok/s')
+    if workers != options.workers[0]:
+      show(f'  times {options.workers[0]} worker', factor, 'x', 0.7 * min(workers, len(os.sched_getaffinity(0))))
 
 
 def main() -> None:
@@ -81,30 +198,18 @@ def main() -> None:
   flags.add_argument('--rounds', type=int, default=7)
   flags.add_argument('--steps', type=int, default=40, help='batches of 64 rows in a round')
   flags.add_argument('--store', help='a token store; otherwise one of random tokens')
+  flags.add_argument('--workers', type=int, nargs='+', default=[1, 2, 4])
   options = flags.parse_args()
+  cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+  print(f'cores {cores} (load {load:.1f}), Python {platform.python_version()}, numpy {np.__version__}')
   with tempfile.TemporaryDirectory() as folder:
     path = options.store or f'{folder}/store'
     if not options.store:
       write_store(pathlib.Path(path))
-    cases = {
-      'packed LM rows of 2048 (bar 20)': open_source(path, CausalLm(), 0, 2048),
-      'packed LM rows of 512': open_source(path, CausalLm(), 0, 512),
-      'UL2, 512 + 512 (bar 3)': open_source(path, Ul2(), 512, 512),
-    }
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    print(f'cores {cores} (load {load:.1f}), Python {platform.python_version()}, numpy {np.__version__}')
-    for data in cases.values():
-      data.batch(0, slice(0, BATCH))  # plans the epoch
-    rates: dict[str, list[float]] = {f'{name}, {way}': [] for name in cases for way in WAYS}
-    for k in range(options.rounds):
-      steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
-      for name, data in cases.items():
-        tokens = num_tokens(data, steps)
-        for way, seconds in WAYS.items():
-          rates[f'{name}, {way}'].append(tokens / seconds(data, steps) / 1e6)
-  for name, values in rates.items():
-    middle = statistics.median(values)
-    print(f'{name:43} {middle:6.1f} Mtok/s, median of {len(values)} [{min(values):.1f} .. {max(values):.1f}]')
+    loading(path, options)
+    planning(options.rounds)
+    seeking(path, f'{folder}/cache', options.rounds)
+    scaling(path, options)
 
 
 if __name__ == '__main__':

