@@ -1,8 +1,11 @@
 """Which row comes when: tasks in blocks of exact rates, rows at random. Computed for each place alone, without memory.
 
 An epoch goes through the shards of a store in a random order, a window of them at a time; inside a window any row may
-be next. So a run holds the plans of one window, whatever the size of its store.
+be next, or the next one of a curriculum (data/curriculum.py). So a run holds the plans of one window, whatever the size
+of its store.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,6 +13,9 @@ from data.bits import orders, permute, stream_key
 from data.ragged import starts
 
 WINDOW = 8  # shards
+
+# (number of the window, its shards, task) -> in which order the task's rows of these shards come: int64, a permutation.
+Arrange = Callable[[int, np.ndarray, int], np.ndarray]
 
 
 class Deal:
@@ -33,10 +39,24 @@ class Deal:
 
 
 class EpochOrder:
-  """The order of one epoch. `counts` (int64[shards, tasks]) is how many rows of each task a shard's plan has."""
+  """The order of one epoch. `counts` (int64[shards, tasks]) is how many rows of each task a shard's plan has.
 
-  def __init__(self, counts: np.ndarray, deal: Deal, *, seed: int, purpose: str, epoch: int, window: int = WINDOW):
+  Rows of a task come at random in a window, or as `arrange` says; rows that fill no whole block of tasks come last.
+  """
+
+  def __init__(
+    self,
+    counts: np.ndarray,
+    deal: Deal,
+    *,
+    seed: int,
+    purpose: str,
+    epoch: int,
+    window: int = WINDOW,
+    arrange: Arrange | None = None,
+  ):
     self._counts, self._deal, self._seed, self._purpose, self._epoch = counts, deal, seed, purpose, epoch
+    self._arrange = arrange
     order = permute(np.arange(len(counts)), len(counts), stream_key(seed, purpose + ' shards', epoch))
     self._windows = [order[i : i + window] for i in range(0, len(order), window)]
     self._ends = np.cumsum([counts[own].sum() for own in self._windows])
@@ -62,11 +82,15 @@ class EpochOrder:
     found = np.empty((3, len(places)), np.int64)
     for task in np.unique(tasks).tolist():
       own, ends = tasks == task, np.cumsum(counts[:, task])
-      key = stream_key(self._seed, self._purpose + ' rows', self._epoch, number, task)
-      rows = permute(ranks[own], int(ends[-1]), key)
+      rows = self._rows(number, task, ranks[own], int(ends[-1]))
       shard = np.searchsorted(ends, rows, side='right')
       found[:, own] = shards[shard], np.full(own.sum(), task), rows - (ends - counts[:, task])[shard]
     return found
+
+  def _rows(self, number: int, task: int, ranks: np.ndarray, total: int) -> np.ndarray:
+    if self._arrange is not None:
+      return self._arrange(number, self._windows[number], task)[ranks]
+    return permute(ranks, total, stream_key(self._seed, self._purpose + ' rows', self._epoch, number, task))
 
   def _tasks(self, number: int, places: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(task, which of the window's rows of that task); rows that fill no whole block come last, in any order."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.bits import philox
+from data.curriculum import Curriculum, Order, Random, arrange, row_scores
 from data.features import Batch
 from data.kept_plans import LARGE, KeptPlans
 from data.make import RowMaker, RowSpec, text_of
@@ -20,6 +21,7 @@ from data.plan import Pieces, Plan, cut_out, joined, runs_of
 from data.ragged import Ragged, join
 from data.tasks import block_of
 
+RANDOM = Random()
 GAP = 64  # tokens between two pieces of a row that are read along rather than read around
 
 
@@ -31,9 +33,20 @@ class StoreRows:
   """
 
   def __init__(
-    self, store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: pathlib.Path | None = None
+    self,
+    store,
+    spec: RowSpec,
+    packing: Packing,
+    *,
+    seed: int,
+    purpose: str,
+    plans: pathlib.Path | None = None,
+    order: Order = RANDOM,
   ):
     self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
+    self._order_cfg = order
+    if isinstance(order, Curriculum):
+      store.check_score(order.score)
     self._tasks = spec.tasks
     self._pairs: PairStream | None = None
     rates = [task.rate for task in self._tasks]
@@ -51,6 +64,7 @@ class StoreRows:
     self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
     self._plans: collections.OrderedDict[tuple[int, int], tuple[Plan, list[np.ndarray]]] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
+    self._arranged: collections.OrderedDict[tuple[int, int], list[np.ndarray]] = collections.OrderedDict()
     self._lock = threading.RLock()
 
   def __getstate__(self):
@@ -97,10 +111,35 @@ class StoreRows:
     with self._lock:
       if epoch not in self._orders:
         counts = self._counts_of(epoch % self._planner.variants)
-        self._orders[epoch] = EpochOrder(counts, self._deal, seed=self._seed, purpose=self._purpose, epoch=epoch)
+        cfg = self._order_cfg
+        ordered = functools.partial(self._in_order, cfg, epoch) if isinstance(cfg, Curriculum) else None
+        self._orders[epoch] = EpochOrder(
+          counts, self._deal, seed=self._seed, purpose=self._purpose, epoch=epoch, arrange=ordered
+        )
         while len(self._orders) > 2:
           self._orders.popitem(last=False)
       return self._orders[epoch]
+
+  def _in_order(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray, task: int) -> np.ndarray:
+    """The rows of a task in a window of shards, in the order of the curriculum; those of two windows are kept."""
+    with self._lock:
+      if (epoch, window) not in self._arranged:
+        self._arranged[epoch, window] = self._arrange(cfg, epoch, window, shards)
+        while len(self._arranged) > 2:
+          self._arranged.popitem(last=False)
+      return self._arranged[epoch, window][task]
+
+  def _arrange(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray) -> list[np.ndarray]:
+    scores: list[list[np.ndarray]] = [[] for _ in self._tasks]
+    for shard in shards.tolist():
+      plan, by_task = self._plan(shard, epoch % self._planner.variants)
+      own = self.store.scores(cfg.score, shard)
+      by_row = row_scores(plan, own, self.store.shards[shard].documents.start)
+      for task, rows in enumerate(by_task):
+        scores[task].append(by_row[rows])
+    purpose = self._purpose + ' curriculum'
+    parts = enumerate(np.concatenate(own) for own in scores)
+    return [arrange(cfg, part, self._seed, purpose, epoch, window, task) for task, part in parts]
 
   def num_rows(self, epoch: int) -> int:
     return int(self._counts_of(epoch % self._planner.variants).sum())

@@ -9,6 +9,7 @@ from data.batches import DataSource
 from data.bucketed import BucketedSource, BucketRows
 from data.buckets import LengthBuckets
 from data.builtin import GROUPS, builtin_groups, builtin_store
+from data.curriculum import Order, Random, check_order
 from data.errors import DataError
 from data.fitting import check_objective
 from data.make import RowSpec
@@ -50,6 +51,7 @@ class _Common:
   sentinels: Annotated[int, '>= 0'] = 100
   attend_across_documents: bool = False
   packing: Packing = ConcatSplit()
+  order: Order = Random()
   workers: Annotated[int, '>= 0'] = 0
   prefetch: Annotated[int, '>= 0'] = 2
 
@@ -128,6 +130,7 @@ def open_data(
   """
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
   check_packing(cfg, objective)
+  check_order(cfg)
   check_mixture(cfg)
   plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
@@ -250,7 +253,7 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
     ((name, store),) = stores.items()
     return BucketedSource(cfg, vocabulary, tokenizer, name, BucketRows(store, spec, cfg, seed=seed), sets)
   rows = {
-    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}', plans=plans)
+    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}', plans=plans, order=cfg.order)
     for i, (name, store) in enumerate(stores.items())
   }
   return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets)

@@ -278,12 +278,16 @@ class Store:
 
   def scores(self, name: str, shard: int) -> np.ndarray:
     """float32[documents]: a score of each document of a shard. Raises DataError where the store has no such score."""
+    self.check_score(name)
+    return self._column(f'scores/{name}', shard)
+
+  def check_score(self, name: str) -> None:
+    """Raises DataError where the store has no such score."""
     if f'scores/{name}' not in self._columns:
       raise DataError(
         f'{self.path} has no score {name!r} (it has: {", ".join(self.score_names) or "none"}); prepare it with '
-        f'--scores={name}, or --score_field={name} where its records have it.'
+        f'pretrain data prepare --scores={name} …, or --score_field={name} where its records have it.'
       )
-    return self._column(f'scores/{name}', shard)
 
   def tag_lengths(self, shard: int) -> np.ndarray:
     """int32[documents]: how many tokens at the beginning of each document of a shard are tags; 0 in a store without."""

@@ -7,6 +7,7 @@ import pathlib
 from typing import Annotated
 
 from data.buckets import LengthBuckets
+from data.curriculum import check_order
 from data.fitting import check_objective
 from data.objectives import (
   FillInTheMiddle,
@@ -148,6 +149,7 @@ def _check_one(cfg: Experiment) -> None:
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
   check_mixture(cfg.data)
   check_packing(cfg.data, cfg.objective)
+  check_order(cfg.data)
 
 
 def _check_buckets(cfg: Experiment) -> None:
