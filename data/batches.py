@@ -86,9 +86,14 @@ class DataSource:
         mine = mine[len(places) :]
 
   def progress(self, position: int) -> dict[str, dict[str, float]]:
-    """For each source: its `share` of the rows of this stage before `position`, and how many `epochs` were seen."""
-    known = zip(self.names, self.sources, self.mixture.used(position), self.mixture.shares(position), strict=True)
-    return {name: {'share': float(share), 'epochs': rows.epochs_in(int(n))} for name, rows, n, share in known}
+    """For each source, of the row before `position`: its `weight`, its `share` of the rows of this stage until there,
+    and how many `epochs` were seen."""
+    mixture = self.mixture
+    known = zip(mixture.used(position), mixture.shares(position), mixture.weights(position), strict=True)
+    return {
+      name: {'weight': float(weight), 'share': float(share), 'epochs': rows.epochs_in(int(n))}
+      for name, rows, (n, share, weight) in zip(self.names, self.sources, known, strict=True)
+    }
 
   def describe_row(self, position: int) -> RowDescription:
     """Where the row at `position` in the run came from."""

@@ -63,6 +63,11 @@ class Mixture:
     own = self._used_in(number, position) - self._used[number]
     return own / max(own.sum(), 1)
 
+  def weights(self, position: int) -> np.ndarray:
+    """float64[sources], of sum 1: the weights of the stage of the row before this position."""
+    weights = np.array(self.stages[self._number(max(position - 1, 0))].weights)
+    return weights / weights.sum()
+
   def _number(self, position: int) -> int:
     return int(np.searchsorted(self._starts, position, side='right')) - 1
 

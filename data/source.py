@@ -15,6 +15,7 @@ from data.fitting import check_objective
 from data.make import RowSpec
 from data.mixture import Mixture, Stage, by_size
 from data.objectives import Objective, Supervised
+from data.online import Odm, check_online
 from data.packing import ConcatSplit, Packing, check_packing
 from data.rows import StoreRows
 from data.store import Store, open_store
@@ -52,6 +53,7 @@ class _Common:
   attend_across_documents: bool = False
   packing: Packing = ConcatSplit()
   order: Order = Random()
+  online: Odm | None = None
   workers: Annotated[int, '>= 0'] = 0
   prefetch: Annotated[int, '>= 0'] = 2
 
@@ -132,6 +134,7 @@ def open_data(
   check_packing(cfg, objective)
   check_order(cfg)
   check_mixture(cfg)
+  check_online(cfg)
   plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
     case Synthetic():

@@ -144,5 +144,15 @@ def _open(options, overrides, step: int):
 
   stretch = stretch_at(cli.load(options, overrides), step)
   cfg = stretch.cfg
+  _check_decided(cfg.data.online, step)
   source = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   return source, stretch
+
+
+def _check_decided(online, step: int) -> None:
+  """Raises ConfigError for a step whose rows the losses of a run decide."""
+  if online is not None and step >= online.every:
+    raise ConfigError(
+      f'--step={step} with data.online.every={online.every}: from there on the losses of a run decide which source a '
+      f'row is of; give a step before {online.every}.'
+    )

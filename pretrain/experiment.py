@@ -19,6 +19,7 @@ from data.objectives import (
   parts_of,
   tasks_of,
 )
+from data.online import check_online
 from data.packing import check_packing
 from data.source import Data, StoreData, check_mixture, has_heldout
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
@@ -110,6 +111,7 @@ def check(cfg: Experiment) -> None:
   _check_sentinels(cfg)
   _check_buckets(cfg)
   _check_stages(cfg)
+  _check_online(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -150,6 +152,7 @@ def _check_one(cfg: Experiment) -> None:
   check_mixture(cfg.data)
   check_packing(cfg.data, cfg.objective)
   check_order(cfg.data)
+  check_online(cfg.data)
 
 
 def _check_buckets(cfg: Experiment) -> None:
@@ -170,6 +173,17 @@ def _check_stages(cfg: Experiment) -> None:
       f'data.stages start at steps of one data.batch_size, the phases of this run have {sorted(sizes)}; set one size '
       'in all phases, or remove data.stages.'
     )
+
+
+def _check_online(cfg: Experiment) -> None:
+  """What was decided is of the sources and batches of the config."""
+  for phase, stretch in zip(cfg.phases, stretches(cfg)[1:], strict=True):
+    if (cfg.data.online or stretch.cfg.data.online) and stretch.cfg.data != cfg.data:
+      key = next(key for other in cfg.phases for key in other.set if key.startswith('data.'))
+      raise ConfigError(
+        f'phases: from step {phase.start_step} on data is another, by {key}, and data.online decides on that of the '
+        'whole run; let no phase set data.*, or remove data.online.'
+      )
 
 
 def _check_family(cfg: Experiment) -> None:

@@ -1,5 +1,6 @@
 """The loop: batches in, checkpoints and metrics out. It calls evaluation, checkpoints and metrics by name."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 from data.buckets import LengthBuckets
 from data.loader import loader
 from data.objectives import Supervised
+from data.online import Mixing, begin
 from data.source import open_data
 from pretrain import config
 from pretrain.averaging import lawa_steps, linear_combination
@@ -129,6 +131,9 @@ class Run:
     self.data = self.stage.data  # that of the last step: a run that is stopped at the border saves it, not the next one
     self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
     self.state, self.position = self._restore_or_initialise()
+    self.mixing: Mixing | None = None
+    if cfg.data.online is not None:
+      self.mixing = begin(self.position, self.data.used(self.position['examples']))
     self.step = self.saved_step = int(self.state.step)
     writes = jax.process_index() == 0
     if writes:
@@ -163,14 +168,14 @@ class Run:
     while self.step < self.cfg.train.steps and not interrupt.received:
       if not self.stage.stretch.holds(self.step):
         self.stage = Stage(stretch_at(self.cfg, self.step))
-        self.stage.data = self.stage.data.at(self.position)
+        self.stage.data = self.stage.data.at(self._place())
       self._loop(interrupt)
 
   def _loop(self, interrupt: Interrupt) -> None:
-    """The steps of one phase; the metrics of a step are read while the next one runs."""
+    """The steps of one phase, or until weights are decided; the metrics of a step are read while the next one runs."""
     stage, pending, watch = self.stage, None, Stopwatch()
-    batches = loader(stage.data, self.position, stage.rows)
-    while self.step < self.cfg.train.steps and stage.stretch.holds(self.step) and not interrupt.received:
+    batches, last = loader(stage.data, self._place(), stage.rows), self._last_step()
+    while self.step < last and stage.stretch.holds(self.step) and not interrupt.received:
       self._profile()
       start = time.perf_counter()
       self.position, batch = next(batches)
@@ -190,6 +195,26 @@ class Run:
     if pending is not None:
       self._log(self.step, pending, watch)
 
+  def _last_step(self) -> int:
+    """The step before which no weights of sources are decided anew, if there are others."""
+    if self.mixing is None:
+      return self.cfg.train.steps
+    size = self.cfg.data.batch_size
+    left = self.mixing.next_start(self.cfg.data.online, size) - self.position['examples']
+    return min(self.step + left // size, self.cfg.train.steps)
+
+  def _place(self) -> dict[str, Any]:
+    """Where the run is in its data: what the loader has counted, and what was decided of the sources."""
+    return self.position | ({'mixture': dataclasses.asdict(self.mixing)} if self.mixing else {})
+
+  def _observe(self, examples: int, losses, weights) -> None:
+    """Takes the losses of a step for the weights of sources; decides them where it is time."""
+    cfg, data = self.cfg.data, self.stage.data
+    self.mixing = self.mixing.seen(losses, weights)
+    if examples == self.mixing.next_start(cfg.online, cfg.batch_size):
+      self.mixing = self.mixing.decided(cfg.online, examples, data.used(examples), cfg.batch_size)
+      self.stage.data = data.at(self._place())
+
   def finish(self) -> None:
     """Saves what the loop has not, waits for the files, draws the report."""
     if self.saved_step < self.step:
@@ -207,8 +232,10 @@ class Run:
   def _log(self, step: int, metrics, watch: Stopwatch) -> None:
     found = jax.device_get(metrics)
     examples = found.pop('examples')
-    sources = self._source_metrics(examples, found.pop('source_loss', None), found.pop('source_weight', None))
-    values = {k: float(v) for k, v in found.items()} | sources
+    by_source = found.pop('source_loss', None), found.pop('source_weight', None)
+    values = {k: float(v) for k, v in found.items()} | self._source_metrics(examples, *by_source)
+    if self.mixing is not None:
+      self._observe(examples, *by_source)
     consecutive = int(values.pop('skipped_consecutive'))
     fatal = consecutive >= self.cfg.optimizer.max_consecutive_nonfinite
     if fatal or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
@@ -223,13 +250,13 @@ class Run:
     return {'row_length': batch['decoder_target_tokens'].shape[1]} if bucketed else {}
 
   def _source_metrics(self, examples: int, losses, weights) -> dict[str, float]:
-    """Of several sources: the loss of each in this batch, its share of the rows of this stage, and its epochs."""
+    """Of several sources: the loss of each in this batch, and its `DataSource.progress`."""
     if losses is None:
       return {}
     data, values = self.stage.data, {}
     for i, (name, progress) in enumerate(data.progress(examples).items()):
       loss = {f'loss/{name}': float(losses[i] / weights[i])} if weights[i] else {}
-      values |= {**loss, f'share/{name}': progress['share'], f'epochs/{name}': progress['epochs']}
+      values |= loss | {f'{key}/{name}': value for key, value in progress.items()}
     return values
 
   def _warn_nonfinite(self, step: int, examples: int, values, consecutive: int, fatal: bool) -> None:
@@ -256,7 +283,7 @@ class Run:
 
   def _save(self) -> None:
     used = self.data.used(self.position['examples'])
-    position = {'loader': self.position, 'data': self.data.fingerprint(), 'used': used}
+    position = {'loader': self._place(), 'data': self.data.fingerprint(), 'used': used}
     self.checkpoints.save(self.step, self.state, position, self.text)
     self.saved_step = self.step
 
