@@ -39,6 +39,10 @@ def overrides(stores, *more: str) -> tuple[str, ...]:
   )  # fmt: skip
 
 
+def mixture_of(workdir, step: int):
+  return json.loads((workdir / f'checkpoints/{step}/position/metadata').read_text())['loader']['mixture']
+
+
 def configured(stores, *more: str):
   return tiny.experiment(tiny.DECODER, *overrides(stores, *more))
 
@@ -96,6 +100,7 @@ def test_a_run_that_is_killed_goes_on_bit_exactly_across_decisions(stores, whole
   assert len(rows_of(tmp_path)) == 9
   train(configured(stores), tmp_path)
   assert rows_of(tmp_path) == rows_of(whole)
+  assert mixture_of(tmp_path, 11) == mixture_of(whole, 11), 'to the last bit of what later decisions hang on'
 
 
 def test_another_mesh_decides_the_same(stores, whole, tmp_path, monkeypatch):
@@ -134,8 +139,7 @@ def test_rows_that_a_run_decides_are_not_shown_without_it(stores, capsys):
 
 
 def test_a_position_is_json_that_says_what_was_decided(whole):
-  saved = json.loads(next((whole / 'checkpoints' / '8' / 'position').glob('metadata')).read_text())
-  mixture = saved['loader']['mixture']
+  mixture = mixture_of(whole, 8)
   assert mixture['start'] == 48
   assert mixture['steps'] == 6
   assert sum(mixture['used'].values()) == 48
