@@ -194,6 +194,15 @@ def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
   return [Stage(0, cfg.weights)]
 
 
+def wanted_shares(cfg: Data) -> list[tuple[int, dict[str, float]]]:
+  """(row of the run, share of each source from there on), stage by stage; none where sizes decide (`temperature`)."""
+  if isinstance(cfg, Synthetic) or cfg.temperature is not None:
+    return []
+  names = _names(cfg.sources) if isinstance(cfg, StoreData) else GROUPS if cfg.groups else ('builtin',)
+  shares = lambda weights: {name: w / sum(weights) for name, w in zip(names, weights, strict=True)}
+  return [(start, shares(weights)) for start, weights in _stages(cfg, [])]
+
+
 def check_mixture(cfg: Data) -> None:
   """Raises ValueError where weights, temperature and stages of the sources do not go together."""
   if isinstance(cfg, Synthetic):

@@ -1,4 +1,4 @@
-"""The five plots of a run, and that of a schedule. matplotlib is imported when they are drawn: it takes a second."""
+"""The plots of a run and of a schedule. matplotlib is imported when they are drawn: it takes a second."""
 
 import contextlib
 import math
@@ -10,8 +10,9 @@ import numpy as np
 
 Rows = Sequence[Mapping[str, float]]
 Curve = tuple[np.ndarray, np.ndarray]
+Shares = Sequence[tuple[float, Mapping[str, float]]]  # (step, share of each source from there on)
 
-# file name -> what the picture shows; also its alt text in the report
+# File name -> what the picture shows; also its alt text in the report.
 PLOTS = {
   'loss': 'Loss',
   'learning_rate': 'Learning rate',
@@ -19,35 +20,48 @@ PLOTS = {
   'throughput': 'Throughput',
   'data_wait': 'Waiting for data',
 }
+SOURCE_PLOTS = {'shares': 'Shares of the sources', 'source_loss': 'Loss of each source'}  # where there are several
 LABELS = {
   'loss': 'nats per target',
   'learning_rate': 'learning rate',
   'grad_norm': 'global norm before clipping',
   'throughput': 'thousand tokens/s',
   'data_wait': '% of step time',
+  'shares': "% of the stage's rows",
+  'source_loss': 'nats per target',
 }
 LOOK = {
   'figure.dpi': 110, 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
   'grid.color': '#e8e8e8', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False,
   'lines.linewidth': 1.6, 'axes.axisbelow': True,
 }  # fmt: skip
-BLUE, PALE = '#2563a8', '#a9c6e8'
+BLUE = '#2563a8'
 STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averages have the colour of the weights themselves
 EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
 
-def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path) -> list[pathlib.Path]:
-  """Writes one PNG for each of `PLOTS` into `folder`; returns their paths in that order."""
+def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wanted: Shares = ()) -> list[pathlib.Path]:
+  """Writes one PNG for each of `plots_of(rows)` into `folder`; returns their paths in that order."""
   plt = pyplot()
   folder.mkdir(parents=True, exist_ok=True)
   paths = []
   with plt.rc_context(LOOK):
-    for name, title in PLOTS.items():
+    for name, title in plots_of(rows).items():
       with figure(plt, folder / f'{name}.png', (9.6, 4.2) if name == 'loss' else (4.8, 2.9)) as axes:
         axes.set(title=title, xlabel='step', ylabel=LABELS[name])
-        plot(axes, name, rows, baselines)
+        plot(axes, name, rows, baselines, wanted)
       paths.append(folder / f'{name}.png')
   return paths
+
+
+def plots_of(rows: Rows) -> dict[str, str]:
+  """Which plots a run has, and their titles."""
+  return PLOTS | SOURCE_PLOTS if sources_of(rows) else PLOTS
+
+
+def sources_of(rows: Rows) -> list[str]:
+  """The sources of a mixture, in their order; none where there is one."""
+  return list(dict.fromkeys(key.removeprefix('share/') for row in rows for key in row if key.startswith('share/')))
 
 
 def pyplot():
@@ -95,7 +109,7 @@ def figure(plt, path: pathlib.Path, size: tuple[float, float]):
   plt.close(picture)
 
 
-def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float]) -> None:
+def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float], wanted: Shares) -> None:
   match name:
     case 'loss':
       plot_loss(axes, rows, baselines)
@@ -108,6 +122,10 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float]) -> None:
     case 'grad_norm':
       plot_smoothed(axes, curve(rows, 'grad_norm'))
       axes.set_yscale('log')
+    case 'shares':
+      plot_shares(axes, rows, wanted)
+    case 'source_loss':
+      plot_source_loss(axes, rows, [start for start, _ in wanted])
     case _:
       axes.plot(*curve(rows, name), color=BLUE)
 
@@ -125,6 +143,48 @@ def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
     axes.annotate(f'{name} {value:.2f}', (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
                   va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
   axes.figure.legend(loc='outside lower center', ncols=4)  # inside it would hide curves
+
+
+def plot_shares(axes, rows: Rows, wanted: Shares) -> None:
+  """What part of each stage so far was of each source; dashed, what part was to be."""
+  colors, last = source_colors(rows), rows[-1]['step']
+  for source, color in colors.items():
+    # A row tells of the steps up to it: a border of stages is a jump.
+    axes.plot(*scaled(curve(rows, f'share/{source}'), 100), color=color, label=source, drawstyle='steps-pre')
+  label = {'label': 'wanted'}
+  for start, end, source, share in lines_of(wanted, last):
+    if source in colors:
+      axes.plot([start, end], [100 * share] * 2, color='#222', linestyle=(0, (4, 3)), linewidth=1, zorder=3, **label)
+      label = {}
+  axes.set_ylim(bottom=0)
+  axes.figure.legend(loc='outside lower center', ncols=4)
+
+
+def lines_of(wanted: Shares, last: float) -> list[tuple[float, float, str, float]]:
+  """(first step, last step, source, share) of what is wanted in a run of `last` steps.
+
+  >>> lines_of([(0, {'a': 1.0}), (20, {'a': 0.4}), (60, {'a': 0.1})], 50)
+  [(0, 20, 'a', 1.0), (20, 50, 'a', 0.4)]
+  """
+  ends = [*(start for start, _ in wanted[1:]), last]
+  spans = [(start, min(end, last), shares) for (start, shares), end in zip(wanted, ends, strict=False)]
+  return [(start, end, name, share) for start, end, own in spans for name, share in own.items() if start < end]
+
+
+def plot_source_loss(axes, rows: Rows, borders: Sequence[float]) -> None:
+  """The training loss on each source; where the shares change, a line upwards."""
+  for source, color in source_colors(rows).items():
+    plot_smoothed(axes, curve(rows, f'loss/{source}'), source, color)
+  for step in borders:
+    if 0 < step < rows[-1]['step']:
+      axes.axvline(step, color='#777', linestyle=(0, (4, 3)), linewidth=1)
+  axes.figure.legend(loc='outside lower center', ncols=4)
+
+
+def source_colors(rows: Rows) -> dict[str, str]:
+  """The colour of each source, the same in all plots."""
+  palette = (BLUE, *EVALUATION)
+  return {source: palette[i % len(palette)] for i, source in enumerate(sources_of(rows))}
 
 
 def evaluations(rows: Rows) -> dict[str, str]:
@@ -163,14 +223,14 @@ def average_of(key: str) -> str:
   return parts[2] if len(parts) == 4 else ''
 
 
-def plot_smoothed(axes, points: Curve, label: str | None = None) -> None:
+def plot_smoothed(axes, points: Curve, label: str | None = None, color: str = BLUE) -> None:
   """The points pale, their running mean strong."""
   steps, values = points
   if len(values) < 40:
-    axes.plot(steps, values, color=BLUE, label=label)
+    axes.plot(steps, values, color=color, label=label)
     return
-  axes.plot(steps, values, color=PALE, linewidth=0.8)
-  axes.plot(steps, running_mean(values, len(values) // 80), color=BLUE, label=label)
+  axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
+  axes.plot(steps, running_mean(values, len(values) // 80), color=color, label=label)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

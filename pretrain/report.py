@@ -7,9 +7,13 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from data.source import wanted_shares
+from pretrain import config
 from pretrain.errors import CheckpointError
+from pretrain.experiment import Experiment
 from pretrain.metrics import read_metrics
-from pretrain.plots import PLOTS, draw
+from pretrain.phases import stretches
+from pretrain.plots import Shares, draw, plots_of, sources_of
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -34,7 +38,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   if not rows:
     raise CheckpointError('CKPT-NONE', f'no metrics of a run in {workdir}; nothing was written. Check the path.')
   baselines = read_baselines(workdir)
-  images = draw(rows, baselines, workdir / 'plots')
+  images = draw(rows, baselines, workdir / 'plots', read_shares(workdir) if sources_of(rows) else ())
   report = workdir / 'report.html'
   temporary = report.with_suffix('.tmp')
   temporary.write_text(page(workdir, rows, baselines, images), encoding='utf-8')
@@ -48,18 +52,39 @@ def read_baselines(workdir: pathlib.Path) -> dict[str, float]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
+def read_shares(workdir: pathlib.Path) -> Shares:
+  """The shares that the sources of a run were to have, by the step from which on; none without its config.
+
+  Of a run that went on with other weights (`--allow_data_change`) they are the last ones, which its config holds.
+  """
+  path = workdir / 'config.gin'
+  return shares_of(config.load(Experiment, [str(path)])) if path.exists() else ()
+
+
+def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
+  """(step, share of each source from there on), phase by phase. Their stages count rows from the first of the run."""
+  found = []
+  for stretch in stretches(cfg):
+    for row, shares in wanted_shares(stretch.cfg.data):
+      step = stretch.start + max(row - stretch.first_example, 0) / stretch.cfg.data.batch_size
+      if stretch.end is None or step < stretch.end:
+        found.append((step, shares))
+  return found
+
+
 def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path]) -> str:
   """The whole report as HTML; images are inside it."""
-  config = workdir / 'config.gin'
+  saved = workdir / 'config.gin'
   name = html.escape(workdir.resolve().name)
-  pictures = '\n'.join(embedded(image) for image in images)
+  titles = plots_of(rows)
+  pictures = '\n'.join(embedded(image, titles[image.stem]) for image in images)
   numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
   sections = [f'<h2>Final numbers</h2>{numbers}']
   if baselines:
     losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
     sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
-  if config.exists():
-    sections.append(f'<h2>Config</h2><pre>{html.escape(config.read_text())}</pre>')
+  if saved.exists():
+    sections.append(f'<h2>Config</h2><pre>{html.escape(saved.read_text())}</pre>')
   return (
     f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n'
     f'<body><h1>{name}</h1><p class="path">{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}</p>\n'
@@ -103,6 +128,6 @@ def table(header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> str:
   return f'<table><tr>{head}</tr>{body}</table>'
 
 
-def embedded(image: pathlib.Path) -> str:
+def embedded(image: pathlib.Path, title: str) -> str:
   data = base64.b64encode(image.read_bytes()).decode()
-  return f'<img alt="{PLOTS[image.stem]}" src="data:image/png;base64,{data}">'
+  return f'<img alt="{title}" src="data:image/png;base64,{data}">'

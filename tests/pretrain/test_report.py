@@ -10,10 +10,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from pretrain import config
 from pretrain.errors import CheckpointError
+from pretrain.experiment import Experiment
 from pretrain.metrics import Metrics
-from pretrain.plots import PLOTS, curve, draw, evaluations
-from pretrain.report import write_report
+from pretrain.plots import PLOTS, SOURCE_PLOTS, curve, draw, evaluations
+from pretrain.report import shares_of, write_report
 
 
 @pytest.fixture
@@ -87,6 +89,61 @@ def test_every_plot_shows_its_numbers(run, tmp_path_factory):
     other = [row | {key: row[key] * (1 + row['step'])} for row in rows]
     after = [path.read_bytes() for path in draw(other, {}, tmp_path_factory.mktemp('plots'))]
     assert [a != b for a, b in zip(after, before, strict=True)] == [j == i for j in range(5)], key
+
+
+MIXTURE = 'configs/ul2/tiny_mixture.gin'
+TWO_SOURCES = [
+  {'step': s, 'loss': 5.0, 'share/a': 0.5, 'share/b': 0.5, 'loss/a': 5.0, 'loss/b': 6.0} for s in range(1, 6)
+]
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+  """The plots of TWO_SOURCES where nothing is known of what was wanted."""
+  return [path.read_bytes() for path in draw(TWO_SOURCES, {}, tmp_path_factory.mktemp('plots'))]
+
+
+def test_a_mixture_has_two_plots_more_and_a_run_of_one_source_has_not(tmp_path):
+  metrics = Metrics(tmp_path, resume_step=0, total_steps=5)
+  for row in TWO_SOURCES:
+    metrics.write(row['step'], {k: v for k, v in row.items() if k != 'step'})
+  metrics.close()
+  (tmp_path / 'config.gin').write_text(config.render(config.load(Experiment, [MIXTURE])))
+  text = write_report(tmp_path).read_text()
+  assert re.findall(r'alt="([^"]*)"', text) == [*PLOTS.values(), *SOURCE_PLOTS.values()]
+  one = [{'step': 1, 'loss': 5.0, 'loss/a': 5.0}]
+  assert [path.stem for path in draw(one, {}, tmp_path / 'one')] == list(PLOTS)
+
+
+@pytest.mark.parametrize(
+  ('key', 'wanted', 'changed'),
+  [('share/b', (), ['shares']), ('loss/b', (), ['source_loss']), ('', [(0, {'a': 0.3, 'b': 0.7})], ['shares']),
+   ('', [(0, {'a': 0.5}), (2, {'a': 0.5})], ['shares', 'source_loss']), ('', [(0, {'other': 0.7})], [])],
+)  # fmt: skip
+def test_the_plots_of_a_mixture_show_their_numbers(plain, tmp_path, key, wanted, changed):
+  rows = [row | ({key: row[key] * (1 + row['step'])} if key else {}) for row in TWO_SOURCES]
+  after = {path.stem: path.read_bytes() for path in draw(rows, {}, tmp_path, wanted)}
+  assert [name for (name, a), b in zip(after.items(), plain, strict=True) if a != b] == changed
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'wanted'),
+  [
+    ((), [(0, (0.5, 0.3, 0.2)), (200, (0.1, 0.7, 0.2))]),
+    (('data.stages=()',), [(0, (1 / 3, 1 / 3, 1 / 3))]),
+    (('data.stages=()', 'data.temperature=2.0'), []),
+    # Stages count rows from the first of the run: row 200 * 16 is the first at step 100, row 200 * 64 comes at 275.
+    (("phases=[{'start_step': 100, 'set': {'data.batch_size': 16}}]", 'data.batch_size=32'),
+     [(0, (0.5, 0.3, 0.2)), (100, (0.5, 0.3, 0.2)), (100, (0.1, 0.7, 0.2))]),
+    (("phases=[{'start_step': 150, 'set': {'data.batch_size': 64}}]", 'data.batch_size=32'),
+     [(0, (0.5, 0.3, 0.2)), (150, (0.5, 0.3, 0.2)), (275, (0.1, 0.7, 0.2))]),
+  ],
+)  # fmt: skip
+def test_the_wanted_shares_are_those_of_stages_and_phases(overrides, wanted):
+  found = shares_of(config.load(Experiment, [MIXTURE], overrides))
+  assert [step for step, _ in found] == [step for step, _ in wanted]
+  for (_, shares), (_, own) in zip(found, wanted, strict=True):
+    assert shares == pytest.approx(dict(zip(('python', 'arrays', 'tools'), own, strict=True)))
 
 
 def test_averages_follow_the_weights_and_no_curve_hides_another():
