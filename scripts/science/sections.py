@@ -1,23 +1,13 @@
 """The questions of the study: which runs each needs, and the section of the document that they make."""
 
-import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
+from study import Results, Seeds, Wanted
 from trials import group, summary, table
 
 DECODER, ENCODER_DECODER = 'configs/science/decoder.gin', 'configs/science/encoder_decoder.gin'
-Seeds = tuple[int, ...]
-Results = Mapping[str, Mapping[str, float]]
-Wanted = Sequence[tuple[str, str, tuple[str, ...]]]  # (name, gin file, overrides); {1/5} is a fifth of the steps
 Run = Callable[[Wanted, Seeds], Results]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-  tokens: int
-  seeds: Seeds
-
 
 OBJECTIVES = {
   'causal LM': ("objective.name='causal_lm'",),

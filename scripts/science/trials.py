@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -75,10 +74,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   """A table in Markdown."""
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-
-
-def command_line() -> str:
-  return 'python ' + ' '.join([str(pathlib.Path(sys.argv[0])), *sys.argv[1:]])
 
 
 def group(results: Mapping[str, Mapping[str, float]], prefix: str, key: str) -> list[float]:

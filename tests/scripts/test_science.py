@@ -32,11 +32,11 @@ def test_an_empty_prefix_stands_once_for_each_document(text_store):
 
 
 def test_trials_have_equal_tokens_and_shares_of_steps(monkeypatch):
-  import objectives
-  from sections import DECODER, SCHEDULES, Scale
+  import study
+  from sections import DECODER, SCHEDULES
 
-  monkeypatch.setattr(objectives, 'tokens_per_step', lambda *_: 1000.0)
-  trial = objectives.at_scale('x', DECODER, SCHEDULES['WSD, last fifth linear'], Scale(50_400, (0,)), seed=2)
+  monkeypatch.setattr(study, 'tokens_per_step', lambda *_: 1000.0)
+  trial = study.at_scale('x', DECODER, SCHEDULES['WSD, last fifth linear'], study.Scale(50_400, (0,)), seed=2)
   assert trial.name == 'x/2'
   assert set(trial.overrides) >= {
     'train.steps=50', 'schedule.steps=50', 'schedule.decay_steps=10', 'schedule.warmup_steps=2', 'seed=2'
@@ -44,7 +44,7 @@ def test_trials_have_equal_tokens_and_shares_of_steps(monkeypatch):
 
 
 def test_what_is_written_by_hand_is_kept(tmp_path):
-  from objectives import READING, reading
+  from study import READING, reading
 
   document = tmp_path / 'doc.md'
   assert reading(document) == ''
@@ -60,3 +60,46 @@ def test_summaries_show_mean_and_half_the_range():
   assert summary([1.0]) == '1.000'
   assert table(['x', 'y'], [['1', '2']]) == '| x | y |\n| --- | --- |\n| 1 | 2 |'
   assert np.isfinite(group(results, 'b', 'loss')).all()
+
+
+def steps_of(*lengths):
+  """Metrics of a run with rows of these lengths; None: the run has one length. Step 3 takes 3 s."""
+  return [{'step': i, 'step_seconds': float(i)} | ({'row_length': n} if n else {}) for i, n in enumerate(lengths, 1)]
+
+
+def test_a_loss_stands_at_what_the_steps_before_it_cost():
+  from steps import LOSS, curve
+
+  rows = steps_of(64, 512, 64, 512)
+  rows[1] |= {LOSS: 5.0}
+  rows[3] |= {LOSS: 4.0}
+  spent, losses = curve(rows, {64: 1.0, 512: 3.0})
+  assert (spent.tolist(), losses.tolist()) == ([4.0, 8.0], [5.0, 4.0])
+  plain = steps_of(None, None)
+  plain[1] |= {LOSS: 5.0}
+  assert curve(plain, {64: 1.0, 512: 3.0})[0].tolist() == [6.0], 'a run of one length has the longest'
+
+
+def test_steps_that_were_not_logged_are_noticed():
+  from steps import row_lengths
+
+  with pytest.raises(ValueError, match=r'1 rows do not tell of each of 2 steps; set train.log_every=1'):
+    row_lengths(steps_of(64, 64)[1:], 512)
+
+
+def test_step_seconds_are_told_apart_by_length_without_those_of_compilation():
+  from steps import logged_seconds
+
+  found = logged_seconds(steps_of(512, 512, 64, 512, 64, 512, 128), 512)
+  assert found == {512: [4.0], 64: [5.0]}, 'steps 1, 3 and 7 are compiled for, 2 and 6 wait for that'
+
+
+def test_the_tokens_of_a_step_are_counted_over_rows_of_all_lengths(text_store):
+  from study import tokens_per_step
+
+  size = 4 * 64
+  overrides = (
+    "data.name='store'", f"data.sources=[{{'path': '{text_store}'}}]", 'data.packing.min_length=16',
+    'data.targets_length=64', 'data.batch_size=4', 'data.sentinels=0',
+  )  # fmt: skip
+  assert 0.8 * size < tokens_per_step('configs/decoder/tiny_dd.gin', overrides) <= size
