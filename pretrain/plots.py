@@ -35,7 +35,7 @@ LOOK = {
   'grid.color': '#e8e8e8', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False,
   'lines.linewidth': 1.6, 'axes.axisbelow': True,
 }  # fmt: skip
-BLUE = '#2563a8'
+BLUE, PALE = '#2563a8', '#a9c6e8'
 STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averages have the colour of the weights themselves
 EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
