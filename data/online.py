@@ -126,10 +126,12 @@ def whole_rows(weights: np.ndarray, rows: int) -> list[float]:
   [7.0, 2.0, 1.0]
   """
   rows = min(rows, MAX_BLOCK)
-  exact = weights * (rows - len(weights))
-  counts = np.floor(exact)
-  counts[np.argsort(counts - exact, kind='stable')[: int(rows - len(weights) - counts.sum())]] += 1
-  return (counts + 1).tolist()
+  exact = weights * rows
+  counts = np.maximum(np.floor(exact), 1)
+  while counts.sum() > rows:
+    counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+  counts[np.argsort(counts - exact, kind='stable')[: int(rows - counts.sum())]] += 1
+  return counts.tolist()
 
 
 def check_online(cfg) -> None:

@@ -23,7 +23,9 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 total = multihost_utils.process_allgather(jax.process_index() + 10)
-print('sum', int(total.sum()), jax.process_count(), jax.device_count(), jax.local_device_count())
+counts = jax.process_count(), jax.device_count(), jax.local_device_count()
+# In one write: a library that says something meanwhile must not part it.
+sys.stdout.write(f'sum {int(total.sum())} {counts[0]} {counts[1]} {counts[2]}\\n')
 """
 # Ends host 1 with code 64 at once; the others would sleep for a minute.
 ONE_FAILS = "import os, sys, time; sys.exit(64) if os.environ['PRETRAIN_HOST'] == '1' else time.sleep(60)"
