@@ -6,7 +6,7 @@ import logging
 import jax
 from jax import Array
 
-from pallas_kernels.attention import reference, tpu
+from pallas_kernels.attention import cudnn, gpu, reference, tpu
 from pallas_kernels.attention.reference import RelativeBias
 
 __all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'choose', 'flash_attention']
@@ -16,6 +16,8 @@ IMPLEMENTATIONS = {
   'reference': reference.attention,
   'tpu': tpu.attention,
   'interpret': functools.partial(tpu.attention, interpret=True),
+  'triton': gpu.attention,
+  'cudnn': cudnn.attention,
 }
 _reported: set[str] = set()
 
@@ -23,7 +25,8 @@ _reported: set[str] = set()
 def choose(implementation: str, *, dropout: bool) -> str:
   """The implementation that `auto` means here, said once for each reason; a named one must exist and be able to run.
 
-  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have.
+  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
+  GPU it is the reference: 'triton' (all features) and 'cudnn' (few) have run on none yet, and go by name alone.
   """
   if implementation == 'auto':
     chosen, reason = _automatic(dropout)

@@ -101,6 +101,38 @@ class Vectors:
   kv_reach: Array | None = None
 
 
+def padded(length: int, block: int) -> int:
+  return -(-length // block) * block
+
+
+def pad(x: Array, dim: int, length: int, mode: str = 'constant') -> Array:
+  widths = [(0, length - n if d == dim else 0) for d, n in enumerate(x.shape)]
+  return jnp.pad(x, widths, mode=mode) if length != x.shape[dim] else x
+
+
+def vectors(shape, lengths, *, causal, q_segments, kv_segments, q_positions, kv_positions, prefix_end) -> Vectors:
+  """Of (batch, q length, kv length), padded to `lengths`. Padding is of segment 0, unless no query that counts could
+  see it anyway.
+  """
+  batch, q_length, kv_length = shape
+  row = lambda x, length: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length))
+  to_q = lambda x, mode='constant': pad(row(x, q_length), 1, lengths[0], mode)
+  to_kv = lambda x, mode='constant': pad(row(x, kv_length), 1, lengths[1], mode)
+  positioned = any(x is not None for x in (q_positions, kv_positions, prefix_end))
+  unseen = causal and not positioned and q_length <= kv_length
+  if q_segments is None and kv_length != lengths[1] and not unseen:
+    q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, kv_length), jnp.int32)
+  found = {}
+  if q_segments is not None:
+    found = {'q_segments': to_q(q_segments), 'kv_segments': to_kv(kv_segments)}
+  if positioned:
+    own = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
+    reach = own if prefix_end is None else jnp.where(own < prefix_end, -FAR, own)
+    found['q_positions'] = to_q(jnp.arange(q_length)[None] if q_positions is None else q_positions, 'edge')
+    found |= {'kv_positions': to_kv(own, 'edge'), 'kv_reach': to_kv(reach, 'edge')}
+  return Vectors(**found)
+
+
 def classify(spec: Spec, vectors: Vectors):
   """(live, near, masked), bool[batch or 1, num_q, num_kv]: numpy where no vector has a say, and then batch is 1."""
   offset = np.arange(spec.num_kv)[None, None] * spec.block_kv - np.arange(spec.num_q)[None, :, None] * spec.block_q
@@ -153,6 +185,16 @@ def _positions(spec: Spec, vectors: Vectors):
     inside = (k_high - q_low < spec.window) & (q_high - k_low < spec.window)
     some, every = some & (meets | (k_low < spec.num_sinks)), every & (inside | (k_high < spec.num_sinks))
   return some, every
+
+
+def bounds(spec: Spec, vectors: Vectors, *, by_keys: bool) -> Array:
+  """int32[batch or 1, blocks, 2]: of each block of queries (`by_keys`: of keys), the first live tile and the one after
+  the last; 0, 0 where none is live. Dead tiles between them are walked.
+  """
+  live = jnp.asarray(classify(spec, vectors)[0])
+  live = jnp.swapaxes(live, 1, 2) if by_keys else live
+  ends = jnp.stack([jnp.argmax(live, -1), live.shape[-1] - jnp.argmax(live[..., ::-1], -1)], -1)
+  return jnp.where(live.any(-1, keepdims=True), ends, 0).astype(jnp.int32)
 
 
 def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):

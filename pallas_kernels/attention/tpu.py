@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
 from pallas_kernels.attention.reference import RelativeBias
-from pallas_kernels.attention.tiles import Spec, Vectors
+from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import HIDDEN, LOG2E, NO_ROW
 
@@ -73,12 +73,14 @@ def attention(
   """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   blocks = choose_blocks(q_length, kv_length) if blocks is None else blocks
-  vectors = _vectors(
-    (batch, q_length, kv_length), causal, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end, blocks
-  )
+  q_padded, kv_padded = padded(q_length, blocks.q), padded(kv_length, blocks.kv)
+  vectors = tiles.vectors(
+    (batch, q_length, kv_length), (q_padded, kv_padded), causal=causal, q_segments=q_segment_ids,
+    kv_segments=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
+  )  # fmt: skip
   spec = Spec(
-    heads=heads, group=heads // k.shape[2], q_length=_padded(q_length, blocks.q),
-    kv_length=_padded(kv_length, blocks.kv), block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
+    heads=heads, group=heads // k.shape[2], q_length=q_padded, kv_length=kv_padded,
+    block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
     causal=causal, segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
     scale=1 / math.sqrt(head_dim) if scale is None else scale, window=window, num_sinks=num_sinks,
     max_distance=None if relative_bias is None else relative_bias.max_distance,
@@ -87,7 +89,7 @@ def attention(
   )  # fmt: skip
   if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
     k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
-  major = lambda x, length: _pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
+  major = lambda x, length: pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
   table = None if relative_bias is None else relative_bias.table
   call = lambda rows: _flash(spec, *rows[:3], table, alibi, sink_logits, rows[3])
   arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
@@ -112,36 +114,6 @@ def _in_turns(call, arrays, batch: int, rows: int):
   split = lambda x: x.reshape(batch // rows, -1, *x.shape[1:])
   join = lambda x: x.reshape(-1, *x.shape[2:])
   return jax.tree.map(join, jax.lax.map(call, jax.tree.map(split, arrays)))
-
-
-def _padded(length: int, block: int) -> int:
-  return -(-length // block) * block
-
-
-def _pad(x: Array, dim: int, length: int, mode: str = 'constant') -> Array:
-  widths = [(0, length - n if d == dim else 0) for d, n in enumerate(x.shape)]
-  return jnp.pad(x, widths, mode=mode) if length != x.shape[dim] else x
-
-
-def _vectors(shape, causal, q_segments, kv_segments, q_positions, kv_positions, prefix_end, blocks: Blocks) -> Vectors:
-  """Padded to blocks. Padding is of segment 0, unless no query that counts could see it anyway."""
-  batch, q_length, kv_length = shape
-  row = lambda x, length: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length))
-  to_q = lambda x, mode='constant': _pad(row(x, q_length), 1, _padded(q_length, blocks.q), mode)
-  to_kv = lambda x, mode='constant': _pad(row(x, kv_length), 1, _padded(kv_length, blocks.kv), mode)
-  positioned = any(x is not None for x in (q_positions, kv_positions, prefix_end))
-  unseen = causal and not positioned and q_length <= kv_length
-  if q_segments is None and kv_length % blocks.kv and not unseen:
-    q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, kv_length), jnp.int32)
-  found = {}
-  if q_segments is not None:
-    found = {'q_segments': to_q(q_segments), 'kv_segments': to_kv(kv_segments)}
-  if positioned:
-    own = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
-    reach = own if prefix_end is None else jnp.where(own < prefix_end, -tiles.FAR, own)
-    found['q_positions'] = to_q(jnp.arange(q_length)[None] if q_positions is None else q_positions, 'edge')
-    found |= {'kv_positions': to_kv(own, 'edge'), 'kv_reach': to_kv(reach, 'edge')}
-  return Vectors(**found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,5 +1,7 @@
 """Rows, options and comparisons for the tests of attention kernels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,11 +65,11 @@ def results(function, arrays, options: dict, weights):
   return {name: np.asarray(x, np.float64) for name, x in found.items()}
 
 
-def compare(arrays, options: dict, blocks: tpu.Blocks = SMALL, interpret=True) -> dict[str, float]:
+def compare(arrays, options: dict, blocks: Any = SMALL, interpret=True, attention=tpu.attention) -> dict[str, float]:
   """Relative L2 differences between kernel and definition, by name; `seen` must be equal."""
   q = arrays[0]
   weights = [normal(q.shape, 3), normal(q.shape[:3], 4)]
-  kernel = lambda *x, **more: tpu.attention(*x, **more, blocks=blocks, interpret=interpret)
+  kernel = lambda *x, **more: attention(*x, **more, blocks=blocks, interpret=interpret)
   got, want = (results(f, arrays, options, weights) for f in (kernel, reference.attention))
   np.testing.assert_array_equal(got.pop('seen'), want.pop('seen'))
   return {name: relative(got[name], want[name]) for name in want}

@@ -1,0 +1,56 @@
+"""cuDNN's flash attention, where it can do what is asked; no GPU has run it from here yet."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.attention.reference import RelativeBias
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool,
+  window: int | None = None,
+  num_sinks: int = 0,
+  q_segment_ids: Array | None = None,
+  kv_segment_ids: Array | None = None,
+  q_positions: Array | None = None,
+  kv_positions: Array | None = None,
+  prefix_end: Array | None = None,
+  relative_bias: RelativeBias | None = None,
+  alibi: Array | None = None,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Array | None = None,
+  return_lse: bool = False,
+):
+  """`reference.attention`, causal by index or full, with a window before the query: all that cuDNN does in O(length).
+
+  Raises ValueError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
+  """
+  asked = {
+    'segments (packed rows)': q_segment_ids is not None or kv_segment_ids is not None,
+    'positions': q_positions is not None or kv_positions is not None,
+    'prefixes': prefix_end is not None,
+    'relative bias': relative_bias is not None,
+    'slopes (alibi)': alibi is not None,
+    'soft-cap': softcap is not None,
+    'sinks': sink_logits is not None or (window is not None and num_sinks > 0),
+    'window without causality': window is not None and not causal,
+    'log-sum-exp in f32': return_lse,
+    f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in (jnp.bfloat16, jnp.float16),
+    f'head_dim {q.shape[-1]} (multiples of 8 to 256 only)': q.shape[-1] % 8 != 0 or q.shape[-1] > 256,
+  }
+  if missing := [name for name, on in asked.items() if on]:
+    lacking = ', no '.join(missing)
+    raise ValueError(
+      f"kernels.attention='cudnn' has no {lacking}, which this model asks for; use 'triton' or 'reference'."
+    )
+  near = None if window is None else (window - 1, 0)
+  with jax.numpy_dtype_promotion('standard'):  # jax's own code promotes
+    return jax.nn.dot_product_attention(
+      q, k, v, scale=scale, is_causal=causal, local_window_size=near, implementation='cudnn'
+    )

@@ -1,0 +1,233 @@
+"""Flash attention on GPU through Triton: one kernel forward, two backward, O(length) memory; the interpreter runs the
+same. It lowers for CUDA and equals the definition in the interpreter; no GPU has run it yet, and no block is tuned.
+
+Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so positions inside
+a segment must rise by one from place to place, as in packed rows; `alibi` has no gradient; no dropout.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.attention import gpu_kernels, tiles
+from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
+from pallas_kernels.attention.reference import RelativeBias, relative_position_bucket
+from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
+
+LEAST = 16  # rows or columns of a tensor core's product
+Ins = Mapping[str, tuple[Array, pl.BlockSpec]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """Of queries and of keys, forward and for gradients: powers of 2, at least 16."""
+
+  q: int
+  kv: int
+  grad_q: int
+  grad_kv: int
+
+
+def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
+  """As large as shared memory holds them with two stages of loads (100 KiB, of 227 on H100); not tuned."""
+  small = jnp.dtype(dtype).itemsize > 2 or head_dim > 128
+  fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
+  q, kv, grad = (32, 32, 32) if small else (128, 64, 64)
+  return Blocks(q=fit(q_length, q), kv=fit(kv_length, kv), grad_q=fit(q_length, grad), grad_kv=fit(kv_length, grad))
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool,
+  window: int | None = None,
+  num_sinks: int = 0,
+  q_segment_ids: Array | None = None,
+  kv_segment_ids: Array | None = None,
+  q_positions: Array | None = None,
+  kv_positions: Array | None = None,
+  prefix_end: Array | None = None,
+  relative_bias: RelativeBias | None = None,
+  alibi: Array | None = None,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Array | None = None,
+  return_lse: bool = False,
+  blocks: Blocks | None = None,
+  interpret: bool = False,
+):
+  """`reference.attention`, tile by tile."""
+  (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
+  width = max(LEAST, pl.next_power_of_2(head_dim))
+  blocks = choose_blocks(q_length, kv_length, width, q.dtype) if blocks is None else blocks
+  lengths = padded(q_length, max(blocks.q, blocks.grad_q)), padded(kv_length, max(blocks.kv, blocks.grad_kv))
+  vectors = tiles.vectors(
+    (batch, q_length, kv_length), lengths, causal=causal, q_segments=q_segment_ids, kv_segments=kv_segment_ids,
+    q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
+  )  # fmt: skip
+  spec = Spec(
+    heads=heads, group=heads // k.shape[2], q_length=lengths[0], kv_length=lengths[1], block_q=blocks.q,
+    block_kv=blocks.kv, compute=blocks.kv, causal=causal, segmented=vectors.q_segments is not None,
+    positioned=vectors.q_positions is not None, scale=1 / math.sqrt(head_dim) if scale is None else scale,
+    window=window, num_sinks=num_sinks, max_distance=None if relative_bias is None else relative_bias.max_distance,
+    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
+    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+  )  # fmt: skip
+  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
+    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  major = lambda x, n: pad(pad(jnp.moveaxis(x, 2, 1), 2, n), 3, width).reshape(-1, n, width)
+  table = None if relative_bias is None else relative_bias.table
+  rows = major(q, lengths[0]), major(k, lengths[1]), major(v, lengths[1])
+  out, lse = _flash(spec, blocks, *rows, table, alibi, sink_logits, vectors)
+  out = jnp.moveaxis(out.reshape(batch, heads, -1, width)[:, :, :q_length, :head_dim], 1, 2)
+  if not return_lse:
+    return out
+  return out, jnp.moveaxis(lse.reshape(batch, heads, -1)[:, :, :q_length], 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _flash(spec: Spec, blocks: Blocks, q, k, v, table, alibi, sink_logits, vectors: Vectors) -> tuple[Array, Array]:
+  """q[batch * heads, length, width], … -> (o like q, lse f32[batch * heads, length])."""
+  return _forward(spec, blocks, q, k, v, table, alibi, sink_logits, vectors)[0]
+
+
+def _forward(spec: Spec, blocks: Blocks, q, k, v, table, alibi, sink_logits, vectors: Vectors):
+  row = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+  out = _run(
+    spec, gpu_kernels.forward, (spec.num_q, q.shape[0]),
+    ins=_of_queries(spec, {'q': q, 'k': k, 'v': v}, _of_heads(spec, table, alibi, sink_logits), vectors),
+    outs={'o': _block(q, spec.block_q), 'lse': _block(row, spec.block_q)},
+  )  # fmt: skip
+  lse = out['lse']
+  natural = jnp.where(lse == NO_ROW, -jnp.inf, lse / LOG2E)
+  return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
+
+
+def _backward(spec: Spec, blocks: Blocks, saved, gradients):
+  q, k, v, table, alibi, sink_logits, vectors, o, lse = saved
+  do, dlse = gradients
+  spec = dataclasses.replace(spec, block_q=blocks.grad_q, block_kv=blocks.grad_kv, compute=blocks.grad_kv)
+  di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
+  arrays = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), 'lse': lse, 'di': di}
+  per_head = _of_heads(spec, table, alibi, sink_logits)
+  dq, dtable = _grad_queries(spec, arrays, per_head, vectors, table)
+  dk, dv = _grad_keys_values(spec, arrays, per_head, vectors)
+  dsink = None if sink_logits is None else _grad_sinks(spec, per_head['numbers'][:, SINK], lse, di, sink_logits.dtype)
+  zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+  dalibi = None if alibi is None else jnp.zeros_like(alibi)
+  return dq, dk, dv, dtable, dalibi, dsink, jax.tree.map(zero, vectors)
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def _grad_queries(spec: Spec, arrays, per_head, vectors: Vectors, table):
+  """(dq, the table's gradient or None)."""
+  q = arrays['q']
+  ins, outs = _of_queries(spec, arrays, per_head, vectors), {'dq': _block(q, spec.block_q)}
+  if table is not None:
+    lanes = pl.next_power_of_2(table.shape[0])
+    buckets = _buckets(spec, table)
+    ins['buckets'] = (buckets, pl.BlockSpec(buckets.shape, lambda n, h: (0,)))
+    sums = jax.ShapeDtypeStruct((q.shape[0], spec.num_q, lanes), jnp.float32)
+    outs['dbuckets'] = (sums, pl.BlockSpec((None, None, lanes), lambda n, h: (h, n, 0)))
+  out = _run(spec, gpu_kernels.grad_queries, (spec.num_q, q.shape[0]), ins, outs)
+  if table is None:
+    return out['dq'], None
+  sums = out['dbuckets'].reshape(-1, spec.heads, *out['dbuckets'].shape[1:]).sum((0, 2))
+  return out['dq'], sums[:, : table.shape[0]].T.astype(table.dtype)
+
+
+def _grad_keys_values(spec: Spec, arrays, per_head, vectors: Vectors):
+  k, v, group = arrays['k'], arrays['v'], spec.group
+  kv_heads = spec.heads // group
+  shared = lambda x: x.reshape(-1, group * x.shape[1], *x.shape[2:])  # one head after another
+  own = {name: shared(x) if name in gpu_kernels.OF_HEADS else x for name, x in arrays.items()}
+  ins = {name: _whole(x, lambda h: h) for name, x in own.items()}
+  ins |= {name: _whole(shared(x), lambda h: h % kv_heads) for name, x in per_head.items()}
+  ins |= _of_rows(spec, vectors, kv_heads, by_keys=True)
+  outs = {'dk': _block(k, spec.block_kv), 'dv': _block(v, spec.block_kv)}
+  out = _run(spec, gpu_kernels.grad_keys_values, (spec.num_kv, k.shape[0]), ins, outs)
+  return out['dk'], out['dv']
+
+
+def _grad_sinks(spec: Spec, sinks: Array, lse: Array, di: Array, dtype) -> Array:
+  """A sink is a key without a value. `sinks` and `lse` are in base 2."""
+  per_head = lambda x: x.reshape(-1, spec.heads, spec.q_length)
+  return -(jnp.exp2(sinks[:, None] - per_head(lse)) * per_head(di)).sum((0, 2)).astype(dtype)
+
+
+def _buckets(spec: Spec, table: Array) -> Array:
+  """int32[2 * max_distance + 1]: the bucket of each distance up to where all are one."""
+  far = spec.max_distance or 0
+  return relative_position_bucket(
+    jnp.arange(-far, far + 1), buckets=table.shape[0], bidirectional=spec.bidirectional, max_distance=far
+  )
+
+
+def _of_heads(spec: Spec, table, alibi, sink_logits) -> dict[str, Array]:
+  """f32[heads, …] of each head in base 2: its slope and sink, and its bias by distance."""
+  none = jnp.zeros(spec.heads, jnp.float32)
+  numbers = [none if x is None else x.astype(jnp.float32) for x in (alibi, sink_logits)]
+  found = {'numbers': jnp.stack(numbers, -1) * LOG2E}
+  return found if table is None else found | {'bias': table.astype(jnp.float32)[_buckets(spec, table)].T * LOG2E}
+
+
+def _whole(x: Array, index: Callable) -> tuple[Array, pl.BlockSpec]:
+  """All of `x[index(head)]`: a kernel loads what it needs."""
+  return x, pl.BlockSpec((None, *x.shape[1:]), lambda n, h: (index(h), *(0 for _ in x.shape[1:])))
+
+
+def _block(x, size: int) -> tuple[Any, pl.BlockSpec]:
+  """A program's own block."""
+  return x, pl.BlockSpec((None, size, *x.shape[2:]), lambda n, h: (h, n, *(0 for _ in x.shape[2:])))
+
+
+def _of_queries(spec: Spec, arrays, per_head, vectors: Vectors) -> dict[str, tuple[Array, pl.BlockSpec]]:
+  """What a program for a block of queries of one head reads."""
+  shared = lambda h: h // spec.group
+  ins = {name: _whole(x, shared if name in gpu_kernels.KEYS else lambda h: h) for name, x in arrays.items()}
+  ins |= {name: _whole(x, lambda h: h % spec.heads) for name, x in per_head.items()}
+  return ins | _of_rows(spec, vectors, spec.heads, by_keys=False)
+
+
+def _of_rows(spec: Spec, vectors: Vectors, per_row: int, *, by_keys: bool) -> dict[str, tuple[Array, pl.BlockSpec]]:
+  """The vectors of each row of the batch, and the bounds of each block's tiles."""
+  found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
+  found = {name: x for name, x in found.items() if x is not None}
+  if spec.segmented:  # padding sees nothing, not even padding
+    found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
+  bounds = tiles.bounds(spec, vectors, by_keys=by_keys)
+  row = (lambda h: h // per_row) if bounds.shape[0] > 1 else (lambda h: 0)
+  ends = {'bounds': (bounds, pl.BlockSpec((None, None, 2), lambda n, h: (row(h), n, 0)))}
+  return {name: _whole(x, lambda h: h // per_row) for name, x in found.items()} | ends
+
+
+def _run(spec: Spec, kernel, grid: tuple[int, int], ins: Ins, outs: Mapping[str, Any]) -> dict[str, Array]:
+  """`kernel(spec, refs by name)` over a grid of (blocks, batch * heads)."""
+  names = (*ins, *outs)
+  width = ins['q'][0].shape[-1]
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs.values()]
+  results = pl.pallas_call(
+    lambda *refs: kernel(spec, dict(zip(names, refs, strict=True))),
+    grid=grid,
+    in_specs=[where for _, where in ins.values()],
+    out_specs=[where for _, where in outs.values()],
+    out_shape=shapes,
+    # Without these parameters a kernel for CUDA would be lowered through Mosaic.
+    compiler_params=triton.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
+    interpret=spec.interpret,
+    name=kernel.__name__,
+  )(*(x for x, _ in ins.values()))
+  return dict(zip(outs, results, strict=True))
