@@ -19,6 +19,7 @@ IMPLEMENTATIONS = {
   'triton': gpu.attention,
   'cudnn': cudnn.attention,
 }
+PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 _reported: set[str] = set()
 
 
@@ -37,6 +38,12 @@ def choose(implementation: str, *, dropout: bool) -> str:
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
     raise ValueError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
+  platform = _platform()
+  if platform is not None and PLATFORMS.get(implementation, platform) != platform:
+    raise ValueError(
+      f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh is of {platform}; "
+      "use 'auto' or 'reference'."
+    )
   if dropout and implementation != 'reference':
     raise ValueError(
       f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 asks for; "
@@ -45,14 +52,19 @@ def choose(implementation: str, *, dropout: bool) -> str:
   return implementation
 
 
+def _platform() -> str | None:
+  """Of the mesh in use; None where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def _automatic(dropout: bool) -> tuple[str, str]:
   """(implementation, reason)."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.abstract_device is None:
+  platform = _platform()
+  if platform is None:
     return 'reference', 'no mesh says which platform this is for'
-  platform = mesh.abstract_device.platform
   if platform != 'tpu':
-    return 'reference', f'no kernel for {platform}'
+    return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu go by name alone'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 

@@ -38,10 +38,10 @@ class Blocks:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
-  """As large as shared memory holds them with two stages of loads (100 KiB, of 227 on H100); not tuned."""
-  small = jnp.dtype(dtype).itemsize > 2 or head_dim > 128
+  """Triton compiles these for H100 with up to 137 KiB of shared memory (A100 has 163); no GPU has tuned them."""
+  exact, large = jnp.dtype(dtype).itemsize > 2, head_dim > 128
   fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
-  q, kv, grad = (32, 32, 32) if small else (128, 64, 64)
+  q, kv, grad = (32, 32, 32) if exact else (64, 32, 32) if large else (128, 64, 64)
   return Blocks(q=fit(q_length, q), kv=fit(kv_length, kv), grad_q=fit(q_length, grad), grad_kv=fit(kv_length, grad))
 
 
@@ -67,7 +67,7 @@ def attention(
   blocks: Blocks | None = None,
   interpret: bool = False,
 ):
-  """`reference.attention`, tile by tile."""
+  """`reference.attention`, tile by tile. Raises ValueError for arrays that Triton's lowering cannot address."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   width = max(LEAST, pl.next_power_of_2(head_dim))
   blocks = choose_blocks(q_length, kv_length, width, q.dtype) if blocks is None else blocks
@@ -84,6 +84,7 @@ def attention(
     bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
     sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
   )  # fmt: skip
+  _check_size(spec, batch, width)
   if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
     k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
   major = lambda x, n: pad(pad(jnp.moveaxis(x, 2, 1), 2, n), 3, width).reshape(-1, n, width)
@@ -94,6 +95,17 @@ def attention(
   if not return_lse:
     return out
   return out, jnp.moveaxis(lse.reshape(batch, heads, -1)[:, :, :q_length], 1, 2)
+
+
+def _check_size(spec: Spec, batch: int, width: int) -> None:
+  """Triton's lowering counts numbers in int32, and would wrap in silence; CUDA's grid has 65,535 rows."""
+  rows, shared = batch * spec.heads, batch * spec.heads // spec.group
+  numbers = max(rows * spec.q_length, shared * spec.kv_length) * width
+  if numbers >= 2**31 or rows > 65535:
+    raise ValueError(
+      f"kernels.attention='triton' over {batch} x {spec.heads} heads, {numbers} numbers; 65535 heads and {2**31 - 1} "
+      'numbers fit: use a smaller batch for each device.'
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

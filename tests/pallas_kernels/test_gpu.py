@@ -113,9 +113,18 @@ def test_it_lowers_for_cuda_as_three_kernels_of_triton(dtype, options):
   assert all(exact) if dtype == jnp.float32 else not any(exact)
 
 
-def test_on_a_platform_without_triton_it_says_so():
-  with pytest.raises(ValueError, match='interpret mode'):
-    flash_attention(*draw(16), causal=True, implementation='triton')
+@pytest.mark.parametrize('name', ['triton', 'cudnn'])
+def test_on_another_platform_it_says_so(name):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  message = f"kernels.attention='{name}' runs on gpu, this mesh is of cpu; use 'auto' or 'reference'"
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), pytest.raises(ValueError, match=message):
+    flash_attention(*draw(16), causal=True, implementation=name)
+
+
+def test_more_than_an_int32_counts_is_refused():
+  q = jax.ShapeDtypeStruct((16, 32768, 32, 128), jnp.bfloat16)
+  with pytest.raises(ValueError, match='16 x 32 heads, 2147483648 numbers; 65535 heads and 2147483647 numbers fit'):
+    jax.eval_shape(lambda q: gpu.attention(q, q, q, causal=True), q)
 
 
 def test_auto_on_a_gpu_is_the_reference():

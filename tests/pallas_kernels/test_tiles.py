@@ -71,6 +71,17 @@ def test_every_block_is_begun_once_and_ended_once_and_every_live_tile_visited_on
   assert not (words[int(steps) :] & (FIRST | LAST | LIVE | NEAR | MASKED)).any()
 
 
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(rows(), st.booleans())
+def test_bounds_hold_every_live_tile_and_begin_and_end_with_one(case, by_keys):
+  spec, vectors, _ = case
+  live = np.broadcast_to(tiles.classify(spec, vectors)[0], (1, spec.num_q, spec.num_kv))[0]
+  ends = np.asarray(tiles.bounds(spec, vectors, by_keys=by_keys))[0]
+  for row, (start, end) in zip(live.T if by_keys else live, ends, strict=True):
+    places = np.flatnonzero(row)
+    assert (start, end) == ((places[0], places[-1] + 1) if places.size else (0, 0))
+
+
 def test_documents_are_not_visited_from_outside():
   """Of four documents of two blocks each, 4 x 3 tiles of the causal 36 are live."""
   segments = jnp.asarray(np.repeat([[1, 2, 3, 4]], 2 * BLOCK, 1).astype(np.int32))
