@@ -5,7 +5,7 @@ Source: seqio feature_converters.py (EncDecFeatureConverter, LMFeatureConverter,
 
 import numpy as np
 
-from data.ragged import Ragged, interleave, spread, starts
+from data.ragged import Ragged, interleave, starts
 
 Batch = dict[str, np.ndarray]
 
@@ -64,7 +64,8 @@ def encoder_features(
 
 def _decoder_fields(targets: Ragged, rows, shape: tuple[int, int], weights=None, prefix=None) -> Batch:
   place = _Placement(targets.lengths, rows, shape)
-  shifted = np.concatenate([[0], targets.values[:-1]])[: len(targets.values)]
+  shifted = np.empty_like(targets.values)
+  shifted[1:] = targets.values[:-1]
   shifted[starts(targets.lengths)[targets.lengths > 0]] = 0
   weights = np.ones(len(targets.values), bool) if weights is None else weights
   fields = {
@@ -88,18 +89,23 @@ class _Placement:
     if len(rows) and (offset + lengths).max() > shape[1]:
       worst = int((offset + lengths).argmax())
       raise ValueError(f'row {rows[worst]} holds {(offset + lengths)[worst]} tokens, its length is {shape[1]}.')
-    self.segments = np.arange(len(rows)) - first + 1
-    self.index = spread(rows * shape[1] + offset, lengths)
+    self._segments = np.arange(1, len(rows) + 1, dtype=np.int32) - first.astype(np.int32)
+    used = np.bincount(rows, lengths, shape[0])
+    self._used = None if (used == shape[1]).all() else np.arange(shape[1]) < used[:, None]
 
   def put(self, values, dtype=np.int32) -> np.ndarray:
+    """Rows are filled from their beginning, in the order of the pieces; full ones need no more than another shape."""
+    if self._used is None:
+      return values.astype(dtype).reshape(self.shape)
     out = np.zeros(self.shape, dtype)
-    out.reshape(-1)[self.index] = values
+    out[self._used] = values
     return out
 
   def describe(self, side: str) -> Batch:
     """Segment ids count from 1 in each row; positions from 0 in each segment."""
-    positions = spread(np.zeros_like(self.lengths), self.lengths)
+    total = int(self.lengths.sum())
+    begins = np.repeat(starts(self.lengths).astype(np.int32), self.lengths)
     return {
-      f'{side}_segment_ids': self.put(np.repeat(self.segments, self.lengths)),
-      f'{side}_positions': self.put(positions),
+      f'{side}_segment_ids': self.put(np.repeat(self._segments, self.lengths)),
+      f'{side}_positions': self.put(np.arange(total, dtype=np.int32) - begins),
     }

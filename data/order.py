@@ -78,19 +78,22 @@ class EpochOrder:
   def _in_window(self, number: int, places: np.ndarray) -> np.ndarray:
     shards = self._windows[number]
     counts = self._counts[shards]
-    tasks, ranks = self._tasks(number, places, counts.sum(0))
-    found = np.empty((3, len(places)), np.int64)
-    for task in np.unique(tasks).tolist():
-      own, ends = tasks == task, np.cumsum(counts[:, task])
-      rows = self._rows(number, task, ranks[own], int(ends[-1]))
-      shard = np.searchsorted(ends, rows, side='right')
-      found[:, own] = shards[shard], np.full(own.sum(), task), rows - (ends - counts[:, task])[shard]
-    return found
+    ends = np.cumsum(counts, 0)
+    tasks, ranks = self._tasks(number, places, ends[-1])
+    rows = self._rows(number, tasks, ranks, ends[-1])
+    shard = (rows >= ends[:, tasks]).sum(0)
+    return np.stack([shards[shard], tasks, rows - (ends - counts)[shard, tasks]])
 
-  def _rows(self, number: int, task: int, ranks: np.ndarray, total: int) -> np.ndarray:
-    if self._arrange is not None:
-      return self._arrange(number, self._windows[number], task)[ranks]
-    return permute(ranks, total, stream_key(self._seed, self._purpose + ' rows', self._epoch, number, task))
+  def _rows(self, number: int, tasks: np.ndarray, ranks: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Which of the window's rows of its task each is."""
+    if self._arrange is None:
+      key = stream_key(self._seed, self._purpose + ' rows', self._epoch, number, tasks)
+      return permute(ranks, totals[tasks], key)
+    rows = np.empty_like(ranks)
+    for task in np.unique(tasks).tolist():
+      own = tasks == task
+      rows[own] = self._arrange(number, self._windows[number], task)[ranks[own]]
+    return rows
 
   def _tasks(self, number: int, places: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(task, which of the window's rows of that task); rows that fill no whole block come last, in any order."""

@@ -4,11 +4,11 @@ import collections
 import functools
 import pathlib
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.bits import philox
+from data.bits import draws
 from data.curriculum import Curriculum, Order, Random, arrange, row_scores
 from data.features import Batch
 from data.kept_plans import LARGE, KeptPlans
@@ -18,11 +18,23 @@ from data.order import WINDOW, Deal, EpochOrder
 from data.packing import Packing, make_planner
 from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
 from data.plan import Pieces, Plan, cut_out, joined, runs_of
-from data.ragged import Ragged, join
+from data.ragged import Ragged, join, starts
 from data.tasks import block_of
 
 RANDOM = Random()
 GAP = 64  # tokens between two pieces of a row that are read along rather than read around
+
+
+class _Shard(NamedTuple):
+  """A plan, its rows of each task one after another (int64[rows], in order of the plan), and how many each has."""
+
+  plan: Plan
+  by_task: np.ndarray
+  counts: np.ndarray
+
+  @classmethod
+  def of(cls, plan: Plan, num_tasks: int) -> '_Shard':
+    return cls(plan, np.argsort(plan.tasks, kind='stable'), np.bincount(plan.tasks, minlength=num_tasks))
 
 
 class StoreRows:
@@ -62,7 +74,7 @@ class StoreRows:
         planner = KeptPlans(planner, stream, plans, _identity(store, spec, packing, planner.variants, seed, purpose))
       self._planner = planner
     self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
-    self._plans: collections.OrderedDict[tuple[int, int], tuple[Plan, list[np.ndarray]]] = collections.OrderedDict()
+    self._plans: collections.OrderedDict[tuple[int, int], _Shard] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
     self._arranged: collections.OrderedDict[tuple[int, int], list[np.ndarray]] = collections.OrderedDict()
     self._lock = threading.RLock()
@@ -74,13 +86,10 @@ class StoreRows:
     self.__dict__.update(state)
     self._lock = threading.RLock()
 
-  def _plan(self, shard: int, variant: int) -> tuple[Plan, list[np.ndarray]]:
-    """A plan, and which of its rows have each task."""
+  def _plan(self, shard: int, variant: int) -> '_Shard':
     with self._lock:
       if (shard, variant) not in self._plans:
-        plan = self._planner.plan(shard, variant)
-        by_task = [np.flatnonzero(plan.tasks == task) for task in range(len(self._tasks))]
-        self._plans[shard, variant] = plan, by_task
+        self._plans[shard, variant] = _Shard.of(self._planner.plan(shard, variant), len(self._tasks))
       self._plans.move_to_end((shard, variant))
       while len(self._plans) > 2 * WINDOW:
         self._plans.popitem(last=False)
@@ -96,7 +105,7 @@ class StoreRows:
 
   def _count(self, variant: int) -> np.ndarray:
     shards = range(len(self.store.shards))
-    return np.array([[len(own) for own in self._plan(shard, variant)[1]] for shard in shards])
+    return np.array([self._plan(shard, variant).counts for shard in shards])
 
   @property
   def variants(self) -> int:
@@ -132,11 +141,11 @@ class StoreRows:
   def _arrange(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray) -> list[np.ndarray]:
     scores: list[list[np.ndarray]] = [[] for _ in self._tasks]
     for shard in shards.tolist():
-      plan, by_task = self._plan(shard, epoch % self._planner.variants)
+      planned = self._plan(shard, epoch % self._planner.variants)
       own = self.store.scores(cfg.score, shard)
-      by_row = row_scores(plan, own, self.store.shards[shard].documents.start)
-      for task, rows in enumerate(by_task):
-        scores[task].append(by_row[rows])
+      by_row = row_scores(planned.plan, own, self.store.shards[shard].documents.start)
+      for part, rows in zip(scores, np.split(planned.by_task, np.cumsum(planned.counts)[:-1]), strict=True):
+        part.append(by_row[rows])
     purpose = self._purpose + ' curriculum'
     parts = enumerate(np.concatenate(own) for own in scores)
     return [arrange(cfg, part, self._seed, purpose, epoch, window, task) for task, part in parts]
@@ -176,10 +185,8 @@ class StoreRows:
     shards, tasks, ranks = self._order(epoch).locate(places)
     rows = np.empty_like(ranks)
     for shard in np.unique(shards).tolist():
-      by_task = self._plan(shard, epoch % self._planner.variants)[1]
-      for task in np.unique(tasks[shards == shard]).tolist():
-        own = (shards == shard) & (tasks == task)
-        rows[own] = by_task[task][ranks[own]]
+      own, planned = shards == shard, self._plan(shard, epoch % self._planner.variants)
+      rows[own] = planned.by_task[starts(planned.counts)[tasks[own]] + ranks[own]]
     return shards, rows, tasks
 
   def pieces(self, epoch: int, shards: np.ndarray, rows: np.ndarray) -> Pieces:
@@ -187,12 +194,12 @@ class StoreRows:
     parts = []
     for shard in np.unique(shards).tolist():
       own = np.flatnonzero(shards == shard)
-      parts.append((own, self._plan(shard, epoch % self._planner.variants)[0].pieces(rows[own])))
+      parts.append((own, self._plan(shard, epoch % self._planner.variants).plan.pieces(rows[own])))
     return joined(parts)
 
   def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
     """(rows, pieces, (places used, places) of each side of a row: encoder and decoder) of all rows of a shard."""
-    plan = self._plan(shard, epoch % self._planner.variants)[0]
+    plan = self._plan(shard, epoch % self._planner.variants).plan
     number, budget = len(plan.tasks), self._budget
     pieces = plan.pieces(np.arange(number))
     if self._pairs:
@@ -230,9 +237,8 @@ class StoreRows:
   def _bits(self, epoch: int, shards: np.ndarray, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
     """For each row its own stream: a number for each token and each piece."""
     counts = np.bincount(pieces.rows, pieces.lengths + 1, len(rows)).astype(np.int64)
-    purpose = self._purpose + ' noise'
-    draw = lambda shard, row, count: philox(self._seed, purpose, epoch, shard, row).random_raw(count)
-    return np.concatenate([draw(*own) for own in zip(shards.tolist(), rows.tolist(), counts.tolist(), strict=True)])
+    counters = [(epoch, shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+    return draws(self._seed, self._purpose + ' noise', counters, counts.tolist())
 
 
 def _identity(store, spec: RowSpec, packing: Packing, variants: int, seed: int, purpose: str) -> list[Any]:

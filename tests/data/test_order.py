@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.bits import orders, permute, stream_key
+from data.bits import draws, orders, permute, philox, stream_key
 from data.order import Deal, EpochOrder
 
 UL2 = np.arange(7)
@@ -61,6 +61,25 @@ def test_the_order_of_a_key_is_for_ever():
   assert permute(np.arange(10), 10, stream_key(7, 'golden', 1)).tolist() == GOLDEN
   assert permute(np.arange(3), 10**12, stream_key(7, 'golden', 1)).tolist() == GOLDEN_LARGE
   assert orders(stream_key(7, 'golden', 1), 10)[0].tolist() == GOLDEN_ORDER
+
+
+def test_a_key_does_not_hang_on_how_its_counter_is_given():
+  counters = [(0, 5), (3, 2**40), (2**63, 7)]
+  columns = (np.array(column, np.uint64) for column in zip(*counters, strict=True))
+  assert key(*columns).tolist() == [key(*counter)[0] for counter in counters]
+
+
+def test_many_ranges_are_permuted_as_each_alone():
+  sizes = np.array([1, 2, 9, 4095, 4096, 4097, 10**9, 10**15])
+  keys, places = key(np.arange(8)), sizes // 2
+  alone = [permute(places[i : i + 1], int(sizes[i]), keys[i : i + 1])[0] for i in range(8)]
+  assert permute(places, sizes, keys).tolist() == alone
+
+
+def test_draws_are_the_streams_of_their_counters():
+  counters = [(0, 3, 9), (0, 3, 10), (2**40, 0, 0)]
+  each = [philox(5, 'noise', *counter).random_raw(count) for counter, count in zip(counters, [3, 0, 10], strict=True)]
+  assert draws(5, 'noise', counters, [3, 0, 10]).tolist() == np.concatenate(each).tolist()
 
 
 def test_an_index_outside_is_refused():
