@@ -186,7 +186,7 @@ def test_given_scores_and_tags_are_kept_for_each_document(tmp_path, model):
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, model):
   """In a process group of its own, as a terminal does; its workers are told too."""
-  (tmp_path / 't.txt').write_bytes(PLAIN * 1000)
+  (tmp_path / 't.txt').write_bytes(PLAIN * 100_000)
   code = 'import sys; from data.prepare import prepare; prepare(sys.argv[1:2], sys.argv[2], tokenizer="m", workers=2)'
   command = [sys.executable, '-c', code, str(tmp_path / 't.txt'), str(tmp_path / 'out')]
   process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path)
