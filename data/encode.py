@@ -80,13 +80,13 @@ class Encoder:
 
   def __call__(self, batch: Batch) -> Encoded:
     encode = self._tokenizer.encode_batch
-    parts = [np.array(ids, np.uint32) for ids in encode([segment.text for segment in batch.segments])]
+    parts = encode([segment.text for segment in batch.segments])
     ends = [i for i, segment in enumerate(batch.segments) if segment.last]
     columns = {name: np.zeros(len(ends), dtype) for name, dtype in self._recipe.columns.items()}
     if self._recipe.tags:
       tags = encode([segment.tags for segment in batch.segments])
-      tags = [tag if len(ids) else [] for tag, ids in zip(tags, parts, strict=True)]  # a document of tags alone is none
-      parts = [np.concatenate([np.array(tag, np.uint32), ids]) for tag, ids in zip(tags, parts, strict=True)]
+      tags = [tag if len(ids) else tag[:0] for tag, ids in zip(tags, parts, strict=True)]  # tags alone are no document
+      parts = [np.concatenate(own) for own in zip(tags, parts, strict=True)]
       columns[TAG_LENGTHS][:] = [len(tags[i]) for i in ends]
     if self._recipe.score_field:
       columns[f'scores/{self._recipe.score_field}'][:] = [batch.segments[i].score for i in ends]

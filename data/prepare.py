@@ -170,12 +170,14 @@ def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
   )  # fmt: skip
   console, meter = Console(stderr=True), Meter(total)
-  with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+  shown = console.is_terminal
+  with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
     task = progress.add_task(label, total=total)
     for path in paths:
       for segment in read_segments(path, reading, meter):
         yield segment, meter.fraction
-        progress.update(task, completed=meter.read)
+        if shown:
+          progress.update(task, completed=meter.read)
 
 
 def _hashed(segments: Iterable[Segment], digest: 'hashlib._Hash') -> Iterator[Segment]:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import sentencepiece
 
 from data.errors import DataError
@@ -92,8 +93,9 @@ class Tokenizer:
     """Plain text -> ids, without EOS; text that looks like a special token is text."""
     return self._processor.encode(text)
 
-  def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-    return self._processor.encode(list(texts), num_threads=num_threads)
+  def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
+    """`encode` of each text: int32[tokens]."""
+    return self._processor.encode(list(texts), num_threads=num_threads, return_type='numpy')
 
   def decode(self, ids: Iterable[int]) -> str:
     """Ids of text -> text."""
