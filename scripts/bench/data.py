@@ -3,12 +3,14 @@
 python scripts/bench/data.py [--rounds 7] [--steps 40] [--store PATH] [--workers 1 2 4]
 
 `loader` is `data.loader.loader` as a run has it (a thread makes batches ahead), `no loader` the same batches made in a
-loop, `Grain` its ConcatThenSplit over the same documents, batched. Rounds are interleaved. A token is a text token of a
-store. Without --store random tokens are written to a store in a temporary folder: all numbers include reading it. Bars
-scale with cores where workers are counted: w workers should do 0.7 w times what one does, as far as there are cores.
+loop, `Grain` its ConcatThenSplit over the same documents, batched, `seqio` T5's own pipeline from documents in memory
+to packed features, where `pip install seqio t5 babel` was done. Rounds are interleaved; a token is one of text. Without
+--store random tokens are written to a store in a temporary folder: all numbers include reading it. Bars scale with
+cores where workers are counted: w workers should do 0.7 w times what one does, as far as there are cores.
 """
 
 import argparse
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be this file
@@ -110,6 +113,39 @@ class _Documents:
     return {'targets': self._store.read([(int(self._offsets[k]), int(self._offsets[k + 1] - self._offsets[k]))])[0]}
 
 
+def seqio_batches(store_path: str) -> Iterator[dict[str, np.ndarray]] | None:
+  """Endless batches of span corruption, 512 + 114, of T5's pipeline over a store's first documents; None without it."""
+  if not (importlib.util.find_spec('seqio') and importlib.util.find_spec('t5')):
+    return None
+  os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': ''}
+  seqio, tensorflow = importlib.import_module('seqio'), importlib.import_module('tensorflow')
+
+  # The package itself imports what evaluates T5; its preprocessors are one file.
+  (package,) = importlib.util.find_spec('t5').submodule_search_locations
+  spec = importlib.util.spec_from_file_location('preprocessors', f'{package}/data/preprocessors.py')
+  t5 = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(t5)
+  opened, lengths = store.open_store(store_path), {'inputs': 512, 'targets': 114}
+  some = opened.offsets[:20_000]
+  documents = tensorflow.RaggedTensor.from_row_splits(opened.read([(0, int(some[-1]))])[0], some)
+  vocabulary = seqio.SentencePieceVocabulary(f'{store_path}/tokenizer.model', extra_ids=SENTINELS)
+  features = dict.fromkeys(lengths, seqio.Feature(vocabulary, add_eos=True))
+  rows = tensorflow.data.Dataset.from_tensor_slices({'targets': documents}).repeat()
+  rows = t5.span_corruption(rows, sequence_length=lengths, output_features=features)
+  rows = seqio.EncDecFeatureConverter(pack=True)(seqio.preprocessors.append_eos(rows, features), lengths)
+  return rows.batch(BATCH).prefetch(tensorflow.data.AUTOTUNE).as_numpy_iterator()
+
+
+def seqio_rate(rows: Iterator[dict[str, np.ndarray]], count: int, pieces: int) -> float:
+  """Mtok/s of text over `count` batches."""
+  sides = ('encoder_input_tokens', 'decoder_target_tokens')
+  next(rows)
+  start = time.perf_counter()
+  batches = [next(rows) for _ in range(count)]
+  seconds = time.perf_counter() - start
+  return sum(((b[side] > 1) & (b[side] < pieces)).sum() for b in batches for side in sides) / seconds / 1e6
+
+
 def planning(rounds: int) -> None:
   """Best fit over documents of log-normal lengths, rows of 2048."""
   lengths = np.clip(np.random.default_rng(0).lognormal(np.log(500), 1.1, 200_000), 20, 60_000).astype(np.int64)
@@ -161,7 +197,8 @@ def loading(path: str, options: argparse.Namespace) -> None:
     data.batch(0, slice(0, BATCH))  # plans the epoch
   ways = {'loader': loaded, 'no loader': made}
   rates: dict[tuple[str, str], list[float]] = {(name, way): [] for name in cases for way in ways}
-  grain_rates = []
+  grain_rates, seqio_rates = [], []
+  seqio_rows, pieces = seqio_batches(path), store.open_store(path).manifest['pieces']
   for k in range(options.rounds):
     steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
     for name, (data, _) in cases.items():
@@ -170,11 +207,19 @@ def loading(path: str, options: argparse.Namespace) -> None:
         rates[name, way].append(tokens / seconds(data, steps) / 1e6)
     count = max(options.steps // 8, 2)
     grain_rates.append(count * BATCH * 2048 / grain_packed(path, count) / 1e6)
+    if seqio_rows:
+      seqio_rates.append(seqio_rate(seqio_rows, options.steps, pieces))
   for (name, way), values in rates.items():
     show(f'{name}, {way}', values, 'Mtok/s', cases[name][1] if way == 'loader' else None)
   show('LM rows of 2048, Grain ConcatThenSplit', grain_rates, 'Mtok/s')
   ratios = [a / b for a, b in zip(rates['LM rows of 2048', 'loader'], grain_rates, strict=True)]
   show('  ours / Grain', ratios, 'x', 10)
+  if not seqio_rates:
+    print('spans, 512 + 114, seqio: not installed')
+    return
+  show('spans, 512 + 114, seqio', seqio_rates, 'Mtok/s')
+  ratios = [a / b for a, b in zip(rates['spans, 512 + 114', 'loader'], seqio_rates, strict=True)]
+  show('  ours / seqio', ratios, 'x', 2)
 
 
 def scaling(path: str, options: argparse.Namespace) -> None:
