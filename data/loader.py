@@ -5,6 +5,7 @@ Grain runs the work (a thread, or processes); its own state is never saved. A ru
 """
 
 import ctypes
+import math
 import multiprocessing
 import os
 import threading
@@ -61,9 +62,22 @@ class _Batches(Iterator):
   def __next__(self) -> tuple[dict[str, Any], Batch]:
     batch = next(self._held[0])
     self._position = {**self._position, 'examples': self._position['examples'] + self._size}
-    if self._shared:  # batches of worker processes lie in shared memory, which is taken for as long as they live
-      batch = {k: np.array(batch.pop(k)) for k in list(batch)}
-    return self._position, batch
+    return self._position, _unpacked(batch) if self._shared else batch
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+  """A batch as one array: Grain hands each to another process in a piece of shared memory of its own, at 0.4 ms."""
+  layout = [[name, values.dtype.str, *values.shape] for name, values in batch.items()]
+  return {'layout': layout, 'values': np.concatenate([values.ravel().view(np.int32) for values in batch.values()])}
+
+
+def _unpacked(packed: dict[str, Any]) -> Batch:
+  """`_packed`, undone, in memory of this process: what is shared is taken for as long as the batch lives."""
+  values, end, batch = np.array(packed.pop('values')), 0, {}
+  for name, dtype, *shape in packed['layout']:
+    begin, end = end, end + math.prod(shape)
+    batch[name] = values[begin:end].view(dtype).reshape(shape)
+  return batch
 
 
 def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
@@ -81,7 +95,7 @@ def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetItera
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which exist only in absl apps
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch, 1))
-    batches = batches.mp_prefetch(options, worker_init_fn=_init_worker)
+    batches = batches.map(_packed).mp_prefetch(options, worker_init_fn=_init_worker)
   elif prefetch:
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
   return iter(batches)

@@ -63,10 +63,11 @@ def open_source(
   return source.open_data(cfg, objective, seed=0, vocab_size=2**20, cache_dir=cache)
 
 
-def loaded(data: batches.DataSource, steps: range) -> float:
-  """Seconds that the loader takes for these steps, once it has given the step before them."""
-  batches = loader(data, {'examples': (steps.start - 1) * BATCH}, slice(0, BATCH))
-  next(batches)
+def loaded(data: batches.DataSource, steps: range, ahead: int = 1) -> float:
+  """Seconds that the loader takes for these steps, once it has given so many before them."""
+  batches = loader(data, {'examples': (steps.start - ahead) * BATCH}, slice(0, BATCH))
+  for _ in range(ahead):
+    next(batches)
   start = time.perf_counter()
   for _ in itertools.islice(batches, len(steps)):
     pass
@@ -82,7 +83,13 @@ def made(data: batches.DataSource, steps: range) -> float:
 
 
 def num_tokens(data: batches.DataSource, steps: range) -> int:
-  return sum(n for step in steps for row in range(BATCH) for _, _, n in data.describe_row(step * BATCH + row).pieces)
+  (rows,) = data.sources
+  located = [(epoch, *rows.locate(epoch, places)[:2]) for epoch, places in rows.epochs(_places(steps))]
+  return sum(int(rows.pieces(*own).lengths.sum()) for own in located)
+
+
+def _places(steps: range) -> np.ndarray:
+  return np.arange(steps.start * BATCH, steps.stop * BATCH)
 
 
 def grain_packed(store_path: str, count: int) -> float:
@@ -133,13 +140,16 @@ def seqio_batches(store_path: str) -> Iterator[dict[str, np.ndarray]] | None:
   rows = tensorflow.data.Dataset.from_tensor_slices({'targets': documents}).repeat()
   rows = t5.span_corruption(rows, sequence_length=lengths, output_features=features)
   rows = seqio.EncDecFeatureConverter(pack=True)(seqio.preprocessors.append_eos(rows, features), lengths)
-  return rows.batch(BATCH).prefetch(tensorflow.data.AUTOTUNE).as_numpy_iterator()
+  one = tensorflow.data.Options()  # thread, as ours, and as many batches ahead
+  one.threading.private_threadpool_size = 1
+  return rows.batch(BATCH).prefetch(2).with_options(one).as_numpy_iterator()
 
 
 def seqio_rate(rows: Iterator[dict[str, np.ndarray]], count: int, pieces: int) -> float:
   """Mtok/s of text over `count` batches."""
   sides = ('encoder_input_tokens', 'decoder_target_tokens')
-  next(rows)
+  for _ in range(3):  # what was made ahead
+    next(rows)
   start = time.perf_counter()
   batches = [next(rows) for _ in range(count)]
   seconds = time.perf_counter() - start
@@ -223,14 +233,14 @@ def loading(path: str, options: argparse.Namespace) -> None:
 
 
 def scaling(path: str, options: argparse.Namespace) -> None:
-  """UL2 batches by worker processes."""
+  """UL2 batches by worker processes, each of which has started, planned and read."""
   rates: dict[int, list[float]] = {workers: [] for workers in options.workers}
   for k in range(max(options.rounds // 2, 3)):
-    steps = range(k * options.steps + 1, (k + 1) * options.steps + 1)
+    ahead = 8 * max(options.workers)
+    steps = range(ahead + 10 * k * options.steps, ahead + 10 * (k + 1) * options.steps)
     for workers in options.workers:
       data = open_source(path, Ul2(), 512, 512, workers=workers)
-      data.batch(0, slice(0, BATCH))
-      rates[workers].append(num_tokens(data, steps) / loaded(data, steps) / 1e6)
+      rates[workers].append(num_tokens(data, steps) / loaded(data, steps, ahead) / 1e6)
   for workers, values in rates.items():
     factor = [a / b for a, b in zip(values, rates[options.workers[0]], strict=True)]
     show(f'UL2, 512 + 512, {workers} workers', values, 'Mtok/s')
