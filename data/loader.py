@@ -4,7 +4,6 @@ Grain runs the work (a thread, or processes); its own state is never saved. A ru
 {'version', 'examples'}, the same on every host, and any number of hosts and workers may go on from it.
 """
 
-import ctypes
 import math
 import multiprocessing
 import os
@@ -23,7 +22,6 @@ from data.features import Batch
 from data.source import Data
 
 VERSION = 2
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class _Steps:
@@ -86,7 +84,6 @@ def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
 
 
 def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetIterator[Batch]:
-  _keep_freed_memory()
   workers, prefetch = source.cfg.workers, source.cfg.prefetch
   steps = grain.MapDataset.source(_Steps(source, examples, rows))
   # Reader threads contend for the interpreter: several are slower than none.
@@ -95,27 +92,16 @@ def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetItera
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which exist only in absl apps
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch, 1))
-    batches = batches.map(_packed).mp_prefetch(options, worker_init_fn=_init_worker)
+    batches = batches.map(_packed).mp_prefetch(options, worker_init_fn=_die_with_parent)
   elif prefetch:
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
   return iter(batches)
 
 
-def _keep_freed_memory() -> None:
-  """Tells the C library (glibc) to keep what batches free, up to 256 MiB: the next one takes as much.
-
-  To fetch it from the kernel anew, page by page, is more than half of the time that a batch of text takes.
-  """
-  if mallopt := getattr(ctypes.CDLL(None), 'mallopt', None):
-    mallopt(M_MMAP_THRESHOLD, 2**25)
-    mallopt(M_TRIM_THRESHOLD, 2**28)
-
-
-def _init_worker(_index: int, _count: int) -> None:
+def _die_with_parent(_index: int, _count: int) -> None:
   """Ends this worker when the run is killed; otherwise it would wait for ever.
 
   Not by PR_SET_PDEATHSIG: that is the death of the *thread* that started the worker, which Grain ends before it.
   """
-  _keep_freed_memory()
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

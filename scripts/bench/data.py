@@ -35,6 +35,7 @@ from data.packing import BestFit  # noqa: E402
 from data.plan import Stream  # noqa: E402
 from data.plan_report import keep_plans  # noqa: E402
 from data.tasks import Budget  # noqa: E402
+from pretrain.allocator import keep_memory  # noqa: E402
 
 SENTINELS, BATCH = 128, 64
 NUM_TOKENS = 40_000_000
@@ -249,6 +250,7 @@ def scaling(path: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+  keep_memory()  # as a run does
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--rounds', type=int, default=7)
   flags.add_argument('--steps', type=int, default=40, help='batches of 64 rows in a round')
