@@ -7,6 +7,7 @@ JSONL (`text.py`). Libraries that a plain installation lacks are imported where 
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import pathlib
 import types
@@ -132,19 +133,40 @@ def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterat
   parquet = optional('pyarrow.parquet', path)
   number, size = 0, path.stat().st_size
   try:
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # where its writer has put checksums
       names = file.schema_arrow.names
       if missing := [column for column in columns if column not in names]:
         raise DataError(f'{path} has no column {missing[0]!r} (found: {", ".join(names)}); name another one.')
       for batch in file.iter_batches(_ROWS, columns=columns):
         meter.read += size * batch.num_rows // max(file.metadata.num_rows, 1)
-        for row in batch.to_pylist():
+        for row in _rows_of(path, batch, number):
           yield f'{path}: row {number}', row
           number += 1
   except (OSError, importlib.import_module('pyarrow').ArrowException) as error:
     raise DataError(
       f'{path} cannot be read as Parquet from row {number} on ({_line(error)}); copy it again.'
     ) from error
+
+
+def _rows_of(path: pathlib.Path, batch, first: int) -> list[dict[str, Any]]:
+  """The rows of a batch, the first of which is `first`. Raises DataError at the first text that is no UTF-8."""
+  try:
+    return batch.to_pylist()
+  except UnicodeDecodeError:
+    for i, name in itertools.product(range(batch.num_rows), batch.schema.names):
+      _check_text(f'{path}: row {first + i}, column {name!r}', batch.column(name)[i])
+    raise
+
+
+def _check_text(where: str, value) -> None:
+  try:
+    value.as_py()
+  except UnicodeDecodeError as error:
+    raise _not_text(where, error.start) from error
+
+
+def _not_text(where: str, place: int) -> DataError:
+  return DataError(f'{where} is not UTF-8 text (byte {place}); convert it, e.g. with iconv, or leave it out.')
 
 
 def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterator[tuple[str, Any]]:
@@ -184,8 +206,7 @@ def decode(where: str, raw: bytes, offset: int) -> str:
   try:
     text = raw.decode('utf-8')
   except UnicodeDecodeError as error:
-    place = f'{where} is not UTF-8 text (byte {offset + error.start})'
-    raise DataError(f'{place}; convert it, e.g. with iconv, or leave it out.') from error
+    raise _not_text(where, offset + error.start) from error
   if '\0' in text:
     raise DataError(f'{where} is binary (a NUL at byte {offset + raw.index(0)}); give text or .jsonl files.')
   return text
@@ -194,7 +215,7 @@ def decode(where: str, raw: bytes, offset: int) -> str:
 def parse_json(where: str, text: str) -> Any:
   try:
     return json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:  # a value that is nested too deeply
     raise DataError(f'{where}: not JSON ({error}); each line must be one object.') from error
 
 

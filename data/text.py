@@ -25,6 +25,7 @@ from data.inputs import (
 
 Documents = Literal['file', 'paragraph', 'line']
 SEGMENT_BYTES = 2**18
+LARGEST_SCORE = 3e38  # of a float32, as which it is kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,13 +126,15 @@ def _tag(record: _Record, field: str) -> str:
     raise DataError(
       f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
     )
-  return f'{field}: {value}\n'
+  return f'{field}: {_checked(record.where, field, str(value))}\n'
 
 
 def _score(record: _Record, field: str) -> float:
   value = record.value.get(field)
-  if type(value) not in (int, float) or value != value:
-    raise DataError(f'{record.where}: field {field!r} is {value!r}, no number; name another one with --score_field=.')
+  if type(value) not in (int, float) or not abs(value) <= LARGEST_SCORE:
+    raise DataError(
+      f'{record.where}: field {field!r} is {value!r:.40}, no number of a float32; name another one with --score_field=.'
+    )
   return float(value)
 
 
@@ -196,12 +199,18 @@ def _lines(path: pathlib.Path, meter: Meter) -> Iterator[_Record]:
 
 
 def _text(record: _Record, field: str, flag: str) -> str:
-  """The text of a field. Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold, is a DataError too."""
+  """The text of a field."""
   where, value = record.where, record.value
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
-    raise DataError(f'{where}: no text in field {field!r} (found: {keys}); name it with {flag}=.')
+    kind = f', which is {type(text).__name__}' if isinstance(value, dict) and field in value else ''
+    raise DataError(f'{where}: no text in field {field!r}{kind} (found: {keys}); name it with {flag}=.')
+  return _checked(where, field, text)
+
+
+def _checked(where: str, field: str, text: str) -> str:
+  """`text`. Raises DataError for what JSON can escape and no text holds: NUL, and half of a surrogate pair."""
   if '\0' in text:
     raise DataError(f'{where}: field {field!r} has a NUL (character {text.index(chr(0))}); correct its text.')
   try:

@@ -93,6 +93,7 @@ def test_documents_are_the_same_in_every_kind_of_file(tmp_path, name):
     ('t.txt.gz', packed(b''), 't.txt.gz is empty; remove it'),
     ('t.parquet', PLAIN, r't.parquet cannot be read as Parquet from row 0 on'),
     ('t.arrayrecord', PLAIN, r't.arrayrecord cannot be read as ArrayRecord'),
+    ('t.jsonl', b'[' * 10**5 + b']' * 10**5, r't.jsonl:1: not JSON \(maximum recursion depth'),
   ],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_nothing_is_left(tmp_path, model, name, content, message):
@@ -111,6 +112,11 @@ def test_a_damaged_file_is_named_and_nothing_is_left(tmp_path, model, name, cont
     ('j.arrayrecord', [{'text': 'a'}, {'x': 'a'}], {}, r"j.arrayrecord: record 1: no text in field 'text'"),
     ('t.jsonl', [{'text': 'a', 'q': 'high'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 'high', no number"),
     ('t.jsonl', [{'text': 'a'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is None, no number"),
+    ('t.jsonl', [{'text': 'a', 'q': 10**400}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 10{39}, no number"),
+    ('t.jsonl', [{'text': 'a', 'q': 1e39}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 1e\+39, no number"),
+    ('t.jsonl', [{'text': 'a', 'url': 'x\0'}], {'tag_fields': ('url',)}, r"field 'url' has a NUL \(character 1\)"),
+    ('t.jsonl', [{'text': 'a', 'url': '\ud800'}], {'tag_fields': ('url',)}, r"field 'url' has half of a surrogate"),
+    ('t.jsonl', [{'text': 5}], {}, r"t.jsonl:1: no text in field 'text', which is int \(found: text\)"),
     ('t.jsonl', [{'text': 'a', 'url': []}], {'tag_fields': ('url',)}, r"t.jsonl:1: field 'url' is no text \(list\)"),
   ],
 )
@@ -124,6 +130,19 @@ def test_a_bad_record_is_named(tmp_path, model, name, rows, options, message):
     arrayrecord(tmp_path / name, lines)
   with pytest.raises(DataError, match='^DATA: .*' + message):
     prepare([tmp_path / name], tmp_path / 'out', tokenizer=model, reading=reading_of(name, **options))
+
+
+def test_parquet_that_is_no_text_or_whose_checksums_fail_is_named(tmp_path, model):
+  offsets = np.int32([0, 1, 4]).tobytes()
+  text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, *map(pyarrow.py_buffer, (offsets, b'abc\xff'))])
+  pyarrow.parquet.write_table(pyarrow.table({'text': text}), tmp_path / 'bad.parquet')
+  with pytest.raises(DataError, match=r"bad.parquet: row 1, column 'text' is not UTF-8 text \(byte 2\); convert it"):
+    prepare([tmp_path / 'bad.parquet'], tmp_path / 'out', tokenizer=model)
+  table, path = pyarrow.table({'text': TEXTS}), tmp_path / 'flipped.parquet'
+  pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression='none', use_dictionary=False)
+  path.write_bytes(path.read_bytes().replace(b'document 300', b'dokument 300'))
+  with pytest.raises(DataError, match=r'flipped.parquet cannot be read as Parquet from row 0 on \(.*checksum'):
+    prepare([path], tmp_path / 'out', tokenizer=model)
 
 
 def test_a_library_that_is_missing_names_the_extra(tmp_path, model, monkeypatch):
