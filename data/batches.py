@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class DataSource:
     sources: Mapping[str, StoreRows],
     mixture: Mixture,
     heldout: Mapping[str, StoreRows],
+    renumbered: Callable[[str, int], StoreRows] | None = None,
   ):
+    self._renumbered = renumbered  # the rows of a source in the order that the source of another number has
     self.cfg, self.vocabulary, self.tokenizer, self.mixture = cfg, vocabulary, tokenizer, mixture
     self.names, self.sources, self._heldout = tuple(sources), tuple(sources.values()), heldout
 
@@ -49,12 +52,41 @@ class DataSource:
 
   def at(self, position: Mapping[str, Any]) -> 'DataSource':
     """This data as a run at `position` has it: one that went on with other sources or weights knows from where."""
-    began = position.get('mixture')
+    began, changed = position.get('mixture'), position.get('changed')
     if not began:
       return self
-    there = copy.copy(self)
-    there.mixture = self.mixture.restarted(began['start'], _in_order(began['used'], self.names), began.get('weights'))
+    there, shift = copy.copy(self), 0
+    if changed:
+      there.sources = tuple(self._numbered(i, changed['numbers'].get(name, i)) for i, name in enumerate(self.names))
+      shift = changed['start'] - changed['step'] * self.cfg.batch_size
+    used = _in_order(began['used'], self.names)
+    there.mixture = self.mixture.restarted(began['start'], used, began.get('weights'), shift)
     return there
+
+  def _numbered(self, place: int, number: int) -> StoreRows:
+    same = number == place or self._renumbered is None
+    return self.sources[place] if same else self._renumbered(self.names[place], number)
+
+  def after_change(self, position: Mapping[str, Any], used: Mapping[str, int], step: int) -> dict[str, Any]:
+    """The position of a run that goes on with this data from `step` on, where it had other data until then.
+
+    `position` and `used` are those that were saved with the step. Each source keeps its number, by which its rows are
+    ordered, and the rows that were used of it; so does one that is left out for a while.
+    """
+    before = position.get('changed', {})
+    numbers = {name: i for i, name in enumerate(used)} | before.get('numbers', {})
+    known = {**before.get('used', {}), **used}
+    if len(used) == len(self.names) == 1 and self.names[0] not in known:  # the only source, under another name
+      (new,), (old,) = self.names, used
+      numbers, known = {new: numbers[old]}, {new: known[old]}
+    free = (number for number in itertools.count() if number not in numbers.values())
+    numbers = numbers | {name: next(free) for name in self.names if name not in numbers}
+    start = position['examples']
+    return {
+      **position,
+      'changed': {'start': start, 'step': step, 'numbers': numbers, 'used': known},
+      'mixture': {'start': start, 'used': {name: known.get(name, 0) for name in self.names}},
+    }
 
   def used(self, examples: int) -> dict[str, int]:
     """How many rows of each source the first `examples` of the run were."""

@@ -33,15 +33,19 @@ class Mixture:
     for number in range(1, len(stages)):
       self._used[number] = self._used_in(number - 1, stages[number].start)
 
-  def restarted(self, start: int, used: Sequence[int], weights: Sequence[float] | None = None) -> 'Mixture':
+  def restarted(
+    self, start: int, used: Sequence[int], weights: Sequence[float] | None = None, shift: int = 0
+  ) -> 'Mixture':
     """The mixture of a run that has used so many rows of each source before row `start`: these stages from there on.
 
-    With `weights` those instead, for the rest of the run.
+    With `weights` those instead, for the rest of the run. Stages begin `shift` rows later: their steps had batches of
+    another size before.
     """
     if weights is not None:
       return Mixture([Stage(start, tuple(weights))], self._seed, used)
-    now = self.stages[max(self._number(start), 0)]
-    return Mixture([now._replace(start=start), *(s for s in self.stages if s.start > start)], self._seed, used)
+    now = self.stages[max(self._number(start - shift), 0)]
+    later = [stage._replace(start=stage.start + shift) for stage in self.stages if stage.start + shift > start]
+    return Mixture([now._replace(start=start), *later], self._seed, used)
 
   def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(source, which row of that source) of `count` rows of the run from `start` on: int64 arrays."""

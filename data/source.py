@@ -1,6 +1,7 @@
 """Where batches come from: the data section of a config, and what it opens."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Annotated, Literal, assert_never
@@ -264,8 +265,12 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
   if isinstance(cfg.packing, LengthBuckets):
     ((name, store),) = stores.items()
     return BucketedSource(cfg, vocabulary, tokenizer, name, BucketRows(store, spec, cfg, seed=seed), sets)
-  rows = {
-    name: StoreRows(store, spec, cfg.packing, seed=seed, purpose=f'source {i}', plans=plans, order=cfg.order)
-    for i, (name, store) in enumerate(stores.items())
-  }
-  return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets)
+  numbered = functools.partial(_numbered, stores, spec, cfg, seed, plans)
+  rows = {name: numbered(name, i) for i, name in enumerate(stores)}
+  return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets, numbered)
+
+
+def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path, name: str, number: int) -> StoreRows:
+  """The rows of a source, in the order that the source of this number has."""
+  purpose = f'source {number}'
+  return StoreRows(stores[name], spec, cfg.packing, seed=seed, purpose=purpose, plans=plans, order=cfg.order)

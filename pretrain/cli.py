@@ -96,11 +96,11 @@ def parser() -> argparse.ArgumentParser:
   return root
 
 
-def config_flags(command: argparse.ArgumentParser) -> None:
+def config_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
   command.add_argument(
     '--gin_file',
     action='append',
-    required=True,
+    required=required,
     metavar='F',
     help='a .gin file; repeatable, the last binding wins',
   )

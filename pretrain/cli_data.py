@@ -48,14 +48,17 @@ def _stats_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='gets stats.json and stats.png')
 
 
-def _config_flags(action: argparse.ArgumentParser) -> None:
+def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> None:
   from pretrain import cli
 
-  cli.config_flags(action)
+  cli.config_flags(action, required)
 
 
 def _row_flags(action: argparse.ArgumentParser) -> None:
-  _config_flags(action)
+  _config_flags(action, required=False)
+  action.add_argument(
+    '--workdir', type=pathlib.Path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
+  )
   action.add_argument('--step', type=int, default=0)
   action.add_argument('--row', type=int, default=0)
 
@@ -114,39 +117,61 @@ def show_command(options, overrides) -> None:
   """Print a training row as a person reads it."""
   from data.show import show_row
 
-  source, stretch = _open(options, overrides, max(options.step, 0))
-  print(show_row(source, options.step, options.row, stretch.example(options.step)))
+  source, example = _open_row(options, overrides)
+  print(show_row(source, options.step, options.row, example))
 
 
 def explain_command(options, overrides) -> None:
   """Print where each piece of a training row comes from: source, document, offset, length."""
   from data.show import explain_row
 
-  source, stretch = _open(options, overrides, max(options.step, 0))
-  print(explain_row(source, options.step, options.row, stretch.example(options.step)))
+  source, example = _open_row(options, overrides)
+  print(explain_row(source, options.step, options.row, example))
 
 
 def plan_command(options, overrides) -> None:
   """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
   from data.plan_report import keep_plans, report
+  from pretrain import cli
+  from pretrain.phases import stretch_at
 
-  source = _open(options, overrides, 0)[0]
+  if options.workers < 1:
+    raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
+  source = _open(stretch_at(cli.load(options, overrides), 0).cfg)
   keep_plans(source, options.workers)
   print(report(source))
 
 
-def _open(options, overrides, step: int):
-  """(data, stretch) of a config at a step of its run."""
+def _open(cfg):
+  """The data of a config."""
   from data.source import open_data
-  from pretrain import cli
-  from pretrain.phases import stretch_at
   from pretrain.runtime import cache_dir
 
-  stretch = stretch_at(cli.load(options, overrides), step)
-  cfg = stretch.cfg
-  _check_decided(cfg.data.online, step)
-  source = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  return source, stretch
+  return open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+
+
+def _open_row(options, overrides):
+  """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
+  from pretrain import cli
+  from pretrain.phases import stretch_at
+  from pretrain.resume import check_same_run
+
+  saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
+  if not (saved or options.gin_file):
+    raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
+  options.gin_file = options.gin_file or [str(saved)]
+  cfg = cli.load(options, overrides)
+  stretch = stretch_at(cfg, step)
+  if saved is None:
+    _check_decided(cfg.data.online, step)
+    return _open(stretch.cfg), stretch.example(options.step)
+  check_same_run(saved, cfg)
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+  from pretrain.history import data_of_run
+
+  return data_of_run(options.workdir, cfg, _open(stretch.cfg), step)
 
 
 def _check_decided(online, step: int) -> None:
@@ -154,5 +179,5 @@ def _check_decided(online, step: int) -> None:
   if online is not None and step >= online.every:
     raise ConfigError(
       f'--step={step} with data.online.every={online.every}: from there on the losses of a run decide which source a '
-      f'row is of; give a step before {online.every}.'
+      f'row is of; give a step before {online.every}, or the --workdir of the run.'
     )

@@ -154,7 +154,7 @@ class Run:
     )
     position = restored.position['loader']
     if self._changes:
-      position = position | {'mixture': {'start': position['examples'], 'used': restored.position['used']}}
+      position = self.data.after_change(position, restored.position['used'], latest)
     self.data = self.stage.data = self.stage.data.at(position)
     return restored.state, position
 

@@ -203,6 +203,7 @@ def test_g7_no_sentinel_is_ever_a_piece_of_text(sharded):
         for segment in range(1, own.max() + 1):
           marks = [t for t in row[own == segment].tolist() if vocabulary.is_sentinel(t)]
           assert marks == [vocabulary.sentinel(k) for k in range(len(marks))], 'descending from the first'
+  assert vocabulary.sentinel(vocabulary.sentinels - 1) == vocabulary.pieces, 'the last is the id after the pieces'
   needed = max(num_sentinels(task, Budget(64, 64)) for task in tasks_of(Ul2()))
   check_objective(Ul2(), 64, 64, needed)
   with pytest.raises(ValueError, match=f'set data.sentinels >= {needed}'):
@@ -223,6 +224,8 @@ def test_g8_packed_rows_are_full_and_their_segments_are_the_pieces(sharded):
     assert row['decoder_loss_weights'].tolist() == [1.0] * used + [0.0] * (64 - used)
     text = np.concatenate(source.sources[0].store.read([(start, n) for _, start, n in origin.pieces]))
     assert row['decoder_target_tokens'][:used].tolist() == text.tolist()
+    first = row['decoder_positions'][:used] == 0
+    assert row['decoder_input_tokens'][:used].tolist() == np.where(first, 0, np.roll(text, 1)).tolist()
   rng = np.random.default_rng(0)
   lengths = np.clip(rng.lognormal(6, 1.1, 20_000), 20, 60_000).astype(np.int64)
   text = Stream(np.cumsum(lengths) - lengths, lengths)

@@ -1,5 +1,7 @@
 """Mixtures: exact shares in every block, stage after stage; a source goes on where it was."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from data.mixture import Mixture, Stage, by_size, quotas
 from data.objectives import CausalLm
 from data.source import MixtureStage, Source, StoreData, check_mixture
-from tests.data.test_source import assert_equal, opened, two_stores  # noqa: F401
+from data.store import StoreWriter
+from data.vocabulary import Tokenizer
+from tests.data.test_source import SENTINELS, assert_equal, opened, two_stores  # noqa: F401
 
 STAGES = (Stage(0, (0.7, 0.2, 0.1)), Stage(1003, (0.0, 0.5, 0.5)), Stage(2500, (1 / 3 + 1e-6, 1 / 3, 1 / 3)))
 
@@ -76,6 +80,63 @@ def test_epochs_of_each_source_are_counted(two_stores):  # noqa: F811
     assert len(set(keys)) == len(keys), 'no row twice in an epoch'
   assert all(o.path == str(two_stores[1]) for o in seen[120:])
   assert source.progress(300)['large']['share'] == 1.0
+
+
+@pytest.fixture(scope='module')
+def stores(tokenizer_model, tmp_path_factory):
+  """A folder of stores a, b and c, of 40 rows of 64 tokens each."""
+  folder, rng = tmp_path_factory.mktemp('changing'), np.random.default_rng(0)
+  for name in 'abc':
+    with StoreWriter(folder / name, Tokenizer(tokenizer_model, SENTINELS)) as writer:
+      writer.add([rng.integers(3, 400, 63) for _ in range(40)])
+      writer.finish()
+  return folder
+
+
+def of(stores, names: str, **options):
+  sources = tuple(Source(path=f'{stores}/{name}') for name in names)
+  return opened(None, CausalLm(), 0, 64, sources=sources, **{'batch_size': 6} | options)
+
+
+def changing(stores, *legs):
+  """The rows of each store as a run reads them whose sources are `names` for so many steps of each leg."""
+  position, used, step, seen = {'examples': 0}, {}, 0, {name: [] for name in 'abc'}
+  for names, steps in legs:
+    data = of(stores, names)
+    if step:
+      position = json.loads(json.dumps(data.after_change(position, used, step)))
+      data = data.at(position)
+    for row in range(position['examples'], position['examples'] + 6 * steps):
+      origin = data.describe_row(row)
+      seen[origin.path[-1]].append((origin.epoch, origin.row))
+    position = position | {'examples': position['examples'] + 6 * steps}
+    step, used = step + steps, data.used(position['examples'])
+  return seen
+
+
+@pytest.mark.parametrize(
+  'legs',
+  [
+    pytest.param([('ab', 5), ('b', 4)], id='the first is left out'),
+    pytest.param([('ab', 5), ('ba', 5), ('cb', 3)], id='in another order, then one for another'),
+    pytest.param([('abc', 6), ('c', 3), ('ca', 5), ('bca', 6)], id='left out for a while'),
+  ],
+)
+def test_sources_that_change_go_on_with_their_next_rows_each_in_its_own_order(stores, legs):
+  seen = changing(stores, *legs)
+  whole = changing(stores, ('abc', 20))
+  for name in 'ab':
+    assert seen[name] == whole[name][: len(seen[name])], 'of the order that it began with'
+  assert all(len(set(rows)) == len(rows) for rows in seen.values()), 'no row twice in an epoch'
+
+
+def test_stages_begin_at_their_steps_where_the_batch_became_another(stores):
+  stages = (MixtureStage(start_step=0, weights=(1.0, 0.0)), MixtureStage(start_step=20, weights=(0.0, 1.0)))
+  small = of(stores, 'ab', stages=stages, batch_size=4)
+  position = {'examples': 12 * 8}  # 12 steps of 8
+  data = small.at(small.after_change(position, {'a': 96, 'b': 0}, 12))
+  sources = [data.describe_row(row).path[-1] for row in range(96, 96 + 12 * 4)]
+  assert ''.join(sources) == 'a' * 8 * 4 + 'b' * 4 * 4
 
 
 def test_rows_say_which_source_they_are_of(two_stores):  # noqa: F811

@@ -6,7 +6,10 @@ import pytest
 from data.source import open_data
 from data.store import StoreWriter
 from data.vocabulary import Tokenizer
+from pretrain import cli, config
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.experiment import Experiment
+from pretrain.history import data_of_run
 from pretrain.metrics import read_metrics
 from pretrain.step import checksum
 from pretrain.train import train
@@ -65,7 +68,7 @@ def test_other_weights_are_refused_or_go_on_with_the_next_row_of_each_source(sto
     assert first[name] == (epoch, int(rows.locate(epoch, places)[1][0])), 'the next row of the source'
 
 
-def test_a_run_whose_data_has_changed_resumes_without_the_flag_and_exactly(stores, tmp_path):
+def test_a_run_whose_data_has_changed_resumes_without_the_flag_and_exactly_and_shows_its_rows(stores, tmp_path, capsys):
   for run in ('whole', 'cut'):
     train(configured(stores, 'ab', (3.0, 1.0), 'train.steps=4'), tmp_path / run)
     steps = 8 if run == 'cut' else 11
@@ -73,6 +76,25 @@ def test_a_run_whose_data_has_changed_resumes_without_the_flag_and_exactly(store
   train(configured(stores, 'bc', (1.0, 1.0), 'train.steps=11'), tmp_path / 'cut')
   assert checksums(tmp_path / 'cut') == checksums(tmp_path / 'whole')
   assert len(set(checksums(tmp_path / 'whole'))) == 11
+  assert shown_checksums(tmp_path / 'cut', range(4, 11)) == checksums(tmp_path / 'cut')[4:]
+  explain = ['data', 'explain', f'--workdir={tmp_path / "cut"}']
+  assert cli.main([*explain, '--step=4', '--row=1']) == 0
+  assert cli.main([*explain, '--step=3']) == 64
+  assert 'step 11 of' in (message := capsys.readouterr().err)
+  assert 'of the steps from 4 (--allow_data_change' in message
+  assert cli.main(['data', 'explain', '--step=3']) == 64
+  assert 'give --gin_file=F, or --workdir=RUN' in capsys.readouterr().err
+
+
+def shown_checksums(workdir, steps) -> list[int]:
+  """Of the batches that `pretrain data show --workdir` takes its rows from."""
+  cfg = config.load(Experiment, [str(workdir / 'config.gin')], [])
+  found = []
+  for step in steps:
+    data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=512, cache_dir=workdir)
+    own, example = data_of_run(workdir, cfg, data, step)
+    found.append(int(checksum(own.global_rows(example, cfg.data.batch_size))))
+  return found
 
 
 def test_a_store_that_grew_goes_on_from_the_same_row(stores, tokenizer_model, tmp_path):
@@ -95,4 +117,4 @@ def test_a_batch_of_another_size_goes_on_with_the_next_row(stores, tmp_path):
   train(larger, tmp_path / 'run', allow_data_change=True)
   data = open_data(larger.data, larger.objective, seed=0, vocab_size=512, cache_dir=tmp_path)
   wanted = [int(checksum(data.global_rows(start, 16))) for start in (32, 48)]
-  assert checksums(tmp_path / 'run')[4:] == wanted
+  assert checksums(tmp_path / 'run')[4:] == wanted == shown_checksums(tmp_path / 'run', (4, 5))
