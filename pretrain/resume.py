@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from data.buckets import LengthBuckets
 from pretrain import config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import MAY_CHANGE, Experiment
@@ -23,20 +24,29 @@ def differences(old: Experiment, new: Experiment) -> list[tuple[str, object, obj
 def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: bool = False) -> list[str]:
   """Raises ConfigError where `cfg` is not the run whose resolved config is `saved`; reads only.
 
-  With `allow_data_change` keys of `data` may differ: a line for each is returned.
+  With `allow_data_change` keys of `data` may differ, but for `_is_fixed`: a line for each is returned.
   """
-  changed = differences(config.load(Experiment, [str(saved)], []), cfg)
-  allowed = [item for item in changed if allow_data_change and item[0].startswith('data.')]
+  before = config.load(Experiment, [str(saved)], [])
+  changed = differences(before, cfg)
+  data_keys = [key for key, _, _ in changed if key.startswith('data.') and not _is_fixed(key, before, cfg)]
+  allowed = [item for item in changed if allow_data_change and item[0] in data_keys]
   refused = [item for item in changed if item not in allowed]
   if refused:
     key, old, new = refused[0]
     more = f' (first of {len(refused)})' if len(refused) > 1 else ''
-    data = ' If other data is what you want, add --allow_data_change.' if key.startswith('data.') else ''
+    data = ' If other data is what you want, add --allow_data_change.' if key in data_keys else ''
     raise ConfigError(
       f'{key} is {old!r} in {saved}, {new!r} in this command{more}. A resumed run keeps its model, data and schedule; '
       f'nothing was changed. Set it back, or use another --workdir.{data}'
     )
   return [f'{key} was {old!r}, is {new!r}' for key, old, new in allowed]
+
+
+def _is_fixed(key: str, before: Experiment, after: Experiment) -> bool:
+  """Whether a key of `data` means another run: other ids of sentinels, or other steps of rows of several lengths."""
+  if any(isinstance(cfg.data.packing, LengthBuckets) for cfg in (before, after)):
+    return key in ('data.sentinels', 'data.batch_size', 'data.targets_length') or key.startswith('data.packing.')
+  return key == 'data.sentinels'
 
 
 def check_same_data(

@@ -4,8 +4,10 @@ import pathlib
 
 import pytest
 
-from pretrain.errors import CheckpointError
-from pretrain.resume import check_same_data
+from pretrain import config
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.resume import check_same_data, check_same_run
+from tests.pretrain import tiny
 
 SAVED = {'stores': ['3fa1' * 16, '90cc' * 16], 'tokenizer': 'beef' * 16}
 
@@ -40,3 +42,23 @@ def test_another_tokenizer_is_refused_even_where_data_may_change():
   found = SAVED | {'tokenizer': 'dada' * 16}
   with pytest.raises(CheckpointError, match='tokenizer was beefbeef'):
     check_same_data(SAVED, found, 4, pathlib.Path('RUN'), allow_data_change=True)
+
+
+BUCKETS = ("data.packing.name='length_buckets'", 'data.packing.min_length=8')
+
+
+@pytest.mark.parametrize(
+  ('before', 'after', 'changed'),
+  [
+    ((), ('data.sentinels=40',), 'data.sentinels is 64'),
+    (BUCKETS, (*BUCKETS, 'data.batch_size=16'), 'data.batch_size is 8'),
+    (BUCKETS, (*BUCKETS, 'data.packing.odds=1.0'), 'data.packing.odds is 2.0'),
+    ((), BUCKETS, "data.packing.name is 'concat_split'"),
+  ],
+)
+def test_what_other_data_would_not_explain_is_refused_even_where_data_may_change(tmp_path, before, after, changed):
+  (tmp_path / 'config.gin').write_text(config.render(tiny.decoder('data.sentinels=64', *before)))
+  own = [] if 'data.sentinels=40' in after else ['data.sentinels=64']
+  with pytest.raises(ConfigError, match=changed) as caught:
+    check_same_run(tmp_path / 'config.gin', tiny.decoder(*own, *after), allow_data_change=True)
+  assert 'add --allow_data_change' not in str(caught.value)
