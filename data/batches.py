@@ -99,7 +99,7 @@ class DataSource:
     """
     parts = [(place, rows.batch(epoch, own)) for place, rows, epoch, own in self._locate(start, count)]
     batch = parts[0][1] if len(parts) == 1 else _merge(parts, count)
-    batch['example_index'] = np.arange(start, start + count).astype(np.int32)
+    batch['example_index'] = (np.arange(start, start + count) % 2**31).astype(np.int32)
     if len(self.sources) > 1:
       batch['source_index'] = self.mixture.at(start, count)[0].astype(np.int32)
     return batch

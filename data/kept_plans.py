@@ -3,6 +3,7 @@
 A plan is a pure function of a store and a config, so its file is a cache: it may be deleted at any time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,17 +68,24 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
       return {name: file[name] for name in file.files}
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+  except OSError as error:
+    raise DataError(f'{path} cannot be read ({error.strerror}); check the folder (PRETRAIN_CACHE).') from error
+  except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
     raise DataError(f'{path} is damaged ({error}); delete it, it will be made again.', 'DATA-CORRUPT') from error
 
 
 def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """The whole file or none: it appears under its name when it is written. Any number of processes may do so at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open('wb') as file:
       np.savez(file, **arrays)
     temporary.replace(path)
+  except OSError as error:
+    raise DataError(
+      f'{path} cannot be written ({error.strerror}); free space there, or set PRETRAIN_CACHE to another folder.'
+    ) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()

@@ -31,7 +31,7 @@ class _Steps:
     self._source, self._examples, self._rows = source, examples, rows
 
   def __len__(self) -> int:
-    return (2**31 - 1 - self._examples) // self._source.cfg.batch_size  # example_index is int32
+    return 2**62 // self._source.cfg.batch_size  # a run ends by its own count
 
   def __getitem__(self, index: int) -> Batch:
     start = self._examples + int(index) * self._source.cfg.batch_size

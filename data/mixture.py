@@ -110,12 +110,23 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
     raise ValueError(f'weights={list(weights)}; none may be negative, one must be greater than 0.')
   present = [i for i, weight in enumerate(weights) if weight]
   try:
-    return np.array(present)[block_of([weights[i] for i in present], 'weights')]
+    return np.array(present)[block_of([weights[i] / sum(weights) for i in present], 'weights')]
   except ValueError:  # exact in longer blocks only
     exact = np.array(weights) / sum(weights) * MAX_BLOCK
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind='stable')[: MAX_BLOCK - counts.sum()]] += 1
     return np.repeat(np.arange(len(weights)), counts)
+
+
+def check_seen(weights: Sequence[float], what: str) -> None:
+  """Raises ValueError where a source that has a weight would never come, because it has too little of a block."""
+  counts = np.bincount(quotas(weights), minlength=len(weights))
+  never = [i for i, weight in enumerate(weights) if weight and not counts[i]]
+  if never:
+    raise ValueError(
+      f'{what} {list(weights)} give source {never[0]} less than a row in {MAX_BLOCK}: it would never come. '
+      'Give it more, or leave it out.'
+    )
 
 
 def by_size(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import pathlib
 from typing import Annotated, Literal, assert_never
@@ -14,7 +16,7 @@ from data.curriculum import Order, Random, check_order
 from data.errors import DataError
 from data.fitting import check_objective
 from data.make import RowSpec
-from data.mixture import Mixture, Stage, by_size
+from data.mixture import Mixture, Stage, by_size, check_seen
 from data.objectives import Objective, Supervised
 from data.online import Odm, check_online
 from data.packing import ConcatSplit, Packing, check_packing
@@ -162,7 +164,8 @@ def _names(sources: tuple[Source, ...]) -> dict[str, str]:
   names: dict[str, str] = {}
   for source in sources:
     stem = pathlib.PurePath(source.path.rstrip('/')).name
-    names[stem if stem not in names else f'{stem}_{len(names)}'] = source.path
+    numbered = (f'{stem}_{i}' for i in itertools.count(len(names)))
+    names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = source.path
   return names
 
 
@@ -191,7 +194,12 @@ def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
   if cfg.stages:
     return [Stage(stage.start_step * cfg.batch_size, stage.weights) for stage in cfg.stages]
   if cfg.temperature is not None:
-    return [Stage(0, tuple(by_size(sizes, cfg.weights, cfg.temperature)))]
+    weights = by_size(sizes, cfg.weights, cfg.temperature)
+    try:
+      check_seen(weights, f'data.temperature={cfg.temperature} makes the weights')
+    except ValueError as error:
+      raise DataError(str(error)) from error
+    return [Stage(0, tuple(weights))]
   return [Stage(0, cfg.weights)]
 
 
@@ -209,7 +217,7 @@ def check_mixture(cfg: Data) -> None:
   if isinstance(cfg, Synthetic):
     return
   number, weights = cfg.num_sources, list(cfg.weights)
-  if any(weight <= 0 for weight in weights):
+  if any(not 0 < weight < math.inf for weight in weights):
     raise ValueError(f'data.sources have the weights {weights}; each must be greater than 0. Leave out what has none.')
   if cfg.stages and (cfg.temperature is not None or len(set(weights)) > 1):
     other = 'data.temperature' if cfg.temperature is not None else 'the weights of data.sources'
@@ -220,8 +228,13 @@ def check_mixture(cfg: Data) -> None:
   for i, stage in enumerate(cfg.stages):
     if len(stage.weights) != number:
       raise ValueError(f'data.stages[{i}].weights has {len(stage.weights)} values for {number} sources; give each one.')
-    if min(stage.weights) < 0 or not sum(stage.weights):
-      raise ValueError(f'data.stages[{i}].weights={list(stage.weights)}; none may be negative, not all of them 0.')
+    if not all(0 <= weight < math.inf for weight in stage.weights) or not sum(stage.weights):
+      raise ValueError(
+        f'data.stages[{i}].weights={list(stage.weights)}; none may be negative or infinite, not all of them 0.'
+      )
+    check_seen(stage.weights, f'data.stages[{i}].weights')
+  if weights and cfg.temperature is None:
+    check_seen(weights, 'the weights of data.sources')
   idle = [i for i in range(number) if cfg.stages and not any(stage.weights[i] for stage in cfg.stages)]
   if idle:
     raise ValueError(f'data.sources[{idle[0]}] has weight 0 in every stage; leave it out.')

@@ -167,6 +167,7 @@ class StoreWriter:
     write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
     write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
     if self._local:
+      self._refuse_existing()  # what came there meanwhile
       os.rename(self._staging, self.path)
     self._finished = True
 

@@ -63,6 +63,18 @@ def test_a_damaged_plan_is_named(sharded, tmp_path):  # noqa: F811
     opened(sharded, tmp_path).batch(0, slice(0, 8))
 
 
+def test_a_plan_of_no_bytes_and_a_folder_that_is_none_are_named(sharded, tmp_path):  # noqa: F811
+  opened(sharded, tmp_path).batch(0, slice(0, 8))
+  next(tmp_path.glob('plans/*/0-00000.npz')).write_bytes(b'')
+  with pytest.raises(DataError, match=r'DATA-CORRUPT: .*npz is damaged \(No data left in file\); delete it'):
+    opened(sharded, tmp_path).batch(0, slice(0, 8))
+  (tmp_path / 'file').touch()
+  with pytest.raises(DataError, match=r'cannot be read \(Not a directory\); check the folder \(PRETRAIN_CACHE\)'):
+    opened(sharded, tmp_path / 'file').batch(0, slice(0, 8))
+  with pytest.raises(DataError, match=r'cannot be written \(No such file or directory\);.* set PRETRAIN_CACHE'):
+    opened(sharded, '/proc/none').batch(0, slice(0, 8))
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_all_plans_can_be_made_ahead(sharded, tmp_path, workers):  # noqa: F811
   source = opened(sharded, tmp_path)

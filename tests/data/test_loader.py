@@ -41,6 +41,13 @@ def test_a_resumed_stream_is_the_rest_of_the_first(text_store, pair_store, worke
   assert [(p, digest(b)) for p, b in rest] == [(p, digest(b)) for p, b in whole[5:]]
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_run_goes_on_past_as_many_rows_as_int32_counts(text_store, workers):
+  ((position, batch),) = take(opened(text_store, workers=workers), {'examples': 2**31 - 4}, 1)
+  assert position['examples'] == 2**31 + 4
+  assert batch['example_index'].tolist() == [*range(2**31 - 4, 2**31), 0, 1, 2, 3]
+
+
 def test_a_batch_of_another_size_goes_on_at_the_same_row(text_store):
   source = opened(text_store, batch_size=3)
   ((position, batch),) = take(source, {'examples': 8}, 1, slice(0, 3))

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.errors import DataError
 from data.mixture import Mixture, Stage, by_size, quotas
 from data.objectives import CausalLm
-from data.source import MixtureStage, Source, StoreData, check_mixture
+from data.source import MixtureStage, Source, StoreData, _names, check_mixture
 from data.store import StoreWriter
 from data.vocabulary import Tokenizer
 from tests.data.test_source import SENTINELS, assert_equal, opened, two_stores  # noqa: F401
@@ -60,6 +61,26 @@ def test_weights_without_a_short_block_are_off_by_less_than_a_row_in_4096():
   got = np.bincount(quotas(weights.tolist()))
   assert got.sum() == 4096
   assert np.abs(got - weights / weights.sum() * 4096).max() < 1
+
+
+def test_weights_are_relative_however_small():
+  assert np.bincount(quotas([7e-6, 3e-6])).tolist() == [7, 3]
+
+
+def test_a_source_that_a_temperature_never_draws_is_refused(two_stores, tokenizer_model, tmp_path):  # noqa: F811
+  with StoreWriter(tmp_path / 'tiny', Tokenizer(tokenizer_model, SENTINELS)) as writer:
+    writer.add([[5]])
+    writer.finish()
+  sources = tuple(Source(path=str(path)) for path in (tmp_path / 'tiny', two_stores[1]))
+  assert opened(None, sources=sources, temperature=5.0).mixture.used(10).min() > 0
+  with pytest.raises(DataError, match=r'data.temperature=0.4 makes the weights .* give source 0 less than a row'):
+    opened(None, sources=sources, temperature=0.4)
+
+
+def test_no_two_sources_have_one_name():
+  names = lambda *paths: list(_names(tuple(Source(path=path) for path in paths)))
+  assert names('x/a', 'y/a_2', 'z/a') == ['a', 'a_2', 'a_3']
+  assert names('x/a', 'y/a/', 's3://bucket/a') == ['a', 'a_1', 'a_2']
 
 
 def test_temperature_favours_small_sources():
@@ -160,6 +181,10 @@ def test_rows_say_which_source_they_are_of(two_stores):  # noqa: F811
     ({'stages': [(0, (1.0, 1.0))], 'temperature': 2.0}, 'and so do data.temperature; remove one'),
     ({'stages': [(0, (1.0, 1.0))], 'weights': (1.0, 2.0)}, 'and so do the weights of data.sources'),
     ({'weights': (1.0, 0.0)}, r'have the weights \[1.0, 0.0\]; each must be greater than 0'),
+    ({'weights': (1.0, float('nan'))}, r'have the weights \[1.0, nan\]; each must be greater than 0'),
+    ({'stages': [(0, (1.0, float('inf')))]}, r'weights=\[1.0, inf\]; none may be negative or infinite'),
+    ({'weights': (1.0, 1e-5)}, r'weights of data.sources \[1.0, 1e-05\] give source 1 less than a row in 4096'),
+    ({'stages': [(0, (1e-5, 1.0))]}, r'data.stages\[0\].weights \[1e-05, 1.0\] give source 0 less than'),
   ],
 )
 def test_shares_that_make_no_sense_are_refused(options, message):
