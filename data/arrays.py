@@ -80,13 +80,32 @@ def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
 
 def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
   """The contents, or None where there is no such file."""
+  found = _read(path, name, lambda: _open_files(path).read(name).result())
+  return found.value if found.state == 'value' else None
+
+
+def _read(path: str | os.PathLike[str], name: str, read: Callable):
   try:
-    found = _open_files(path).read(name).result()
+    return read()
   except ValueError as error:
     raise DataError(
       f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL, and credentials.'
     ) from error
-  return found.value if found.state == 'value' else None
+
+
+class Watch:
+  """Whether a file is still the one that it was when this was made: one small request, 0.1 ms on a disk."""
+
+  def __init__(self, path: str | os.PathLike[str], name: str):
+    self._path, self._name = path, name
+    self._files = _read(path, name, lambda: _open_files(path))
+    self._seen = self._ask().stamp.generation
+
+  def changed(self) -> bool:
+    return self._ask(if_not_equal=self._seen).state != 'unspecified'
+
+  def _ask(self, **conditions):
+    return _read(self._path, self._name, lambda: self._files.read(self._name, **conditions).result())
 
 
 def _first_line(error: Exception) -> str:
@@ -188,7 +207,7 @@ class Array:
     }  # fmt: skip
     self._array = self._checked(lambda: tensorstore.open(spec, read=True, context=_CONTEXT).result())
     self._chunks: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-    self._num_bytes = 0
+    self._num_bytes = self.num_fetched = 0
     self._lock = threading.Lock()
 
   def __getstate__(self):
@@ -232,6 +251,7 @@ class Array:
     for k, future in zip(missing, futures, strict=True):
       self._chunks[k] = self._checked(future.result)
       self._num_bytes += self._chunks[k].nbytes
+      self.num_fetched += 1
     found = {k: self._chunks[k] for k in wanted}
     for k in wanted:
       self._chunks.move_to_end(k)

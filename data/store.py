@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from data.arrays import RESTORE, Appender, Array, Column, delete_files, read_file, sha256, url_of, write_file
+from data.arrays import RESTORE, Appender, Array, Column, Watch, delete_files, read_file, sha256, url_of, write_file
 from data.errors import DataError
 from data.ragged import Ragged, join
 from data.shards import ShardCutter, parse_shards
@@ -225,6 +225,10 @@ class Store:
     self._tokens, self._offsets = Array(path, 'tokens'), Array(path, 'document_offsets')
     self._columns = {name: Array(path, name) for name in manifest.get('columns', {})}
     self._check_counts()
+    self._watch()
+
+  def _watch(self) -> None:
+    self._manifest, self._num_checked = Watch(self.path, 'manifest.json'), 0
 
   def _check_counts(self) -> None:
     """Raises DataError where the manifest does not speak of these arrays."""
@@ -243,11 +247,15 @@ class Store:
       )
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != 'offsets'}
+    return {k: v for k, v in self.__dict__.items() if k not in ('offsets', '_manifest')}
 
   def __setstate__(self, state):
     """Raises DataError where the store is another one by now: a process that starts later has to see the same."""
     self.__dict__.update(state)
+    self._watch()
+    self._check_same()
+
+  def _check_same(self) -> None:
     now = open_store(self.path)
     if now.fingerprint != self.fingerprint:
       raise DataError(
@@ -330,6 +338,13 @@ class Store:
   def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """int32 tokens of each (start, length); the store keeps what it read last (arrays.CACHE_BYTES).
 
-    Raises DataError (DATA-CORRUPT) where a checksum fails.
+    Raises DataError (DATA-CORRUPT) where a checksum fails, and where what was fetched is of another store, which was
+    put in the place of this one: its chunks may have right checksums too.
     """
-    return self._tokens.read(ranges)
+    found, number = self._tokens.read(ranges), self._tokens.num_fetched
+    if number != self._num_checked:
+      if self._manifest.changed():
+        self._check_same()
+        self._watch()  # it was restored from a copy, and is the same
+      self._num_checked = number
+    return found

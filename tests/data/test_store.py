@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorstore
 
 from data import arrays
 from data.arrays import CHUNK
@@ -298,6 +299,23 @@ def test_a_store_that_grows_under_a_run_is_refused_by_processes_that_start_later
   message = rf's has changed since the run opened it: 3 tokens .*{store.fingerprint[:8]}.* 5 \({grown.fingerprint[:8]}'
   with pytest.raises(DataError, match='^DATA-CORRUPT: .*' + message):
     pickle.loads(sent)
+
+
+def test_a_store_that_is_replaced_under_a_run_is_refused_at_the_next_read_from_it(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr('data.arrays._CONTEXT', tensorstore.Context())  # no index of files is kept
+  texts = [[[5 + i] * 70_000 for i in range(first, first + 4)] for first in (0, 100)]
+  store, other = (write(tmp_path / name, tokenizer, own) for name, own in zip('sc', texts, strict=True))
+  shutil.copytree(tmp_path / 's', tmp_path / 'copy')
+  assert store.read([(0, 2)])[0].tolist() == [5, 5]
+  shutil.rmtree(tmp_path / 's')
+  shutil.copytree(tmp_path / 'copy', tmp_path / 's')
+  assert store.read([(70_001, 2)])[0].tolist() == [6, 6], 'a copy of it is the same'
+  shutil.rmtree(tmp_path / 's')
+  shutil.copytree(tmp_path / 'c', tmp_path / 's')
+  assert store.read([(0, 2)])[0].tolist() == [5, 5], 'at hand'
+  for _ in range(2):
+    with pytest.raises(DataError, match=rf'DATA-CORRUPT: .*has changed since .*{other.fingerprint[:8]}'):
+      store.read([(140_002, 2)])
 
 
 def test_arrays_that_grew_without_their_manifest_are_refused(tokenizer, tmp_path):
