@@ -5,7 +5,6 @@ room that still holds it. Source: Ding et al. 2024, arXiv:2404.10830 ("Fewer tru
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -50,11 +49,6 @@ def cut_long(stream: Stream, capacity: int) -> Pieces:
   lengths[last[short > 0] - 1] -= short[short > 0]
   before = starts(lengths) - np.repeat(starts(lengths)[starts(counts)], counts)
   return Pieces(np.arange(len(lengths)), stream.first + documents, stream.begins[documents] + before, lengths)
-
-
-class _Side(NamedTuple):
-  cost: np.ndarray  # of a piece, by its length
-  room: int
 
 
 def fill(lengths: np.ndarray, leading, *following) -> np.ndarray:
