@@ -9,15 +9,23 @@ from typing import Any
 import numpy as np
 
 from data.features import Batch
+from data.messages import ROLES as ROLE_NAMES
 from data.mixture import Mixture
-from data.pairs import PairCounts
+from data.plan import Pieces
 from data.rows import StoreRows
+from data.store import ROLES, Kind
+from data.units import Losses
 from data.vocabulary import Tokenizer, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class RowDescription:
-  """Where a row came from. `pieces` are (document, first token in the store, length); inputs and targets of pairs."""
+  """Where a row came from.
+
+  `pieces` are (document, first token in the store, length): inputs and targets of pairs, turns of conversations.
+  `segments` (counted from 1) says which each is in; `asked` how many of its tokens carry loss, where its document says;
+  `roles` whose turn it is. `losses` is what the store loses to the length of rows.
+  """
 
   path: str
   epoch: int
@@ -25,7 +33,11 @@ class RowDescription:
   row: int
   task: str
   pieces: tuple[tuple[int, int, int], ...]
-  pairs: PairCounts | None = None
+  kind: Kind
+  segments: tuple[int, ...]
+  asked: tuple[int, ...] | None = None
+  roles: tuple[str, ...] | None = None
+  losses: Losses | None = None
 
 
 class DataSource:
@@ -132,11 +144,16 @@ class DataSource:
     ((_, source, epoch, places),) = self._locate(position, 1)
     shards, rows, tasks = source.locate(epoch, places)
     pieces = source.pieces(epoch, shards, rows)
-    listed = zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True)
+    segments, asked = source.parts(pieces)
     return RowDescription(
-      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), tuple(listed),
-      source.pair_counts,
+      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), listed(pieces),
+      source.store.kind, tuple(segments.tolist()), None if asked is None else tuple(asked.tolist()),
+      _roles(source.store, int(shards[0]), pieces.documents), source.losses,
     )  # fmt: skip
+
+  def losses(self) -> list[str]:
+    """A line for each source of which no row has room for something."""
+    return [f'{rows.store.path}: {rows.losses}' for rows in self.sources if rows.losses and rows.losses.any]
 
   def batch_rows(self, start: int) -> int:
     """How many rows the global batch has that begins at this position."""
@@ -160,6 +177,19 @@ class DataSource:
   def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
     """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
     return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
+
+
+def listed(pieces: Pieces) -> tuple[tuple[int, int, int], ...]:
+  """(document, first token in the store, length) of each."""
+  return tuple(zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True))
+
+
+def _roles(store, shard: int, documents: np.ndarray) -> tuple[str, ...] | None:
+  """Whose turn each document of a shard is; None where they are none."""
+  if store.kind != 'conversations':
+    return None
+  own = store.column(ROLES, shard)[documents - store.shards[shard].documents.start]
+  return tuple(ROLE_NAMES[role] for role in own.tolist())
 
 
 def _in_order(used: Mapping[str, int], names: Sequence[str]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data.batches import DataSource, RowDescription
+from data.batches import DataSource, RowDescription, listed
 from data.buckets import BucketOrder, Place, decompose, joined_plans, windows_of
 from data.features import Batch, decoder_features
 from data.make import RowSpec, text_of
@@ -58,6 +58,10 @@ class BucketRows:
   def variants(self) -> int:
     return 1
 
+  @property
+  def losses(self) -> None:
+    """Text loses nothing."""
+
   def keep_plan(self, shard: int, variant: int) -> None:
     """Nothing: such plans are made in less time than a file is read."""
 
@@ -106,17 +110,19 @@ class BucketedSource(DataSource):
     place = self._rows.order.place(start // self.cfg.batch_size)
     number = self._rows.order.rows(place, row, 1)
     pieces = self._rows.pieces(place, number)
-    listed = tuple(zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True))
-    shard = self._shard(listed)
+    found, store = listed(pieces), self._rows.store
+    segments = tuple(range(1, len(found) + 1))
     label = f'causal, {self._rows.lengths[place.bucket]} tokens'
-    origin = RowDescription(self._rows.store.path, place.epoch, shard, int(number[0]), label, listed)
+    origin = RowDescription(
+      store.path, place.epoch, self._shard(found), int(number[0]), label, found, store.kind, segments
+    )
     whole = self.global_rows(start, self.cfg.batch_size)
     return origin, {name: values[row] for name, values in whole.items()}
 
-  def _shard(self, listed) -> int:
+  def _shard(self, pieces) -> int:
     """The shard of the first piece; 0 for a row of padding."""
     firsts = [shard.documents.start for shard in self._rows.store.shards]
-    return int(np.searchsorted(firsts, listed[0][0], side='right')) - 1 if listed else 0
+    return int(np.searchsorted(firsts, pieces[0][0], side='right')) - 1 if pieces else 0
 
   def progress(self, position: int) -> dict[str, dict[str, float]]:
     steps = position / self.cfg.batch_size

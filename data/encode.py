@@ -19,26 +19,29 @@ import numpy as np
 from data.errors import DataError
 from data.ragged import Ragged, join
 from data.scores import SCORED, Score, score
+from data.store import ROLES, TAG_LENGTHS, TURNS_LEFT
 from data.text import Segment
 from data.vocabulary import Tokenizer
 
 BATCH_BYTES = 2**20
-TAG_LENGTHS = 'tag_lengths'
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a store keeps of each document beside its tokens: scores that are computed, a given one, tags."""
+  """What a store keeps of each document beside its tokens: scores that are computed, a given one, tags; of a turn,
+  whose it is and how many follow."""
 
   scores: tuple[Score, ...] = ()
   score_field: str | None = None
   tags: bool = False
+  turns: bool = False
 
   @property
   def columns(self) -> dict[str, str]:
     """The names of the store's arrays, and their types."""
     names = [f'scores/{name}' for name in (*self.scores, *filter(None, [self.score_field]))]
-    return dict.fromkeys(names, 'float32') | ({TAG_LENGTHS: 'int32'} if self.tags else {})
+    tags = {TAG_LENGTHS: 'int32'} if self.tags or self.turns else {}
+    return dict.fromkeys(names, 'float32') | tags | ({ROLES: 'int8', TURNS_LEFT: 'int32'} if self.turns else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +86,15 @@ class Encoder:
     parts = encode([segment.text for segment in batch.segments])
     ends = [i for i, segment in enumerate(batch.segments) if segment.last]
     columns = {name: np.zeros(len(ends), dtype) for name, dtype in self._recipe.columns.items()}
-    if self._recipe.tags:
+    if TAG_LENGTHS in columns:
       tags = encode([segment.tags for segment in batch.segments])
-      tags = [tag if len(ids) else tag[:0] for tag, ids in zip(tags, parts, strict=True)]  # tags alone are no document
+      if not self._recipe.turns:
+        tags = [tag if len(ids) else tag[:0] for tag, ids in zip(tags, parts, strict=True)]  # tags alone are none
       parts = [np.concatenate(own) for own in zip(tags, parts, strict=True)]
       columns[TAG_LENGTHS][:] = [len(tags[i]) for i in ends]
+    if self._recipe.turns:
+      columns[ROLES][:] = [batch.segments[i].role for i in ends]
+      columns[TURNS_LEFT][:] = [batch.segments[i].turns_left for i in ends]
     if self._recipe.score_field:
       columns[f'scores/{self._recipe.score_field}'][:] = [batch.segments[i].score for i in ends]
     if self._recipe.scores:

@@ -19,7 +19,7 @@ def encoder_decoder_features(
   """
   encoder = _Placement(inputs.lengths, rows, (num_rows, inputs_length))
   fields = {'encoder_input_tokens': encoder.put(inputs.values), **encoder.describe('encoder')}
-  return fields | _decoder_fields(targets, rows, (num_rows, targets_length))
+  return fields | decoder_fields(targets, rows, (num_rows, targets_length))
 
 
 def decoder_features(
@@ -38,11 +38,11 @@ def decoder_features(
   bool[pieces]): then the model is also asked for tokens that it sees (as in seqio's loss_on_targets_only=False).
   """
   if inputs is None:
-    return _decoder_fields(targets, rows, (num_rows, length))
+    return decoder_fields(targets, rows, (num_rows, length))
   both, is_input = interleave(inputs, targets)
   weights = ~is_input | np.repeat(np.broadcast_to(loss_on_inputs, rows.shape), both.lengths)
   prefix = np.where(inputs.lengths > 0, inputs.lengths + 1, 0)
-  return _decoder_fields(both, rows, (num_rows, length), weights, prefix)
+  return decoder_fields(both, rows, (num_rows, length), weights, prefix)
 
 
 def encoder_features(
@@ -62,7 +62,17 @@ def encoder_features(
   }
 
 
-def _decoder_fields(targets: Ragged, rows, shape: tuple[int, int], weights=None, prefix=None) -> Batch:
+def decoder_fields(
+  targets: Ragged,
+  rows: np.ndarray,
+  shape: tuple[int, int],
+  weights: np.ndarray | None = None,
+  prefix: np.ndarray | None = None,
+) -> Batch:
+  """Fields int32[shape] of a decoder; piece i is a segment of row `rows[i]` (ascending).
+
+  `weights` (bool[tokens]) says which carry loss: all where it is None. `prefix` (int[pieces]) is `decoder_prefix_end`.
+  """
   place = _Placement(targets.lengths, rows, shape)
   shifted = np.empty_like(targets.values)
   shifted[1:] = targets.values[:-1]

@@ -7,6 +7,7 @@ import numpy as np
 from data.objectives import (
   FillInTheMiddle,
   IidDenoising,
+  Instruction,
   MaskedLm,
   Objective,
   ObjectiveMixture,
@@ -21,6 +22,12 @@ from data.objectives import (
 )
 from data.tasks import FIM_SENTINELS, Budget, Task, block_of
 
+# What an encoder-decoder learns answers from: its inputs are one text, not turns that are read and written in turn.
+PAIRS_INSTEAD = (
+  ', or make pairs of what is asked and answered (pretrain data prepare --inputs_field=… --targets_field=…) for '
+  "objective.name='supervised'"
+)  # fmt: skip
+
 
 def check_objective(objective: Objective, inputs_length: int, targets_length: int, sentinels: int) -> None:
   """Raises ValueError where `objective` cannot be: values out of range, rows too short, too few sentinels.
@@ -32,6 +39,9 @@ def check_objective(objective: Objective, inputs_length: int, targets_length: in
   _check_family(objective, inputs_length)
   if isinstance(objective, Supervised):
     _check_pairs(objective, inputs_length, targets_length)
+    return
+  if isinstance(objective, Instruction):
+    _check_roles(objective)
     return
   for i, part in enumerate(parts_of(objective)):
     _check_part(
@@ -76,7 +86,8 @@ def _check_family(objective: Objective, inputs_length: int) -> None:
   if inputs_length and (is_encoder_only(objective) or is_decoder_only(objective)):
     only = 'encoder-only' if is_encoder_only(objective) else 'decoder-only'
     what = '' if not isinstance(objective, ObjectiveMixture) else ' (by its parts)'
-    raise ValueError(f"objective.name='{objective.name}'{what} is {only}, data.inputs_length={inputs_length}; set 0.")
+    fix = 'set 0' + PAIRS_INSTEAD * isinstance(objective, Instruction)
+    raise ValueError(f"objective.name='{objective.name}'{what} is {only}, data.inputs_length={inputs_length}; {fix}.")
   if inputs_length and any(isinstance(part, PrefixLm) and part.loss_on_prefix for part in parts_of(objective)):
     raise ValueError('objective.loss_on_prefix=True needs a decoder-only model (data.inputs_length=0).')
 
@@ -110,6 +121,11 @@ def _check_pairs(objective: Supervised, inputs_length: int, targets_length: int)
       f'objective.inputs_length={own} leaves no place for targets in rows of data.targets_length={targets_length}; '
       'lower it, or use longer rows.'
     )
+
+
+def _check_roles(objective: Instruction) -> None:
+  if not objective.loss_on:
+    raise ValueError("objective.loss_on is empty, nothing would be learnt; name a role, e.g. ('assistant',).")
 
 
 def _check_masks(objective: MaskedLm, key: str, sentinels: int) -> None:

@@ -212,6 +212,19 @@ def decode(where: str, raw: bytes, offset: int) -> str:
   return text
 
 
+def check_text(what: str, text: str) -> None:
+  """Raises DataError for a NUL, and for half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+  if '\0' in text:
+    raise DataError(f'{what} has a NUL (character {text.index(chr(0))}); correct its text.')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    half = ascii(text[error.start])[1:-1]
+    raise DataError(
+      f'{what} has half of a surrogate pair ({half}), which is no character; correct its text.'
+    ) from error
+
+
 def parse_json(where: str, text: str) -> Any:
   try:
     return json.loads(text)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from data.store import Store, open_store
+from data.messages import ROLES as ROLE_NAMES
+from data.store import ROLES, TURNS_LEFT, Store, open_store
 
 _SHOWN = 60  # tokens of a document
 _NOT_SHOWN = {'shards', 'num_tokens', 'num_documents', 'pairs', 'append_eos', 'columns'}  # said in other words
@@ -18,7 +19,8 @@ def inspect(path: str, num_documents: int) -> str:
 
 
 def _summary(store: Store) -> dict[str, str]:
-  units = f'{store.num_documents // 2:,} pairs' if store.pairs else f'{store.num_documents:,} documents'
+  units = f'{store.num_documents // 2:,} pairs' if store.kind == 'pairs' else f'{store.num_documents:,} documents'
+  units += ' (turns of conversations)' if store.kind == 'conversations' else ''
   ended = 'each ends with EOS' if store.append_eos else 'without EOS'
   largest = max(len(shard.tokens) for shard in store.shards)
   return {
@@ -45,8 +47,20 @@ def _documents(store: Store, count: int) -> Iterator[str]:
     begin, size = offsets[i], offsets[i + 1] - offsets[i]
     shown = min(size, _SHOWN)
     (ids,) = store.read([(begin, shown)])
-    what = f' ({("inputs", "targets")[i % 2]} of pair {i // 2})' if store.pairs else ''
+    what = _part(store, i)
     given = [f'{name} {store.scores(name, 0)[i]:.4g}' for name in store.score_names]
-    given += [f'{tags[i]} of tags'] * bool(tags[i])
+    given += [f'{tags[i]} of {"role" if store.kind == "conversations" else "tags"}'] * bool(tags[i])
     yield f'\ndocument {i}{what}: tokens {begin} to {begin + size - 1} ({", ".join([str(size), *given])})'
     yield '  ' + tokenizer.render(ids.tolist()) + ' …' * (shown < size)
+
+
+def _part(store: Store, document: int) -> str:
+  """What a document of the first shard is of its pair or conversation."""
+  match store.kind:
+    case 'pairs':
+      return f' ({("inputs", "targets")[document % 2]} of pair {document // 2})'
+    case 'conversations':
+      role, left = (int(store.column(name, 0)[document]) for name in (ROLES, TURNS_LEFT))
+      return f' ({ROLE_NAMES[role]}, {f"{left} more to come" if left else "the last turn"})'
+    case _:
+      return ''

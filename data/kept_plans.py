@@ -23,9 +23,10 @@ LARGE = 2**20  # tokens of a store; smaller ones are planned faster than a file 
 
 
 class KeptPlans:
-  """A planner (data/plan.py) that keeps what `planner` makes in `folder`; `what` (JSON) is all that a plan hangs on."""
+  """A planner (data/plan.py) that keeps what `planner` makes in `folder`; `what` (JSON) is all that a plan hangs on.
+  `stream(shard, variant)` is the text that it lays in rows."""
 
-  def __init__(self, planner: Planner, stream: Callable[[int], Stream], folder: pathlib.Path, what: Any):
+  def __init__(self, planner: Planner, stream: Callable[[int, int], Stream], folder: pathlib.Path, what: Any):
     self.variants, self._planner, self._stream = planner.variants, planner, stream
     name = hashlib.sha256(json.dumps([VERSION, what], sort_keys=True).encode()).hexdigest()[:16]
     self._folder = folder / name
@@ -38,7 +39,7 @@ class KeptPlans:
       _write(path, _arrays(plan))
       return plan
     if 'cuts' in arrays:
-      return Cuts(arrays['tasks'], arrays['cuts'], self._stream(shard))
+      return Cuts(arrays['tasks'], arrays['cuts'], self._stream(shard, variant))
     return Bins(arrays['tasks'], arrays['firsts'], Pieces(*(arrays[name] for name in Pieces._fields)))
 
   def counts(self, variant: int, count: Callable[[], np.ndarray]) -> np.ndarray:

@@ -5,15 +5,17 @@ import functools
 
 import numpy as np
 
+from data.asked import ByDocument, asked
 from data.corrupt import Corruption
 from data.errors import DataError
-from data.features import Batch, decoder_features, encoder_decoder_features, encoder_features
+from data.features import Batch, decoder_features, decoder_fields, encoder_decoder_features, encoder_features
 from data.fitting import check_room
 from data.lexicon import Lexicon
 from data.masking import mask_tokens
 from data.objectives import Objective, is_encoder_only, tasks_of
-from data.plan import Stream
+from data.plan import Pieces, Stream
 from data.ragged import Ragged
+from data.tags import Tags
 from data.tasks import LEFT_TO_RIGHT, Budget, Task
 from data.vocabulary import Tokenizer, Vocabulary
 
@@ -27,6 +29,7 @@ class RowSpec:
   vocabulary: Vocabulary
   tokenizer: Tokenizer | None
   attend_across_documents: bool
+  tags: Tags | None = None
 
   @functools.cached_property
   def tasks(self) -> tuple[Task, ...]:
@@ -51,8 +54,8 @@ class RowSpec:
     return any(task.kind in LEFT_TO_RIGHT for task in tasks_of(self.objective))
 
 
-def text_of(store, spec: RowSpec, shard: int) -> Stream:
-  """The stream of a shard that rows are cut from.
+def text_of(store, spec: RowSpec, shard: int, variant: int = 0) -> Stream:
+  """The stream of a shard that rows are cut from, the same for each variant of its plan.
 
   A model that reads from left to right learns where documents end, so it sees their EOS. Denoising puts EOS after
   inputs and targets on its own and leaves the store's out. With attend_across_documents all of the shard is one
@@ -66,10 +69,11 @@ def text_of(store, spec: RowSpec, shard: int) -> Stream:
 
 
 class RowMaker:
-  """Tokens and random bits -> the fields of rows."""
+  """Tokens and random bits -> the fields of rows. `text` says where that of each document begins, behind its tags."""
 
-  def __init__(self, spec: RowSpec):
-    tasks = self._tasks = spec.tasks
+  def __init__(self, spec: RowSpec, text: ByDocument | None = None):
+    tasks, self._text = spec.tasks, text
+    self._tasks = tasks
     self._budget, self._vocabulary = spec.budget, spec.vocabulary
     self._causal = all(task.kind == 'causal' for task in tasks)
     self._masked = is_encoder_only(spec.objective)
@@ -80,11 +84,18 @@ class RowMaker:
       ends = spec.ends and not spec.attend_across_documents
       self._corruption = Corruption(tasks, longest, spec.vocabulary, spec.lexicon, ends=ends)
 
-  def make(self, tokens: Ragged, rows: np.ndarray, tasks: np.ndarray, bits) -> Batch:
-    """Fields of `len(tasks)` rows: piece i is in row `rows[i]`; `bits()` gives what `Corruption.apply` wants."""
-    length, own = self._budget.targets_length, tasks[rows]
+  def asked(self, pieces: Pieces) -> np.ndarray | None:
+    return None if self._text is None else asked(pieces, self._text.of(pieces.documents)[0])
+
+  def segments(self, pieces: Pieces) -> np.ndarray:
+    return np.arange(len(pieces.rows)) + 1
+
+  def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, bits) -> Batch:
+    """Fields of `len(tasks)` rows; `bits()` gives what `Corruption.apply` wants."""
+    length, rows = self._budget.targets_length, pieces.rows
+    own = tasks[rows]
     if self._causal:
-      return decoder_features(None, tokens, rows, len(tasks), length)
+      return decoder_fields(tokens, rows, (len(tasks), length), self.asked(pieces))
     if self._masked:
       sides = mask_tokens(tokens, self._tasks, own, bits(), self._vocabulary)
       return encoder_features(*sides, rows, len(tasks), length)

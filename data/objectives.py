@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal, assert_never
 
+from data.messages import Role
 from data.tasks import Budget, Hide, Task
 
 MODE_OF_KIND = {'R': 0, 'X': 1, 'S': 2}
@@ -178,6 +179,21 @@ class Supervised:
   inputs_length: Annotated[int, '>= 1'] | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+  """Turns of a conversation are predicted from all that was said before, over stores of conversations. Decoder-only.
+
+  A turn is its role as text (`user:`), what is said, and EOS. The words and the EOS of turns of `loss_on` carry loss, a
+  role never does: who speaks next is for the program to say that runs the model. With `prefix_attention` what stands
+  before the first token with loss is seen whole, as the prefix of prefix_lm.
+  Source: Touvron et al. 2023, arXiv:2307.09288, §3.1 (loss on answers alone); Raffel et al. 2020, §3.2.1 (prefixes).
+  """
+
+  name: Literal['instruction'] = 'instruction'
+  loss_on: tuple[Role, ...] = ('assistant',)
+  prefix_attention: bool = False
+
+
 OfText = (
   CausalLm | PrefixLm | SpanCorruption | IidDenoising | Bart | FillInTheMiddle | Ul2 | Ul2r | MaskedLm
 )  # fmt: skip
@@ -199,10 +215,11 @@ class ObjectiveMixture:
   parts: tuple[Part, ...]
 
 
-Objective = OfText | Supervised | ObjectiveMixture
+OfUnits = Supervised | Instruction
+Objective = OfText | OfUnits | ObjectiveMixture
 
 
-def parts_of(objective: Objective) -> tuple[OfText | Supervised, ...]:
+def parts_of(objective: Objective) -> tuple[OfText | OfUnits, ...]:
   """The objectives of a mixture; any other is its own only part."""
   return tuple(part.objective for part in objective.parts) if isinstance(objective, ObjectiveMixture) else (objective,)
 
@@ -212,7 +229,7 @@ def is_encoder_only(objective: Objective) -> bool:
 
 
 def is_decoder_only(objective: Objective) -> bool:
-  return any(isinstance(part, CausalLm | Ul2r | FillInTheMiddle) for part in parts_of(objective))
+  return any(isinstance(part, CausalLm | Ul2r | FillInTheMiddle | Instruction) for part in parts_of(objective))
 
 
 def tasks_of(objective: Objective) -> tuple[Task, ...]:
@@ -230,6 +247,8 @@ def tasks_of(objective: Objective) -> tuple[Task, ...]:
       return (Task(label=f'mlm(r={rate:g})', kind='masked', noise_density=rate, mask=mask, random=random),)
     case Supervised():
       return (Task(label='supervised', kind='pairs'),)
+    case Instruction():
+      return (Task(label='instruction', kind='turns'),)
     case Ul2() | Ul2r():
       return tuple(_task(d, objective.s_mode, objective.mode_tokens) for d in objective.denoisers)
     case ObjectiveMixture(parts=parts):

@@ -9,20 +9,23 @@ from data.buckets import LengthBuckets
 from data.concat_split import ConcatSplitPlanner
 from data.make import RowSpec
 from data.next_fit import NextFitPlanner
-from data.objectives import CausalLm, Supervised, tasks_of
+from data.objectives import CausalLm, OfUnits, tasks_of
 from data.plan import Planner, Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConcatSplit:
-  """Documents end to end, cut where a row is full (data/concat_split.py). For any objective."""
+  """Documents end to end, cut where a row is full (data/concat_split.py). For any objective.
+
+  Pairs and conversations are never cut: they come in this order, while they fit a row (data/units.py).
+  """
 
   name: Literal['concat_split'] = 'concat_split'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestFit:
-  """No document that fits a row is cut (data/best_fit.py). For objectives of one task."""
+  """No document that fits a row is cut (data/best_fit.py). For objectives of one task, pairs and conversations."""
 
   name: Literal['best_fit'] = 'best_fit'
 
@@ -42,9 +45,10 @@ def check_packing(cfg, objective) -> None:
   packing, attend_across_documents = cfg.packing, cfg.attend_across_documents
   if isinstance(packing, ConcatSplit):
     return
-  if isinstance(objective, Supervised):
+  if isinstance(objective, OfUnits) and not isinstance(packing, BestFit):
     raise ValueError(
-      f"data.packing.name='{packing.name}' is for text; pairs go whole into rows, in order: remove data.packing."
+      f"data.packing.name='{packing.name}' is for text; pairs and conversations go whole into rows: set "
+      "data.packing.name='best_fit', or remove it (in the order of the store)."
     )
   number = len(tasks_of(objective))
   if number > 1:

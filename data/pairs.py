@@ -1,69 +1,52 @@
-"""Pairs of inputs and targets: which go in which row, and the fields of such rows.
+"""Pairs of inputs and targets: what rows take of them, and the fields of such rows.
 
-A pair is never cut in two: a row takes whole pairs, in the order of the store, while both sides fit. A side that is
-longer than `objectives.pair_lengths` loses its end (seqio's trim), the same in every epoch; `PairStream.counts` says
-how often. Rows come in another order in each epoch.
+A side that is longer than `objectives.pair_lengths` loses its end (data/units.py).
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
 from data.features import Batch, decoder_features, encoder_decoder_features
-from data.plan import Bins, Pieces
+from data.plan import Pieces
 from data.ragged import Ragged, separate
 from data.tasks import Budget
+from data.units import Units
 
 
-class PairCounts(NamedTuple):
+class PairLosses(NamedTuple):
   """How many pairs a store has, the most tokens of (inputs, targets), and how many of each are cut to that."""
 
   pairs: int
   longest: tuple[int, int]
   cut: tuple[int, int]
 
+  @property
+  def any(self) -> bool:
+    return sum(self.cut) > 0
+
+  def __str__(self) -> str:
+    sides = zip(('inputs', 'targets'), self.cut, self.longest, strict=True)
+    cuts = (f'{cut:,} have {side} cut to {longest} tokens' for side, cut, longest in sides)
+    return f'of its {self.pairs:,} pairs ' + ', '.join(cuts)
+
 
 class PairStream:
-  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep."""
+  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep. A row of an encoder-decoder has two
+  `sides`, one of a decoder has both behind each other."""
 
-  def __init__(self, store, longest: tuple[int, int]):
-    self.store, self._longest = store, longest
+  def __init__(self, store, longest: tuple[int, int], *, sides: bool):
+    self.store, self._longest, self._sides = store, longest, sides
     whole = np.diff(store.offsets).reshape(-1, 2)
     inputs, targets = (np.minimum(whole, longest) < whole).sum(0).tolist()
-    self.counts = PairCounts(len(whole), longest, (inputs, targets))
+    self.losses = PairLosses(len(whole), longest, (inputs, targets))
 
-  def shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    """(where inputs and targets of each pair begin, how many tokens they keep): int64[pairs, 2]."""
+  def shard(self, shard: int) -> Units:
     offsets = self.store.offsets_of(shard)
-    return offsets[:-1].reshape(-1, 2), np.minimum(np.diff(offsets).reshape(-1, 2), self._longest)
-
-
-@dataclasses.dataclass(frozen=True)
-class PairPlanner:
-  """A planner (data/plan.py) of pairs: the same rows in each epoch."""
-
-  stream: PairStream
-  budget: Budget
-  variants = 1
-
-  def plan(self, shard: int, variant: int) -> Bins:
-    begins, lengths = self.stream.shard(shard)
-    cuts = self._cuts(lengths)
-    documents = self.stream.store.shards[shard].documents.start + np.arange(lengths.size)
-    rows = np.repeat(np.arange(len(cuts) - 1), 2 * np.diff(cuts))
-    return Bins(np.zeros(len(cuts) - 1, np.int8), 2 * cuts, Pieces(rows, documents, begins.ravel(), lengths.ravel()))
-
-  def _cuts(self, lengths: np.ndarray) -> np.ndarray:
-    budget = self.budget
-    sides = list(lengths.T) if budget.inputs_length else [lengths.sum(1)]
-    rooms = [room for room in (budget.inputs_length, budget.targets_length) if room]
-    sums = [np.concatenate([[0], np.cumsum(side)]) for side in sides]
-    cuts = [0]
-    while cuts[-1] < len(lengths):
-      ends = (own.searchsorted(own[cuts[-1]] + room, 'right') for own, room in zip(sums, rooms, strict=True))
-      cuts.append(max(int(min(ends)) - 1, cuts[-1] + 1))  # a pair that fits no row is an error of its features
-    return np.array(cuts, np.int64)
+    lengths = np.minimum(np.diff(offsets).reshape(-1, 2), self._longest)
+    sides = list(lengths.T) if self._sides else [lengths.sum(1)]
+    documents = np.array(self.store.shards[shard].documents)
+    return Units(np.full(len(lengths), 2), documents, offsets[:-1], lengths.ravel(), sides)
 
 
 class PairMaker:
@@ -72,10 +55,16 @@ class PairMaker:
   def __init__(self, budget: Budget):
     self._budget = budget
 
-  def make(self, tokens: Ragged, rows: np.ndarray, tasks: np.ndarray, _bits) -> Batch:
-    """Fields of `len(tasks)` rows: pieces 2i (inputs) and 2i + 1 (targets) are a segment of row `rows[2i]`."""
+  def asked(self, pieces: Pieces) -> np.ndarray:
+    return np.repeat(np.arange(len(pieces.rows)) % 2 == 1, pieces.lengths)
+
+  def segments(self, pieces: Pieces) -> np.ndarray:
+    return np.arange(len(pieces.rows)) // 2 + 1
+
+  def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, _bits) -> Batch:
+    """Fields of `len(tasks)` rows: pieces 2i (inputs) and 2i + 1 (targets) are a segment."""
     inputs, targets = separate(tokens)
-    length = self._budget.targets_length
+    length, rows = self._budget.targets_length, pieces.rows
     if self._budget.inputs_length:
       return encoder_decoder_features(inputs, targets, rows[::2], len(tasks), self._budget.inputs_length, length)
     return decoder_features(inputs, targets, rows[::2], len(tasks), length)

@@ -77,7 +77,7 @@ def report(source: DataSource) -> str:
   """A line for each source."""
   packing = source.cfg.packing.name
   lines = [
-    f'packing {packing}, an epoch of each source (no token is dropped; the last row of a shard is padded):',
+    f'packing {packing}, an epoch of each source{_promise(source)}:',
     f'{"rows":>12} {"tokens":>14} {"padding":>8} {"cut documents":>14} {"pieces/row":>11} {"Mtok/s":>7}  source',
   ]
   for rows in source.sources:
@@ -86,4 +86,8 @@ def report(source: DataSource) -> str:
       f'{fill.rows:>12,} {fill.tokens:>14,} {fill.padding:>8.2%} {fill.cut / fill.documents:>14.1%} '
       f'{fill.pieces / fill.rows:>11.2f} {fill.tokens / fill.seconds / 1e6:>7.0f}  {rows.store.path}'
     )
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *source.losses()])
+
+
+def _promise(source: DataSource) -> str:
+  return '' if source.losses() else ' (no token is dropped; the last row of a shard is padded)'

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 import numpy as np
 import sentencepiece
@@ -20,7 +20,7 @@ from data.encode import Encoder, Recipe, batches, encode_all
 from data.errors import DataError
 from data.inputs import Meter, Records
 from data.scores import SCORES, Score
-from data.store import Store, StoreWriter, open_store
+from data.store import TURNS_LEFT, Store, StoreWriter, open_store
 from data.text import Documents, Reading, Segment, read_segments, sample
 from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--field', default='text', help='the field of a JSONL line, or the column, that holds the text')
   parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields')
   parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
+  parser.add_argument('--messages_field', help='make conversations, of the lists of messages in this field')
   parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
   parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
   parser.add_argument('--score_field', help='a field that holds a number, kept as a score of each document')
@@ -59,7 +60,8 @@ def run(options: argparse.Namespace) -> None:
   """Prepares a store as the flags say and prints what it holds."""
   reading = Reading(
     documents=options.documents, field=options.field, pair=_pair(options.inputs_field, options.targets_field),
-    tag_fields=options.tag_fields, score_field=options.score_field, records=options.records,
+    messages=options.messages_field, tag_fields=options.tag_fields, score_field=options.score_field,
+    records=options.records,
   )  # fmt: skip
   prepare(
     options.inputs, options.out, vocab_size=options.vocab_size, sentinels=options.sentinels,
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     workers=options.workers,
   )  # fmt: skip
   store = open_store(options.out)
-  print(f'{options.out}: {store.num_tokens:,} tokens in ' + (_pairs_of(store) if store.pairs else _documents_of(store)))
+  print(f'{options.out}: {store.num_tokens:,} tokens in {_units_of(store)}')
 
 
 def _pair(inputs_field: str | None, targets_field: str | None) -> tuple[str, str] | None:
@@ -80,17 +82,27 @@ def _pair(inputs_field: str | None, targets_field: str | None) -> tuple[str, str
   return inputs_field, targets_field
 
 
-def _documents_of(store: Store) -> str:
-  return f'{store.num_documents:,} documents'
+def _units_of(store: Store) -> str:
+  """How many there are, and how long: of pairs and conversations what has no room in a row of training is cut there."""
+  sizes = np.diff(store.offsets)
+  match store.kind:
+    case 'text':
+      return f'{store.num_documents:,} documents'
+    case 'pairs':
+      sides = zip(('inputs', 'targets'), sizes.reshape(-1, 2).T, strict=True)
+      return '\n  '.join([f'{store.num_documents // 2:,} pairs', *(_lengths(*side) for side in sides)])
+    case 'conversations':
+      left = np.concatenate([store.column(TURNS_LEFT, shard) for shard in range(len(store.shards))])
+      first = np.flatnonzero(np.concatenate([[True], left[:-1] == 0]))
+      whole = _lengths('conversations', np.add.reduceat(sizes, first))
+      return f'{len(first):,} conversations of {len(left):,} turns\n  {whole}'
+    case _:
+      assert_never(store.kind)
 
 
-def _pairs_of(store: Store) -> str:
-  """How many pairs, and how long they are: what is longer than a row of training has room for is cut there."""
-  lines = [f'{store.num_documents // 2:,} pairs']
-  for side, lengths in zip(('inputs', 'targets'), np.diff(store.offsets).reshape(-1, 2).T, strict=True):
-    half, most = np.percentile(lengths, [50, 99], method='inverted_cdf')
-    lines.append(f'{side}: half have up to {half} tokens, 99% up to {most}, the longest {lengths.max()} (with EOS)')
-  return '\n  '.join(lines)
+def _lengths(what: str, lengths: np.ndarray) -> str:
+  half, most = np.percentile(lengths, [50, 99], method='inverted_cdf')
+  return f'{what}: half have up to {half} tokens, 99% up to {most}, the longest {lengths.max()} (with EOS)'
 
 
 def prepare(
@@ -121,7 +133,7 @@ def prepare(
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
   model = load_model(tokenizer) if tokenizer else _train(paths, reading, total, vocab_size, sentinels)
   own = Tokenizer(model, sentinels)
-  recipe = Recipe(scores, reading.score_field, bool(reading.tag_fields))
+  recipe = Recipe(scores, reading.score_field, bool(reading.tag_fields), turns=reading.messages is not None)
   options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
   with StoreWriter(out, own, **options) as writer:
     digest = hashlib.sha256()
@@ -133,7 +145,7 @@ def prepare(
 
 
 def _provenance(reading: Reading) -> dict[str, Any]:
-  taken = {'fields': list(reading.pair)} if reading.pair else {'documents': reading.documents}
+  taken = {'fields': list(reading.units)} if reading.units else {'documents': reading.documents}
   return taken | ({'tag_fields': list(reading.tag_fields)} if reading.tag_fields else {})
 
 
@@ -147,16 +159,22 @@ def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentin
     raise DataError(f'--scores={unknown[0]} is no score; choose of {", ".join(SCORES)}.')
   if reading.score_field in scores:
     raise DataError(f'--score_field={reading.score_field} is one of --scores too; leave one out.')
-  if not reading.pair:
-    return
+  if reading.units:
+    _check_units(reading, scores, append_eos)
+
+
+def _check_units(reading: Reading, scores: tuple[Score, ...], append_eos: bool) -> None:
+  """`_check`, where documents are sides of pairs or turns of conversations."""
+  kind = 'pairs' if reading.pair else 'conversations'
+  if reading.pair and reading.messages:
+    raise DataError('--inputs_field and --targets_field make pairs, --messages_field conversations; give one kind.')
   if reading.field != 'text':
-    raise DataError(
-      f'--field={reading.field} is for text, --inputs_field and --targets_field are for pairs; give one kind.'
-    )
+    flags = '--inputs_field and --targets_field are' if reading.pair else '--messages_field is'
+    raise DataError(f'--field={reading.field} is for text, {flags} for {kind}; give one kind.')
   if not append_eos:
-    raise DataError('--no_eos cannot go with pairs, in which EOS says where an output ends; leave it out.')
+    raise DataError(f'--no_eos cannot go with {kind}, in which EOS says where an output ends; leave it out.')
   if reading.tag_fields or reading.score_field or scores:
-    raise DataError('--tag_fields, --scores and --score_field are for text, not for pairs; leave them out.')
+    raise DataError(f'--tag_fields, --scores and --score_field are for text, not for {kind}; leave them out.')
 
 
 def _read(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[Segment]:
@@ -187,7 +205,8 @@ def _hashed(segments: Iterable[Segment], digest: 'hashlib._Hash') -> Iterator[Se
 
 
 def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: int, sentinels: int) -> bytes:
-  texts = ((found.text, fraction) for found, fraction in _metered(paths, reading, total, 'reading a sample'))
+  head = lambda found: f'{found.tags} ' if reading.messages else ''  # each turn has one: they are to be few tokens
+  texts = ((head(found) + found.text, part) for found, part in _metered(paths, reading, total, 'reading a sample'))
   return train_sentencepiece(sample(texts, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
 
 

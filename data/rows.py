@@ -4,22 +4,23 @@ import collections
 import functools
 import pathlib
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data.bits import draws
 from data.curriculum import Curriculum, Order, Random, arrange, row_scores
 from data.features import Batch
-from data.kept_plans import LARGE, KeptPlans
-from data.make import RowMaker, RowSpec, text_of
-from data.objectives import Supervised, pair_lengths
+from data.kept_plans import KeptPlans
+from data.make import RowSpec
+from data.makers import makers_of
 from data.order import WINDOW, Deal, EpochOrder
-from data.packing import Packing, make_planner
-from data.pairs import PairCounts, PairMaker, PairPlanner, PairStream, sample_pairs
+from data.packing import Packing
+from data.pairs import PairStream, sample_pairs
 from data.plan import Pieces, Plan, cut_out, joined, runs_of
 from data.ragged import Ragged, join, starts
 from data.tasks import block_of
+from data.units import Losses
 
 RANDOM = Random()
 GAP = 64  # tokens between two pieces of a row that are read along rather than read around
@@ -60,19 +61,9 @@ class StoreRows:
     if isinstance(order, Curriculum):
       store.check_score(order.score)
     self._tasks = spec.tasks
-    self._pairs: PairStream | None = None
     rates = [task.rate for task in self._tasks]
     self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')
-    if isinstance(spec.objective, Supervised):
-      self._pairs = PairStream(store, pair_lengths(spec.objective, spec.budget))
-      self._maker, self._planner = PairMaker(spec.budget), PairPlanner(self._pairs, spec.budget)
-    else:
-      self._maker = RowMaker(spec)
-      stream = functools.partial(text_of, store, spec)
-      planner = make_planner(packing, stream, spec, seed=seed, purpose=purpose)
-      if plans is not None and store.num_tokens >= LARGE:
-        planner = KeptPlans(planner, stream, plans, _identity(store, spec, packing, planner.variants, seed, purpose))
-      self._planner = planner
+    self._planner, self._maker, self._units = makers_of(store, spec, packing, seed=seed, purpose=purpose, plans=plans)
     self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
     self._plans: collections.OrderedDict[tuple[int, int], _Shard] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
@@ -202,9 +193,9 @@ class StoreRows:
     plan = self._plan(shard, epoch % self._planner.variants).plan
     number, budget = len(plan.tasks), self._budget
     pieces = plan.pieces(np.arange(number))
-    if self._pairs:
-      inputs, targets = pieces.lengths[::2].sum(), pieces.lengths[1::2].sum()
-      taken = [inputs, targets] if budget.inputs_length else [0, inputs + targets]
+    if self._units:
+      parts = [pieces.lengths[::2], pieces.lengths[1::2]] if budget.inputs_length else [[], pieces.lengths]
+      taken = [np.sum(part) for part in parts]
     else:
       tables = [np.stack(side) for side in zip(*(budget.costs(task) for task in self._tasks), strict=True)]
       taken = [table[plan.tasks[pieces.rows], pieces.lengths].sum() for table in tables]
@@ -212,23 +203,31 @@ class StoreRows:
     return number, pieces, [(int(used), room * number) for used, room in zip(taken, rooms, strict=True) if room]
 
   @property
-  def pair_counts(self) -> PairCounts | None:
-    """None where the store holds text."""
-    return self._pairs and self._pairs.counts
+  def losses(self) -> Losses | None:
+    """What pairs or conversations lose to the length of rows; None where the store holds text."""
+    return self._units and self._units.losses
 
   def sample_pairs(self, count: int) -> list[tuple[list[int], list[int]]]:
-    """See `pairs.sample_pairs`; none where the store holds text."""
-    return sample_pairs(self.store, self._pairs.counts.longest, count) if self._pairs else []
+    """See `pairs.sample_pairs`; none where the store holds no pairs."""
+    units = self._units
+    return sample_pairs(self.store, units.losses.longest, count) if isinstance(units, PairStream) else []
 
   def task_label(self, task: int) -> str:
     return self._tasks[task].label
+
+  def parts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of the pieces of a row: (the segment that each is in, from 1; how many of its tokens carry loss, where its
+    document says)."""
+    asked = self._maker.asked(pieces)
+    counts = None if asked is None else np.add.reduceat(asked, starts(pieces.lengths), dtype=np.int64)
+    return self._maker.segments(pieces), counts
 
   def batch(self, epoch: int, places: np.ndarray) -> Batch:
     """The fields of the rows at these places of an epoch."""
     shards, rows, tasks = self.locate(epoch, places)
     pieces = self.pieces(epoch, shards, rows)
     bits = lambda: self._bits(epoch, shards, rows, pieces)
-    return self._maker.make(self._tokens(pieces), pieces.rows, tasks, bits)
+    return self._maker.make(self._tokens(pieces), pieces, tasks, bits)
 
   def _tokens(self, pieces: Pieces) -> Ragged:
     ranges, places = runs_of(pieces, GAP)
@@ -239,10 +238,3 @@ class StoreRows:
     counts = np.bincount(pieces.rows, pieces.lengths + 1, len(rows)).astype(np.int64)
     counters = [(epoch, shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
     return draws(self._seed, self._purpose + ' noise', counters, counts.tolist())
-
-
-def _identity(store, spec: RowSpec, packing: Packing, variants: int, seed: int, purpose: str) -> list[Any]:
-  """All that plans hang on (JSON); only those that deal out tasks hang on chance."""
-  chance = [seed, purpose] if variants > 1 else []
-  tasks = [repr(task) for task in spec.tasks]
-  return [store.fingerprint, repr(packing), tasks, repr(spec.budget), spec.attend_across_documents, *chance]

@@ -23,13 +23,13 @@ class Shard:
 class ShardCutter:
   """Cuts a stream of documents in shards of at most `limit` tokens; a unit that is longer is a shard of its own.
 
-  A unit is what stays together: `documents_per_unit` documents. `entries` are the shards so far, as the manifest has
-  them. How documents come in (in which calls of `add`) changes nothing.
+  A unit is what stays together: a document, a pair or a conversation. `entries` are the shards so far, as the manifest
+  has them. How documents come in (in which calls of `add`) changes nothing.
   """
 
-  def __init__(self, dtype: str, limit: int, documents_per_unit: int):
+  def __init__(self, dtype: str, limit: int):
     self.entries: list[dict[str, Any]] = []
-    self._dtype, self._limit, self._per_unit = dtype, limit, documents_per_unit
+    self._dtype, self._limit = dtype, limit
     self._num_tokens = 0  # of all calls
     self._start = self._boundary = 0  # where the shard begins; where its last unit ends
     self._ends: list[np.ndarray] = []  # of the shard's documents
@@ -37,19 +37,21 @@ class ShardCutter:
     # Of the shard up to its last unit; of all that came; of what came after the last unit, which may begin a shard.
     self._closed, self._all, self._alone = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
 
-  def add(self, tokens: np.ndarray, ends: np.ndarray) -> None:
-    """Tokens of documents, and where in the store documents end that end among them: int64, ascending."""
+  def add(self, tokens: np.ndarray, ends: np.ndarray, closes: np.ndarray) -> None:
+    """Tokens of documents; where in the store documents end that end among them (int64, ascending); which of these
+    end a unit (bool)."""
     first, tokens = self._num_tokens, little(tokens, self._dtype)
+    units = len(self._open_ends) + np.flatnonzero(closes) + 1  # how many documents there are up to the end of each
     ends = np.concatenate([self._open_ends, ends])
-    while len(units := ends[self._per_unit - 1 :: self._per_unit]):
-      fit = int(np.searchsorted(units, self._start + self._limit, 'right'))
+    while len(units):
+      fit = int(np.searchsorted(ends[units - 1], self._start + self._limit, 'right'))
       if not fit and self._boundary > self._start:
         self._cut()
         continue
-      fit = max(fit, 1)
-      self._feed(tokens[self._num_tokens - first : int(units[fit - 1]) - first])
-      self._close(ends[: fit * self._per_unit])
-      ends = ends[fit * self._per_unit :]
+      number = int(units[max(fit, 1) - 1])
+      self._feed(tokens[self._num_tokens - first : int(ends[number - 1]) - first])
+      self._close(ends[:number])
+      ends, units = ends[number:], units[max(fit, 1) :] - number
     self._open_ends = ends
     rest = tokens[self._num_tokens - first :]
     self._feed(rest)

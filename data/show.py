@@ -1,13 +1,14 @@
 """A training row as a person reads it: `pretrain data show`."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import assert_never
 
 import numpy as np
 
 from data.batches import DataSource, RowDescription
 from data.errors import DataError
 from data.features import Batch
-from data.pairs import PairCounts
 
 FIRST_IDS = 12
 MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>
@@ -24,10 +25,10 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
     f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
     f'from {origin.path}',
   ]
-  if origin.pairs is not None:
-    lines += _cuts(origin.pairs)
+  if origin.losses is not None:
+    lines.append(str(origin.losses))
   for k, where in enumerate(_origins(origin), 1):
-    lines += ['', f'segment {k}: {where} of the store', *_segment(source, fields, k)]
+    lines += ['', f'segment {k}: {where} of the store', *_segment(source, origin, fields, k)]
   return '\n'.join([*lines, '', *_summary(fields)])
 
 
@@ -39,27 +40,30 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
     f'source {origin.path}, shard {origin.shard}, row {origin.row} of its plan',
     f'{"segment":>7} {"document":>10} {"offset":>10} {"length":>7} {"token of the store":>20}',
   ]
-  for k, (document, start, length) in enumerate(origin.pieces, 1):
+  lines[-1] += f' {"with loss":>10}' * (origin.asked is not None) + '  role' * (origin.roles is not None)
+  for i, (document, start, length) in enumerate(origin.pieces):
     offset = start - source.document_start(origin, document)
-    lines.append(f'{k:>7} {document:>10} {offset:>10} {length:>7} {start:>20}')
+    line = f'{origin.segments[i]:>7} {document:>10} {offset:>10} {length:>7} {start:>20}'
+    line += '' if origin.asked is None else f' {origin.asked[i]:>10}'
+    lines.append(line if origin.roles is None else f'{line}  {origin.roles[i]}')
   return '\n'.join(lines)
 
 
-def _origins(origin: RowDescription) -> list[str]:
+def _origins(origin: RowDescription) -> Iterator[str]:
   """Where each segment came from."""
   places = [f'tokens {start} to {start + length - 1}' for _, start, length in origin.pieces]
-  if origin.pairs is None:
-    return [f'document {document}, {place}' for (document, _, _), place in zip(origin.pieces, places, strict=True)]
-  pairs = [document // 2 for document, _, _ in origin.pieces[::2]]
-  listed = zip(pairs, places[::2], places[1::2], strict=True)
-  return [f'pair {pair}, inputs {inputs}, targets {targets}' for pair, inputs, targets in listed]
-
-
-def _cuts(counts: PairCounts) -> list[str]:
-  """How many pairs lose their end."""
-  sides = zip(('inputs', 'targets'), counts.cut, counts.longest, strict=True)
-  cuts = (f'{cut:,} have {side} cut to {longest} tokens' for side, cut, longest in sides)
-  return [f'of its {counts.pairs:,} pairs ' + ', '.join(cuts)]
+  for _, group in itertools.groupby(range(len(places)), key=lambda i: origin.segments[i]):
+    first, *others = own = list(group)
+    (document, begin, _), (last, start, length) = origin.pieces[first], origin.pieces[own[-1]]
+    match origin.kind:
+      case 'text':
+        yield f'document {document}, {places[first]}'
+      case 'pairs':
+        yield f'pair {document // 2}, inputs {places[first]}, targets {places[others[0]]}'
+      case 'conversations':
+        yield f'turns {document} to {last}, tokens {begin} to {start + length - 1}'
+      case _:
+        assert_never(origin.kind)
 
 
 def _check_place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
@@ -72,18 +76,27 @@ def _check_place(source: DataSource, step: int, row: int, first_example: int | N
   return start
 
 
-def _segment(source: DataSource, fields: Batch, k: int) -> list[str]:
+def _segment(source: DataSource, origin: RowDescription, fields: Batch, k: int) -> list[str]:
   """The parts of segment `k`: what is read, what is to be written, what is written without loss."""
   if 'decoder_segment_ids' not in fields:
     return _masked_segment(source, fields, k)
   mine = fields['decoder_segment_ids'] == k
   targets, weights = fields['decoder_target_tokens'][mine], fields['decoder_loss_weights'][mine] > 0
+  if origin.asked is not None and origin.kind != 'pairs':
+    return _stretches(source, targets, weights)
   parts = {'targets': targets[weights]}
   if 'encoder_input_tokens' in fields:
     parts = {'inputs': fields['encoder_input_tokens'][fields['encoder_segment_ids'] == k]} | parts
   elif not weights.all():
     parts = {'prefix': targets[~weights]} | parts
   return [f'  {name} ({len(ids)}): {_render(source, ids)}' for name, ids in parts.items()]
+
+
+def _stretches(source: DataSource, targets: np.ndarray, weights: np.ndarray) -> list[str]:
+  """What is read and what is written, in turn."""
+  borders = np.flatnonzero(np.diff(weights)) + 1
+  parts = zip(np.split(targets, borders), np.split(weights, borders), strict=True)
+  return [f'  {"with loss" if own[0] else "read"} ({len(ids)}): {_render(source, ids)}' for ids, own in parts]
 
 
 def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:

@@ -17,12 +17,13 @@ from data.errors import DataError
 from data.fitting import check_objective
 from data.make import RowSpec
 from data.mixture import Mixture, Stage, by_size, check_seen
-from data.objectives import Objective, Supervised
+from data.objectives import Objective
 from data.online import Odm, check_online
 from data.packing import ConcatSplit, Packing, check_packing
 from data.rows import StoreRows
-from data.store import Store, open_store
+from data.store import TAG_LENGTHS, Store, open_store
 from data.synthetic import SyntheticStore
+from data.tags import Tags, check_tags
 from data.tasks import Budget
 from data.vocabulary import MODES, Vocabulary
 
@@ -57,6 +58,7 @@ class _Common:
   packing: Packing = ConcatSplit()
   order: Order = Random()
   online: Odm | None = None
+  tags: Tags | None = None
   workers: Annotated[int, '>= 0'] = 0
   prefetch: Annotated[int, '>= 0'] = 2
 
@@ -138,6 +140,7 @@ def open_data(
   check_order(cfg)
   check_mixture(cfg)
   check_online(cfg)
+  check_tags(cfg, objective)
   plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
     case Synthetic():
@@ -251,27 +254,44 @@ def _check_same_tokenizer(stores: list[Store]) -> None:
       )
 
 
-def _check_pairs(store, objective: Objective) -> None:
-  """Raises DataError for text where `objective` learns from pairs, and the other way round."""
-  wanted = isinstance(objective, Supervised)
-  if wanted and not store.pairs:
+KIND_OF = {'supervised': 'pairs', 'instruction': 'conversations'}  # objective -> what it learns from; others: text
+PREPARED = {
+  'pairs': '--inputs_field=inputs --targets_field=targets',
+  'conversations': '--messages_field=messages',
+  'text': '--field=text',
+}
+
+
+def _check_kind(store, objective: Objective) -> None:
+  """Raises DataError for a store of another kind than `objective` learns from."""
+  wanted = KIND_OF.get(objective.name, 'text')
+  if store.kind == wanted:
+    return
+  others = {kind: name for name, kind in KIND_OF.items()}
+  fix = f"set objective.name='{others[store.kind]}', or " if store.kind in others else ''
+  raise DataError(
+    f"{store.path} holds {store.kind}, objective.name='{objective.name}' learns from {wanted}; {fix}make a store of "
+    f'{wanted} with: pretrain data prepare {PREPARED[wanted]} …'
+  )
+
+
+def _check_tagged(cfg, stores) -> None:
+  """Raises DataError where `data.tags` would have nothing to work on."""
+  if cfg.tags is not None and not any(TAG_LENGTHS in store.column_names for store in stores.values()):
+    paths = ', '.join(store.path for store in stores.values())
     raise DataError(
-      f"{store.path} holds text, objective.name='supervised' learns from pairs; make a store of them with: "
-      'pretrain data prepare --inputs_field=inputs --targets_field=targets …'
-    )
-  if store.pairs and not wanted:
-    raise DataError(
-      f"{store.path} holds pairs, objective.name='{objective.name}' learns from text; set objective.name='supervised', "
-      'or name a store of text.'
+      f'data.tags.drop_rate={cfg.tags.drop_rate:g} but no source has tags ({paths}); '
+      'make one with: pretrain data prepare --tag_fields=url …, or remove data.tags.'
     )
 
 
 def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout, plans) -> DataSource:
   for store in [*stores.values(), *heldout.values()]:
-    _check_pairs(store, objective)
+    _check_kind(store, objective)
+  _check_tagged(cfg, stores)
   spec = RowSpec(
     objective=objective, budget=cfg.budget, vocabulary=vocabulary, tokenizer=tokenizer,
-    attend_across_documents=cfg.attend_across_documents,
+    attend_across_documents=cfg.attend_across_documents, tags=cfg.tags,
   )  # fmt: skip
   # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
   sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}

@@ -8,8 +8,11 @@ A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3
   document_offsets/    int64[num_documents + 1]: where each document begins
   scores/NAME/         float32[num_documents]: a score of each document
   tag_lengths/         int32[num_documents]: how many tokens at the beginning of each document are its tags
+  roles/               int8[num_documents]: whose turn each document is (a place in messages.ROLES)
+  turns_left/          int32[num_documents]: how many turns of its conversation follow each document
 
-In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k.
+In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k. In
+one of conversations, which has `roles` and `turns_left`, each document is a turn, and its tag says whose.
 
 Documents are counted in shards of at most SHARD_TOKENS tokens: what is planned at a time (data/plan.py). The manifest
 has a hash of each shard's tokens and offsets; to open a store reads the manifest, and no array before it is asked for.
@@ -25,7 +28,7 @@ import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +44,8 @@ REQUIRED = {
   'tokenizer_sha256': str,
 }  # fmt: skip
 SHARD_TOKENS = 2**28
+TAG_LENGTHS, ROLES, TURNS_LEFT = 'tag_lengths', 'roles', 'turns_left'
+Kind = Literal['text', 'pairs', 'conversations']
 
 
 class StoreWriter:
@@ -66,7 +71,7 @@ class StoreWriter:
     self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
     self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
     self._dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
-    self._shards, self._kinds = ShardCutter(self._dtype, shard_tokens, 2 if pairs else 1), columns
+    self._shards, self._kinds = ShardCutter(self._dtype, shard_tokens), columns
     self.num_tokens = self.num_documents = self._open_tokens = self._num_hashed = 0
     self._finished = False
 
@@ -121,6 +126,7 @@ class StoreWriter:
       len(segments.values) - int(stops[-1]) if len(stops) else self._open_tokens + len(segments.values)
     )
     kept = np.logical_or(sizes > 0, self._pairs)
+    closes = self._closes(kept, columns)
     tokens = np.insert(segments.values, stops[kept], EOS) if self._append_eos else segments.values
     ends = self.num_tokens + np.cumsum(sizes[kept] + self._append_eos)
     self.num_tokens, self.num_documents = (
@@ -129,10 +135,17 @@ class StoreWriter:
     )
     self._tokens.append(tokens)
     self._offsets.append(ends)
-    self._shards.add(tokens, ends)
+    self._shards.add(tokens, ends, closes)
     for name, column in self._columns.items():
       column.append(columns[name][kept])
     self._hash_columns()
+
+  def _closes(self, kept: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool for each kept one of the next documents: whether a shard may end behind it."""
+    if TURNS_LEFT in columns:
+      return columns[TURNS_LEFT][kept] == 0
+    numbers = self.num_documents + np.arange(kept.sum())
+    return numbers % 2 == 1 if self._pairs else np.ones(len(numbers), bool)
 
   def _hash_columns(self) -> None:
     """Puts the hashes of columns in the entries of shards that are whole."""
@@ -281,6 +294,16 @@ class Store:
     return np.concatenate([*parts, np.array([self.num_tokens])])
 
   @property
+  def kind(self) -> Kind:
+    """What a unit of it is: a document of text, a pair, or a conversation."""
+    return 'pairs' if self.pairs else 'conversations' if TURNS_LEFT in self._columns else 'text'
+
+  @property
+  def column_names(self) -> tuple[str, ...]:
+    """What `column` can be asked for."""
+    return tuple(self._columns)
+
+  @property
   def score_names(self) -> tuple[str, ...]:
     """What `scores` can be asked for."""
     return tuple(name.removeprefix('scores/') for name in self._columns if name.startswith('scores/'))
@@ -288,7 +311,7 @@ class Store:
   def scores(self, name: str, shard: int) -> np.ndarray:
     """float32[documents]: a score of each document of a shard. Raises DataError where the store has no such score."""
     self.check_score(name)
-    return self._column(f'scores/{name}', shard)
+    return self.column(f'scores/{name}', shard)
 
   def check_score(self, name: str) -> None:
     """Raises DataError where the store has no such score."""
@@ -300,11 +323,15 @@ class Store:
 
   def tag_lengths(self, shard: int) -> np.ndarray:
     """int32[documents]: how many tokens at the beginning of each document of a shard are tags; 0 in a store without."""
-    if 'tag_lengths' not in self._columns:
+    if TAG_LENGTHS not in self._columns:
       return np.zeros(len(self.shards[shard].documents), np.int32)
-    return self._column('tag_lengths', shard)
+    return self.column(TAG_LENGTHS, shard)
 
-  def _column(self, name: str, shard: int) -> np.ndarray:
+  def column(self, name: str, shard: int) -> np.ndarray:
+    """A value for each document of a shard, of a column that the store has; read anew.
+
+    Raises DataError (DATA-CORRUPT) where they are not those of the manifest.
+    """
     values = self._columns[name].whole(self.shards[shard].documents)
     wanted = self.manifest['shards'][shard]['columns_sha256'][name]
     self._check_hash(name, values, self.manifest['columns'][name], shard, wanted)

@@ -12,7 +12,7 @@ _DOCUMENT, _NUM_DOCUMENTS = 4096, 1024
 class SyntheticStore:
   """Uniformly random pieces in 1024 documents of 4096 tokens; reads as a `Store` does."""
 
-  append_eos = pairs = False
+  append_eos, kind = False, 'text'
 
   def __init__(self, pieces: int, seed: int):
     self.path, self.fingerprint = 'synthetic', f'synthetic-{pieces}-{seed}'

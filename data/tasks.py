@@ -15,7 +15,9 @@ import numpy as np
 
 from data.noise import noise_counts
 
-Kind = Literal['causal', 'uniform_prefix', 'last_quarter', 'spans', 'iid', 'infilling', 'fim', 'masked', 'pairs']
+Kind = Literal[
+  'causal', 'uniform_prefix', 'last_quarter', 'spans', 'iid', 'infilling', 'fim', 'masked', 'pairs', 'turns'
+]
 Hide = Literal['sentinel_per_run', 'mask', 'drop']
 LEFT_TO_RIGHT = ('causal', 'fim')  # kinds that have no inputs, and see where documents end
 FIM_SENTINELS = 3
@@ -89,8 +91,8 @@ class Task:
         inputs, targets = lengths + self.most_inserted(lengths) + 1, lengths + 1
       case 'fim':
         inputs, targets = np.zeros_like(lengths), lengths + FIM_SENTINELS + 2 * self.growth
-      case 'pairs':
-        raise ValueError('each side of a pair has a length of its own; data/pairs.py plans them.')
+      case 'pairs' | 'turns':
+        raise ValueError('each side of a pair, each turn, has a length of its own; data/units.py plans them.')
     return np.where(lengths > 0, inputs, 0), np.where(lengths > 0, targets, 0)
 
   def most_hidden(self, lengths: np.ndarray) -> np.ndarray:
@@ -145,6 +147,11 @@ class Budget:
 
   inputs_length: int
   targets_length: int
+
+  @property
+  def rooms(self) -> tuple[int, ...]:
+    """The places of each side of a row."""
+    return tuple(filter(None, (self.inputs_length, self.targets_length)))
 
   @property
   def longest(self) -> int:

@@ -16,12 +16,14 @@ from data.inputs import (
   Meter,
   Records,
   array_records,
+  check_text,
   decode,
   open_bytes,
   parquet_rows,
   parse_json,
   suffix_of,
 )
+from data.messages import ROLES, marker, turns_of
 
 Documents = Literal['file', 'paragraph', 'line']
 SEGMENT_BYTES = 2**18
@@ -32,13 +34,15 @@ LARGEST_SCORE = 3e38  # of a float32, as which it is kept
 class Reading:
   """What is taken of files: what a document is in a text, and which fields of records (JSONL, Parquet, …) it has.
 
-  `pair` are the fields of inputs and targets, in place of `field`. `tag_fields` are put in front of the text as tags;
+  `pair` are the fields of inputs and targets, in place of `field`; `messages` is the field of a conversation
+  (data/messages.py), whose turns are a document each. `tag_fields` are put in front of the text as tags;
   `score_field` is a number that is kept for each document. Records of ArrayRecord files are `records`.
   """
 
   documents: Documents = 'file'
   field: str = 'text'
   pair: tuple[str, str] | None = None
+  messages: str | None = None
   tag_fields: tuple[str, ...] = ()
   score_field: str | None = None
   records: Records = 'text'
@@ -47,14 +51,20 @@ class Reading:
   def columns(self) -> list[str]:
     """All fields that are read of a record."""
     scores = [self.score_field] if self.score_field else []
-    return [*dict.fromkeys([*(self.pair or (self.field,)), *self.tag_fields, *scores])]
+    return [*dict.fromkeys([*(self.units or (self.field,)), *self.tag_fields, *scores])]
+
+  @property
+  def units(self) -> tuple[str, ...]:
+    """The fields of a pair or of a conversation; none where documents are text."""
+    return self.pair or ((self.messages,) if self.messages else ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
   """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
 
-  `tags` stand in front of its text, `score` is what its record gives.
+  `tags` stand in front of its text, `score` is what its record gives. A turn is of `role` (a place in messages.ROLES),
+  and `turns_left` follow it.
   """
 
   text: str
@@ -62,10 +72,13 @@ class Segment:
   num_bytes: int
   tags: str = ''
   score: float = 0.0
+  role: int = 0
+  turns_left: int = 0
 
 
 def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = None) -> Iterator[Segment]:
-  """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair.
+  """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair; one for
+  each turn of a conversation.
 
   JSONL and files of records (by suffix) have one document to a line or record. In a text a document is the file, or
   what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
@@ -75,9 +88,9 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
   """
   meter = meter or Meter(0)
   if (records := _records(path, reading, meter)) is not None:
-    take = _pair if reading.pair else _document
+    take = _pair if reading.pair else _conversation if reading.messages else _document
     return _not_empty(path, (segment for record in records for segment in take(record, reading)))
-  if fields := [*(reading.pair or ()), *reading.tag_fields, *filter(None, [reading.score_field])]:
+  if fields := [*reading.units, *reading.tag_fields, *filter(None, [reading.score_field])]:
     raise DataError(
       f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
     )
@@ -126,7 +139,8 @@ def _tag(record: _Record, field: str) -> str:
     raise DataError(
       f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
     )
-  return f'{field}: {_checked(record.where, field, str(value))}\n'
+  check_text(f'{record.where}: field {field!r}', str(value))
+  return f'{field}: {value}\n'
 
 
 def _score(record: _Record, field: str) -> float:
@@ -148,6 +162,13 @@ def _pair(record: _Record, reading: Reading) -> Iterator[Segment]:
     )
   yield Segment(inputs, True, record.num_bytes)
   yield Segment(targets, True, 0)
+
+
+def _conversation(record: _Record, reading: Reading) -> Iterator[Segment]:
+  turns = turns_of(record.where, record.value, reading.messages)
+  for i, (role, text) in enumerate(turns):
+    size = 0 if i else record.num_bytes
+    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=len(turns) - 1 - i)
 
 
 def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
@@ -199,27 +220,14 @@ def _lines(path: pathlib.Path, meter: Meter) -> Iterator[_Record]:
 
 
 def _text(record: _Record, field: str, flag: str) -> str:
-  """The text of a field."""
+  """The text of a field. Raises DataError where there is none, or one that `check_text` refuses."""
   where, value = record.where, record.value
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
     kind = f', which is {type(text).__name__}' if isinstance(value, dict) and field in value else ''
     raise DataError(f'{where}: no text in field {field!r}{kind} (found: {keys}); name it with {flag}=.')
-  return _checked(where, field, text)
-
-
-def _checked(where: str, field: str, text: str) -> str:
-  """`text`. Raises DataError for what JSON can escape and no text holds: NUL, and half of a surrogate pair."""
-  if '\0' in text:
-    raise DataError(f'{where}: field {field!r} has a NUL (character {text.index(chr(0))}); correct its text.')
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    half = ascii(text[error.start])[1:-1]
-    raise DataError(
-      f'{where}: field {field!r} has half of a surrogate pair ({half}), which is no character; correct its text.'
-    ) from error
+  check_text(f'{where}: field {field!r}', text)
   return text
 
 

@@ -21,9 +21,8 @@ def verify(path: str) -> Iterator[str]:
     offsets: list[np.ndarray] = []
     yield from _failure(lambda shard=shard, offsets=offsets: offsets.append(store.offsets_of(shard)))
     yield from _tokens(store, shard, offsets[0] if offsets else None)
-    for name in store.score_names:
-      yield from _failure(lambda name=name, shard=shard: store.scores(name, shard))
-    yield from _failure(lambda shard=shard: store.tag_lengths(shard))
+    for name in store.column_names:
+      yield from _failure(lambda name=name, shard=shard: store.column(name, shard))
 
 
 def _failure(check) -> Iterator[str]:

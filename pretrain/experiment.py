@@ -8,10 +8,12 @@ from typing import Annotated
 
 from data.buckets import LengthBuckets
 from data.curriculum import check_order
-from data.fitting import check_objective
+from data.fitting import PAIRS_INSTEAD, check_objective
 from data.objectives import (
   FillInTheMiddle,
+  Instruction,
   Objective,
+  OfUnits,
   Supervised,
   has_marks,
   is_decoder_only,
@@ -21,7 +23,8 @@ from data.objectives import (
 )
 from data.online import check_online
 from data.packing import check_packing
-from data.source import Data, StoreData, check_mixture, has_heldout
+from data.source import KIND_OF, PREPARED, Data, StoreData, check_mixture, has_heldout
+from data.tags import check_tags
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
 from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
@@ -136,7 +139,7 @@ def _check_sentinels(cfg: Experiment) -> None:
 
 def _check_one(cfg: Experiment) -> None:
   _check_family(cfg)
-  _check_pairs(cfg)
+  _check_units(cfg)
   _check_documents(cfg)
   _check_profile(cfg)
   _check_lawa(cfg)
@@ -153,6 +156,7 @@ def _check_one(cfg: Experiment) -> None:
   check_packing(cfg.data, cfg.objective)
   check_order(cfg.data)
   check_online(cfg.data)
+  check_tags(cfg.data, cfg.objective)
 
 
 def _check_buckets(cfg: Experiment) -> None:
@@ -193,24 +197,26 @@ def _check_family(cfg: Experiment) -> None:
     raise ConfigError(f"objective.name='{objective}' cannot train model.name='{model}'; {fix}.")
   two_sides = model == 'encoder_decoder'
   if two_sides and is_decoder_only(cfg.objective):
-    raise ConfigError(f"objective.name='{objective}' is for model.name='decoder', not 'encoder_decoder'.")
+    fix = PAIRS_INSTEAD.replace(', or', '; take a decoder, or') * isinstance(cfg.objective, Instruction)
+    raise ConfigError(f"objective.name='{objective}' is for model.name='decoder', not 'encoder_decoder'{fix}.")
   if two_sides != (cfg.data.inputs_length > 0):
     fix = 'set it to the encoder length' if two_sides else 'remove it (rows have data.targets_length tokens)'
     raise ConfigError(f"data.inputs_length={cfg.data.inputs_length} with model.name='{cfg.model.name}'; {fix}.")
 
 
-def _check_pairs(cfg: Experiment) -> None:
-  """Where `objective` is of pairs: only stores hold them, and each is alone."""
-  if not isinstance(cfg.objective, Supervised):
+def _check_units(cfg: Experiment) -> None:
+  """Where `objective` is of pairs or conversations: only stores hold them, and each is alone."""
+  if not isinstance(cfg.objective, OfUnits):
     return
+  kind = KIND_OF[cfg.objective.name]
   if not isinstance(cfg.data, StoreData):
     raise ConfigError(
-      f"data.name='{cfg.data.name}' has no pairs for objective.name='supervised'; set data.name='store', with "
-      'data.sources made by pretrain data prepare --inputs_field=inputs --targets_field=targets.'
+      f"data.name='{cfg.data.name}' has no {kind} for objective.name='{cfg.objective.name}'; set data.name='store', "
+      f'with data.sources made by pretrain data prepare {PREPARED[kind]}.'
     )
   if cfg.data.attend_across_documents:
     raise ConfigError(
-      "data.attend_across_documents=True would mix the pairs of objective.name='supervised'; remove it."
+      f"data.attend_across_documents=True would mix the {kind} of objective.name='{cfg.objective.name}'; remove it."
     )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from data.batches import DataSource
 from data.features import Batch, decoder_features, encoder_decoder_features
 from data.fim import fim_ids
-from data.objectives import Supervised, pair_lengths, tasks_of
+from data.messages import marker
+from data.objectives import Instruction, OfUnits, Supervised, pair_lengths, tasks_of
 from data.ragged import interleave, join
 from data.source import open_data
 from data.tasks import LEFT_TO_RIGHT
@@ -92,13 +93,16 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective, of a run
   with fill-in-the-middle (PSM) what stands around the one blank.
 
-  Inputs of pairs are plain text, in which nothing is special.
+  Inputs of pairs are plain text, in which nothing is special; so is what a user says, which the assistant answers.
   The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
   asks for: [NLU] (of the R denoiser, [NLG] where there are only X) for a prompt with blanks, [S2S] for one without.
   Raises ConfigError where the objective trains no such task; DataError for a sentinel that does not exist.
   """
   if isinstance(cfg.objective, Supervised):
     return [*data.tokenizer.encode(prompt), EOS]
+  if isinstance(cfg.objective, Instruction):
+    encode = data.tokenizer.encode
+    return [*encode(marker('user')), *encode(prompt), EOS, *encode(marker('assistant'))]
   ids = data.tokenizer.encode_prompt(prompt)
   vocabulary, objective = data.vocabulary, cfg.objective
   blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
@@ -148,7 +152,11 @@ def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> 
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
     return encoder_decoder_features(inputs, target, rows, number, length, 1)
-  causal = not isinstance(cfg.objective, Supervised) and prompts[0][-1:] != [EOS]
+  match cfg.objective:
+    case Instruction(prefix_attention=prefix):
+      causal = not prefix
+    case objective:
+      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [EOS]
   if causal:
     fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
   else:
@@ -194,7 +202,7 @@ def until_eos(output: list[int]) -> list[int]:
 
 
 def _result(prompt: str, inputs: list[int], output: list[int], cfg: Experiment, data: DataSource) -> Generated:
-  # Targets of pairs, and full ones of noise, are an answer of their own.
-  answers = isinstance(cfg.objective, Supervised) or all(task.full for task in tasks_of(cfg.objective))
+  # Targets of pairs, turns of a conversation, and full targets of noise, are an answer of their own.
+  answers = isinstance(cfg.objective, OfUnits) or all(task.full for task in tasks_of(cfg.objective))
   render = data.tokenizer.render
   return Generated(prompt, render(output), render(output if answers else fill(inputs, output, data.vocabulary)))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from data.objectives import PrefixLm, Supervised
+from data.objectives import CausalLm, Instruction, Objective, PrefixLm, Supervised
 from data.source import Synthetic, open_data
 from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment
@@ -85,13 +85,22 @@ def abstract_batch(cfg: Experiment, program: Program) -> dict[str, jax.ShapeDtyp
     batch_size=data.batch_size, inputs_length=data.inputs_length, targets_length=data.targets_length,
     sentinels=data.sentinels,
   )  # fmt: skip
-  # Random tokens are no pairs, whose rows have the fields of prefixes.
-  objective = PrefixLm() if isinstance(cfg.objective, Supervised) else cfg.objective
-  source = open_data(synthetic, objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  source = open_data(synthetic, _of_text(cfg.objective), seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   row = source.batch(0, slice(0, 1))
   place = batch_sharding(program.mesh)
   shape = lambda x: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
   return {name: shape(x) for name, x in row.items()}
+
+
+def _of_text(objective: Objective) -> Objective:
+  """An objective whose rows have the same fields: random tokens are no pairs, and no conversations."""
+  match objective:
+    case Supervised() | Instruction(prefix_attention=True):
+      return PrefixLm()
+    case Instruction():
+      return CausalLm()
+    case _:
+      return objective
 
 
 def compile_train_step(cfg: Experiment, topology: str) -> tuple[Memory, Any]:

@@ -142,6 +142,12 @@ class Run:
     self._profiling = False
     if self._changes and self.step:
       self.metrics.warn(f'DATA-CHANGE: from step {self.step} on {"; ".join(self._changes)}.')
+    self._say_losses()
+
+  def _say_losses(self) -> None:
+    """Shows what of pairs and conversations no row has room for."""
+    for line in self.stage.data.losses():
+      self.metrics.warn(f'DATA-CUT: {line}.')
 
   def _restore_or_initialise(self):
     latest = self.checkpoints.latest()
@@ -169,6 +175,7 @@ class Run:
       if not self.stage.stretch.holds(self.step):
         self.stage = Stage(stretch_at(self.cfg, self.step))
         self.stage.data = self.stage.data.at(self._place())
+        self._say_losses()
       self._loop(interrupt)
 
   def _loop(self, interrupt: Interrupt) -> None:

@@ -23,13 +23,16 @@ import io
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 import sentencepiece
 
+from data.messages import ROLES, marker
 from data.store import StoreWriter
 from data.vocabulary import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
+COLUMNS = {'tag_lengths': 'int32', 'roles': 'int8', 'turns_left': 'int32'}  # of conversations
 PIECES = 448  # 256 bytes, 3 special pieces, and what the text is made of
 
 
@@ -87,3 +90,44 @@ def pair_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
 def paragraphs() -> list[str]:
   text = (ROOT / 'LICENSE').read_text()
   return [' '.join(part.split()) for part in text.split('\n\n') if part.strip()]
+
+
+@pytest.fixture(scope='session')
+def chat_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
+  """Conversations of the license: a user and the assistant in turn, one to fourteen words, some behind a system's."""
+  path, words, found = tmp_path_factory.mktemp('stores') / 'chats', ' '.join(paragraphs()).split(), []
+  while len(words) > 60:
+    number, turns = len(found), []
+    for i in range((2, 4, 3, 6)[number % 4]):  # three: the user has the last word
+      size = (3, 1, 7, 14, 2)[(number + i) % 5]
+      turns.append((('user', 'assistant')[i % 2], ' '.join(words[:size])))
+      words = words[size:]
+    found.append([('system', 'the terms')] * (number % 3 == 0) + turns)
+  write_chat(path, Tokenizer(tokenizer_model, sentinels=32), found)
+  return path
+
+
+def write_chat(path: pathlib.Path, tokenizer: Tokenizer, chats: list[list[tuple[str, str]]], **options) -> None:
+  """A store of conversations: lists of (role, text)."""
+  marks = {role: tokenizer.encode(marker(role)) for role in ROLES}
+  turns = [(role, text, len(chat) - 1 - i) for chat in chats for i, (role, text) in enumerate(chat)]
+  columns = {
+    'tag_lengths': np.array([len(marks[role]) for role, _, _ in turns], np.int32),
+    'roles': np.array([ROLES.index(role) for role, _, _ in turns], np.int8),
+    'turns_left': np.array([left for _, _, left in turns], np.int32),
+  }
+  with StoreWriter(path, tokenizer, columns=COLUMNS, **options) as writer:
+    writer.add([[*marks[role], *tokenizer.encode(text)] for role, text, _ in turns], columns=columns)
+    writer.finish(source='LICENSE')
+
+
+@pytest.fixture(scope='session')
+def tag_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
+  """The documents of `text_store`, most of them behind a tag: its number."""
+  path, tokenizer = tmp_path_factory.mktemp('stores') / 'tagged', Tokenizer(tokenizer_model, sentinels=32)
+  tags = [tokenizer.encode(f'part: {i}') if i % 5 else [] for i in range(len(paragraphs()))]
+  columns = {'tag_lengths': np.array([len(tag) for tag in tags], np.int32)}
+  with StoreWriter(path, tokenizer, columns={'tag_lengths': 'int32'}, shard_tokens=2000) as writer:
+    writer.add([tag + tokenizer.encode(text) for tag, text in zip(tags, paragraphs(), strict=True)], columns=columns)
+    writer.finish(source='LICENSE')
+  return path

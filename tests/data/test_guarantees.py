@@ -1,5 +1,6 @@
 """What the data engine promises, one test to a promise, by name. Speed, the tenth, is scripts/bench/data.py's."""
 
+import functools
 import itertools
 import json
 import os
@@ -19,11 +20,12 @@ from data.errors import DataError
 from data.fitting import check_objective, num_sentinels
 from data.loader import loader
 from data.noise import noise_counts, noise_masks, noise_span_to_unique_sentinel, nonnoise_span_to_unique_sentinel
-from data.objectives import CausalLm, MaskedLm, PrefixLm, SpanCorruption, Ul2, tasks_of
+from data.objectives import CausalLm, Instruction, MaskedLm, PrefixLm, SpanCorruption, Ul2, tasks_of
 from data.packing import BestFit, ConcatSplit, NextFit
 from data.plan import Stream
 from data.source import MixtureStage, Source
 from data.store import StoreWriter, open_store
+from data.tags import Tags
 from data.tasks import Budget
 from data.vocabulary import EOS, Tokenizer
 from tests.data.test_source import SENTINELS, digest, opened
@@ -81,10 +83,10 @@ def test_g1_a_run_that_is_killed_goes_on_bit_exactly(sharded, hashes):
   assert len(set(seen)) == STEPS
 
 
-def steps_of(folder, hosts: int, workers: int, first: int, last: int) -> list[str]:
+def steps_of(open_with, hosts: int, workers: int, first: int, last: int) -> list[str]:
   """Batch hashes of steps first … last - 1, put together from what each host's loader gives."""
   own = BATCH // hosts
-  sources = [mixed(folder, workers=workers) for _ in range(hosts)]
+  sources = [open_with(workers=workers) for _ in range(hosts)]
   loaders = [loader(s, {'examples': first * BATCH}, slice(h * own, (h + 1) * own)) for h, s in enumerate(sources)]
   found = []
   for parts in itertools.islice(zip(*loaders, strict=True), last - first):
@@ -95,12 +97,27 @@ def steps_of(folder, hosts: int, workers: int, first: int, last: int) -> list[st
 
 @pytest.mark.parametrize('hosts', [1, 2, 8])
 def test_g2_any_number_of_hosts_has_the_same_batches(sharded, hashes, hosts):
-  assert steps_of(sharded, hosts, 0, 0, STEPS) == hashes
+  assert steps_of(functools.partial(mixed, sharded), hosts, 0, 0, STEPS) == hashes
 
 
 def test_g2_hosts_and_workers_may_change_in_the_middle(sharded, hashes):
   legs = [(2, 0, 0, 20), (8, 0, 20, 35), (1, 3, 35, 50), (1, 1, 50, STEPS)]
-  assert [found for leg in legs for found in steps_of(sharded, *leg)] == hashes
+  assert [found for leg in legs for found in steps_of(functools.partial(mixed, sharded), *leg)] == hashes
+
+
+@pytest.mark.parametrize('kind', ['conversations', 'tags'])
+def test_g1_g2_g4_hold_for_conversations_and_tags(chat_store, tag_store, kind):
+  """Over several epochs: each step alone, backwards; then hosts and workers that change, each leg begun anew."""
+  if kind == 'tags':
+    own = functools.partial(opened, tag_store, CausalLm(), 0, 64, tags=Tags(drop_rate=0.4), packing=BestFit())
+  else:
+    own = functools.partial(opened, chat_store, Instruction(prefix_attention=True), 0, 64)
+  backwards = own()
+  wanted = [digest(backwards.batch(step, slice(0, BATCH))) for step in range(29, -1, -1)][::-1]
+  assert backwards.describe_row(BATCH * 30 - 1).epoch > 1
+  assert len(set(wanted)) == 30
+  legs = [(2, 0, 0, 9), (8, 0, 9, 17), (1, 1, 17, 24), (1, 0, 24, 30)]
+  assert [found for leg in legs for found in steps_of(own, *leg)] == wanted
 
 
 def test_g2_a_batch_of_another_size_goes_on_with_the_next_row(sharded):

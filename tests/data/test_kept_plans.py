@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import kept_plans, rows
+from data import kept_plans, makers
 from data.errors import DataError
 from data.objectives import CausalLm, SpanCorruption, Ul2
 from data.packing import BestFit, ConcatSplit
@@ -15,7 +15,7 @@ from tests.data.test_source import SENTINELS, assert_equal
 
 @pytest.fixture(autouse=True)
 def small_stores_are_large(monkeypatch):
-  monkeypatch.setattr(rows, 'LARGE', 1)
+  monkeypatch.setattr(makers, 'LARGE', 1)
 
 
 def opened(sharded, cache, objective=Ul2(), inputs=64, packing=ConcatSplit(), seed=0):  # noqa: B008, F811

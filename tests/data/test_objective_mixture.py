@@ -19,6 +19,7 @@ from data.objectives import (
   Ul2r,
   tasks_of,
 )
+from data.plan import Pieces
 from data.ragged import Ragged, join
 from data.show import show_row
 from data.tasks import Budget
@@ -40,6 +41,11 @@ def pieces(number: int, seed: int = 0) -> tuple[Ragged, np.ndarray]:
   tokens = join([rng.integers(3, 100, n) for n in lengths])
   tokens.values[np.cumsum(lengths)[::2] - 1] = EOS
   return tokens, rng.integers(0, 2**64, lengths.sum() + number, np.uint64)
+
+
+def rows_of(tokens: Ragged, rows: np.ndarray) -> Pieces:
+  """A piece of document 0, from its beginning, in each row."""
+  return Pieces(rows, np.zeros_like(rows), np.zeros_like(rows), tokens.lengths)
 
 
 def without_eos(tokens: Ragged, bits: np.ndarray) -> tuple[Ragged, np.ndarray]:
@@ -66,14 +72,16 @@ def test_each_row_of_a_mixture_is_that_of_its_objective_alone(parts, inputs):
   number = 4 * len(owner)
   (tokens, bits), rows = pieces(number), np.arange(number)
   tasks = rows % len(owner)
-  got = maker(whole, inputs).make(tokens, rows, tasks, lambda: bits)
+  got = maker(whole, inputs).make(tokens, rows_of(tokens, rows), tasks, lambda: bits)
   see_ends = any(isinstance(part, CausalLm | FillInTheMiddle) for part in parts)
   for i, part in enumerate(parts):
     own = owner[tasks] == i
     text, drawn = (
       (tokens, bits) if isinstance(part, CausalLm | FillInTheMiddle) or not see_ends else without_eos(tokens, bits)
     )
-    alone = maker(part, inputs).make(text, rows, np.where(own, tasks - first[i], 0), lambda drawn=drawn: drawn)
+    alone = maker(part, inputs).make(
+      text, rows_of(text, rows), np.where(own, tasks - first[i], 0), lambda drawn=drawn: drawn
+    )
     for name, values in alone.items():
       np.testing.assert_array_equal(got[name][own], values[own], err_msg=f'{part.name} {name}')
     for name in got.keys() - alone.keys():

@@ -14,6 +14,7 @@ from data.objectives import (
   Denoiser,
   FillInTheMiddle,
   IidDenoising,
+  Instruction,
   MaskedLm,
   ObjectiveMixture,
   Part,
@@ -203,6 +204,9 @@ def test_a_causal_example_is_the_text_itself():
     (SpanCorruption(noise_density=1.0), 64, 64, 64, 'noise_density=1.0 must lie in (0, 1)'),
     (SpanCorruption(mean_noise_span_length=0.5), 64, 64, 64, 'mean_noise_span_length=0.5 be at least 1'),
     (SpanCorruption(noise_density=0.9, mean_noise_span_length=1.0), 64, 64, 64, 'noise spans among 1 other tokens'),
+    (Instruction(loss_on=()), 0, 64, 0, "objective.loss_on is empty, nothing would be learnt; name a role, e.g. ('"),
+    (Instruction(), 64, 64, 0, "objective.name='instruction' is decoder-only, data.inputs_length=64; set 0, or make "
+     'pairs of what is asked and answered (pretrain data prepare --inputs_field=… --targets_field=…)'),
     (Ul2(denoisers=()), 64, 64, 64, 'objective.denoisers is empty'),
     (Ul2(denoisers=(Denoiser(kind='S', noise_density=0.3),)), 64, 64, 64, "of kind 'S' takes no mean_noise"),
     (Ul2(denoisers=(Denoiser(kind='R', noise_density=0.3),)), 64, 64, 64, "of kind 'R' needs both mean_noise"),

@@ -20,6 +20,7 @@ from data.objectives import (
   Bart,
   CausalLm,
   FillInTheMiddle,
+  Instruction,
   MaskedLm,
   Objective,
   ObjectiveMixture,
@@ -53,6 +54,10 @@ OBJECTIVES = [
   pytest.param(Bart(), 64, 64, id='bart'),
   pytest.param(MIXTURE, 0, 96, id='mixture'),
 ]
+CONVERSATIONS = [
+  pytest.param(Instruction(), 0, 96, id='instruction'),
+  pytest.param(Instruction(loss_on=('user',), prefix_attention=True), 0, 64, id='instruction-prefix'),
+]
 PAIRS = [
   pytest.param(Supervised(), 64, 32, id='supervised'),
   pytest.param(Supervised(inputs_length=24), 0, 64, id='supervised-decoder'),
@@ -68,9 +73,10 @@ def opened(
 
 
 @pytest.fixture
-def store_for(text_store, pair_store):
+def store_for(text_store, pair_store, chat_store):
   """objective -> the store that it learns from."""
-  return lambda objective: pair_store if isinstance(objective, Supervised) else text_store
+  special = {'supervised': pair_store, 'instruction': chat_store}
+  return lambda objective: special.get(objective.name, text_store)
 
 
 def digest(batch) -> str:
@@ -94,7 +100,7 @@ def two_stores(tokenizer_model, tmp_path_factory):
   return folder / 'small', folder / 'large'
 
 
-@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS)
+@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS + CONVERSATIONS)
 @pytest.mark.parametrize('hosts', [2, 8])
 def test_hosts_together_have_the_batch_of_one(store_for, objective, inputs, targets, hosts):
   own, store = 8 // hosts, store_for(objective)
@@ -104,7 +110,7 @@ def test_hosts_together_have_the_batch_of_one(store_for, objective, inputs, targ
     assert_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
-@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS)
+@pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS + CONVERSATIONS)
 def test_a_batch_does_not_depend_on_those_before_it(store_for, objective, inputs, targets):
   stream = opened(store_for(objective), objective, inputs, targets)
   batches = [stream.batch(step, slice(0, 8)) for step in range(30)]

@@ -1,6 +1,7 @@
 """The command line: its verbs, its exit codes, and one line for each mistake."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -113,6 +114,42 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
   assert (code, len(err.splitlines())) == (64, 1), err
   assert err.startswith(message), err
   assert not (tmp_path / 'run').exists(), 'nothing was written'
+
+
+@pytest.mark.parametrize(
+  ('file', 'overrides', 'message'),
+  [
+    (
+      tiny.DECODER,
+      ('objective.loss_on=["bot"]',),
+      "objective.loss_on[0]='bot' is not one of 'system', 'user', 'assistant'",
+    ),
+    (
+      tiny.DECODER,
+      (),
+      "data.name='synthetic' has no conversations for objective.name='instruction'; set data.name='store'",
+    ),
+    (
+      tiny.UL2,
+      (),
+      "objective.name='instruction' is for model.name='decoder', not 'encoder_decoder'; take a decoder, or mak",
+    ),
+    (
+      tiny.DECODER,
+      ("objective.name='causal_lm'", 'data.tags.drop_rate=1.5'),
+      'data.tags.drop_rate=1.5; it must be in [0, 1]',
+    ),
+    (
+      tiny.DECODER,
+      ('data.tags.drop_rate=0.5',),
+      "data.tags is for objective.name='causal_lm'; 'instruction' would hide",
+    ),
+  ],
+)
+def test_what_conversations_and_tags_cannot_do_is_said_when_the_config_is_loaded(chat_store, file, overrides, message):
+  store = tiny.over(chat_store) if overrides and 'tags' in overrides[0] else ()
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    tiny.experiment(file, "objective.name='instruction'", 'evaluation.every=0', *store, *overrides)
 
 
 def test_pairs_are_kept_apart(pair_store):

@@ -32,13 +32,15 @@ def config_of(store, objective: str, *overrides: str):
     return tiny.ul2(store, *(() if name == 'ul2' else (f"objective.name='{name}'",)), *overrides)
   rows = (*tiny.over(store), 'data.sentinels=32', 'data.targets_length=64')
   rows += ('objective.inputs_length=24',) if name == 'supervised' else ()
+  rows += ('objective.prefix_attention=True',) if name == 'instruction' else ()
   return tiny.decoder(f"objective.name='{name}'", *rows, *overrides)
 
 
 @pytest.fixture
-def store_for(text_store, pair_store):
+def store_for(text_store, pair_store, chat_store):
   """objective -> the store that it learns from."""
-  return lambda objective: pair_store if objective.startswith('supervised') else text_store
+  special = {'supervised': pair_store, 'instruction': chat_store}
+  return lambda objective: special.get(objective.partition('+')[0], text_store)
 
 
 def opened(cfg):
@@ -61,7 +63,13 @@ def first_segments(cfg, data, count: int):
 OBJECTIVES = ['causal_lm', 'prefix_lm', 'ul2r', 'ul2', 'span_corruption', 'ul2+encoder', 'prefix_lm+encoder']
 
 
-@pytest.mark.parametrize('objective', ['causal_lm', 'prefix_lm', 'ul2r', 'ul2+encoder', 'supervised'])
+@pytest.mark.parametrize(
+  'objective',
+  [
+    'causal_lm', 'prefix_lm', 'ul2r', 'ul2+encoder', 'supervised',
+    pytest.param('instruction', marks=pytest.mark.slow),
+  ],
+)  # fmt: skip
 def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective):
   """What a real packed row's targets are predicted with is what decoding from its inputs alone computes."""
   cfg = config_of(store_for(objective), objective)
@@ -119,6 +127,24 @@ def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, ob
   assert prompt_inputs(special, cfg, data) == [*data.tokenizer.encode(special), EOS]
   answer = data.tokenizer.encode('of the License')
   assert _result('the Work', prompt_inputs('the Work', cfg, data), answer, cfg, data).text == 'of the License'
+
+
+@pytest.mark.parametrize('prefix', [True, False])
+def test_a_prompt_is_what_a_user_says_and_the_assistant_speaks_next(chat_store, prefix):
+  """A conversation begins with the ids of its prompt, and is seen as its prompt is."""
+  cfg = config_of(chat_store, 'instruction', f'objective.prefix_attention={prefix}')
+  data, store = opened(cfg), open_store(chat_store)
+  first = next(
+    i for i, role in enumerate(store.column('roles', 0)) if role == 1 and store.column('turns_left', 0)[i] == 1
+  )
+  begin, mark = int(store.offsets[first]), int(store.tag_lengths(0)[first])
+  (said,) = store.read([(begin + mark, int(store.offsets[first + 1]) - begin - mark - 1)])
+  got = prompt_inputs(data.tokenizer.decode(said), cfg, data)
+  assert got == store.read([(begin, len(got))])[0].tolist()
+  assert data.tokenizer.decode(got[-(int(store.tag_lengths(0)[first + 1])) :]) == 'assistant:'
+  batch = prompt_batch([got], cfg, len(got))
+  assert batch.get('decoder_prefix_end', np.zeros((1, 1)))[0, 0] == (len(got) + 1) * prefix
+  assert _result('the Work', got, said.tolist(), cfg, data).text == data.tokenizer.decode(said)
 
 
 def test_blanks_of_a_mixture_without_r_are_filled_by_x(text_store):

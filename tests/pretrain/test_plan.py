@@ -14,7 +14,7 @@ from pretrain.errors import ConfigError
 from pretrain.plan import abstract_batch, compile_for, tpu_devices
 from pretrain.runtime import build_program, cache_dir
 from tests.pretrain import tiny
-from tests.pretrain.test_generate import config_of
+from tests.pretrain.test_generate import config_of, store_for  # noqa: F401
 
 pytestmark = pytest.mark.aot
 
@@ -49,9 +49,15 @@ def test_what_does_not_fit_says_so(mesh):
     compile_for(jax.jit(lambda x: x @ x), (matrix(mesh, (), dim=2**16),))
 
 
-@pytest.mark.parametrize('objective', ['supervised', 'supervised+encoder', 'prefix_lm'])
-def test_a_planned_batch_is_one_of_training(pair_store, text_store, objective):
-  cfg = config_of(text_store if objective == 'prefix_lm' else pair_store, objective)
+@pytest.mark.parametrize(
+  ('objective', 'overrides'),
+  [
+    ('supervised', ()), ('supervised+encoder', ()), ('prefix_lm', ()), ('instruction', ()),
+    ('instruction', ('objective.prefix_attention=False',)),
+  ],
+)  # fmt: skip
+def test_a_planned_batch_is_one_of_training(store_for, objective, overrides):  # noqa: F811
+  cfg = config_of(store_for(objective), objective, *overrides)
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   shapes = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}
   real = data.batch(0, slice(0, cfg.data.batch_size))
