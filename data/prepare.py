@@ -20,7 +20,7 @@ from data.encode import Encoder, Recipe, batches, encode_all
 from data.errors import DataError
 from data.inputs import Meter, Records
 from data.scores import SCORES, Score
-from data.store import TURNS_LEFT, Store, StoreWriter, open_store
+from data.store import TURNS_LEFT, Store, StoreWriter, open_store, refuse_existing
 from data.text import Documents, Reading, Segment, read_segments, sample
 from data.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
@@ -129,6 +129,7 @@ def prepare(
   if missing:
     raise DataError(f'{missing[0]} is no file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
+  refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
   model = load_model(tokenizer) if tokenizer else _train(paths, reading, total, vocab_size, sentinels)

@@ -48,6 +48,19 @@ TAG_LENGTHS, ROLES, TURNS_LEFT = 'tag_lengths', 'roles', 'turns_left'
 Kind = Literal['text', 'pairs', 'conversations']
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+  """Raises DataError where a store would be written over something."""
+  path = _without_scheme(path)
+  exists = read_file(path, 'manifest.json') is not None if '://' in path else os.path.lexists(path)
+  if exists:
+    raise DataError(f'{path} already exists. Nothing was changed; choose another --out, or remove it.')
+
+
+def _without_scheme(path: str | os.PathLike[str]) -> str:
+  """A path as the file system has it; other URLs as they are."""
+  return os.fspath(path).removeprefix('file://').rstrip('/')
+
+
 class StoreWriter:
   """Builds a store next to its place and moves it there when it is whole: `with StoreWriter(...) as w: w.add(...)`.
 
@@ -65,9 +78,9 @@ class StoreWriter:
     columns: Mapping[str, str] = MappingProxyType({}),
     shard_tokens: int = SHARD_TOKENS,
   ):
-    self.path = os.fspath(path).removeprefix('file://').rstrip('/')
+    self.path = _without_scheme(path)
     self._local = '://' not in self.path
-    self._refuse_existing()
+    refuse_existing(self.path)
     self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
     self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
     self._dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
@@ -97,11 +110,6 @@ class StoreWriter:
       pathlib.Path(self._staging).mkdir(parents=True)
     except OSError as error:
       raise DataError(f'{self.path} cannot be written ({error.strerror}); choose another --out.') from error
-
-  def _refuse_existing(self) -> None:
-    exists = os.path.lexists(self.path) if self._local else read_file(self.path, 'manifest.json') is not None
-    if exists:
-      raise DataError(f'{self.path} already exists. Nothing was changed; choose another --out, or remove it.')
 
   def add(
     self,
@@ -180,7 +188,7 @@ class StoreWriter:
     write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
     write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
     if self._local:
-      self._refuse_existing()  # what came there meanwhile
+      refuse_existing(self.path)  # what came there meanwhile
       os.rename(self._staging, self.path)
     self._finished = True
 

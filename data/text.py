@@ -3,6 +3,7 @@
 A line of JSONL is the exception: it is one JSON value, and held whole. So is a record.
 """
 
+import codecs
 import dataclasses
 import pathlib
 import sys
@@ -90,7 +91,12 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
   if (records := _records(path, reading, meter)) is not None:
     take = _pair if reading.pair else _conversation if reading.messages else _document
     return _not_empty(path, (segment for record in records for segment in take(record, reading)))
-  if fields := [*reading.units, *reading.tag_fields, *filter(None, [reading.score_field])]:
+  if fields := [
+    *filter('text'.__ne__, [reading.field]),
+    *reading.units,
+    *reading.tag_fields,
+    *filter(None, [reading.score_field]),
+  ]:
     raise DataError(
       f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
     )
@@ -194,6 +200,8 @@ def _pieces(path: pathlib.Path, longest: int, meter: Meter) -> Iterator[_Piece]:
   try:
     with open_bytes(path, meter) as file:
       while block := rest + file.readline(longest - len(rest)):
+        if not offset and block.startswith(codecs.BOM_UTF8):  # some editors write it; it is no text
+          offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
         ends = len(block) < longest or block.endswith(b'\n')
         cut = len(block) if ends else _place_to_cut(block)
         yield _Piece(decode(str(path), block[:cut], offset), cut, ends)

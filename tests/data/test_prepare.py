@@ -1,6 +1,7 @@
 """`pretrain data prepare`: text in, a store out; each mistake is one line and leaves nothing behind."""
 
 import argparse
+import codecs
 import json
 import pathlib
 import re
@@ -172,6 +173,7 @@ def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name
     ([*FIELDS, '--tag_fields=url'], '--tag_fields, --scores and --score_field are for text, not for pairs'),
     (['--scores=beauty'], '--scores=beauty is no score; choose of compression, lexical_diversity, readability'),
     (['--scores=readability', '--score_field=readability'], '--score_field=readability is one of --scores too'),
+    (['--field=body'], "LICENSE has no field 'body': it is text"),
     (['--score_field=quality'], "LICENSE has no field 'quality': it is text"),
     (['--tag_fields=url,lang'], "LICENSE has no field 'url': it is text"),
     (['--workers=0'], '--workers=0; it must be >= 1'),
@@ -187,6 +189,21 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(DataError, match=r'none\.txt is no file'):
     prepare([tmp_path / 'none.txt'], tmp_path / 'out', **SMALL)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  for name, text in {'t.txt': 'the text', 'l.jsonl': '{"text": "the text"}\n'}.items():
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert [found.text.strip() for found in read_segments(tmp_path / name, Reading())] == ['the text']
+  (tmp_path / 'bad.txt').write_bytes(codecs.BOM_UTF8 + b'ab\xff')
+  with pytest.raises(DataError, match=r'\(byte 5\)'):
+    list(read_segments(tmp_path / 'bad.txt', Reading()))
+
+
+def test_an_existing_store_is_seen_before_the_text_is_read(tmp_path):
+  (tmp_path / 'out').mkdir()
+  with pytest.raises(DataError, match='already exists'):
+    command_line(LICENSE, f'--out={tmp_path}/out', '--vocab_size=100')
 
 
 def test_an_existing_store_is_not_touched(tmp_path):
