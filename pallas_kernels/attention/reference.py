@@ -25,22 +25,24 @@ class RelativeBias:
   max_distance: int
 
 
-def relative_position_bucket(distance: Array, *, buckets: int, bidirectional: bool, max_distance: int) -> Array:
-  """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`.
+def relative_position_bucket(distance, *, buckets: int, bidirectional: bool, max_distance: int):
+  """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`. Numpy's of
+  numpy's, jax's of jax's.
 
   Source: Raffel et al. 2020, arXiv:1910.10683; T5X relative_position_biases.py, _relative_position_bucket.
   """
-  bucket = jnp.zeros_like(distance)
+  xp = np if isinstance(distance, np.ndarray) else jnp
+  bucket = xp.zeros_like(distance)
   if bidirectional:
     buckets //= 2
-    bucket = jnp.where(distance > 0, buckets, 0)
-    distance = jnp.abs(distance)
+    bucket = xp.where(distance > 0, buckets, 0)
+    distance = xp.abs(distance)
   else:
-    distance = jnp.maximum(-distance, 0)
+    distance = xp.maximum(-distance, 0)
   exact = buckets // 2
-  ratio = distance.astype(jnp.float32) / exact + jnp.finfo(jnp.float32).eps
-  far = exact + (jnp.log(ratio) / np.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
-  return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+  ratio = distance.astype(xp.float32) / exact + float(jnp.finfo(jnp.float32).eps)
+  far = exact + (xp.log(ratio) / math.log(max_distance / exact) * (buckets - exact)).astype(xp.int32)
+  return bucket + xp.where(distance < exact, distance, xp.minimum(far, buckets - 1))
 
 
 def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:

@@ -3,7 +3,8 @@
 A tile is block i of queries times block j of keys. `classify` says from the least and largest segment and position of
 each block whether a tile is live (some query may see some key), near (its relative bias is no single number; without a
 bias: it crosses the diagonal) and masked (some pair may be hidden by segments, positions or a window). It may call a
-dead tile live or a clear one masked, never the reverse; the exact mask is the kernels'.
+dead tile live or a clear one masked, never the reverse; the exact mask is the kernels'. Of a tile on the diagonal
+(CUT), pieces of keys are computed for the queries after their first key alone.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jax import Array
 
 INDEX_BITS = 12
 MAX_BLOCKS = 1 << INDEX_BITS
-FIRST, LAST, LIVE, NEAR, MASKED = (1 << (2 * INDEX_BITS + n) for n in range(5))
+FIRST, LAST, LIVE, NEAR, MASKED, CUT, CROSS = (1 << (2 * INDEX_BITS + n) for n in range(7))
 FAR = 1 << 30  # beyond every position
 
 
@@ -26,7 +27,7 @@ FAR = 1 << 30  # beyond every position
 class Spec:
   """What is known of a call when it is compiled. Lengths are padded to blocks.
 
-  `max_distance` is the bias's, None without one; `positioned`: positions are vectors, not indices. A tile of scores
+  `max_distance` and `buckets` are the bias's, None and 0 without one; `positioned`: positions are vectors, not indices. A tile of scores
   is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
   """
 
@@ -44,6 +45,7 @@ class Spec:
   window: int | None = None
   num_sinks: int = 0
   max_distance: int | None = None
+  buckets: int = 0
   bidirectional: bool = False
   alibi: bool = False
   sinks: bool = False
@@ -68,11 +70,17 @@ class Spec:
     return self.max_distance is not None
 
   @property
-  def tile_classes(self) -> list[tuple[bool, bool]]:
-    """(near, masked) of the tiles that can occur."""
-    near = (False, True) if self.biased or self.diagonal else (False,)
-    masked = (False, True) if self.segmented or self.positioned or self.window is not None else (False,)
-    return [(n, m) for n in near for m in masked]
+  def cuts(self) -> bool:
+    """Whether tiles on the diagonal are a class of their own."""
+    return self.diagonal and self.block_q == self.block_kv > self.compute
+
+  @property
+  def tile_classes(self) -> list[int]:
+    """Flags of the live tiles that can occur: LIVE and some of NEAR, MASKED, CUT."""
+    near = [0, NEAR] if self.biased or self.diagonal and not self.cuts else [0]
+    near += [NEAR | CUT] if self.cuts else []
+    masked = (0, MASKED) if self.segmented or self.positioned or self.window is not None else (0,)
+    return [LIVE | n | m for n in near for m in masked]
 
   @property
   def near_offsets(self) -> range:
@@ -80,7 +88,8 @@ class Spec:
     step, reach = math.gcd(self.block_q, self.block_kv), self.max_distance or 0
     low = -(-(-reach - self.block_kv + 2) // step) * step
     high = self.block_q - 1 + (0 if self.diagonal else reach - 1)
-    return range(low, high // step * step + self.block_kv - self.compute + 1, self.compute)
+    last = 0 if self.cuts else high // step * step + self.block_kv - self.compute
+    return range(low, last + 1, self.compute)
 
 
 @functools.partial(
@@ -201,8 +210,8 @@ def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):
   """(words int32[batch or 1, at most num_q * num_kv], how many are used: int, or an array where vectors decide).
 
   Tiles of one block of queries (`by_keys`: of keys) follow each other, the first and last are marked, and a block of
-  which no tile is live still has one, so that its output is written. Words after a row's last repeat its tile without
-  marks: no copy, no work.
+  which no tile is live still has one, so that its output is written. CROSS marks the first tile of a block of queries
+  that is saturated on the right. Words after a row's last repeat its tile without marks: no copy, no work.
 
   Raises ValueError for more than 4,096 blocks.
   """
@@ -221,23 +230,28 @@ def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):
   begins = np.diff(np.asarray(np.sort(j if by_keys else i, axis=None)), prepend=-1) != 0
   keep = live | (begins[None] & ~some[:, own])
   flags = _flag(xp, live, LIVE) + _flag(xp, near, NEAR) + _flag(xp, masked, MASKED)
-  return _compact(xp, keep, xp.broadcast_to(own, keep.shape), place + flags, place)
+  flags = flags + _flag(xp, flat(spec.cuts & (i == j)), CUT)
+  right = ~near & flat(j * spec.block_kv > i * spec.block_q) & (spec.biased and not spec.diagonal)
+  return _compact(xp, keep, xp.broadcast_to(own, keep.shape), place + flags, place, right)
 
 
 def _flag(xp, on, bit: int):
   return xp.where(on, np.int32(bit), np.int32(0))
 
 
-def _compact(xp, keep, own, words, place):
+def _compact(xp, keep, own, words, place, right):
   """The words of the tiles kept, in front, with marks at the ends of each block."""
   order = xp.argsort(~keep, axis=-1, stable=True)
   take = lambda x: xp.take_along_axis(xp.broadcast_to(x, keep.shape), order, axis=-1)
   own, used, at = take(own), keep.sum(-1, keepdims=True), np.arange(keep.shape[1])[None]
+  right = take(right)
   change, edge = own[:, 1:] != own[:, :-1], xp.ones_like(keep[:, :1])
   first = xp.concatenate([edge, change], -1)
+  cross = right & xp.concatenate([edge, change | ~right[:, :-1]], -1)
   last = xp.concatenate([change, edge], -1) | (at == used - 1)
   end = xp.take_along_axis(take(place), used - 1, axis=-1)
-  words = xp.where(at < used, take(words) + _flag(xp, first, FIRST) + _flag(xp, last, LAST), end)
+  marks = _flag(xp, first, FIRST) + _flag(xp, last, LAST) + _flag(xp, cross, CROSS)
+  words = xp.where(at < used, take(words) + marks, end)
   if xp is np:
     return words[:, : int(used.max())].astype(np.int32), int(used.max())
   return words.astype(jnp.int32), used.max()

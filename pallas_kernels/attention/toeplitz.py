@@ -1,12 +1,13 @@
-"""T5's bias inside a tile. It depends on distance alone, so a tile holds one strip of numbers, shifted from row to row.
+"""T5's bias inside a tile. It depends on distance alone, so a tile holds one line of numbers, shifted from row to row.
 
-tile[r, c] = strip[rows + c - r]. In fast memory lies toe[s, x] = strip[x - s] for s < 128, made by one strided roll;
-rows [a, a + 128) of the tile are then toe[:, rows - a : rows - a + columns], an aligned load. The gradient goes the
-same way backwards. Strips and the two numbers of saturated tiles are plain JAX of the table: its VJP makes the table's.
+All tiles are pieces of one line by distance: tile[r, c] = line[start + rows + c - r]. In fast memory lies
+toe[s, x] = line[x - s] for s < 128, made by one strided roll; rows [a, a + 128) of the tile are then
+toe[:, start + rows - a : start + rows - a + columns], an aligned load. The gradient goes the same way backwards.
 """
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,45 +20,62 @@ from pallas_kernels.attention.tiles import Spec
 LANES = 128
 
 
-def expand(table: Array, spec: Spec, hidden: float) -> tuple[Array, Array, Array]:
-  """(strips f32[heads, near offsets, block_q + compute], the same of transposed tiles, saturated f32[heads, 2]).
+def length(spec: Spec) -> int:
+  """Of the line."""
+  return (len(spec.near_offsets) - 1) * spec.compute + spec.block_q + spec.compute
+
+
+def buckets_at(spec: Spec, distance: np.ndarray) -> np.ndarray:
+  return relative_position_bucket(
+    distance, buckets=spec.buckets, bidirectional=spec.bidirectional, max_distance=spec.max_distance
+  )
+
+
+def saturated(spec: Spec) -> list[int]:
+  """The buckets of keys far before the query, and far behind it."""
+  return buckets_at(spec, np.array([-spec.max_distance, spec.max_distance])).tolist()
+
+
+def build(numbers, spec: Spec, toe, *, hidden: float, transposed: bool) -> None:
+  """toe[s, x] = line[x - s], with `numbers[bucket]` for the bias: counted in the kernel, as XLA took longer than tiles.
 
   Keys ahead of the query are `hidden` where causality goes by indices: the diagonal's tiles then need no mask.
   """
-  width, far = spec.block_q + spec.compute, spec.max_distance
-  distance = jnp.arange(-far, far + 1)
-  bucket = relative_position_bucket(
-    distance, buckets=table.shape[0], bidirectional=spec.bidirectional, max_distance=far
-  )
-  near = table.astype(jnp.float32)[bucket].T
-  offsets, x = np.asarray(spec.near_offsets)[:, None], np.arange(width)[None]
-
-  def pick(distance):
-    strip = near[:, np.clip(distance, -far, far) + far]
-    return jnp.where(distance > 0, hidden, strip) if spec.diagonal else strip
-
-  return pick(offsets + x - spec.block_q), pick(offsets + spec.compute - x), near[:, np.array([0, 2 * far])]
+  offsets, steps = spec.near_offsets, jax.lax.broadcasted_iota(jnp.int32, (1, length(spec)), 1)
+  distance = offsets[-1] + spec.compute - steps if transposed else steps + (offsets[0] - spec.block_q)
+  far = np.arange(-spec.max_distance, spec.max_distance + 1)
+  bucket = buckets_at(spec, far)
+  line = jnp.full(distance.shape, numbers[bucket[0]])
+  for n in np.flatnonzero(np.diff(bucket)) + 1:
+    line = jnp.where(distance >= far[n], numbers[bucket[n]], line)
+  line = jnp.where(distance > 0, hidden, line) if spec.diagonal else line
+  toe[...] = pltpu.roll(jnp.broadcast_to(line, toe.shape), 0, 1, stride=1, stride_axis=0)
 
 
-def build(strips, toe) -> None:
-  """toe[n, s, x] = strips[n, x - s]."""
-  for n in range(strips.shape[0]):
-    toe[n] = pltpu.roll(jnp.broadcast_to(strips[n : n + 1, :], toe.shape[1:]), 0, 1, stride=1, stride_axis=0)
+def table_gradient(spec: Spec, line: Array, ends: Array) -> Array:
+  """f32[buckets, heads] from the gradients of the line f32[heads, length] and of saturated tiles f32[heads, 2]."""
+  distance = spec.near_offsets[0] - spec.block_q + np.arange(length(spec))
+  bucket = np.concatenate([buckets_at(spec, distance), saturated(spec)])
+  own = jnp.asarray(bucket) == jnp.arange(spec.buckets)[:, None, None]
+  return jnp.where(own, jnp.concatenate([line, ends], 1), 0.0).sum(-1)
 
 
-def load(toe, n, rows: int, columns: int) -> Array:
-  """The bias of a tile."""
-  parts = [toe[n, :, pl.ds(rows - a, columns)] for a in range(0, rows, LANES)]
+def load(toe, start, rows: int, shape) -> Array:
+  """The bias of a tile, or of its upper left corner of `shape`; `rows` are the whole tile's."""
+  parts = [toe[:, _from(start + rows - a, shape[1])] for a in range(0, shape[0], LANES)]
   return jnp.concatenate(parts, axis=0)
 
 
-def add(toe, n, tile: Array) -> None:
+def add(toe, start, rows: int, tile: Array) -> None:
   """The reverse of `load`: adds a tile's gradient where its bias came from."""
-  rows, columns = tile.shape
-  for x in range(LANES, rows + columns, LANES):
-    starts = [(a, x - rows + a) for a in range(0, rows, LANES)]
-    parts = [tile[a : a + LANES, b : b + LANES] for a, b in starts if 0 <= b < columns]
-    toe[n, :, x : x + LANES] += functools.reduce(jnp.add, parts)
+  for x in range(rows - tile.shape[0] + LANES, rows + tile.shape[1], LANES):
+    starts = [(a, x - rows + a) for a in range(0, tile.shape[0], LANES)]
+    parts = [tile[a : a + LANES, b : b + LANES] for a, b in starts if 0 <= b < tile.shape[1]]
+    toe[:, _from(start + x, LANES)] += functools.reduce(jnp.add, parts)
+
+
+def _from(start, size: int):
+  return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
 def fold(x: Array) -> Array:

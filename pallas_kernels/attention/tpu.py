@@ -21,7 +21,7 @@ from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
 from pallas_kernels.attention.reference import RelativeBias
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
-from pallas_kernels.attention.tpu_kernels import HIDDEN, LOG2E, NO_ROW
+from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
 
 BLOCKS = (1024, 512, 256, 128)
 COMPUTE = 512
@@ -84,6 +84,7 @@ def attention(
     causal=causal, segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
     scale=1 / math.sqrt(head_dim) if scale is None else scale, window=window, num_sinks=num_sinks,
     max_distance=None if relative_bias is None else relative_bias.max_distance,
+    buckets=0 if relative_bias is None else relative_bias.table.shape[0],
     bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
     sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
   )  # fmt: skip
@@ -123,40 +124,34 @@ def _flash(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors) -> 
 
 
 def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
-  heads, strips, _ = _numbers(spec, table, alibi, sink_logits)
-  call = Call.make(spec, heads, vectors, by_keys=False)
+  call = Call.make(spec, _numbers(table, alibi, sink_logits), vectors, by_keys=False)
   f32 = jnp.float32
   out = call.run(
     tpu_kernels.forward,
-    ins={'q': call.of_q(q), 'k': call.of_kv(k), 'v': call.of_kv(v), **call.strips(strips)},
+    ins={'q': call.of_q(q), 'k': call.of_kv(k), 'v': call.of_kv(v)},
     outs={'o': call.of_q(q), 'lse': call.row_of_q(jax.ShapeDtypeStruct((q.shape[0], 1, spec.q_length), f32))},
     scratch={'m': ((spec.block_q, LANES), f32), 'l': ((spec.block_q, LANES), f32),
              'acc': ((spec.block_q, q.shape[2]), f32), 'scaled': ((spec.block_q, q.shape[2]), q.dtype),
-             **call.toe(strips, 'toe')},
+             **call.toe('toe')},
   )  # fmt: skip
   lse = out['lse'][:, 0]
-  natural = jnp.where(lse == NO_ROW, -jnp.inf, lse / LOG2E)
+  natural = lse / LOG2E if table is None else _add_left(spec, lse / LOG2E, table)
+  natural = jnp.where(lse == NO_ROW, -jnp.inf, natural)
   return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
 
 
 def _backward(spec: Spec, saved, gradients):
   q, k, v, table, alibi, sink_logits, vectors, o, lse = saved
   do, dlse = gradients
-  (heads, strips, turned), back = jax.vjp(lambda *x: _numbers(spec, x[0], alibi, x[1]), table, sink_logits)
+  numbers = _numbers(table, alibi, sink_logits)
   di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
   rows = {'lse': lse[:, None], 'di': di[:, None]}
   same = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), **rows}
-  dq, dstrips, dsaturated = _grad_queries(spec, same, heads, strips, vectors)
-  dk, dv = _grad_keys_values(spec, same, heads, turned, vectors)
-  dheads = jnp.zeros_like(heads)
-  if spec.biased:
-    dheads = dheads.at[:, :2].set(dsaturated)
-  if spec.sinks:
-    sink = jnp.exp2(heads[:, tpu_kernels.SINK, None] - lse.reshape(-1, *heads.shape[:1], spec.q_length))
-    dheads = dheads.at[:, tpu_kernels.SINK].set(-(sink * di.reshape(sink.shape)).sum((0, 2)))
-  # The kernels' gradients are those of scores in base e; `back` is of scores in base 2.
-  nothing = None if strips is None else jnp.zeros_like(turned)
-  dtable, dsink = back((dheads / LOG2E, None if strips is None else dstrips / LOG2E, nothing))
+  dq, dbias = _grad_queries(spec, same, numbers, vectors)
+  dk, dv = _grad_keys_values(spec, same, numbers, vectors)
+  # Gradients are those of the bias itself, whatever the kernels count it from.
+  dtable = None if table is None else toeplitz.table_gradient(spec, *dbias).astype(table.dtype)
+  dsink = None if sink_logits is None else _grad_sinks(spec, table, sink_logits, lse, di)
   zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
   dalibi = None if alibi is None else jnp.zeros_like(alibi)
   return dq, dk, dv, dtable, dalibi, dsink, jax.tree.map(zero, vectors)
@@ -165,9 +160,16 @@ def _backward(spec: Spec, saved, gradients):
 _flash.defvjp(_forward, _backward)
 
 
-def _grad_queries(spec: Spec, arrays: Mapping[str, Array], heads, strips, vectors: Vectors):
-  """(dq, dstrips, dsaturated[heads, 2]), both of the bias summed over the batch, or None."""
-  call, f32 = Call.make(spec, heads, vectors, by_keys=False), jnp.float32
+def _grad_sinks(spec: Spec, table, sink_logits, lse, di) -> Array:
+  own = sink_logits.astype(jnp.float32) * LOG2E
+  own = own if table is None else own - table[toeplitz.saturated(spec)[0]].astype(jnp.float32) * LOG2E
+  weights = jnp.exp2(own[:, None] - lse.reshape(-1, spec.heads, spec.q_length))
+  return -(weights * di.reshape(weights.shape)).sum((0, 2)).astype(sink_logits.dtype)
+
+
+def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
+  """(dq, of the bias (f32[heads, length of its line], f32[heads, 2] of saturated tiles) summed over the batch, or None)."""
+  call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   q = arrays['q']
   outs, scratch = (
     {'dq': call.of_q(q)},
@@ -175,38 +177,37 @@ def _grad_queries(spec: Spec, arrays: Mapping[str, Array], heads, strips, vector
   )
   scratch |= {f'column_{name}': ((spec.block_q, LANES), f32) for name in ('lse', 'di')}
   if spec.biased:
-    outs['dstrips'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], *strips.shape[1:]), f32))
+    outs['dline'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], 1, toeplitz.length(spec)), f32))
     outs['dsaturated'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], 2, 8, LANES), f32))
-    scratch |= call.toe(strips, 'toe') | call.toe(strips, 'dtoe')
-  out = call.run(tpu_kernels.grad_queries, call.inputs(arrays) | call.strips(strips), outs, scratch)
+    scratch |= call.toe('toe') | call.toe('dtoe')
+  out = call.run(tpu_kernels.grad_queries, call.inputs(arrays), outs, scratch)
   if not spec.biased:
-    return out['dq'], None, None
-  sum_rows = lambda x: x.reshape(-1, spec.heads, *x.shape[1:]).sum(0)
-  return out['dq'], sum_rows(out['dstrips']), sum_rows(out['dsaturated']).sum((-1, -2))
+    return out['dq'], None
+  per_head = lambda x: x.reshape(-1, spec.heads, *x.shape[1:])
+  return out['dq'], (per_head(out['dline']).sum((0, 2)), per_head(out['dsaturated']).sum((0, -1, -2)))
 
 
-def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], heads, strips, vectors: Vectors):
-  call, f32 = Call.make(spec, heads, vectors, by_keys=True), jnp.float32
+def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
+  call, f32 = Call.make(spec, numbers, vectors, by_keys=True), jnp.float32
   k, v = arrays['k'], arrays['v']
   scratch = {name: ((spec.block_kv, k.shape[2]), f32) for name in ('acc_k', 'acc_v')}
   scratch['scaled'] = ((spec.block_kv, k.shape[2]), k.dtype)
   out = call.run(
-    tpu_kernels.grad_keys_values, call.inputs(arrays) | call.strips(strips),
-    {'dk': call.of_kv(k), 'dv': call.of_kv(v)}, scratch | call.toe(strips, 'toe', members=spec.group),
+    tpu_kernels.grad_keys_values, call.inputs(arrays),
+    {'dk': call.of_kv(k), 'dv': call.of_kv(v)}, scratch | call.toe('toe', members=spec.group),
   )  # fmt: skip
   return out['dk'], out['dv']
 
 
-def _numbers(spec: Spec, table, alibi, sink_logits):
-  """(f32[heads, 4] of each head: bias far left and far right, slope, sink; strips; transposed strips), in base 2."""
-  strips = turned = None
-  none = jnp.zeros(spec.heads, jnp.float32)
-  left = right = none
-  if table is not None:
-    strips, turned, far = toeplitz.expand(table, spec, HIDDEN / LOG2E)
-    strips, turned, left, right = strips * LOG2E, turned * LOG2E, far[:, 0], far[:, 1]
-  numbers = [left, right, *(none if x is None else x.astype(jnp.float32) for x in (alibi, sink_logits))]
-  return jnp.stack(numbers, -1) * LOG2E, strips, turned
+def _numbers(table, alibi, sink_logits) -> dict[str, Array]:
+  """What a kernel reads of each head, one number at a time."""
+  given = {'table': table, 'slopes': alibi, 'sinks': sink_logits}
+  return {name: x.astype(jnp.float32) for name, x in given.items() if x is not None}
+
+
+def _add_left(spec: Spec, lse: Array, table: Array) -> Array:
+  left = table[toeplitz.saturated(spec)[0]].astype(jnp.float32)
+  return (lse.reshape(-1, spec.heads, lse.shape[1]) + left[:, None]).reshape(lse.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,14 +218,14 @@ class Call:
   """
 
   spec: Spec
-  numbers: Array
+  numbers: dict[str, Array]
   words: Array
   steps: Any
   vectors: dict[str, Array]
   by_keys: bool
 
   @classmethod
-  def make(cls, spec: Spec, numbers: Array, vectors: Vectors, *, by_keys: bool) -> 'Call':
+  def make(cls, spec: Spec, numbers: dict[str, Array], vectors: Vectors, *, by_keys: bool) -> 'Call':
     words, steps = tiles.walk(spec, vectors, by_keys=by_keys)
     found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
     found = {name: x for name, x in found.items() if x is not None}
@@ -263,20 +264,14 @@ class Call:
     rest = x.shape[1:]
     return x, self._block((None, *rest), lambda i, j, head, kv_head, row: (head, *(0 for _ in rest)))
 
-  def strips(self, x):
-    if x is None:
-      return {}
-    place = lambda i, j, head, kv_head, row: (head % self.spec.heads, 0, 0)
-    return {'strips': (x, self._block((None, *x.shape[1:]), place))}
-
   def inputs(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
     place = {'k': self.of_kv, 'v': self.of_kv, 'lse': self.row_of_q, 'di': self.row_of_q}
     return {name: place.get(name, self.of_q)(x) for name, x in arrays.items()}
 
-  def toe(self, strips, name: str, members: int | None = None) -> dict[str, Any]:
-    if strips is None:
+  def toe(self, name: str, members: int | None = None) -> dict[str, Any]:
+    if not self.spec.biased:
       return {}
-    shape = (strips.shape[1], LANES, strips.shape[2])
+    shape = (LANES, toeplitz.length(self.spec))
     return {name: (shape if members is None else (members, *shape), jnp.float32)}
 
   def _row_vectors(self) -> dict[str, Any]:
@@ -296,7 +291,7 @@ class Call:
 
   def run(self, kernel, ins, outs, scratch) -> dict[str, Array]:
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    ins = {'numbers': (self.numbers, smem), **self._row_vectors(), **ins}
+    ins = {**{name: (x, smem) for name, x in self.numbers.items()}, **self._row_vectors(), **ins}
     scratch = scratch | self._columns()
     names, spec = [*ins, *outs, *scratch], self.spec
     grid = (ins['k'][0].shape[0], self.steps, spec.group) if self.by_keys else (ins['q'][0].shape[0], self.steps)

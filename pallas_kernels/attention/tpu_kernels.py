@@ -4,12 +4,15 @@ Scores are in base 2: the side that stays (queries, or keys for their gradients)
 by scale / softcap where scores are capped, when it comes. The grid is sequential along tiles; what belongs to one block
 of queries or keys stays in scratch from its FIRST tile to its LAST.
 `ref` holds the blocks by name; vectors of the rows of a tile lie as columns, [rows, 128] with all lanes equal.
+A relative bias is counted from its far left: softmax knows no difference, and there scores need nothing added. Of both
+sides, the tiles saturated on the right come last in a block of queries: its maxima are then moved once (CROSS).
 Source: Dao et al. 2022, arXiv:2205.14135, as jax's splash_attention lays it out for TPU.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -25,7 +28,7 @@ LOG2E = math.log2(math.e)
 HIDDEN = -2e30  # below LOWEST: a row that sees nothing then has weights of 0, and no NaN
 LOWEST = -1e30
 NO_ROW = 1e30  # the log-sum-exp of such a row, for the backward: exp2(score - NO_ROW) = 0
-LEFT, RIGHT, SLOPE, SINK = range(4)  # columns of the numbers of each head
+RIGHT, SLOPE, SINK = range(3)  # of the numbers of a head
 NT = (((1,), (1,)), ((), ()))  # contracts the minor dim of both
 NN = (((1,), (0,)), ((), ()))
 
@@ -46,44 +49,55 @@ def wide(x: Array, columns: int) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-  """A live tile: its place, its class, the numbers of its head; `toe` is the head's place in scratch."""
+  """A live tile: its place, its class, the numbers of its head; `toe` is the head's in scratch."""
 
   spec: Spec
   ref: Any
   word: Array
   numbers: tuple[Array, ...]
   toe: Any
-  near: bool
-  masked: bool
+  flags: int
   transposed: bool
+
+  @property
+  def near(self) -> bool:
+    return self.flags & tiles.NEAR != 0
+
+  @property
+  def masked(self) -> bool:
+    return self.flags & tiles.MASKED != 0
+
+  @property
+  def cut(self) -> bool:
+    return self.flags & tiles.CUT != 0
 
   def keys(self, piece: int) -> slice:
     return slice(piece * self.spec.compute, (piece + 1) * self.spec.compute)
+
+  def queries(self, piece: int) -> slice:
+    """Those that may see some of these keys."""
+    return slice(piece * self.spec.compute if self.cut else 0, self.spec.block_q)
 
   @property
   def pieces(self) -> range:
     return range(self.spec.block_kv // self.spec.compute)
 
-  def offset(self, piece: int) -> Array:
+  def offset(self, piece: int):
     """First key - first query."""
+    if self.cut:
+      return 0
     i, j = tiles.unpack(self.word)
     return j * self.spec.block_kv - i * self.spec.block_q + piece * self.spec.compute
 
-  def strip(self, piece: int) -> Array:
-    return (self.offset(piece) - self.spec.near_offsets[0]) // self.spec.compute
+  def start(self, piece: int):
+    """Of a near tile in the line of biases."""
+    offsets = self.spec.near_offsets
+    return offsets[-1] - self.offset(piece) if self.transposed else self.offset(piece) - offsets[0]
 
   @property
   def side(self):
     """Of a saturated tile: 0 where its keys come before its queries, 1 behind."""
     return 0 if self.spec.diagonal else jnp.where(self.offset(0) < 0, 0, 1)
-
-  @property
-  def shift(self):
-    """The bias of a saturated tile, one number."""
-    if not self.spec.biased or self.near:
-      return 0.0
-    left, right = self.numbers[LEFT], self.numbers[RIGHT]
-    return left if self.spec.diagonal else jnp.where(self.offset(0) < 0, left, right)
 
   def of_keys(self, name: str, piece: int, shape) -> Array:
     """A vector of keys, spread over the tile."""
@@ -91,8 +105,9 @@ class Tile:
       return wide(self.ref[f'column_{name}'][self.keys(piece)], shape[1])
     return self.ref[name][:, self.keys(piece)]
 
-  def of_queries(self, name: str, shape) -> Array:
-    return self.ref[name][...] if self.transposed else wide(self.ref[f'column_{name}'][...], shape[1])
+  def of_queries(self, name: str, piece: int, shape) -> Array:
+    queries = self.queries(piece)
+    return self.ref[name][:, queries] if self.transposed else wide(self.ref[f'column_{name}'][queries], shape[1])
 
   def iota(self, shape) -> tuple[Array, Array]:
     """(place of the query in the tile, place of the key)."""
@@ -102,7 +117,7 @@ class Tile:
   def ahead(self, piece: int, shape) -> Array:
     """Position of the key - position of the query."""
     if self.spec.positioned:
-      return self.of_keys('kv_positions', piece, shape) - self.of_queries('q_positions', shape)
+      return self.of_keys('kv_positions', piece, shape) - self.of_queries('q_positions', piece, shape)
     query, key = self.iota(shape)
     return key - query + self.offset(piece)
 
@@ -113,9 +128,9 @@ class Tile:
       query, key = self.iota(shape)
       found.append(key <= query - self.offset(piece))  # as key - query <= … the VLIW schedule is 6% longer
     if self.masked and spec.segmented:
-      found.append(self.of_keys('kv_segments', piece, shape) == self.of_queries('q_segments', shape))
+      found.append(self.of_keys('kv_segments', piece, shape) == self.of_queries('q_segments', piece, shape))
     if self.masked and spec.causal and spec.positioned:
-      found.append(self.of_keys('kv_reach', piece, shape) <= self.of_queries('q_positions', shape))
+      found.append(self.of_keys('kv_reach', piece, shape) <= self.of_queries('q_positions', piece, shape))
     if self.masked and spec.window is not None:
       found.append(self._in_window(piece, shape))
     return found
@@ -130,13 +145,14 @@ class Tile:
     return near | (self.iota(shape)[1] < self.spec.num_sinks - first)
 
   def scores(self, products: Array, piece: int) -> tuple[Array, Array | None]:
-    """(scores in base 2 without `shift`, the derivative of the cap)."""
+    """(scores in base 2 without the bias of a saturated tile, the derivative of the cap)."""
     slope, x = None, products
     if self.spec.softcap is not None:
       bent = jnp.tanh(x)
       x, slope = bent * (self.spec.softcap * LOG2E), 1 - bent * bent
     if self.spec.biased and self.near:
-      x = x + toeplitz.load(self.toe, self.strip(piece), *x.shape)
+      rows = self.spec.compute if self.transposed else self.spec.block_q
+      x = x + toeplitz.load(self.toe, self.start(piece), rows, x.shape)
     if self.spec.alibi:
       x = x - self.numbers[SLOPE] * jnp.abs(self.ahead(piece, x.shape)).astype(jnp.float32)
     seen = self.visible(piece, x.shape)
@@ -144,21 +160,49 @@ class Tile:
 
 
 def _each_class(spec: Spec, word: Array, run) -> None:
-  """Runs `run(near, masked)` for the class of this tile: one region of code for each, however many pieces it has."""
-  has = lambda bit: (word & bit) != 0
-  for near, masked in spec.tile_classes:
-    on = has(tiles.LIVE)
-    if len({n for n, _ in spec.tile_classes}) > 1:
-      on &= has(tiles.NEAR) == near
-    if len({m for _, m in spec.tile_classes}) > 1:
-      on &= has(tiles.MASKED) == masked
-    pl.when(on)(functools.partial(run, near, masked))
+  """Runs `run(flags)` for the class of this tile: one region of code for each, however many pieces it has."""
+  classes = spec.tile_classes
+  told = functools.reduce(operator.or_, classes) & ~functools.reduce(operator.and_, classes) | tiles.LIVE
+  for flags in classes:
+    pl.when((word & told) == (flags & told))(functools.partial(run, flags))
 
 
-def _begin(words, per_row: int, head, ref):
-  """(this step's word, the numbers of its head). Program ids are read outside `pl.when`: the interpreter needs that."""
+def _right(spec: Spec, word: Array, numbers):
+  """The bias of this tile where it is saturated, counted from the far left."""
+  if not spec.biased or spec.diagonal:
+    return 0.0
+  i, j = tiles.unpack(word)
+  saturated = ((word & tiles.NEAR) == 0) & (j * spec.block_kv > i * spec.block_q)
+  return jnp.where(saturated, numbers[RIGHT], 0.0)
+
+
+def _cross(spec: Spec, word: Array, column, numbers) -> None:
+  """From the first tile saturated on the right on, scores come without that bias."""
+  if not spec.biased or spec.diagonal:
+    return
+
+  @pl.when((word & tiles.CROSS) != 0)
+  def _():
+    column[...] -= numbers[RIGHT]
+
+
+def _begin(spec: Spec, words, per_row: int, head, ref):
+  """(this step's word, the numbers of its head, in base 2). Program ids are read outside `pl.when`, for the interpreter.
+
+  Of the bias far right, and of the sink, the bias far left is taken away.
+  """
   row = pl.program_id(0) // per_row if words.shape[0] > 1 else 0
-  return words[row, pl.program_id(1)], tuple(ref['numbers'][head, n] for n in range(4))
+  right, slope, sink = 0.0, ref['slopes'][head] if spec.alibi else 0.0, ref['sinks'][head] if spec.sinks else 0.0
+  if spec.biased:
+    left, right = (ref['table'][bucket, head] for bucket in toeplitz.saturated(spec))
+    right, sink = right - left, sink - left
+  return words[row, pl.program_id(1)], tuple(x * LOG2E for x in (right, slope, sink))
+
+
+def _build(spec: Spec, head, ref, toe, *, transposed: bool) -> None:
+  left = ref['table'][toeplitz.saturated(spec)[0], head]
+  numbers = [(ref['table'][bucket, head] - left) * LOG2E for bucket in range(spec.buckets)]
+  toeplitz.build(numbers, spec, toe, hidden=HIDDEN, transposed=transposed)
 
 
 def _keep_scaled(spec: Spec, ref, x) -> None:
@@ -173,9 +217,10 @@ def _columns(ref) -> None:
 
 def forward(spec: Spec, words, ref) -> None:
   """o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
-  word, numbers = _begin(words, spec.heads, pl.program_id(0) % spec.heads, ref)
+  head = pl.program_id(0) % spec.heads
+  word, numbers = _begin(spec, words, spec.heads, head, ref)
   if spec.biased:
-    pl.when(pl.program_id(1) == 0)(lambda: toeplitz.build(ref['strips'], ref['toe']))
+    pl.when(pl.program_id(1) == 0)(lambda: _build(spec, head, ref, ref['toe'], transposed=False))
 
   @pl.when((word & tiles.FIRST) != 0)
   def _():
@@ -188,10 +233,10 @@ def forward(spec: Spec, words, ref) -> None:
     _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
-  def run(near: bool, masked: bool):
-    tile = Tile(
-      spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), near=near, masked=masked, transposed=False
-    )
+  _cross(spec, word, ref['m'], numbers)
+
+  def run(flags: int):
+    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), flags=flags, transposed=False)
     for piece in tile.pieces:
       _forward_piece(tile, piece)
 
@@ -203,33 +248,35 @@ def forward(spec: Spec, words, ref) -> None:
     some = l > 0
     inverse = wide(jnp.where(some, 1 / l, 0.0), ref['acc'].shape[1])
     ref['o'][...] = (ref['acc'][...] * inverse).astype(ref['o'].dtype)
-    ref['lse'][...] = jnp.where(some, ref['m'][...] + jnp.log2(l), NO_ROW).T[:1]
+    lse = ref['m'][...] + jnp.log2(l) + _right(spec, word, numbers)
+    ref['lse'][...] = jnp.where(some, lse, NO_ROW).T[:1]
 
 
 def _forward_piece(tile: Tile, piece: int) -> None:
-  ref, keys, columns = tile.ref, tile.keys(piece), tile.spec.compute
-  s, _ = tile.scores(dot(ref['scaled'][...], ref['k'][keys], NT), piece)
-  old, shift = ref['m'][...], tile.shift
-  m = jnp.maximum(old, s.max(1, keepdims=True) + shift)
-  p = jnp.exp2(s - wide(m - shift, columns))
+  ref, keys, queries, columns = tile.ref, tile.keys(piece), tile.queries(piece), tile.spec.compute
+  s, _ = tile.scores(dot(ref['scaled'][queries], ref['k'][keys], NT), piece)
+  old = ref['m'][queries]
+  m = jnp.maximum(old, s.max(1, keepdims=True))
+  p = jnp.exp2(s - wide(m, columns))
   keep = jnp.exp2(old - m)
-  ref['m'][...] = m
-  ref['l'][...] = keep * ref['l'][...] + functools.reduce(
+  ref['m'][queries] = m
+  ref['l'][queries] = keep * ref['l'][queries] + functools.reduce(
     jnp.add, [p[:, x : x + LANES] for x in range(0, columns, LANES)]
   )
   acc = ref['acc']
-  acc[...] = wide(keep, acc.shape[1]) * acc[...] + dot(p.astype(ref['v'].dtype), ref['v'][keys], NN)
+  acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(ref['v'].dtype), ref['v'][keys], NN)
 
 
 def grad_queries(spec: Spec, words, ref) -> None:
-  """dq[block_q, head_dim]; of each head's bias: dstrips[near offsets, width], dsaturated[2, 8, 128] to be summed."""
-  word, numbers = _begin(words, spec.heads, pl.program_id(0) % spec.heads, ref)
+  """dq[block_q, head_dim]; of each head's bias: dline[1, length], dsaturated[2, 8, 128] to be summed."""
+  head = pl.program_id(0) % spec.heads
+  word, numbers = _begin(spec, words, spec.heads, head, ref)
   step, steps = pl.program_id(1), pl.num_programs(1)
   if spec.biased:
 
     @pl.when(step == 0)
     def _():
-      toeplitz.build(ref['strips'], ref['toe'])
+      _build(spec, head, ref, ref['toe'], transposed=False)
       ref['dtoe'][...] = jnp.zeros_like(ref['dtoe'])
       ref['dsaturated'][...] = jnp.zeros_like(ref['dsaturated'])
 
@@ -239,10 +286,10 @@ def grad_queries(spec: Spec, words, ref) -> None:
     _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
-  def run(near: bool, masked: bool):
-    tile = Tile(
-      spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), near=near, masked=masked, transposed=False
-    )
+  _cross(spec, word, ref['column_lse'], numbers)
+
+  def run(flags: int):
+    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), flags=flags, transposed=False)
     for piece in tile.pieces:
       _grad_queries_piece(tile, piece)
 
@@ -256,20 +303,19 @@ def grad_queries(spec: Spec, words, ref) -> None:
 
     @pl.when(step == steps - 1)
     def _():
-      for n in range(ref['dtoe'].shape[0]):
-        ref['dstrips'][n : n + 1, :] = toeplitz.fold(ref['dtoe'][n])
+      ref['dline'][...] = toeplitz.fold(ref['dtoe'][...])
 
 
 def _grad_queries_piece(tile: Tile, piece: int) -> None:
-  ref, keys, columns = tile.ref, tile.keys(piece), tile.spec.compute
+  ref, keys, queries, columns = tile.ref, tile.keys(piece), tile.queries(piece), tile.spec.compute
   k = ref['k'][keys]
-  s, slope = tile.scores(dot(ref['scaled'][...], k, NT), piece)
-  p = jnp.exp2(s - wide(ref['column_lse'][...] - tile.shift, columns))
-  ds = p * (dot(ref['do'][...], ref['v'][keys], NT) - wide(ref['column_di'][...], columns))
+  s, slope = tile.scores(dot(ref['scaled'][queries], k, NT), piece)
+  p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
+  ds = p * (dot(ref['do'][queries], ref['v'][keys], NT) - wide(ref['column_di'][queries], columns))
   dx = ds if slope is None else ds * slope
-  ref['acc'][...] += dot(dx.astype(k.dtype), k, NN)
+  ref['acc'][queries] += dot(dx.astype(k.dtype), k, NN)
   if tile.spec.biased and tile.near:
-    toeplitz.add(ref['dtoe'], tile.strip(piece), ds)
+    toeplitz.add(ref['dtoe'], tile.start(piece), tile.spec.block_q, ds)
   elif tile.spec.biased:
     ref['dsaturated'][tile.side] += toeplitz.partial_sum(ds)
 
@@ -278,10 +324,10 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
   """dk, dv[block_kv, head_dim], summed over the queries' heads that share them: those are the last dim of the grid."""
   kv_heads, member = spec.heads // spec.group, pl.program_id(2)
   head = pl.program_id(0) % kv_heads * spec.group + member
-  word, numbers = _begin(words, kv_heads, head, ref)
+  word, numbers = _begin(spec, words, kv_heads, head, ref)
   toe = ref['toe'].at[member] if spec.biased else None
   if spec.biased:
-    pl.when(pl.program_id(1) == 0)(lambda: toeplitz.build(ref['strips'], toe))
+    pl.when(pl.program_id(1) == 0)(lambda: _build(spec, head, ref, toe, transposed=True))
 
   @pl.when(((word & tiles.FIRST) != 0) & (member == 0))
   def _():
@@ -290,8 +336,8 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
     _keep_scaled(spec, ref, ref['k'])
     _columns(ref)
 
-  def run(near: bool, masked: bool):
-    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=toe, near=near, masked=masked, transposed=True)
+  def run(flags: int):
+    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=toe, flags=flags, transposed=True)
     for piece in tile.pieces:
       _grad_keys_values_piece(tile, piece)
 
@@ -304,11 +350,11 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
 
 
 def _grad_keys_values_piece(tile: Tile, piece: int) -> None:
-  ref, keys = tile.ref, tile.keys(piece)
-  q, do = ref['q'][...], ref['do'][...]
+  ref, keys, queries = tile.ref, tile.keys(piece), tile.queries(piece)
+  q, do = ref['q'][queries], ref['do'][queries]
   s, slope = tile.scores(dot(ref['scaled'][keys], q, NT), piece)
-  p = jnp.exp2(s - (ref['lse'][...] - tile.shift))
+  p = jnp.exp2(s - (ref['lse'][:, queries] - _right(tile.spec, tile.word, tile.numbers)))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
-  ds = p * (dot(ref['v'][keys], do, NT) - ref['di'][...])
+  ds = p * (dot(ref['v'][keys], do, NT) - ref['di'][:, queries])
   ds = ds if slope is None else ds * slope
   ref['acc_k'][keys] += dot(ds.astype(q.dtype), q, NN)

@@ -63,9 +63,8 @@ def tiles_by_class(spec, by_keys: bool) -> tuple[list[int], int, int]:
   from pallas_kernels.attention import tiles
 
   words, steps = tiles.walk(spec, tiles.Vectors(), by_keys=by_keys)
-  live = words[(words & tiles.LIVE) != 0]
-  has = lambda bit, on: ((live & bit) != 0) == on
-  counts = [int(np.sum(has(tiles.NEAR, n) & has(tiles.MASKED, m))) for n, m in spec.tile_classes]
+  flags = words & (tiles.LIVE | tiles.NEAR | tiles.MASKED | tiles.CUT)
+  counts = [int(np.sum(flags == each)) for each in spec.tile_classes]
   return counts, spec.num_kv if by_keys else spec.num_q, steps
 
 
@@ -135,6 +134,7 @@ def our_program(length: int, block: int, causal: bool, bias: bool):
   spec = Spec(
     heads=HEADS, group=1, q_length=length, kv_length=length, block_q=block, block_kv=block, compute=blocks.compute,
     causal=causal, segmented=False, positioned=False, scale=1.0, max_distance=128 if bias else None,
+    buckets=32 if bias else 0,
   )  # fmt: skip
 
   def run(q, k, v, *table):

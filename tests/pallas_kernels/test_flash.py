@@ -50,7 +50,8 @@ MORE = {
     {'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, **PREFIX, **bias(False)},
   ),
 }  # fmt: skip
-MANY = [tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128)]
+SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal is cut
+MANY = [tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE]
 
 
 @pytest.mark.parametrize('case', [*CASES, *(slow(case) for case in MORE)])
@@ -61,7 +62,7 @@ def test_it_is_the_definition_in_values_and_gradients(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('blocks', MANY, ids=['wide', 'tall'])
+@pytest.mark.parametrize('blocks', MANY, ids=['wide', 'tall', 'square'])
 @pytest.mark.parametrize('case', CASES | MORE)
 def test_blocks_do_not_change_the_answer(case, blocks):
   lengths, sizes, options = (CASES | MORE)[case]
