@@ -12,7 +12,7 @@ from jax import Array
 from models.dropout import fold
 from models.linear import Projections, linear
 from models.norm import RmsNorm
-from models.partition import constrain, per_shard
+from models.partition import constrain, divides, per_shard
 from models.positions import rotary
 from models.specs import weight
 from pallas_kernels.attention.api import RelativeBias, choose, flash_attention
@@ -86,7 +86,7 @@ class Visibility:
 
 
 def _on_each_device(run, arrays: dict[str, Any]):
-  """`run` for the examples and heads of each device. Lengths are whole: a mesh.sequence > 1 repeats the work."""
+  """`run` for the examples and heads of each device. Lengths are whole: `choose` knows none that divides them."""
   heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
   own = {name: VISIBILITY_AXES[name] for name in arrays}
   return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
@@ -132,7 +132,8 @@ class Attention(nnx.Module):
     dropped = None
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
-    implementation = 'reference' if see.cached else choose(self.cfg.implementation, dropout=dropped is not None)
+    whole = {'dropout': dropped is not None, 'divided': divides('length')}
+    implementation = 'reference' if see.cached else choose(self.cfg.implementation, **whole)
     scale = 1.0 if self.cfg.folds_scale else None
     run = functools.partial(
       flash_attention, causal=see.causal, scale=scale, softcap=self.cfg.softcap, implementation=implementation

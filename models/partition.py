@@ -76,6 +76,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
 
 
+def divides(axis: str) -> bool:
+  """Whether the mesh in use divides activations along this logical axis."""
+  sizes, entry = jax.sharding.get_abstract_mesh().shape, ACTIVATION_RULES[axis]
+  return any(sizes.get(name, 1) > 1 for name in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
 def per_shard(kernel, in_axes, out_axes: Sequence[str | None]):
   """`kernel` on each device's part of arrays with these logical axes; axes that are None are whole on each.
 

@@ -36,5 +36,6 @@ def __getattr__(name: str) -> Any:
   if name != 'USER_ERRORS':
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   from data.errors import DataError
+  from pallas_kernels.errors import KernelError
 
-  return UserError, DataError
+  return UserError, DataError, KernelError

@@ -8,6 +8,7 @@ from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
 from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.errors import KernelError
 
 __all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'choose', 'flash_attention']
 
@@ -23,31 +24,39 @@ PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'cudnn': 'gpu'}  # the others run an
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool) -> str:
+def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
   """The implementation that `auto` means here, said once for each reason; a named one must exist and be able to run.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
   GPU it is the reference: 'triton' (all features) and 'cudnn' (few) have run on none yet, and go by name alone.
+  `divided`: the devices hold parts of rows, which the partitioner gathers for the reference alone.
+
+  Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout)
+    chosen, reason = _automatic(dropout, divided)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
     return chosen
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
-    raise ValueError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
+    raise KernelError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
   platform = _platform()
   if platform is not None and PLATFORMS.get(implementation, platform) != platform:
-    raise ValueError(
+    raise KernelError(
       f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh is of {platform}; "
       "use 'auto' or 'reference'."
     )
   if dropout and implementation != 'reference':
-    raise ValueError(
+    raise KernelError(
       f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 asks for; "
       "use 'auto' or 'reference', or model.dropout=0."
+    )
+  if divided and implementation != 'reference':
+    raise KernelError(
+      f"kernels.attention='{implementation}' needs whole rows, which mesh.sequence > 1 divides: each device would do "
+      "the work of all; use mesh.sequence=1 with mesh.fsdp or mesh.tensor, or kernels.attention='reference'."
     )
   return implementation
 
@@ -58,13 +67,15 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool) -> tuple[str, str]:
+def _automatic(dropout: bool, divided: bool) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
     return 'reference', 'no mesh says which platform this is for'
   if platform != 'tpu':
     return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu go by name alone'
+  if divided:
+    return 'reference', 'mesh.sequence > 1 divides rows'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
@@ -100,10 +111,10 @@ def flash_attention(
   Kernels read a relative bias by the difference of indices: with one, positions inside a segment must rise by one from
   place to place, as in packed rows. They have no gradient of `alibi`, and no dropout.
 
-  Raises ValueError for an implementation that does not exist or cannot do what is asked, or segment ids of one side.
+  Raises KernelError for an implementation that does not exist or cannot do what is asked, or segment ids of one side.
   """
   if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise ValueError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
+    raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
   chosen = choose(implementation, dropout=dropout is not None)
   options = {'dropout': dropout} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](

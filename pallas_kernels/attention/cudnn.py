@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.errors import KernelError
 
 
 def attention(
@@ -29,7 +30,7 @@ def attention(
 ):
   """`reference.attention`, causal by index or full, with a window before the query: all that cuDNN does in O(length).
 
-  Raises ValueError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
+  Raises KernelError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
   """
   asked = {
     'segments (packed rows)': q_segment_ids is not None or kv_segment_ids is not None,
@@ -46,7 +47,7 @@ def attention(
   }
   if missing := [name for name, on in asked.items() if on]:
     lacking = ', no '.join(missing)
-    raise ValueError(
+    raise KernelError(
       f"kernels.attention='cudnn' has no {lacking}, which this model asks for; use 'triton' or 'reference'."
     )
   near = None if window is None else (window - 1, 0)

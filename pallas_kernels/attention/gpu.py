@@ -19,10 +19,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels import tuned
 from pallas_kernels.attention import gpu_kernels, tiles
 from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
 from pallas_kernels.attention.reference import RelativeBias, relative_position_bucket
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
+from pallas_kernels.errors import KernelError
 
 LEAST = 16  # rows or columns of a tensor core's product
 Ins = Mapping[str, tuple[Array, pl.BlockSpec]]
@@ -39,13 +41,21 @@ class Blocks:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
-  """Triton 3.9 compiled these for H100, causal to head_dim 256 and all features at 128, with at most 137 KiB of shared
-  memory (A100 has 163) and up to 1.3 KiB of spills in f32; no GPU has tuned them.
+  """Those tuned for this chip. Else Triton 3.9 compiled these for H100, causal to head_dim 256 and all features at 128,
+  with at most 137 KiB of shared memory (A100 has 163) and up to 1.3 KiB of spills in f32; no GPU has tuned them.
   """
   exact, large = jnp.dtype(dtype).itemsize > 2, head_dim > 128
   fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
   q, kv, grad = (32, 32, 32) if exact else (64, 32, 32) if large else (128, 64, 64)
-  return Blocks(q=fit(q_length, q), kv=fit(kv_length, kv), grad_q=fit(q_length, grad), grad_kv=fit(kv_length, grad))
+  most = tuned.lookup('attention', shape_class(head_dim, dtype), ('q', 'kv', 'grad_q', 'grad_kv'))
+  most = {'q': q, 'kv': kv, 'grad_q': grad, 'grad_kv': grad} if most is None else most
+  length = lambda name: q_length if name.endswith('q') else kv_length
+  return Blocks(**{name: fit(length(name), size) for name, size in most.items()})
+
+
+def shape_class(width: int, dtype) -> str:
+  """What blocks are tuned for."""
+  return f'd{width}_{jnp.dtype(dtype).name}'
 
 
 def attention(
@@ -70,7 +80,7 @@ def attention(
   blocks: Blocks | None = None,
   interpret: bool = False,
 ):
-  """`reference.attention`, tile by tile. Raises ValueError for arrays that Triton's lowering cannot address."""
+  """`reference.attention`, tile by tile. Raises KernelError for arrays that Triton's lowering cannot address."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   width = max(LEAST, pl.next_power_of_2(head_dim))
   blocks = choose_blocks(q_length, kv_length, width, q.dtype) if blocks is None else blocks
@@ -105,7 +115,7 @@ def _check_size(spec: Spec, batch: int, width: int) -> None:
   rows, shared = batch * spec.heads, batch * spec.heads // spec.group
   numbers = max(rows * spec.q_length, shared * spec.kv_length) * width
   if numbers >= 2**31 or rows > 65535:
-    raise ValueError(
+    raise KernelError(
       f"kernels.attention='triton' over {batch} x {spec.heads} heads, {numbers} numbers; 65535 heads and {2**31 - 1} "
       'numbers fit: use a smaller batch for each device.'
     )

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.errors import KernelError
+
 INDEX_BITS = 12
 MAX_BLOCKS = 1 << INDEX_BITS
 FIRST, LAST, LIVE, NEAR, MASKED, CUT, CROSS = (1 << (2 * INDEX_BITS + n) for n in range(7))
@@ -27,8 +29,8 @@ FAR = 1 << 30  # beyond every position
 class Spec:
   """What is known of a call when it is compiled. Lengths are padded to blocks.
 
-  `max_distance` and `buckets` are the bias's, None and 0 without one; `positioned`: positions are vectors, not indices. A tile of scores
-  is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
+  `max_distance` and `buckets` are the bias's, None and 0 without one; `positioned`: positions are vectors, not indices.
+  A tile of scores is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
   """
 
   heads: int
@@ -77,7 +79,7 @@ class Spec:
   @property
   def tile_classes(self) -> list[int]:
     """Flags of the live tiles that can occur: LIVE and some of NEAR, MASKED, CUT."""
-    near = [0, NEAR] if self.biased or self.diagonal and not self.cuts else [0]
+    near = [0, NEAR] if self.biased or (self.diagonal and not self.cuts) else [0]
     near += [NEAR | CUT] if self.cuts else []
     masked = (0, MASKED) if self.segmented or self.positioned or self.window is not None else (0,)
     return [LIVE | n | m for n in near for m in masked]
@@ -213,10 +215,10 @@ def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):
   which no tile is live still has one, so that its output is written. CROSS marks the first tile of a block of queries
   that is saturated on the right. Words after a row's last repeat its tile without marks: no copy, no work.
 
-  Raises ValueError for more than 4,096 blocks.
+  Raises KernelError for more than 4,096 blocks.
   """
   if max(spec.num_q, spec.num_kv) > MAX_BLOCKS:
-    raise ValueError(f'flash_attention over {spec.num_q} x {spec.num_kv} blocks; {MAX_BLOCKS} fit, use larger blocks.')
+    raise KernelError(f'flash_attention over {spec.num_q} x {spec.num_kv} blocks; {MAX_BLOCKS} fit, use larger blocks.')
   classes = classify(spec, vectors)
   static = all(isinstance(x, np.ndarray) for x in classes)
   xp, shape = (np if static else jnp), (-1, spec.num_q, spec.num_kv)

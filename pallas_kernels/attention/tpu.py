@@ -17,14 +17,15 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuned
 from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
 from pallas_kernels.attention.reference import RelativeBias
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
 
-BLOCKS = (1024, 512, 256, 128)
-COMPUTE = 512
+BLOCKS = (2048, 1024, 512, 256, 128)
+DEFAULT = {'q': 1024, 'kv': 1024, 'compute': 512}  # where scripts/tune_kernels.py has found none
 WORDS_AT_ONCE = 2**17  # of the lists of tiles: half of the scalar memory of a core
 
 
@@ -37,15 +38,23 @@ class Blocks:
   compute: int
 
 
-def choose_block(length: int) -> int:
+def choose_block(length: int, most: int) -> int:
   """The largest block that pads `length` by no more than a quarter of what 128 would leave."""
   least = -(-length // LANES) * LANES
-  return next(block for block in BLOCKS if -(-length // block) * block <= least * 5 / 4)
+  return next(block for block in BLOCKS if block <= most and -(-length // block) * block <= least * 5 / 4)
 
 
-def choose_blocks(q_length: int, kv_length: int) -> Blocks:
-  q, kv = choose_block(q_length), choose_block(kv_length)
-  return Blocks(q=q, kv=kv, compute=min(q, kv, COMPUTE))
+def choose_blocks(q_length: int, kv_length: int, head_dim: int, *, causal: bool, packed: bool) -> Blocks:
+  """Those tuned for this chip and class of shapes, or DEFAULT; less where rows are short."""
+  shape = shape_class(head_dim, causal=causal, packed=packed)
+  most = tuned.lookup('attention', shape, ('q', 'kv', 'compute')) or DEFAULT
+  q, kv = choose_block(q_length, most['q']), choose_block(kv_length, most['kv'])
+  return Blocks(q=q, kv=kv, compute=min(q, kv, most['compute']))
+
+
+def shape_class(head_dim: int, *, causal: bool, packed: bool) -> str:
+  """What blocks are tuned for: shapes that the compiler lays out alike."""
+  return f'd{-(-head_dim // LANES) * LANES}_{"packed_" if packed else ""}{"causal" if causal else "full"}'
 
 
 def attention(
@@ -72,7 +81,8 @@ def attention(
 ):
   """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
-  blocks = choose_blocks(q_length, kv_length) if blocks is None else blocks
+  if blocks is None:
+    blocks = choose_blocks(q_length, kv_length, head_dim, causal=causal, packed=q_segment_ids is not None)
   q_padded, kv_padded = padded(q_length, blocks.q), padded(kv_length, blocks.kv)
   vectors = tiles.vectors(
     (batch, q_length, kv_length), (q_padded, kv_padded), causal=causal, q_segments=q_segment_ids,
@@ -168,7 +178,7 @@ def _grad_sinks(spec: Spec, table, sink_logits, lse, di) -> Array:
 
 
 def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
-  """(dq, of the bias (f32[heads, length of its line], f32[heads, 2] of saturated tiles) summed over the batch, or None)."""
+  """(dq, None or of the bias (f32[heads, length of its line], f32[heads, 2] of saturated tiles)), summed over rows."""
   call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   q = arrays['q']
   outs, scratch = (

@@ -187,7 +187,7 @@ def _cross(spec: Spec, word: Array, column, numbers) -> None:
 
 
 def _begin(spec: Spec, words, per_row: int, head, ref):
-  """(this step's word, the numbers of its head, in base 2). Program ids are read outside `pl.when`, for the interpreter.
+  """(this step's word, numbers of its head, in base 2). Program ids are read outside `pl.when`, for the interpreter.
 
   Of the bias far right, and of the sink, the bias far left is taken away.
   """

@@ -2,10 +2,8 @@
 
   python scripts/bench/attention.py --aot [--chips v5e:2x4,v6e:2x4] [--blocks 512,1024] [--length 8192]
 
-A program's cycles are those of its Mosaic kernels (bundles of the final VLIW schedule times how often the grid runs
-them) and of its XLA fusions (`estimated_cycles`). As a model of time it was calibrated on splash's forward kernels only
-(within -5/+13% on v5p, v6e and v7x): backward passes can be compared with each other, no more. A process per chip,
-because libtpu reads its options once. Bias, segments: 8 heads of 128, bfloat16, one row, causal.
+`schedule.py` says what is counted. 8 heads of 128, bfloat16, one row; each implementation at its own best blocks, the
+bias at block 512 too. Then rows of packed documents: tiles that the running kernel visits, in an interpreter.
 """
 
 import argparse
@@ -13,79 +11,128 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # in front of this folder, where `data` is data.py
 
-CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
-CLOCK_GHZ = {'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75, 'tpu7x': 1.9}
-CORES = {'v5e': 1, 'v5p': 2, 'v6e': 1, 'tpu7x': 1}  # that share a program; a device of tpu7x is one core
+import schedule
+
 HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
 FORWARD, QUERIES, KEYS = 'forward', 'grad_queries', 'grad_keys_values'
 # Regions outside tiles that run once for a head: Toeplitz tiles are built first, their gradient is folded last.
 ONCE = {FORWARD: (0,), QUERIES: (0, -1), KEYS: (0,)}
 SPLASH = {FORWARD: 'fwd', QUERIES: 'dq', KEYS: 'dkv'}
+DOCUMENT, PACKED, ROWS = 2048, 16384, 32  # mean length of documents, of packed rows, and how many of those
 
 
-def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
-  """(bundles of each innermost region with matrix products, of regions before and after those, of the rest)."""
-  bundles, products, start, end = 0, [], {}, {}
-  for line in path.read_text().splitlines():
-    if re.match(r'\s*(0x[0-9a-f]+|0)\b[^:]*:', line):
-      bundles += 1
-      products.append('vmatmul' in line)
-    for r in re.findall(r'Start region (\d+)', line):
-      start.setdefault(int(r), bundles - 1)
-    for r in re.findall(r'End region (\d+)', line):
-      end[int(r)] = bundles - 1
-  spans = sorted({(max(s, 0), end.get(r, s)) for r, s in start.items()})
-  within = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
-  matrix = [span for span in spans if any(products[span[0] : span[1] + 1])]
-  inner = [span for span in matrix if not any(within(other, span) for other in matrix)]
-  plain = [s for s in spans if s not in matrix and s[1] - s[0] >= 60 and not any(within(s, m) for m in inner)]
-  outer = [s for s in plain if not any(within(s, other) for other in plain)]
-  sizes = lambda found: [e - s + 1 for s, e in found]
-  return sizes(inner), sizes(outer), max(0, max(sizes(spans)) - sum(sizes(inner)) - sum(sizes(outer)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  length: int
+  q: int
+  kv: int
+  causal: bool
+  bias: bool = False
+  splash: bool = False
+  packed: bool = False
+  head_dim: int = HEAD_DIM
+
+  @property
+  def compute(self) -> int:
+    return min(self.q, self.kv, COMPUTE)
+
+  @property
+  def spec(self):
+    from pallas_kernels.attention.tiles import Spec
+
+    return Spec(
+      heads=HEADS, group=1, q_length=self.length, kv_length=self.length, block_q=self.q, block_kv=self.kv,
+      compute=self.compute, causal=self.causal, segmented=self.packed, positioned=False, scale=1.0,
+      max_distance=128 if self.bias else None, buckets=32 if self.bias else 0,
+    )  # fmt: skip
 
 
-def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:
-  found = [p for p in folder.glob(f'*{name}*final_bundles*') if 'sched' not in p.name]
-  return max(found, key=lambda p: p.stat().st_mtime)
+def documents(length: int = PACKED, mean: int = DOCUMENT, rows: int = ROWS):
+  """Segment ids int32[rows, length] of documents whose lengths are uniform in [mean / 2, 3 mean / 2]."""
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(mean // 2, 3 * mean // 2 + 1, (rows, 2 * length // mean + 1))
+  return np.stack([np.repeat(np.arange(len(own)) + 1, own)[:length] for own in sizes]).astype(np.int32)
 
 
-def tiles_by_class(spec, by_keys: bool) -> tuple[list[int], int, int]:
-  """(tiles of each class in the order of the code, blocks, steps) of one head."""
+def tiles_by_class(case: Case, by_keys: bool) -> tuple[list[float], float, float]:
+  """(tiles of each class in the order of the code, blocks, steps) of one head; of packed rows their mean."""
+  import jax.numpy as jnp
   import numpy as np
 
   from pallas_kernels.attention import tiles
 
-  words, steps = tiles.walk(spec, tiles.Vectors(), by_keys=by_keys)
+  spec, vectors = case.spec, tiles.Vectors()
+  if case.packed:
+    ids = jnp.asarray(documents(case.length))
+    vectors = tiles.Vectors(q_segments=ids, kv_segments=ids)
+  words = np.asarray(tiles.walk(spec, vectors, by_keys=by_keys)[0])
   flags = words & (tiles.LIVE | tiles.NEAR | tiles.MASKED | tiles.CUT)
-  counts = [int(np.sum(flags == each)) for each in spec.tile_classes]
+  counts = [float(np.sum(flags == each) / len(words)) for each in spec.tile_classes]
+  steps = float(np.sum((words & (tiles.LIVE | tiles.FIRST)) != 0) / len(words))
   return counts, spec.num_kv if by_keys else spec.num_q, steps
 
 
 def kernel_cycles(
-  sizes: tuple[list[int], list[int], int], bias: tuple[int, ...], counts: list[int], blocks, steps
+  sizes: tuple[list[int], list[int], int], once: tuple[int, ...], counts: list[float], blocks, steps
 ) -> int:
-  """`bias`: which of the regions before and after the tiles run once for a head, not for each block."""
+  """`once`: which of the regions before and after the tiles run once for a head, not for each block."""
   inner, side, rest = sizes
-  if len(inner) != len(counts):  # splash: masked and clear tiles in one region or two, in no known order
-    inner = [min(inner), max(inner)][: len(counts)]
-  once = sum(side[n] for n in bias)
+  single = sum(side[n] for n in once)
   tiles = sum(n * size for n, size in zip(counts, inner, strict=True))
-  return HEADS * (tiles + steps * rest + blocks * (sum(side) - once) + once)
+  return round(HEADS * (tiles + steps * rest + blocks * (sum(side) - single) + single))
 
 
-def fusion_cycles(text: str) -> int:
-  return sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
+def of_splash(sizes, case: Case, counts: list[float]):
+  """(its regions, tiles of each): one region for all tiles, or two, clear and masked, in no known order."""
+  inner, side, rest = sizes
+  clear = sum(n for n, flags in zip(counts, case.spec.tile_classes, strict=True) if flags == case.spec.tile_classes[0])
+  both = [clear, sum(counts) - clear]
+  return ([min(inner), max(inner)], side, rest), both if len(inner) > 1 else [sum(counts), 0]
 
 
-def measure(chip: str, length: int, block: int, causal: bool, bias: bool, splash: bool, folder: pathlib.Path) -> dict:
-  """Compiles forward and forward + backward; {'forward': cycles, 'backward': cycles, …}."""
+def our_program(case: Case):
+  """A function of arrays [1, heads, length, head_dim], and of a table or of segment ids."""
+  import jax.numpy as jnp
+
+  from pallas_kernels.attention import tpu
+  from pallas_kernels.attention.reference import RelativeBias
+
+  blocks = tpu.Blocks(q=case.q, kv=case.kv, compute=case.compute)
+
+  def run(q, k, v, *more):
+    options = {'relative_bias': RelativeBias(more[0], not case.causal, 128)} if case.bias else {}
+    options |= {'q_segment_ids': more[-1], 'kv_segment_ids': more[-1]} if case.packed else {}
+    turn = lambda x: jnp.moveaxis(x, 1, 2)
+    return turn(tpu.attention(turn(q), turn(k), turn(v), causal=case.causal, **options, blocks=blocks))
+
+  return run
+
+
+def splash_program(case: Case):
+  """The same of splash, which has no bias; its separate backward kernels."""
+  import jax
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  assert not case.bias
+  assert not case.packed
+  mask = splash_attention_mask.CausalMask if case.causal else splash_attention_mask.FullMask
+  sizes = splash_attention_kernel.BlockSizes(
+    block_q=case.q, block_kv=case.kv, block_kv_compute=case.compute, block_q_dkv=case.q, block_kv_dkv=case.kv,
+    block_kv_dkv_compute=case.compute, block_q_dq=case.q, block_kv_dq=case.kv, use_fused_bwd_kernel=False,
+  )  # fmt: skip
+  kernel = splash_attention_kernel.make_splash_mha_single_device(
+    splash_attention_mask.MultiHeadMask([mask((case.length, case.length))] * HEADS), block_sizes=sizes
+  )
+  return lambda q, k, v: jax.vmap(kernel)(q * case.head_dim**-0.5, k, v)
+
+
+def compile_case(chip: str, case: Case, *, backward: bool):
   import jax
   import jax.numpy as jnp
 
@@ -93,124 +140,134 @@ def measure(chip: str, length: int, block: int, causal: bool, bias: bool, splash
 
   mesh = jax.make_mesh((1,), ('x',), devices=tpu_devices(chip)[:1])
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  q = jax.ShapeDtypeStruct((1, HEADS, length, HEAD_DIM), jnp.bfloat16, sharding=place)
-  table = jax.ShapeDtypeStruct((32, HEADS), jnp.float32, sharding=place)
-  spec, run = (splash_program if splash else our_program)(length, block, causal, bias)
-  arrays = (q, q, q, q, *([table] if bias else []))
-  programs = {'forward': lambda q, k, v, do, *table: run(q, k, v, *table)}
+  shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=place)
+  q = shape((1, HEADS, case.length, case.head_dim), jnp.bfloat16)
+  more = [shape((32, HEADS), jnp.float32)] if case.bias else []
+  more += [shape((1, case.length), jnp.int32)] if case.packed else []
+  run = (splash_program if case.splash else our_program)(case)
 
-  def both(q, k, v, do, *table):
-    out, back = jax.vjp(run, q, k, v, *table)
+  def both(q, k, v, do, *more):
+    out, back = jax.vjp(lambda q, k, v, *table: run(q, k, v, *table, *more[len(table) :]), q, k, v, *more[: case.bias])
     return out, back(do)
 
-  programs['both'] = both
-  found = {'chip': chip, 'length': length, 'block': block, 'causal': causal, 'bias': bias, 'splash': splash}
-  for name, program in programs.items():
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      compiled = jax.jit(program).lower(*arrays).compile()
-    found |= {f'{name}_xla': fusion_cycles(compiled.as_text())}
-    found |= {f'{name}_mib': round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)}
-  for kernel in (FORWARD, QUERIES, KEYS):
-    sizes = regions(dumped(folder, SPLASH[kernel] if splash else f'attention_{kernel}'))
-    counts = tiles_by_class(spec, by_keys=kernel == KEYS)
-    found |= {f'{kernel}_tile': sizes[0], kernel: kernel_cycles(sizes, ONCE[kernel] if bias else (), *counts)}
-  found['forward_total'] = found[FORWARD] + found['forward_xla']
-  found['backward_total'] = found[QUERIES] + found[KEYS] + found['both_xla']
-  work = 4 * HEADS * length**2 * HEAD_DIM / (2 if causal else 1)
-  generation = chip.split(':')[0]
-  seconds = found['forward_total'] / CORES[generation] / CLOCK_GHZ[generation] / 1e9
-  return found | {'forward_tflops': round(work / seconds / 1e12, 1)}
+  program = both if backward else lambda q, k, v, do, *more: run(q, k, v, *more)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(program).lower(q, q, q, q, *more).compile()
 
 
-def our_program(length: int, block: int, causal: bool, bias: bool):
-  """(the tiles that it visits, a function of arrays [1, heads, length, head_dim])."""
-  import jax.numpy as jnp
+def measure(chip: str, case: Case, folder: pathlib.Path) -> dict:
+  """Compiles forward, and forward with backward; {'forward_total': cycles, 'backward_total': cycles, …}.
 
-  from pallas_kernels.attention import tpu
-  from pallas_kernels.attention.reference import RelativeBias
-  from pallas_kernels.attention.tiles import Spec
-
-  blocks = tpu.Blocks(q=block, kv=block, compute=min(block, COMPUTE))
-  spec = Spec(
-    heads=HEADS, group=1, q_length=length, kv_length=length, block_q=block, block_kv=block, compute=blocks.compute,
-    causal=causal, segmented=False, positioned=False, scale=1.0, max_distance=128 if bias else None,
-    buckets=32 if bias else 0,
-  )  # fmt: skip
-
-  def run(q, k, v, *table):
-    options = {'relative_bias': RelativeBias(table[0], not causal, 128)} if bias else {}
-    turn = lambda x: jnp.moveaxis(x, 1, 2)
-    return turn(tpu.attention(turn(q), turn(k), turn(v), causal=causal, **options, blocks=blocks))
-
-  return spec, run
-
-
-def splash_program(length: int, block: int, causal: bool, bias: bool):
-  """The same of splash, which has no bias; its separate backward kernels."""
+  What does not fit the memory of a core is not in the answer.
+  """
   import jax
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-  assert not bias
-  mask = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
-  sizes = splash_attention_kernel.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=min(block, COMPUTE), block_q_dkv=block, block_kv_dkv=block,
-    block_kv_dkv_compute=min(block, COMPUTE), block_q_dq=block, block_kv_dq=block, use_fused_bwd_kernel=False,
-  )  # fmt: skip
-  kernel = splash_attention_kernel.make_splash_mha_single_device(
-    splash_attention_mask.MultiHeadMask([mask((length, length))] * HEADS), block_sizes=sizes
-  )
-  return our_program(length, block, causal, bias=False)[0], lambda q, k, v: jax.vmap(kernel)(q * HEAD_DIM**-0.5, k, v)
+  found = {'chip': chip, **dataclasses.asdict(case)}
+  for name, kernels in (('forward', (FORWARD,)), ('backward', (QUERIES, KEYS))):
+    try:
+      compiled = compile_case(chip, case, backward=name == 'backward')
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error) and 'vmem' not in str(error).lower():
+        raise
+      continue
+    # Fusions of tiles' lists are not told from those of the rest: packed rows count kernels alone.
+    total = 0 if case.packed else schedule.fusion_cycles(compiled.as_text())
+    found |= {f'{name}_xla': total}
+    for kernel in kernels:
+      sizes = schedule.regions(schedule.dumped(folder, SPLASH[kernel] if case.splash else f'attention_{kernel}'))
+      counts, blocks, steps = tiles_by_class(case, by_keys=kernel == KEYS)
+      once = ONCE[kernel] if case.bias else ()
+      sizes, counts = of_splash(sizes, case, counts) if case.splash else (sizes, counts)
+      found |= {f'{kernel}_tile': sizes[0], f'{kernel}_rest': sizes[2]}
+      found[kernel] = kernel_cycles(sizes, once, counts, blocks, steps)
+      total += found[kernel]
+    found[f'{name}_total'] = total
+  return found
+
+
+def tflops(row: dict) -> float:
+  """Predicted, of the forward pass."""
+  work = 4 * HEADS * row['length'] ** 2 * row['head_dim'] / (2 if row['causal'] else 1)
+  generation = row['chip'].split(':')[0]
+  seconds = row['forward_total'] / schedule.CORES[generation] / schedule.CLOCK_GHZ[generation] / 1e9
+  return work / seconds / 1e12
 
 
 def of_chip(chip: str, length: int, blocks: list[int]) -> None:
   """Prints one line of JSON for each program."""
   folder = pathlib.Path(os.environ['DUMP'])
-  cases = [(c, False, s) for c in (True, False) for s in (False, True)] + [(True, True, False), (False, True, False)]
   for block in blocks:
-    for causal, bias, splash in cases:
-      print(json.dumps(measure(chip, length, block, causal, bias, splash, folder)), flush=True)
+    for causal in (True, False):
+      for bias, splash in ((False, False), (False, True), (True, False)):
+        case = Case(length=length, q=block, kv=block, causal=causal, bias=bias, splash=splash)
+        print(json.dumps(measure(chip, case, folder)), flush=True)
 
 
-def packed(length: int = 16384, mean: int = 2048, rows: int = 32) -> str:
+def visited(ids, block: int) -> list[int]:
+  """How many tiles the forward kernel computes in each row of segment ids: it runs, and each tile reports itself."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels.attention import tpu, tpu_kernels
+
+  counts, own = [], tpu_kernels._forward_piece
+  blocks = tpu.Blocks(q=block, kv=block, compute=block)
+
+  def counted(tile, piece):
+    jax.debug.callback(lambda: seen.append(1))
+    own(tile, piece)
+
+  tpu_kernels._forward_piece = counted
+  try:
+    for row in ids:
+      seen = []
+      x, segments = jnp.zeros((1, len(row), 1, 128), jnp.float32), jnp.asarray(row)[None]
+      options = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'blocks': blocks, 'interpret': True}
+      jax.block_until_ready(tpu.attention(x, x, x, causal=True, **options))
+      jax.effects_barrier()
+      counts.append(len(seen))
+  finally:
+    tpu_kernels._forward_piece = own
+  return counts
+
+
+def packed(rows: int = 4) -> str:
   """Tiles visited in packed rows, as a share of the causal ones, which splash visits whatever the segments are.
 
-  Lengths of documents are uniform in [mean / 2, 3 mean / 2]; `exact`: the share of pairs that see each other.
+  `exact`: the share of pairs that see each other.
   """
-  import jax.numpy as jnp
   import numpy as np
 
-  from pallas_kernels.attention import tiles
-
-  rng = np.random.default_rng(0)
-  sizes = rng.integers(mean // 2, 3 * mean // 2 + 1, (rows, 2 * length // mean + 1))
-  ids = np.stack([np.repeat(np.arange(len(own)) + 1, own)[:length] for own in sizes]).astype(np.int32)
-  counts = np.stack([np.bincount(own, minlength=sizes.shape[1] + 1) for own in ids]).astype(float)
-  lines = [f'packed: exact {(counts * (counts + 1)).sum(1).mean() / length / (length + 1):.3f}']
+  ids = documents()[:rows]
+  counts = np.stack([np.bincount(own, minlength=ids.max() + 1) for own in ids]).astype(float)
+  length = ids.shape[1]
+  lines = [f'packed, {rows} rows: exact {(counts * (counts + 1)).sum(1).mean() / length / (length + 1):.3f}']
   for block in (256, 512, 1024):
-    spec = dataclasses.replace(our_program(length, block, True, False)[0], segmented=True)
-    vectors = tiles.Vectors(q_segments=jnp.asarray(ids), kv_segments=jnp.asarray(ids))
-    words, steps = tiles.walk(spec, vectors, by_keys=False)
-    causal, live = spec.num_q * (spec.num_q + 1) / 2, np.asarray((words & tiles.LIVE) != 0).sum(1).mean()
-    lines.append(
-      f'  block {block}: {live / causal:.3f} of {causal:.0f}; the grid, of the longest row: {int(steps) / causal:.3f}'
-    )
+    number = length // block
+    causal, found = number * (number + 1) / 2, np.mean(visited(ids, block))
+    lines.append(f'  block {block}: the kernel visits {found:.1f} tiles of {causal:.0f}, {found / causal:.3f}')
   return '\n'.join(lines)
 
 
 def ratios(rows: list[dict]) -> str:
-  """One line for a chip and mask, each program at its own best blocks."""
-  best = lambda key, bias, splash: min(r[key] for r in rows if (r['bias'], r['splash']) == (bias, splash))
-  found = [best(f'{side}_total', False, False) / best(f'{side}_total', False, True) for side in ('forward', 'backward')]
-  found += [
-    best(f'{side}_total', True, False) / best(f'{side}_total', False, False) for side in ('forward', 'backward')
-  ]
-  speed = max(row['forward_tflops'] for row in rows if not row['bias'] and not row['splash'])
+  """One line for a chip and mask, each program at its own best blocks; of the bias at block 512 too."""
+
+  def best(key, bias, splash, blocks=None):
+    own = [r for r in rows if (r['bias'], r['splash']) == (bias, splash) and (blocks is None or r['q'] == blocks)]
+    return min((r[key] for r in own if key in r), default=float('nan'))
+
+  sides = ('forward_total', 'backward_total')
+  found = [best(side, False, False) / best(side, False, True) for side in sides]
+  for blocks in (None, 512):
+    found += [best(side, True, False, blocks) / best(side, False, False, blocks) for side in sides]
+  speed = max(tflops(row) for row in rows if not row['bias'] and not row['splash'])
   mask = 'causal' if rows[0]['causal'] else 'full'
-  return f'{rows[0]["chip"]:<13}{mask:<8}' + ''.join(f'{x:>17.3f}' for x in found) + f'{speed:>13.0f}'
+  return f'{rows[0]["chip"]:<13}{mask:<8}' + ''.join(f'{x:>14.3f}' for x in found) + f'{speed:>10.0f}'
 
 
 def table(rows: list[dict]) -> str:
-  lines = ['chip         mask      forward/splash  backward/splash   bias fwd/plain   bias bwd/plain     TFLOP/s']
+  names = ('fwd/splash', 'bwd/splash', 'bias fwd', 'bias bwd', 'fwd at 512', 'bwd at 512')
+  lines = ['chip         mask    ' + ''.join(f'{name:>14}' for name in names) + '   TFLOP/s']
   for place in dict.fromkeys((row['chip'], row['causal']) for row in rows):
     lines.append(ratios([row for row in rows if (row['chip'], row['causal']) == place]))
   return '\n'.join(lines)
@@ -219,7 +276,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--aot', action='store_true', required=True, help='compile for TPUs that are not there')
-  parser.add_argument('--chips', default=','.join(CHIPS))
+  parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--blocks', default='512,1024')
   parser.add_argument('--length', type=int, default=8192)
   flags = parser.parse_args()
@@ -228,22 +285,7 @@ def main() -> None:
     return
   rows = []
   for chip in flags.chips.split(','):
-    with tempfile.TemporaryDirectory() as folder:
-      options = (
-        f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
-      )
-      own = {'LIBTPU_INIT_ARGS': options, 'DUMP': folder, 'JAX_PLATFORMS': 'cpu'}
-      command = [
-        sys.executable,
-        __file__,
-        '--aot',
-        f'--chips={chip}',
-        f'--blocks={flags.blocks}',
-        f'--length={flags.length}',
-      ]
-      done = subprocess.run(command, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True)
-    rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
-    print(done.stdout, flush=True)
+    rows += schedule.in_process(__file__, chip, [f'--blocks={flags.blocks}', f'--length={flags.length}'])
   print(table(rows))
   print(packed())
 

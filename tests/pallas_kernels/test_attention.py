@@ -48,6 +48,7 @@ CASES = {
     lambda b, i, j: same_segment(b, i, j) and (POSITIONS[b, j] <= POSITIONS[b, i] or POSITIONS[b, j] < PREFIX[b, j]),
   ),
   'window': ({'causal': True, 'window': 3}, lambda b, i, j: i - 3 < j <= i),
+  'window of everything': ({'causal': False, 'window': T}, lambda b, i, j: True),
   'window and sinks': ({'causal': True, 'window': 2, 'num_sinks': 1}, lambda b, i, j: j <= i and (j > i - 2 or j < 1)),
 }  # fmt: skip
 
@@ -137,6 +138,9 @@ def test_buckets_are_t5s(bidirectional):
   got = relative_position_bucket(jnp.asarray(distance), buckets=32, bidirectional=bidirectional, max_distance=128)
   expected = [bucket_by_formula(int(d), 32, bidirectional, 128) for d in distance]
   np.testing.assert_array_equal(got, expected)
+  own = relative_position_bucket(distance, buckets=32, bidirectional=bidirectional, max_distance=128)
+  assert type(own) is np.ndarray
+  np.testing.assert_array_equal(own, expected)
 
 
 @pytest.mark.parametrize(

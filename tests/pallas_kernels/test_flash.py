@@ -1,14 +1,18 @@
 """The kernels for TPU, in an interpreter, against the definition: values and gradients."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.attention import reference, toeplitz, tpu
+from pallas_kernels.attention import reference, tiles, toeplitz, tpu, tpu_kernels
 from pallas_kernels.attention.api import choose, flash_attention
 from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.errors import KernelError
 from tests.pallas_kernels.attention_cases import SMALL, compare, draw, normal, packed, prefixed, relative, row
 
 ROW = np.stack([row(100, 30, 100, padding=26), row(156, 100)])
@@ -16,6 +20,7 @@ OTHER = np.stack([row(20, 60, 40, padding=8), row(100, 28)])
 PREFIX = prefixed(ROW, (0, 20, 0, 70))
 SLOPES = jnp.asarray([0.1, 0.01], jnp.float32)
 SINKS = jnp.asarray([0.3, -1.0], jnp.float32)
+V5E = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -51,18 +56,18 @@ MORE = {
   ),
 }  # fmt: skip
 SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal is cut
-MANY = [tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE]
+MANY = [SMALL, tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE]
 
 
 @pytest.mark.parametrize('case', [*CASES, *(slow(case) for case in MORE)])
 def test_it_is_the_definition_in_values_and_gradients(case):
   lengths, sizes, options = (CASES | MORE)[case]
-  differences = compare(draw(*lengths, **sizes), options)
+  differences = compare(draw(*lengths, **sizes), options, SQUARE if case == 'bias, packed' else SMALL)
   assert max(differences.values()) < 3e-6, differences
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('blocks', MANY, ids=['wide', 'tall', 'square'])
+@pytest.mark.parametrize('blocks', MANY, ids=['small', 'wide', 'tall', 'square'])
 @pytest.mark.parametrize('case', CASES | MORE)
 def test_blocks_do_not_change_the_answer(case, blocks):
   lengths, sizes, options = (CASES | MORE)[case]
@@ -102,6 +107,47 @@ def test_what_stands_in_padding_does_not_leak():
     )
     for a, b in zip(clean, dirty, strict=True):
       np.testing.assert_array_equal(a, b)
+
+
+def test_packed_documents_are_as_if_alone_and_their_order_does_not_matter():
+  lengths, options = (100, 28, 128), {'causal': True, **bias(False)}
+  q, k, v = draw(sum(lengths))
+  packed_run = jax.jit(lambda q, k, v, ids: run(q, k, v, **options, q_segment_ids=ids, kv_segment_ids=ids))
+  out = packed_run(q, k, v, jnp.asarray(row(*lengths))[None])
+  starts = np.cumsum([0, *lengths])
+  places = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+  for own in places:
+    alone = reference.attention(*(x[:, own] for x in (q, k, v)), **options)
+    np.testing.assert_allclose(out[:, own], alone, atol=3e-6)
+  order = np.concatenate([places[n] for n in (2, 0, 1)])
+  moved = packed_run(*(x[:, order] for x in (q, k, v)), jnp.asarray(row(128, 100, 28))[None])
+  np.testing.assert_allclose(moved, out[:, order], atol=3e-6)
+
+
+def test_a_prefix_of_nothing_is_causal_and_one_of_everything_full():
+  q, k, v = draw(256)
+  at = jnp.arange(256, dtype=jnp.int32)[None]
+  prefixed_run = jax.jit(lambda end: run(q, k, v, causal=True, q_positions=at, kv_positions=at, prefix_end=end))
+  for end, causal in ((0, True), (256, False)):
+    want = reference.attention(q, k, v, causal=causal)
+    np.testing.assert_allclose(prefixed_run(jnp.full((1, 256), end, jnp.int32)), want, atol=3e-6)
+
+
+def test_the_running_kernel_computes_the_live_tiles_and_no_others(monkeypatch):
+  """Counted by the kernel while it runs, not by its table."""
+  seen, own = [], tpu_kernels._forward_piece
+
+  def counted(tile, piece):
+    jax.debug.callback(lambda word: seen.append(int(word)), tile.word)
+    own(tile, piece)
+
+  monkeypatch.setattr(tpu_kernels, '_forward_piece', counted)
+  q, k, v = draw(512, batch=1)
+  ids = row(200, 56, 200, padding=56)[None]
+  jax.block_until_ready(run(q, k, v, causal=True, **packed(ids)))
+  jax.effects_barrier()
+  live = {(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)}  # of ten causal ones
+  assert sorted(map(tiles.unpack, seen)) == sorted([*live, *live]), 'two heads'
 
 
 def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is():
@@ -165,6 +211,15 @@ def test_dropout_is_the_references_and_a_named_kernel_says_so():
   with pytest.raises(ValueError, match=r"kernels.attention='interpret' has no attention dropout.*use 'auto'"):
     flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='interpret')
   flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='auto')
+
+
+def test_rows_that_the_mesh_divides_are_the_references():
+  with pytest.raises(KernelError, match=r"^CONFIG: kernels.attention='interpret' needs whole rows.*mesh.sequence=1"):
+    choose('interpret', dropout=False, divided=True)
+  assert choose('reference', dropout=False, divided=True) == 'reference'
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=V5E)):
+    assert choose('auto', dropout=False, divided=True) == 'reference'
+    assert choose('auto', dropout=False) == 'tpu'
 
 
 def test_auto_goes_by_the_platform_of_the_mesh_and_says_why_once(caplog):

@@ -1,0 +1,133 @@
+"""Finds the blocks of attention's kernels, for pallas_kernels/tuning/CHIP.json.
+
+  python scripts/tune_kernels.py --aot [--chips v5e:2x4] [--shapes d128_causal,d128_full]   TPUs that are not there
+  python scripts/tune_kernels.py --gpu                                                      the GPU of this machine
+
+For TPUs by the cycles of compiled schedules (scripts/bench/schedule.py), forward and backward together; for a GPU by
+time. Only the entries that were tuned are replaced.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / 'bench'))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # in front, where `data` is no file of bench/
+
+import attention
+import schedule
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHAPES = ('d128_causal', 'd128_full', 'd128_packed_causal', 'd128_packed_full')
+LENGTH = 8192
+SQUARES = ((512, 512), (1024, 1024))
+GPU_BLOCKS = [(q, kv, grad, grad) for q in (64, 128) for kv in (32, 64, 128) for grad in (32, 64)]
+
+
+def cases(shape: str) -> list[attention.Case]:
+  """The candidates of a class of shapes: of packed rows, documents of 2,048 in 16,384."""
+  causal, packed = shape.endswith('causal'), 'packed' in shape
+  length = attention.PACKED if packed else LENGTH
+  head_dim = int(shape.split('_')[0][1:])
+  return [
+    attention.Case(length=length, q=q, kv=kv, causal=causal, packed=packed, head_dim=head_dim)
+    for q, kv in (*SQUARES, (256, 256) if packed else (512, 1024))
+  ]
+
+
+def of_chip(chip: str, shapes: list[str]) -> None:
+  """Prints one line of JSON for each candidate that fits."""
+  folder = pathlib.Path(os.environ['DUMP'])
+  for shape in shapes:
+    for case in cases(shape):
+      row = attention.measure(chip, case, folder)
+      if 'backward_total' in row:
+        cycles = row['forward_total'] + row['backward_total']
+        print(json.dumps({'shape': shape, 'cycles': cycles, 'compute': case.compute} | row), flush=True)
+
+
+def best(rows: list[dict]) -> dict:
+  """{shape: the blocks of the fewest cycles, and what they were found by}."""
+  found = {}
+  for row in sorted(rows, key=lambda row: row['cycles'], reverse=True):
+    found[row['shape']] = {name: row[name] for name in ('q', 'kv', 'compute', 'length', 'cycles')}
+  return found
+
+
+def by_time() -> tuple[str, dict]:
+  """(chip, entries) of the GPU of this machine, causal."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels import tuned
+  from pallas_kernels.attention import gpu
+
+  device = jax.devices()[0]
+  chip = tuned.chip_of(device.device_kind)
+  if device.platform != 'gpu' or chip is None:
+    sys.exit(f'--gpu tunes the GPU of this machine, which has {device.device_kind}; use --aot for TPUs.')
+  found = {}
+  for head_dim in (64, 128):
+    x = jnp.ones((1, LENGTH, attention.HEADS, head_dim), jnp.bfloat16)
+    for sizes in GPU_BLOCKS:
+      blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
+      loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, causal=True, blocks=blocks).astype(jnp.float32).sum()
+      seconds = _time(jax.jit(jax.grad(loss, (0, 1, 2))), (x, x, x))
+      entry = vars(blocks) | {'length': LENGTH, 'seconds': seconds}
+      shape = gpu.shape_class(head_dim, x.dtype)
+      found[shape] = min(found.get(shape, entry), entry, key=lambda entry: entry['seconds'])
+  return chip, found
+
+
+def _time(run, arrays) -> float:
+  import jax
+
+  jax.block_until_ready(run(*arrays))
+  seconds = []
+  for _ in range(10):
+    start = time.perf_counter()
+    jax.block_until_ready(run(*arrays))
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
+
+
+def write(chip: str, entries: dict, how: str) -> pathlib.Path:
+  """Adds `entries` of attention to the file of `chip`."""
+  path = ROOT / 'pallas_kernels' / 'tuning' / f'{chip}.json'
+  path.parent.mkdir(exist_ok=True)
+  old = json.loads(path.read_text()).get('attention', {}) if path.exists() else {}
+  made = {'by': how, 'date': datetime.date.today().isoformat(), 'jax': importlib.metadata.version('jax')}
+  if how == 'compiled schedule':
+    made['libtpu'] = importlib.metadata.version('libtpu')
+  own = {'attention': dict(sorted((old | {name: entry | made for name, entry in entries.items()}).items()))}
+  path.write_text(json.dumps(own, indent=2) + '\n')
+  return path
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  how = parser.add_mutually_exclusive_group(required=True)
+  how.add_argument('--aot', action='store_true', help='for TPUs that are not there, by compiled schedule')
+  how.add_argument('--gpu', action='store_true', help='for the GPU of this machine, by time')
+  parser.add_argument('--chips', default=','.join(schedule.CHIPS))
+  parser.add_argument('--shapes', default=','.join(SHAPES))
+  flags = parser.parse_args()
+  if 'DUMP' in os.environ:
+    of_chip(flags.chips, flags.shapes.split(','))
+    return
+  if flags.gpu:
+    print(write(*by_time(), 'time'))
+    return
+  for chip in flags.chips.split(','):
+    rows = schedule.in_process(__file__, chip, [f'--shapes={flags.shapes}'])
+    print(write(chip.split(':')[0], best(rows), 'compiled schedule'), flush=True)
+
+
+if __name__ == '__main__':
+  main()
