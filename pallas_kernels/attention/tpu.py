@@ -224,7 +224,8 @@ def _add_left(spec: Spec, lse: Array, table: Array) -> Array:
 class Call:
   """One pallas_call: its tiles, and where a block of each array lies at a step. Arrays come with their BlockSpec.
 
-  The grid is (batch * heads, tiles), or (batch * kv_heads, tiles, heads that share them) for gradients of keys.
+  The grid is (heads, batch, tiles), or (kv_heads, batch, tiles, heads that share them) for gradients of keys: of one
+  dim for both, a step would divide to tell them, and scalar units are slow at that.
   """
 
   spec: Spec
@@ -243,21 +244,16 @@ class Call:
       found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
     return cls(spec=spec, numbers=numbers, words=jnp.asarray(words), steps=steps, vectors=found, by_keys=by_keys)
 
-  @property
-  def per_row(self) -> int:
-    """Programs along the first dim of the grid for each row of the batch."""
-    return self.spec.heads // (self.spec.group if self.by_keys else 1)
-
   def _block(self, shape, index) -> pl.BlockSpec:
-    """`index(i, j, head, kv_head, row)` of a step, for a block of `shape`."""
+    """`index(i, j, head, kv_head, row)` of a step, for a block of `shape`; heads are counted through the batch."""
+    spec, group = self.spec, self.spec.group
 
-    def at(program, step, *rest):
+    def at(own, row, step, *rest):
       words, member = rest[-1], rest[0] if self.by_keys else 0
-      row = program // self.per_row
       i, j = tiles.unpack(words[row if words.shape[0] > 1 else 0, step])
-      group = self.spec.group
-      head, kv_head = (program * group + member, program) if self.by_keys else (program, program // group)
-      return index(i, j, head, kv_head, row)
+      kv_head = own if self.by_keys or group == 1 else jax.lax.div(own, group)
+      head = own * group + member if self.by_keys else own
+      return index(i, j, row * spec.heads + head, row * (spec.heads // group) + kv_head, row)
 
     return pl.BlockSpec(shape, at)
 
@@ -304,7 +300,10 @@ class Call:
     ins = {**{name: (x, smem) for name, x in self.numbers.items()}, **self._row_vectors(), **ins}
     scratch = scratch | self._columns()
     names, spec = [*ins, *outs, *scratch], self.spec
-    grid = (ins['k'][0].shape[0], self.steps, spec.group) if self.by_keys else (ins['q'][0].shape[0], self.steps)
+    batch = ins['q'][0].shape[0] // spec.heads
+    grid = (
+      (spec.heads // spec.group, batch, self.steps, spec.group) if self.by_keys else (spec.heads, batch, self.steps)
+    )
 
     def body(words, *refs):
       kernel(spec, words, dict(zip(names, refs, strict=True)))
@@ -317,6 +316,9 @@ class Call:
         out_specs=[block for _, block in outs.values()],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
       ),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', *['arbitrary'] * (len(grid) - 1))),
+      # Blocks come from the list of tiles, inside the arrays; checks of that were a fifth of what a step costs.
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'parallel', *['arbitrary'] * (len(grid) - 2)), disable_bounds_checks=True
+      ),
     )(self.words, *(x for x, _ in ins.values()))  # fmt: skip
     return dict(zip(outs, found, strict=True))

@@ -186,17 +186,17 @@ def _cross(spec: Spec, word: Array, column, numbers) -> None:
     column[...] -= numbers[RIGHT]
 
 
-def _begin(spec: Spec, words, per_row: int, head, ref):
+def _begin(spec: Spec, words, head, ref):
   """(this step's word, numbers of its head, in base 2). Program ids are read outside `pl.when`, for the interpreter.
 
   Of the bias far right, and of the sink, the bias far left is taken away.
   """
-  row = pl.program_id(0) // per_row if words.shape[0] > 1 else 0
+  row = pl.program_id(1) if words.shape[0] > 1 else 0
   right, slope, sink = 0.0, ref['slopes'][head] if spec.alibi else 0.0, ref['sinks'][head] if spec.sinks else 0.0
   if spec.biased:
     left, right = (ref['table'][bucket, head] for bucket in toeplitz.saturated(spec))
-    right, sink = right - left, sink - left
-  return words[row, pl.program_id(1)], tuple(x * LOG2E for x in (right, slope, sink))
+    right, sink = 0.0 if spec.diagonal else right - left, sink - left if spec.sinks else 0.0
+  return words[row, pl.program_id(2)], tuple(x * LOG2E for x in (right, slope, sink))
 
 
 def _build(spec: Spec, head, ref, toe, *, transposed: bool) -> None:
@@ -217,10 +217,10 @@ def _columns(ref) -> None:
 
 def forward(spec: Spec, words, ref) -> None:
   """o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
-  head = pl.program_id(0) % spec.heads
-  word, numbers = _begin(spec, words, spec.heads, head, ref)
+  head = pl.program_id(0)
+  word, numbers = _begin(spec, words, head, ref)
   if spec.biased:
-    pl.when(pl.program_id(1) == 0)(lambda: _build(spec, head, ref, ref['toe'], transposed=False))
+    pl.when(pl.program_id(2) == 0)(lambda: _build(spec, head, ref, ref['toe'], transposed=False))
 
   @pl.when((word & tiles.FIRST) != 0)
   def _():
@@ -269,9 +269,9 @@ def _forward_piece(tile: Tile, piece: int) -> None:
 
 def grad_queries(spec: Spec, words, ref) -> None:
   """dq[block_q, head_dim]; of each head's bias: dline[1, length], dsaturated[2, 8, 128] to be summed."""
-  head = pl.program_id(0) % spec.heads
-  word, numbers = _begin(spec, words, spec.heads, head, ref)
-  step, steps = pl.program_id(1), pl.num_programs(1)
+  head = pl.program_id(0)
+  word, numbers = _begin(spec, words, head, ref)
+  step, steps = pl.program_id(2), pl.num_programs(2)
   if spec.biased:
 
     @pl.when(step == 0)
@@ -322,12 +322,12 @@ def _grad_queries_piece(tile: Tile, piece: int) -> None:
 
 def grad_keys_values(spec: Spec, words, ref) -> None:
   """dk, dv[block_kv, head_dim], summed over the queries' heads that share them: those are the last dim of the grid."""
-  kv_heads, member = spec.heads // spec.group, pl.program_id(2)
-  head = pl.program_id(0) % kv_heads * spec.group + member
-  word, numbers = _begin(spec, words, kv_heads, head, ref)
+  member = pl.program_id(3)
+  head = pl.program_id(0) * spec.group + member
+  word, numbers = _begin(spec, words, head, ref)
   toe = ref['toe'].at[member] if spec.biased else None
   if spec.biased:
-    pl.when(pl.program_id(1) == 0)(lambda: _build(spec, head, ref, toe, transposed=True))
+    pl.when(pl.program_id(2) == 0)(lambda: _build(spec, head, ref, toe, transposed=True))
 
   @pl.when(((word & tiles.FIRST) != 0) & (member == 0))
   def _():

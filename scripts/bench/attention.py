@@ -21,6 +21,7 @@ HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
 FORWARD, QUERIES, KEYS = 'forward', 'grad_queries', 'grad_keys_values'
 # Regions outside tiles that run once for a head: Toeplitz tiles are built first, their gradient is folded last.
 ONCE = {FORWARD: (0,), QUERIES: (0, -1), KEYS: (0,)}
+PROGRAMS = {'forward': (FORWARD,), 'backward': (QUERIES, KEYS)}  # the second has the forward pass too, not counted
 SPLASH = {FORWARD: 'fwd', QUERIES: 'dq', KEYS: 'dkv'}
 DOCUMENT, PACKED, ROWS = 2048, 16384, 32  # mean length of documents, of packed rows, and how many of those
 
@@ -155,7 +156,7 @@ def compile_case(chip: str, case: Case, *, backward: bool):
     return jax.jit(program).lower(q, q, q, q, *more).compile()
 
 
-def measure(chip: str, case: Case, folder: pathlib.Path) -> dict:
+def measure(chip: str, case: Case, folder: pathlib.Path, programs=PROGRAMS) -> dict:
   """Compiles forward, and forward with backward; {'forward_total': cycles, 'backward_total': cycles, …}.
 
   What does not fit the memory of a core is not in the answer.
@@ -163,9 +164,9 @@ def measure(chip: str, case: Case, folder: pathlib.Path) -> dict:
   import jax
 
   found = {'chip': chip, **dataclasses.asdict(case)}
-  for name, kernels in (('forward', (FORWARD,)), ('backward', (QUERIES, KEYS))):
+  for name, kernels in programs.items():
     try:
-      compiled = compile_case(chip, case, backward=name == 'backward')
+      compiled = compile_case(chip, case, backward=name != 'forward')
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error) and 'vmem' not in str(error).lower():
         raise

@@ -84,7 +84,7 @@ def test_a_damaged_file_is_one_sentence_with_the_fix(folder, text, reason):
 def test_shipped_blocks_are_such_that_kernels_run(path):
   entries = json.loads(path.read_text())['attention']
   assert path.stem in tuned.CHIPS.values()
-  for entry in entries.values():
+  for entry in [entry for entry in entries.values() if 'compute' in entry]:
     sizes = entry['q'], entry['kv'], entry['compute']
     assert all(size in tpu.BLOCKS for size in sizes)
     assert min(sizes[:2]) % sizes[2] == 0
