@@ -249,7 +249,7 @@ class Call:
     spec, group = self.spec, self.spec.group
 
     def at(own, row, step, *rest):
-      words, member = rest[-1], rest[0] if self.by_keys else 0
+      member, words = rest[:2] if self.by_keys else (0, rest[0])
       i, j = tiles.unpack(words[row if words.shape[0] > 1 else 0, step])
       kv_head = own if self.by_keys or group == 1 else jax.lax.div(own, group)
       head = own * group + member if self.by_keys else own
@@ -296,10 +296,9 @@ class Call:
     return {f'column_{name}': ((block, LANES), jnp.int32) for name in self.vectors if name.startswith(side)}
 
   def run(self, kernel, ins, outs, scratch) -> dict[str, Array]:
-    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    ins = {**{name: (x, smem) for name, x in self.numbers.items()}, **self._row_vectors(), **ins}
+    ins = {**self._row_vectors(), **ins}
     scratch = scratch | self._columns()
-    names, spec = [*ins, *outs, *scratch], self.spec
+    names, spec = [*self.numbers, *ins, *outs, *scratch], self.spec
     batch = ins['q'][0].shape[0] // spec.heads
     grid = (
       (spec.heads // spec.group, batch, self.steps, spec.group) if self.by_keys else (spec.heads, batch, self.steps)
@@ -312,7 +311,7 @@ class Call:
       body, name=f'attention_{kernel.__name__}', interpret=spec.interpret,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs.values()],
       grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1, grid=grid, in_specs=[block for _, block in ins.values()],
+        num_scalar_prefetch=1 + len(self.numbers), grid=grid, in_specs=[block for _, block in ins.values()],
         out_specs=[block for _, block in outs.values()],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
       ),
@@ -320,5 +319,5 @@ class Call:
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'parallel', *['arbitrary'] * (len(grid) - 2)), disable_bounds_checks=True
       ),
-    )(self.words, *(x for x, _ in ins.values()))  # fmt: skip
+    )(self.words, *self.numbers.values(), *(x for x, _ in ins.values()))  # fmt: skip
     return dict(zip(outs, found, strict=True))

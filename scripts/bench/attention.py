@@ -179,7 +179,7 @@ def measure(chip: str, case: Case, folder: pathlib.Path, programs=PROGRAMS) -> d
       counts, blocks, steps = tiles_by_class(case, by_keys=kernel == KEYS)
       once = ONCE[kernel] if case.bias else ()
       sizes, counts = of_splash(sizes, case, counts) if case.splash else (sizes, counts)
-      found |= {f'{kernel}_tile': sizes[0], f'{kernel}_rest': sizes[2]}
+      found |= {f'{kernel}_{name}': x for name, x in zip(('tile', 'side', 'rest'), sizes, strict=True)}
       found[kernel] = kernel_cycles(sizes, once, counts, blocks, steps)
       total += found[kernel]
     found[f'{name}_total'] = total
@@ -197,7 +197,7 @@ def tflops(row: dict) -> float:
 def of_chip(chip: str, length: int, blocks: list[int]) -> None:
   """Prints one line of JSON for each program."""
   folder = pathlib.Path(os.environ['DUMP'])
-  for block in blocks:
+  for block in sorted(blocks, reverse=True):
     for causal in (True, False):
       for bias, splash in ((False, False), (False, True), (True, False)):
         case = Case(length=length, q=block, kv=block, causal=causal, bias=bias, splash=splash)

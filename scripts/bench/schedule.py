@@ -20,12 +20,16 @@ FLAGS = '--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bu
 
 
 def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
-  """(bundles of each innermost region with matrix products, of regions before and after those, of the rest)."""
-  bundles, products, start, end = 0, [], {}, {}
+  """(bundles of each innermost region with matrix products, of regions before and after those, of the rest).
+
+  The rest runs at every step; so do regions that start copies for the next one, which are part of it.
+  """
+  bundles, products, copies, start, end = 0, [], [], {}, {}
   for line in path.read_text().splitlines():
     if re.match(r'\s*(0x[0-9a-f]+|0)\b[^:]*:', line):
       bundles += 1
       products.append('vmatmul' in line)
+      copies.append('dma.hbm_to_vmem' in line)
     for r in re.findall(r'Start region (\d+)', line):
       start.setdefault(int(r), bundles - 1)
     for r in re.findall(r'End region (\d+)', line):
@@ -35,6 +39,7 @@ def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
   matrix = [span for span in spans if any(products[span[0] : span[1] + 1])]
   inner = [span for span in matrix if not any(within(other, span) for other in matrix)]
   plain = [s for s in spans if s not in matrix and s[1] - s[0] >= 60 and not any(within(s, m) for m in inner)]
+  plain = [s for s in plain if not any(copies[s[0] : s[1] + 1])]
   outer = [s for s in plain if not any(within(s, other) for other in plain)]
   sizes = lambda found: [e - s + 1 for s, e in found]
   return sizes(inner), sizes(outer), max(0, max(sizes(spans)) - sum(sizes(inner)) - sum(sizes(outer)))

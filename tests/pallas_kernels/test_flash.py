@@ -42,7 +42,7 @@ CASES = {
     (256,), {'batch': 2}, {'causal': True, 'window': 40, 'num_sinks': 3, 'alibi': SLOPES, **PREFIX}
   ),
   'bias, packed': ((256,), {'batch': 2}, {'causal': True, **packed(ROW), **bias(False)}),
-  'bias of both sides': ((384, 256), {}, {'causal': False, **bias(True)}),
+  'bias of both sides': ((384, 384), {}, {'causal': False, **bias(True)}),
 }  # fmt: skip
 MORE = {
   'window of both sides': ((300,), {}, {'causal': False, 'window': 70}),
