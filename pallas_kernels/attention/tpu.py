@@ -25,7 +25,9 @@ from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
 
 BLOCKS = (2048, 1024, 512, 256, 128)
-DEFAULT = {'q': 1024, 'kv': 1024, 'compute': 512}  # where scripts/tune_kernels.py has found none
+# Where scripts/tune_kernels.py has found none. Packed rows visit less of the scores with small blocks.
+DEFAULT = {'q': 1024, 'kv': 1024, 'compute': 512}
+DEFAULT_PACKED = {'q': 512, 'kv': 512, 'compute': 512}
 WORDS_AT_ONCE = 2**17  # of the lists of tiles: half of the scalar memory of a core
 
 
@@ -45,9 +47,10 @@ def choose_block(length: int, most: int) -> int:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, *, causal: bool, packed: bool) -> Blocks:
-  """Those tuned for this chip and class of shapes, or DEFAULT; less where rows are short."""
+  """Those tuned for this chip and class of shapes, or the default; less where rows are short."""
   shape = shape_class(head_dim, causal=causal, packed=packed)
-  most = tuned.lookup('attention', shape, ('q', 'kv', 'compute')) or DEFAULT
+  default = DEFAULT_PACKED if packed else DEFAULT
+  most = tuned.lookup('attention', shape, ('q', 'kv', 'compute')) or default
   q, kv = choose_block(q_length, most['q']), choose_block(kv_length, most['kv'])
   return Blocks(q=q, kv=kv, compute=min(q, kv, most['compute']))
 

@@ -55,6 +55,7 @@ def test_what_nobody_has_tuned_has_the_default_and_says_so_once(folder, caplog):
   assert blocks() == blocks() == tpu.Blocks(**tpu.DEFAULT)
   (folder / 'v5e.json').write_text('{"attention": {}}')
   assert blocks(causal=False) == tpu.Blocks(**tpu.DEFAULT)
+  assert blocks(packed=True) == tpu.Blocks(**tpu.DEFAULT_PACKED)
   said = (
     'no tuned blocks for d128_causal on TPU v5 lite, the default ones are used; scripts/tune_kernels.py finds them.'
   )
