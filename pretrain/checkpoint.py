@@ -1,19 +1,24 @@
-"""Checkpoints: the state, the data position and the config of a step, written asynchronously. The only orbax import."""
+"""Checkpoints: the state, the data position and the config of a step, written behind the training, read when whole."""
 
 import contextlib
 import dataclasses
-import logging
+import json
+import math
 import pathlib
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import args
 
+from pretrain import digest, manifest, step_folders
+from pretrain.agreement import Agreement
+from pretrain.checkpoint_orbax import Files
 from pretrain.errors import CheckpointError
 from pretrain.experiment import CheckpointConfig
+from pretrain.saving import Saving
 from pretrain.step import TrainState
 
 
@@ -23,111 +28,261 @@ class Restored:
   position: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """How a save ended: seconds the run waited for it, seconds until it was finished, bytes; `error` where it failed."""
+
+  step: int
+  stall: float
+  seconds: float
+  size: int
+  error: CheckpointError | None = None
+  untidy: OSError | None = None  # why old steps could not be removed
+
+  def metrics(self) -> dict[str, float]:
+    return {'save_stall': self.stall, 'save_seconds': self.seconds, 'save_mib': self.size / 2**20}
+
+
+class DamagedError(CheckpointError):
+  """A step whose values are not those that were saved, though its files are; the next older one may be whole."""
+
+  def __init__(self, message: str):
+    super().__init__('CKPT-CORRUPT', message)
+
+
 class Checkpoints:
   """The checkpoints of one run, in `workdir/checkpoints/<step>`.
 
-  A step exists when its commit file does: a save that was cut off is invisible and is cleaned up at the next start.
+  A step exists when its MANIFEST.json does, which is written last and names every file and array. What is read is
+  compared with it. Steps from before there were manifests are read too, and said to be unverified.
   """
 
   def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
     self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
-    self._cfg = cfg
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells a reader what the options below say
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if read_only else cfg.keep,
-      keep_period=cfg.keep_every,
-      cleanup_tmp_directories=not read_only,  # a killed save would keep its space for ever
-      create=not read_only,
-      read_only=read_only,
-      # The default on a local disk does not look for the commit file when it reads.
-      atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
-    )
-    handlers = {
-      'state': ocp.PyTreeCheckpointHandler(),
-      'position': ocp.JsonCheckpointHandler(),
-      'config': ocp.JsonCheckpointHandler(),
-    }
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    self._cfg, self._read_only = cfg, read_only
+    self._files = Files(self.directory, read_only=read_only)
+    self._saving: Saving | None = None
+    self._stall, self._failures, self._ended = 0.0, 0, list[Saved]()
+    self._whole = set[int]()  # steps whose files were compared
+    self._damaged: dict[int, str] = {}  # what is wrong with steps that a run was to go on from
+    self._agreement = Agreement('restore')
 
   def latest(self) -> int | None:
-    """The newest committed step on disk. Ask before the first save: afterwards Orbax counts steps in flight too."""
-    return self._manager.latest_step()
+    """The newest finished step on disk, whether or not it is whole."""
+    return max(step_folders.finished(self.directory), default=None)
 
   def finished(self) -> list[int]:
-    """Every step on disk, oldest first, after the last save has ended; raises what it failed with."""
-    self._wait()
-    return sorted(self._manager.all_steps())
+    """Every step on disk, oldest first, after the save under way has ended."""
+    self._settle()
+    return step_folders.finished(self.directory)
 
-  def save(self, step: int, state: TrainState, position: dict[str, Any], config: str) -> None:
-    """Returns when the arrays are copied; the files are written behind. Raises what an earlier save failed with."""
-    self._save(step, _as_dict(state), position, config)
+  def newest_whole(self) -> int | None:
+    """The newest step whose files are those of its manifest, for a run to go on from; all processes get the same one.
+
+    Raises CKPT-CORRUPT where there are checkpoints and none is whole: no run begins anew over them.
+    """
+    if jax.process_index() == 0:
+      step_folders.tidy(self.directory)
+    seen = [[*reversed(step_folders.folders(self.directory))], step_folders.quarantined(self.directory)]
+    steps, aside = json.loads(self._agreement.first(json.dumps(seen)))
+    for step in steps:
+      if not (reason := self._damaged.get(step) or self.damage(step)):
+        return step
+      self._damaged[step] = reason
+    if self._damaged or aside:
+      raise step_folders.none_left(self.directory, self._damaged, aside)
+    return None
+
+  def damage(self, step: int) -> str:
+    """What of the files of `step` is not as it was written; each process reads its share of them."""
+    count, folder = jax.process_count(), self.directory / str(step)
+    if step_folders.kind_of(folder) == 'unverified':
+      reason = ''
+    else:
+      try:
+        written = manifest.read(folder)
+        mine = sorted(written.files)[jax.process_index() :: count]
+        reason = first_of(manifest.damage(folder, written, mine))
+      except ValueError as error:
+        reason = str(error)
+    reason = next(filter(None, self._agreement.gather(reason) if not self._read_only else [reason]), '')
+    if not reason:
+      self._whole.add(step)
+    return reason
+
+  def _put_aside(self, whole: int) -> None:
+    """Renames what was found damaged, now that `whole` has been read: were all of them, the fault may be elsewhere."""
+    for step, reason in self._damaged.items() if jax.process_index() == 0 else ():
+      name = step_folders.quarantine(self.directory, step)
+      print(
+        f'CKPT-CORRUPT: step {step} of {self.directory}: {reason}. Quarantined as {name}; going on from step {whole}. '
+        'Nothing deleted.',
+        file=sys.stderr,
+      )
+    if self._damaged:
+      self._agreement.gather('renamed')
+      self._files.reload()
+    self._damaged.clear()
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    position: dict[str, Any],
+    config: str,
+    scores: Mapping[str, float] | None = None,
+  ) -> None:
+    """Returns when the arrays are copied; the files are written behind, `poll` tells how it ended.
+
+    `scores` is the evaluation of this step, for `checkpoint.best_of`.
+    """
+    self._save(step, _as_dict(state), position, config, scores or {})
 
   def save_params(self, step: int, params: Any, position: dict[str, Any], config: str) -> None:
     """A step that holds parameters alone: what averages and merges are. A run can start from it, not go on."""
-    self._save(step, {'params': params}, position, config)
+    self._save(step, {'params': params}, position, config, {})
 
-  def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str) -> None:
-    items = args.Composite(
-      state=args.PyTreeSave(tree),
-      position=args.JsonSave(position),
-      config=args.JsonSave({'text': config}),
-    )
-    try:
-      saved = self._manager.save(step, args=items)
-    except Exception as error:
-      raise self._failure(step, tree, error) from error
-    if not saved:
+  def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str, scores) -> None:
+    start = time.perf_counter()
+    self._settle()
+    if (self.directory / str(step)).exists():
       raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    leaves = {digest.key_of(path): x for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+
+    def write() -> None:
+      if jax.process_index() == 0:
+        step_folders.begin(self.directory, step)
+      self._files.begin(step, tree, position, config)
+
+    failed = _error_of(write)
+    sums = digest.digests(tree)  # begun before the next step takes the arrays
+
+    def wait() -> None:
+      if failed is not None:
+        raise failed
+      self._files.wait()
+
+    self._saving = Saving(
+      self.directory / str(step), {key: (x, sums[key]) for key, x in leaves.items()},
+      {key: value for key, value in scores.items() if math.isfinite(value)}, wait, self._retain,
+    )  # fmt: skip
+    self._needed = _mebibytes(tree)
+    self._stall = time.perf_counter() - start
+
+  def poll(self, *, wait: bool = False) -> list[Saved]:
+    """How saves ended that this was not told yet; with `wait` the one under way too.
+
+    A failed one is in the list, and raised once more than `checkpoint.retries` in a row have failed.
+    """
+    if self._saving is not None and (wait or self._saving.ended()):
+      self._settle()
+    ended, self._ended = self._ended, []
+    errors = [saved.error for saved in ended if saved.error]
+    if errors and self._failures > self._cfg.retries:
+      raise errors[-1]
+    return ended
+
+  def close(self) -> None:
+    """Waits for the last save; raises what it failed with, if `poll` did not say so."""
+    self._settle()
+    self._files.close()
+    if failed := [saved.error for saved in self._ended if saved.error]:
+      raise failed[-1]
+
+  def _settle(self) -> None:
+    """Waits for the save under way, if there is one."""
+    saving, self._saving = self._saving, None
+    if saving is None:
+      return
+    saving.join()
+    error = None if saving.error is None else self._failure(saving.step, saving.error)
+    self._failures = self._failures + 1 if error else 0
+    self._ended.append(Saved(saving.step, self._stall, saving.seconds, saving.size, error, saving.untidy))
+    if error:
+      self._files.give_up()
+
+  def _retain(self) -> None:
+    """Removes the steps that nothing keeps; Orbax would do so before there is a manifest of the new one."""
+    cfg, steps = self._cfg, step_folders.finished(self.directory)
+    scores = step_folders.scores_of(self.directory, steps, cfg.best_of) if cfg.best_of else {}
+    kept = {'keep': cfg.keep, 'keep_every': cfg.keep_every, 'keep_best': cfg.keep_best}
+    for step in step_folders.superfluous(steps, scores, **kept):
+      step_folders.remove(self.directory, step)
 
   def restore(self, abstract: TrainState, step: int) -> Restored:
     """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first.
 
     Raises CheckpointError: CKPT-MISMATCH where the model is another one, CKPT-PARAMS where the step holds parameters
-    alone, CKPT-CORRUPT where the files cannot be read.
+    alone, CKPT-CORRUPT where the files cannot be read; DamagedError where values are not those of the manifest: ask
+    `newest_whole` again. What it found damaged is put aside as `<step>.corrupt`, with a line on stderr.
     """
     with self._reading(step):
       self._check_whole(step)
       self._check_tree(_as_dict(abstract), step)
-      items = self._manager.restore(
-        step,
-        args=args.Composite(state=_restore_args(_as_dict(abstract)), position=args.JsonRestore()),
-      )
-    if missing := {'loader', 'data'} - items.position.keys():
+      state, position = self._files.state(step, _as_dict(abstract)), self._files.position(step)
+    if wrong := self._wrong_values(state, step):
+      if self._read_only:
+        raise self._corrupt(step, wrong)
+      self._damaged[step] = wrong
+      raise DamagedError(f'step {step} of {self.directory}: {wrong}. Nothing was deleted.')
+    if missing := {'loader', 'data'} - position.keys():
       raise self._corrupt(step, f'its position has no {min(missing)!r}')
-    return Restored(dataclasses.replace(abstract, **items.state), items.position)
+    if not self._read_only:
+      self._put_aside(step)
+    return Restored(dataclasses.replace(abstract, **state), position)
 
   def restore_params(self, abstract: Any, step: int, *, ema: bool = False) -> Any:
     """The parameters of `step` alone, or with `ema` their moving average; shapes are checked first."""
     tree = {'extra': {'ema': abstract}} if ema else {'params': abstract}
     with self._reading(step):
-      if ema and 'ema' not in (self._metadata(step).get('extra') or {}):
+      if ema and 'ema' not in (self._files.metadata(step).get('extra') or {}):
         raise CheckpointError(
           'CKPT-NONE', f"step {step} of {self.directory} has no moving average: averaging.name was not 'ema' there."
         )
-      self._check_tree(tree, step)
-      state = self._manager.restore(step, args=args.Composite(state=_restore_args(tree))).state
+      state = self._read(tree, step)
     return state['extra']['ema'] if ema else state['params']
+
+  def restore_parts(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+    """Some parts of the state of `step`, a whole one (`opt_state`, …), as in `restore`."""
+    with self._reading(step):
+      self._check_whole(step)
+      return self._read(abstract, step)
+
+  def _read(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+    self._check_tree(abstract, step)
+    state = self._files.state(step, abstract)
+    if wrong := self._wrong_values(state, step):
+      raise self._corrupt(step, wrong)
+    return state
+
+  def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array of `step` by its path, without its values."""
+    with self._reading(step):
+      found = _leaves(self._files.metadata(step))
+    return {digest.key_of(path): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for path, x in found}
+
+  def arrays(self, step: int, keys: Collection[str]) -> dict[str, jax.Array]:
+    """The arrays of `step` at these paths, on the first device; nothing is compared with the manifest."""
+    with self._reading(step):
+      state = self._files.some(step, lambda path: digest.key_of(path) in keys)
+    return {key: x for path, x in _leaves(state) if (key := digest.key_of(path)) in keys}
 
   def position(self, step: int) -> dict[str, Any]:
     """What was saved beside the arrays of `step`."""
     with self._reading(step):
-      return self._manager.restore(step, args=args.Composite(position=args.JsonRestore())).position
+      return self._files.position(step)
 
-  def close(self) -> None:
-    """Waits for the last save; raises what it failed with."""
-    try:
-      self._wait()
-    finally:
-      self._manager.close()
-
-  def _wait(self) -> None:
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._failure(None, None, error) from error
+  def _wrong_values(self, tree: Any, step: int) -> str:
+    """What was read and is not what was saved: damage on the way to the disk or back, which no hash of a file shows."""
+    if step_folders.kind_of(self.directory / str(step)) == 'unverified':
+      return ''
+    leaves = manifest.read(self.directory / str(step)).leaves
+    wrong = digest.differing({key: leaf.digest for key, leaf in leaves.items()}, tree)
+    return first_of([f'the values of {key} are not those that were saved' for key in wrong])
 
   def _check_whole(self, step: int) -> None:
-    if 'opt_state' not in self._metadata(step):
+    if 'opt_state' not in self._files.metadata(step):
       raise CheckpointError(
         'CKPT-PARAMS',
         f'step {step} of {self.directory} holds parameters alone (it is an average or a merge), so no run goes on from '
@@ -136,9 +291,9 @@ class Checkpoints:
 
   def _check_tree(self, abstract: dict[str, Any], step: int) -> None:
     """Raises CKPT-MISMATCH where the parts of the state in `abstract` are not those of `step`."""
-    parts = {name: tree for name, tree in self._metadata(step).items() if name in abstract}
-    stored = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(parts)}
-    wanted = {_key(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(abstract)}
+    parts = {name: tree for name, tree in self._files.metadata(step).items() if name in abstract}
+    stored = {digest.key_of(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(parts)}
+    wanted = {digest.key_of(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(abstract)}
     bad = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
     if bad:
       raise CheckpointError(
@@ -147,15 +302,16 @@ class Checkpoints:
         f'the model (first of {len(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
       )
 
-  def _metadata(self, step: int):
-    return self._manager.item_metadata(step)['state'].tree
-
   @contextlib.contextmanager
   def _reading(self, step: int) -> Iterator[None]:
-    """Inside, what files that are missing or damaged raise is one CheckpointError."""
-    for item in ('state/_METADATA', 'state/manifest.ocdbt', 'position/metadata'):
-      if not (self.directory / str(step) / item).exists():
-        raise self._corrupt(step, f'{item} is missing')
+    """Inside, the files are those of the manifest; what Orbax raises of them is one CheckpointError."""
+    if step not in self._whole and (reason := self.damage(step)):
+      raise self._corrupt(step, reason)
+    if step_folders.kind_of(self.directory / str(step)) == 'unverified' and jax.process_index() == 0:
+      print(
+        f'CKPT-UNVERIFIED: step {step} of {self.directory} was written without a manifest; its values are not checked.',
+        file=sys.stderr,
+      )
     try:
       yield
     except Exception as error:
@@ -165,45 +321,51 @@ class Checkpoints:
       raise self._corrupt(step, str(cause).splitlines()[0][:300]) from error
 
   def _corrupt(self, step: int, what: str) -> CheckpointError:
-    earlier = [s for s in self._manager.all_steps() if s < step]
-    then = f'go on from step {max(earlier)}' if earlier else 'begin anew'
+    earlier = [s for s in step_folders.finished(self.directory) if s < step]
+    then = f'use step {max(earlier)}' if earlier else 'begin anew in another --workdir'
     return CheckpointError(
       'CKPT-CORRUPT',
       f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
-      f'move {self.directory / str(step)} away to {then}.',
+      f'{then}.',
     )
 
-  def _failure(self, step: int | None, state: dict[str, Any] | None, error: Exception) -> CheckpointError:
+  def _failure(self, step: int, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(self.directory).free / 2**20
-    which = 'the last step' if step is None else f'step {step}'
-    if 'RESOURCE_EXHAUSTED' in str(error) or 'No space left' in str(error):
-      need = '' if state is None else f' needs {_mebibytes(state):.0f} MiB,'
+    if any(word in str(error) for word in NO_SPACE):
       text = (
-        f'saving {which}{need} {free:.0f} MiB free on {self.directory}. Earlier steps are intact. Free space and rerun.'
+        f'saving step {step} needs {self._needed:.0f} MiB, {free:.0f} MiB free on {self.directory}. Earlier steps are '
+        'intact. Free space.'
       )
       return CheckpointError('CKPT-NOSPACE', text)
+    what = str(error).splitlines()[0][:300]
     return CheckpointError(
-      'CKPT-WRITE', f'saving {which} in {self.directory} failed: {error}. Earlier steps are intact.'
+      'CKPT-WRITE', f'saving step {step} in {self.directory} failed: {what}. Earlier steps are intact.'
     )
+
+
+NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
   return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'extra': state.extra}
 
 
-def _restore_args(tree) -> args.PyTreeRestore:
-  """Restores exactly the leaves of `tree`, each with its sharding, shape and dtype."""
-  place = lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape)
-  return args.PyTreeRestore(tree, restore_args=jax.tree.map(place, tree), partial_restore=True)
-
-
 def _leaves(tree):
   return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))[0]
 
 
-def _key(path) -> str:
-  names = (getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', None))) for p in path)
-  return '/'.join(str(name) for name in names)
+def _error_of(act: Callable[[], None]) -> Exception | None:
+  try:
+    act()
+  except Exception as error:
+    return error
+  return None
+
+
+def first_of(sentences: Sequence[str]) -> str:
+  """The first, and how many there are; empty without any."""
+  more = f' (first of {len(sentences)})' if len(sentences) > 1 else ''
+  return sentences[0] + more if sentences else ''
 
 
 def _show(leaf) -> str:

@@ -31,6 +31,12 @@ class NonFiniteError(UserError):
   code, exit_code = 'NONFINITE', 71
 
 
+class HostError(UserError):
+  """A process that others wait for does not come: they end as those that hang do."""
+
+  code, exit_code = 'HANG', 70
+
+
 def __getattr__(name: str) -> Any:
   """USER_ERRORS is made when it is asked for: nothing of `data` is imported before it is known to be ours."""
   if name != 'USER_ERRORS':

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
+from pretrain.errors import ConfigError
 from pretrain.mesh import to_global
+
+KINDS = ('loss', 'text_loss', 'perplexity', 'accuracy', 'exact_match')  # of a set, by which steps can be judged
 
 
 def evaluate(eval_step, params, batches: Iterable[Mapping[str, np.ndarray]], mesh) -> dict[str, float]:
@@ -29,6 +32,17 @@ def evaluate_sets(eval_step, params, sets: Mapping[str, Iterable], mesh, average
   for name, batches in sets.items():
     values |= {f'{series(name, average)}/{k}': v for k, v in evaluate(eval_step, params, batches, mesh).items()}
   return values
+
+
+def check_best_of(key: str | None, sets: Iterable[str]) -> None:
+  """Raises ConfigError where no evaluation of these held-out sets has `checkpoint.best_of`."""
+  names = list(sets)
+  prefixes = [series(name, average) for name in names for average in ('', 'ema', 'lawa')]
+  if key is not None and key not in [f'{prefix}/{kind}' for prefix in prefixes for kind in KINDS]:
+    raise ConfigError(
+      f"checkpoint.best_of='{key}' is not a metric of the held-out sets; it is eval/<set>/<kind> with a set of "
+      f'{", ".join(names)} and a kind of {", ".join(KINDS)}, e.g. {prefixes[0]}/loss.'
+    )
 
 
 def series(name: str, average: str) -> str:

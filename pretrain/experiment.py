@@ -66,12 +66,18 @@ class EvaluationConfig:
 class CheckpointConfig:
   """Save every `every` steps; keep the last `keep`, and for ever those at multiples of `keep_every`.
 
+  Of those that were evaluated, the `keep_best` with the best `best_of` (`eval/<set>/loss`, …) stay as well; a run goes
+  on from the newest all the same. A save that fails is tried again at the next one, `retries` times in a row.
+
   `initial` = 'RUN/<step>': the run begins with the parameters of another one; step, optimizer and data begin anew.
   """
 
   every: Annotated[int, '>= 1'] = 100
   keep: Annotated[int, '>= 1'] = 3
   keep_every: Annotated[int, '>= 1'] | None = None
+  keep_best: Annotated[int, '>= 0'] = 0
+  best_of: str | None = None
+  retries: Annotated[int, '>= 0'] = 3
   initial: str | None = None
 
 
@@ -102,6 +108,9 @@ MAY_CHANGE = (
   'checkpoint.every',
   'checkpoint.keep',
   'checkpoint.keep_every',
+  'checkpoint.keep_best',
+  'checkpoint.best_of',
+  'checkpoint.retries',
   'mesh.',
   'data.workers',
   'data.prefetch',
@@ -144,6 +153,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_profile(cfg)
   _check_lawa(cfg)
   _check_initial(cfg.checkpoint.initial)
+  _check_best(cfg)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
@@ -279,6 +289,21 @@ def _check_initial(initial: str | None) -> None:
     raise ConfigError(
       f"checkpoint.initial='{initial}' names no step; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
+    )
+
+
+def _check_best(cfg: Experiment) -> None:
+  own = cfg.checkpoint
+  if own.keep_best and own.best_of is None:
+    raise ConfigError(
+      f'checkpoint.keep_best={own.keep_best} and no metric says which are best; set checkpoint.best_of, e.g. '
+      "'eval/<set>/loss'."
+    )
+  if own.best_of is not None and not own.keep_best:
+    raise ConfigError(f"checkpoint.best_of='{own.best_of}' with checkpoint.keep_best=0 keeps none; set keep_best >= 1.")
+  if own.best_of is not None and not cfg.evaluation.every:
+    raise ConfigError(
+      f"checkpoint.best_of='{own.best_of}' with evaluation.every=0 is never known; set evaluation.every."
     )
 
 

@@ -10,7 +10,6 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import Experiment
 from pretrain.phases import stretch_at
 from pretrain.resume import check_same_data
-from pretrain.train import newest
 
 
 def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: int) -> tuple[DataSource, int]:
@@ -20,10 +19,11 @@ def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: 
   where there is no checkpoint, or one of other data than that of `cfg`; ConfigError for a step of which nothing is
   known any more, or yet.
   """
-  latest = newest(workdir, cfg.checkpoint)
+  checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
+  latest = checkpoints.latest()
   if latest is None:
     raise CheckpointError('CKPT-NONE', f'no checkpoint in {workdir}; leave out --workdir, and give --gin_file.')
-  saved = Checkpoints(workdir, cfg.checkpoint, read_only=True).position(latest)
+  saved = checkpoints.position(latest)
   own, last = stretch_at(cfg, step), stretch_at(cfg, max(latest - 1, 0))
   if own.index == last.index:
     check_same_data(saved['data'], data.fingerprint(), latest, workdir)

@@ -45,6 +45,11 @@ class Metrics:
       losses = [f'{key.removesuffix("/loss")} {value:.4f}' for key, value in values.items() if key.endswith('/loss')]
       self._display.print(f'step {step}  {"  ".join(losses)}')
 
+  def add(self, values: Mapping[str, float]) -> None:
+    """Records `values` in the last row: what became known of an earlier step. Without a row they are left out."""
+    if self._writes and self._rows.last_step >= 0:
+      self._record(self._rows.last_step, values)
+
   def warn(self, text: str) -> None:
     """Shows a line that matters."""
     if self._writes:
@@ -118,6 +123,11 @@ class JsonRows:
     self._start = ends[-2] if rows else 0
     self._file = path.open('r+b')
     self._file.seek(ends[-1])
+
+  @property
+  def last_step(self) -> int:
+    """That of the last row; -1 without any."""
+    return self._last['step']
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Appends a row, or adds `values` to the last one where it has the same step."""

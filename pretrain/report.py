@@ -105,6 +105,7 @@ UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
+  'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'perplexity': 'per target', 'exact_match': 'share of outputs',
 }  # fmt: skip
 

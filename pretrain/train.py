@@ -19,11 +19,11 @@ from data.online import Mixing, begin
 from data.source import open_data
 from pretrain import config
 from pretrain.averaging import lawa_steps, linear_combination
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, DamagedError
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
-from pretrain.evaluate import evaluate_sets
+from pretrain.evaluate import check_best_of, evaluate_sets
 from pretrain.exact_match import make_exact_match, matches
-from pretrain.experiment import CheckpointConfig, Experiment
+from pretrain.experiment import Experiment
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
@@ -45,6 +45,7 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
   with Interrupt() as interrupt:
     try:
       run.loop(interrupt)
+      run.save_rest()
     finally:
       run.stop_profile()
       run.metrics.close()
@@ -124,13 +125,8 @@ class Run:
     recorded = read_metrics(workdir)
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
       self._changes = check_same_run(saved, cfg, allow_data_change=allow_data_change)
-    latest = newest(workdir, cfg.checkpoint)
-    check_not_lost(latest, recorded, cfg.checkpoint.every, workdir)
-    # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
-    self.stage = Stage(stretch_at(cfg, max(latest - 1, 0) if latest else 0))
-    self.data = self.stage.data  # that of the last step: a run that is stopped at the border saves it, not the next one
     self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    self.state, self.position = self._restore_or_initialise()
+    self.state, self.position = self._restore_or_initialise(recorded)
     self.mixing: Mixing | None = None
     if cfg.data.online is not None:
       self.mixing = begin(self.position, self.data.used(self.position['examples']))
@@ -139,7 +135,7 @@ class Run:
     if writes:
       write_atomically(saved, self.text)
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
-    self._profiling = False
+    self._profiling, self._evaluated = False, (-1, dict[str, float]())
     if self._changes and self.step:
       self.metrics.warn(f'DATA-CHANGE: from step {self.step} on {"; ".join(self._changes)}.')
     self._say_losses()
@@ -149,12 +145,21 @@ class Run:
     for line in self.stage.data.losses():
       self.metrics.warn(f'DATA-CUT: {line}.')
 
-  def _restore_or_initialise(self):
-    latest = self.checkpoints.latest()
+  def _restore_or_initialise(self, recorded):
+    """(state, position) of the newest step whose files and values are those that were saved, else of step 0."""
+    latest = self.checkpoints.newest_whole()
+    check_not_lost(latest, recorded, self.cfg.checkpoint.every, self.workdir)
+    # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
+    self.stage = Stage(stretch_at(self.cfg, max(latest - 1, 0) if latest else 0))
+    self.data = self.stage.data  # that of the last step: a run that is stopped at the border saves it, not the next one
+    check_best_of(self.cfg.checkpoint.best_of, self.data.heldout(self.cfg.evaluation.batches, self.stage.rows))
     fingerprint = self.stage.data.fingerprint()
     if latest is None:
       return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
-    restored = self.checkpoints.restore(self.stage.program.abstract, latest)
+    try:
+      restored = self.checkpoints.restore(self.stage.program.abstract, latest)
+    except DamagedError:
+      return self._restore_or_initialise(recorded)  # an older one
     self._changes += check_same_data(
       restored.position['data'], fingerprint, latest, self.workdir, allow_data_change=self._allow_data_change
     )
@@ -184,6 +189,7 @@ class Run:
     batches, last = loader(stage.data, self._place(), stage.rows), self._last_step()
     while self.step < last and stage.stretch.holds(self.step) and not interrupt.received:
       self._profile()
+      self._hear_of_saves()
       start = time.perf_counter()
       self.position, batch = next(batches)
       waited = time.perf_counter() - start
@@ -222,10 +228,15 @@ class Run:
       self.mixing = self.mixing.decided(cfg.online, examples, data.used(examples), cfg.batch_size)
       self.stage.data = data.at(self._place())
 
-  def finish(self) -> None:
-    """Saves what the loop has not, waits for the files, draws the report."""
-    if self.saved_step < self.step:
+  def save_rest(self) -> None:
+    """Saves what the loop has not, and waits for the files; what fails is tried again here: there is no next step."""
+    self._hear_of_saves(wait=True)
+    while self.saved_step < self.step:
       self._save()
+      self._hear_of_saves(wait=True)
+
+  def finish(self) -> None:
+    """Draws the report."""
     self.checkpoints.close()
     if jax.process_index() == 0 and read_metrics(self.workdir):  # none where the run was stopped before the first row
       write_report(self.workdir)
@@ -291,8 +302,20 @@ class Run:
   def _save(self) -> None:
     used = self.data.used(self.position['examples'])
     position = {'loader': self._place(), 'data': self.data.fingerprint(), 'used': used}
-    self.checkpoints.save(self.step, self.state, position, self.text)
+    step, scores = self._evaluated
+    self.checkpoints.save(self.step, self.state, position, self.text, scores if step == self.step else {})
     self.saved_step = self.step
+
+  def _hear_of_saves(self, *, wait: bool = False) -> None:
+    """Records what saves have cost that ended since this was last asked; the next one makes good for a failure."""
+    for saved in self.checkpoints.poll(wait=wait):
+      if saved.error is None:
+        self.metrics.add(saved.metrics())
+      else:
+        self.saved_step = min(self.saved_step, saved.step - 1)
+        self.metrics.warn(f'{saved.error} The next save is its retry.')
+      if saved.untidy is not None:
+        self.metrics.warn(f'CKPT-WRITE: old steps in {self.workdir} could not be removed: {saved.untidy}')
 
   def _evaluate(self) -> None:
     evaluation = self.cfg.evaluation
@@ -303,6 +326,7 @@ class Run:
       if self.stage.exact_match is not None:
         values |= matches(self.stage.exact_match, params, pairs, average)
     self.metrics.eval(self.step, values)
+    self._evaluated = self.step, values
 
   def _weights(self) -> Iterator[tuple[str, Any]]:
     """The parameters as '', then each average of them by its name."""
@@ -349,11 +373,6 @@ def check_lawa_processes(count: int, processes: int) -> None:
       f'evaluation.lawa_checkpoints={count} with {processes} processes: one process alone can read what it has just '
       'saved. Set it to 0, and afterwards use pretrain checkpoints average.'
     )
-
-
-def newest(workdir: pathlib.Path, cfg: CheckpointConfig) -> int | None:
-  """The newest checkpoint; a workdir without any is left as it is."""
-  return Checkpoints(workdir, cfg, read_only=True).latest() if has_checkpoint(workdir) else None
 
 
 def check_not_lost(latest: int | None, recorded, every: int, workdir: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-COMMIT = 'commit_success.txt'  # Orbax writes it last
+COMMIT = 'MANIFEST.json'  # written last
 
 
 class Training:
@@ -41,8 +41,8 @@ class Training:
     return any(all(word in line for word in words) for line in list(self.lines))
 
   def saving(self) -> bool:
-    """A step's folder is there and its commit file is not."""
-    return any(not (p / COMMIT).exists() for p in (self.workdir / 'checkpoints').glob('[0-9]*'))
+    """A step's folder is there and its manifest is not."""
+    return any(not (p / COMMIT).exists() for p in steps_of(self.workdir))
 
   def last_step(self) -> int:
     path = self.workdir / 'metrics.jsonl'
@@ -64,8 +64,12 @@ class Training:
       raise SystemExit(f'the run failed (code {self.process.returncode}):\n' + ''.join(self.lines[-20:]))
 
 
+def steps_of(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return [p for p in (workdir / 'checkpoints').glob('[0-9]*') if p.name.isdecimal()]
+
+
 def commits(workdir: pathlib.Path) -> list[int]:
-  return sorted(int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if (p / COMMIT).exists())
+  return sorted(int(p.name) for p in steps_of(workdir) if (p / COMMIT).exists())
 
 
 def kill_in_compilation(options, workdir) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -301,15 +300,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(run, others, tmp_path, cap
 
 
 @pytest.fixture(scope='module')
-def others(run, tmp_path_factory):
+def others(run, program, tmp_path_factory):
   """Parameters with another activation and of another tokenizer: the same shapes, other functions."""
   folder = tmp_path_factory.mktemp('others')
   assert main(['checkpoints', 'average', f'--workdir={run}', '--steps=2', f'--output={folder / "other"}']) == 0
   for name in ('foreign', 'mean'):
     shutil.copytree(folder / 'other', folder / name)
   edit(folder / 'other/config.gin', "model.mlp.activation = 'silu'", "model.mlp.activation = 'relu'")
-  position = folder / 'foreign/checkpoints/0/position/metadata'
-  position.write_text(json.dumps({'data': {'tokenizer': 'another'}}))
+  shutil.rmtree(folder / 'foreign/checkpoints')
+  with contextlib.closing(Checkpoints(folder / 'foreign', CheckpointConfig())) as checkpoints:
+    params = weights.Step(run, 2).read(program.abstract.params)
+    checkpoints.save_params(0, params, {'data': {'tokenizer': 'another'}}, '')
   return {name: folder / name for name in ('other', 'foreign', 'mean')}
 
 

@@ -328,6 +328,18 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (tiny.UL2, 'seed=-1', '--gin.seed: seed=-1; it must be in [0, 4294967296).'),
     (tiny.UL2, f'seed={2**64}', f'--gin.seed: seed={2**64}; it must be in [0, 4294967296).'),
     (tiny.UL2, 'checkpoint.keep_every=0', '--gin.checkpoint.keep_every: checkpoint.keep_every=0; it must be >= 1.'),
+    (tiny.UL2, 'checkpoint.keep_best=-1', '--gin.checkpoint.keep_best: checkpoint.keep_best=-1; it must be >= 0.'),
+    (tiny.UL2, 'checkpoint.retries=-1', '--gin.checkpoint.retries: checkpoint.retries=-1; it must be >= 0.'),
+    (
+      tiny.UL2,
+      'checkpoint.keep_best=2',
+      "checkpoint.keep_best=2 and no metric says which are best; set checkpoint.best_of, e.g. 'eval/<set>/loss'.",
+    ),
+    (
+      tiny.UL2,
+      "checkpoint.best_of='eval/a/loss'",
+      "checkpoint.best_of='eval/a/loss' with checkpoint.keep_best=0 keeps none; set keep_best >= 1.",
+    ),
     (
       tiny.UL2,
       'evaluation.lawa_checkpoints=4',

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import pretrain.train
-from pretrain import cli
+from pretrain import cli, manifest
 from pretrain.metrics import read_metrics
+from pretrain.saving import owner
 from tests.pretrain import tiny
 
 RUN = (
@@ -51,6 +52,8 @@ def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_pa
   with monkeypatch.context() as patch:
     patch.setenv('XLA_FLAGS', XLA_FLAGS)
     assert cli.main(['run', '--hosts=2', '--', *command]) == 0, capfd.readouterr()
+  written = manifest.read(tmp_path / 'two/checkpoints/4')
+  assert {owner(name) for name in written.files} == {0, 1}, 'each process has hashed what it wrote'
   monkeypatch.setattr(pretrain.train, 'write_report', lambda _: None)  # a third of the time, and tested elsewhere
   cfg = tiny.experiment(MODELS[model][0], *overrides(model, text_store), *RUN, 'train.steps=6')
   pretrain.train.train(cfg, tmp_path / 'one')
@@ -67,6 +70,24 @@ def assert_alike(folder, steps: int) -> None:
     two, one = series(folder / 'two', key), series(folder / 'one', key)
     assert list(two) == ([step for step in (4, 6) if step <= steps] if 'eval' in key else list(range(1, steps + 1)))
     np.testing.assert_allclose(list(two.values()), [one[step] for step in two], rtol=rtol, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('process', [0, 1])
+def test_two_hosts_leave_a_damaged_step_and_go_on_from_the_same_one(process, text_store, tmp_path, monkeypatch, capfd):
+  """Whoever of them reads the damage: the losses are those of the run before."""
+  monkeypatch.setenv('XLA_FLAGS', XLA_FLAGS)
+  command = flags('decoder', text_store, tmp_path, *RUN, 'checkpoint.every=2', 'train.steps=4')
+  assert cli.main(['run', '--hosts=2', '--', *command]) == 0, capfd.readouterr()
+  before, folder = series(tmp_path, 'loss'), tmp_path / 'checkpoints/4'
+  names = sorted(manifest.read(folder).files)[process::2]  # each reads every second file
+  name = max(names, key=lambda name: (folder / name).stat().st_size)
+  (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b'?')
+  assert cli.main(['run', '--hosts=2', '--', *command]) == 0, capfd.readouterr()
+  out = capfd.readouterr()
+  assert (out.out + out.err).count('Quarantined as 4.corrupt; going on from step 2.') == 1
+  assert series(tmp_path, 'loss') == before
+  assert sorted(path.name for path in folder.parent.iterdir()) == ['2', '4', '4.corrupt']
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def killed_at(cfg, workdir, step: int, monkeypatch) -> None:
 
     def save_and_wait(self, *what):
       save(self, *what)
-      self._manager.wait_until_finished()
+      self.finished()
 
     patch.setattr(Metrics, 'write', killed)
     patch.setattr(Checkpoints, 'save', save_and_wait)

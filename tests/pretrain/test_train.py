@@ -31,7 +31,9 @@ def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   import pretrain.train as module
 
   restore = module.Run._restore_or_initialise
-  monkeypatch.setattr(module.Run, '_restore_or_initialise', lambda self: (restore(self)[0], {'examples': 0}))
+  monkeypatch.setattr(
+    module.Run, '_restore_or_initialise', lambda self, recorded: (restore(self, recorded)[0], {'examples': 0})
+  )
   with pytest.raises(AssertionError, match='first difference'):
     assert_resumes_exactly(tiny.decoder('checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
 

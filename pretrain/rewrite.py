@@ -1,0 +1,73 @@
+"""`pretrain checkpoints restore-as`: a step of a run as the step of another one, with another optimizer or average.
+
+Parameters, step and position in the data are kept to the bit. So is the optimizer's state where no key of `optimizer`
+differs, and `extra` (moving averages) where none of `averaging` does; otherwise they begin anew from the parameters.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pretrain import config
+from pretrain.checkpoint import Checkpoints
+from pretrain.errors import ConfigError
+from pretrain.experiment import MAY_CHANGE, CheckpointConfig, Experiment, check
+from pretrain.mesh import MeshConfig
+from pretrain.phases import stretch_at
+from pretrain.resume import differences
+from pretrain.runtime import Program, build_program
+from pretrain.weights import Step, check_new, config_of
+
+FREE = ('optimizer.', 'averaging.', 'schedule.')
+
+
+def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, source: str) -> list[str]:
+  """Writes a new workdir that a run goes on from; returns the parts of the state that begin anew."""
+  check_new(output)
+  old, new = config_of(step.workdir), _changed(step.workdir, overrides)
+  stretch = stretch_at(new, max(step.number - 1, 0)).cfg
+  program = build_program(dataclasses.replace(stretch, mesh=MeshConfig()), jax.devices()[:1])
+  kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
+  with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
+    position = checkpoints.position(step.number)
+    parts = checkpoints.restore_parts(_abstract(program, ['step', 'params', *kept]), step.number)
+  text = f'# Step {step.number} made by: {source}\n{config.render(new)}'
+  _write(output, step.number, _state(program, parts), position, text)
+  return [part for part in ('opt_state', 'extra') if part not in kept]
+
+
+def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
+  return {part: getattr(program.abstract, part) for part in parts}
+
+
+def _state(program: Program, parts: dict[str, Any]):
+  fresh = program.start(parts['params'])
+  return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
+
+
+def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
+  """The config of a run with `overrides`. Raises ConfigError for a key that would make another model, or other data."""
+  saved = str(workdir / 'config.gin')
+  old, new = config.load(Experiment, [saved], []), config.load(Experiment, [saved], overrides)
+  check(new)
+  refused = [item for item in differences(old, new) if not item[0].startswith(FREE)]
+  if refused:
+    key, before, after = refused[0]
+    raise ConfigError(
+      f'{key} is {before!r} in {saved}, {after!r} in this command: restore-as changes {", ".join(FREE)} and what a '
+      f'resumed run may change ({", ".join(MAY_CHANGE)}). Nothing was written; for anything else start a run with '
+      'checkpoint.initial.'
+    )
+  return new
+
+
+def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
+  """The config is written last: without it `output` is no run."""
+  checkpoints = Checkpoints(output, CheckpointConfig())
+  checkpoints.save(step, state, position, text)
+  checkpoints.close()
+  (output / 'config.gin').write_text(text)
