@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from pretrain import digest, manifest, step_folders
-from pretrain.agreement import Agreement
 from pretrain.checkpoint_orbax import Files
 from pretrain.errors import CheckpointError
 from pretrain.experiment import CheckpointConfig
+from pretrain.hosts import Agreement
 from pretrain.saving import Saving
 from pretrain.step import TrainState
 

@@ -151,7 +151,8 @@ def train_command(options, overrides) -> int:
   from pretrain import runtime, train
 
   runtime.use_compilation_cache()
-  return train.train(cfg, options.workdir, allow_data_change=options.allow_data_change)
+  with launch.leaving_at_once():
+    return train.train(cfg, options.workdir, allow_data_change=options.allow_data_change)
 
 
 def describe_flags(command: argparse.ArgumentParser) -> None:
@@ -230,17 +231,71 @@ def report_command(options, overrides) -> None:
 
 def run_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--hosts', type=int, required=True, help='processes on this machine, over loopback')
+  command.add_argument(
+    '--max_restarts', type=int, default=100, help='how often training that fails is started again (default: 100)'
+  )
+  command.add_argument(
+    '--min_hosts', type=int, help='go on with fewer processes, at least so many, where one stays away (default: all)'
+  )
+  command.add_argument(
+    '--skip_poisoned', action='store_true', help='leave out the examples of a step that fails three times'
+  )
 
 
 def run_command(options, overrides) -> int:
-  """Start several local processes of a command: pretrain run --hosts=2 -- train …."""
+  """Start several local processes of a command: pretrain run --hosts=2 -- train …; training that fails goes on."""
   from pretrain import launch
 
   if not options.rest:
     raise ConfigError(
       'pretrain run needs a command after --, e.g. pretrain run --hosts=2 -- train --gin_file=F --workdir=RUN.'
     )
+  check_hosts(options)
+  if options.rest[0] == 'train':
+    return supervised(options)
   return launch.run(options.hosts, options.rest)
+
+
+def check_hosts(options) -> None:
+  """Raises ConfigError for numbers that cannot be."""
+  if options.hosts < 1:
+    raise ConfigError(f'--hosts={options.hosts}; it must be at least 1.')
+  if options.max_restarts < 0:
+    raise ConfigError(f'--max_restarts={options.max_restarts}; it must be at least 0 (0 = never).')
+  if options.min_hosts is not None and not 1 <= options.min_hosts <= options.hosts:
+    raise ConfigError(f'--min_hosts={options.min_hosts} with --hosts={options.hosts}; it must be 1 to --hosts.')
+
+
+def check_skippable(cfg) -> None:
+  """Raises ConfigError where the examples of a step cannot be left out."""
+  from pretrain.phases import stretches
+
+  if cfg.data.online is not None:
+    raise ConfigError(
+      '--skip_poisoned with data.online, whose weights are of losses of all examples; remove one of them.'
+    )
+  if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
+    raise ConfigError(
+      f'--skip_poisoned with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.'
+    )
+
+
+def supervised(options) -> int:
+  """`pretrain run -- train …`; its mistakes show before a process is started."""
+  from pretrain import launch
+  from pretrain.mesh import shares_evenly
+  from pretrain.supervise import Policy, Supervisor
+
+  train, overrides = parse(options.rest)
+  cfg = load(train, overrides)
+  check_workdir(train.workdir)
+  if options.skip_poisoned:
+    check_skippable(cfg)
+  policy = Policy(max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned)
+  fits = lambda hosts: shares_evenly(cfg.mesh, cfg.data.batch_size, hosts)
+  return Supervisor(
+    options.hosts, launch.program(options.rest), train.workdir, policy, fits, batch_size=cfg.data.batch_size
+  ).run()
 
 
 def plan_flags(command: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ from pretrain.mesh import MeshConfig
 from pretrain.optim import AdamW, Optimizer, check_optimizer
 from pretrain.phases import Phase, stretches
 from pretrain.schedule import Schedule, check_schedule
+from pretrain.watchdog import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class Experiment:
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
+  watchdog: WatchdogConfig = WatchdogConfig()
   kernels: KernelsConfig = KernelsConfig()
   phases: tuple[Phase, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
@@ -112,6 +114,7 @@ MAY_CHANGE = (
   'checkpoint.best_of',
   'checkpoint.retries',
   'mesh.',
+  'watchdog.',
   'data.workers',
   'data.prefetch',
 )

@@ -10,6 +10,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import Experiment
 from pretrain.phases import stretch_at
 from pretrain.resume import check_same_data
+from pretrain.skipping import behind
 
 
 def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: int) -> tuple[DataSource, int]:
@@ -28,8 +29,10 @@ def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: 
   if own.index == last.index:
     check_same_data(saved['data'], data.fingerprint(), latest, workdir)
   position = saved['loader']
-  shift = position['examples'] - last.example(latest)  # batches had another size before the data was changed
-  example = own.example(step) + shift
+  skipped = position.get('skipped', [])
+  used = position['examples'] - sum(end - first for first, end in skipped)
+  shift = used - last.example(latest)  # batches had another size before the data was changed
+  example = behind(skipped, own.example(step) + shift)
   _check_known(workdir, cfg, position, step, example, latest)
   return data.at(position), example
 

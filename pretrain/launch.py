@@ -3,6 +3,9 @@
 Everything stays on 127.0.0.1: JAX's own default would open the coordinator to the network.
 """
 
+import contextlib
+import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -11,14 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
+from pretrain import errors
 from pretrain.errors import ConfigError
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
-HEARTBEAT_SECONDS = 20  # a dead process is noticed, and ends its peers, within this time
-GRACE_SECONDS = 30  # between the signal that asks processes to end and the one that ends them
+PREEMPTED, HANG = 75, 70
+USER_CODES = (64, 65, 66, 71)  # a restart would find the same
+POLL_SECONDS = 0.02
+HEARTBEAT_SECONDS = 60  # a peer that went silent (stopped, cut off) is noticed; the launcher sees dead ones at once
+GRACE_SECONDS = 3  # between the signal that asks processes to end and the one that ends them
 PR_SET_PDEATHSIG = 1
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
@@ -57,6 +65,24 @@ def initialize_from_env() -> None:
   )
 
 
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+  """What fails inside ends the process at once where there are several: JAX would wait for its peers, they for it."""
+  try:
+    yield
+  except Exception as error:
+    if num_hosts() == 1:
+      raise
+    known = isinstance(error, errors.USER_ERRORS)
+    print(error if known else traceback.format_exc(), file=sys.stderr, flush=True)
+    os._exit(error.exit_code if known else 1)
+
+
+def program(command: Sequence[str]) -> list[str]:
+  """`pretrain COMMAND`, whatever the current folder holds."""
+  return [sys.executable, '-P', '-m', 'pretrain', *command]
+
+
 def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int:
   """Runs `pretrain COMMAND` in `hosts` local processes and returns the worst exit code.
 
@@ -65,14 +91,23 @@ def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int
   """
   if hosts < 1:
     raise ConfigError(f'--hosts={hosts}; it must be at least 1.')
-  return run_program(hosts, [sys.executable, '-P', '-m', 'pretrain', *command], stream or sys.stdout)
+  return run_program(hosts, program(command), stream or sys.stdout)
 
 
 def run_program(hosts: int, command: Sequence[str], stream: TextIO) -> int:
   """`run` for any program."""
   group = Group(hosts, command, stream)
   with ForwardedSignals(group.signal):
-    return group.wait()
+    return group.wait().code
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a group ended: the code and number of the process that failed first, and when; code 0 or 75 where none did."""
+
+  code: int
+  host: int
+  time: float
 
 
 class Group:
@@ -95,20 +130,35 @@ class Group:
       if process.poll() is None:
         process.send_signal(number)
 
-  def wait(self) -> int:
-    """The worst code of those that failed by themselves, not because they were told to end; 0 when none did."""
-    worst, deadline = 0, None
-    while None in [process.poll() for process in self._processes]:
-      failed = [exit_code(p.returncode) for p in self._processes if p.returncode]
-      if failed and deadline is None:
-        worst, deadline = max(failed), time.monotonic() + GRACE_SECONDS
+  def wait(self, watch: Callable[[], None] = lambda: None) -> Outcome:
+    """Of the one that failed by itself, not because it was told to end. `watch` is called again and again."""
+    outcome, deadline = None, math.inf
+    while None in (codes := [process.poll() for process in self._processes]):
+      watch()
+      if outcome is None and (failed := failures(codes)):
+        outcome, deadline = first_cause(failed), time.monotonic() + GRACE_SECONDS
         self.signal(signal.SIGTERM)
-      elif deadline and time.monotonic() > deadline:
+      elif time.monotonic() > deadline:
         self.signal(signal.SIGKILL)
-      time.sleep(0.05)
+      time.sleep(POLL_SECONDS)
     for reader in self._readers:
       reader.join()
-    return worst or max(exit_code(process.returncode) for process in self._processes)
+    watch()
+    ended = {host: exit_code(code) for host, code in enumerate(codes)}
+    return outcome or first_cause(failures(codes) or ended)
+
+
+def failures(codes: Sequence[int | None]) -> dict[int, int]:
+  """host -> exit code of the processes that failed so far; one that was interrupted and has saved did not."""
+  return {host: exit_code(code) for host, code in enumerate(codes) if code and code != PREEMPTED}
+
+
+def first_cause(codes: Mapping[int, int]) -> Outcome:
+  """Of processes that failed within a blink: what a user can mend before a hang, before one that was killed, and last
+  those that JAX aborts because another one is gone."""
+  rank = lambda code: (code not in USER_CODES, code != HANG, code == 128 + signal.SIGABRT, code <= 128, -code)
+  host, code = min(codes.items(), key=lambda item: rank(item[1]))
+  return Outcome(code, host, time.time())
 
 
 def exit_code(returncode: int) -> int:

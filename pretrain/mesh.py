@@ -56,6 +56,12 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
     set_threads(devices // num_hosts)
 
 
+def shares_evenly(cfg: MeshConfig, batch_size: int, num_hosts: int) -> bool:
+  """Whether `num_hosts` processes can have equal parts of the devices and of each batch."""
+  devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
+  return devices % num_hosts == 0 and batch_size % num_hosts == 0
+
+
 def axis_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
   """The size of each mesh axis, -1 resolved; raises ConfigError when they do not fit the devices."""
   sizes = dataclasses.asdict(cfg)

@@ -6,11 +6,13 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data.source import wanted_shares
 from pretrain import config
 from pretrain.errors import CheckpointError
 from pretrain.experiment import Experiment
+from pretrain.goodput import KINDS, write_goodput
 from pretrain.metrics import read_metrics
 from pretrain.phases import stretches
 from pretrain.plots import Shares, draw, plots_of, sources_of
@@ -24,6 +26,8 @@ h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.1em; margin-top: 2e
 .plots img:first-child { grid-column: 1 / -1; }
 table { border-collapse: collapse; } td, th { padding: 3px 18px 3px 0; border-bottom: 1px solid #e5e5e5; }
 th { text-align: left; font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { display: flex; height: 26px; border-radius: 3px; overflow: hidden; margin: 0 0 10px; }
+td i { display: inline-block; width: 10px; height: 10px; margin-right: 8px; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.4; }
 """
 
@@ -79,7 +83,8 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
   titles = plots_of(rows)
   pictures = '\n'.join(embedded(image, titles[image.stem]) for image in images)
   numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
-  sections = [f'<h2>Final numbers</h2>{numbers}']
+  sections = [goodput_section(write_goodput(workdir))]
+  sections += [f'<h2>Final numbers</h2>{numbers}']
   if baselines:
     losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
     sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
@@ -90,6 +95,38 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
     f'<body><h1>{name}</h1><p class="path">{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}</p>\n'
     f'<div class="plots">{pictures}</div>\n{"".join(sections)}</body></html>\n'
   )
+
+
+def goodput_section(found: Mapping[str, Any]) -> str:
+  """Where the time went, as one bar and a table; nothing for a run without a timeline."""
+  if not found:
+    return ''
+  wall = found['wall_seconds']
+  parts = {kind: seconds for kind, seconds in found['seconds'].items() if seconds > 0}
+  bar = ''.join(
+    f'<span title="{KINDS[kind]}: {show(seconds)} s" style="width:{100 * seconds / wall:.3f}%;'
+    f'background:{COLORS[kind]}"></span>'
+    for kind, seconds in parts.items()
+  )
+  cells = [
+    (f'<i style="background:{COLORS[kind]}"></i>{kind}: {KINDS[kind]}', show(seconds), f's, {seconds / wall:.1%}')
+    for kind, seconds in parts.items()
+  ]
+  cells += [(name, show(found[key]), unit) for key, name, unit in RECOVERY if found[key] is not None]
+  rows = ''.join(f'<tr><td>{a}</td><td class="number">{b}</td><td>{c}</td></tr>' for a, b, c in cells)
+  title = f'<h2>Goodput: {found["goodput"]:.1%} of {show(round(wall))} s made steps that count</h2>'
+  return f'{title}<div class="bar">{bar}</div><table>{rows}</table>'
+
+
+RECOVERY = (
+  ('failures', 'failures', ''),
+  ('mttr_seconds', 'mean time to recover: from a failure to the first step after it', 's'),
+  ('mtbf_seconds', 'mean time between failures', 's'),
+)
+COLORS = {
+  'productive': '#2563a8', 'lost': '#d1492e', 'data': '#c98a1b', 'save': '#8a4fa3', 'eval': '#3a8f4d',
+  'init': '#a9c6e8', 'compile': '#7f9db9', 'restore': '#5b8c8a', 'hang': '#8c1d04', 'down': '#555', 'close': '#ccc',
+}  # fmt: skip
 
 
 def summary(rows: Rows) -> list[tuple[str, float, str]]:

@@ -49,6 +49,20 @@ def _is_fixed(key: str, before: Experiment, after: Experiment) -> bool:
   return key == 'data.sentinels'
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+  return any((workdir / 'checkpoints').glob('[0-9]*'))
+
+
+def check_not_lost(latest: int | None, recorded, every: int, workdir: pathlib.Path) -> None:
+  """Raises CheckpointError where the metrics tell of checkpoints that are not there: a save ends before the next."""
+  if latest is None and every > 0 and recorded and recorded[-1]['step'] > 2 * every:
+    raise CheckpointError(
+      'CKPT-NONE',
+      f'no checkpoint in {workdir}, though its metrics.jsonl reaches step {recorded[-1]["step"]}. Not starting from '
+      'step 0; bring checkpoints/ back, or use another --workdir.',
+    )
+
+
 def check_same_data(
   saved: Mapping[str, Any],
   found: Mapping[str, Any],

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import jax
 
 from pretrain import digest, manifest, step_folders
-from pretrain.agreement import Agreement
 from pretrain.errors import HostError
+from pretrain.hosts import Agreement
 from pretrain.manifest import File, Leaf, Manifest
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,20 +15,24 @@ from data.loader import loader
 from data.objectives import Supervised
 from data.online import Mixing, begin
 from data.source import open_data
-from pretrain import config
+from pretrain import config, hosts
 from pretrain.averaging import lawa_steps, linear_combination
 from pretrain.checkpoint import Checkpoints, DamagedError
-from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
+from pretrain.errors import ConfigError, NonFiniteError
 from pretrain.evaluate import check_best_of, evaluate_sets
 from pretrain.exact_match import make_exact_match, matches
 from pretrain.experiment import Experiment
+from pretrain.hosts import Interrupt
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
 from pretrain.phases import Stretch, stretch_at
 from pretrain.report import write_report
-from pretrain.resume import check_same_data, check_same_run
+from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint
 from pretrain.runtime import build_program, cache_dir
+from pretrain.skipping import leave_out, read_skips, steps_to_skip
+from pretrain.timeline import Phase, Timeline
+from pretrain.watchdog import Watchdog
 from pretrain.weights import initial_params
 
 DONE, PREEMPTED = 0, 75
@@ -41,39 +43,24 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
 
   With `allow_data_change` a run goes on where its data has changed, from the same row of each source.
   """
-  run = Run(cfg, pathlib.Path(workdir), allow_data_change)
-  with Interrupt() as interrupt:
+  timeline, workdir = Timeline(), pathlib.Path(workdir)
+  with Watchdog(timeline, cfg.watchdog, workdir), Interrupt() as interrupt:
+    run = Run(cfg, workdir, timeline, allow_data_change)
+    with timeline.during('restore'):
+      hosts.barrier('begin', cfg.watchdog.restore)
     try:
       run.loop(interrupt)
-      run.save_rest()
+      with timeline.during('save'):
+        run.save_rest()
     finally:
       run.stop_profile()
       run.metrics.close()
-    run.finish()
+    with timeline.during('close'):
+      run.finish()
+      hosts.barrier('end', cfg.watchdog.close)
+    timeline.enter('done')
+    timeline.flush()
   return DONE if run.step >= cfg.train.steps else PREEMPTED
-
-
-class Interrupt:
-  """Set by the first SIGTERM or Ctrl-C inside the block: the loop saves and leaves. A second one ends the process.
-
-  Several processes would have to agree on the step first, and only a main thread gets signals: there it is never set.
-  """
-
-  def __init__(self):
-    self.received, self._previous = False, {}
-
-  def __enter__(self):
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def __exit__(self, kind, error, trace):
-    for number, previous in self._previous.items():
-      signal.signal(number, previous)
-
-  def _handle(self, number, _frame):
-    self.received = True
-    signal.signal(number, self._previous[number])
 
 
 class Stopwatch:
@@ -108,18 +95,25 @@ class Stage:
       self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
     )
     self.program = build_program(self.cfg, schedule_start=stretch.schedule_start)
-    self.rows = host_rows(self.program.mesh, self.cfg.data.batch_size)
+    self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
     self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
+
+  def phase_of(self, batch) -> Phase:
+    """What a step with this batch is: one of new shapes compiles."""
+    shapes = tuple(values.shape for values in batch.values())
+    known = shapes in self._compiled
+    self._compiled.add(shapes)
+    return 'step' if known else 'compile'
 
 
 class Run:
   """One process's share of a run: its state, its place in the data, its files."""
 
-  def __init__(self, cfg: Experiment, workdir: pathlib.Path, allow_data_change: bool = False):
-    self.cfg, self.workdir, self.text = cfg, workdir, config.render(cfg)
-    self._allow_data_change, self._changes = allow_data_change, []
+  def __init__(self, cfg: Experiment, workdir: pathlib.Path, timeline: Timeline, allow_data_change: bool = False):
+    self.cfg, self.workdir, self.timeline, self.text = cfg, workdir, timeline, config.render(cfg)
+    self._allow_data_change, self._changes, self.skips = allow_data_change, [], read_skips(workdir)
     check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
     saved = workdir / 'config.gin'
     recorded = read_metrics(workdir)
@@ -134,6 +128,7 @@ class Run:
     writes = jax.process_index() == 0
     if writes:
       write_atomically(saved, self.text)
+      timeline.open(workdir, self.step, self.position['examples'])
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
     self._profiling, self._evaluated = False, (-1, dict[str, float]())
     if self._changes and self.step:
@@ -147,7 +142,8 @@ class Run:
 
   def _restore_or_initialise(self, recorded):
     """(state, position) of the newest step whose files and values are those that were saved, else of step 0."""
-    latest = self.checkpoints.newest_whole()
+    with self.timeline.during('restore'):
+      latest = self.checkpoints.newest_whole()
     check_not_lost(latest, recorded, self.cfg.checkpoint.every, self.workdir)
     # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
     self.stage = Stage(stretch_at(self.cfg, max(latest - 1, 0) if latest else 0))
@@ -155,9 +151,11 @@ class Run:
     check_best_of(self.cfg.checkpoint.best_of, self.data.heldout(self.cfg.evaluation.batches, self.stage.rows))
     fingerprint = self.stage.data.fingerprint()
     if latest is None:
-      return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
+      with self.timeline.during('compile'):
+        return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
     try:
-      restored = self.checkpoints.restore(self.stage.program.abstract, latest)
+      with self.timeline.during('restore'):
+        restored = self.checkpoints.restore(self.stage.program.abstract, latest)
     except DamagedError:
       return self._restore_or_initialise(recorded)  # an older one
     self._changes += check_same_data(
@@ -176,7 +174,8 @@ class Run:
 
   def loop(self, interrupt: Interrupt) -> None:
     """Steps until the last one, or until interrupted, phase by phase."""
-    while self.step < self.cfg.train.steps and not interrupt.received:
+    while self.step < self.cfg.train.steps and not interrupt.at(self.step):
+      self.position = leave_out(self.skips, self.position)
       if not self.stage.stretch.holds(self.step):
         self.stage = Stage(stretch_at(self.cfg, self.step))
         self.stage.data = self.stage.data.at(self._place())
@@ -187,13 +186,18 @@ class Run:
     """The steps of one phase, or until weights are decided; the metrics of a step are read while the next one runs."""
     stage, pending, watch = self.stage, None, Stopwatch()
     batches, last = loader(stage.data, self._place(), stage.rows), self._last_step()
-    while self.step < last and stage.stretch.holds(self.step) and not interrupt.received:
+    while self.step < last and stage.stretch.holds(self.step) and not interrupt.at(self.step):
       self._profile()
       self._hear_of_saves()
       start = time.perf_counter()
+      self.timeline.enter('data')
       self.position, batch = next(batches)
       waited = time.perf_counter() - start
-      self.state, metrics = stage.program.train_step(self.state, to_global(batch, stage.program.mesh))
+      self.timeline.enter(stage.phase_of(batch))
+      arrays = to_global(batch, stage.program.mesh)
+      if self.timeline.phase == 'compile':
+        self._compile_together(arrays)
+      self.state, metrics = stage.program.train_step(self.state, arrays)
       self.step += 1
       self.data = stage.data
       if pending is not None:
@@ -208,10 +212,17 @@ class Run:
     if pending is not None:
       self._log(self.step, pending, watch)
 
+  def _compile_together(self, batch) -> None:
+    """Where there are several processes, none begins a step before all have compiled it: gloo waits 30 s, no longer."""
+    if jax.process_count() > 1:
+      self.stage.program.train_step.lower(self.state, batch).compile()  # kept: see `use_compilation_cache`
+      hosts.barrier(f'compiled for step {self.step + 1}', self.cfg.watchdog.compile)
+
   def _last_step(self) -> int:
-    """The step before which no weights of sources are decided anew, if there are others."""
+    """The step before which no examples are left out, and no weights of sources decided anew, if there are others."""
     if self.mixing is None:
-      return self.cfg.train.steps
+      left = steps_to_skip(self.skips, self.position['examples'], self.stage.cfg.data.batch_size)
+      return self.cfg.train.steps if left is None else min(self.step + left, self.cfg.train.steps)
     size = self.cfg.data.batch_size
     left = self.mixing.next_start(self.cfg.data.online, size) - self.position['examples']
     return min(self.step + left // size, self.cfg.train.steps)
@@ -250,6 +261,7 @@ class Run:
   def _log(self, step: int, metrics, watch: Stopwatch) -> None:
     found = jax.device_get(metrics)
     examples = found.pop('examples')
+    self.timeline.completed(step, examples)
     by_source = found.pop('source_loss', None), found.pop('source_weight', None)
     values = {k: float(v) for k, v in found.items()} | self._source_metrics(examples, *by_source)
     if self.mixing is not None:
@@ -295,9 +307,11 @@ class Run:
   def _evaluate_and_save(self) -> None:
     """Evaluates first: a step that is saved has all its numbers, however soon after the run is killed."""
     if self.cfg.evaluation.every and (self._due(self.cfg.evaluation.every) or self._last()):
-      self._evaluate()
+      with self.timeline.during('eval'):
+        self._evaluate()
     if self._due(self.cfg.checkpoint.every) or self._last():
-      self._save()
+      with self.timeline.during('save'):
+        self._save()
 
   def _save(self) -> None:
     used = self.data.used(self.position['examples'])
@@ -310,6 +324,7 @@ class Run:
     """Records what saves have cost that ended since this was last asked; the next one makes good for a failure."""
     for saved in self.checkpoints.poll(wait=wait):
       if saved.error is None:
+        self.saved_step = max(self.saved_step, saved.step)  # one before it may have failed since it was begun
         self.metrics.add(saved.metrics())
       else:
         self.saved_step = min(self.saved_step, saved.step - 1)
@@ -362,26 +377,12 @@ class Run:
       self._profiling = False
 
 
-def has_checkpoint(workdir: pathlib.Path) -> bool:
-  return any((workdir / 'checkpoints').glob('[0-9]*'))
-
-
 def check_lawa_processes(count: int, processes: int) -> None:
   """Raises ConfigError for LAWA in several processes: there all but the first see a step they wrote as unfinished."""
   if count and processes > 1:
     raise ConfigError(
       f'evaluation.lawa_checkpoints={count} with {processes} processes: one process alone can read what it has just '
       'saved. Set it to 0, and afterwards use pretrain checkpoints average.'
-    )
-
-
-def check_not_lost(latest: int | None, recorded, every: int, workdir: pathlib.Path) -> None:
-  """Raises CheckpointError where the metrics tell of checkpoints that are not there: a save ends before the next."""
-  if latest is None and every > 0 and recorded and recorded[-1]['step'] > 2 * every:
-    raise CheckpointError(
-      'CKPT-NONE',
-      f'no checkpoint in {workdir}, though its metrics.jsonl reaches step {recorded[-1]["step"]}. Not starting from '
-      'step 0; bring checkpoints/ back, or use another --workdir.',
     )
 
 

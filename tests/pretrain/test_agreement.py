@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from pretrain.agreement import Agreement
 from pretrain.errors import HostError
+from pretrain.hosts import Agreement
 
 
 class Service:
@@ -23,11 +23,14 @@ class Service:
       raise jax.errors.JaxRuntimeError(f'DEADLINE_EXCEEDED: {key} after {milliseconds} ms')
     return self.values[key]
 
+  def key_value_dir_get(self, folder):
+    return [(f'{folder}/1', 'save 20')]
+
 
 @pytest.fixture
 def service(monkeypatch):
   service = Service()
-  monkeypatch.setattr('pretrain.agreement.distributed.global_state.client', service)
+  monkeypatch.setattr('pretrain.hosts.distributed.global_state.client', service)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   return service
 
@@ -52,7 +55,9 @@ def test_all_answers_come_in_the_order_of_the_processes(service, monkeypatch):
 
 
 def test_who_does_not_answer_is_named(service):
-  with pytest.raises(HostError, match=r'HANG: process 1 of 2 did not answer within 0.5 s \(pretrain/c/0/1\)') as caught:
+  with pytest.raises(
+    HostError, match=r'HANG: process 1 of 2 did not answer within 0.5 s \(pretrain/c/0/1\); .*1: save since step 20'
+  ) as caught:
     Agreement('c', seconds=0.5).gather('x')
   assert caught.value.exit_code == 70
 

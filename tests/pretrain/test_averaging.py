@@ -18,6 +18,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import CheckpointConfig
 from pretrain.metrics import read_metrics
 from pretrain.runtime import build_program
+from pretrain.timeline import Timeline
 from pretrain.train import train
 from tests.pretrain import tiny
 
@@ -344,7 +345,7 @@ def test_where_a_run_began_is_part_of_it(run, text_store, tmp_path):
 def test_lawa_in_several_processes_is_refused(text_store, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with pytest.raises(ConfigError, match=r'evaluation.lawa_checkpoints=3 with 2 processes: one process alone can read'):
-    pretrain.train.Run(config_of(text_store), tmp_path / 'run')
+    pretrain.train.Run(config_of(text_store), tmp_path / 'run', Timeline())
   assert not (tmp_path / 'run').exists()
 
 

@@ -38,22 +38,36 @@ def group(hosts, code, stream):
 
 def test_three_processes_are_one_run():
   stream = io.StringIO()
-  assert group(3, SUM, stream).wait() == 0, stream.getvalue()
+  assert group(3, SUM, stream).wait().code == 0, stream.getvalue()
   lines = [line for line in stream.getvalue().splitlines() if 'sum' in line]
   assert sorted(lines) == [f'[{host}] sum 33 3 6 2' for host in range(3)]
 
 
 def test_when_one_fails_all_end_with_its_code():
   start = time.monotonic()
-  assert group(3, ONE_FAILS, io.StringIO()).wait() == 64
+  assert group(3, ONE_FAILS, io.StringIO()).wait().code == 64
   assert time.monotonic() - start < 20
+
+
+def test_one_that_was_interrupted_and_has_saved_does_not_end_the_others():
+  code = "import os, sys, time; host = int(os.environ['PRETRAIN_HOST']); time.sleep(host); print('saved'); sys.exit(75)"
+  stream = io.StringIO()
+  assert group(2, code, stream).wait().code == 75
+  assert sorted(stream.getvalue().splitlines()) == ['[0] saved', '[1] saved']
+
+
+def test_of_those_that_fail_together_the_one_to_blame_is_named():
+  blamed = lambda codes: launch.first_cause(codes).host
+  assert blamed({0: 134, 1: 137, 2: 1}) == 1, 'a killed one, not those that JAX aborts for it'
+  assert blamed({0: 137, 1: 70, 2: 134}) == 1, 'a hang'
+  assert blamed({0: 70, 1: 1, 2: 64}) == 2, 'what a user can mend'
 
 
 def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
   deaf = 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); import time; time.sleep(2); '
   start = time.monotonic()
-  assert group(2, deaf + ONE_FAILS, io.StringIO()).wait() == 64
+  assert group(2, deaf + ONE_FAILS, io.StringIO()).wait().code == 64
   assert time.monotonic() - start < 30
 
 
@@ -97,7 +111,7 @@ tables = open('/proc/self/net/tcp').read() + open('/proc/self/net/tcp6').read()
 print(os.environ['PRETRAIN_COORDINATOR'], tables)
 """
   stream = io.StringIO()
-  assert group(2, code, stream).wait() == 0, stream.getvalue()
+  assert group(2, code, stream).wait().code == 0, stream.getvalue()
   port = int(re.search(r'127\.0\.0\.1:(\d+)', stream.getvalue())[1])
   listening = re.findall(rf' ([0-9A-F]+):{port:04X} [0-9A-F]+:0000 0A', stream.getvalue())
   assert listening, 'the port was found'
@@ -107,7 +121,7 @@ print(os.environ['PRETRAIN_COORDINATOR'], tables)
 def test_output_comes_line_by_line_behind_the_host():
   stream = io.StringIO()
   code = "import sys; print('out'); print('err', file=sys.stderr); sys.stdout.buffer.write(b'\\xff\\n')"
-  assert group(1, code, stream).wait() == 0
+  assert group(1, code, stream).wait().code == 0
   assert sorted(stream.getvalue().splitlines()) == ['[0] err', '[0] out', '[0] \ufffd']
 
 
@@ -122,7 +136,7 @@ def test_the_command_runs_in_every_process(capsys):
 def test_a_process_that_uses_jax_may_start_others(capsys):
   """JAX has threads, and warns of a fork."""
   jax.numpy.zeros(3).block_until_ready()
-  assert group(1, "print('fine')", io.StringIO()).wait() == 0
+  assert group(1, "print('fine')", io.StringIO()).wait().code == 0
 
 
 def test_without_the_variables_there_is_one_process(monkeypatch):

@@ -17,7 +17,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import CheckpointConfig
 from pretrain.saving import owner
 from pretrain.step import TrainState
-from pretrain.train import train
+from pretrain.train import Run, train
 from tests.pretrain import tiny
 
 POSITION = {'loader': {}, 'data': {}}
@@ -136,6 +136,16 @@ def test_a_full_disk_costs_a_run_a_save_and_nothing_else(tmp_path, failing, monk
   assert [row['step'] for row in rows] == list(range(1, 8))
   assert sum('save_stall' in row for row in rows) >= 2
   assert {'save_stall', 'save_seconds', 'save_mib'} <= rows[-1].keys()
+
+
+def test_a_failure_that_is_heard_of_after_the_next_save_began_repeats_nothing(tmp_path, failing, monkeypatch):
+  """A slow disk: how the save of step 2 ended is known when that of step 4, the last one, has succeeded."""
+  failing |= {0}
+  hear = Run._hear_of_saves
+  monkeypatch.setattr(Run, '_hear_of_saves', lambda run, *, wait=False: hear(run, wait=wait) if wait else None)
+  monkeypatch.setattr('pretrain.train.write_report', lambda _: None)
+  assert train(tiny.decoder('train.steps=4', 'checkpoint.every=2'), tmp_path) == 0
+  assert step_folders.finished(tmp_path / 'checkpoints') == [4]
 
 
 FILE_TOO_LARGE = """

@@ -1,0 +1,60 @@
+"""Examples that a run leaves out because no step with them ends: RUN/skipped.json, [[first, end], …] in examples.
+
+The supervisor writes it (`pretrain run --skip_poisoned`). A run reads it when it starts, so that whoever resumes it
+makes the same steps; what was left out is in the position of each checkpoint too.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FILE = 'skipped.json'
+Ranges = Sequence[tuple[int, int]]
+
+
+def read_skips(workdir: pathlib.Path) -> list[tuple[int, int]]:
+  """The ranges of a run, in order; none without the file."""
+  path = workdir / FILE
+  return [(first, end) for first, end in sorted(json.loads(path.read_text()))] if path.exists() else []
+
+
+def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
+  """Examples `first` to `end - 1` are left out from the next start on."""
+  ranges = sorted({*read_skips(workdir), (first, end)})
+  temporary = (workdir / FILE).with_suffix('.tmp')
+  temporary.write_text(json.dumps(ranges) + '\n')
+  temporary.replace(workdir / FILE)
+
+
+def steps_to_skip(ranges: Ranges, examples: int, batch_size: int) -> int | None:
+  """Steps from `examples` to the next range; None where there is none.
+
+  >>> steps_to_skip([(24, 36)], 12, 12), steps_to_skip([(24, 36)], 36, 12)
+  (1, None)
+  """
+  return next(((first - examples) // batch_size for first, _ in ranges if first >= examples), None)
+
+
+def behind(ranges: Ranges, example: int) -> int:
+  """Where the example lies that would be number `example` if nothing had been left out.
+
+  >>> [behind([(24, 40)], example) for example in (16, 24, 32)]
+  [16, 40, 48]
+  """
+  for first, end in ranges:
+    example += (end - first) * (example >= first)
+  return example
+
+
+def leave_out(ranges: Ranges, position: Mapping[str, Any]) -> dict[str, Any]:
+  """`position` behind the ranges that begin at it, and a record of them.
+
+  >>> leave_out([(24, 36), (36, 48)], {'examples': 24})
+  {'examples': 48, 'skipped': [[24, 36], [36, 48]]}
+  """
+  found = dict(position)
+  for first, end in ranges:
+    if first == found['examples']:
+      found |= {'examples': end, 'skipped': [*found.get('skipped', []), [first, end]]}
+  return found
