@@ -141,6 +141,7 @@ class JsonRows:
       self._start = self._file.tell()
     self._file.write(encode(self._last))
     self._file.flush()
+    self._file.truncate()  # a value may be shorter than the one it replaces; a kill before this leaves no row
 
   def close(self) -> None:
     self._file.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.metrics import FILE, Metrics, encode, read_metrics
+from pretrain.metrics import FILE, JsonRows, Metrics, encode, read_metrics
 from pretrain.progress import make_display
 
 
@@ -214,3 +214,16 @@ def test_in_a_terminal_there_is_one_live_line():
   assert 'eval/a 1.0' in text
   assert 'step 4/10' in text
   assert 'loss 1.5000' in text
+
+
+def test_a_shorter_value_in_the_place_of_a_longer_one_leaves_nothing_of_it(tmp_path):
+  """Two saves end at one row; and a kill between the write and the cut costs nothing."""
+  path = tmp_path / FILE
+  rows = JsonRows(path, 0)
+  rows.write(1, {'loss': 2.0, 'save_stall': 0.123456789})
+  rows.write(1, {'save_stall': 0.5})
+  rows.close()
+  assert path.read_bytes() == encode({'step': 1, 'loss': 2.0, 'save_stall': 0.5})
+  path.write_bytes(path.read_bytes() + b'789}\n')
+  JsonRows(path, 1).close()
+  assert read_metrics(tmp_path) == [{'step': 1, 'loss': 2.0, 'save_stall': 0.5}]
