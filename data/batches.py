@@ -109,20 +109,20 @@ class DataSource:
 
     Of several sources there is a `source_index` [count] too.
     """
-    parts = [(place, rows.batch(epoch, own)) for place, rows, epoch, own in self._locate(start, count)]
+    source, own = self.mixture.at(start, count)
+    parts = [(place, rows.batch(epoch, places)) for place, rows, epoch, places in self._locate(source, own)]
     batch = parts[0][1] if len(parts) == 1 else _merge(parts, count)
     batch['example_index'] = (np.arange(start, start + count) % 2**31).astype(np.int32)
     if len(self.sources) > 1:
-      batch['source_index'] = self.mixture.at(start, count)[0].astype(np.int32)
+      batch['source_index'] = source.astype(np.int32)
     return batch
 
   def batch(self, step: int, rows: slice) -> Batch:
     """These rows of the global batch of a step that begins at `step * batch_size`."""
     return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
 
-  def _locate(self, start: int, count: int) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
-    """(rows of the answer, source, epoch, places in it) for each source and epoch that occurs."""
-    source, own = self.mixture.at(start, count)
+  def _locate(self, source: np.ndarray, own: np.ndarray) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
+    """(rows of the answer, source, epoch, places in it) for each source and epoch of what a mixture gave."""
     for i, rows in enumerate(self.sources):
       mine = np.flatnonzero(source == i)
       for epoch, places in rows.epochs(own[mine]):
@@ -141,7 +141,7 @@ class DataSource:
 
   def describe_row(self, position: int) -> RowDescription:
     """Where the row at `position` in the run came from."""
-    ((_, source, epoch, places),) = self._locate(position, 1)
+    ((_, source, epoch, places),) = self._locate(*self.mixture.at(position, 1))
     shards, rows, tasks = source.locate(epoch, places)
     pieces = source.pieces(epoch, shards, rows)
     segments, asked = source.parts(pieces)

@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from faults_child import INJECT
+
 from pretrain import step_folders, supervise
 from pretrain.goodput import write_goodput
 from pretrain.metrics import read_metrics
@@ -37,68 +39,7 @@ TINY = {
   'checkpoint.every': 10,
 }  # fmt: skip
 EXACT = ('loss', 'grad_norm', 'batch_checksum')
-INJECT = 'PRETRAIN_FAULTS'  # of a child: what it is to do wrong, as JSON
 WAIT_SECONDS = 300.0
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-def child(argv: list[str]) -> int:
-  """`pretrain ARGV`, which says what it is doing in files that the parent reads, and does wrong what it is told to."""
-  spec = json.loads(os.environ[INJECT])
-  host, notes = int(os.environ.get('PRETRAIN_HOST', 0)), pathlib.Path(spec['notes'])
-  notes.mkdir(parents=True, exist_ok=True)
-  note(notes, f'phase{host}', 'start')
-  note(notes, f'pid{host}', str(os.getpid()))
-  if host == spec.get('away'):
-    return 1
-  import pretrain.timeline as timeline
-  import pretrain.train as train
-  from pretrain import cli
-
-  enter = timeline.Timeline.enter
-  timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
-  if spec.get('host', host) == host:
-    inject(spec, train, notes)
-  return cli.main(argv)
-
-
-def note(notes: pathlib.Path, name: str, text: str) -> None:
-  (notes / f'.{name}').write_text(text)
-  (notes / f'.{name}').replace(notes / name)
-
-
-def inject(spec: dict, train, notes: pathlib.Path) -> None:
-  """Once, before the step `at`, this process sleeps: waiting for data, or in the step."""
-  if spec.get('sleep') is None:
-    return
-  done, loader, seen = notes / 'done', train.loader, [0]
-
-  def once(step: int) -> None:
-    if step == spec['at'] and not done.exists():
-      done.touch()
-      time.sleep(10_000)
-
-  def slow_loader(*args):
-    for i, element in enumerate(loader(*args)):
-      if spec['sleep'] == 'data':
-        once(i)
-      yield element
-
-  log = train.Run._log
-
-  def slow_log(self, step, *rest):
-    seen[0] += 1
-    once(seen[0])
-    return log(self, step, *rest)
-
-  train.loader = slow_loader
-  if spec['sleep'] == 'step':
-    train.Run._log = slow_log
-
-
-# --- in the parent ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -123,13 +64,13 @@ class Case:
     devices = {'mesh.data': 6} if self.hosts > 1 else {}
     keys = TINY | devices | {'train.steps': self.steps} | self.keys
     flags = [f'--gin_file={CONFIG}', f'--workdir={self.workdir}', *(f'--gin.{k}={v}' for k, v in keys.items())]
-    return [sys.executable, str(pathlib.Path(__file__).resolve()), 'child', 'train', *flags]
+    return [sys.executable, str(ROOT / 'scripts/faults_child.py'), 'train', *flags]
 
   def run(self, fault: Callable[['Case'], None] | None = None, policy: Policy | None = None, fits=None) -> int:
     """Supervises the run while `fault` breaks it from a thread; returns its exit code."""
     os.environ[INJECT] = json.dumps({'notes': str(self.notes), **self.inject})
     thread = threading.Thread(target=fault, args=(self,), daemon=True) if fault else None
-    with (self.options.workdir / f'{self.name}.log').open('w') as log:
+    with (self.options.workdir / f'{self.name}.log').open('a') as log:
       run = Supervisor(self.hosts, self.command(), self.workdir, policy or Policy(max_restarts=10_000),
                        fits or (lambda n: True), log)  # fmt: skip
       if thread:
@@ -450,4 +391,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(child(sys.argv[2:]) if sys.argv[1:2] == ['child'] else main())
+  sys.exit(main())

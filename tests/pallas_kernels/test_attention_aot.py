@@ -50,9 +50,10 @@ def test_forward_and_backward_compile_in_memory_of_the_order_of_the_length(chip)
 @pytest.mark.slow
 @pytest.mark.parametrize('chip', CHIPS)
 def test_every_feature_compiles(chip):
-  compile_both(chip, 2048, head_dim=64, kv_heads=2, prefix=True, softcap=3.0, window=300, num_sinks=4)
-  compile_both(chip, 2048, head_dim=256, prefix=True, alibi=jnp.ones(HEADS), sink_logits=jnp.zeros(HEADS))
-  compile_both(chip, 1000, head_dim=48, dtype=jnp.float32)
+  narrow = compile_both(chip, 2048, head_dim=64, kv_heads=2, prefix=True, softcap=3.0, window=300, num_sinks=4)
+  wide = compile_both(chip, 2048, head_dim=256, prefix=True, alibi=jnp.ones(HEADS), sink_logits=jnp.zeros(HEADS))
+  odd = compile_both(chip, 1000, head_dim=48, dtype=jnp.float32)
+  assert max(memory.temporaries for memory in (narrow, wide, odd)) < 8 * MIB
 
 
 @pytest.mark.slow
@@ -65,4 +66,5 @@ def test_long_rows_need_little_memory(chip):
 
 @pytest.mark.slow
 def test_lists_of_tiles_fit_scalar_memory_however_many_rows_there_are():
-  compile_both('v5e:2x4', 8192, head_dim=64, block=128, batch=64)
+  memory = compile_both('v5e:2x4', 8192, head_dim=64, block=128, batch=64)
+  assert memory.temporaries < 12_288 * MIB, 'the scores alone would be 128 GiB in float32'

@@ -45,19 +45,24 @@ def test_a_phase_longer_than_its_limit_ends_the_process_with_all_stacks(dog, tmp
   assert read_timeline(tmp_path)[-1]['seconds']['hang'] == pytest.approx(10.5)
 
 
-def test_a_process_that_gets_on_is_left_alone(dog):
+def test_a_process_that_gets_on_is_left_alone(dog, tmp_path):
   timeline, watch = dog
   for _ in range(5):
     watch.tick(9.0)
     timeline.enter('data')
     watch.tick(0.1)
+  assert not list(tmp_path.glob('hang_*'))
+  watch.tick(10.0)
+  with pytest.raises(Expired):  # 45 s in five phases were not held against it, these in one are
+    watch.tick(0.5)
 
 
-def test_a_limit_of_zero_is_none(dog):
+def test_a_limit_of_zero_is_none(dog, tmp_path):
   timeline, watch = dog
   timeline.enter('save')
   watch.tick(0.0)
   watch.tick(1e9)
+  assert not list(tmp_path.glob('hang_*'))
 
 
 def test_who_waits_in_a_step_ends_after_the_one_it_waits_for(dog, monkeypatch):

@@ -1,0 +1,67 @@
+"""`pretrain` as scripts/faults.py starts it: it tells what it is doing, and does wrong what it is told to."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+INJECT = 'PRETRAIN_FAULTS'  # what it is to do wrong, as JSON
+
+
+def child(argv: list[str]) -> int:
+  """`pretrain ARGV`, which says what it is doing in files that faults.py reads, and does wrong what it is told to."""
+  spec = json.loads(os.environ[INJECT])
+  host, notes = int(os.environ.get('PRETRAIN_HOST', 0)), pathlib.Path(spec['notes'])
+  notes.mkdir(parents=True, exist_ok=True)
+  note(notes, f'phase{host}', 'start')
+  note(notes, f'pid{host}', str(os.getpid()))
+  if host == spec.get('away'):
+    return 1
+  import pretrain.timeline as timeline
+  import pretrain.train as train
+  from pretrain import cli
+
+  enter = timeline.Timeline.enter
+  timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
+  if spec.get('host', host) == host:
+    inject(spec, train, notes)
+  return cli.main(argv)
+
+
+def note(notes: pathlib.Path, name: str, text: str) -> None:
+  (notes / f'.{name}').write_text(text)
+  (notes / f'.{name}').replace(notes / name)
+
+
+def inject(spec: dict, train, notes: pathlib.Path) -> None:
+  """Once, before the step `at`, this process sleeps: waiting for data, or in the step."""
+  if spec.get('sleep') is None:
+    return
+  done, loader, seen = notes / 'done', train.loader, [0]
+
+  def once(step: int) -> None:
+    if step == spec['at'] and not done.exists():
+      done.touch()
+      time.sleep(10_000)
+
+  def slow_loader(*args):
+    for i, element in enumerate(loader(*args)):
+      if spec['sleep'] == 'data':
+        once(i)
+      yield element
+
+  log = train.Run._log
+
+  def slow_log(self, step, *rest):
+    seen[0] += 1
+    once(seen[0])
+    return log(self, step, *rest)
+
+  train.loader = slow_loader
+  if spec['sleep'] == 'step':
+    train.Run._log = slow_log
+
+
+if __name__ == '__main__':
+  sys.exit(child(sys.argv[1:]))
