@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.features import Batch
 
 FIRST_IDS = 12
+MOST_EXAMPLES = 2**53  # what is multiplied with it stays an int64
 MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>
 
 
@@ -37,7 +38,7 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
   origin, fields = source.row(_check_place(source, step, row, first_example), row)
   lines = [
     f'step {step}, row {row} (example {fields["example_index"]}): task {origin.task}, epoch {origin.epoch}',
-    f'source {origin.path}, shard {origin.shard}, row {origin.row} of its plan',
+    f'source {origin.path}, shard {origin.shard}, {_planned(origin)}',
     f'{"segment":>7} {"document":>10} {"offset":>10} {"length":>7} {"token of the store":>20}',
   ]
   lines[-1] += f' {"with loss":>10}' * (origin.asked is not None) + '  role' * (origin.roles is not None)
@@ -47,6 +48,10 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
     line += '' if origin.asked is None else f' {origin.asked[i]:>10}'
     lines.append(line if origin.roles is None else f'{line}  {origin.roles[i]}')
   return '\n'.join(lines)
+
+
+def _planned(origin: RowDescription) -> str:
+  return f'row {origin.row} of its plan' if origin.row >= 0 else 'an empty row: its batch is shorter'
 
 
 def _origins(origin: RowDescription) -> Iterator[str]:
@@ -69,6 +74,8 @@ def _origins(origin: RowDescription) -> Iterator[str]:
 def _check_place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
   """The position at which the batch of `step` begins. Raises DataError where it has no such row."""
   start = step * source.cfg.batch_size if first_example is None else first_example
+  if start > MOST_EXAMPLES:
+    raise DataError(f'step {step} begins at example {start}; the last one that has a number is {MOST_EXAMPLES}.')
   size = source.batch_rows(start) if step >= 0 else source.cfg.batch_size
   if step < 0 or not 0 <= row < size:
     known = f' (data.batch_size={size})' if size == source.cfg.batch_size else ''

@@ -12,6 +12,7 @@ from data.loader import loader
 from data.objectives import CausalLm, SpanCorruption
 from data.packing import check_packing
 from data.plan import Stream
+from data.show import explain_row
 from data.source import Source, StoreData
 from data.store import open_store
 from tests.data.test_source import SENTINELS, assert_equal, opened
@@ -94,6 +95,20 @@ def test_every_step_has_rows_of_one_length_and_the_same_number_of_places(text_st
   (piece,) = origin.pieces
   text = source._rows.store.read([piece[1:]])[0]
   assert fields['decoder_target_tokens'][: len(text)].tolist() == text.tolist()
+
+
+def test_a_row_of_a_batch_that_is_shorter_is_explained(text_store):
+  source = bucketed(text_store)
+  place, row = next(
+    (step * 4, row)
+    for step in range(source._rows.order.steps_per_epoch)
+    for row in range(source.batch_rows(step * 4))
+    if source.row(step * 4, row)[0].row < 0
+  )
+  assert 'shard 0, an empty row: its batch is shorter' in explain_row(source, 0, row, place)
+  assert 'row 0 of its plan' in next(
+    text for step in range(100) if 'row 0 of' in (text := explain_row(source, step, 0, step * 4))
+  )
 
 
 @pytest.mark.parametrize('hosts', [2, 4])

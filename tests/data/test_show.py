@@ -100,3 +100,8 @@ def test_synthetic_rows_show_ids():
 def test_a_row_that_is_not_there_is_refused(text_store, step, row):
   with pytest.raises(DataError, match=r'rows are 0 to 7 \(data.batch_size=8\)'):
     show_row(opened(text_store), step, row)
+
+
+def test_a_step_beyond_every_position_is_refused(text_store):
+  with pytest.raises(DataError, match='the last one that has a number is 9007199254740992'):
+    show_row(opened(text_store), 10**20, 0)
