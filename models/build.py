@@ -24,8 +24,8 @@ ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 class KernelsConfig:
   """Implementation of each op: 'auto' chooses by platform, a name that cannot run here fails.
 
-  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter, slow, on any platform), 'triton' or 'cudnn'
-  (GPU; untried there). Decoding with a cache uses the reference.
+  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter, slow, on any platform), 'triton',
+  'mosaic_gpu' or 'cudnn' (GPU; untried there). Decoding with a cache uses the reference.
   """
 
   attention: str = 'auto'

@@ -6,7 +6,7 @@ import logging
 import jax
 from jax import Array
 
-from pallas_kernels.attention import cudnn, gpu, reference, tpu
+from pallas_kernels.attention import cudnn, gpu, gpu_mosaic, reference, tpu
 from pallas_kernels.attention.reference import RelativeBias
 from pallas_kernels.errors import KernelError
 
@@ -18,9 +18,10 @@ IMPLEMENTATIONS = {
   'tpu': tpu.attention,
   'interpret': functools.partial(tpu.attention, interpret=True),
   'triton': gpu.attention,
+  'mosaic_gpu': gpu_mosaic.attention,
   'cudnn': cudnn.attention,
 }
-PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
+PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 _reported: set[str] = set()
 
 
@@ -28,7 +29,8 @@ def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
   """The implementation that `auto` means here, said once for each reason; a named one must exist and be able to run.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
-  GPU it is the reference: 'triton' (all features) and 'cudnn' (few) have run on none yet, and go by name alone.
+  GPU it is the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, plain) and 'cudnn' (few) have run on none yet,
+  and go by name alone.
   `divided`: the devices hold parts of rows, which the partitioner gathers for the reference alone.
 
   Raises KernelError.

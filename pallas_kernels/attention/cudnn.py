@@ -1,11 +1,10 @@
 """cuDNN's flash attention, where it can do what is asked; no GPU has run it from here yet."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.attention import features
 from pallas_kernels.attention.reference import RelativeBias
-from pallas_kernels.errors import KernelError
 
 
 def attention(
@@ -32,24 +31,19 @@ def attention(
 
   Raises KernelError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
   """
-  asked = {
-    'segments (packed rows)': q_segment_ids is not None or kv_segment_ids is not None,
-    'positions': q_positions is not None or kv_positions is not None,
-    'prefixes': prefix_end is not None,
-    'relative bias': relative_bias is not None,
-    'slopes (alibi)': alibi is not None,
-    'soft-cap': softcap is not None,
+  wanted = features.asked({
+    'q_segment_ids': q_segment_ids, 'kv_segment_ids': kv_segment_ids, 'q_positions': q_positions,
+    'kv_positions': kv_positions, 'prefix_end': prefix_end, 'relative_bias': relative_bias, 'alibi': alibi,
+    'softcap': softcap,
+  })  # fmt: skip
+  wanted |= {
     'sinks': sink_logits is not None or (window is not None and num_sinks > 0),
     'window without causality': window is not None and not causal,
     'log-sum-exp in f32': return_lse,
-    f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in (jnp.bfloat16, jnp.float16),
+    f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in features.HALVES,
     f'head_dim {q.shape[-1]} (multiples of 8 to 256 only)': q.shape[-1] % 8 != 0 or q.shape[-1] > 256,
   }
-  if missing := [name for name, on in asked.items() if on]:
-    lacking = ', no '.join(missing)
-    raise KernelError(
-      f"kernels.attention='cudnn' has no {lacking}, which this model asks for; use 'triton' or 'reference'."
-    )
+  features.refuse('cudnn', wanted)
   near = None if window is None else (window - 1, 0)
   with jax.numpy_dtype_promotion('standard'):  # jax's own code promotes
     return jax.nn.dot_product_attention(

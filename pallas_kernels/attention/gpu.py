@@ -97,7 +97,7 @@ def attention(
     bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
     sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
   )  # fmt: skip
-  _check_size(spec, batch, width)
+  _check_size(spec, batch, width, "kernels.attention='triton'")
   if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
     k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
   major = lambda x, n: pad(pad(jnp.moveaxis(x, 2, 1), 2, n), 3, width).reshape(-1, n, width)
@@ -110,14 +110,14 @@ def attention(
   return out, jnp.moveaxis(lse.reshape(batch, heads, -1)[:, :, :q_length], 1, 2)
 
 
-def _check_size(spec: Spec, batch: int, width: int) -> None:
+def _check_size(spec: Spec, batch: int, width: int, what: str) -> None:
   """Triton's lowering counts numbers in int32, and would wrap in silence; CUDA's grid has 65,535 rows."""
   rows, shared = batch * spec.heads, batch * spec.heads // spec.group
   numbers = max(rows * spec.q_length, shared * spec.kv_length) * width
   if numbers >= 2**31 or rows > 65535:
     raise KernelError(
-      f"kernels.attention='triton' over {batch} x {spec.heads} heads, {numbers} numbers; 65535 heads and {2**31 - 1} "
-      'numbers fit: use a smaller batch for each device.'
+      f'{what} over {batch} x {spec.heads} heads, {numbers} numbers; 65535 heads and {2**31 - 1} numbers fit: use a '
+      'smaller batch for each device.'
     )
 
 
@@ -155,6 +155,32 @@ def _backward(spec: Spec, blocks: Blocks, saved, gradients):
 
 
 _flash.defvjp(_forward, _backward)
+
+
+def plain_gradients(saved, gradients, *, causal: bool, scale: float, interpret: bool) -> tuple[Array, Array, Array]:
+  """(dq, dk, dv) of attention by index without other features, for kernels of Hopper that have no backward.
+
+  `saved`: q[batch, T, heads, head_dim], k, v[batch, S, kv_heads, head_dim], o like q, and lse in base 2, f32[batch,
+  heads, T]; every query sees a key. `gradients`: of o, and of the natural lse[batch, T, heads]. head_dim is a power of
+  2, lengths are multiples of 16 at least.
+  """
+  q, k, v, o, lse = saved
+  (batch, q_length, heads, width), kv_length = q.shape, k.shape[1]
+  blocks = choose_blocks(q_length, kv_length, width, q.dtype)
+  blocks = dataclasses.replace(
+    blocks, grad_q=math.gcd(blocks.grad_q, q_length), grad_kv=math.gcd(blocks.grad_kv, kv_length)
+  )
+  spec = Spec(
+    heads=heads, group=heads // k.shape[2], q_length=q_length, kv_length=kv_length, block_q=blocks.grad_q,
+    block_kv=blocks.grad_kv, compute=blocks.grad_kv, causal=causal, segmented=False, positioned=False, scale=scale,
+    interpret=interpret,
+  )  # fmt: skip
+  _check_size(spec, batch, width, "the gradient of kernels.attention='mosaic_gpu'")
+  rows = lambda x: jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
+  flat = rows(q), rows(k), rows(v), None, None, None, Vectors(), rows(o), lse.reshape(-1, q_length)
+  dq, dk, dv, *_ = _backward(spec, blocks, flat, [rows(x) for x in gradients])
+  back = lambda x: jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+  return back(dq), back(dk), back(dv)
 
 
 def _grad_queries(spec: Spec, arrays, per_head, vectors: Vectors, table):
