@@ -9,6 +9,7 @@ time. Only the entries that were tuned are replaced.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,7 @@ SHAPES = ('d128_causal', 'd128_full', 'd128_packed_causal', 'd128_packed_full')
 LENGTH = 8192
 SQUARES = ((512, 512), (1024, 1024))
 GPU_BLOCKS = [(q, kv, grad, grad) for q in (64, 128) for kv in (32, 64, 128) for grad in (32, 64)]
+HOPPER_BLOCKS = [(q, kv, stages) for q in (128, 256) for kv in (64, 128, 256) for stages in (1, 2, 3, 4)]
 
 
 def cases(shape: str) -> list[attention.Case]:
@@ -63,10 +65,8 @@ def best(rows: list[dict]) -> dict:
 def by_time() -> tuple[str, dict]:
   """(chip, entries) of the GPU of this machine, causal."""
   import jax
-  import jax.numpy as jnp
 
   from pallas_kernels import tuned
-  from pallas_kernels.attention import gpu
 
   device = jax.devices()[0]
   chip = tuned.chip_of(device.device_kind)
@@ -74,15 +74,47 @@ def by_time() -> tuple[str, dict]:
     sys.exit(f'--gpu tunes the GPU of this machine, which has {device.device_kind}; use --aot for TPUs.')
   found = {}
   for head_dim in (64, 128):
-    x = jnp.ones((1, LENGTH, attention.HEADS, head_dim), jnp.bfloat16)
-    for sizes in GPU_BLOCKS:
-      blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
-      loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, causal=True, blocks=blocks).astype(jnp.float32).sum()
-      seconds = _time(jax.jit(jax.grad(loss, (0, 1, 2))), (x, x, x))
-      entry = vars(blocks) | {'length': LENGTH, 'seconds': seconds}
-      shape = gpu.shape_class(head_dim, x.dtype)
+    for shape, blocks, run in [*of_triton(head_dim), *(of_hopper(head_dim) if chip in ('h100', 'h200') else [])]:
+      entry = vars(blocks) | {'length': LENGTH, 'seconds': _time(run, _arrays(head_dim))}
       found[shape] = min(found.get(shape, entry), entry, key=lambda entry: entry['seconds'])
   return chip, found
+
+
+def _arrays(head_dim: int):
+  import jax.numpy as jnp
+
+  return (jnp.ones((1, LENGTH, attention.HEADS, head_dim), jnp.bfloat16),) * 3
+
+
+def of_triton(head_dim: int):
+  """(class of shapes, blocks, a function of q, k, v: forward and backward) of each candidate."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels.attention import gpu
+
+  for sizes in GPU_BLOCKS:
+    blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
+    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, causal=True, blocks=blocks).astype(jnp.float32).sum()
+    yield gpu.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(jax.grad(loss, (0, 1, 2)))
+
+
+def of_hopper(head_dim: int):
+  """The same of 'mosaic_gpu', forward: its gradient is Triton's. Candidates that do not fit are left out."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels.attention import gpu_mosaic
+  from pallas_kernels.errors import KernelError
+
+  for q, kv, stages in HOPPER_BLOCKS:
+    blocks = gpu_mosaic.Blocks(q=q, kv=kv, stages=stages)
+    try:
+      gpu_mosaic.check_blocks(blocks, head_dim, LENGTH, LENGTH)
+    except KernelError:
+      continue
+    run = functools.partial(gpu_mosaic.attention, causal=True, blocks=blocks)
+    yield gpu_mosaic.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(run)
 
 
 def _time(run, arrays) -> float:

@@ -1,6 +1,7 @@
 """Attention on TPUs that are not there: cycles of whole compiled programs, ours and jax's splash_attention.
 
   python scripts/bench/attention.py --aot [--chips v5e:2x4,v6e:2x4] [--blocks 512,1024] [--length 8192]
+  python scripts/bench/attention.py --gpu [--length 8192]    the GPU of this machine (attention_gpu.py)
 
 `schedule.py` says what is counted. 8 heads of 128, bfloat16, one row; each implementation at its own best blocks, the
 bias at block 512 too. Then rows of packed documents: tiles that the running kernel visits, in an interpreter.
@@ -15,6 +16,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # in front of this folder, where `data` is data.py
 
+import attention_gpu
 import schedule
 
 HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
@@ -276,11 +278,16 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--aot', action='store_true', required=True, help='compile for TPUs that are not there')
+  how = parser.add_mutually_exclusive_group(required=True)
+  how.add_argument('--aot', action='store_true', help='compile for TPUs that are not there')
+  how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--blocks', default='512,1024')
   parser.add_argument('--length', type=int, default=8192)
   flags = parser.parse_args()
+  if flags.gpu:
+    print(*attention_gpu.rows(flags.length), sep='\n')
+    return
   if 'DUMP' in os.environ:
     of_chip(flags.chips, flags.length, [int(b) for b in flags.blocks.split(',')])
     return
