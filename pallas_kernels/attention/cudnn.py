@@ -39,6 +39,7 @@ def attention(
   wanted |= {
     'sinks': sink_logits is not None or (window is not None and num_sinks > 0),
     'window without causality': window is not None and not causal,
+    'window that leaves queries without a key': window is not None and q.shape[1] >= k.shape[1] + window,
     'log-sum-exp in f32': return_lse,
     f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in features.HALVES,
     f'head_dim {q.shape[-1]} (multiples of 8 to 256 only)': q.shape[-1] % 8 != 0 or q.shape[-1] > 256,

@@ -156,6 +156,16 @@ def test_cudnn_names_dtypes_and_head_dims_that_it_lacks():
     flash_attention(*draw(16, head_dim=20), causal=True, implementation='cudnn')
 
 
+def test_cudnn_is_not_asked_for_rows_that_see_nothing():
+  """They are 0 by definition, anything in jax's own; query 20 is the first after key 15 and its window of 5."""
+  q, k, v = draw(21, 16, dtype=jnp.bfloat16)
+  assert not np.asarray(reference.attention(q, k, v, causal=True, window=5))[:, 20].any()
+  with pytest.raises(ValueError, match='no window that leaves queries without a key'):
+    cudnn.attention(q, k, v, causal=True, window=5)
+  with pytest.raises((NotImplementedError, RuntimeError), match=r'cuDNN|cudnn'):  # it gets as far as jax's own check
+    cudnn.attention(q[:, :20], k, v, causal=True, window=5)
+
+
 @pytest.mark.parametrize('options', [{'causal': False, 'scale': 0.3}, {'causal': True, 'window': 5}])
 def test_cudnn_is_asked_for_what_the_definition_says(options, monkeypatch):
   """With jax's own XLA implementation of the same call in its place."""
