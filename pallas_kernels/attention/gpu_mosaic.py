@@ -49,12 +49,12 @@ def shape_class(head_dim: int, dtype) -> str:
   return f'mosaic_{gpu.shape_class(head_dim, dtype)}'
 
 
-def choose_blocks(kv_length: int, head_dim: int, dtype) -> Blocks:
-  """Those tuned for this chip, else `DEFAULTS`; smaller tiles where these do not divide the keys."""
+def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
+  """Those tuned for this chip, else `DEFAULTS`; smaller ones where these do not divide the lengths."""
   found = tuned.lookup('attention', shape_class(head_dim, dtype), ('q', 'kv', 'stages'))
   blocks = DEFAULTS[head_dim] if found is None else Blocks(**found)
-  kv = max(ROWS, math.gcd(blocks.kv, kv_length))
-  return dataclasses.replace(blocks, kv=kv, stages=max(1, min(blocks.stages, kv_length // kv)))
+  q, kv = max(ATTENDING * ROWS, math.gcd(blocks.q, q_length)), max(ROWS, math.gcd(blocks.kv, kv_length))
+  return Blocks(q=q, kv=kv, stages=max(1, min(blocks.stages, kv_length // kv)))
 
 
 def attention(
@@ -85,7 +85,7 @@ def attention(
   features.refuse(NAME, wanted)
   if interpret is None:
     _check_device()
-  blocks = choose_blocks(kv_length, head_dim, q.dtype) if blocks is None else blocks
+  blocks = choose_blocks(q_length, kv_length, head_dim, q.dtype) if blocks is None else blocks
   check_blocks(blocks, head_dim, q_length, kv_length)
   spec = Spec(
     batch=batch, heads=heads, group=heads // k.shape[2], q_length=q_length, kv_length=kv_length, head_dim=head_dim,

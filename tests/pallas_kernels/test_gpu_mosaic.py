@@ -164,16 +164,17 @@ def test_blocks_that_cannot_be_are_refused_with_what_to_change(blocks, message):
 def test_defaults_fit_and_tiles_shrink_to_what_divides_the_keys():
   for head_dim, blocks in gpu_mosaic.DEFAULTS.items():
     gpu_mosaic.check_blocks(blocks, head_dim, 1024, 1024)
-  assert gpu_mosaic.choose_blocks(192, 128, 'bfloat16') == Blocks(q=128, kv=64, stages=2)
-  assert gpu_mosaic.choose_blocks(128, 64, 'bfloat16') == Blocks(q=128, kv=128, stages=1)
+  assert gpu_mosaic.choose_blocks(1024, 192, 128, 'bfloat16') == Blocks(q=128, kv=64, stages=2)
+  assert gpu_mosaic.choose_blocks(128, 128, 64, 'bfloat16') == Blocks(q=128, kv=128, stages=1)
 
 
 def test_tuned_blocks_are_of_this_chip_and_kernel(tmp_path, monkeypatch):
   monkeypatch.setattr(tuned, 'FOLDER', tmp_path)
-  (tmp_path / 'h100.json').write_text('{"attention": {"mosaic_d128_bfloat16": {"q": 128, "kv": 64, "stages": 3}}}')
+  (tmp_path / 'h100.json').write_text('{"attention": {"mosaic_d128_bfloat16": {"q": 256, "kv": 64, "stages": 3}}}')
   with on(H100):
-    assert gpu_mosaic.choose_blocks(1024, 128, jnp.bfloat16) == Blocks(q=128, kv=64, stages=3)
-    assert gpu_mosaic.choose_blocks(1024, 64, jnp.bfloat16) == gpu_mosaic.DEFAULTS[64]
+    assert gpu_mosaic.choose_blocks(1024, 1024, 128, jnp.bfloat16) == Blocks(q=256, kv=64, stages=3)
+    assert gpu_mosaic.choose_blocks(1152, 1024, 128, jnp.bfloat16) == Blocks(q=128, kv=64, stages=3)
+    assert gpu_mosaic.choose_blocks(1024, 1024, 64, jnp.bfloat16) == gpu_mosaic.DEFAULTS[64]
 
 
 @pytest.mark.parametrize(

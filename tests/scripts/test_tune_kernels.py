@@ -34,7 +34,7 @@ def test_on_hopper_both_kernels_are_swept_and_the_fastest_blocks_are_used(sweep,
   path = tune_kernels.write(chip, entries, 'time')
   monkeypatch.setattr(tuned, 'FOLDER', path.parent)
   monkeypatch.setattr(tuned, 'device_kind', lambda: 'NVIDIA H100 80GB HBM3')
-  assert gpu_mosaic.choose_blocks(8192, 64, 'bfloat16') == wanted != gpu_mosaic.DEFAULTS[64]
+  assert gpu_mosaic.choose_blocks(8192, 8192, 64, 'bfloat16') == wanted != gpu_mosaic.DEFAULTS[64]
 
 
 def test_every_candidate_for_hopper_fits_it():
