@@ -1,8 +1,8 @@
 """Plain attention on Hopper GPUs (H100, H200) through Mosaic: wgmma and TMA forward, the kernels of `gpu` backward.
 
-It lowers for CUDA, compiles for sm_90a without spills, and equals the definition in jax's interpreter for GPUs; no GPU
-has run it yet, and no block is tuned. Compilers of CUDA 12.8 to 12.9.0 miscompile causal masks, says jax's own kernel:
-use CUDA 13, as `pretrain[cuda]` does.
+It lowers for CUDA, compiles for sm_90a without spills, and equals the definition in jax's interpreter for GPUs, where
+plain products stand for wgmma; no GPU has run it yet, and no block is tuned. Compilers of CUDA 12.8 to 12.9.0
+miscompile causal masks, says jax's own kernel: use CUDA 13, as `pretrain[cuda]` does.
 """
 
 import dataclasses
