@@ -39,8 +39,22 @@ def url_of(path: str | os.PathLike[str], name: str = '') -> str:
   return base.rstrip('/') + '/' + name
 
 
+def is_inside(name: str) -> bool:
+  """Whether a part of a store, '' for all of it, lies in its folder.
+
+  >>> [is_inside(name) for name in ('', 'tokens/', 'scores/my-score.2/', 'scores/../../x', '/etc', 'a//b')]
+  [True, True, True, False, False, False]
+  """
+  return not name or all(re.fullmatch(r'\w[\w.-]*', part) for part in name.removesuffix('/').split('/'))
+
+
 def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, Any]:
-  """What TensorStore calls `url_of`; an s3:// one as the environment has it (AWS_ENDPOINT_URL, AWS_REGION, keys)."""
+  """What TensorStore calls `url_of`; an s3:// one as the environment has it (AWS_ENDPOINT_URL, AWS_REGION, keys).
+
+  Raises DataError for a name, which a manifest may have brought, that leads out of the store.
+  """
+  if not is_inside(name):
+    raise DataError(f'{name!r} is no name of a part of {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
   url, endpoint = url_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
   if not url.startswith('s3://'):
     return url

@@ -16,6 +16,7 @@ import sentencepiece
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data.arrays import is_inside
 from data.encode import Encoder, Recipe, batches, encode_all
 from data.errors import DataError
 from data.inputs import Meter, Records
@@ -158,6 +159,8 @@ def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentin
     raise DataError(f'--workers={workers}; it must be >= 1.')
   if unknown := [name for name in scores if name not in SCORES]:
     raise DataError(f'--scores={unknown[0]} is no score; choose of {", ".join(SCORES)}.')
+  if reading.score_field and not is_inside(reading.score_field):
+    raise DataError(f'--score_field={reading.score_field} is no name of a folder; rename the field.')
   if reading.score_field in scores:
     raise DataError(f'--score_field={reading.score_field} is one of --scores too; leave one out.')
   if reading.units:

@@ -299,7 +299,7 @@ class Checkpoints:
       raise CheckpointError(
         'CKPT-MISMATCH',
         f'{bad[0]} is {_show(stored.get(bad[0]))} in step {step} of {self.directory}, {_show(wanted.get(bad[0]))} in '
-        f'the model (first of {len(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
+        f'the model ({_among(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
       )
 
   @contextlib.contextmanager
@@ -366,6 +366,15 @@ def first_of(sentences: Sequence[str]) -> str:
   """The first, and how many there are; empty without any."""
   more = f' (first of {len(sentences)})' if len(sentences) > 1 else ''
   return sentences[0] + more if sentences else ''
+
+
+def _among(paths: Sequence[str]) -> str:
+  """
+  >>> _among(['a']), _among(list('abcdef'))
+  ('first of 1', 'first of 6: a, b, c, d, e, ..')
+  """
+  listed = [*paths[:5], *['..'] * (len(paths) > 5)]
+  return f'first of {len(paths)}' + (f': {", ".join(listed)}' if len(paths) > 1 else '')
 
 
 def _show(leaf) -> str:

@@ -16,6 +16,7 @@ from pretrain.cli_data import data_command, data_flags
 from pretrain.errors import ConfigError, UserError
 from pretrain.neighbours import check_neighbours
 from pretrain.platform import has_accelerator
+from pretrain.redact import redact
 
 EXIT_CODES = (
   'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 75 interrupted and resumable'
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 128 + signal.SIGPIPE
     if '--traceback' in argv or not is_user_error(error):
       raise
-    print(error, file=sys.stderr)
+    print(redact(str(error)), file=sys.stderr)
     return error.exit_code
 
 
@@ -147,7 +148,7 @@ def train_command(options, overrides) -> int:
   cfg = load(options, overrides)
   check_workdir(options.workdir)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
-  launch.initialize_from_env()
+  launch.initialize_from_env(cfg.watchdog.init or launch.MEETING_SECONDS)
   from pretrain import runtime, train
 
   runtime.use_compilation_cache()

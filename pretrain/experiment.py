@@ -26,12 +26,14 @@ from data.packing import check_packing
 from data.source import KIND_OF, PREPARED, Data, StoreData, check_mixture, has_heldout
 from data.tags import check_tags
 from models.build import KernelsConfig, ModelConfig, check_kernels, check_model
+from pretrain import config
 from pretrain.averaging import Averaging, NoAveraging
 from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
 from pretrain.optim import AdamW, Optimizer, check_optimizer
 from pretrain.phases import Phase, stretches
+from pretrain.redact import redact
 from pretrain.schedule import Schedule, check_schedule
 from pretrain.watchdog import WatchdogConfig
 
@@ -122,6 +124,7 @@ MAY_CHANGE = (
 
 def check(cfg: Experiment) -> None:
   """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
+  _check_secrets(cfg)
   _check_evaluation(cfg)
   _check_sentinels(cfg)
   _check_buckets(cfg)
@@ -135,6 +138,17 @@ def check(cfg: Experiment) -> None:
       raise ConfigError(f'{place}{error}') from error
     except ConfigError as error:
       raise ConfigError(place + str(error).removeprefix('CONFIG: ')) from error
+
+
+def _check_secrets(cfg: Experiment) -> None:
+  """A config is saved, shown, compared and sent around."""
+  for key, value in config.flatten(cfg).items():
+    for text in filter(lambda found: isinstance(found, str), config.inside(value)):
+      if (hidden := redact(text)) != text:
+        raise ConfigError(
+          f"{key}='{hidden}' has a password or token in it, and a config is saved and shown. Leave it out; put it in "
+          'the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.'
+        )
 
 
 def _check_sentinels(cfg: Experiment) -> None:

@@ -19,13 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from pretrain import errors
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, HostError
+from pretrain.redact import redact
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
 PREEMPTED, HANG = 75, 70
 USER_CODES = (64, 65, 66, 71)  # a restart would find the same
 POLL_SECONDS = 0.02
 HEARTBEAT_SECONDS = 60  # a peer that went silent (stopped, cut off) is noticed; the launcher sees dead ones at once
+MEETING_SECONDS = 300.0
+MEET_FIX = (
+  'Nothing was changed; start those that are missing, let them through firewalls, or set a longer watchdog.init.'
+)
+EVERYWHERE = ('0.0.0.0', '::', '*')
 GRACE_SECONDS = 3  # between the signal that asks processes to end and the one that ends them
 PR_SET_PDEATHSIG = 1
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
@@ -43,26 +49,101 @@ def _integer(name: str) -> int:
     raise ConfigError(f'{name}={os.environ[name]!r} is no number; `pretrain run` sets it.') from error
 
 
-def initialize_from_env() -> None:
+def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
   """Joins the processes that `pretrain run` started; nothing where there is one. Call before any JAX backend starts.
 
-  Raises ConfigError where only a part of the three variables is set.
+  Raises ConfigError where only a part of the three variables is set, or the coordinator's address is no place to
+  listen at; HostError where not all have met within `seconds`.
   """
   found = [name for name in (COORDINATOR, NUM_HOSTS, HOST) if name in os.environ]
   if not found:
     return
   if len(found) < 3:
     raise ConfigError(f'{" and ".join(found)} set, but not all of {COORDINATOR}, {NUM_HOSTS}, {HOST}; set all or none.')
+  address, host, number = os.environ[COORDINATOR], _integer(HOST), num_hosts()
+  if not 0 <= host < number:
+    raise ConfigError(f'{HOST}={host} with {NUM_HOSTS}={number}; processes are numbered from 0.')
+  place, deadline = place_of(address), time.monotonic() + seconds
+  if host == 0:
+    check_free(place, address)
+  else:
+    wait_until_heard(place, address, host, seconds)
   import jax
 
-  address, host = os.environ[COORDINATOR], _integer(HOST)
-  jax.distributed.initialize(
-    coordinator_address=address,
-    num_processes=num_hosts(),
-    process_id=host,
-    coordinator_bind_address=address if host == 0 else None,
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-  )
+  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not met the others at '
+                    f'{address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
+    jax.distributed.initialize(
+      coordinator_address=address,
+      num_processes=number,
+      process_id=host,
+      coordinator_bind_address=address if host == 0 else None,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      initialization_timeout=math.ceil(seconds) + 60,  # it would abort the process, and not say where it had waited
+    )
+
+
+@contextlib.contextmanager
+def ending_after(seconds: float, message: str) -> Iterator[None]:
+  """What is inside ends the process with code 70 and this sentence where it takes longer."""
+
+  def end() -> None:
+    print(HostError(message), file=sys.stderr, flush=True)
+    os._exit(HANG)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def place_of(address: str) -> tuple[str, int]:
+  """(host, port) of the coordinator's address. Raises ConfigError where it is none, or open to every network.
+
+  >>> place_of('10.0.0.7:8476')
+  ('10.0.0.7', 8476)
+  """
+  host, _, port = address.rpartition(':')
+  host = host.strip('[]')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ConfigError(f'{COORDINATOR}={address} is no address; write HOST:PORT, e.g. 10.0.0.7:8476.')
+  if host in EVERYWHERE:
+    raise ConfigError(
+      f'{COORDINATOR}={address} would open the coordinator, which asks for no password, to every network; name the '
+      'address of one, e.g. 10.0.0.7:8476.'
+    )
+  return host, int(port)
+
+
+def check_free(place: tuple[str, int], address: str) -> None:
+  """Raises ConfigError where process 0 cannot listen there."""
+  try:
+    family, *_, where = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(where)
+  except OSError as error:
+    raise ConfigError(
+      f'{COORDINATOR}={address} is no place for process 0 to listen at ({error.strerror}). No process has begun; end '
+      'what listens there, or take another port.'
+    ) from error
+
+
+def wait_until_heard(place: tuple[str, int], address: str, host: int, seconds: float) -> None:
+  """Returns when something listens there; raises HostError where nothing does within `seconds`."""
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection(place, timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise HostError(
+          f'process {host} has not reached the coordinator at {address} within {seconds:.0f} s ({error}). {MEET_FIX}'
+        ) from error
+    time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -74,7 +155,7 @@ def leaving_at_once() -> Iterator[None]:
     if num_hosts() == 1:
       raise
     known = isinstance(error, errors.USER_ERRORS)
-    print(error if known else traceback.format_exc(), file=sys.stderr, flush=True)
+    print(redact(str(error) if known else traceback.format_exc()), file=sys.stderr, flush=True)
     os._exit(error.exit_code if known else 1)
 
 
@@ -194,7 +275,7 @@ def prefix_lines(source: TextIO, prefix: str, stream: TextIO) -> None:
   """Copies lines as they come; each is one write, so that lines of different processes do not mix."""
   with source:
     for line in source:
-      stream.write(f'{prefix}{line.rstrip()}\n')
+      stream.write(f'{prefix}{redact(line.rstrip())}\n')
       stream.flush()
 
 

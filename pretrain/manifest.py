@@ -81,6 +81,8 @@ def decode(data: bytes) -> Manifest:
 
 def read(folder: pathlib.Path) -> Manifest:
   """The manifest of a step's folder. Raises ValueError where it is missing, damaged, or of another step."""
+  if folder.is_symlink():
+    raise ValueError('its folder is a symbolic link')
   try:
     manifest = decode((folder / FILE).read_bytes())
   except FileNotFoundError as error:
@@ -142,8 +144,8 @@ def damage(folder: pathlib.Path, manifest: Manifest, names: Sequence[str]) -> li
 
 
 def _damage(path: pathlib.Path, name: str, wanted: File) -> str:
-  if path.is_symlink():
-    return f'{name} is a symbolic link'
+  if any(part.is_symlink() for part in (path, *path.parents[: name.count('/')])):
+    return f'{name} is a symbolic link, or lies behind one'
   try:
     if (size := path.stat().st_size) != wanted.size:
       return f'{name} has {size} bytes, {wanted.size} in {FILE}'

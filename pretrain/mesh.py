@@ -39,6 +39,7 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
 
   Call before anything starts a JAX backend.
   """
+  jax.config.update('jax_threefry_partitionable', True)  # whatever the environment says: see `step.PRNG`
   if 'JAX_PLATFORMS' not in os.environ and not has_accelerator():
     jax.config.update('jax_platforms', 'cpu')
   simulated_elsewhere = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')

@@ -1,5 +1,6 @@
 """What training, evaluation and generation share: the mesh, the model and where each array of the state lies."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -7,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+from jax._src import compilation_cache, compiler, distributed  # no public name has who writes the cache
 from jax.sharding import Mesh
 
 import models.build
@@ -31,6 +33,18 @@ def use_compilation_cache() -> None:
   """Compiled programs are kept across processes: a second start compiles nothing."""
   jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  if jax.config.jax_platforms == 'cpu' and distributed.global_state.process_id:
+    compiler._cache_write = keep_program
+
+
+def keep_program(key: str, seconds: float, name: str, backend, executable, callbacks) -> None:
+  """Writes a compiled program to the cache, in place of JAX's own function, which does so in process 0 alone.
+
+  On CPUs the devices of a process are in the keys: no process could use what another one has written.
+  """
+  if not callbacks:
+    with contextlib.suppress(OSError):  # a full disk costs the next start its seconds, no more
+      compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
 
 
 @dataclasses.dataclass(frozen=True)

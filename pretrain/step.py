@@ -12,6 +12,7 @@ from jax import Array
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
+PRNG = 'threefry2x32'  # and not what JAX_DEFAULT_PRNG_IMPL says: a resumed run draws what it would have drawn
 # loss(params, batch, key, weight) -> (scalar, metrics): both already divided by `weight`, the loss weight of the
 # *global* batch, so that a sum over microbatches is the value of the whole.
 LossFn = Callable[[Any, Batch, Array | None, Array], tuple[Array, Metrics]]
@@ -81,7 +82,7 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
     (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients where it could reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
@@ -109,4 +110,4 @@ def start_state(params, tx, track: Track = NOTHING) -> TrainState:
 
 def init_state(initialize, tx, seed: int, track: Track = NOTHING) -> TrainState:
   """Step 0 with parameters drawn by `initialize(key)`."""
-  return start_state(initialize(jax.random.key(seed)), tx, track)
+  return start_state(initialize(jax.random.key(seed, impl=PRNG)), tx, track)

@@ -23,6 +23,8 @@ MORE_IS_BETTER = ('accuracy', 'exact_match')
 
 def kind_of(folder: pathlib.Path) -> Kind:
   """'finished' has a manifest; 'unverified' was written before there were any, and says so by its config."""
+  if folder.is_symlink():  # what it leads to is not ours
+    return 'unfinished'
   if (folder / manifest.FILE).exists():
     return 'finished'
   if not (folder / ORBAX_COMMIT).exists():

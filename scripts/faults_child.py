@@ -20,12 +20,16 @@ def child(argv: list[str]) -> int:
     return 1
   import pretrain.timeline as timeline
   import pretrain.train as train
-  from pretrain import cli
+  from pretrain import cli, launch
 
   enter = timeline.Timeline.enter
   timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
   if spec.get('host', host) == host:
     inject(spec, train, notes)
+  if 'slow_save' in spec:
+    tell_saves(notes, spec['slow_save'])
+  if 'heartbeat' in spec:
+    launch.HEARTBEAT_SECONDS = spec['heartbeat']
   return cli.main(argv)
 
 
@@ -61,6 +65,32 @@ def inject(spec: dict, train, notes: pathlib.Path) -> None:
   train.loader = slow_loader
   if spec['sleep'] == 'step':
     train.Run._log = slow_log
+
+
+def tell_saves(notes: pathlib.Path, seconds: float) -> None:
+  """In each part of a save this process says in which it is, and takes so much longer for it: a slow disk."""
+  from pretrain import manifest, step_folders
+  from pretrain.checkpoint_orbax import Files
+
+  saves = [0]
+  note(notes, 'saving', '')
+
+  def slow(owner, name: str, part: str) -> None:
+    do = getattr(owner, name)
+
+    def slowly(*args, **kwargs):
+      saves[0] += part == 'files'
+      note(notes, 'saving', f'{saves[0]} {part}')
+      time.sleep(seconds)
+      return do(*args, **kwargs)
+
+    setattr(owner, name, slowly)
+
+  slow(Files, 'wait', 'files')  # Orbax writes them meanwhile
+  slow(manifest, 'hash_files', 'hash')
+  slow(manifest, 'encode', 'manifest')  # its temporary file is open
+  slow(step_folders, 'end', 'rename')  # the step exists, and is marked as being written
+  slow(step_folders, 'remove', 'retain')
 
 
 if __name__ == '__main__':
