@@ -134,6 +134,7 @@ class Checkpoints:
   ) -> None:
     """Returns when the arrays are copied; the files are written behind, `poll` tells how it ended.
 
+    Raises what the one before it failed with, where no retry is left.
     `scores` is the evaluation of this step, for `checkpoint.best_of`.
     """
     self._save(step, _as_dict(state), position, config, scores or {})
@@ -145,6 +146,8 @@ class Checkpoints:
   def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str, scores) -> None:
     start = time.perf_counter()
     self._settle()
+    if self._ended and self._ended[-1].error and self._failures > self._cfg.retries:
+      raise self._ended[-1].error  # and nothing more is begun
     if (self.directory / str(step)).exists():
       raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,20 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args
 
 from pretrain import manifest
+
+
+def be_quiet() -> None:
+  """What Orbax tells of failed saves, in hundreds of lines, `Checkpoints.poll` tells in one."""
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = without_what_is_left_behind
+
+
+def without_what_is_left_behind(found: Any) -> None:
+  """Where one write of a save fails, the others find the event loop of their save gone; it ends nothing."""
+  if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed'):
+    sys.__unraisablehook__(found)
 
 
 class Files:
@@ -23,7 +38,7 @@ class Files:
   @property
   def _manager(self) -> ocp.CheckpointManager:
     if self._opened is None:
-      logging.getLogger('absl').setLevel(logging.CRITICAL)  # what it tells of failed saves, `Checkpoints.poll` tells
+      be_quiet()
       options = ocp.CheckpointManagerOptions(
         create=not self._read_only,
         read_only=self._read_only,

@@ -76,7 +76,8 @@ def prepare_command(options, overrides) -> None:
 
 
 def verify_command(options, overrides) -> int:
-  """Read all of a token store and check every hash; exit code 1 where something is damaged."""
+  """Read all of a token store and check every hash; exit code 65 where something is damaged."""
+  from data.errors import DataError
   from data.verify import verify
 
   damaged = 0
@@ -85,7 +86,7 @@ def verify_command(options, overrides) -> int:
     damaged += 1
   many = f'damaged places: {damaged}; restore it from a copy, or prepare it again'
   print(f'{options.path}: {many if damaged else "whole"}')
-  return int(damaged > 0)
+  return DataError.exit_code if damaged else 0
 
 
 def inspect_command(options, overrides) -> None:

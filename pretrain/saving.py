@@ -68,7 +68,9 @@ class Saving:
     try:
       if self.error is None:
         self._retain()
-      elif step_folders.kind_of(self._folder) != 'finished':  # a peer may have gone after the commit
+      elif step_folders.kind_of(self._folder) != 'finished' and threading.main_thread().is_alive():
+        # Else a peer has gone after the commit; or Python is leaving, and what Orbax has begun writes on: the mark
+        # stays, for the next start to remove it all.
         step_folders.discard(self._folder.parent, self.step)
     except OSError as error:
       self.untidy = error

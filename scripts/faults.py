@@ -22,10 +22,12 @@ import time
 from collections.abc import Sequence
 
 from faults_case import ROOT, Line, joined, references
+from faults_data import f12, f13, f14
 from faults_disk import f8
 from faults_kills import f1, f2, f3, f7, mttr
-from faults_refusals import f6, f12, f13, f14, f15, f17, f18
+from faults_refusals import f6, f15, f17
 from faults_runs import f4, f5, f10, f11, f19
+from faults_safety import f18
 
 from pretrain import supervise
 

@@ -1,10 +1,13 @@
 """`pretrain` as scripts/faults.py starts it: it tells what it is doing, and does wrong what it is told to."""
 
+import errno
 import json
 import os
 import pathlib
+import resource
 import sys
 import time
+import types
 
 INJECT = 'PRETRAIN_FAULTS'  # what it is to do wrong, as JSON
 
@@ -28,6 +31,8 @@ def child(argv: list[str]) -> int:
     inject(spec, train, notes)
   if 'slow_save' in spec:
     tell_saves(notes, spec['slow_save'])
+  if 'fail_save' in spec:
+    fail_saves(spec['fail_save'], spec['at'])
   if 'heartbeat' in spec:
     launch.HEARTBEAT_SECONDS = spec['heartbeat']
   return cli.main(argv)
@@ -91,6 +96,28 @@ def tell_saves(notes: pathlib.Path, seconds: float) -> None:
   slow(manifest, 'encode', 'manifest')  # its temporary file is open
   slow(step_folders, 'end', 'rename')  # the step exists, and is marked as being written
   slow(step_folders, 'remove', 'retain')
+
+
+def fail_saves(kind: str, at: int) -> None:
+  """Save number `at` fails: by the kernel (EFBIG: no file may be longer than 100 kB), else as if fsync had said so."""
+  from pretrain import manifest
+  from pretrain.checkpoint_orbax import Files
+
+  saves, fsync, begin = [0], os.fsync, Files.begin
+
+  def begun(self, *args):
+    saves[0] += 1
+    if kind == 'EFBIG':
+      limit = 100_000 if saves[0] == at else resource.RLIM_INFINITY
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return begin(self, *args)
+
+  def failing(number: int) -> None:
+    if saves[0] == at and kind != 'EFBIG':
+      raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+    fsync(number)
+
+  Files.begin, manifest.os = begun, types.SimpleNamespace(**vars(os) | {'fsync': failing})
 
 
 if __name__ == '__main__':

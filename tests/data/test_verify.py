@@ -58,7 +58,7 @@ def test_damage_is_named_by_file_and_documents(path, tmp_path, capsys, file, mes
   damaged.unlink()
   if how != 'gone':
     damaged.write_bytes(flipped if how == 'flipped' else raw[: len(raw) // 2])
-  assert main(['data', 'verify', path]) == 1
+  assert main(['data', 'verify', path]) == 65
   out = capsys.readouterr().out
   assert any(re.match(message, line) for line in out.splitlines()), out
   assert re.search(r'/s: damaged places: \d; restore it from a copy, or prepare it again$', out)

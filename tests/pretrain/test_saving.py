@@ -172,6 +172,7 @@ def test_a_disk_that_refuses_to_be_written_is_survived(tmp_path):
   assert [lines[0], lines[2]] == ['1 None', '3 None']
   assert lines[1].startswith('2 CKPT-NOSPACE: saving step 2 needs 1 MiB, ')
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '3']
+  assert 'Traceback' not in done.stderr, 'one line says it'
 
 
 @pytest.mark.parametrize(
