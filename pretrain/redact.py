@@ -3,7 +3,7 @@
 import re
 
 NAMES = r'token|secret|passw(?:or)?d|passphrase|(?:api|access|secret)[_-]?key(?:[_-]?id)?|signature|credentials?'
-IN_URL = re.compile(r'(\b[A-Za-z][\w+.-]*://)[^/\s@\'"?#]+@')
+IN_URL = re.compile(r'(\b[A-Za-z][\w+.-]*:/{1,2})[^/\s@\'"?#]+@')
 NAMED = re.compile(rf'(?i)(\b(?:[\w-]*[_-])?(?:{NAMES})["\']?\s*[=:]\s*["\']?)(?!\*\*\*)[^\s&"\',;]+')
 HIDDEN = '***'
 
