@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 
 from faults_case import CONFIG, ROOT, TINY, Line
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'  # this process starts several runs
-
 WIDE = 2**26  # of an MLP: 24 GiB a matrix and moment, which no machine of a test has to give
 FAST = {'train.steps': 130, 'checkpoint.keep_every': 10}
 
@@ -64,7 +62,8 @@ def line_of(trials: Sequence[Trial]) -> Line:
 
 
 def pretrain(*argv: str) -> tuple[int, str]:
-  """(exit code, what it printed) of a command, in this process."""
+  """(exit code, what it printed) of a command, in this process: its devices cannot be counted anew for each."""
+  os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'
   from pretrain.cli import main
 
   said = io.StringIO()
