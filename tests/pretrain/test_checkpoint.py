@@ -123,6 +123,18 @@ def resign(folder: pathlib.Path, key: str) -> None:
   manifest.write(folder, dataclasses.replace(written, leaves={**written.leaves, key: leaf}))
 
 
+@pytest.mark.parametrize(('part', 'what'), [('2', 'its folder is'), ('2/state', 'lies behind one')])
+def test_a_step_that_lies_behind_a_symbolic_link_is_not_taken(run, program, capsys, part, what):
+  """Whoever may write where it leads to could exchange it between the comparison and the reading."""
+  place = run / 'checkpoints' / part
+  place.rename(run / 'elsewhere')
+  place.symlink_to(run / 'elsewhere')
+  assert go_on(run, program) == 1
+  assert 'symbolic link' in (err := capsys.readouterr().err)
+  assert what in err
+  assert (run / 'elsewhere').exists()
+
+
 def test_verify_sees_wrong_values_in_whole_files(run, capsys):
   key = max(manifest.read(run / 'checkpoints/1').leaves)
   resign(run / 'checkpoints/1', key)

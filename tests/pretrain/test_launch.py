@@ -118,6 +118,37 @@ print(os.environ['PRETRAIN_COORDINATOR'], tables)
   assert all(address.endswith('0100007F') for address in listening), '127.0.0.1, not all addresses'
 
 
+CACHED = """
+import logging, os
+from pretrain import launch, mesh, runtime
+mesh.prepare_platform(mesh.MeshConfig(data=2), 2)
+launch.initialize_from_env()
+runtime.use_compilation_cache()
+import jax
+from jax._src import compiler
+seen = []
+compiler.log_persistent_cache_miss = lambda *_: seen.append('miss')
+compiler.log_persistent_cache_hit = lambda *_: seen.append('hit')
+from jax.experimental import multihost_utils
+multihost_utils.process_allgather(jax.numpy.ones(3))
+print('seen', sorted(set(seen)))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_finds_its_compiled_programs_again(tmp_path, monkeypatch):
+  """JAX writes those of process 0 alone; the others would compile at each restart."""
+  for name in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv('PRETRAIN_CACHE', str(tmp_path))
+  seen = []
+  for _ in range(2):
+    stream = io.StringIO()
+    assert launch.run_program(2, [sys.executable, '-c', CACHED], stream) == 0, stream.getvalue()
+    seen.append(sorted(line for line in stream.getvalue().splitlines() if 'seen' in line))
+  assert seen == [[f"[{host}] seen ['{what}']" for host in range(2)] for what in ('miss', 'hit')]
+
+
 def test_output_comes_line_by_line_behind_the_host():
   stream = io.StringIO()
   code = "import sys; print('out'); print('err', file=sys.stderr); sys.stdout.buffer.write(b'\\xff\\n')"

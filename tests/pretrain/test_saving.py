@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -96,6 +97,27 @@ def test_more_failures_in_a_row_than_retries_end_the_run(tmp_path, failing):
   with pytest.raises(CheckpointError, match='CKPT-NOSPACE: saving step 6 ') as caught:
     ended(checkpoints, 6)
   assert caught.value.exit_code == 66
+
+
+def test_where_no_retry_is_left_no_save_is_begun(tmp_path, failing):
+  """It would be cut off when the run ends, and look like a step that lost its manifest."""
+  failing.add(0)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(retries=0))
+  checkpoints.save(1, state(), POSITION, '')
+  with pytest.raises(CheckpointError, match='CKPT-NOSPACE: saving step 1 '):
+    checkpoints.save(2, state(), POSITION, '')
+  assert list(checkpoints.directory.iterdir()) == []
+
+
+def test_a_save_that_python_leaves_behind_keeps_its_mark(tmp_path, failing, monkeypatch):
+  """Orbax may be writing still; the next start removes what it has written."""
+  failing.add(0)
+  monkeypatch.setattr('pretrain.saving.threading.main_thread', lambda: threading.Thread())
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  ended(checkpoints, 1)
+  assert (checkpoints.directory / '1.saving').exists()
+  assert Checkpoints(tmp_path, CheckpointConfig()).newest_whole() is None
+  assert list(checkpoints.directory.iterdir()) == []
 
 
 def test_the_last_failure_is_raised_by_close_where_nobody_asked(tmp_path, failing):
