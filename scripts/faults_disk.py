@@ -15,7 +15,7 @@ from pretrain.supervise import Policy
 
 def f8(options, alone) -> Line:
   """the disk is full, fails, is read-only: said at once, earlier steps stay; with retries, or space, it goes on"""
-  lines = [went_on(options, alone, kind) for kind in ('ENOSPC', 'EIO', 'EROFS')]
+  lines = [went_on(options, alone, kind) for kind in (('ENOSPC', 'EIO', 'EROFS') if options.full else ('ENOSPC',))]
   lines += [ended(options, alone, kind) for kind in ('EFBIG', 'EIO')]
   full = full_disk(options, alone)
   real = f'{"a real disk of 4 MiB among them" if full.tried else "no disk could be mounted"}'

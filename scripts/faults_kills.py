@@ -23,7 +23,7 @@ def f1(options, alone) -> Line:
 def killed(options, alone, name: str, kills: int) -> Line:
   """A run of one process that is killed so often."""
   draw, hit, steps = random.Random(options.seed + options.part), collections.Counter(), length(kills)
-  case = Case(name, options, steps=steps)
+  case = Case(name, options, steps=steps, inject={'report': True})
 
   def fault(case: Case) -> None:
     before = 0
@@ -112,9 +112,9 @@ def f3(options, alone) -> Line:
 
 def f7(options, alone) -> Line:
   """SIGTERM to one process; to one of three; while it compiles; while it saves: saved, code 75, resumed"""
-  ways = ((1, stop_at(25)), (3, stop_at(25, 1)), (1, stop_in('compile')), (1, stop_in_save))
+  ways = ((3, stop_at(25, 1)), (1, stop_in('compile')), (1, stop_in_save), (1, stop_at(25)))
   tried, survived, worst, slowest = 0, 0, '', 0.0
-  for i in range(count(options, 4, 20)):
+  for i in range(count(options, 3, 20)):
     hosts, fault = ways[(i + options.part) % len(ways)]
     case = Case(f'f7_{i}', options, hosts=hosts, steps=60)
     difference, seconds = told_to_stop(case, fault, alone)

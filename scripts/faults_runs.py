@@ -33,7 +33,7 @@ def f4(options, alone) -> Line:
 
 def f5(options, alone) -> Line:
   """a file of a checkpoint is damaged in every way: no run loads it"""
-  trials = count(options, 40, 500)
+  trials = count(options, 30, 500)
   program = [sys.executable, str(pathlib.Path(__file__).with_name('faults_files.py'))]
   flags = [f'--trials={trials}', f'--seed={options.seed + options.part}', f'--workdir={options.workdir / "f5"}']
   done = subprocess.run([*program, *flags], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,

@@ -104,7 +104,8 @@ def all_flags(parser: argparse.ArgumentParser) -> set[str]:
 def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
-  known = all_flags(cli.parser()) | {'--gin', '--dev', '--full'}  # scripts/setup.sh --dev, scripts/faults.py --full
+  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on'}  # setup.sh, faults.py
+  known = all_flags(cli.parser()) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
     keys = dict.fromkeys(KEY.findall(code) + ASSIGNED.findall(code))
