@@ -9,12 +9,14 @@ lint: setup
 test:
 	./scripts/test.sh
 
-# Then the tests of data/ again, with annotations checked at every call (stores and vocabulary take arrays for ints).
+# Then the tests of data/ again, with annotations checked at every call (stores and vocabulary take arrays for ints), and
+# real runs that are broken in every way (about 5 minutes).
 checked := $(filter-out data.__init__ data.arrays data.store data.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py))))
 comma := ,
 test-all:
 	./scripts/test.sh -m ''
 	.venv/bin/python -m pytest -q tests/data --jaxtyping-packages=$(subst $() ,$(comma),$(checked)),beartype.beartype
+	.venv/bin/python scripts/faults.py
 
 golden: setup
 	.venv/bin/python scripts/golden.py

@@ -1,0 +1,112 @@
+"""What judges the runs of scripts/faults.py sees a run that is not as it should be."""
+
+import argparse
+import importlib
+import json
+import math
+import pathlib
+import types
+
+import pytest
+
+from pretrain import manifest
+from pretrain.manifest import Leaf, Manifest
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / 'scripts'
+ROWS = [{'step': step, 'loss': 6.5 / step, 'grad_norm': 1.0, 'batch_checksum': 7} for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def module(monkeypatch):
+  """A file of scripts/ by its name, as it is imported there."""
+  monkeypatch.syspath_prepend(SCRIPTS)
+  return importlib.import_module
+
+
+def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=(2,)):
+  """A run of three steps, as a Case sees it."""
+  case = case_module.Known('run', argparse.Namespace(workdir=folder), steps=3)
+  step = case.workdir / 'checkpoints/3'
+  step.mkdir(parents=True)
+  (case.workdir / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  manifest.write(step, Manifest(3, {}, {'params/w': Leaf(shape, 'float32', digest)}))
+  return case
+
+
+def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
+  found = module('faults_case')
+  assert run(found, tmp_path / 'a').differs(run(found, tmp_path / 'b')) == ''
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (
+      lambda rows: rows[1].update(loss=math.nextafter(rows[1]['loss'], 9)),
+      'loss 3.2500000000000004 for 3.25 at step 2',
+    ),
+    (lambda rows: rows[2].update(batch_checksum=8), 'batch_checksum 8 for 7 at step 3'),
+    (lambda rows: rows.insert(1, rows[0]), 'steps [1, 2, 3] of 4'),
+    (lambda rows: rows.pop(), 'steps [1, 2] of 2'),
+  ],
+)
+def test_a_loss_a_batch_or_a_step_that_is_another_is_seen(module, tmp_path, change, said):
+  found, rows = module('faults_case'), [dict(row) for row in ROWS]
+  change(rows)
+  assert run(found, tmp_path / 'a', rows).differs(run(found, tmp_path / 'b')) == said
+
+
+def test_an_array_that_is_another_in_the_end_is_seen(module, tmp_path):
+  found = module('faults_case')
+  wrong = run(found, tmp_path / 'a', digest='a2').differs(run(found, tmp_path / 'b'))
+  assert wrong == 'params/w of step 3 is another array (first of 1)'
+
+
+def test_the_parts_of_a_fault_are_all_of_its_trials(module):
+  count = module('faults_case').count
+  for total, parts in ((200, 4), (30, 3), (10, 3), (1, 1)):
+    options = [argparse.Namespace(times=0, full=True, part=part, parts=parts) for part in range(parts)]
+    assert sum(count(one, 6, total) for one in options) == total
+  assert count(argparse.Namespace(times=20, full=True, part=0, parts=4), 6, 200) == 5
+
+
+def test_a_part_that_was_not_survived_shows_in_the_line(module):
+  found = module('faults_case')
+  line = found.joined([found.Line(2, 2, 'fine', [1.0, 2.0], {'save': 2}), found.Line(3, 0, 'lost', [9.0], {'save': 1})])
+  assert (line.tried, line.survived, line.worst, line.whole) == (5, 2, 'lost', False)
+  assert str(line) == 'tried 5, survived 2; lost; recovered in 2.0 s (p95 9.0 s); in save 3'
+  assert not found.Line(0, 0).whole, 'what was not tried was not survived'
+
+
+@pytest.mark.parametrize(
+  ('act', 'said'),
+  [
+    (lambda path: (66, 'CKPT: none'), ''),
+    (lambda path: (0, 'CKPT: none'), 't: code 0 for 66, without []: CKPT: none'),
+    (lambda path: (66, 'CKPT'), "t: code 66 for 66, without ['none']: CKPT"),
+    (lambda path: (66, 'Traceback\nCKPT: none'), 't: code 66 for 66, without []: CKPT: none'),
+    (lambda path: (66, f'CKPT: none {path.write_text("other")}'), 't: {path} was changed'),
+    (lambda path: (66, f'CKPT: none {path.unlink()}'), 't: {path} was changed'),
+    (lambda path: (66, f'CKPT: none {path.with_name("new").touch()}'), 't: {new} was changed'),
+  ],
+)
+def test_a_refusal_has_a_code_and_words_and_changes_nothing(module, tmp_path, act, said):
+  (path := tmp_path / 'file').write_text('as it was')
+  trial = module('faults_refusals').Trial('t', lambda: act(path), 66, ['CKPT', 'none'], tmp_path)
+  assert trial.problem() == said.format(path=path, new=path.with_name('new'))
+
+
+def test_a_save_is_hit_in_the_part_that_was_wanted(module):
+  kills = module('faults_kills')
+  at = lambda note: types.SimpleNamespace(note=lambda name: note)
+  assert kills.in_save(at('2 hash'), 2, 'hash')
+  assert kills.in_save(at('5 hash'), 3, 'hash'), 'a later one'
+  assert not kills.in_save(at('1 hash'), 2, 'hash')
+  assert not kills.in_save(at('2 files'), 2, 'hash')
+  assert not kills.in_save(at(''), 1, 'files')
+
+
+def test_every_fault_of_the_matrix_is_there_once(module):
+  faults = module('faults')
+  assert {f'F{n}' for n in (*range(1, 9), *range(10, 16), 17, 18, 19)} <= faults.FAULTS.keys()
+  assert all(fault.__doc__ and '\n' not in fault.__doc__ for fault in faults.FAULTS.values())
