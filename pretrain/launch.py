@@ -33,6 +33,7 @@ MEET_FIX = (
 )
 EVERYWHERE = ('0.0.0.0', '::', '*')
 GRACE_SECONDS = 3  # between the signal that asks processes to end and the one that ends them
+GRACE_AFTER_KILL = 0.3  # who waits in a collective for one that was killed has nothing to say, and no step to save
 PR_SET_PDEATHSIG = 1
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
@@ -217,7 +218,8 @@ class Group:
     while None in (codes := [process.poll() for process in self._processes]):
       watch()
       if outcome is None and (failed := failures(codes)):
-        outcome, deadline = first_cause(failed), time.monotonic() + GRACE_SECONDS
+        outcome = first_cause(failed)
+        deadline = time.monotonic() + (GRACE_AFTER_KILL if outcome.code == 128 + signal.SIGKILL else GRACE_SECONDS)
         self.signal(signal.SIGTERM)
       elif time.monotonic() > deadline:
         self.signal(signal.SIGKILL)

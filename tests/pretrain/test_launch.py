@@ -71,6 +71,20 @@ def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
   assert time.monotonic() - start < 30
 
 
+def test_who_waits_for_one_that_was_killed_is_ended_at_once(monkeypatch):
+  """In a collective nothing is left to be said, and every second is one of the restart."""
+  monkeypatch.setattr(launch, 'GRACE_SECONDS', 60)
+  code = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.environ['PRETRAIN_HOST'] == '1' and os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+  start = time.monotonic()
+  assert group(2, code, io.StringIO()).wait().code == 128 + signal.SIGKILL
+  assert time.monotonic() - start < 30
+
+
 def test_a_signal_is_passed_on_and_shows_in_the_code():
   command = [sys.executable, '-c', 'from tests.pretrain.test_launch import *; sys.exit(run_sleepers())']
   with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
