@@ -30,6 +30,7 @@ from faults_runs import f4, f5, f10, f11, f19
 from faults_safety import f18
 
 from pretrain import supervise
+from pretrain.launch import DIE_WITH_PARENT
 
 BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f10, f11, f12, f13, f14, f15, f17, f18)
 AFTERWARDS = (f19, mttr)  # of all runs above; alone
@@ -46,18 +47,26 @@ class Job:
   part: int
   parts: int
 
+  def timed(self, options: argparse.Namespace) -> tuple[Line, float]:
+    """(what it found, the seconds it took)."""
+    start = time.monotonic()
+    return self.run(options), time.monotonic() - start
+
   def run(self, options: argparse.Namespace) -> Line:
     """What it found; what it found in an earlier start, where that is wanted."""
     kept = options.results / f'{self.name}_{self.part}_{self.parts}.json'
-    if not (options.go_on and kept.exists()):
-      kept.unlink(missing_ok=True)
-      with kept.with_suffix('.log').open('w') as log:
-        subprocess.run([sys.executable, __file__, *self.flags(options, kept)], stdout=log, stderr=log, check=False,
-                       env=os.environ | {'PYTHONPATH': str(ROOT)})  # fmt: skip
+    if options.go_on and kept.exists() and (line := read(kept)).whole:
+      return line
+    kept.unlink(missing_ok=True)
+    # It ends with this process; Ctrl-C in a terminal, which would be a stop of its runs, does not reach it.
+    command = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), sys.executable, __file__]
+    with kept.with_suffix('.log').open('w') as log:
+      subprocess.run([*command, *self.flags(options, kept)], stdout=log, stderr=log, check=False, process_group=0,
+                     env=os.environ | {'PYTHONPATH': str(ROOT)})  # fmt: skip
     if not kept.exists():
       said = kept.with_suffix('.log').read_text().strip().splitlines() or ['nothing']
       return Line(1, 0, f'it ended without a result: {said[-1]}')
-    return Line(**json.loads(kept.read_text()))
+    return read(kept)
 
   def flags(self, options: argparse.Namespace, result: pathlib.Path) -> list[str]:
     workdir = options.workdir / f'{self.name.lower()}_{self.part}'
@@ -67,6 +76,10 @@ class Job:
       f'--alone={options.alone}', f'--results={options.results}', f'--seed={options.seed}', f'--times={options.times}',
       *(['--full'] if options.full else []),
     ]  # fmt: skip
+
+
+def read(path: pathlib.Path) -> Line:
+  return Line(**json.loads(path.read_text()))
 
 
 def jobs_of(name: str, options: argparse.Namespace) -> list[Job]:
@@ -81,18 +94,18 @@ def run_all(names: Sequence[str], options: argparse.Namespace) -> bool:
   whole, beside = True, [name for name in names if FAULTS[name] in BESIDE]
   with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
     order = [job for name in sorted(beside, key=rank) for job in jobs_of(name, options)]
-    ending = {job: pool.submit(job.run, options) for job in order}
+    ending = {job: pool.submit(job.timed, options) for job in order}
     for name in beside:
       whole &= tell(name, [ending[job].result() for job in jobs_of(name, options)])
   for name in names:
     if name not in beside:
-      whole &= tell(name, [Job(name, 0, 1).run(options)])
+      whole &= tell(name, [Job(name, 0, 1).timed(options)])
   return whole
 
 
-def tell(name: str, lines: Sequence[Line]) -> bool:
-  line = joined(lines)
-  print(f'{name:<4} {FAULTS[name].__doc__}: {line}', flush=True)
+def tell(name: str, found: Sequence[tuple[Line, float]]) -> bool:
+  line, seconds = joined([line for line, _ in found]), sum(seconds for _, seconds in found)
+  print(f'{name:<4} {FAULTS[name].__doc__}: {line} ({seconds:.0f} s)', flush=True)
   return line.whole
 
 
@@ -125,7 +138,10 @@ def main() -> int:
     shutil.rmtree(options.alone, ignore_errors=True)
     shutil.rmtree(options.results, ignore_errors=True)
   options.results.mkdir(parents=True, exist_ok=True)
-  whole = run_all(options.faults or [name for name in FAULTS if options.full or name != 'MTTR'], options)
+  try:
+    whole = run_all(options.faults or [name for name in FAULTS if options.full or name != 'MTTR'], options)
+  except KeyboardInterrupt:
+    os._exit(130)  # and what runs ends with it
   print(f'{"all survived" if whole else "NOT all survived"} in {time.monotonic() - start:.0f} s')
   return 0 if whole else 1
 
