@@ -47,9 +47,9 @@ def length(kills: int) -> int:
 
 
 def in_phase(case: Case, wanted: str, share: int) -> bool:
-  """Whether the process does `wanted`; what comes once in a start is waited for, the rest also for step `share`."""
+  """Whether the process does `wanted`: what comes once in a start at any step, the rest from step `share` on."""
   if wanted == 'save':
-    return case.saving()
+    return case.saving() and case.logged() >= share - 5
   if wanted in ('step', 'data'):
     return case.phase() == wanted and case.logged() >= min(share, case.logged() + 1)
   return case.phase() == wanted or (wanted != 'close' and case.phase() == 'step' and case.logged() >= share)
