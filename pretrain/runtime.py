@@ -37,10 +37,11 @@ def use_compilation_cache() -> None:
     compiler._cache_write = keep_program
 
 
-def keep_program(key: str, seconds: float, name: str, backend, executable, callbacks) -> None:
+def keep_program(key: str, seconds: float, name: str, backend, executable, callbacks=()) -> None:
   """Writes a compiled program to the cache, in place of JAX's own function, which does so in process 0 alone.
 
-  On CPUs the devices of a process are in the keys: no process could use what another one has written.
+  On CPUs the devices of a process are in the keys: no process could use what another one has written. `callbacks`
+  into Python, which cannot be kept, are an argument of JAX 0.10 alone.
   """
   if not callbacks:
     with contextlib.suppress(OSError):  # a full disk costs the next start its seconds, no more
