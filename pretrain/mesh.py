@@ -43,6 +43,8 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
   if 'JAX_PLATFORMS' not in os.environ and not has_accelerator():
     jax.config.update('jax_platforms', 'cpu')
   simulated_elsewhere = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if num_hosts == 1:  # of `pretrain run`: without sockets between its devices, sums have the order of plain `train`
+    jax.config.update('jax_cpu_collectives_implementation', None)
   if jax.config.jax_platforms == 'cpu' and not simulated_elsewhere:
     devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
     if devices > MOST_SIMULATED:
