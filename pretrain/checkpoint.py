@@ -76,20 +76,23 @@ class Checkpoints:
     self._settle()
     return step_folders.finished(self.directory)
 
-  def newest_whole(self) -> int | None:
+  def newest_whole(self, after: int | None = None) -> int | None:
     """The newest step whose files are those of its manifest, for a run to go on from; all processes get the same one.
 
-    Raises CKPT-CORRUPT where there are checkpoints and none is whole: no run begins anew over them.
+    None where there is none, or none from step `after` on, which a snapshot has: older ones are not read, damaged ones
+    are put aside. Raises CKPT-CORRUPT where there are checkpoints and none is whole: no run begins anew over them.
     """
     if jax.process_index() == 0:
       step_folders.tidy(self.directory)
     seen = [[*reversed(step_folders.folders(self.directory))], step_folders.quarantined(self.directory)]
     steps, aside = json.loads(self._agreement.first(json.dumps(seen)))
-    for step in steps:
+    for step in (step for step in steps if after is None or step >= after):
       if not (reason := self._damaged.get(step) or self.damage(step)):
         return step
       self._damaged[step] = reason
-    if self._damaged or aside:
+    if after is not None:
+      self._put_aside(after)
+    elif self._damaged or aside:
       raise step_folders.none_left(self.directory, self._damaged, aside)
     return None
 

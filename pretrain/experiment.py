@@ -35,6 +35,7 @@ from pretrain.optim import AdamW, Optimizer, check_optimizer
 from pretrain.phases import Phase, stretches
 from pretrain.redact import redact
 from pretrain.schedule import Schedule, check_schedule
+from pretrain.snapshot_slots import SnapshotConfig, check_snapshot
 from pretrain.watchdog import WatchdogConfig
 
 
@@ -96,6 +97,7 @@ class Experiment:
   averaging: Averaging = NoAveraging()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  snapshot: SnapshotConfig = SnapshotConfig()
   mesh: MeshConfig = MeshConfig()
   watchdog: WatchdogConfig = WatchdogConfig()
   kernels: KernelsConfig = KernelsConfig()
@@ -115,6 +117,7 @@ MAY_CHANGE = (
   'checkpoint.keep_best',
   'checkpoint.best_of',
   'checkpoint.retries',
+  'snapshot.',
   'mesh.',
   'watchdog.',
   'data.workers',
@@ -171,6 +174,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_lawa(cfg)
   _check_initial(cfg.checkpoint.initial)
   _check_best(cfg)
+  check_snapshot(cfg.snapshot)
   # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)

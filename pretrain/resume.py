@@ -1,13 +1,18 @@
 """What a resumed run may change: some config keys, none of its data. Anything else refuses and shows both values."""
 
+import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from data.buckets import LengthBuckets
 from pretrain import config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment import MAY_CHANGE, Experiment
+from pretrain.skipping import Ranges
 
 
 def may_change(key: str) -> bool:
@@ -19,6 +24,17 @@ def differences(old: Experiment, new: Experiment) -> list[tuple[str, object, obj
   before, after = config.flatten(old), config.flatten(new)
   keys = [key for key in dict.fromkeys([*before, *after]) if not may_change(key)]
   return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def identity(cfg: Experiment, skips: Ranges) -> dict[str, str]:
+  """What must be equal for a process to go on from what another one left in memory; `skips` are left out."""
+  fixed = [f'{key}={value!r}' for key, value in config.flatten(cfg).items() if not may_change(key)]
+  return {
+    'config': hashlib.sha256('\n'.join(fixed).encode()).hexdigest()[:16],
+    'mesh': ' '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(cfg.mesh).items()),
+    'number of processes': f'{jax.process_count()} with {jax.device_count()} devices',
+    'list of examples left out': str(skips),
+  }
 
 
 def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: bool = False) -> list[str]:

@@ -64,6 +64,13 @@ class Timeline:
       self.enter(before)
       self.flush()
 
+  def moved(self, phase: Phase, seconds: float) -> None:
+    """Of the present phase, `seconds` were spent on another one, too short to be entered."""
+    with self._lock:
+      self._account()
+      self._seconds[self.phase] -= seconds
+      self._seconds[phase] += seconds
+
   def completed(self, step: int, examples: int = 0) -> None:
     """`step` is done, and `examples` are used. The first one of a process is written at once: it has recovered."""
     first = self.step == self.resumed

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from data.buckets import LengthBuckets
 from data.loader import loader
@@ -28,9 +27,11 @@ from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
 from pretrain.phases import Stretch, stretch_at
 from pretrain.report import write_report
-from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint
+from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
 from pretrain.runtime import build_program, cache_dir
 from pretrain.skipping import leave_out, read_skips, steps_to_skip
+from pretrain.snapshots import Snapshots, freshest
+from pretrain.stopwatch import Stopwatch
 from pretrain.timeline import Phase, Timeline
 from pretrain.watchdog import Watchdog
 from pretrain.weights import initial_params
@@ -54,6 +55,7 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
         run.save_rest()
     finally:
       run.stop_profile()
+      run.snapshots.stop()
       run.metrics.close()
     with timeline.during('close'):
       run.finish()
@@ -61,28 +63,6 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
     timeline.enter('done')
     timeline.flush()
   return DONE if run.step >= cfg.train.steps else PREEMPTED
-
-
-class Stopwatch:
-  """Seconds, tokens and seconds waited for data since the last report."""
-
-  def __init__(self):
-    self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
-
-  def count(self, batch, waited: float) -> None:
-    self._tokens += sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.endswith('_segment_ids'))
-    self._waited += waited
-    self._steps += 1
-
-  def report(self) -> dict[str, float]:
-    seconds = time.perf_counter() - self._start
-    rates = {
-      'step_seconds': seconds / max(self._steps, 1),
-      'tokens_per_second': self._tokens * jax.process_count() / seconds,
-      'data_wait': self._waited / seconds,
-    }
-    self.__init__()
-    return rates
 
 
 class Stage:
@@ -120,17 +100,21 @@ class Run:
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
       self._changes = check_same_run(saved, cfg, allow_data_change=allow_data_change)
     self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
+    self.snapshots = Snapshots(cfg.snapshot, workdir, identity(cfg, self.skips))
     self.state, self.position = self._restore_or_initialise(recorded)
     self.mixing: Mixing | None = None
     if cfg.data.online is not None:
       self.mixing = begin(self.position, self.data.used(self.position['examples']))
-    self.step = self.saved_step = int(self.state.step)
+    self.step = int(self.state.step)
+    self.saved_step = min(self.step, self.checkpoints.latest() or 0)
     writes = jax.process_index() == 0
     if writes:
       write_atomically(saved, self.text)
       timeline.open(workdir, self.step, self.position['examples'])
     self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
     self._profiling, self._evaluated = False, (-1, dict[str, float]())
+    if warning := self.snapshots.start(self.stage.program.abstract):
+      self.metrics.warn(warning)
     if self._changes and self.step:
       self.metrics.warn(f'DATA-CHANGE: from step {self.step} on {"; ".join(self._changes)}.')
     self._say_losses()
@@ -143,7 +127,7 @@ class Run:
   def _restore_or_initialise(self, recorded):
     """(state, position) of the newest step whose files and values are those that were saved, else of step 0."""
     with self.timeline.during('restore'):
-      latest = self.checkpoints.newest_whole()
+      source, latest = freshest(self.snapshots, self.checkpoints)
     check_not_lost(latest, recorded, self.cfg.checkpoint.every, self.workdir)
     # At the border of two phases the one that ended saved the step. Its mistakes show before a file is written.
     self.stage = Stage(stretch_at(self.cfg, max(latest - 1, 0) if latest else 0))
@@ -155,7 +139,7 @@ class Run:
         return self._initialise(self.cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}
     try:
       with self.timeline.during('restore'):
-        restored = self.checkpoints.restore(self.stage.program.abstract, latest)
+        restored = source.restore(self.stage.program.abstract, latest)
     except DamagedError:
       return self._restore_or_initialise(recorded)  # an older one
     self._changes += check_same_data(
@@ -200,14 +184,18 @@ class Run:
       self.state, metrics = stage.program.train_step(self.state, arrays)
       self.step += 1
       self.data = stage.data
+      ends = self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last()
+      if not ends:
+        self._take_snapshot()
       if pending is not None:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
       pending = metrics | self._row_length(batch) | {'examples': self.position['examples']}
-      if self._due(self.cfg.checkpoint.every) or self._due(self.cfg.evaluation.every) or self._last():
+      if ends:
         self._log(self.step, pending, watch)
         pending = None
         self._evaluate_and_save()
+        self._take_snapshot()
         watch = Stopwatch()
     if pending is not None:
       self._log(self.step, pending, watch)
@@ -229,7 +217,10 @@ class Run:
 
   def _place(self) -> dict[str, Any]:
     """Where the run is in its data: what the loader has counted, and what was decided of the sources."""
-    return self.position | ({'mixture': dataclasses.asdict(self.mixing)} if self.mixing else {})
+    return self.position | self._mixture()
+
+  def _mixture(self) -> dict[str, Any]:
+    return {'mixture': dataclasses.asdict(self.mixing)} if self.mixing else {}
 
   def _observe(self, examples: int, losses, weights) -> None:
     """Takes the losses of a step for the weights of sources; decides them where it is time."""
@@ -249,6 +240,7 @@ class Run:
   def finish(self) -> None:
     """Draws the report."""
     self.checkpoints.close()
+    self.snapshots.close()
     if jax.process_index() == 0 and read_metrics(self.workdir):  # none where the run was stopped before the first row
       write_report(self.workdir)
 
@@ -273,6 +265,7 @@ class Run:
       self.metrics.write(step, values | watch.report() | phase)
     if consecutive:
       self._warn_nonfinite(step, examples, values, consecutive, fatal)
+    self.snapshots.recorded(step, self._mixture())
 
   def _row_length(self, batch) -> dict[str, int]:
     """Where steps have rows of different lengths, that of this one."""
@@ -313,15 +306,27 @@ class Run:
       with self.timeline.during('save'):
         self._save()
 
-  def _save(self) -> None:
+  def _saved_position(self) -> dict[str, Any]:
     used = self.data.used(self.position['examples'])
-    position = {'loader': self._place(), 'data': self.data.fingerprint(), 'used': used}
+    return {'loader': self._place(), 'data': self.data.fingerprint(), 'used': used}
+
+  def _take_snapshot(self) -> None:
+    if self._due(self.cfg.snapshot.every) and not self._last():  # the last step is saved
+      self.timeline.moved('save', self.snapshots.begin(self.step, self.state, self._saved_position()))
+
+  def _save(self) -> None:
     step, scores = self._evaluated
-    self.checkpoints.save(self.step, self.state, position, self.text, scores if step == self.step else {})
+    scores = scores if step == self.step else {}
+    self.checkpoints.save(self.step, self.state, self._saved_position(), self.text, scores)
     self.saved_step = self.step
 
   def _hear_of_saves(self, *, wait: bool = False) -> None:
     """Records what saves have cost that ended since this was last asked; the next one makes good for a failure."""
+    metrics, warning = self.snapshots.news()
+    if metrics:
+      self.metrics.add(metrics)
+    if warning:
+      self.metrics.warn(warning)
     for saved in self.checkpoints.poll(wait=wait):
       if saved.error is None:
         self.saved_step = max(self.saved_step, saved.step)  # one before it may have failed since it was begun
