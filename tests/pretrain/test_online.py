@@ -13,6 +13,7 @@ from pretrain import cli
 from pretrain.checkpoint import Checkpoints
 from pretrain.errors import ConfigError
 from pretrain.metrics import Metrics, read_metrics
+from pretrain.snapshots import Snapshots
 from pretrain.train import train
 from tests.pretrain import tiny
 from tests.pretrain.test_hosts import XLA_FLAGS
@@ -101,6 +102,26 @@ def test_a_run_that_is_killed_goes_on_bit_exactly_across_decisions(stores, whole
   train(configured(stores), tmp_path)
   assert rows_of(tmp_path) == rows_of(whole)
   assert mixture_of(tmp_path, 11) == mixture_of(whole, 11), 'to the last bit of what later decisions hang on'
+
+
+def test_a_run_goes_on_from_memory_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch, capsys):
+  """From step 5, whose losses count for the next decision, and are known when step 6 is under way."""
+  monkeypatch.setattr(pretrain.train, 'write_report', lambda _: None)
+  own = ('checkpoint.every=1000', 'snapshot.every=5', f"snapshot.folder='{tmp_path}'")
+  recorded = Snapshots.recorded
+
+  def record_and_wait(self, *what):
+    recorded(self, *what)
+    if self._taking is not None and self._taking.known.is_set():
+      self._taking._thread.join()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Snapshots, 'recorded', record_and_wait)
+    killed_at(configured(stores, *own), tmp_path / 'run', 8, monkeypatch)
+  train(configured(stores, *own), tmp_path / 'run')
+  assert 'SNAPSHOT: going on from step 5 in memory' in capsys.readouterr().err
+  assert rows_of(tmp_path / 'run') == rows_of(whole)
+  assert mixture_of(tmp_path / 'run', 11) == mixture_of(whole, 11)
 
 
 def test_another_mesh_decides_the_same(stores, whole, tmp_path, monkeypatch):
