@@ -525,10 +525,8 @@ def test_snapshots_tell_what_they_cost_and_the_wait_counts_as_saving(killed):
   for row in rows:
     assert 0 < row['snapshot_stall'] < row['snapshot_seconds']
     assert state <= row['snapshot_mib'] * 2**20 < 1.05 * state
-  found = goodput(read_timeline(killed))['seconds']
-  assert found['save'] >= sum(
-    row.get('save_stall', 0.0) + row.get('snapshot_stall', 0.0) for row in read_metrics(killed)
-  )
+  waited = rows[0]['snapshot_stall'] + sum(row.get('save_stall', 0.0) for row in read_metrics(killed))
+  assert goodput(read_timeline(killed))['seconds']['save'] >= waited, 'up to step 8, which is in the timeline for sure'
 
 
 def test_what_is_moved_from_one_phase_to_another_is_counted_once(tmp_path):
