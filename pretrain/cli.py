@@ -19,7 +19,8 @@ from pretrain.platform import has_accelerator
 from pretrain.redact import redact
 
 EXIT_CODES = (
-  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 75 interrupted and resumable'
+  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 72 gone back before a loss spike, '
+  '74 replicas differ, 75 interrupted; after 70, 72, 74 and 75 the same command goes on'
 )
 
 
@@ -230,6 +231,42 @@ def report_command(options, overrides) -> None:
   print(write_report(options.workdir))
 
 
+def replay_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('--workdir', required=True, type=pathlib.Path)
+  command.add_argument('--step', required=True, type=int, help='the last step that is made again')
+  command.add_argument(
+    '--rtol', type=float, help='how far losses may be off, e.g. 1e-5 on another mesh (float32); without it: bit for bit'
+  )
+  command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='another mesh than the run had')
+
+
+def replay_command(options, overrides) -> int:
+  """Make a step of a run again and compare it with what was recorded; exit code 66 where it differs. Writes nothing."""
+  from pretrain import launch, mesh
+
+  saved = options.workdir / 'config.gin'
+  if not saved.exists():
+    raise ConfigError(f'--workdir={options.workdir} is no run: it has no config.gin.')
+  if others := [key for key in overrides if not key.startswith('mesh.')]:
+    raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')
+  if overrides and options.rtol is None:
+    raise ConfigError(f'--gin.{overrides[0]}: only the mesh of the run gives its bits; give --rtol, e.g. --rtol=1e-5.')
+  options.gin_file = [saved]
+  cfg = load(options, overrides)
+  mesh.prepare_platform(cfg.mesh, launch.num_hosts())
+  launch.initialize_from_env()
+  from pretrain import hosts, replay, runtime
+  from pretrain.errors import CheckpointError
+
+  runtime.use_compilation_cache()
+  tell = print if hosts.host() == 0 else lambda line: None
+  with launch.leaving_at_once():
+    equal = replay.replay(cfg, options.workdir, options.step, tell, rtol=options.rtol)
+  tell('equal' if equal else 'DIFFERS: a device has computed wrongly, then or now; or the run had another number of '
+       'processes or devices, another version of jax, another machine.')  # fmt: skip
+  return 0 if equal else CheckpointError.exit_code
+
+
 def run_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--hosts', type=int, required=True, help='processes on this machine, over loopback')
   command.add_argument(
@@ -267,23 +304,10 @@ def check_hosts(options) -> None:
     raise ConfigError(f'--min_hosts={options.min_hosts} with --hosts={options.hosts}; it must be 1 to --hosts.')
 
 
-def check_skippable(cfg) -> None:
-  """Raises ConfigError where the examples of a step cannot be left out."""
-  from pretrain.phases import stretches
-
-  if cfg.data.online is not None:
-    raise ConfigError(
-      '--skip_poisoned with data.online, whose weights are of losses of all examples; remove one of them.'
-    )
-  if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
-    raise ConfigError(
-      f'--skip_poisoned with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.'
-    )
-
-
 def supervised(options) -> int:
   """`pretrain run -- train …`; its mistakes show before a process is started."""
   from pretrain import launch
+  from pretrain.experiment import check_skippable
   from pretrain.mesh import shares_evenly
   from pretrain.supervise import Policy, Supervisor
 
@@ -291,7 +315,7 @@ def supervised(options) -> int:
   cfg = load(train, overrides)
   check_workdir(train.workdir)
   if options.skip_poisoned:
-    check_skippable(cfg)
+    check_skippable(cfg, '--skip_poisoned')
   policy = Policy(max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned)
   fits = lambda hosts: shares_evenly(cfg.mesh, cfg.data.batch_size, hosts)
   return Supervisor(
@@ -318,6 +342,7 @@ COMMANDS = (
   ('generate', generate_command, generate_flags),
   ('checkpoints', checkpoints_command, checkpoints_flags),
   ('report', report_command, report_flags),
+  ('replay', replay_command, replay_flags),
   ('run', run_command, run_flags),
   ('plan', plan_command, plan_flags),
 )

@@ -31,6 +31,18 @@ class NonFiniteError(UserError):
   code, exit_code = 'NONFINITE', 71
 
 
+class SpikeError(UserError):
+  """The run has gone back to a step before a loss spike: the same command goes on from there."""
+
+  code, exit_code = 'SPIKE', 72
+
+
+class ReplicaError(UserError):
+  """A device has computed wrongly: the same command goes on from the last step that was saved."""
+
+  code, exit_code = 'REPLICAS', 74
+
+
 class HostError(UserError):
   """A process that others wait for does not come: they end as those that hang do."""
 

@@ -32,8 +32,10 @@ from pretrain.errors import ConfigError
 from pretrain.loss import LossConfig
 from pretrain.mesh import MeshConfig
 from pretrain.optim import AdamW, Optimizer, check_optimizer
+from pretrain.optim_spikes import NoSpikes, RewindSpikes, Spikes
 from pretrain.phases import Phase, stretches
 from pretrain.redact import redact
+from pretrain.replicas import ReplicasConfig
 from pretrain.schedule import Schedule, check_schedule
 from pretrain.snapshot_slots import SnapshotConfig, check_snapshot
 from pretrain.watchdog import WatchdogConfig
@@ -94,12 +96,14 @@ class Experiment:
   train: TrainConfig
   loss: LossConfig = LossConfig()
   optimizer: Optimizer = AdamW()
+  spikes: Spikes = NoSpikes()
   averaging: Averaging = NoAveraging()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   snapshot: SnapshotConfig = SnapshotConfig()
   mesh: MeshConfig = MeshConfig()
   watchdog: WatchdogConfig = WatchdogConfig()
+  replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
   phases: tuple[Phase, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
@@ -120,6 +124,10 @@ MAY_CHANGE = (
   'snapshot.',
   'mesh.',
   'watchdog.',
+  'replicas.',
+  'spikes.max_consecutive',
+  'spikes.steps',
+  'spikes.max_rewinds',
   'data.workers',
   'data.prefetch',
 )
@@ -133,6 +141,7 @@ def check(cfg: Experiment) -> None:
   _check_buckets(cfg)
   _check_stages(cfg)
   _check_online(cfg)
+  _check_rewinds(cfg)
   for stretch in stretches(cfg):
     place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
     try:
@@ -219,6 +228,28 @@ def _check_online(cfg: Experiment) -> None:
         f'phases: from step {phase.start_step} on data is another, by {key}, and data.online decides on that of the '
         'whole run; let no phase set data.*, or remove data.online.'
       )
+
+
+def _check_rewinds(cfg: Experiment) -> None:
+  """Where the run may go back, there is a step to go back to, and examples can be left out."""
+  if not isinstance(cfg.spikes, RewindSpikes):
+    return
+  check_skippable(cfg, "spikes.name='rewind'")
+  own, back = cfg.checkpoint, cfg.spikes.steps
+  if (own.keep - 1) * own.every < back:
+    enough = -(-back // own.every) + 1
+    raise ConfigError(
+      f'spikes.steps={back} with checkpoint.keep={own.keep} and checkpoint.every={own.every}: no step so old is kept; '
+      f'set checkpoint.keep >= {enough}.'
+    )
+
+
+def check_skippable(cfg: Experiment, what: str) -> None:
+  """Raises ConfigError where the examples of a step cannot be left out, as `what` would."""
+  if cfg.data.online is not None:
+    raise ConfigError(f'{what} with data.online, whose weights are of losses of all examples; remove one of them.')
+  if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
+    raise ConfigError(f'{what} with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.')
 
 
 def _check_family(cfg: Experiment) -> None:

@@ -23,7 +23,7 @@ from pretrain.errors import ConfigError, HostError
 from pretrain.redact import redact
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
-PREEMPTED, HANG = 75, 70
+PREEMPTED, HANG, REWOUND, CORRUPTED = 75, 70, 72, 74
 USER_CODES = (64, 65, 66, 71)  # a restart would find the same
 POLL_SECONDS = 0.02
 HEARTBEAT_SECONDS = 60  # a peer that went silent (stopped, cut off) is noticed; the launcher sees dead ones at once
@@ -237,9 +237,10 @@ def failures(codes: Sequence[int | None]) -> dict[int, int]:
 
 
 def first_cause(codes: Mapping[int, int]) -> Outcome:
-  """Of processes that failed within a blink: what a user can mend before a hang, before one that was killed, and last
-  those that JAX aborts because another one is gone."""
-  rank = lambda code: (code not in USER_CODES, code != HANG, code == 128 + signal.SIGABRT, code <= 128, -code)
+  """Of processes that failed within a blink: what a user can mend or all agreed upon before a hang, before one that was
+  killed, and last those that JAX aborts because another one is gone."""
+  agreed = (*USER_CODES, REWOUND, CORRUPTED)
+  rank = lambda code: (code not in agreed, code != HANG, code == 128 + signal.SIGABRT, code <= 128, -code)
   host, code = min(codes.items(), key=lambda item: rank(item[1]))
   return Outcome(code, host, time.time())
 

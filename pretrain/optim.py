@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from pretrain.optim_adafactor import Adafactor, scale_by_adafactor
 from pretrain.optim_muon import Muon, is_hidden_matrix, scale_by_muon
 from pretrain.optim_shared import Shared, decays, scale_by_parameter
+from pretrain.optim_spikes import NONE, Spikes, SpikeState, guarded
 from pretrain.optim_state import stored
 
 
@@ -98,11 +99,17 @@ def only(label: str, labels: Mapping[str, Any], specs: Mapping[str, Any]) -> Map
 
 
 def make_optimizer(
-  cfg: Optimizer, schedule: Callable[[Array], Array], specs: Mapping[str, Any], mesh: Mesh | None = None
+  cfg: Optimizer,
+  schedule: Callable[[Array], Array],
+  specs: Mapping[str, Any],
+  mesh: Mesh | None = None,
+  *,
+  spikes: Spikes = NONE,
+  since: int = 0,
 ) -> optax.GradientTransformation:
   """Clip by global norm, the optimizer, decay by axes; non-finite steps skipped; the schedule counts every step.
 
-  `mesh` is that of a run; muon spreads its work over it.
+  `mesh` is that of a run; muon spreads its work over it. Steps are compared, for `spikes`, with those after `since`.
   """
   momentum = cfg.momentum if isinstance(cfg, Adafactor) else 0
   moments = optax.chain(
@@ -114,9 +121,14 @@ def make_optimizer(
     if cfg.weight_decay
     else optax.identity(),
   )
-  return optax.chain(skip_nonfinite(moments), optax.scale_by_learning_rate(schedule))
+  return guarded(optax.chain(skip_nonfinite(moments), optax.scale_by_learning_rate(schedule)), spikes, since)
 
 
-def skipped(opt_state) -> SkipState:
-  """The counts of skipped updates inside an optimizer state made by `make_optimizer`."""
-  return opt_state[0]
+def skipped(opt_state) -> dict[str, Array]:
+  """Metrics of an optimizer state made by `make_optimizer`: counts of skipped updates; where spikes are judged, those
+  too, and the limits."""
+  counts = {'skipped': opt_state[0].total, 'skipped_consecutive': opt_state[0].consecutive}
+  if isinstance(spikes := opt_state[-1], SpikeState):
+    counts |= {'spikes': spikes.total, 'spikes_consecutive': spikes.consecutive}
+    counts |= {'loss_limit': spikes.limits[0], 'grad_norm_limit': spikes.limits[1]}
+  return counts

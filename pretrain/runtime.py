@@ -68,8 +68,9 @@ def check_divisible(parameters, mesh) -> None:
     raise ConfigError(str(error)) from error
 
 
-def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> Program:
-  """Everything a run needs that holds no arrays; nothing is allocated. The schedule counts from `schedule_start`.
+def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, start: int = 0) -> Program:
+  """Everything a run needs that holds no arrays; nothing is allocated. The schedule counts from `schedule_start`, a
+  phase's losses from its `start`.
 
   Raises ConfigError where the mesh does not divide the batch or a parameter.
   """
@@ -78,7 +79,8 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0) -> 
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start)
-  tx, track = make_optimizer(cfg.optimizer, schedule, model.specs, mesh), make_track(cfg.averaging)
+  tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
+  track = make_track(cfg.averaging)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
   shapes = jax.eval_shape(init)
   params = partition.shardings(model.specs, mesh)

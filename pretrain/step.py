@@ -78,7 +78,7 @@ def make_train_step(
 
   Dropout's key is that of `seed` and the step. It is made inside the step: outside, it would be programs of its own.
   """
-  value_and_grad = accumulate(loss, num_microbatches)
+  value_and_grad, tx = accumulate(loss, num_microbatches), optax.with_extra_args_support(tx)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
@@ -86,16 +86,13 @@ def make_train_step(
     (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients where it could reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    counts = skipped(opt_state)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])
     metrics |= {
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': schedule(state.step),
       'loss_weight': weight,
       'batch_checksum': checksum(batch),
-      'skipped': counts.total,
-      'skipped_consecutive': counts.consecutive,
-    }
+    } | skipped(opt_state)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     return TrainState(step, params, opt_state, track.update(state.extra, params, step)), metrics

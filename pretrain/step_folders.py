@@ -1,7 +1,8 @@
 """The folders of checkpoints on a disk: which of them are steps, which go, which are put aside. Nobody else renames.
 
 `<step>/` is a step when it holds MANIFEST.json; `<step>.saving` marks one that is being written, `<step>.deleting/` one
-that is being removed, `<step>.corrupt/` one whose files were not those of its manifest, kept for a person to look at.
+that is being removed, `<step>.corrupt/` one whose files were not those of its manifest, kept for a person to look at;
+`<step>.undone/` is one behind which the run has gone back (a loss spike).
 """
 
 import contextlib
@@ -97,8 +98,13 @@ def tidy(directory: pathlib.Path) -> None:
 
 
 def quarantine(directory: pathlib.Path, step: int) -> str:
-  """Puts a step aside under a name that no discovery takes for one; returns the name. Nothing is deleted."""
-  names = (f'{step}.corrupt{f".{n}" if n else ""}' for n in range(1000))
+  """Puts a damaged step aside; returns the name."""
+  return put_aside(directory, step, 'corrupt')
+
+
+def put_aside(directory: pathlib.Path, step: int, why: Literal['corrupt', 'undone']) -> str:
+  """Gives a step a name that no discovery takes for one; returns the name. Nothing is deleted."""
+  names = (f'{step}.{why}{f".{n}" if n else ""}' for n in range(1000))
   name = next(name for name in names if not (directory / name).exists())
   (directory / str(step)).rename(directory / name)
   manifest.sync_folder(directory)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import datetime
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from pretrain.goodput import processes, spent_in, write_goodput
-from pretrain.launch import PREEMPTED, USER_CODES, ForwardedSignals, Group, Outcome
+from pretrain.launch import PREEMPTED, REWOUND, USER_CODES, ForwardedSignals, Group, Outcome
 from pretrain.skipping import add_skip
 from pretrain.timeline import FILE, append, end_line, parse, read_timeline
 
@@ -21,7 +22,10 @@ SAME_STEP = 3  # failures without a new step, after which a person is needed
 AWAY = 2  # failures of one host before there was a state, after which it is left out
 FIRST_DELAY, LONGEST_DELAY = 0.25, 60.0  # seconds; doubled at each failure without a new step
 LOG_LINES = 400
-CAUSES = {64: 'config', 65: 'data', 66: 'checkpoint', 70: 'hang', 71: 'non-finite', 1: 'crash', 137: 'killed'}
+CAUSES = {
+  64: 'config', 65: 'data', 66: 'checkpoint', 70: 'hang', 71: 'non-finite', 72: 'spike', 74: 'corruption', 1: 'crash',
+  137: 'killed',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,10 @@ class Supervisor:
     return outcome
 
   def _follow(self, history: Sequence['Failure'], outcome: Outcome) -> list['Failure']:
-    """The failures in a row without a step that is new to the run."""
+    """The failures in a row without a step that is new to the run; none after it has gone back: all steps are new."""
+    if outcome.code == REWOUND:
+      self._furthest = 0
+      return []
     reached, tail = self._tail.reached or 0, self._tail
     earlier = [] if reached > self._furthest else history
     self._furthest = max(reached, self._furthest)
@@ -95,6 +102,8 @@ class Supervisor:
     """What is done about a failure; leaves out a host that stays away."""
     if outcome.code in USER_CODES or self._restarts >= self._policy.max_restarts:
       return 'stop'
+    if outcome.code == REWOUND:
+      return 'rewind'
     first = [failure.host for failure in history[-AWAY:] if not failure.stepped]
     if len(first) == AWAY and len(set(first)) == 1 and (fewer := self._fewer()):
       self._hosts = fewer
@@ -128,7 +137,7 @@ class Supervisor:
       self._incident = {
         'time': timestamp(outcome.time), 'host': outcome.host, 'hosts': self._hosts, 'cause': cause,
         'exit_code': outcome.code, 'signal': signal_name(outcome.code), 'step_reached': reached, 'action': action,
-        'log': str(log), 't': outcome.time,
+        'reason': self._log.reason(outcome.host), 'log': str(log), 't': outcome.time,
       }  # fmt: skip
     if action in ('stop', 'give up'):
       self._finish_incident(None)
@@ -280,6 +289,11 @@ class Log:
     """What the last lines say that an exit code cannot: that memory ran out."""
     memory = any('RESOURCE_EXHAUSTED' in line or 'MemoryError' in line for line in self._lines)
     return 'out of memory' if memory else None
+
+  def reason(self, host: int) -> str | None:
+    """The sentence with a code that a process has said last."""
+    said = (re.match(rf'\[{host}\] ([A-Z][A-Z-]+: .+)', line) for line in reversed(self._lines))
+    return next((match[1] for match in said if match), None)
 
   def keep(self, folder: pathlib.Path, time_: float) -> pathlib.Path:
     """Writes the last lines to a file of `folder`."""

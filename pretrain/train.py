@@ -17,15 +17,17 @@ from data.source import open_data
 from pretrain import config, hosts
 from pretrain.averaging import lawa_steps, linear_combination
 from pretrain.checkpoint import Checkpoints, DamagedError
-from pretrain.errors import ConfigError, NonFiniteError
+from pretrain.errors import ConfigError
 from pretrain.evaluate import check_best_of, evaluate_sets
 from pretrain.exact_match import make_exact_match, matches
 from pretrain.experiment import Experiment
 from pretrain.hosts import Interrupt
+from pretrain.judging import Judge, shown
 from pretrain.loss import make_eval_step
 from pretrain.mesh import host_rows, to_global
 from pretrain.metrics import Metrics, read_metrics
 from pretrain.phases import Stretch, stretch_at
+from pretrain.replicas import Replicas
 from pretrain.report import write_report
 from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
 from pretrain.runtime import build_program, cache_dir
@@ -54,6 +56,7 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
       with timeline.during('save'):
         run.save_rest()
     finally:
+      timeline.flush()  # how far it has come, where it did not end well
       run.stop_profile()
       run.snapshots.stop()
       run.metrics.close()
@@ -74,7 +77,7 @@ class Stage:
     self.data = open_data(
       self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
     )
-    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start)
+    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start, start=stretch.start)
     self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
     self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
@@ -99,25 +102,37 @@ class Run:
     recorded = read_metrics(workdir)
     if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it is of a run that never began
       self._changes = check_same_run(saved, cfg, allow_data_change=allow_data_change)
-    self.checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    self.snapshots = Snapshots(cfg.snapshot, workdir, identity(cfg, self.skips))
+    self.checkpoints = self._open_checkpoints()
+    self.snapshots = self._open_snapshots()
     self.state, self.position = self._restore_or_initialise(recorded)
     self.mixing: Mixing | None = None
     if cfg.data.online is not None:
       self.mixing = begin(self.position, self.data.used(self.position['examples']))
     self.step = int(self.state.step)
     self.saved_step = min(self.step, self.checkpoints.latest() or 0)
-    writes = jax.process_index() == 0
-    if writes:
-      write_atomically(saved, self.text)
-      timeline.open(workdir, self.step, self.position['examples'])
-    self.metrics = Metrics(workdir, resume_step=self.step, total_steps=cfg.train.steps, write=writes)
+    self.metrics = self._open_metrics()
+    self.judge = Judge(cfg, workdir, self.checkpoints, self.metrics, self.step)
+    self.replicas = Replicas(self.stage.program.abstract, self.stage.program.mesh) if cfg.replicas.every else None
     self._profiling, self._evaluated = False, (-1, dict[str, float]())
     if warning := self.snapshots.start(self.stage.program.abstract):
       self.metrics.warn(warning)
     if self._changes and self.step:
       self.metrics.warn(f'DATA-CHANGE: from step {self.step} on {"; ".join(self._changes)}.')
     self._say_losses()
+
+  def _open_checkpoints(self) -> Checkpoints:
+    return Checkpoints(self.workdir, self.cfg.checkpoint)
+
+  def _open_snapshots(self) -> Snapshots:
+    return Snapshots(self.cfg.snapshot, self.workdir, identity(self.cfg, self.skips))
+
+  def _open_metrics(self) -> Metrics:
+    """From here on the run is on the disk."""
+    writes = jax.process_index() == 0
+    if writes:
+      write_atomically(self.workdir / 'config.gin', self.text)
+      self.timeline.open(self.workdir, self.step, self.position['examples'])
+    return Metrics(self.workdir, resume_step=self.step, total_steps=self.cfg.train.steps, write=writes)
 
   def _say_losses(self) -> None:
     """Shows what of pairs and conversations no row has room for."""
@@ -191,6 +206,8 @@ class Run:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
       pending = metrics | self._row_length(batch) | {'examples': self.position['examples']}
+      if self.replicas is not None and self._due(self.cfg.replicas.every):
+        pending['replicas'] = self.replicas.digests(self.state)
       if ends:
         self._log(self.step, pending, watch)
         pending = None
@@ -204,6 +221,8 @@ class Run:
     """Where there are several processes, none begins a step before all have compiled it: gloo waits 30 s, no longer."""
     if jax.process_count() > 1:
       self.stage.program.train_step.lower(self.state, batch).compile()  # kept: see `use_compilation_cache`
+      if self.replicas is not None:
+        self.replicas.compile(self.state)
       hosts.barrier(f'compiled for step {self.step + 1}', self.cfg.watchdog.compile)
 
   def _last_step(self) -> int:
@@ -255,16 +274,16 @@ class Run:
     examples = found.pop('examples')
     self.timeline.completed(step, examples)
     by_source = found.pop('source_loss', None), found.pop('source_weight', None)
+    digests = found.pop('replicas', None)
     values = {k: float(v) for k, v in found.items()} | self._source_metrics(examples, *by_source)
     if self.mixing is not None:
       self._observe(examples, *by_source)
-    consecutive = int(values.pop('skipped_consecutive'))
-    fatal = consecutive >= self.cfg.optimizer.max_consecutive_nonfinite
-    if fatal or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
+    if self.judge.is_end(values) or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
       phase = {'phase': self.stage.stretch.index} if self.cfg.phases else {}
-      self.metrics.write(step, values | watch.report() | phase)
-    if consecutive:
-      self._warn_nonfinite(step, examples, values, consecutive, fatal)
+      self.metrics.write(step, shown(values) | watch.report() | phase)
+    self.judge.check(step, range(examples - self.stage.cfg.data.batch_size, examples), values)
+    if digests is not None:
+      self.judge.check_replicas(self.replicas, digests, step)
     self.snapshots.recorded(step, self._mixture())
 
   def _row_length(self, batch) -> dict[str, int]:
@@ -281,21 +300,6 @@ class Run:
       loss = {f'loss/{name}': float(losses[i] / weights[i])} if weights[i] else {}
       values |= loss | {f'{key}/{name}': value for key, value in progress.items()}
     return values
-
-  def _warn_nonfinite(self, step: int, examples: int, values, consecutive: int, fatal: bool) -> None:
-    limit = self.cfg.optimizer.max_consecutive_nonfinite
-    first = examples - self.stage.cfg.data.batch_size
-    message = (
-      f'grad_norm={values["grad_norm"]} at step {step} (examples {first}..{examples - 1}). '
-      f'Update skipped ({consecutive} of {limit} consecutive).'
-    )
-    if not fatal:
-      self.metrics.warn(f'NONFINITE: {message}')
-      return
-    self.checkpoints.close()  # a save may be under way
-    latest = self.checkpoints.latest()
-    kept = f'step {latest} is saved in {self.workdir}' if latest else 'no step was saved yet'
-    raise NonFiniteError(f'{message} Stopped; {kept}. Lower schedule.peak, in another --workdir.')
 
   def _evaluate_and_save(self) -> None:
     """Evaluates first: a step that is saved has all its numbers, however soon after the run is killed."""
@@ -315,6 +319,9 @@ class Run:
       self.timeline.moved('save', self.snapshots.begin(self.step, self.state, self._saved_position()))
 
   def _save(self) -> None:
+    """A step that is saved has equal replicas: what a run goes back to, where they differ later, is sound."""
+    if self.replicas is not None:
+      self.judge.check_replicas(self.replicas, jax.device_get(self.replicas.digests(self.state)), self.step)
     step, scores = self._evaluated
     scores = scores if step == self.step else {}
     self.checkpoints.save(self.step, self.state, self._saved_position(), self.text, scores)

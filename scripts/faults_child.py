@@ -9,6 +9,8 @@ import sys
 import time
 import types
 
+from faults_poison import inject_flips, inject_losses
+
 INJECT = 'PRETRAIN_FAULTS'  # what it is to do wrong, as JSON
 
 
@@ -29,6 +31,8 @@ def child(argv: list[str]) -> int:
   timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
   if spec.get('host', host) == host:
     inject(spec, train, notes)
+    inject_flips(spec, train, notes)
+  inject_losses(spec)
   if 'slow_save' in spec:
     tell_saves(notes, spec['slow_save'])
   if not spec.get('report'):
