@@ -87,7 +87,8 @@ def _guarded(tx: optax.GradientTransformation, cfg: Judged, since: int) -> optax
     updates, (first, *rest) = tx.update(grads, tuple(own), params)
     now = jnp.stack([value, optax.tree.norm(grads)]).astype(jnp.float32)
     spike, spikes = judged(spikes, now, cfg.sigmas, since)
-    updates = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), updates)
+    # -0.0, because 0.0 added to a parameter of -0.0 would change its sign.
+    updates = jax.tree.map(lambda u: jnp.where(spike, jnp.full_like(u, -0.0), u), updates)
     inner = jax.tree.map(lambda new, old: jnp.where(spike, old, new), first.inner, own[0].inner)
     return updates, (first._replace(inner=inner), *rest, spikes)
 

@@ -79,7 +79,7 @@ class Record:
       return
     leaves = manifest.read(self._folder / str(step)).leaves
     wrong = digest.differing({key: leaf.digest for key, leaf in leaves.items()}, state)
-    text = [f'{key} is not that of checkpoints/{step}' for key in wrong]
+    text = [f'{key} is not that of checkpoints/{step}' for key in sorted(wrong, key=_place)]
     self._say(step, text and [first_of(text)], f'{len(leaves)} arrays of checkpoints/{step}')
 
   def _is_saved(self, step: int) -> bool:
@@ -100,6 +100,11 @@ class Record:
 
   def add(self, values: Mapping[str, float]) -> None:
     """Nothing is saved."""
+
+
+def _place(key: str) -> tuple[bool, str]:
+  """Parameters before what is made from them."""
+  return not key.startswith('params/'), key
 
 
 class Earlier(Checkpoints):

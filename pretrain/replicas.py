@@ -70,7 +70,7 @@ class Replicas:
     bad = [i for i in range(len(self._keys)) if (found[:, i] != mates[:, i]).any()]
     odd = sorted({device for i in bad for device in odd_ones(found[:, i], self._first[:, i])})
     names = ', '.join(f'{d} (process {d.process_index})' for d in (self._devices[i] for i in odd))
-    doubt = ', one of which is wrong' if is_tie(found[:, bad[0]], self._first[:, bad[0]]) else ''
+    doubt = ' (one of them is wrong)' if is_tie(found[:, bad[0]], self._first[:, bad[0]]) else ''
     more = f' (first of {len(bad)} arrays)' if len(bad) > 1 else ''
     raise ReplicaError(
       f'at step {step} the copy of {self._keys[bad[0]]}{more} on device {names}{doubt} is not that of its replicas; '

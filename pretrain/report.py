@@ -16,6 +16,7 @@ from pretrain.goodput import KINDS, write_goodput
 from pretrain.metrics import read_metrics
 from pretrain.phases import stretches
 from pretrain.plots import Shares, draw, plots_of, sources_of
+from pretrain.skipping import read_rewinds
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -84,7 +85,7 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
   pictures = '\n'.join(embedded(image, titles[image.stem]) for image in images)
   numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
   sections = [goodput_section(write_goodput(workdir))]
-  sections += [f'<h2>Final numbers</h2>{numbers}']
+  sections += [rewinds_section(read_rewinds(workdir)), f'<h2>Final numbers</h2>{numbers}']
   if baselines:
     losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
     sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
@@ -118,6 +119,13 @@ def goodput_section(found: Mapping[str, Any]) -> str:
   return f'{title}<div class="bar">{bar}</div><table>{rows}</table>'
 
 
+def rewinds_section(found: Sequence[Mapping[str, Any]]) -> str:
+  """Where the run has gone back before a loss spike; nothing where it never has."""
+  left_out = lambda first, end: f'{first:,} to {end - 1:,}'
+  rows = [(f'spike at step {x["step"]:,}', f'{x["to"]:,}', left_out(*x['examples'])) for x in found]
+  return f'<h2>Rewinds</h2>{table(("", "back to step", "examples left out"), rows)}' if rows else ''
+
+
 RECOVERY = (
   ('failures', 'failures', ''),
   ('mttr_seconds', 'mean time to recover: from a failure to the first step after it', 's'),
@@ -143,7 +151,8 @@ UNITS = {
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
-  'skipped': 'updates', 'perplexity': 'per target', 'exact_match': 'share of outputs',
+  'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
+  'perplexity': 'per target', 'exact_match': 'share of outputs',
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ step and one more range in skipped.json. RUN/rewinds.jsonl has a line for each: 
 import json
 import pathlib
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
@@ -16,16 +16,8 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.errors import NonFiniteError, SpikeError
 from pretrain.hosts import Agreement
 from pretrain.optim_spikes import RewindSpikes
-from pretrain.skipping import add_skip, leave_out, read_skips
+from pretrain.skipping import REWINDS, add_skip, leave_out, read_rewinds, read_skips
 from pretrain.timeline import append
-
-FILE = 'rewinds.jsonl'
-
-
-def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """{'time', 'step' of the spike, 'to': the step gone back to, 'examples': [first, end] left out} of each."""
-  path = workdir / FILE
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def rewind(
@@ -72,4 +64,4 @@ def _leave(workdir: pathlib.Path, checkpoints: Checkpoints, step: int, to: int, 
     if later > to:
       step_folders.put_aside(checkpoints.directory, later, 'undone')
   add_skip(workdir, *examples)
-  append(workdir / FILE, {'time': time.time(), 'step': step, 'to': to, 'examples': examples})
+  append(workdir / REWINDS, {'time': time.time(), 'step': step, 'to': to, 'examples': examples})

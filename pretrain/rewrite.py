@@ -2,6 +2,7 @@
 
 Parameters, step and position in the data are kept to the bit. So is the optimizer's state where no key of `optimizer`
 differs, and `extra` (moving averages) where none of `averaging` does; otherwise they begin anew from the parameters.
+Losses that spikes are judged by are kept where no key of `spikes` differs.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from pretrain.resume import differences
 from pretrain.runtime import Program, build_program
 from pretrain.weights import Step, check_new, config_of
 
-FREE = ('optimizer.', 'averaging.', 'schedule.')
+FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
 
 
 def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, source: str) -> list[str]:
@@ -30,22 +31,29 @@ def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, sourc
   check_new(output)
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
   stretch = stretch_at(new, max(step.number - 1, 0)).cfg
-  program = build_program(dataclasses.replace(stretch, mesh=MeshConfig()), jax.devices()[:1])
+  program = _program(stretch)
+  stored = _program(dataclasses.replace(stretch, spikes=old.spikes))
   kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     position = checkpoints.position(step.number)
-    parts = checkpoints.restore_parts(_abstract(program, ['step', 'params', *kept]), step.number)
+    parts = checkpoints.restore_parts(_abstract(stored, ['step', 'params', *kept]), step.number)
   text = f'# Step {step.number} made by: {source}\n{config.render(new)}'
-  _write(output, step.number, _state(program, parts), position, text)
+  _write(output, step.number, _state(program, parts, old.spikes == new.spikes), position, text)
   return [part for part in ('opt_state', 'extra') if part not in kept]
+
+
+def _program(cfg: Experiment) -> Program:
+  return build_program(dataclasses.replace(cfg, mesh=MeshConfig()), jax.devices()[:1])
 
 
 def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
   return {part: getattr(program.abstract, part) for part in parts}
 
 
-def _state(program: Program, parts: dict[str, Any]):
+def _state(program: Program, parts: dict[str, Any], same_spikes: bool):
   fresh = program.start(parts['params'])
+  if 'opt_state' in parts and not same_spikes:  # the optimizer's comes first in that of a guarded one
+    parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}
   return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
 
 

@@ -1,7 +1,8 @@
-"""Examples that a run leaves out because no step with them ends: RUN/skipped.json, [[first, end], …] in examples.
+"""Examples that a run leaves out, because no step with them ends or because they led to a spike of the loss:
+RUN/skipped.json, [[first, end], …] in examples.
 
-The supervisor writes it (`pretrain run --skip_poisoned`). A run reads it when it starts, so that whoever resumes it
-makes the same steps; what was left out is in the position of each checkpoint too.
+The supervisor writes it (`pretrain run --skip_poisoned`), or the run when it goes back (`rewinding.py`). A run reads it
+when it starts, so that whoever resumes it makes the same steps; each checkpoint has them in its position.
 """
 
 import json
@@ -9,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FILE = 'skipped.json'
+FILE, REWINDS = 'skipped.json', 'rewinds.jsonl'
 Ranges = Sequence[tuple[int, int]]
 
 
@@ -25,6 +26,12 @@ def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
   temporary = (workdir / FILE).with_suffix('.tmp')
   temporary.write_text(json.dumps(ranges) + '\n')
   temporary.replace(workdir / FILE)
+
+
+def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """{'time', 'step' of the spike, 'to': the step gone back to, 'examples': [first, end] left out} of each, in order."""
+  path = workdir / REWINDS
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def steps_to_skip(ranges: Ranges, examples: int, batch_size: int) -> int | None:

@@ -110,9 +110,9 @@ class Run:
       self.mixing = begin(self.position, self.data.used(self.position['examples']))
     self.step = int(self.state.step)
     self.saved_step = min(self.step, self.checkpoints.latest() or 0)
+    self.replicas = Replicas(self.stage.program.abstract, self.stage.program.mesh) if cfg.replicas.every else None
     self.metrics = self._open_metrics()
     self.judge = Judge(cfg, workdir, self.checkpoints, self.metrics, self.step)
-    self.replicas = Replicas(self.stage.program.abstract, self.stage.program.mesh) if cfg.replicas.every else None
     self._profiling, self._evaluated = False, (-1, dict[str, float]())
     if warning := self.snapshots.start(self.stage.program.abstract):
       self.metrics.warn(warning)

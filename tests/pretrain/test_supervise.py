@@ -88,6 +88,22 @@ def test_a_killed_process_is_started_again_and_the_incident_is_written(tmp_path,
   assert found['mttr_seconds'] == pytest.approx(incident['seconds_down'], abs=2e-3)
 
 
+def test_going_back_before_a_spike_is_no_failure_of_a_step(tmp_path):
+  """However often: the run itself counts how often it may. The next failure is not the fourth at one step."""
+  assert run(tmp_path, {'0': [(7, 72)] * 4 + [(8, 1), (8, 1)]}) == 0
+  found = [(i['cause'], i['action']) for i in incidents(tmp_path)]
+  assert found == [('spike', 'rewind')] * 4 + [('crash', 'restart')] * 2
+
+
+def test_an_incident_has_the_reason_that_the_process_gave(tmp_path):
+  script = "import sys; print('REPLICAS: at step 7\\nCKPT-X no code\\nother'); sys.exit(74)"
+  command = [sys.executable, '-c', f'import pathlib\n{script}']
+  assert Supervisor(1, command, tmp_path, Policy(max_restarts=1), stream=io.StringIO()).run() == 74
+  assert {(i['cause'], i['exit_code'], i['reason']) for i in incidents(tmp_path)} == {
+    ('corruption', 74, 'REPLICAS: at step 7')
+  }
+
+
 @pytest.mark.parametrize(('code', 'cause'), [(70, 'hang'), (1, 'crash'), (-11, 'SIGSEGV'), (-6, 'SIGABRT')])
 def test_hangs_and_crashes_are_started_again(tmp_path, code, cause):
   assert run(tmp_path, {'0': [(7, code)]}) == 0
