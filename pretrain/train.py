@@ -278,12 +278,15 @@ class Run:
     values = {k: float(v) for k, v in found.items()} | self._source_metrics(examples, *by_source)
     if self.mixing is not None:
       self._observe(examples, *by_source)
-    if self.judge.is_end(values) or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
+    ends = self.judge.is_end(values)
+    if ends or step % self.cfg.train.log_every == 0 or step == self.cfg.train.steps:
       phase = {'phase': self.stage.stretch.index} if self.cfg.phases else {}
       self.metrics.write(step, shown(values) | watch.report() | phase)
-    self.judge.check(step, range(examples - self.stage.cfg.data.batch_size, examples), values)
     if digests is not None:
       self.judge.check_replicas(self.replicas, digests, step)
+    elif ends:  # a device that computes wrongly is a reason to start again, not to stop
+      self._check_replicas()
+    self.judge.check(step, range(examples - self.stage.cfg.data.batch_size, examples), values)
     self.snapshots.recorded(step, self._mixture())
 
   def _row_length(self, batch) -> dict[str, int]:
@@ -320,12 +323,15 @@ class Run:
 
   def _save(self) -> None:
     """A step that is saved has equal replicas: what a run goes back to, where they differ later, is sound."""
-    if self.replicas is not None:
-      self.judge.check_replicas(self.replicas, jax.device_get(self.replicas.digests(self.state)), self.step)
+    self._check_replicas()
     step, scores = self._evaluated
     scores = scores if step == self.step else {}
     self.checkpoints.save(self.step, self.state, self._saved_position(), self.text, scores)
     self.saved_step = self.step
+
+  def _check_replicas(self) -> None:
+    if self.replicas is not None:
+      self.judge.check_replicas(self.replicas, jax.device_get(self.replicas.digests(self.state)), self.step)
 
   def _hear_of_saves(self, *, wait: bool = False) -> None:
     """Records what saves have cost that ended since this was last asked; the next one makes good for a failure."""

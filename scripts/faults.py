@@ -29,14 +29,15 @@ from faults_refusals import f6, f15, f17
 from faults_runs import f4, f5, f10, f11, f19
 from faults_safety import f18
 from faults_snapshots import f20, f21
+from faults_values import f9, f16
 
 from pretrain import supervise
 from pretrain.launch import DIE_WITH_PARENT
 
-BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f10, f11, f12, f13, f14, f15, f17, f18, f20, f21)
+BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
 AFTERWARDS = (f19, mttr)  # of all runs above; alone
 FAULTS = {f.__name__.upper(): f for f in (*BESIDE, *AFTERWARDS)}
-PARTS = {'F1': 4, 'F2': 4, 'F3': 3, 'F4': 2, 'F5': 3, 'F7': 2, 'F10': 3, 'F11': 2}  # with --full
+PARTS = {'F1': 4, 'F2': 4, 'F3': 3, 'F4': 2, 'F5': 3, 'F7': 2, 'F10': 3, 'F11': 2, 'F16': 4}  # with --full
 LONGEST_FIRST = ('F3', 'F10', 'F7', 'F1', 'F4', 'F2', 'F5')
 
 

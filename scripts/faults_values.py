@@ -77,7 +77,7 @@ def f16(options, alone) -> Line:
 
 def flipped_run(options, alone, flips: int, hosts: int = 3) -> Line:
   """On a device of the middle process, of six in all; each flip is found at the next check, every five steps."""
-  every, host, draw = 5, hosts // 2, random.Random(options.seed + 16)
+  every, host, draw = 5, hosts // 2, random.Random(f'{options.seed} F16 {options.part}')
   steps = 20 * flips + 20
   plan = [
     [20 * i + draw.randrange(11, 24), draw.randrange(100), draw.randrange(6 // hosts), draw.randrange(2**20),
@@ -91,4 +91,5 @@ def flipped_run(options, alone, flips: int, hosts: int = 3) -> Line:
   named = [i for i in found if f'(process {host})' in i['reason']]
   if len(named) != flips or late > every + 1:
     return Line(flips, 0, f'{len(found)} found, {len(named)} named, up to {late} steps later')
-  return dataclasses.replace(line, worst=line.worst or f'found up to {late} steps later, the device named')
+  said = [f'found up to {late} steps later, the device named'] if line.whole else []
+  return dataclasses.replace(line, worst='; '.join(filter(None, [line.worst, *said])))
