@@ -284,8 +284,9 @@ class Run:
       self.metrics.write(step, shown(values) | watch.report() | phase)
     if digests is not None:
       self.judge.check_replicas(self.replicas, digests, step)
-    elif ends:  # a device that computes wrongly is a reason to start again, not to stop
-      self._check_replicas()
+    elif ends:
+      self.timeline.enter('restore')  # a save is waited for, steps to go back to are read
+      self._check_replicas()  # a device that computes wrongly is a reason to start again, not to stop
     self.judge.check(step, range(examples - self.stage.cfg.data.batch_size, examples), values)
     self.snapshots.recorded(step, self._mixture())
 

@@ -99,20 +99,19 @@ KEYS = ('train.steps=12', 'checkpoint.every=4', 'mesh.data=4', 'replicas.every=3
 
 @pytest.fixture
 def flips(monkeypatch):
-  """`flips(step)`: after that step, once, a bit of a parameter is another one on device 3."""
+  """`flips(step, change)`: after that step, once, a parameter is another one on device 3."""
   monkeypatch.setattr(pretrain.train, 'write_report', lambda _: None)
   after, left = pretrain.train.Run._row_length, []  # what is called after each step
 
   def flipping(self, batch):
-    if left == [self.step]:
-      left.clear()
-      table = changed(self.state.params['embedding']['table'], 3, flip(17, 30))
+    if left and left[0][0] == self.step:
+      table = changed(self.state.params['embedding']['table'], 3, left.pop()[1])
       params = self.state.params | {'embedding': {'table': table}}
       self.state = dataclasses.replace(self.state, params=params)
     return after(self, batch)
 
   monkeypatch.setattr(pretrain.train.Run, '_row_length', flipping)
-  return left.append
+  return lambda step, change: left.append((step, change))
 
 
 def numbers(workdir) -> list[tuple]:
@@ -123,7 +122,7 @@ def numbers(workdir) -> list[tuple]:
 def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_path, flips, step, found, alike, saved):
   """Found at the next check (6), or else when step 8 would be saved: no step that is saved has a bad copy."""
   assert train(tiny.decoder(*KEYS), tmp_path / 'alone') == 0
-  flips(step)
+  flips(step, flip(17, 30))
   said = rf'at step {found} the copy of params/embedding/table .*cpu:3 .* alike at step {alike}'
   with pytest.raises(ReplicaError, match=said) as caught:
     train(tiny.decoder(*KEYS), tmp_path / 'flipped')
@@ -131,3 +130,11 @@ def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_pa
   assert [p.name for p in (tmp_path / 'flipped/checkpoints').iterdir()] == saved
   assert train(tiny.decoder(*KEYS), tmp_path / 'flipped') == 0
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
+
+
+def test_where_a_device_would_end_the_run_it_is_named_instead(tmp_path, flips):
+  """Code 71 is for good; 74 starts again."""
+  keys = ('replicas.every=99', 'checkpoint.every=99', 'optimizer.max_consecutive_nonfinite=1')
+  flips(2, lambda x: x * np.nan)
+  with pytest.raises(ReplicaError, match='the copy of params/embedding/table .*cpu:3 .* alike at step 0'):
+    train(tiny.decoder(*KEYS, *keys), tmp_path)

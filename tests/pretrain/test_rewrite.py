@@ -147,3 +147,18 @@ def test_a_mistake_is_one_line(run, tmp_path, capsys, action, flags, code, messa
   assert err.startswith(message.format(**paths)), err
   assert err.count('\n') == 1
   assert not (tmp_path / 'new').exists()
+
+
+def test_a_run_that_judges_spikes_from_now_on_keeps_its_moments(trained, tmp_path):
+  new = tmp_path / 'new'
+  flags = ["--gin.spikes.name='skip'", '--gin.spikes.window=8']
+  assert main(['checkpoints', 'restore-as', f'--input={trained}/4', f'--output={new}', *flags]) == 0
+  before = state_of(trained, 4).state.opt_state
+  after = state_of(new, 4, "spikes.name='skip'", 'spikes.window=8').state.opt_state
+  assert [np.asarray(x).tobytes() for x in jax.tree.leaves(after[:2])] == [
+    np.asarray(x).tobytes() for x in jax.tree.leaves(before)
+  ]
+  assert (len(after), int(after[2].updates)) == (3, 0)
+  back = tmp_path / 'back'
+  assert main(['checkpoints', 'restore-as', f'--input={new}/4', f'--output={back}', "--gin.spikes.name='none'"]) == 0
+  assert len(state_of(back, 4).state.opt_state) == 2
