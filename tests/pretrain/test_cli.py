@@ -30,6 +30,7 @@ def test_the_verbs_are_these():
     'generate',
     'checkpoints',
     'report',
+    'replay',
     'run',
     'plan',
   ]

@@ -136,5 +136,5 @@ def test_where_a_device_would_end_the_run_it_is_named_instead(tmp_path, flips):
   """Code 71 is for good; 74 starts again."""
   keys = ('replicas.every=99', 'checkpoint.every=99', 'optimizer.max_consecutive_nonfinite=1')
   flips(2, lambda x: x * np.nan)
-  with pytest.raises(ReplicaError, match='the copy of params/embedding/table .*cpu:3 .* alike at step 0'):
+  with pytest.raises(ReplicaError, match=r'the copy of params/embedding/table .*cpu:3 .* alike at step 0'):
     train(tiny.decoder(*KEYS, *keys), tmp_path)

@@ -206,14 +206,15 @@ def test_a_second_spike_goes_back_once_more_and_a_third_stops_the_run(poison, tm
 
 
 def test_a_rewind_that_is_cut_off_is_made_again(poison, tmp_path, monkeypatch):
-  """Killed when the later steps are put aside, and nothing is yet to be left out."""
+  """Killed before the later steps are put aside, and after: nothing is left out before they are."""
   poison({9: 100.0})
   cfg = tiny.decoder(*REWIND, 'train.steps=12', 'checkpoint.every=2')
-  with monkeypatch.context() as patch:
-    patch.setattr(rewinding, 'add_skip', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-      train(cfg, tmp_path)
-  assert read_skips(tmp_path) == []
+  for owner, name in ((rewinding.step_folders, 'put_aside'), (rewinding, 'add_skip')):
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+      with pytest.raises(KeyboardInterrupt):
+        train(cfg, tmp_path)
+    assert read_skips(tmp_path) == []
   with pytest.raises(SpikeError, match=r'Gone back to step 6; examples 48\.\.79'):
     train(cfg, tmp_path)
   assert train(cfg, tmp_path) == 0
