@@ -16,6 +16,8 @@ from pretrain.experiment import Experiment
 from pretrain.hosts import Interrupt
 from pretrain.metrics import read_metrics
 from pretrain.replicas import ReplicasConfig
+from pretrain.snapshot_slots import SnapshotConfig
+from pretrain.snapshots import Snapshots
 from pretrain.timeline import Timeline
 from pretrain.train import Run
 
@@ -51,6 +53,7 @@ def _as_replayed(cfg: Experiment, step: int) -> Experiment:
     evaluation=dataclasses.replace(cfg.evaluation, every=0, generate=0, lawa_checkpoints=0),
     checkpoint=dataclasses.replace(cfg.checkpoint, every=1, best_of=None, keep_best=0),
     replicas=ReplicasConfig(),
+    snapshot=SnapshotConfig(),
   )
 
 
@@ -139,6 +142,9 @@ class Replay(Run):
 
   def _open_checkpoints(self) -> Checkpoints:
     return Earlier(self.workdir, self.cfg.checkpoint, self.cfg.train.steps)
+
+  def _open_snapshots(self) -> Snapshots:
+    return Snapshots(self.cfg.snapshot, self.workdir, {}, read_only=True)
 
   def _open_metrics(self) -> Record:
     return self._record

@@ -38,8 +38,10 @@ RUN_ID = 'run_id'  # RUN/run_id: memory that outlived its run is told from that 
 class Snapshots:
   """The snapshots of one run in this process's memory. `identity` is what must be equal for one to be of use."""
 
-  def __init__(self, cfg: SnapshotConfig, workdir: pathlib.Path, identity: Mapping[str, str]):
-    self._cfg, self._workdir = cfg, pathlib.Path(workdir)
+  def __init__(
+    self, cfg: SnapshotConfig, workdir: pathlib.Path, identity: Mapping[str, str], *, read_only: bool = False
+  ):
+    self._cfg, self._workdir, self._read_only = cfg, pathlib.Path(workdir), read_only
     self._identity = {'snapshot.group': str(cfg.group), **identity}
     self._host, self._count = jax.process_index(), jax.process_count()
     self._groups = parities.groups(self._count, cfg.group)
@@ -94,7 +96,8 @@ class Snapshots:
   def start(self, abstract: TrainState) -> str:
     """Takes the memory for what comes, forgets every step but the one restored; returns why there is none to take."""
     if self._slots is None:
-      self._discard()
+      if not self._read_only:
+        self._discard()
       return ''
     self._lay_out(abstract)
     if error := first_error(self._agreement.gather(error_of(self._allocate))):

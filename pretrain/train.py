@@ -11,30 +11,27 @@ import jax
 
 from data.buckets import LengthBuckets
 from data.loader import loader
-from data.objectives import Supervised
 from data.online import Mixing, begin
-from data.source import open_data
 from pretrain import config, hosts
 from pretrain.averaging import lawa_steps, linear_combination
 from pretrain.checkpoint import Checkpoints, DamagedError
 from pretrain.errors import ConfigError
 from pretrain.evaluate import check_best_of, evaluate_sets
-from pretrain.exact_match import make_exact_match, matches
+from pretrain.exact_match import matches
 from pretrain.experiment import Experiment
 from pretrain.hosts import Interrupt
 from pretrain.judging import Judge, shown
-from pretrain.loss import make_eval_step
-from pretrain.mesh import host_rows, to_global
+from pretrain.mesh import to_global
 from pretrain.metrics import Metrics, read_metrics
-from pretrain.phases import Stretch, stretch_at
+from pretrain.phases import stretch_at
 from pretrain.replicas import Replicas
 from pretrain.report import write_report
 from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
-from pretrain.runtime import build_program, cache_dir
 from pretrain.skipping import leave_out, read_skips, steps_to_skip
 from pretrain.snapshots import Snapshots, freshest
+from pretrain.stage import Stage
 from pretrain.stopwatch import Stopwatch
-from pretrain.timeline import Phase, Timeline
+from pretrain.timeline import Timeline
 from pretrain.watchdog import Watchdog
 from pretrain.weights import initial_params
 
@@ -66,29 +63,6 @@ def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change
     timeline.enter('done')
     timeline.flush()
   return DONE if run.step >= cfg.train.steps else PREEMPTED
-
-
-class Stage:
-  """What one phase works with: its data, compiled functions, and this host's rows of its batches."""
-
-  def __init__(self, stretch: Stretch):
-    self.stretch, self.cfg = stretch, stretch.cfg
-    vocab_size = self.cfg.model.vocab_size
-    self.data = open_data(
-      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
-    )
-    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start, start=stretch.start)
-    self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
-    self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
-    decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
-    self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
-
-  def phase_of(self, batch) -> Phase:
-    """What a step with this batch is: one of new shapes compiles."""
-    shapes = tuple(values.shape for values in batch.values())
-    known = shapes in self._compiled
-    self._compiled.add(shapes)
-    return 'step' if known else 'compile'
 
 
 class Run:
@@ -206,7 +180,7 @@ class Run:
         self._log(self.step - 1, pending, watch)
       watch.count(batch, waited)  # after the row of the step before, which is not its own
       pending = metrics | self._row_length(batch) | {'examples': self.position['examples']}
-      if self.replicas is not None and self._due(self.cfg.replicas.every):
+      if self.replicas is not None and (self._due(self.cfg.replicas.every) or self._due(self.cfg.snapshot.every)):
         pending['replicas'] = self.replicas.digests(self.state)
       if ends:
         self._log(self.step, pending, watch)

@@ -15,9 +15,10 @@ from pretrain.errors import ConfigError
 from pretrain.experiment import Experiment, check
 from pretrain.metrics import read_metrics
 from pretrain.phases import stretch_at, stretches
+from pretrain.stage import Stage
 from pretrain.step import checksum
 from pretrain.testing import assert_resumes_exactly
-from pretrain.train import DONE, PREEMPTED, Stage, train
+from pretrain.train import DONE, PREEMPTED, train
 from tests.pretrain import tiny
 
 RAMP = "phases=[{'start_step': 3, 'set': {'data.batch_size': 16}}, {'start_step': 5, 'set': {'schedule.peak': 1e-4}}]"

@@ -59,6 +59,19 @@ def test_steps_of_a_sound_run_are_equal_and_nothing_is_written(runs, capsys):
   assert contents(runs / 'sound') == before
 
 
+def test_a_run_keeps_what_its_hosts_remember(tmp_path, monkeypatch, capsys):
+  """A run that was killed, and replayed before it goes on, goes on from memory."""
+  (tmp_path / 'memory').mkdir()
+  keys = ('snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
+  monkeypatch.setattr(pretrain.train, 'write_report', lambda _: None)
+  monkeypatch.setattr(pretrain.train.Run, 'finish', lambda run: run.checkpoints.close())  # nothing is tidied
+  train(tiny.decoder(*KEYS, *keys), tmp_path / 'run')
+  before = contents(tmp_path / 'memory')
+  assert before
+  assert replay(capsys, tmp_path / 'run', '--step=9')[0] == 0
+  assert contents(tmp_path / 'memory') == before
+
+
 def test_without_an_older_checkpoint_it_begins_at_the_beginning(runs, capsys):
   """Step 3 has been let go; 6, which is compared, is not where it starts from."""
   code, lines, _ = replay(capsys, runs / 'sound', '--step=6')

@@ -132,6 +132,21 @@ def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_pa
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
 
 
+def test_memory_holds_no_step_with_a_bad_copy(tmp_path, flips, capsys):
+  """Replicas are compared before a snapshot is of use, whenever else they would be."""
+  (tmp_path / 'memory').mkdir()
+  keys = ('replicas.every=99', 'checkpoint.every=99', 'snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
+  assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'alone') == 0
+  flips(5, flip(17, 30))
+  with pytest.raises(ReplicaError, match=r'at step 6 the copy of params/embedding/table .*cpu:3 .* alike at step 4'):
+    train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped')
+  capsys.readouterr()
+  assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped') == 0
+  said = capsys.readouterr().err  # steps are faster than what writes them: 4 may have been left out
+  assert 'going on from step 4 in memory' in said or 'going on from step 2 in memory' in said
+  assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
+
+
 def test_where_a_device_would_end_the_run_it_is_named_instead(tmp_path, flips):
   """Code 71 is for good; 74 starts again."""
   keys = ('replicas.every=99', 'checkpoint.every=99', 'optimizer.max_consecutive_nonfinite=1')

@@ -1,0 +1,35 @@
+"""What the steps of one phase work with."""
+
+import jax
+
+from data.objectives import Supervised
+from data.source import open_data
+from pretrain.exact_match import make_exact_match
+from pretrain.loss import make_eval_step
+from pretrain.mesh import host_rows
+from pretrain.phases import Stretch
+from pretrain.runtime import build_program, cache_dir
+from pretrain.timeline import Phase
+
+
+class Stage:
+  """What one phase works with: its data, compiled functions, and this host's rows of its batches."""
+
+  def __init__(self, stretch: Stretch):
+    self.stretch, self.cfg = stretch, stretch.cfg
+    vocab_size = self.cfg.model.vocab_size
+    self.data = open_data(
+      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
+    )
+    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start, start=stretch.start)
+    self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
+    self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
+    decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
+    self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
+
+  def phase_of(self, batch) -> Phase:
+    """What a step with this batch is: one of new shapes compiles."""
+    shapes = tuple(values.shape for values in batch.values())
+    known = shapes in self._compiled
+    self._compiled.add(shapes)
+    return 'step' if known else 'compile'
