@@ -19,6 +19,7 @@ from jax import Array
 
 from pallas_kernels.errors import KernelError
 
+LANES = 128
 INDEX_BITS = 12
 MAX_BLOCKS = 1 << INDEX_BITS
 FIRST, LAST, LIVE, NEAR, MASKED, CUT, CROSS = (1 << (2 * INDEX_BITS + n) for n in range(7))
@@ -74,7 +75,12 @@ class Spec:
   @property
   def cuts(self) -> bool:
     """Whether tiles on the diagonal are a class of their own."""
-    return self.diagonal and self.block_q == self.block_kv > self.compute
+    return self.diagonal and self.block_q == self.block_kv > LANES
+
+  @property
+  def strip(self) -> int:
+    """Queries computed at a time where the diagonal crosses a piece."""
+    return max(LANES, self.compute // 2)
 
   @property
   def tile_classes(self) -> list[int]:

@@ -15,9 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.reference import relative_position_bucket
-from pallas_kernels.attention.tiles import Spec
-
-LANES = 128
+from pallas_kernels.attention.tiles import LANES, Spec
 
 
 def length(spec: Spec) -> int:

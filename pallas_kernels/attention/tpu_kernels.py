@@ -28,7 +28,6 @@ LOG2E = math.log2(math.e)
 HIDDEN = -2e30  # below LOWEST: a row that sees nothing then has weights of 0, and no NaN
 LOWEST = -1e30
 NO_ROW = 1e30  # the log-sum-exp of such a row, for the backward: exp2(score - NO_ROW) = 0
-RIGHT, SLOPE, SINK = range(3)  # of the numbers of a head
 NT = (((1,), (1,)), ((), ()))  # contracts the minor dim of both
 NN = (((1,), (0,)), ((), ()))
 
@@ -47,6 +46,45 @@ def wide(x: Array, columns: int) -> Array:
   return x[:, :columns] if columns <= LANES else jnp.tile(x, (1, -(-columns // LANES)))[:, :columns]
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """Numbers of a head in base 2, read where they are needed: at every step they would cost what a branch does.
+
+  Of the bias far right, and of the sink, the bias far left is taken away.
+  """
+
+  spec: Spec
+  ref: Any
+  head: Array
+
+  def bias(self, bucket: int) -> Array:
+    return (self.ref['table'][bucket, self.head] - self._left) * LOG2E
+
+  @property
+  def _left(self) -> Array:
+    return self.ref['table'][toeplitz.saturated(self.spec)[0], self.head]
+
+  @property
+  def right(self) -> Array:
+    return self.bias(toeplitz.saturated(self.spec)[1])
+
+  @property
+  def slope(self) -> Array:
+    return self.ref['slopes'][self.head] * LOG2E
+
+  @property
+  def sink(self) -> Array:
+    return (self.ref['sinks'][self.head] - (self._left if self.spec.biased else 0.0)) * LOG2E
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A rectangle of a tile."""
+
+  queries: slice
+  keys: slice
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
   """A live tile: its place, its class, the numbers of its head; `toe` is the head's in scratch."""
@@ -54,7 +92,7 @@ class Tile:
   spec: Spec
   ref: Any
   word: Array
-  numbers: tuple[Array, ...]
+  head: Head
   toe: Any
   flags: int
   transposed: bool
@@ -71,25 +109,28 @@ class Tile:
   def cut(self) -> bool:
     return self.flags & tiles.CUT != 0
 
-  def keys(self, piece: int) -> slice:
-    return slice(piece * self.spec.compute, (piece + 1) * self.spec.compute)
-
-  def queries(self, piece: int) -> slice:
-    """Those that may see some of these keys."""
-    return slice(piece * self.spec.compute if self.cut else 0, self.spec.block_q)
-
   @property
-  def pieces(self) -> range:
-    return range(self.spec.block_kv // self.spec.compute)
+  def pieces(self) -> list[Piece]:
+    """What is computed at a time. Of a CUT tile, `strip` queries see the keys up to their own; the rest lies behind."""
+    spec, found = self.spec, []
+    for first in range(0, spec.block_kv, spec.compute):
+      last = first + spec.compute
+      if not self.cut:
+        found.append(Piece(slice(0, spec.block_q), slice(first, last)))
+        continue
+      ends = range(first + spec.strip, last + 1, spec.strip)
+      found += [Piece(slice(end - spec.strip, spec.block_q if end == last else end), slice(first, end)) for end in ends]
+    return found
 
-  def offset(self, piece: int):
+  def offset(self, piece: Piece):
     """First key - first query."""
+    inside = piece.keys.start - piece.queries.start
     if self.cut:
-      return 0
+      return inside
     i, j = tiles.unpack(self.word)
-    return j * self.spec.block_kv - i * self.spec.block_q + piece * self.spec.compute
+    return j * self.spec.block_kv - i * self.spec.block_q + inside
 
-  def start(self, piece: int):
+  def start(self, piece: Piece):
     """Of a near tile in the line of biases."""
     offsets = self.spec.near_offsets
     return offsets[-1] - self.offset(piece) if self.transposed else self.offset(piece) - offsets[0]
@@ -97,31 +138,32 @@ class Tile:
   @property
   def side(self):
     """Of a saturated tile: 0 where its keys come before its queries, 1 behind."""
-    return 0 if self.spec.diagonal else jnp.where(self.offset(0) < 0, 0, 1)
+    return 0 if self.spec.diagonal else jnp.where(self.offset(self.pieces[0]) < 0, 0, 1)
 
-  def of_keys(self, name: str, piece: int, shape) -> Array:
+  def of_keys(self, name: str, piece: Piece, shape) -> Array:
     """A vector of keys, spread over the tile."""
     if self.transposed:
-      return wide(self.ref[f'column_{name}'][self.keys(piece)], shape[1])
-    return self.ref[name][:, self.keys(piece)]
+      return wide(self.ref[f'column_{name}'][piece.keys], shape[1])
+    return self.ref[name][:, piece.keys]
 
-  def of_queries(self, name: str, piece: int, shape) -> Array:
-    queries = self.queries(piece)
-    return self.ref[name][:, queries] if self.transposed else wide(self.ref[f'column_{name}'][queries], shape[1])
+  def of_queries(self, name: str, piece: Piece, shape) -> Array:
+    if self.transposed:
+      return self.ref[name][:, piece.queries]
+    return wide(self.ref[f'column_{name}'][piece.queries], shape[1])
 
   def iota(self, shape) -> tuple[Array, Array]:
     """(place of the query in the tile, place of the key)."""
     q_dim = 1 if self.transposed else 0
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (q_dim, 1 - q_dim))
 
-  def ahead(self, piece: int, shape) -> Array:
+  def ahead(self, piece: Piece, shape) -> Array:
     """Position of the key - position of the query."""
     if self.spec.positioned:
       return self.of_keys('kv_positions', piece, shape) - self.of_queries('q_positions', piece, shape)
     query, key = self.iota(shape)
     return key - query + self.offset(piece)
 
-  def visible(self, piece: int, shape) -> list[Array]:
+  def visible(self, piece: Piece, shape) -> list[Array]:
     """The conditions that a pair must fulfil to be seen."""
     spec, found = self.spec, []
     if self.near and spec.diagonal and not spec.biased:
@@ -135,16 +177,16 @@ class Tile:
       found.append(self._in_window(piece, shape))
     return found
 
-  def _in_window(self, piece: int, shape) -> Array:
+  def _in_window(self, piece: Piece, shape) -> Array:
     near = jnp.abs(self.ahead(piece, shape)) < self.spec.window
     if not self.spec.num_sinks:
       return near
     if self.spec.positioned:
       return near | (self.of_keys('kv_positions', piece, shape) < self.spec.num_sinks)
-    first = tiles.unpack(self.word)[1] * self.spec.block_kv + piece * self.spec.compute
+    first = tiles.unpack(self.word)[1] * self.spec.block_kv + piece.keys.start
     return near | (self.iota(shape)[1] < self.spec.num_sinks - first)
 
-  def scores(self, products: Array, piece: int) -> tuple[Array, Array | None]:
+  def scores(self, products: Array, piece: Piece) -> tuple[Array, Array | None]:
     """(scores in base 2 without the bias of a saturated tile, the derivative of the cap)."""
     slope, x = None, products
     if self.spec.softcap is not None:
@@ -154,7 +196,7 @@ class Tile:
       rows = self.spec.compute if self.transposed else self.spec.block_q
       x = x + toeplitz.load(self.toe, self.start(piece), rows, x.shape)
     if self.spec.alibi:
-      x = x - self.numbers[SLOPE] * jnp.abs(self.ahead(piece, x.shape)).astype(jnp.float32)
+      x = x - self.head.slope * jnp.abs(self.ahead(piece, x.shape)).astype(jnp.float32)
     seen = self.visible(piece, x.shape)
     return (jnp.where(functools.reduce(jnp.logical_and, seen), x, HIDDEN) if seen else x), slope
 
@@ -167,41 +209,40 @@ def _each_class(spec: Spec, word: Array, run) -> None:
     pl.when((word & told) == (flags & told))(functools.partial(run, flags))
 
 
-def _right(spec: Spec, word: Array, numbers):
+def _right(spec: Spec, word: Array, head: Head):
   """The bias of this tile where it is saturated, counted from the far left."""
   if not spec.biased or spec.diagonal:
     return 0.0
   i, j = tiles.unpack(word)
   saturated = ((word & tiles.NEAR) == 0) & (j * spec.block_kv > i * spec.block_q)
-  return jnp.where(saturated, numbers[RIGHT], 0.0)
+  return jnp.where(saturated, head.right, 0.0)
 
 
-def _cross(spec: Spec, word: Array, column, numbers) -> None:
-  """From the first tile saturated on the right on, scores come without that bias."""
+def _at_edges(spec: Spec, word: Array, first, column, head: Head) -> None:
+  """Runs `first` at the first tile of a block of queries, and moves `column` at the first saturated on the right: from
+  there on scores come without that bias. Tiles between them pass one branch.
+  """
   if not spec.biased or spec.diagonal:
+    pl.when((word & tiles.FIRST) != 0)(first)
     return
 
-  @pl.when((word & tiles.CROSS) != 0)
+  @pl.when((word & (tiles.FIRST | tiles.CROSS)) != 0)
   def _():
-    column[...] -= numbers[RIGHT]
+    pl.when((word & tiles.FIRST) != 0)(first)
+
+    @pl.when((word & tiles.CROSS) != 0)
+    def _():
+      column[...] -= head.right
 
 
-def _begin(spec: Spec, words, head, ref):
-  """(this step's word, numbers of its head, in base 2). Program ids are read outside `pl.when`, for the interpreter.
-
-  Of the bias far right, and of the sink, the bias far left is taken away.
-  """
+def _begin(spec: Spec, words, head, ref) -> tuple[Array, Head]:
+  """(this step's word, its head). Program ids are read outside `pl.when`, for the interpreter."""
   row = pl.program_id(1) if words.shape[0] > 1 else 0
-  right, slope, sink = 0.0, ref['slopes'][head] if spec.alibi else 0.0, ref['sinks'][head] if spec.sinks else 0.0
-  if spec.biased:
-    left, right = (ref['table'][bucket, head] for bucket in toeplitz.saturated(spec))
-    right, sink = 0.0 if spec.diagonal else right - left, sink - left if spec.sinks else 0.0
-  return words[row, pl.program_id(2)], tuple(x * LOG2E for x in (right, slope, sink))
+  return words[row, pl.program_id(2)], Head(spec, ref, head)
 
 
-def _build(spec: Spec, head, ref, toe, *, transposed: bool) -> None:
-  left = ref['table'][toeplitz.saturated(spec)[0], head]
-  numbers = [(ref['table'][bucket, head] - left) * LOG2E for bucket in range(spec.buckets)]
+def _build(spec: Spec, head: Head, toe, *, transposed: bool) -> None:
+  numbers = [head.bias(bucket) for bucket in range(spec.buckets)]
   toeplitz.build(numbers, spec, toe, hidden=HIDDEN, transposed=transposed)
 
 
@@ -217,26 +258,24 @@ def _columns(ref) -> None:
 
 def forward(spec: Spec, words, ref) -> None:
   """o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
-  head = pl.program_id(0)
-  word, numbers = _begin(spec, words, head, ref)
-  if spec.biased:
-    pl.when(pl.program_id(2) == 0)(lambda: _build(spec, head, ref, ref['toe'], transposed=False))
+  (word, head), step = _begin(spec, words, pl.program_id(0), ref), pl.program_id(2)
 
-  @pl.when((word & tiles.FIRST) != 0)
-  def _():
+  def first():
+    if spec.biased:
+      pl.when(step == 0)(lambda: _build(spec, head, ref['toe'], transposed=False))
     m, l = ref['m'], ref['l']
-    m[...] = jnp.full_like(m, numbers[SINK] if spec.sinks else LOWEST)
+    m[...] = jnp.full_like(m, head.sink if spec.sinks else LOWEST)
     # `l` is summed over lanes at the end; a sink is a weight of 1 at its own maximum.
-    first = jax.lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0
-    l[...] = jnp.where(first, 1.0, 0.0) if spec.sinks else jnp.zeros_like(l)
+    at_start = jax.lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0
+    l[...] = jnp.where(at_start, 1.0, 0.0) if spec.sinks else jnp.zeros_like(l)
     ref['acc'][...] = jnp.zeros_like(ref['acc'])
     _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
-  _cross(spec, word, ref['m'], numbers)
+  _at_edges(spec, word, first, ref['m'], head)
 
   def run(flags: int):
-    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), flags=flags, transposed=False)
+    tile = Tile(spec=spec, ref=ref, word=word, head=head, toe=ref.get('toe'), flags=flags, transposed=False)
     for piece in tile.pieces:
       _forward_piece(tile, piece)
 
@@ -248,12 +287,13 @@ def forward(spec: Spec, words, ref) -> None:
     some = l > 0
     inverse = wide(jnp.where(some, 1 / l, 0.0), ref['acc'].shape[1])
     ref['o'][...] = (ref['acc'][...] * inverse).astype(ref['o'].dtype)
-    lse = ref['m'][...] + jnp.log2(l) + _right(spec, word, numbers)
+    lse = ref['m'][...] + jnp.log2(l) + _right(spec, word, head)
     ref['lse'][...] = jnp.where(some, lse, NO_ROW).T[:1]
 
 
-def _forward_piece(tile: Tile, piece: int) -> None:
-  ref, keys, queries, columns = tile.ref, tile.keys(piece), tile.queries(piece), tile.spec.compute
+def _forward_piece(tile: Tile, piece: Piece) -> None:
+  ref, keys, queries = tile.ref, piece.keys, piece.queries
+  columns = keys.stop - keys.start
   s, _ = tile.scores(dot(ref['scaled'][queries], ref['k'][keys], NT), piece)
   old = ref['m'][queries]
   m = jnp.maximum(old, s.max(1, keepdims=True))
@@ -269,27 +309,24 @@ def _forward_piece(tile: Tile, piece: int) -> None:
 
 def grad_queries(spec: Spec, words, ref) -> None:
   """dq[block_q, head_dim]; of each head's bias: dline[1, length], dsaturated[2, 8, 128] to be summed."""
-  head = pl.program_id(0)
-  word, numbers = _begin(spec, words, head, ref)
-  step, steps = pl.program_id(2), pl.num_programs(2)
-  if spec.biased:
+  (word, head), step = _begin(spec, words, pl.program_id(0), ref), pl.program_id(2)
 
-    @pl.when(step == 0)
-    def _():
-      _build(spec, head, ref, ref['toe'], transposed=False)
-      ref['dtoe'][...] = jnp.zeros_like(ref['dtoe'])
-      ref['dsaturated'][...] = jnp.zeros_like(ref['dsaturated'])
+  def once():
+    _build(spec, head, ref['toe'], transposed=False)
+    ref['dtoe'][...] = jnp.zeros_like(ref['dtoe'])
+    ref['dsaturated'][...] = jnp.zeros_like(ref['dsaturated'])
 
-  @pl.when((word & tiles.FIRST) != 0)
-  def _():
+  def first():
+    if spec.biased:
+      pl.when(step == 0)(once)
     ref['acc'][...] = jnp.zeros_like(ref['acc'])
     _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
-  _cross(spec, word, ref['column_lse'], numbers)
+  _at_edges(spec, word, first, ref['column_lse'], head)
 
   def run(flags: int):
-    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=ref.get('toe'), flags=flags, transposed=False)
+    tile = Tile(spec=spec, ref=ref, word=word, head=head, toe=ref.get('toe'), flags=flags, transposed=False)
     for piece in tile.pieces:
       _grad_queries_piece(tile, piece)
 
@@ -298,16 +335,16 @@ def grad_queries(spec: Spec, words, ref) -> None:
   @pl.when((word & tiles.LAST) != 0)
   def _():
     ref['dq'][...] = (ref['acc'][...] * spec.scale).astype(ref['dq'].dtype)
+    if spec.biased:
 
-  if spec.biased:
-
-    @pl.when(step == steps - 1)
-    def _():
-      ref['dline'][...] = toeplitz.fold(ref['dtoe'][...])
+      @pl.when(tiles.unpack(word)[0] == spec.num_q - 1)
+      def _():
+        ref['dline'][...] = toeplitz.fold(ref['dtoe'][...])
 
 
-def _grad_queries_piece(tile: Tile, piece: int) -> None:
-  ref, keys, queries, columns = tile.ref, tile.keys(piece), tile.queries(piece), tile.spec.compute
+def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
+  ref, keys, queries = tile.ref, piece.keys, piece.queries
+  columns = keys.stop - keys.start
   k = ref['k'][keys]
   s, slope = tile.scores(dot(ref['scaled'][queries], k, NT), piece)
   p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
@@ -322,22 +359,24 @@ def _grad_queries_piece(tile: Tile, piece: int) -> None:
 
 def grad_keys_values(spec: Spec, words, ref) -> None:
   """dk, dv[block_kv, head_dim], summed over the queries' heads that share them: those are the last dim of the grid."""
-  member = pl.program_id(3)
-  head = pl.program_id(0) * spec.group + member
-  word, numbers = _begin(spec, words, head, ref)
+  member, step = pl.program_id(3), pl.program_id(2)
+  word, head = _begin(spec, words, pl.program_id(0) * spec.group + member, ref)
   toe = ref['toe'].at[member] if spec.biased else None
-  if spec.biased:
-    pl.when(pl.program_id(2) == 0)(lambda: _build(spec, head, ref, toe, transposed=True))
 
-  @pl.when(((word & tiles.FIRST) != 0) & (member == 0))
-  def _():
+  def first():
     for name in ('acc_k', 'acc_v'):
       ref[name][...] = jnp.zeros_like(ref[name])
     _keep_scaled(spec, ref, ref['k'])
     _columns(ref)
 
+  @pl.when((word & tiles.FIRST) != 0)
+  def _():
+    if spec.biased:
+      pl.when(step == 0)(lambda: _build(spec, head, toe, transposed=True))
+    pl.when(member == 0)(first) if spec.group > 1 else first()
+
   def run(flags: int):
-    tile = Tile(spec=spec, ref=ref, word=word, numbers=numbers, toe=toe, flags=flags, transposed=True)
+    tile = Tile(spec=spec, ref=ref, word=word, head=head, toe=toe, flags=flags, transposed=True)
     for piece in tile.pieces:
       _grad_keys_values_piece(tile, piece)
 
@@ -349,11 +388,12 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
     ref['dv'][...] = ref['acc_v'][...].astype(ref['dv'].dtype)
 
 
-def _grad_keys_values_piece(tile: Tile, piece: int) -> None:
-  ref, keys, queries = tile.ref, tile.keys(piece), tile.queries(piece)
+def _grad_keys_values_piece(tile: Tile, piece: Piece) -> None:
+  ref, keys, queries = tile.ref, piece.keys, piece.queries
   q, do = ref['q'][queries], ref['do'][queries]
   s, slope = tile.scores(dot(ref['scaled'][keys], q, NT), piece)
-  p = jnp.exp2(s - (ref['lse'][:, queries] - _right(tile.spec, tile.word, tile.numbers)))
+  right = 0.0 if tile.near else _right(tile.spec, tile.word, tile.head)
+  p = jnp.exp2(s - (ref['lse'][:, queries] - right))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
   ds = p * (dot(ref['v'][keys], do, NT) - ref['di'][:, queries])
   ds = ds if slope is None else ds * slope

@@ -55,19 +55,21 @@ MORE = {
     {'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, **PREFIX, **bias(False)},
   ),
 }  # fmt: skip
-SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal is cut
-MANY = [SMALL, tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE]
+SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal is cut into pieces of keys
+STRIPS = tpu.Blocks(q=256, kv=256, compute=256)  # and this one's into strips of queries
+LARGE = {'bias, packed': STRIPS, 'causal, lengths that no block divides': SQUARE}
+MANY = [SMALL, tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE, STRIPS]
 
 
 @pytest.mark.parametrize('case', [*CASES, *(slow(case) for case in MORE)])
 def test_it_is_the_definition_in_values_and_gradients(case):
   lengths, sizes, options = (CASES | MORE)[case]
-  differences = compare(draw(*lengths, **sizes), options, SQUARE if case == 'bias, packed' else SMALL)
+  differences = compare(draw(*lengths, **sizes), options, LARGE.get(case, SMALL))
   assert max(differences.values()) < 3e-6, differences
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('blocks', MANY, ids=['small', 'wide', 'tall', 'square'])
+@pytest.mark.parametrize('blocks', MANY, ids=['small', 'wide', 'tall', 'square', 'strips'])
 @pytest.mark.parametrize('case', CASES | MORE)
 def test_blocks_do_not_change_the_answer(case, blocks):
   lengths, sizes, options = (CASES | MORE)[case]
@@ -83,13 +85,34 @@ def test_rows_whose_lists_do_not_fit_together_take_turns(monkeypatch):
   assert max(differences.values()) < 3e-6, differences
 
 
+def simulated(**options) -> dict[str, float]:
+  """`compare` of a row with a bias in the interpreter that simulates memories, and two cores that share heads."""
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan', num_cores_or_threads=2)
+  return compare(draw(256), {'causal': True, **bias(False), **options}, interpret=params)
+
+
+def raced(capfd, caplog) -> bool:
+  """A race is a line of output, or of the log, and no more than that."""
+  return 'RACE DETECTED' in ''.join(capfd.readouterr()) + caplog.text
+
+
 @pytest.mark.slow
-def test_nothing_is_read_before_it_is_written_and_nothing_races():
-  """In the interpreter that simulates memories: what was not written is NaN."""
-  lengths, sizes, options = CASES['bias, packed']
-  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')
-  differences = compare(draw(*lengths, **sizes), options, interpret=params)
+def test_nothing_is_read_before_it_is_written_and_nothing_races(capfd, caplog):
+  """What was not written is NaN."""
+  differences = simulated(**packed(ROW[:1]))
   assert max(differences.values()) < 3e-6, differences
+  assert not raced(capfd, caplog)
+
+
+@pytest.mark.slow
+def test_tiles_of_one_block_on_two_cores_are_found(monkeypatch):
+  """That the interpreter would say so: of a kernel whose tiles may run side by side."""
+  own = pltpu.CompilerParams
+  wrong = lambda dimension_semantics, **options: own(('parallel',) * len(dimension_semantics), **options)
+  monkeypatch.setattr(pltpu, 'CompilerParams', wrong)
+  jax.clear_caches()
+  with pytest.raises(jax.errors.JaxRuntimeError, match='Revisited block'):
+    simulated()
 
 
 def run(q, k, v, **options):
