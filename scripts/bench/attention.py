@@ -21,8 +21,10 @@ import schedule
 
 HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
 FORWARD, QUERIES, KEYS = 'forward', 'grad_queries', 'grad_keys_values'
-# Regions outside tiles that run once for a head: Toeplitz tiles are built first, their gradient is folded last.
-ONCE = {FORWARD: (0,), QUERIES: (0, -1), KEYS: (0,)}
+# Bodies outside tiles that run once for a head: Toeplitz tiles are built first, their gradient is folded last. They are
+# inside the bodies of a block's first and last tile; two-sided rows have one more around the former.
+ONCE = {FORWARD: (1,), QUERIES: (1, -1), KEYS: (1,)}
+ONCE_FULL = {FORWARD: (2,), QUERIES: (2, -1), KEYS: (1,)}
 PROGRAMS = {'forward': (FORWARD,), 'backward': (QUERIES, KEYS)}  # the second has the forward pass too, not counted
 SPLASH = {FORWARD: 'fwd', QUERIES: 'dq', KEYS: 'dkv'}
 DOCUMENT, PACKED, ROWS = 2048, 16384, 32  # mean length of documents, of packed rows, and how many of those
@@ -64,16 +66,23 @@ def documents(length: int = PACKED, mean: int = DOCUMENT, rows: int = ROWS):
 
 
 def tiles_by_class(case: Case, by_keys: bool) -> tuple[list[float], float, float]:
-  """(tiles of each class in the order of the code, blocks, steps) of one head; of packed rows their mean."""
+  """`count` of one head; of packed rows their mean."""
   import jax.numpy as jnp
+
+  from pallas_kernels.attention import tiles
+
+  if not case.packed:
+    return count(case.spec, tiles.Vectors(), by_keys)
+  ids = jnp.asarray(documents(case.length))
+  return count(case.spec, tiles.Vectors(q_segments=ids, kv_segments=ids), by_keys)
+
+
+def count(spec, vectors, by_keys: bool) -> tuple[list[float], float, float]:
+  """(tiles of each class in the order of the code, blocks, steps), the mean over rows."""
   import numpy as np
 
   from pallas_kernels.attention import tiles
 
-  spec, vectors = case.spec, tiles.Vectors()
-  if case.packed:
-    ids = jnp.asarray(documents(case.length))
-    vectors = tiles.Vectors(q_segments=ids, kv_segments=ids)
   words = np.asarray(tiles.walk(spec, vectors, by_keys=by_keys)[0])
   flags = words & (tiles.LIVE | tiles.NEAR | tiles.MASKED | tiles.CUT)
   counts = [float(np.sum(flags == each) / len(words)) for each in spec.tile_classes]
@@ -81,14 +90,12 @@ def tiles_by_class(case: Case, by_keys: bool) -> tuple[list[float], float, float
   return counts, spec.num_kv if by_keys else spec.num_q, steps
 
 
-def kernel_cycles(
-  sizes: tuple[list[int], list[int], int], once: tuple[int, ...], counts: list[float], blocks, steps
-) -> int:
-  """`once`: which of the regions before and after the tiles run once for a head, not for each block."""
-  inner, side, rest = sizes
-  single = sum(side[n] for n in once)
+def kernel_cycles(spec, kernel: str, sizes: tuple[list[int], list[int], int], counted, rows: int = HEADS) -> int:
+  """Of `rows` heads, from the sizes of regions and `count`."""
+  (inner, side, rest), (counts, blocks, steps) = sizes, counted
+  single = sum(side[n] for n in (ONCE if spec.diagonal else ONCE_FULL)[kernel]) if spec.biased else 0
   tiles = sum(n * size for n, size in zip(counts, inner, strict=True))
-  return round(HEADS * (tiles + steps * rest + blocks * (sum(side) - single) + single))
+  return round(rows * (tiles + steps * rest + blocks * (sum(side) - single) + single))
 
 
 def of_splash(sizes, case: Case, counts: list[float]):
@@ -178,11 +185,10 @@ def measure(chip: str, case: Case, folder: pathlib.Path, programs=PROGRAMS) -> d
     found |= {f'{name}_xla': total}
     for kernel in kernels:
       sizes = schedule.regions(schedule.dumped(folder, SPLASH[kernel] if case.splash else f'attention_{kernel}'))
-      counts, blocks, steps = tiles_by_class(case, by_keys=kernel == KEYS)
-      once = ONCE[kernel] if case.bias else ()
+      counts, *rest = tiles_by_class(case, by_keys=kernel == KEYS)
       sizes, counts = of_splash(sizes, case, counts) if case.splash else (sizes, counts)
       found |= {f'{kernel}_{name}': x for name, x in zip(('tile', 'side', 'rest'), sizes, strict=True)}
-      found[kernel] = kernel_cycles(sizes, once, counts, blocks, steps)
+      found[kernel] = kernel_cycles(case.spec, kernel, sizes, (counts, *rest))
       total += found[kernel]
     found[f'{name}_total'] = total
   return found
@@ -206,18 +212,19 @@ def of_chip(chip: str, length: int, blocks: list[int]) -> None:
         print(json.dumps(measure(chip, case, folder)), flush=True)
 
 
-def visited(ids, block: int) -> list[int]:
-  """How many tiles the forward kernel computes in each row of segment ids: it runs, and each tile reports itself."""
+def visited(ids, block: int) -> tuple[list[int], list[int]]:
+  """(tiles, scores) that the forward kernel computes in each row of segment ids: it runs, each piece reports itself."""
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tpu, tpu_kernels
 
-  counts, own = [], tpu_kernels._forward_piece
-  blocks = tpu.Blocks(q=block, kv=block, compute=block)
+  counts, sums, own = [], [], tpu_kernels._forward_piece
+  blocks = tpu.Blocks(q=block, kv=block, compute=min(block, COMPUTE))
 
   def counted(tile, piece):
-    jax.debug.callback(lambda: seen.append(1))
+    size = (piece.queries.stop - piece.queries.start) * (piece.keys.stop - piece.keys.start)
+    jax.debug.callback(lambda word: seen.append((int(word), size)), tile.word)
     own(tile, piece)
 
   tpu_kernels._forward_piece = counted
@@ -228,16 +235,16 @@ def visited(ids, block: int) -> list[int]:
       options = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'blocks': blocks, 'interpret': True}
       jax.block_until_ready(tpu.attention(x, x, x, causal=True, **options))
       jax.effects_barrier()
-      counts.append(len(seen))
+      counts.append(len({word for word, _ in seen}))
+      sums.append(sum(size for _, size in seen))
   finally:
     tpu_kernels._forward_piece = own
-  return counts
+  return counts, sums
 
 
 def packed(rows: int = 4) -> str:
-  """Tiles visited in packed rows, as a share of the causal ones, which splash visits whatever the segments are.
-
-  `exact`: the share of pairs that see each other.
+  """Tiles visited in packed rows and scores computed in them, as shares of all causal tiles, which splash visits and
+  computes whole whatever the segments are. `exact`: the share of pairs that see each other.
   """
   import numpy as np
 
@@ -247,8 +254,11 @@ def packed(rows: int = 4) -> str:
   lines = [f'packed, {rows} rows: exact {(counts * (counts + 1)).sum(1).mean() / length / (length + 1):.3f}']
   for block in (256, 512, 1024):
     number = length // block
-    causal, found = number * (number + 1) / 2, np.mean(visited(ids, block))
-    lines.append(f'  block {block}: the kernel visits {found:.1f} tiles of {causal:.0f}, {found / causal:.3f}')
+    causal, (found, scores) = number * (number + 1) / 2, map(np.mean, visited(ids, block))
+    lines.append(
+      f'  block {block}: the kernel visits {found:.1f} tiles of {causal:.0f}, {found / causal:.3f}, and computes '
+      f'{scores / block**2 / causal:.3f} of the scores'
+    )
   return '\n'.join(lines)
 
 
@@ -291,10 +301,8 @@ def main() -> None:
   if 'DUMP' in os.environ:
     of_chip(flags.chips, flags.length, [int(b) for b in flags.blocks.split(',')])
     return
-  rows = []
-  for chip in flags.chips.split(','):
-    rows += schedule.in_process(__file__, chip, [f'--blocks={flags.blocks}', f'--length={flags.length}'])
-  print(table(rows))
+  found = schedule.at_once(__file__, flags.chips, [f'--blocks={flags.blocks}', f'--length={flags.length}'])
+  print(table([row for rows in found for row in rows]))
   print(packed())
 
 

@@ -5,6 +5,8 @@ them) and of its XLA fusions (`estimated_cycles`). As a model of time it was cal
 (within -5/+13% on v5p, v6e and v7x): backward passes can be compared with each other, no more.
 """
 
+import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,37 +14,68 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
 CLOCK_GHZ = {'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75, 'tpu7x': 1.9}
 CORES = {'v5e': 1, 'v5p': 2, 'v6e': 1, 'tpu7x': 1}  # that share a program; a device of tpu7x is one core
+CYCLES = '"estimated_cycles"'
+DELAY = 4  # bundles after a branch that run whether it is taken or not
+LEAST = 16  # of a body that is counted by itself
 FLAGS = '--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
 
 
-def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
-  """(bundles of each innermost region with matrix products, of regions before and after those, of the rest).
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """A kernel's schedule. Spans are (first bundle, last bundle)."""
 
-  The rest runs at every step; so do regions that start copies for the next one, which are part of it.
-  """
-  bundles, products, copies, start, end = 0, [], [], {}, {}
+  products: list[bool]  # of each bundle: whether it multiplies matrices
+  copies: list[bool]  # whether it starts a copy from HBM
+  regions: list[tuple[int, int]]
+  bodies: list[tuple[int, int]]  # what a branch forward leaves out
+  loop: int  # bundles of the outermost loop: a step of the grid
+
+  def having(self, flags: list[bool], spans) -> list[tuple[int, int]]:
+    return [span for span in spans if any(flags[span[0] : span[1] + 1])]
+
+
+def read(path: pathlib.Path) -> Listing:
+  products, copies, start, end, branches, target = [], [], {}, {}, {}, {}
   for line in path.read_text().splitlines():
     if re.match(r'\s*(0x[0-9a-f]+|0)\b[^:]*:', line):
-      bundles += 1
       products.append('vmatmul' in line)
       copies.append('dma.hbm_to_vmem' in line)
+    at = len(products) - 1
     for r in re.findall(r'Start region (\d+)', line):
-      start.setdefault(int(r), bundles - 1)
-    for r in re.findall(r'End region (\d+)', line):
-      end[int(r)] = bundles - 1
-  spans = sorted({(max(s, 0), end.get(r, s)) for r, s in start.items()})
+      start.setdefault(r, max(at, 0))
+    end |= dict.fromkeys(re.findall(r'End region (\d+)', line), at)
+    target |= dict.fromkeys(re.findall(r'Start/End empty region (\d+)', line), at)
+    branches |= dict.fromkeys(re.findall(r'sbr\.rel \([^)]*\) target = \$region(\d+)', line), at)
+  to = {r: target.get(r, start.get(r, at)) for r, at in branches.items()}
+  return Listing(
+    products, copies,
+    sorted({(s, end.get(r, s)) for r, s in start.items()}),
+    sorted((at + DELAY + 1, to[r] - 1) for r, at in branches.items() if to[r] > at),
+    max(at + DELAY + 1 - to[r] for r, at in branches.items()),
+  )  # fmt: skip
+
+
+def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
+  """(bundles of each innermost region with matrix products, of the other bodies of branches, of the rest of a step).
+
+  Branches that start copies for the next step are of the rest, and so are bodies of a few bundles. A body inside
+  another is listed after it and not counted in it.
+  """
+  listing = read(path)
+  size = lambda span: span[1] - span[0] + 1
   within = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
-  matrix = [span for span in spans if any(products[span[0] : span[1] + 1])]
+  matrix = listing.having(listing.products, listing.regions)
   inner = [span for span in matrix if not any(within(other, span) for other in matrix)]
-  plain = [s for s in spans if s not in matrix and s[1] - s[0] >= 60 and not any(within(s, m) for m in inner)]
-  plain = [s for s in plain if not any(copies[s[0] : s[1] + 1])]
-  outer = [s for s in plain if not any(within(s, other) for other in plain)]
-  sizes = lambda found: [e - s + 1 for s, e in found]
-  return sizes(inner), sizes(outer), max(0, max(sizes(spans)) - sum(sizes(inner)) - sum(sizes(outer)))
+  other = {*listing.having(listing.products, listing.bodies), *listing.having(listing.copies, listing.bodies)}
+  bodies = [body for body in listing.bodies if body not in other and size(body) >= LEAST]
+  direct = lambda a, b: within(a, b) and not any(within(a, c) and within(c, b) for c in bodies)
+  sides = [size(body) - sum(size(a) for a in bodies if direct(a, body)) for body in bodies]
+  return [size(span) for span in inner], sides, listing.loop - sum(map(size, inner)) - sum(sides)
 
 
 def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -51,11 +84,48 @@ def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:
   return max(found, key=lambda p: p.stat().st_mtime)
 
 
+def executed(text: str) -> Iterator[tuple[int, str]]:
+  """(how often, line) of the instructions of a compiled program's text, those of loops as often as the loop turns.
+
+  Raises ValueError for a loop that does not say how often that is.
+  """
+  blocks, entry = _computations(text)
+  pending = [(1, entry)]
+  while pending:
+    times, name = pending.pop()
+    for line in blocks[name]:
+      yield times, line
+      if loop := re.search(r'condition=%([\w.\-]+), body=%([\w.\-]+)', line):
+        pending.append((times * _turns(line, blocks[loop[1]]), loop[2]))
+      elif re.search(r' (call|async-start|conditional)\(', line) or (' fusion(' in line and CYCLES not in line):
+        called = re.findall(r'(?:to_apply|calls|branch_computations=\{|called_computations=\{)=?%([\w.\-]+)', line)
+        pending += [(times, name) for name in called]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """({name: lines}, name of the first to run)."""
+  blocks, entry, name = {}, '', ''
+  for line in text.splitlines():
+    if found := re.match(r'(ENTRY )?%([\w.\-]+) \(.*\{$', line):
+      name = found[2]
+      blocks[name], entry = [], name if found[1] else entry
+    elif name and ' = ' in line:
+      blocks[name].append(line)
+  return blocks, entry
+
+
+def _turns(line: str, condition: list[str]) -> int:
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(known[1])
+  constants = [n for each in condition for n in re.findall(r'[su]32\[\][^ ]* constant\((\d+)\)', each)]
+  if len(constants) != 1 or 'direction=LT' not in condition[-1]:
+    raise ValueError(f'a loop of the compiled program does not say how often it turns: {condition[-1].strip()[:200]}')
+  return int(constants[0])
+
+
 def fusion_cycles(text: str) -> int:
-  """Of a compiled program's text. Raises ValueError for loops, whose bodies run more than once."""
-  if ' while(' in text:
-    raise ValueError('the compiled program has a loop in XLA; its cycles are not counted.')
-  return sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
+  """Of a compiled program's text."""
+  return sum(times * int(n) for times, line in executed(text) for n in re.findall(rf'{CYCLES}:"(\d+)"', line))
 
 
 def in_process(script: str, chip: str, arguments: list[str]) -> list[dict]:
@@ -72,3 +142,9 @@ def in_process(script: str, chip: str, arguments: list[str]) -> list[dict]:
   if process.returncode:
     raise subprocess.CalledProcessError(process.returncode, command)
   return rows
+
+
+def at_once(script: str, chips: str, arguments: list[str]) -> list[list[dict]]:
+  """`in_process` for each chip of a list with commas, side by side."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(lambda chip: in_process(script, chip, arguments), chips.split(',')))
