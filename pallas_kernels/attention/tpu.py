@@ -57,7 +57,7 @@ def choose_blocks(q_length: int, kv_length: int, head_dim: int, *, causal: bool,
 
 def shape_class(head_dim: int, *, causal: bool, packed: bool) -> str:
   """What blocks are tuned for: shapes that the compiler lays out alike."""
-  return f'd{-(-head_dim // LANES) * LANES}_{"packed_" if packed else ""}{"causal" if causal else "full"}'
+  return f'd{-(-head_dim // 64) * 64}_{"packed_" if packed else ""}{"causal" if causal else "full"}'
 
 
 def attention(
