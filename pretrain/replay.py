@@ -16,7 +16,6 @@ from pretrain.experiment import Experiment
 from pretrain.hosts import Interrupt
 from pretrain.metrics import read_metrics
 from pretrain.replicas import ReplicasConfig
-from pretrain.snapshot_slots import SnapshotConfig
 from pretrain.snapshots import Snapshots
 from pretrain.timeline import Timeline
 from pretrain.train import Run
@@ -53,7 +52,7 @@ def _as_replayed(cfg: Experiment, step: int) -> Experiment:
     evaluation=dataclasses.replace(cfg.evaluation, every=0, generate=0, lawa_checkpoints=0),
     checkpoint=dataclasses.replace(cfg.checkpoint, every=1, best_of=None, keep_best=0),
     replicas=ReplicasConfig(),
-    snapshot=SnapshotConfig(),
+    snapshot=dataclasses.replace(cfg.snapshot, every=0),
   )
 
 
