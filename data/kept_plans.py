@@ -18,7 +18,7 @@ import numpy as np
 from data.errors import DataError
 from data.plan import Bins, Cuts, Pieces, Plan, Planner, Stream
 
-VERSION = 1  # raise when the same arguments give other plans
+VERSION = 2  # raise when the same arguments give other plans
 LARGE = 2**20  # tokens of a store; smaller ones are planned faster than a file is read
 
 

@@ -1,5 +1,7 @@
 """Plans in files: those that would be made; made once; damage is named; `pretrain data plan` makes them ahead."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from data.objectives import CausalLm, SpanCorruption, Ul2
 from data.packing import BestFit, ConcatSplit
 from data.plan_report import fill_of, keep_plans
 from data.source import Source, StoreData, open_data
+from data.store import StoreWriter
+from data.vocabulary import Tokenizer
 from tests.data.test_guarantees import sharded  # noqa: F401
 from tests.data.test_source import SENTINELS, assert_equal
 
@@ -92,3 +96,19 @@ def test_the_fill_of_an_epoch_is_counted_over_its_shards(sharded, tmp_path):  # 
   assert fill.tokens == source.sources[0].store.num_tokens
   batch = source.global_rows(0, fill.rows)
   assert fill.padding == pytest.approx(np.mean(batch['decoder_segment_ids'] == 0))
+
+
+def test_other_plans_have_another_version(tokenizer_model, tmp_path):
+  """Files that an older release has left are not read. Where this fails: raise `kept_plans.VERSION`, then write down
+  what the plans are now."""
+  with StoreWriter(tmp_path / 'b', Tokenizer(tokenizer_model, sentinels=32)) as writer:
+    writer.add([np.full(1 + 37 * i % 211, 7, np.int32) for i in range(400)])
+    writer.finish(source='lengths')
+  for objective, inputs, packing in ((Ul2(), 64, ConcatSplit()), (CausalLm(), 0, BestFit())):
+    opened(tmp_path, tmp_path, objective, inputs, packing).batch(0, slice(0, 8))
+  found = hashlib.sha256()
+  for path in sorted(tmp_path.glob('plans/*/0-0*.npz'), key=lambda path: path.stat().st_size):
+    with np.load(path) as file:
+      for name in sorted(file.files):
+        found.update(name.encode() + np.asarray(file[name], '<i8').tobytes())
+  assert {kept_plans.VERSION: found.hexdigest()[:16]} == {2: 'b9ab6e84891d3a16'}

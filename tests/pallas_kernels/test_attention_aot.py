@@ -53,7 +53,7 @@ def test_every_feature_compiles(chip):
   narrow = compile_both(chip, 2048, head_dim=64, kv_heads=2, prefix=True, softcap=3.0, window=300, num_sinks=4)
   wide = compile_both(chip, 2048, head_dim=256, prefix=True, alibi=jnp.ones(HEADS), sink_logits=jnp.zeros(HEADS))
   odd = compile_both(chip, 1000, head_dim=48, dtype=jnp.float32)
-  assert max(memory.temporaries for memory in (narrow, wide, odd)) < 8 * MIB
+  assert max(memory.temporaries for memory in (narrow, wide, odd)) < 12 * MIB, 'the scores alone would be 128 MiB'
 
 
 @pytest.mark.slow
