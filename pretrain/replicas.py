@@ -22,7 +22,8 @@ from pretrain.mesh import AXES, replicated
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplicasConfig:
-  """Compare all copies of parameters and optimizer state every `every` steps, and before each save; 0 = never."""
+  """Compare all copies of parameters and optimizer state every `every` steps, at each snapshot and before each save;
+  0 = never."""
 
   every: Annotated[int, '>= 0'] = 0
 

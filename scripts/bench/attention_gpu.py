@@ -36,7 +36,7 @@ def measured(name: str, causal: bool, length: int) -> str:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it says which blocks are tuned
       wrong = ' '.join(f'{x:.2f}' for x in errors(name, causal))
       forward, backward = timed(name, causal, length)
-  except (KernelError, jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+  except (KernelError, RuntimeError) as error:  # of JAX and XLA too
     return f'failed: {str(error).splitlines()[0][:120]}'
   work = HEADS * HEAD_DIM * TOKENS * length / (2 if causal else 1) / 1e12
   forward, backward = 4 * work / forward, 10 * work / backward
