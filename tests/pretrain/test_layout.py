@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.mesh import MeshConfig
-from pretrain.testing import assert_layout_invariant, losses
+from pretrain.testing import assert_layout_invariant, cpu_mesh, losses
 from tests.pretrain import tiny
 
 LAYOUTS = (
@@ -19,6 +19,12 @@ LAYOUTS = (
   MeshConfig(fsdp=4, tensor=2),
   MeshConfig(data=2, fsdp=2, tensor=2),
 )
+
+
+def test_a_cpu_mesh_has_its_devices_along_one_axis_and_says_how_to_get_more():
+  assert {axis: size for axis, size in cpu_mesh(4, 'tensor').shape.items() if size > 1} == {'tensor': 4}
+  with pytest.raises(RuntimeError, match=r'16 CPU devices wanted, 8 exist; set XLA_FLAGS=.*device_count=16'):
+    cpu_mesh(16)
 
 
 def test_layout_does_not_change_the_answer_of_ul2_with_dropout(text_store):
