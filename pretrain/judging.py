@@ -61,7 +61,7 @@ class Judge:
     try:
       replicas.check(found, step, self._alike)
     except ReplicaError:
-      self._checkpoints.close()  # the step that the run will go on from may still be written
+      self._checkpoints.finished()  # the step that the run will go on from may still be written; if not, an older one
       raise
     self._alike = step
 
@@ -75,8 +75,7 @@ class Judge:
     return values['spikes_consecutive'] >= (1 if isinstance(cfg, RewindSpikes) else cfg.max_consecutive)
 
   def _kept(self) -> str:
-    self._checkpoints.close()  # a save may be under way
-    latest = self._checkpoints.latest()
+    latest = max(self._checkpoints.finished(), default=None)  # a save may be under way
     return f'step {latest} is saved in {self._workdir}' if latest else 'no step was saved yet'
 
 

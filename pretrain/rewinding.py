@@ -28,7 +28,7 @@ def rewind(
   `end` is the first example behind the spike. Raises NonFiniteError where `cfg.max_rewinds` were made already. All
   processes call it at the same step.
   """
-  checkpoints.close()  # a save may be under way
+  checkpoints.finished()  # a save may be under way; one that fails is no reason not to go back
   agreement = Agreement.about('rewind')
   made = int(agreement.first(str(len(read_rewinds(workdir)))))
   if made >= cfg.max_rewinds:

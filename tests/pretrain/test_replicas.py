@@ -1,6 +1,7 @@
 """Copies of an array on several devices: one that differs is seen, whichever it is, and its device is named."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pretrain.train
+from pretrain.checkpoint_orbax import Files
 from pretrain.errors import ReplicaError
 from pretrain.mesh import MeshConfig, make_mesh
 from pretrain.metrics import read_metrics
@@ -130,6 +132,14 @@ def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_pa
   assert [p.name for p in (tmp_path / 'flipped/checkpoints').iterdir()] == saved
   assert train(tiny.decoder(*KEYS), tmp_path / 'flipped') == 0
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
+
+
+def test_a_save_that_fails_meanwhile_does_not_hide_the_device(tmp_path, flips, monkeypatch):
+  """Code 66 would end the run, 74 goes on."""
+  monkeypatch.setattr(Files, 'wait', lambda files: (time.sleep(1), (_ for _ in ()).throw(OSError('no such disk'))))
+  flips(5, flip(17, 30))
+  with pytest.raises(ReplicaError, match='at step 6 the copy of params/embedding/table'):
+    train(tiny.decoder(*KEYS), tmp_path)
 
 
 def test_memory_holds_no_step_with_a_bad_copy(tmp_path, flips, capsys):

@@ -1,6 +1,7 @@
 """Updates that are not applied: what they leave as it was, what they are judged by, and how a run goes back."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 import pretrain.runtime
 from pretrain import optim_spikes, rewinding
+from pretrain.checkpoint_orbax import Files
 from pretrain.cli import main
 from pretrain.errors import NonFiniteError, SpikeError
 from pretrain.metrics import read_metrics
@@ -203,6 +205,24 @@ def test_a_second_spike_goes_back_once_more_and_a_third_stops_the_run(poison, tm
   ]  # fmt: skip
   text = rewinds_section(read_rewinds(tmp_path))
   assert 'spike at step 7</td><td class="number">4</td><td>48 to 71</td>' in text
+
+
+def test_a_save_that_fails_meanwhile_does_not_keep_a_run_from_going_back(poison, tmp_path, monkeypatch):
+  """It is one that would have been tried again: code 66 would end the run."""
+  poison({9: 100.0})
+  wait, number = Files.wait, iter(range(9))
+
+  def slow_then_fails(files):
+    wait(files)
+    if next(number) == 3:
+      time.sleep(1)
+      raise OSError('no such disk')
+
+  monkeypatch.setattr(Files, 'wait', slow_then_fails)
+  cfg = tiny.decoder(*REWIND, 'train.steps=12', 'checkpoint.every=2')
+  with pytest.raises(SpikeError, match=r'at step 10 .* Gone back to step 6; examples 48\.\.79'):
+    train(cfg, tmp_path)
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4', '6']
 
 
 def test_a_rewind_that_is_cut_off_is_made_again(poison, tmp_path, monkeypatch):
