@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from pretrain.goodput import processes, spent_in, write_goodput
 from pretrain.launch import PREEMPTED, REWOUND, USER_CODES, ForwardedSignals, Group, Outcome
-from pretrain.skipping import add_skip
+from pretrain.skipping import add_skip, leave_out, read_skips
 from pretrain.timeline import FILE, append, end_line, parse, read_timeline
 
 INCIDENTS = 'incidents.jsonl'
@@ -50,6 +50,7 @@ class Supervisor:
     self._tail = Tail(workdir / FILE)
     self._incident: dict[str, Any] | None = None  # one whose recovery is awaited
     self._group: Group | None = None
+    self._told: Group | None = None  # to end
     self._asked = threading.Event()  # to end
     self._restarts, self._furthest = 0, 0
 
@@ -75,6 +76,8 @@ class Supervisor:
     self._log.forget()
     started = time.time()
     self._group = Group(self._hosts, self._command, self._log)
+    if self._asked.is_set() and self._told is not self._group:  # while they were started
+      self._group.signal(signal.SIGTERM)
     outcome = self._group.wait(self._watch)
     failed = outcome.code not in (0, PREEMPTED) and not self._asked.is_set()
     if self._is_ours(outcome):
@@ -115,7 +118,9 @@ class Supervisor:
 
   def _skip(self, history: list['Failure']) -> str:
     """Leaves out the examples of the next two steps: while one is made, the batch of the other is on its way."""
-    first, end = self._tail.examples, self._tail.examples + 2 * self._batch_size
+    # Those that are left out from where the run is are not what it fails at.
+    first = leave_out(read_skips(self._workdir), {'examples': self._tail.examples})['examples']
+    end = first + 2 * self._batch_size
     add_skip(self._workdir, first, end)
     history.clear()
     return f'restart without examples {first}..{end - 1}'
@@ -183,6 +188,7 @@ class Supervisor:
     """The first signal asks all processes to save and leave (Ctrl-C too), the second one ends them."""
     if self._group is not None:
       self._group.signal(signal.SIGKILL if self._asked.is_set() else signal.SIGTERM)
+      self._told = self._group
     self._asked.set()
 
 

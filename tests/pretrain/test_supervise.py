@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -149,6 +150,28 @@ def test_examples_of_a_step_that_fails_again_and_again_are_left_out(tmp_path):
   assert run(tmp_path, {'0': [(7, 1)] * 3}, skip_poisoned=True) == 0
   assert incidents(tmp_path)[-1]['action'] == 'restart without examples 56..71'
   assert read_skips(tmp_path) == [(56, 72)]
+
+
+def test_a_step_that_fails_behind_examples_that_are_left_out_is_left_out_too(tmp_path):
+  """The run is where the range begins until a step behind it is done: the same range again would not help."""
+  assert run(tmp_path, {'0': [(7, 1)] * 6}, skip_poisoned=True) == 0
+  assert read_skips(tmp_path) == [(56, 72), (72, 88)]
+
+
+def test_a_signal_that_comes_while_processes_are_started_is_for_them(tmp_path, monkeypatch):
+  """Otherwise they would train on, and never save because of it."""
+  script = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(75)); time.sleep(60)'
+  supervisor = Supervisor(1, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO())
+
+  class Slow(supervise.Group):
+    def __init__(self, *args):
+      super().__init__(*args)
+      supervisor._stop(signal.SIGTERM)  # the group is not known to it yet
+
+  monkeypatch.setattr(supervise, 'Group', Slow)
+  start = time.monotonic()
+  assert supervisor.run() == 75
+  assert time.monotonic() - start < 30
 
 
 def test_without_restarts_the_first_failure_is_the_last(tmp_path):
