@@ -10,14 +10,36 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pretrain.errors import ConfigError
+
 FILE, REWINDS = 'skipped.json', 'rewinds.jsonl'
 Ranges = Sequence[tuple[int, int]]
 
 
 def read_skips(workdir: pathlib.Path) -> list[tuple[int, int]]:
-  """The ranges of a run, in order; none without the file."""
+  """The ranges of a run, in order; none without the file. Raises ConfigError where it holds anything else."""
   path = workdir / FILE
-  return [(first, end) for first, end in sorted(json.loads(path.read_text()))] if path.exists() else []
+  try:
+    found = [(first, end) for first, end in json.loads(path.read_text())] if path.exists() else []
+    if not all(isinstance(first, int) and isinstance(end, int) and 0 <= first < end for first, end in found):
+      raise ValueError('a range is two whole numbers, the first one smaller')
+  except (ValueError, TypeError) as error:
+    raise ConfigError(
+      f'{path} is no list of ranges of examples ({error}); write e.g. [[240, 420]], or remove it.'
+    ) from error
+  return sorted(found)
+
+
+def check_skips(ranges: Ranges, examples: int, batch_size: int) -> None:
+  """Raises ConfigError where a run at `examples` would never be at the beginning of a range that lies before it."""
+  while (left := steps_to_skip(ranges, examples, batch_size)) is not None:
+    first = examples + left * batch_size
+    if (examples := leave_out(ranges, {'examples': first})['examples']) == first:
+      begin = next(begin for begin, _ in ranges if begin >= first)
+      raise ConfigError(
+        f'{FILE} leaves out examples from {begin} on, and with data.batch_size={batch_size} no step begins there: one '
+        f'begins at {first}. Change or remove that range, or set data.batch_size back.'
+      )
 
 
 def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:

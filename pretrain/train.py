@@ -27,7 +27,7 @@ from pretrain.phases import stretch_at
 from pretrain.replicas import Replicas
 from pretrain.report import write_report
 from pretrain.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
-from pretrain.skipping import leave_out, read_skips, steps_to_skip
+from pretrain.skipping import check_skips, leave_out, read_skips, steps_to_skip
 from pretrain.snapshots import Snapshots, freshest
 from pretrain.stage import Stage
 from pretrain.stopwatch import Stopwatch
@@ -82,6 +82,8 @@ class Run:
     self.mixing: Mixing | None = None
     if cfg.data.online is not None:
       self.mixing = begin(self.position, self.data.used(self.position['examples']))
+    else:
+      check_skips(self.skips, self.position['examples'], self.stage.cfg.data.batch_size)
     self.step = int(self.state.step)
     self.saved_step = min(self.step, self.checkpoints.latest() or 0)
     self.replicas = Replicas(self.stage.program.abstract, self.stage.program.mesh) if cfg.replicas.every else None

@@ -2,9 +2,13 @@
 
 import json
 
+import pytest
+
 import pretrain.train
+from pretrain.errors import ConfigError
 from pretrain.metrics import read_metrics
-from pretrain.skipping import add_skip
+from pretrain.skipping import add_skip, check_skips
+from pretrain.timeline import Timeline
 from pretrain.train import train
 from tests.pretrain import tiny
 
@@ -30,3 +34,30 @@ def test_a_resume_of_a_run_with_skipped_examples_is_exact(tmp_path, monkeypatch)
   assert numbers[0] == numbers[1]
   place = json.loads((tmp_path / 'resumed/checkpoints/8/position/metadata').read_text())['loader']
   assert (place['examples'], place['skipped']) == (80, [[24, 40]])
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    (
+      '[[20, 36]]',
+      r'skipped.json leaves out examples from 20 on, and with data.batch_size=8 no step begins there: one ',
+    ),
+    ('[[36, 24]]', r'skipped.json is no list of ranges of examples \(a range is two whole numbers, the first one smal'),
+    ('[24, 36]', r'skipped.json is no list of ranges of examples .*; write e.g. \[\[240, 420\]\], or remove it.'),
+    ('[[24, 36', r'skipped.json is no list of ranges of examples .*; write e.g.'),
+  ],
+)
+def test_ranges_that_cannot_be_left_out_are_refused_before_the_run_waits_for_them(tmp_path, text, message):
+  (tmp_path / 'skipped.json').write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    pretrain.train.Run(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
+  assert [path.name for path in tmp_path.iterdir()] == ['skipped.json']
+
+
+def test_ranges_that_a_rewind_has_made_are_never_refused():
+  """One around an older one, one behind it, one that lies behind the run."""
+  check_skips([(32, 120), (48, 80), (120, 128)], 0, 8)
+  check_skips([(3, 5), (32, 48)], 8, 8)
+  with pytest.raises(ConfigError, match=r'examples from 61 on, .* one begins at 56'):
+    check_skips([(24, 40), (61, 70)], 0, 8)
