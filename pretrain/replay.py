@@ -116,6 +116,10 @@ class Earlier(Checkpoints):
     super().__init__(workdir, cfg, read_only=True)
     self._before = before
 
+  def damage(self, step: int) -> str:
+    """As all processes have found it: each reads its share of the files, and all begin at the same step."""
+    return next(filter(None, self._agreement.gather(super().damage(step))), '')
+
   def newest_whole(self) -> int | None:
     steps = [step for step in reversed(step_folders.finished(self.directory)) if step < self._before]
     return next((step for step in steps if not self.damage(step)), None)

@@ -10,6 +10,8 @@ import pytest
 import pretrain.train
 from pretrain import manifest
 from pretrain.cli import main
+from pretrain.experiment import CheckpointConfig
+from pretrain.replay import Earlier
 from pretrain.train import train
 from tests.pretrain import tiny
 
@@ -116,6 +118,15 @@ def test_it_is_the_record_that_is_compared(copy, capsys):
   assert lines[4].split('  ')[2] == f'{key} is not that of checkpoints/9'
   code, lines, _ = replay(capsys, copy, '--step=9', '--rtol=1e-5')
   assert code == 0, 'within the tolerance, and no array is compared'
+
+
+def test_all_processes_begin_at_a_step_that_is_whole_for_all(runs, monkeypatch):
+  """Each reads its share of the files: what another one finds damaged is no step for this one either."""
+  earlier = Earlier(runs / 'sound', CheckpointConfig(), 9)
+  assert earlier.newest_whole() == 6
+  monkeypatch.setattr(earlier._agreement, 'gather', lambda own: [own, 'a flipped bit'])
+  assert earlier.newest_whole() is None
+  earlier.close()
 
 
 def test_another_mesh_is_compared_within_a_tolerance(runs, capsys):
