@@ -52,9 +52,16 @@ def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
 
 def _state(program: Program, parts: dict[str, Any], same_spikes: bool):
   fresh = program.start(parts['params'])
+  fresh = dataclasses.replace(fresh, opt_state=_at(parts['step'], fresh.opt_state))
   if 'opt_state' in parts and not same_spikes:  # the optimizer's comes first in that of a guarded one
     parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}
   return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
+
+
+def _at(step: jax.Array, opt_state):
+  """What counts steps in an optimizer's state that begins anew: the schedule, and phases for spikes, go on."""
+  first, rate, *spikes = opt_state
+  return first, rate._replace(count=step), *(state._replace(updates=step) for state in spikes)
 
 
 def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
