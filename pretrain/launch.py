@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ MEETING_SECONDS = 300.0
 MEET_FIX = (
   'Nothing was changed; start those that are missing, let them through firewalls, or set a longer watchdog.init.'
 )
+LOWEST_PORT = 10_000  # most services have one below it
 EVERYWHERE = ('0.0.0.0', '::', '*')
 GRACE_SECONDS = 3  # between the signal that asks processes to end and the one that ends them
 GRACE_AFTER_KILL = 0.3  # who waits in a collective for one that was killed has nothing to say, and no step to save
@@ -283,10 +285,22 @@ def prefix_lines(source: TextIO, prefix: str, stream: TextIO) -> None:
 
 
 def free_port() -> int:
-  """A port of 127.0.0.1 that was free a moment ago."""
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
+  """A port of 127.0.0.1 that was free a moment ago, and that no connection is given before process 0 listens there."""
+  end = first_connection_port()
+  own = random.sample(range(LOWEST_PORT, end), 20) if end > LOWEST_PORT + 1000 else []
+  for port in (*own, 0):  # 0: any, where the kernel gives connections all of them
+    with socket.socket() as probe, contextlib.suppress(OSError):  # somebody listens there
+      probe.bind(('127.0.0.1', port))
+      return probe.getsockname()[1]
+  raise HostError('127.0.0.1 has no free port; no process has begun. End what takes them, and run the same command.')
+
+
+def first_connection_port() -> int:
+  """The first of the ports that the kernel gives to connections; 0 where it does not say (no Linux)."""
+  try:
+    return int(pathlib.Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
+  except OSError:
+    return 0
 
 
 class ForwardedSignals:

@@ -43,6 +43,14 @@ def test_three_processes_are_one_run():
   assert sorted(lines) == [f'[{host}] sum 33 3 6 2' for host in range(3)]
 
 
+def test_no_connection_takes_the_port_that_the_first_process_will_listen_at():
+  """It starts seconds later; a port that is taken then is code 64, and ends a run that would only have restarted."""
+  first = launch.first_connection_port()
+  ports = {launch.free_port() for _ in range(50)}
+  assert len(ports) > 40, 'two runs that start at once have different ones'
+  assert first <= 11_000 or max(ports) < first
+
+
 def test_when_one_fails_all_end_with_its_code():
   start = time.monotonic()
   assert group(3, ONE_FAILS, io.StringIO()).wait().code == 64
