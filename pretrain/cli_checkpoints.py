@@ -62,8 +62,13 @@ def checkpoints_command(options, overrides) -> None:
 
 
 def list_command(options, overrides) -> None:
-  """Print the checkpoints of a run: size, and the losses at each."""
-  print(on_the_host().list_steps(options.workdir))
+  """Print the checkpoints of a run: size, and the losses at each; and its snapshots in the memory of this host."""
+  weights = on_the_host()
+  try:
+    print(weights.list_steps(options.workdir))
+  finally:
+    if line := weights.in_memory(options.workdir):
+      print(line)
 
 
 def average_command(options, overrides) -> None:

@@ -34,13 +34,19 @@ def choose(reports: Sequence[Report], groups: Sequence[Sequence[int]]) -> Choice
   """The newest step of which every host has its share, but for at most one host of a group whose others have parity."""
   steps, why = sorted({step for report in reports for step in report.steps}, reverse=True), ''
   for step in steps:
+    headers = [report.steps[step][0] for report in reports if step in report.steps]
     missing = [host for host, report in enumerate(reports) if step not in report.steps]
-    if not (reason := unrecoverable(reports, groups, step, missing)):
-      header = next(report.steps[step][0] for report in reports if step in report.steps)
-      return Choice(step, why, header, tuple(missing), groups)
+    if not (reason := unlike(step, headers) or unrecoverable(reports, groups, step, missing)):
+      return Choice(step, why, headers[0], tuple(missing), groups)
     why = why or reason
   reasons = [f'process {host}: {report.reasons[0]}' for host, report in enumerate(reports) if report.reasons]
   return Choice(None, why or '; '.join(reasons[:3]))
+
+
+def unlike(step: int, headers: Sequence[Header]) -> str:
+  """Why shares of a step do not belong together: a host that was away may have that of another history."""
+  same = all(header.crcs == headers[0].crcs for header in headers)
+  return '' if same else f'the shares of step {step} are of different times that it was made'
 
 
 def unrecoverable(reports: Sequence[Report], groups, step: int, missing: Sequence[int]) -> str:

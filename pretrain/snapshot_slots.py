@@ -5,6 +5,8 @@ header beside it (`.json`), which is removed before and written after it. A head
 crc32 of its bytes: at 7 GiB/s a core the one digest that may run beside a step every few steps.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -49,7 +51,8 @@ def check_snapshot(cfg: SnapshotConfig) -> None:
 
 
 def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.Path:
-  """This host's snapshots of the run in `workdir`. Raises ConfigError where there is no such memory."""
+  """This host's snapshots of the run in `workdir`. Raises ConfigError where there is no such memory, or it is
+  another user's."""
   parent = pathlib.Path(cfg.folder) if cfg.folder else MEMORY
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(
@@ -57,7 +60,10 @@ def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.
       'snapshot.every=0.'
     )
   name = hashlib.sha256(str(pathlib.Path(workdir).resolve()).encode()).hexdigest()[:12]
-  return parent / f'pretrain-{name}-{host}'
+  folder = parent / f'pretrain-{name}-{host}'
+  if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
+    raise ConfigError(f'{folder} is not a folder of this user; remove it, or set snapshot.folder.')
+  return folder
 
 
 def remove_beyond(folder: pathlib.Path, count: int) -> None:
@@ -65,6 +71,18 @@ def remove_beyond(folder: pathlib.Path, count: int) -> None:
   for path in folder.parent.glob(f'{folder.name.rpartition("-")[0]}-*'):
     if int(path.name.rpartition('-')[2]) >= count:
       shutil.rmtree(path, ignore_errors=True)
+
+
+def remembered(folder: pathlib.Path, now: float) -> str:
+  """What processes of a run on this host have in memory, in a line; '' = nothing. `folder` is that of process 0."""
+  size, made = collections.Counter[int](), dict[int, float]()
+  for path in folder.parent.glob(f'{folder.name.rpartition("-")[0]}-*/slot_?.block.json'):
+    with contextlib.suppress(OSError, ValueError, TypeError):  # it is being written
+      header = read_header(path)
+      size[header.step] += header.size
+      made[header.step] = max(made.get(header.step, 0.0), path.stat().st_mtime)
+  steps = [f'step {step} ({size[step] / 2**20:.1f} MiB, {now - made[step]:.0f} s old)' for step in sorted(size)]
+  return f'in memory: {", ".join(steps)}' if steps else ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +122,8 @@ class Slots:
 
   def holding(self, step: int, kind: Kind) -> np.ndarray | None:
     """The bytes of `step`, if they are whole."""
-    return next((self._arrays[key] for key, held in self.steps.items() if key[1] == kind and held == step), None)
+    held = list(self.steps.items())  # at once: others ask while a slot is opened or closed
+    return next((self._arrays[key] for key, its in held if key[1] == kind and its == step), None)
 
   def slot_of(self, step: int | None) -> int:
     """The slot whose block is that of `step`; the first one where there is none."""

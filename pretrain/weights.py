@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from pretrain import config
 from pretrain.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.checkpoint import Checkpoints
 from pretrain.describe import table
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.evaluate import evaluate_sets
 from pretrain.experiment import CheckpointConfig, Experiment
 from pretrain.loss import make_eval_step
@@ -26,6 +27,7 @@ from pretrain.mesh import MeshConfig, host_rows
 from pretrain.metrics import read_metrics
 from pretrain.phases import stretch_at
 from pretrain.runtime import Program, build_program, cache_dir
+from pretrain.snapshot_slots import folder_of, remembered
 
 # Keys of model.* that change neither the shapes of weights nor what is computed of them.
 NOT_ARCHITECTURE = (
@@ -113,6 +115,14 @@ def list_steps(workdir: pathlib.Path) -> str:
     values = [f'{rows[number][key]:.4f}' if key in rows.get(number, {}) else '-' for key in losses]
     lines.append((str(number), f'{size / 2**20:.1f}', *values))
   return table(lines, ('step', 'MiB', *losses))
+
+
+def in_memory(workdir: pathlib.Path) -> str:
+  """The snapshots of a run in the memory of this host, in a line; '' where there are none."""
+  try:
+    return remembered(folder_of(config_of(workdir).snapshot, workdir, 0), time.time())
+  except UserError:  # it has no config, or this machine no such memory
+    return ''
 
 
 def average(steps: Sequence[Step], weights: Sequence[float] | None, output: pathlib.Path, source: str) -> None:

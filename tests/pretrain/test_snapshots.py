@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import time
 import types
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pretrain import manifest, snapshot_layout, snapshot_parity, snapshot_slots
 from pretrain.checkpoint import Checkpoints
+from pretrain.cli import main
 from pretrain.errors import ConfigError
 from pretrain.goodput import goodput
 from pretrain.hosts import Interrupt
@@ -255,6 +257,15 @@ def test_the_newest_step_is_taken_that_is_whole_or_can_be_made_again(reports, gr
   choice = choose(reports, groups)
   assert (choice.step, choice.lost) == (step, lost)
   assert why in choice.why if why else not choice.why
+
+
+def test_shares_that_do_not_belong_together_are_no_step():
+  """A host that was away has a step that the others have made again since, on a device whose sums are not the same."""
+  made = lambda crcs: Report({step: (Header(step, 8, 1, crcs, {}, {}), True) for step in (5, 10)}, ())
+  for others, whole in (([1, 2, 3], 10), ([1, 2, 4], None)):
+    choice = choose([made([1, 2, 3]), made(others), report()], GROUP)
+    assert choice.step == whole
+    assert choice.why == ('' if whole else 'the shares of step 10 are of different times that it was made')
 
 
 def test_one_line_says_where_a_run_goes_on_from_and_why():
@@ -543,6 +554,25 @@ def test_what_is_moved_from_one_phase_to_another_is_counted_once(tmp_path):
   assert goodput(read_timeline(tmp_path))['seconds']['save'] == 0.03
 
 
+def test_a_list_names_what_is_in_memory_and_says_nothing_where_nothing_is(run, capsys):
+  for path in folder_at(run).glob('slot_?.block.json'):
+    step = snapshot_slots.read_header(path).step
+    os.utime(path, (time.time() - step - 0.2,) * 2)
+  lists = ['checkpoints', 'list', f'--workdir={run}']
+  assert main(lists) == 0
+  *_, last = capsys.readouterr().out.splitlines()
+  size = (folder_at(run) / 'slot_0.block').stat().st_size / 2**20
+  assert re.fullmatch(
+    rf'in memory: step 5 \({size:.1f} MiB, [56] s old\), step 10 \({size:.1f} MiB, 1[01] s old\)', last
+  )
+  shutil.rmtree(run / 'checkpoints')
+  assert main(lists) == 66
+  assert capsys.readouterr().out == f'{last}\n'
+  shutil.rmtree(folder_at(run))
+  assert main(lists) == 66
+  assert capsys.readouterr().out == ''
+
+
 def test_switched_off_it_removes_what_it_has_left(run, monkeypatch, memory, capsys):
   assert [path for path in memory.iterdir()] == [folder_at(run)]
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
@@ -570,6 +600,20 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_written(tmp_pa
   with pytest.raises(ConfigError, match=r"snapshot.folder='.*/nowhere': no folder .*/nowhere that can be written"):
     train(tiny.decoder(*KEYS, f"snapshot.folder='{tmp_path}/nowhere'"), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_that_another_user_has_made_there_is_not_used(tmp_path, memory, monkeypatch):
+  """Everybody may write to /dev/shm: who has made the folder can write what a run would go on from."""
+  folder = folder_of(SnapshotConfig(), tmp_path / 'run', 0)
+  folder.symlink_to(tmp_path)
+  with pytest.raises(ConfigError, match=f'{folder} is not a folder of this user; remove it, or set snapshot.folder.'):
+    folder_of(SnapshotConfig(), tmp_path / 'run', 0)
+  folder.unlink()
+  folder.mkdir()
+  assert folder_of(SnapshotConfig(), tmp_path / 'run', 0) == folder
+  monkeypatch.setattr(os, 'getuid', lambda: folder.stat().st_uid + 1)
+  with pytest.raises(ConfigError, match='is not a folder of this user'):
+    folder_of(SnapshotConfig(), tmp_path / 'run', 0)
 
 
 def test_headers_have_no_more_and_no_less_than_is_read(tmp_path):
