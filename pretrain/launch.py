@@ -204,7 +204,7 @@ class Group:
     for host in range(hosts):
       # Ours go before any other package named `data`; -P leaves out the current folder.
       process = start(command, {'PYTHONPATH': path, COORDINATOR: address, NUM_HOSTS: str(hosts), HOST: str(host)})
-      reader = threading.Thread(target=prefix_lines, args=(process.stdout, f'[{host}] ', stream))
+      reader = threading.Thread(target=prefix_lines, args=(process.stdout, f'[{host}] ', stream), daemon=True)
       reader.start()
       self._processes.append(process)
       self._readers.append(reader)
@@ -227,7 +227,7 @@ class Group:
         self.signal(signal.SIGKILL)
       time.sleep(POLL_SECONDS)
     for reader in self._readers:
-      reader.join()
+      reader.join(GRACE_SECONDS)  # what a process has left behind may hold its pipe for ever
     watch()
     ended = {host: exit_code(code) for host, code in enumerate(codes)}
     return outcome or first_cause(failures(codes) or ended)

@@ -79,6 +79,16 @@ def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
   assert time.monotonic() - start < 30
 
 
+def test_what_a_process_leaves_behind_is_not_waited_for(monkeypatch):
+  """It holds the pipe that the lines come from."""
+  monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
+  code = "import subprocess, sys; print('said', flush=True); subprocess.Popen(['sleep', '30']); sys.exit(3)"
+  stream, start = io.StringIO(), time.monotonic()
+  assert group(1, code, stream).wait().code == 3
+  assert time.monotonic() - start < 20
+  assert stream.getvalue() == '[0] said\n'
+
+
 def test_who_waits_for_one_that_was_killed_is_ended_at_once(monkeypatch):
   """In a collective nothing is left to be said, and every second is one of the restart."""
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 60)
