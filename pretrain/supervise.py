@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from pretrain.goodput import processes, spent_in, write_goodput
 from pretrain.launch import PREEMPTED, REWOUND, USER_CODES, ForwardedSignals, Group, Outcome
+from pretrain.metrics import read_metrics
 from pretrain.skipping import add_skip, leave_out, read_skips
 from pretrain.timeline import FILE, append, end_line, parse, read_timeline
 
@@ -118,12 +119,23 @@ class Supervisor:
 
   def _skip(self, history: list['Failure']) -> str:
     """Leaves out the examples of the next two steps: while one is made, the batch of the other is on its way."""
-    # Those that are left out from where the run is are not what it fails at.
-    first = leave_out(read_skips(self._workdir), {'examples': self._tail.examples})['examples']
+    first = self._failed_at()
     end = first + 2 * self._batch_size
     add_skip(self._workdir, first, end)
     history.clear()
     return f'restart without examples {first}..{end - 1}'
+
+  def _failed_at(self) -> int:
+    """The first example of the step that was not completed, behind those that are left out there.
+
+    A process that was killed may not have told the timeline of its last steps; their rows it has written.
+    """
+    rows, skips = read_metrics(self._workdir), read_skips(self._workdir)
+    more = max(rows[-1]['step'] - self._tail.reached, 0) if rows else 0
+    first = leave_out(skips, {'examples': self._tail.examples})['examples']
+    for _ in range(more):
+      first = leave_out(skips, {'examples': first + self._batch_size})['examples']
+    return first
 
   def _fewer(self) -> int | None:
     """The largest smaller number of processes that the policy and the batch allow."""
@@ -293,12 +305,12 @@ class Log:
   @property
   def cause(self) -> str | None:
     """What the last lines say that an exit code cannot: that memory ran out."""
-    memory = any('RESOURCE_EXHAUSTED' in line or 'MemoryError' in line for line in self._lines)
+    memory = any('RESOURCE_EXHAUSTED' in line or 'MemoryError' in line for line in list(self._lines))
     return 'out of memory' if memory else None
 
   def reason(self, host: int) -> str | None:
     """The sentence with a code that a process has said last."""
-    said = (re.match(rf'\[{host}\] ([A-Z][A-Z-]+: .+)', line) for line in reversed(self._lines))
+    said = (re.match(rf'\[{host}\] ([A-Z][A-Z-]+: .+)', line) for line in reversed(list(self._lines)))
     return next((match[1] for match in said if match), None)
 
   def keep(self, folder: pathlib.Path, time_: float) -> pathlib.Path:

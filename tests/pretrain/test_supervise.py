@@ -16,7 +16,7 @@ import pytest
 from pretrain import supervise
 from pretrain.cli import main
 from pretrain.goodput import goodput
-from pretrain.skipping import read_skips
+from pretrain.skipping import add_skip, read_skips
 from pretrain.supervise import Policy, Supervisor
 from pretrain.timeline import read_timeline
 from tests.pretrain import tiny
@@ -156,6 +156,14 @@ def test_a_step_that_fails_behind_examples_that_are_left_out_is_left_out_too(tmp
   """The run is where the range begins until a step behind it is done: the same range again would not help."""
   assert run(tmp_path, {'0': [(7, 1)] * 6}, skip_poisoned=True) == 0
   assert read_skips(tmp_path) == [(56, 72), (72, 88)]
+
+
+def test_steps_that_only_the_rows_tell_of_are_not_left_out(tmp_path):
+  """A timeline has a line a second; one that is killed in its hundredth step of a second has written a hundred rows."""
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 9, "loss": 2.0}\n{"step": 10, "loss": 2.0}\n')
+  add_skip(tmp_path, 64, 80)  # 7 steps are 56 examples, 8 are 64, 9 are 88
+  assert run(tmp_path, {'0': [(7, 1)] * 3}, skip_poisoned=True) == 0
+  assert read_skips(tmp_path) == [(64, 80), (96, 112)]
 
 
 def test_a_signal_that_comes_while_processes_are_started_is_for_them(tmp_path, monkeypatch):
