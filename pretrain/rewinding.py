@@ -17,7 +17,7 @@ from pretrain.errors import NonFiniteError, SpikeError
 from pretrain.hosts import Agreement
 from pretrain.optim_spikes import RewindSpikes
 from pretrain.skipping import REWINDS, add_skip, leave_out, read_rewinds, read_skips
-from pretrain.timeline import append
+from pretrain.timeline import append, end_line
 
 
 def rewind(
@@ -64,4 +64,5 @@ def _leave(workdir: pathlib.Path, checkpoints: Checkpoints, step: int, to: int, 
     if later > to:
       step_folders.put_aside(checkpoints.directory, later, 'undone')
   add_skip(workdir, *examples)
+  end_line(workdir / REWINDS)
   append(workdir / REWINDS, {'time': time.time(), 'step': step, 'to': to, 'examples': examples})

@@ -5,6 +5,7 @@ The supervisor writes it (`pretrain run --skip_poisoned`), or the run when it go
 when it starts, so that whoever resumes it makes the same steps; each checkpoint has them in its position.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,15 @@ def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
 
 
 def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """{'time', 'step' of the spike, 'to': the step gone back to, 'examples': [first, end] left out} of each, in order."""
-  path = workdir / REWINDS
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  """{'time', 'step' of the spike, 'to': the step gone back to, 'examples': [first, end] left out} of each, in order.
+
+  A line that a dying machine cut off is left out.
+  """
+  path, found = workdir / REWINDS, []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    with contextlib.suppress(ValueError):
+      found.append(json.loads(line))
+  return found
 
 
 def steps_to_skip(ranges: Ranges, examples: int, batch_size: int) -> int | None:

@@ -1,13 +1,15 @@
 """Examples that are left out: the same ones however often the run is resumed, and nothing else moves."""
 
 import json
+import types
 
 import pytest
 
 import pretrain.train
+from pretrain import rewinding
 from pretrain.errors import ConfigError
 from pretrain.metrics import read_metrics
-from pretrain.skipping import add_skip, check_skips
+from pretrain.skipping import add_skip, check_skips, read_rewinds
 from pretrain.timeline import Timeline
 from pretrain.train import train
 from tests.pretrain import tiny
@@ -53,6 +55,15 @@ def test_ranges_that_cannot_be_left_out_are_refused_before_the_run_waits_for_the
   with pytest.raises(ConfigError, match=message):
     pretrain.train.Run(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
   assert [path.name for path in tmp_path.iterdir()] == ['skipped.json']
+
+
+def test_a_line_that_a_dying_machine_cut_off_is_no_rewind_and_spoils_none(tmp_path):
+  rewound = lambda end: rewinding._leave(tmp_path, types.SimpleNamespace(directory=tmp_path), 9, 4, (end - 8, end))
+  rewound(48)
+  with (tmp_path / 'rewinds.jsonl').open('a') as file:
+    file.write('{"time": 17')
+  rewound(64)
+  assert [line['examples'] for line in read_rewinds(tmp_path)] == [[40, 48], [56, 64]]
 
 
 def test_ranges_that_a_rewind_has_made_are_never_refused():
