@@ -89,6 +89,36 @@ def _automatic(dropout: bool, divided: bool) -> tuple[str, str]:
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
+def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:
+  """A kernel would read beyond what does not fit, in silence."""
+  heads, per_head = q.shape[2], {name: x.shape for name, x in of_heads.items() if x is not None}
+  if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or heads % k.shape[2]:
+    raise KernelError(
+      f'flash_attention got q{q.shape}, k{k.shape}, v{v.shape}; pass q[batch, T, heads, head_dim] and k and v of one '
+      'shape [batch, S, kv_heads, head_dim], where kv_heads divides heads.'
+    )
+  if bias is not None:
+    per_head['relative_bias.table'] = bias.table.shape[1:]
+    exact = bias.table.shape[0] // (4 if bias.bidirectional else 2)
+    if bias.max_distance <= exact:
+      raise KernelError(
+        f'flash_attention got relative_bias.max_distance={bias.max_distance} with a table of {bias.table.shape[0]} '
+        f'buckets, of which {exact} are single distances to a side; pass a max_distance of more than {exact}.'
+      )
+  if wrong := [f'{name} of heads {shape}' for name, shape in per_head.items() if shape != (heads,)]:
+    raise KernelError(f'flash_attention got {", ".join(wrong)}; pass one number for each of the {heads} heads of q.')
+
+
+def _check_positions(chosen: str, q: Array, k: Array, q_positions: Array | None, kv_positions: Array | None) -> None:
+  """What shows, before there are numbers, that positions are not indices: slots of a cache, parts of rows."""
+  sides = [name for name, x in (('q_positions', q_positions), ('kv_positions', kv_positions)) if x is not None]
+  if len(sides) == 1 or (sides and q.shape[1] != k.shape[1]):
+    raise KernelError(
+      f"kernels.attention='{chosen}' reads a relative bias by the difference of indices, and got {' and '.join(sides)} "
+      f"for {q.shape[1]} queries and {k.shape[1]} keys; pass both, of rows of one length, or use 'reference'."
+    )
+
+
 def flash_attention(
   q: Array,
   k: Array,
@@ -118,14 +148,18 @@ def flash_attention(
   indices. `relative_bias`, `alibi` (slopes[heads]), `softcap`, `sink_logits[heads]` and `dropout` (rate, keys[batch])
   act as `reference.attention` defines. Returns q's shape and dtype, and lse f32[batch, T, heads] if asked.
 
-  Kernels read a relative bias by the difference of indices: with one, positions inside a segment must rise by one from
-  place to place, as in packed rows. They have no gradient of `alibi`, and no dropout.
+  Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
+  segment, as in packed rows. They have no gradient of `alibi`, and no dropout.
 
-  Raises KernelError for an implementation that does not exist or cannot do what is asked, or segment ids of one side.
+  Raises KernelError for an implementation that does not exist or cannot do what is asked, for shapes that do not fit
+  each other, or segment ids of one side.
   """
   if (q_segment_ids is None) != (kv_segment_ids is None):
     raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
+  _check_shapes(q, k, v, relative_bias, {'alibi': alibi, 'sink_logits': sink_logits})
   chosen = choose(implementation, dropout=dropout is not None)
+  if relative_bias is not None and chosen != 'reference':
+    _check_positions(chosen, q, k, q_positions, kv_positions)
   options = {'dropout': dropout} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](
     q, k, v, causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids,

@@ -2,8 +2,8 @@
 same. It lowers for CUDA and equals the definition in the interpreter; no GPU has run it yet, and no block is tuned.
 Newer jax (0.12) still lowers it, with a warning that Pallas will leave Triton for Mosaic.
 
-Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so positions inside
-a segment must rise by one from place to place, as in packed rows; `alibi` has no gradient; no dropout.
+Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so position j -
+position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
 """
 
 import dataclasses

@@ -27,22 +27,33 @@ class RelativeBias:
 
 def relative_position_bucket(distance, *, buckets: int, bidirectional: bool, max_distance: int):
   """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`. Numpy's of
-  numpy's, jax's of jax's.
+  numpy's, jax's of jax's, the same ones: borders are numpy's, as in T5X, whatever logarithm a device has.
 
   Source: Raffel et al. 2020, arXiv:1910.10683; T5X relative_position_biases.py, _relative_position_bucket.
   """
-  xp = np if isinstance(distance, np.ndarray) else jnp
-  bucket = xp.zeros_like(distance)
+  count = functools.partial(_bucket, buckets=buckets, bidirectional=bidirectional, max_distance=max_distance)
+  if isinstance(distance, np.ndarray):
+    return count(distance)
+  far = np.arange(-max_distance, max_distance + 1)
+  bucket = count(far).astype(np.int32)
+  found = jnp.full_like(distance, bucket[0])
+  for n in np.flatnonzero(np.diff(bucket)) + 1:
+    found = jnp.where(distance >= far[n], bucket[n], found)
+  return found
+
+
+def _bucket(distance: np.ndarray, *, buckets: int, bidirectional: bool, max_distance: int) -> np.ndarray:
+  bucket = np.zeros_like(distance)
   if bidirectional:
     buckets //= 2
-    bucket = xp.where(distance > 0, buckets, 0)
-    distance = xp.abs(distance)
+    bucket = np.where(distance > 0, buckets, 0)
+    distance = np.abs(distance)
   else:
-    distance = xp.maximum(-distance, 0)
+    distance = np.maximum(-distance, 0)
   exact = buckets // 2
-  ratio = distance.astype(xp.float32) / exact + float(jnp.finfo(jnp.float32).eps)
-  far = exact + (xp.log(ratio) / math.log(max_distance / exact) * (buckets - exact)).astype(xp.int32)
-  return bucket + xp.where(distance < exact, distance, xp.minimum(far, buckets - 1))
+  ratio = distance.astype(np.float32) / exact + np.finfo(np.float32).eps
+  far = exact + (np.log(ratio) / math.log(max_distance / exact) * (buckets - exact)).astype(np.int32)
+  return bucket + np.where(distance < exact, distance, np.minimum(far, buckets - 1))
 
 
 def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
@@ -122,8 +133,8 @@ def attention(
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
-  are one more logit in each head's softmax that carries no value. lse: f32[batch, T, heads]. Keys of segment 0 have
-  no say, whatever is in them.
+  are one more logit in each head's softmax that carries no value, and then the lse of such a query.
+  lse: f32[batch, T, heads]. Keys of segment 0 have no say, whatever is in them.
   """
   if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
     k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))

@@ -1,7 +1,7 @@
 """Flash attention on TPU: one Mosaic kernel forward, two backward, O(length) memory; the interpreter runs the same.
 
-Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so positions inside
-a segment must rise by one from place to place, as in packed rows; `alibi` has no gradient; no dropout.
+Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so position j -
+position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
 """
 
 import dataclasses

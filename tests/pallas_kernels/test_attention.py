@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.attention.api import RelativeBias, flash_attention
 from pallas_kernels.attention.reference import relative_position_bucket
+from pallas_kernels.errors import KernelError
 
 B, T, H, D = 2, 9, 4, 8
 RNG = np.random.default_rng(0)
@@ -141,6 +142,55 @@ def test_buckets_are_t5s(bidirectional):
   own = relative_position_bucket(distance, buckets=32, bidirectional=bidirectional, max_distance=128)
   assert type(own) is np.ndarray
   np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.parametrize(('buckets', 'max_distance'), [(8, 200), (16, 800), (32, 800), (32, 128)])
+def test_buckets_do_not_depend_on_whose_logarithm_counts(buckets, max_distance):
+  """Borders that are whole numbers: the kernels count them with numpy, the definition on a device."""
+  distance = np.arange(-2 * max_distance, 2 * max_distance)
+  for bidirectional in (True, False):
+    options = {'buckets': buckets, 'bidirectional': bidirectional, 'max_distance': max_distance}
+    count = jax.jit(lambda x, options=options: relative_position_bucket(x, **options))
+    np.testing.assert_array_equal(count(jnp.asarray(distance)), relative_position_bucket(distance, **options))
+
+
+MISFITS = {
+  'heads that keys do not divide': (((B, T, 3, D), (B, T, 2, D), (B, T, 2, D)), {}, r'q\(2, 9, 3, 8\), k\(2, 9, 2'),
+  'keys without values': (((B, T, 2, D), (B, T, 2, D), (B, 7, 2, D)), {}, r'v\(2, 7, 2, 8\); pass q\[batch, T, heads'),
+  'slopes of other heads': (((B, T, 4, D),) * 3, {'alibi': jnp.ones(2)}, r'alibi of heads \(2,\); pass one number for'),
+  'a sink and a table': (
+    ((B, T, 4, D),) * 3,
+    {'sink_logits': jnp.ones(1), 'relative_bias': RelativeBias(jnp.ones((8, 2)), False, 64)},
+    r'sink_logits of heads \(1,\), relative_bias.table of heads \(2,\)',
+  ),
+  'distances that end where they should begin': (
+    ((B, T, 4, D),) * 3, {'relative_bias': RelativeBias(jnp.ones((32, 4)), False, 16)},
+    'max_distance=16 with a table of 32 buckets, of which 16 are .* pass a max_distance of more than 16',
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'interpret', 'triton'])
+@pytest.mark.parametrize('case', MISFITS)
+def test_arrays_that_do_not_fit_are_refused(case, implementation):
+  """Kernels read by index, and beyond the end: what they gave was wrong in silence."""
+  shapes, options, message = MISFITS[case]
+  arrays = [jnp.ones(shape) for shape in shapes]
+  with pytest.raises(KernelError, match=message):
+    flash_attention(*arrays, causal=True, **options, implementation=implementation)
+
+
+@pytest.mark.parametrize('given', [('q',), ('kv',), ('q', 'kv')])
+def test_positions_that_are_no_indices_are_refused_of_a_kernel_with_a_relative_bias(given):
+  """A step of decoding: the kernels would take the distance to key 0 for that of neighbours."""
+  q, k, v = draw()
+  at = {'q': jnp.full((B, 1), T - 1), 'kv': jnp.arange(T)[None]}
+  options = {f'{side}_positions': at[side] for side in given}
+  options |= {'relative_bias': RelativeBias(jnp.ones((8, H)), False, 64), 'causal': True}
+  message = f"'interpret' reads a relative bias.*{given[-1]}_positions for 1 queries and 9"
+  with pytest.raises(KernelError, match=message):
+    flash_attention(q[:, :1], k, v, **options, implementation='interpret')
+  flash_attention(q[:, :1], k, v, **options, implementation='reference')
 
 
 @pytest.mark.parametrize(
