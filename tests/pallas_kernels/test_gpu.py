@@ -22,7 +22,7 @@ ALL = {
   'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, 'alibi': SLOPES,
   **PREFIX, **bias(False),
 }  # fmt: skip
-FAST = ('causal, lengths that no block divides', 'across packed rows', 'bias of both sides')
+FAST = ('causal, lengths that no block divides', 'full, keys shared', 'across packed rows', 'bias of both sides')
 EVERYTHING = ((256,), {'batch': 2, 'kv_heads': 1}, ALL)
 
 
