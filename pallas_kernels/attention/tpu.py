@@ -144,8 +144,7 @@ def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
     ins={'q': call.of_q(q), 'k': call.of_kv(k), 'v': call.of_kv(v)},
     outs={'o': call.of_q(q), 'lse': call.row_of_q(jax.ShapeDtypeStruct((q.shape[0], 1, spec.q_length), f32))},
     scratch={'m': ((spec.block_q, LANES), f32), 'l': ((spec.block_q, LANES), f32),
-             'acc': ((spec.block_q, q.shape[2]), f32), 'scaled': ((spec.block_q, q.shape[2]), q.dtype),
-             **call.toe('toe')},
+             'acc': ((spec.block_q, q.shape[2]), f32), **call.toe('toe')},
   )  # fmt: skip
   lse = out['lse'][:, 0]
   natural = lse / LOG2E if table is None else _add_left(spec, lse / LOG2E, table)
@@ -184,10 +183,7 @@ def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vec
   """(dq, None or of the bias (f32[heads, length of its line], f32[heads, 2] of saturated tiles)), summed over rows."""
   call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   q = arrays['q']
-  outs, scratch = (
-    {'dq': call.of_q(q)},
-    {'acc': ((spec.block_q, q.shape[2]), f32), 'scaled': ((spec.block_q, q.shape[2]), q.dtype)},
-  )
+  outs, scratch = {'dq': call.of_q(q)}, {'acc': ((spec.block_q, q.shape[2]), f32)}
   scratch |= {f'column_{name}': ((spec.block_q, LANES), f32) for name in ('lse', 'di')}
   if spec.biased:
     outs['dline'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], 1, toeplitz.length(spec)), f32))
@@ -204,7 +200,6 @@ def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], numbers, vectors:
   call, f32 = Call.make(spec, numbers, vectors, by_keys=True), jnp.float32
   k, v = arrays['k'], arrays['v']
   scratch = {name: ((spec.block_kv, k.shape[2]), f32) for name in ('acc_k', 'acc_v')}
-  scratch['scaled'] = ((spec.block_kv, k.shape[2]), k.dtype)
   out = call.run(
     tpu_kernels.grad_keys_values, call.inputs(arrays),
     {'dk': call.of_kv(k), 'dv': call.of_kv(v)}, scratch | call.toe('toe', members=spec.group),

@@ -1,8 +1,7 @@
 """The three Mosaic kernels: forward, the gradient of queries (and of the bias), the gradients of keys and values.
 
-Scores are in base 2: the side that stays (queries, or keys for their gradients) is multiplied by scale * log2(e), or
-by scale / softcap where scores are capped, when it comes. The grid is sequential along tiles; what belongs to one block
-of queries or keys stays in scratch from its FIRST tile to its LAST.
+Scores are in base 2. The grid is sequential along tiles; what belongs to one block of queries or keys stays in scratch
+from its FIRST tile to its LAST.
 `ref` holds the blocks by name; vectors of the rows of a tile lie as columns, [rows, 128] with all lanes equal.
 A relative bias is counted from its far left: softmax knows no difference, and there scores need nothing added. Of both
 sides, the tiles saturated on the right come last in a block of queries: its maxima are then moved once (CROSS).
@@ -188,7 +187,9 @@ class Tile:
 
   def scores(self, products: Array, piece: Piece) -> tuple[Array, Array | None]:
     """(scores in base 2 without the bias of a saturated tile, the derivative of the cap)."""
-    slope, x = None, products
+    spec, slope = self.spec, None
+    # Products, not their factors: rounded to bfloat16, those of the backward would not be those of the forward.
+    x = products * (spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap)
     if self.spec.softcap is not None:
       bent = jnp.tanh(x)
       x, slope = bent * (self.spec.softcap * LOG2E), 1 - bent * bent
@@ -246,11 +247,6 @@ def _build(spec: Spec, head: Head, toe, *, transposed: bool) -> None:
   toeplitz.build(numbers, spec, toe, hidden=HIDDEN, transposed=transposed)
 
 
-def _keep_scaled(spec: Spec, ref, x) -> None:
-  factor = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
-  ref['scaled'][...] = (x[...].astype(jnp.float32) * factor).astype(ref['scaled'].dtype)
-
-
 def _columns(ref) -> None:
   for name in [name for name in ref if name.startswith('column_')]:
     ref[name][...] = column(ref[name.removeprefix('column_')][...])
@@ -269,7 +265,6 @@ def forward(spec: Spec, words, ref) -> None:
     at_start = jax.lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0
     l[...] = jnp.where(at_start, 1.0, 0.0) if spec.sinks else jnp.zeros_like(l)
     ref['acc'][...] = jnp.zeros_like(ref['acc'])
-    _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
   _at_edges(spec, word, first, ref['m'], head)
@@ -294,7 +289,7 @@ def forward(spec: Spec, words, ref) -> None:
 def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  s, _ = tile.scores(dot(ref['scaled'][queries], ref['k'][keys], NT), piece)
+  s, _ = tile.scores(dot(ref['q'][queries], ref['k'][keys], NT), piece)
   old = ref['m'][queries]
   m = jnp.maximum(old, s.max(1, keepdims=True))
   p = jnp.exp2(s - wide(m, columns))
@@ -320,7 +315,6 @@ def grad_queries(spec: Spec, words, ref) -> None:
     if spec.biased:
       pl.when(step == 0)(once)
     ref['acc'][...] = jnp.zeros_like(ref['acc'])
-    _keep_scaled(spec, ref, ref['q'])
     _columns(ref)
 
   _at_edges(spec, word, first, ref['column_lse'], head)
@@ -346,7 +340,7 @@ def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
   k = ref['k'][keys]
-  s, slope = tile.scores(dot(ref['scaled'][queries], k, NT), piece)
+  s, slope = tile.scores(dot(ref['q'][queries], k, NT), piece)
   p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
   ds = p * (dot(ref['do'][queries], ref['v'][keys], NT) - wide(ref['column_di'][queries], columns))
   dx = ds if slope is None else ds * slope
@@ -366,7 +360,6 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
   def first():
     for name in ('acc_k', 'acc_v'):
       ref[name][...] = jnp.zeros_like(ref[name])
-    _keep_scaled(spec, ref, ref['k'])
     _columns(ref)
 
   @pl.when((word & tiles.FIRST) != 0)
@@ -391,7 +384,7 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
 def _grad_keys_values_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   q, do = ref['q'][queries], ref['do'][queries]
-  s, slope = tile.scores(dot(ref['scaled'][keys], q, NT), piece)
+  s, slope = tile.scores(dot(ref['k'][keys], q, NT), piece)
   right = 0.0 if tile.near else _right(tile.spec, tile.word, tile.head)
   p = jnp.exp2(s - (ref['lse'][:, queries] - right))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
