@@ -70,7 +70,7 @@ class Supervisor:
           return self._end(outcome)
         self._restarts += 1
         if self._asked.wait(delay(len(history))):
-          return PREEMPTED
+          return self._end(dataclasses.replace(outcome, code=PREEMPTED))
 
   def _attempt(self) -> Outcome:
     self._tail.forget()
@@ -191,6 +191,7 @@ class Supervisor:
     append(self._workdir / INCIDENTS, incident | after)
 
   def _end(self, outcome: Outcome) -> int:
+    self._finish_incident(None)  # whoever ends after it without a step has not recovered
     if self._is_ours(outcome):
       write_goodput(self._workdir)
     told = self._asked.is_set() and outcome.code == 128 + signal.SIGTERM

@@ -89,6 +89,13 @@ def test_a_killed_process_is_started_again_and_the_incident_is_written(tmp_path,
   assert found['mttr_seconds'] == pytest.approx(incident['seconds_down'], abs=2e-3)
 
 
+@pytest.mark.parametrize('code', [75, 64])
+def test_an_incident_that_no_step_came_after_is_written_too(tmp_path, code):
+  assert run(tmp_path, {'0': [(7, -9), (None, code)]}) == code
+  incident = incidents(tmp_path)[0]
+  assert (incident['cause'], incident['step_resumed'], incident['seconds_down']) == ('killed', None, None)
+
+
 def test_going_back_before_a_spike_is_no_failure_of_a_step(tmp_path):
   """However often: the run itself counts how often it may. The next failure is not the fourth at one step."""
   assert run(tmp_path, {'0': [(7, 72)] * 4 + [(6, 1), (6, 1)]}) == 0
