@@ -194,10 +194,13 @@ def count(options: argparse.Namespace, quick: int, full: int) -> int:
 
 
 def references(options: argparse.Namespace) -> Callable[[int, int], Case]:
-  """(hosts, steps) -> a run that was left alone, of at least as many steps; each is made once, for whoever asks."""
+  """(hosts, steps) -> a run that was left alone, of at least as many steps; each is made once, for whoever asks.
+
+  Of 120 steps it has no more: refusals name the last one.
+  """
 
   def get(hosts: int, steps: int) -> Case:
-    longest = max(steps, 700 if options.full and hosts == 1 else 120)
+    longest = 120 if steps <= 120 else max(steps, 800 if options.full and hosts == 1 else 0)
     shared = argparse.Namespace(**vars(options) | {'workdir': options.alone})
     options.alone.mkdir(parents=True, exist_ok=True)
     name = f'alone_{hosts}_{longest}'
@@ -209,6 +212,8 @@ def references(options: argparse.Namespace) -> Callable[[int, int], Case]:
         shutil.rmtree(case.workdir, ignore_errors=True)
         if code := case.run():
           raise SystemExit(f'the run that was left alone ended with {code}; see {case.workdir}.log')
+        if case.incidents():
+          raise SystemExit(f'the run that was left alone failed on its way; see {case.workdir}/{supervise.INCIDENTS}')
         done.touch()
     return case
 

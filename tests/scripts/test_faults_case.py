@@ -108,5 +108,25 @@ def test_a_save_is_hit_in_the_part_that_was_wanted(module):
 
 def test_every_fault_of_the_matrix_is_there_once(module):
   faults = module('faults')
-  assert {f'F{n}' for n in (*range(1, 9), *range(10, 16), 17, 18, 19)} <= faults.FAULTS.keys()
+  assert {f'F{n}' for n in range(1, 22)} | {'MTTR'} == faults.FAULTS.keys()
   assert all(fault.__doc__ and '\n' not in fault.__doc__ for fault in faults.FAULTS.values())
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, full):
+  case, options = module('faults_case'), argparse.Namespace(full=full, alone=tmp_path)
+  for name in ('alone_1_120', 'alone_1_800', 'alone_1_130', 'alone_3_620'):
+    (tmp_path / f'{name}.done').touch()
+  alone = case.references(options)
+  assert alone(1, 120).workdir.name == alone(1, 60).workdir.name == 'alone_1_120'
+  assert alone(1, 130).workdir.name == ('alone_1_800' if full else 'alone_1_130')
+  assert alone(3, 620).workdir.name == 'alone_3_620'
+
+
+def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeypatch):
+  case = module('faults_case')
+  monkeypatch.setattr(case.Case, 'run', lambda self: 0)
+  monkeypatch.setattr(case.Case, 'incidents', lambda self: [{'cause': 'crash'}])
+  with pytest.raises(SystemExit, match='the run that was left alone failed on its way'):
+    case.references(argparse.Namespace(full=False, alone=tmp_path))(1, 60)
+  assert not (tmp_path / 'alone_1_120.done').exists()
