@@ -51,7 +51,7 @@ class Case:
     for folder in (self.workdir, self.notes):
       shutil.rmtree(folder, ignore_errors=True)
     (self.options.workdir / f'{self.name}.log').unlink(missing_ok=True)
-    self.over, self.outcomes = threading.Event(), []
+    self.over, self.trouble = threading.Event(), ''
 
   def command(self) -> list[str]:
     devices = {'mesh.data': 6} if self.hosts > 1 else {}
@@ -63,7 +63,7 @@ class Case:
     """Supervises the run while `fault` breaks it from a thread; returns its exit code."""
     os.environ[INJECT] = json.dumps({'notes': str(self.notes), **self.inject})
     self.over.clear()
-    thread = threading.Thread(target=fault, args=(self,), daemon=True) if fault else None
+    thread = threading.Thread(target=self._break, args=(fault,), daemon=True) if fault else None
     with (self.options.workdir / f'{self.name}.log').open('a') as log, contextlib.redirect_stderr(log):
       run = Supervisor(self.hosts, self.command(), self.workdir, policy or Policy(max_restarts=10_000),
                        fits or (lambda n: True), log)  # fmt: skip
@@ -74,6 +74,12 @@ class Case:
     if thread:
       thread.join()
     return code
+
+  def _break(self, fault: Callable[['Case'], None]) -> None:
+    try:
+      fault(self)
+    except Exception as error:  # or the run would look as if it had been broken
+      self.trouble = f'the fault itself failed: {error!r}'
 
   def pid(self, host: int = 0) -> int:
     return int(self.note(f'pid{host}') or 0)
@@ -121,6 +127,15 @@ class Case:
   def incidents(self) -> list[dict]:
     path = self.workdir / supervise.INCIDENTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+  def made_again(self) -> int:
+    """The most steps that the run has gone back."""
+    furthest = most = 0
+    for incident in self.incidents():
+      furthest = max(furthest, incident['step_reached'] or 0)
+      if incident['step_resumed'] is not None:
+        most = max(most, furthest - incident['step_resumed'])
+    return most
 
   def leaves(self, step: int) -> dict[str, str]:
     """The digest of each array of a saved step."""
@@ -226,13 +241,24 @@ class Known(Case):
   def __post_init__(self):
     self.workdir = self.options.workdir / self.name
     self.notes = self.options.workdir / f'{self.name}.notes'
-    self.over, self.outcomes = threading.Event(), []
+    self.over, self.trouble = threading.Event(), ''
 
 
 def verdict(case: Case, reference: Case, code: int, tried: int, rtol: float = 0.0) -> Line:
-  """All of a run's faults are survived, or none: one resume that is wrong spoils what follows."""
-  difference = case.differs(reference, rtol) if code == 0 else f'exit code {code}; see {case.workdir}.log'
-  return Line(tried, 0 if difference else tried, difference, recoveries(case))
+  """All of a run's faults are survived, or none: one resume that is wrong spoils what follows, and one that was to be
+  there and ended no process was not tried. `tried` is how many were meant."""
+  difference = untried(case, tried) or case.differs(reference, rtol) if code == 0 else f'exit code {code}'
+  return Line(
+    tried, 0 if difference else tried, difference and f'{difference}; see {case.workdir}.log', recoveries(case)
+  )
+
+
+def untried(case: Case, meant: int) -> str:
+  """'' where each fault ended a process, and none cost more than two saves are apart: one may be on its way."""
+  if case.trouble or (found := len(case.incidents())) < meant:
+    return case.trouble or f'{found} failures of {meant} that were meant'
+  lost, every = case.made_again(), (TINY | case.keys)['checkpoint.every']
+  return f'{lost} steps were made again, saved every {every}' if lost > 2 * every else ''
 
 
 def recoveries(case: Case) -> list[float]:

@@ -6,12 +6,14 @@ import random
 import signal
 import time
 
-from faults_case import SAVING, Case, Line, count, joined, stop_at, verdict
+from faults_case import SAVING, Case, Line, count, joined, p95, stop_at, verdict
 
 from pretrain import step_folders
 from pretrain.metrics import read_metrics
 
 PHASES = ('start', 'step', 'restore', 'save', 'compile', 'data')
+# Up to so many seconds after a phase has begun: about as long as it takes; else DELAY.
+DELAYS, DELAY = {'start': 2.0, 'restore': 0.3, 'compile': 0.5, 'close': 0.5}, 0.05
 PARTS = ('files', 'hash', 'manifest', 'rename', 'retain')  # of a save; what the child tells
 
 
@@ -32,12 +34,12 @@ def killed(options, alone, name: str, kills: int) -> Line:
       share = min(steps - 5, (i + 1) * steps // kills)
       if not case.another(before) or not case.wait_for(lambda w=wanted, s=share: in_phase(case, w, s)):
         return
-      time.sleep(draw.random() * (1.0 if wanted in ('start', 'close') else 0.05))
+      time.sleep(draw.random() * DELAYS.get(wanted, DELAY))
       before = case.pid()
       hit['save' if wanted == 'save' and case.saving() else case.phase()] += 1
       case.send(signal.SIGKILL)
 
-  line = verdict(case, alone(1, steps), case.run(fault), sum(hit.values()))
+  line = verdict(case, alone(1, steps), case.run(fault), kills)
   return dataclasses.replace(line, hit=dict(hit))
 
 
@@ -51,7 +53,7 @@ def in_phase(case: Case, wanted: str, share: int) -> bool:
   if wanted == 'save':
     return case.saving() and case.logged() >= share - 5
   if wanted in ('step', 'data'):
-    return case.phase() == wanted and case.logged() >= min(share, case.logged() + 1)
+    return case.phase() == wanted and case.logged() >= share
   return case.phase() == wanted or (wanted != 'close' and case.phase() == 'step' and case.logged() >= share)
 
 
@@ -73,11 +75,10 @@ def f2(options, alone) -> Line:
       hit[f'{("first", "second", "later")[min(int(number), 3) - 1]}/{found}'] += 1
       case.send(signal.SIGKILL)
 
-  line = verdict(case, alone(1, steps), case.run(fault), 0)
+  line = verdict(case, alone(1, steps), case.run(fault), kills)
   left = [p.name for p in (case.workdir / 'checkpoints').iterdir() if step_folders.kind_of(p) != 'finished']
   worst = line.worst or (f'left behind: {left}' if left else '')
-  tried = sum(hit.values())
-  return dataclasses.replace(line, tried=tried, survived=0 if worst else tried, worst=worst, hit=dict(hit))
+  return dataclasses.replace(line, survived=0 if worst else kills, worst=worst, hit=dict(hit))
 
 
 def in_save(case: Case, nth: int, part: str) -> bool:
@@ -101,8 +102,6 @@ def f3(options, alone) -> Line:
       time.sleep(draw.random())
       case.send(number, host)
       hit['stopped' if number == signal.SIGSTOP else f'killed {host}'] += 1
-      if number == signal.SIGSTOP:  # who comes late to the end of a process that nobody ends is ended by the launcher
-        case.outcomes.append(case.pid(host))
       case.wait_for(lambda i=i: len(case.incidents()) > i)
 
   line = verdict(case, alone(3, case.steps), case.run(fault), len(plan))
@@ -164,6 +163,6 @@ def killed_in_step(options, alone, hosts: int, kills: int, bar: float) -> Line:
       case.wait_for(lambda i=i: len(case.incidents()) > i)
 
   line = verdict(case, alone(hosts, case.steps), case.run(fault), kills)
-  slow = not line.times or sorted(line.times)[min(int(0.95 * len(line.times)), len(line.times) - 1)] > bar
+  slow = len(line.times) < kills or p95(line.times) > bar
   said = str(line).partition('; ')[2]
   return dataclasses.replace(line, survived=0 if slow else line.survived, worst=f'{said}{f", over {bar:g} s" * slow}')

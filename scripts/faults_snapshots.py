@@ -28,9 +28,8 @@ def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
       if not case.wait_for(lambda i=i, s=step: len(case.incidents()) >= i and case.logged() >= s and in_step(case)):
         return
       lose(case, host)
-      case.outcomes.append(host)
 
-  line = verdict(case, alone(3, case.steps), case.run(fault), len(case.outcomes))
+  line = verdict(case, alone(3, case.steps), case.run(fault), kills)
   return checked(line, case, lambda resumed: resumed > 0 and resumed % 5 == 0, 'in memory')
 
 

@@ -130,3 +130,39 @@ def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeyp
   with pytest.raises(SystemExit, match='the run that was left alone failed on its way'):
     case.references(argparse.Namespace(full=False, alone=tmp_path))(1, 60)
   assert not (tmp_path / 'alone_1_120.done').exists()
+
+
+def broken(module, folder: pathlib.Path, *incidents, fault=None):
+  """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` sees it."""
+  found = run(module('faults_case'), folder)
+  keys = ('step_reached', 'step_resumed')
+  lines = [dict(zip(keys, incident, strict=True), seconds_lost=None) for incident in incidents]
+  (found.workdir / 'incidents.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  if fault:
+    found._break(fault)
+  return found
+
+
+@pytest.mark.parametrize(
+  ('incidents', 'said'),
+  [
+    (((2, 1), (None, None), (40, 20)), ''),
+    (((2, 1), (40, 20)), '2 failures of 3 that were meant'),
+    (((2, 1), (40, None), (None, 0)), '40 steps were made again, saved every 10'),  # it began anew, bit for bit
+  ],
+)
+def test_a_fault_that_ended_nothing_and_a_start_from_0_are_not_survived(module, tmp_path, incidents, said):
+  own, other = broken(module, tmp_path / 'a', *incidents), run(module('faults_case'), tmp_path / 'b')
+  line = module('faults_case').verdict(own, other, 0, tried=3)
+  assert line.worst == (said and f'{said}; see {own.workdir}.log')
+  assert (line.tried, line.survived) == (3, 0 if said else 3)
+
+
+def test_a_fault_that_fails_itself_is_seen(module, tmp_path):
+  own, other = (
+    broken(module, tmp_path / 'a', (2, 1), fault=lambda case: 1 // 0),
+    run(module('faults_case'), tmp_path / 'b'),
+  )
+  line = module('faults_case').verdict(own, other, 0, tried=1)
+  assert line.worst.startswith("the fault itself failed: ZeroDivisionError('")
+  assert line.survived == 0
