@@ -83,6 +83,8 @@ def read(folder: pathlib.Path) -> Manifest:
   """The manifest of a step's folder. Raises ValueError where it is missing, damaged, or of another step."""
   if folder.is_symlink():
     raise ValueError('its folder is a symbolic link')
+  if (folder / FILE).is_symlink():
+    raise ValueError(f'{FILE} is a symbolic link')
   try:
     manifest = decode((folder / FILE).read_bytes())
   except FileNotFoundError as error:

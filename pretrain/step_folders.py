@@ -40,7 +40,15 @@ def kind_of(folder: pathlib.Path) -> Kind:
 def folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
   """Every folder that is named as a step, oldest first, whatever is in it."""
   paths = directory.iterdir() if directory.is_dir() else ()
-  return dict(sorted((int(path.name), path) for path in paths if path.name.isdecimal() and path.is_dir()))
+  return dict(sorted((int(path.name), path) for path in paths if _is_step(path.name) and path.is_dir()))
+
+
+def _is_step(name: str) -> bool:
+  """
+  >>> [_is_step(name) for name in ('70', '070', '7.corrupt', 'notes', '²')]
+  [True, False, False, False, False]
+  """
+  return name.isdecimal() and str(int(name)) == name
 
 
 def finished(directory: pathlib.Path) -> list[int]:
@@ -88,13 +96,16 @@ def remove(directory: pathlib.Path, step: int) -> None:
 def tidy(directory: pathlib.Path) -> None:
   """Removes what saves and removals that were cut off have left."""
   for mark in directory.glob('*.saving'):
+    if not _is_step(mark.stem):  # not ours
+      continue
     step = int(mark.stem)
     if kind_of(directory / str(step)) == 'finished':
       end(directory, step)
     else:
       discard(directory, step)
   for path in directory.glob('*.deleting'):
-    shutil.rmtree(path, ignore_errors=True)
+    if _is_step(path.stem):
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def quarantine(directory: pathlib.Path, step: int) -> str:

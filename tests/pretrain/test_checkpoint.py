@@ -123,7 +123,18 @@ def resign(folder: pathlib.Path, key: str) -> None:
   manifest.write(folder, dataclasses.replace(written, leaves={**written.leaves, key: leaf}))
 
 
-@pytest.mark.parametrize(('part', 'what'), [('2', 'its folder is'), ('2/state', 'lies behind one')])
+def test_what_a_user_has_put_beside_the_steps_is_left_alone(run, program):
+  names = ['notes.saving', 'old.deleting', '03']
+  for name in names:
+    (run / 'checkpoints' / name).mkdir()
+  assert step_folders.finished(run / 'checkpoints') == [1, 2] == [*step_folders.folders(run / 'checkpoints')]
+  assert go_on(run, program) == 2
+  assert {path.name for path in (run / 'checkpoints').iterdir()} == {'1', '2', *names}
+
+
+@pytest.mark.parametrize(
+  ('part', 'what'), [('2', 'its folder is'), ('2/state', 'lies behind one'), ('2/MANIFEST.json', 'MANIFEST.json is')]
+)
 def test_a_step_that_lies_behind_a_symbolic_link_is_not_taken(run, program, capsys, part, what):
   """Whoever may write where it leads to could exchange it between the comparison and the reading."""
   place = run / 'checkpoints' / part
