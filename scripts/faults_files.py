@@ -95,9 +95,9 @@ def write_run(workdir: pathlib.Path) -> None:
       checkpoints.save(step, state(step), POSITION, 'train.steps = 2\n')
 
 
-def damage(step: pathlib.Path, draw: random.Random, by_size: bool) -> tuple[str, Callable[[], None]]:
-  """(the fault, what repairs it): one file of `step` is another, or gone."""
-  pattern = '**/*' if by_size else CLASSES[draw.choice(sorted(CLASSES))]
+def damage(step: pathlib.Path, draw: random.Random, kind: str | None) -> tuple[str, Callable[[], None]]:
+  """(the fault, what repairs it): one file of `step` is another, or gone; of a class, or any by its size."""
+  pattern, by_size = CLASSES[kind] if kind else '**/*', kind is None
   paths = sorted(p for p in step.glob(pattern) if p.is_file() and p.stat().st_size)
   (path,) = draw.choices(paths, [p.stat().st_size if by_size else 1 for p in paths])
   (fault,) = draw.choices(list(FAULTS), WEIGHTS)
@@ -112,17 +112,17 @@ def damage(step: pathlib.Path, draw: random.Random, by_size: bool) -> tuple[str,
 
 
 def noticed(workdir: pathlib.Path) -> bool:
-  """Whether a run goes on from step 1 and has put step 2 aside; it is brought back."""
+  """Whether a run goes on from step 1, each bit of it, and has put step 2 aside; it is brought back."""
   checkpoints = Checkpoints(workdir, CheckpointConfig())
   if checkpoints.newest_whole() != 1:
     return False
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(1))
   with contextlib.redirect_stderr(io.StringIO()):
-    restored = checkpoints.restore(abstract, 1).state
+    restored = checkpoints.restore(abstract, 1)
   aside = workdir / 'checkpoints/2.corrupt'
   aside.rename(workdir / 'checkpoints/2')
-  return int(restored.step) == 1
+  return same(restored.state, state(1)) and restored.position == POSITION
 
 
 def orbax_alone(workdir: pathlib.Path, wanted: TrainState) -> str:
@@ -140,9 +140,13 @@ def orbax_alone(workdir: pathlib.Path, wanted: TrainState) -> str:
       found = manager.restore(2, args=restore)
   except Exception:
     return 'error'
-  pairs = zip(jax.tree.leaves(found.state), jax.tree.leaves(tree), strict=True)
-  same = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs) and found.position == POSITION
-  return 'same values' if same else 'silent'
+  return 'same values' if same(found.state, tree) and found.position == POSITION else 'silent'
+
+
+def same(found, wanted) -> bool:
+  """To the bit."""
+  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+  return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 def run_trials(workdir: pathlib.Path, trials: int, seed: int) -> dict[str, Tally]:
@@ -151,8 +155,9 @@ def run_trials(workdir: pathlib.Path, trials: int, seed: int) -> dict[str, Tally
     logging.getLogger(name).setLevel(logging.CRITICAL)
   write_run(workdir)
   draw, wanted, tallies = random.Random(seed), state(2), {fault: Tally() for fault in FAULTS}
+  kinds = [kind for each in sorted(CLASSES) for kind in (each, None)]  # 22 trials are of every class
   for trial in range(trials):
-    fault, repair = damage(workdir / 'checkpoints/2', draw, by_size=trial % 2 == 1)
+    fault, repair = damage(workdir / 'checkpoints/2', draw, kinds[trial % len(kinds)])
     tally = tallies[fault]
     tally.trials += 1
     tally.orbax[orbax_alone(workdir, wanted)] += 1

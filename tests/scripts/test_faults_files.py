@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pretrain import manifest
-from scripts.faults_files import run_trials
+from scripts.faults_files import CLASSES, run_trials, write_run
 from tests.pretrain import tiny
 
 
@@ -24,6 +24,18 @@ def test_no_damaged_file_is_loaded(tmp_path):
   tallies = run_trials(tmp_path, trials=24, seed=0)
   assert sum(tally.trials for tally in tallies.values()) == 24
   assert missed(tallies) == 0
+
+
+def test_every_file_of_a_step_is_of_a_class(tmp_path):
+  write_run(tmp_path)
+  step = tmp_path / 'checkpoints/2'
+  files = {path for path in step.rglob('*') if path.is_file()}
+  assert files == {path for pattern in CLASSES.values() for path in step.glob(pattern) if path.is_file()}
+
+
+def test_a_run_that_gets_other_values_of_the_older_step_is_seen(tmp_path, monkeypatch):
+  monkeypatch.setattr('scripts.faults_files.same', lambda found, wanted: False)
+  assert missed(run_trials(tmp_path, trials=2, seed=0)) == 2
 
 
 @pytest.mark.parametrize('skipped', ['ocdbt.process_0', pytest.param('metadata', marks=pytest.mark.slow)])
