@@ -6,7 +6,7 @@ One line for each fault: how often it was tried, how often the run went on by it
 bit for bit (or refused, where that is right), and the worst case. Exit code 1 where one did not. The model is tiny:
 restarts are what is measured. Each fault is a process; with --full the long ones are several, each with a part of the
 trials. `jobs` of them run beside each other, but for MTTR, whose seconds are to mean something. --go_on takes what an
-earlier, interrupted start has found.
+earlier, interrupted start has found. Ctrl-C and SIGTERM end all processes and give their memory back.
 """
 
 import argparse
@@ -16,12 +16,15 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
-from faults_case import ROOT, Line, joined, references
+from faults_case import ROOT, Line, dying_with_this, joined, references
 from faults_data import f12, f13, f14
 from faults_disk import f8
 from faults_kills import f1, f2, f3, f7, mttr
@@ -32,7 +35,7 @@ from faults_snapshots import f20, f21
 from faults_values import f9, f16
 
 from pretrain import supervise
-from pretrain.launch import DIE_WITH_PARENT
+from pretrain.snapshot_slots import MEMORY
 
 BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
 AFTERWARDS = (f19, mttr)  # of all runs above; alone
@@ -60,11 +63,14 @@ class Job:
     if options.go_on and kept.exists() and (line := read(kept)).whole:
       return line
     kept.unlink(missing_ok=True)
-    # It ends with this process; Ctrl-C in a terminal, which would be a stop of its runs, does not reach it.
-    command = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), sys.executable, __file__]
+    # Ctrl-C in a terminal, which would be a stop of its runs, does not reach it: it has a group of its own.
+    command = dying_with_this([sys.executable, __file__, *self.flags(options, kept)])
     with kept.with_suffix('.log').open('w') as log:
-      subprocess.run([*command, *self.flags(options, kept)], stdout=log, stderr=log, check=False, process_group=0,
-                     env=os.environ | {'PYTHONPATH': str(ROOT)})  # fmt: skip
+      process = subprocess.Popen(
+        command, stdout=log, stderr=log, process_group=0, env=os.environ | {'PYTHONPATH': str(ROOT)}
+      )
+      options.running.append(process)
+      process.wait()
     if not kept.exists():
       said = kept.with_suffix('.log').read_text().strip().splitlines() or ['nothing']
       return Line(1, 0, f'it ended without a result: {said[-1]}')
@@ -75,7 +81,8 @@ class Job:
     shutil.rmtree(workdir, ignore_errors=True)
     return [
       self.name, f'--part={self.part}', f'--parts={self.parts}', f'--result={result}', f'--workdir={workdir}',
-      f'--alone={options.alone}', f'--results={options.results}', f'--seed={options.seed}', f'--times={options.times}',
+      f'--alone={options.alone}', f'--memory={options.memory}', f'--results={options.results}',
+      f'--seed={options.seed}', f'--times={options.times}',
       *(['--full'] if options.full else []),
     ]  # fmt: skip
 
@@ -94,11 +101,14 @@ def run_all(names: Sequence[str], options: argparse.Namespace) -> bool:
   """Whether all were survived; prints a line as soon as it and those before it are known."""
   rank = lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
   whole, beside = True, [name for name in names if FAULTS[name] in BESIDE]
-  with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+  pool = concurrent.futures.ThreadPoolExecutor(options.jobs)  # as a context it would wait for all, also after Ctrl-C
+  try:
     order = [job for name in sorted(beside, key=rank) for job in jobs_of(name, options)]
     ending = {job: pool.submit(job.timed, options) for job in order}
     for name in beside:
       whole &= tell(name, [ending[job].result() for job in jobs_of(name, options)])
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
   for name in names:
     if name not in beside:
       whole &= tell(name, [Job(name, 0, 1).timed(options)])
@@ -111,6 +121,16 @@ def tell(name: str, found: Sequence[tuple[Line, float]]) -> bool:
   return line.whole
 
 
+def end_now(options: argparse.Namespace) -> NoReturn:
+  """All processes end, and then what they have in memory is removed."""
+  for process in options.running:
+    process.kill()
+    process.wait()
+  time.sleep(0.5)  # those that they have started die with them, a moment later
+  shutil.rmtree(options.memory, ignore_errors=True)
+  os._exit(130)
+
+
 def parse() -> argparse.Namespace:
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('faults', nargs='*', choices=[*FAULTS, []], help='default: all, without --full but for MTTR')
@@ -120,7 +140,7 @@ def parse() -> argparse.Namespace:
   flags.add_argument('--go_on', action='store_true', help='keep what an earlier start has found')
   flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/faults'))
-  for name, kind in (('part', int), ('parts', int), ('result', pathlib.Path), ('alone', pathlib.Path)):
+  for name, kind in (('part', int), ('parts', int), *((name, pathlib.Path) for name in ('result', 'alone', 'memory'))):
     flags.add_argument(f'--{name}', type=kind, help=argparse.SUPPRESS)
   flags.add_argument('--results', type=pathlib.Path, help=argparse.SUPPRESS)
   return flags.parse_args()
@@ -140,10 +160,14 @@ def main() -> int:
     shutil.rmtree(options.alone, ignore_errors=True)
     shutil.rmtree(options.results, ignore_errors=True)
   options.results.mkdir(parents=True, exist_ok=True)
-  try:
-    whole = run_all(options.faults or [name for name in FAULTS if options.full or name != 'MTTR'], options)
-  except KeyboardInterrupt:
-    os._exit(130)  # and what runs ends with it
+  options.running = []
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  with tempfile.TemporaryDirectory(prefix='pretrain_faults_', dir=MEMORY, ignore_cleanup_errors=True) as memory:
+    options.memory = pathlib.Path(memory)
+    try:
+      whole = run_all(options.faults or [name for name in FAULTS if options.full or name != 'MTTR'], options)
+    except KeyboardInterrupt:
+      end_now(options)
   print(f'{"all survived" if whole else "NOT all survived"} in {time.monotonic() - start:.0f} s')
   return 0 if whole else 1
 

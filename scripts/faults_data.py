@@ -1,14 +1,12 @@
 """Stores and text that are damaged, and runs that are to go on with other data: F12, F13, F14."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from faults_case import CONFIG, ROOT, TINY, Line
+from faults_case import CONFIG, ROOT, TINY, Line, call
 from faults_refusals import FAST, Trial, copied, flip, line_of, pretrain, training
 
 
@@ -163,10 +161,9 @@ def prng_trials(options, alone) -> list[Trial]:
     run = copied(alone(1, 120).workdir, 'f14_prng', options)
     for step in (p for p in (run / 'checkpoints').iterdir() if int(p.name) > 20):
       shutil.rmtree(step)
-    env = os.environ | {'JAX_DEFAULT_PRNG_IMPL': 'rbg', 'JAX_THREEFRY_PARTITIONABLE': '0', 'PYTHONPATH': str(ROOT)}
     flags = [f'--gin.{k}={v}' for k, v in (TINY | FAST | {'train.steps': 30}).items()]
     command = [sys.executable, '-m', 'pretrain', 'train', f'--gin_file={CONFIG}', f'--workdir={run}', *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)  # fmt: skip
+    done = call(command, JAX_DEFAULT_PRNG_IMPL='rbg', JAX_THREEFRY_PARTITIONABLE='0')
     own, whole = (json.loads((r / 'metrics.jsonl').read_text().splitlines()[-1 if r == run else 29])
                   for r in (run, alone(1, 120).workdir))  # fmt: skip
     same = all(own[key] == whole[key] for key in ('step', 'loss', 'grad_norm', 'batch_checksum'))

@@ -1,16 +1,20 @@
 """A disk that is full, fails, or may not be written: F8."""
 
 import contextlib
+import ctypes
 import dataclasses
 import pathlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
-from faults_case import Case, Line, joined
+from faults_case import Case, Line, call, joined
 
 from pretrain import step_folders
 from pretrain.supervise import Policy
+
+CLONE_NEWNS = 0x20000  # of unshare(2): mounts of this process alone
 
 
 def f8(options, alone) -> Line:
@@ -81,23 +85,25 @@ def full_disk(options, alone) -> Line:
 
 @contextlib.contextmanager
 def mounted(folder: pathlib.Path, mebibytes: int) -> Iterator[pathlib.Path | None]:
-  """A file system in memory; None where this user may not mount one."""
+  """A file system in memory, which is gone with this process; None where this user may not mount one."""
   folder.mkdir(parents=True)
-  command = ['mount', '-t', 'tmpfs', '-o', f'size={mebibytes}m', 'tmpfs', str(folder)]
-  done = subprocess.run(command, capture_output=True, check=False)
+  commands = (
+    ['mount', '--make-rprivate', '/'],
+    ['mount', '-t', 'tmpfs', '-o', f'size={mebibytes}m', 'tmpfs', str(folder)],
+  )
+  own = ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+  good = own and all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in commands)
   try:
-    yield folder if done.returncode == 0 else None
+    yield folder if good else None
   finally:
-    if done.returncode == 0:
+    if good:
       subprocess.run(['umount', str(folder)], check=False)
 
 
 def not_writable(options) -> Line:
   """A folder that not even root may write: refused before anything begins."""
   case = Case('f8_readonly', options)
-  case = dataclasses.replace(case)
   case.workdir = pathlib.Path('/proc/self/run')
-  done = subprocess.run([*case.command()[:1], '-m', 'pretrain', *case.command()[2:]], capture_output=True, text=True,
-                        check=False)  # fmt: skip
+  done = call([sys.executable, '-m', 'pretrain', *case.command()[2:]])
   good = done.returncode == 64 and 'cannot be written' in done.stderr and 'Traceback' not in done.stderr
   return Line(1, int(good), '' if good else f'read-only: code {done.returncode}: {done.stderr[-200:]}')

@@ -12,12 +12,11 @@ import os
 import pathlib
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from faults_case import CONFIG, ROOT, TINY, Line
+from faults_case import CONFIG, TINY, Line, call
 
 WIDE = 2**26  # of an MLP: 24 GiB a matrix and moment, which no machine of a test has to give
 FAST = {'train.steps': 130, 'checkpoint.keep_every': 10}
@@ -174,11 +173,8 @@ def f17(options, alone) -> Line:
       env = {'PRETRAIN_COORDINATOR': address, 'PRETRAIN_NUM_HOSTS': '2', 'PRETRAIN_HOST': str(host)}
       start = time.monotonic()
       keys = TINY | {'mesh.data': 2, 'watchdog.init': 3}
-      done = subprocess.run(
-        [sys.executable, '-m', 'pretrain', 'train', f'--gin_file={CONFIG}', f'--workdir={options.workdir}/f17',
-         *(f'--gin.{k}={v}' for k, v in keys.items())],
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''} | env, capture_output=True, text=True, check=False,
-      )  # fmt: skip
+      flags = [f'--gin_file={CONFIG}', f'--workdir={options.workdir}/f17', *(f'--gin.{k}={v}' for k, v in keys.items())]
+      done = call([sys.executable, '-m', 'pretrain', 'train', *flags], XLA_FLAGS='', **env)
       late = ' too late' if seconds(start) > 40 else ''  # 3 s, and a start of Python on a busy machine
       return done.returncode, done.stdout + done.stderr + late
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from faults_case import ROOT, Case, Line, count, stop_at, verdict
+from faults_case import Case, Line, call, count, stop_at, verdict
 
 from pretrain.goodput import write_goodput
 from pretrain.supervise import Policy
@@ -36,8 +36,7 @@ def f5(options, alone) -> Line:
   trials = count(options, 30, 500)
   program = [sys.executable, str(pathlib.Path(__file__).with_name('faults_files.py'))]
   flags = [f'--trials={trials}', f'--seed={options.seed + options.part}', f'--workdir={options.workdir / "f5"}']
-  done = subprocess.run([*program, *flags], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
-                        check=False)  # fmt: skip
+  done = call([*program, *flags])
   found = re.search(r'^F5 all +(\d+) tried, (\d+) loaded; Orbax alone: (.*)$', done.stdout, re.MULTILINE)
   if not found:
     return Line(trials, 0, (done.stderr.strip().splitlines() or ['it said nothing'])[-1])

@@ -13,14 +13,12 @@ from faults_case import Case, Line, count, joined, verdict
 
 from pretrain.snapshot_slots import SnapshotConfig, folder_of
 
-MEMORY = {'snapshot.every': 5, 'snapshot.group': 3}
-
 
 def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
   """one of three hosts is lost with its memory, at random steps, no checkpoint yet: parity has it"""
   kills = count(options, 2, 20)
   draw, gap = random.Random(options.seed + options.part), 30  # saved at multiples of 10, as the run left alone
-  case = Case('f20', options, hosts=3, steps=gap * (kills + 1), keys=MEMORY | {'checkpoint.every': 100_000})
+  case = Case('f20', options, hosts=3, steps=gap * (kills + 1), keys=keys_of(options) | {'checkpoint.every': 100_000})
 
   def fault(case: Case) -> None:
     for i in range(kills):
@@ -40,7 +38,7 @@ def f21(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
 
 def from_disk(options: argparse.Namespace, alone: Callable[[int, int], Case], damage: Callable[[Case], None]) -> Line:
   """A run whose memory is beyond repair goes on from its newest checkpoint."""
-  case = Case(f'f21_{damage.__name__}', options, hosts=3, steps=60, keys=MEMORY | {'snapshot.every': 7})
+  case = Case(f'f21_{damage.__name__}', options, hosts=3, steps=60, keys=keys_of(options) | {'snapshot.every': 7})
 
   def fault(case: Case) -> None:
     if case.wait_for(lambda: case.logged() >= 25 and (case.workdir / 'checkpoints/20/MANIFEST.json').exists()):
@@ -72,8 +70,13 @@ def checked(line: Line, case: Case, right: Callable[[int], bool], words: str) ->
   return line
 
 
+def keys_of(options: argparse.Namespace) -> dict:
+  """In a folder of the memory that whoever ends scripts/faults.py removes."""
+  return {'snapshot.every': 5, 'snapshot.group': 3, 'snapshot.folder': f"'{options.memory}'"}
+
+
 def memory_of(case: Case, host: int) -> pathlib.Path:
-  return folder_of(SnapshotConfig(), case.workdir, host)
+  return folder_of(SnapshotConfig(folder=str(case.options.memory)), case.workdir, host)
 
 
 def left_over(case: Case) -> Sequence[str]:

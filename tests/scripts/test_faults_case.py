@@ -4,7 +4,12 @@ import argparse
 import importlib
 import json
 import math
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import pytest
@@ -125,9 +130,8 @@ def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, 
 
 def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeypatch):
   case = module('faults_case')
-  monkeypatch.setattr(case.Case, 'run', lambda self: 0)
-  monkeypatch.setattr(case.Case, 'incidents', lambda self: [{'cause': 'crash'}])
-  with pytest.raises(SystemExit, match='the run that was left alone failed on its way'):
+  monkeypatch.setattr(case.Case, 'command', lambda self: [sys.executable, '-c', 'import sys; sys.exit(1)'])
+  with pytest.raises(SystemExit, match='the run that was left alone ended with 1'):
     case.references(argparse.Namespace(full=False, alone=tmp_path))(1, 60)
   assert not (tmp_path / 'alone_1_120.done').exists()
 
@@ -166,3 +170,38 @@ def test_a_fault_that_fails_itself_is_seen(module, tmp_path):
   line = module('faults_case').verdict(own, other, 0, tried=1)
   assert line.worst.startswith("the fault itself failed: ZeroDivisionError('")
   assert line.survived == 0
+
+
+def with_this(word: str) -> list[str]:
+  """The processes that have it in their command."""
+  found = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True, check=True).stdout
+  return [line for line in found.splitlines() if word in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_leaves_no_process_and_no_memory(tmp_path, number):
+  program = [sys.executable, str(SCRIPTS / 'faults.py'), 'F20', '--jobs=1', f'--workdir={tmp_path}']
+  # A shell starts what runs behind it deaf to Ctrl-C, and so may be what runs this test.
+  hearing = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])'
+  env = os.environ | {'PYTHONPATH': str(SCRIPTS.parent), 'XLA_FLAGS': ''}
+  process = subprocess.Popen([sys.executable, '-c', hearing, *program], env=env)
+  try:
+    memory = interrupted(process, str(tmp_path), number)
+  finally:
+    process.kill()
+  assert with_this(str(tmp_path)) == []
+  assert not memory.exists()
+
+
+def interrupted(process: subprocess.Popen, word: str, number: int) -> pathlib.Path:
+  """Once a run has begun, it is; the folder of its memory."""
+  while not any('faults_child.py train' in line for line in with_this(word)):
+    assert process.poll() is None
+    time.sleep(0.05)
+  words = ' '.join(with_this(word)).split()
+  (memory,) = {pathlib.Path(word.removeprefix('--memory=')) for word in words if word.startswith('--memory=')}
+  assert memory.is_dir()
+  process.send_signal(number)
+  assert process.wait(timeout=30) == 130
+  return memory
