@@ -35,7 +35,10 @@ class Trial:
   def problem(self) -> str:
     """'' where it went as it has to."""
     before = contents(self.kept)
-    code, said = self.act()
+    try:
+      code, said = self.act()
+    except Exception as error:  # which a user would see as a traceback; the other trials go on
+      return f'{self.name}: it raised {error!r}'
     changed = [name for name, now in contents(self.kept).items() if before.get(name) != now]
     missing = [word for word in self.words if word not in said]
     line = (said.strip().splitlines() or ['nothing'])[-1][:300]

@@ -90,6 +90,10 @@ def test_a_part_that_was_not_survived_shows_in_the_line(module):
     (lambda path: (0, 'CKPT: none'), 't: code 0 for 66, without []: CKPT: none'),
     (lambda path: (66, 'CKPT'), "t: code 66 for 66, without ['none']: CKPT"),
     (lambda path: (66, 'Traceback\nCKPT: none'), 't: code 66 for 66, without []: CKPT: none'),
+    (
+      lambda path: int('CKPT: none'),
+      't: it raised ValueError("invalid literal for int() with base 10: \'CKPT: none\'")',
+    ),
     (lambda path: (66, f'CKPT: none {path.write_text("other")}'), 't: {path} was changed'),
     (lambda path: (66, f'CKPT: none {path.unlink()}'), 't: {path} was changed'),
     (lambda path: (66, f'CKPT: none {path.with_name("new").touch()}'), 't: {new} was changed'),
