@@ -167,6 +167,11 @@ class Case:
           return f'{key} {a[key]!r} for {b[key]!r} at step {a["step"]}'
     return '' if rtol else self.differs_at(self.steps, reference)
 
+  def apart(self, reference: 'Case') -> float:
+    """The largest relative difference of a loss."""
+    pairs = zip(read_metrics(self.workdir), read_metrics(reference.workdir), strict=False)
+    return max((abs(a['loss'] / b['loss'] - 1) for a, b in pairs), default=0.0)
+
   def differs_at(self, step: int, reference: 'Case') -> str:
     """'' where the arrays of a saved step are those of `reference`, to the bit."""
     own, other = self.leaves(step), reference.leaves(step)

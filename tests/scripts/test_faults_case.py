@@ -140,6 +140,14 @@ def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeyp
   assert not (tmp_path / 'alone_1_120.done').exists()
 
 
+def test_how_far_losses_are_apart(module, tmp_path):
+  found, rows = module('faults_case'), [dict(row) for row in ROWS]
+  rows[1]['loss'] *= 1 + 2e-6
+  own, other = run(found, tmp_path / 'a', rows), run(found, tmp_path / 'b')
+  assert own.apart(other) == pytest.approx(2e-6, rel=1e-3)
+  assert other.apart(other) == 0
+
+
 def broken(module, folder: pathlib.Path, *incidents, fault=None):
   """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` sees it."""
   found = run(module('faults_case'), folder)
