@@ -20,7 +20,7 @@ CLONE_NEWNS = 0x20000  # of unshare(2): mounts of this process alone
 def f8(options, alone) -> Line:
   """the disk is full, fails, is read-only: said at once, earlier steps stay; with retries, or space, it goes on"""
   lines = [went_on(options, alone, kind) for kind in (('ENOSPC', 'EIO', 'EROFS') if options.full else ('ENOSPC',))]
-  lines += [ended(options, alone, kind) for kind in ('EFBIG', 'EIO')]
+  lines += [ended(options, alone, kind) for kind in (('EFBIG', 'EIO') if options.full else ('EFBIG',))]
   full = full_disk(options, alone)
   real = f'{"a real disk of 4 MiB among them" if full.tried else "no disk could be mounted"}'
   line = joined([*lines, full, not_writable(options)])

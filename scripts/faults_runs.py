@@ -72,7 +72,8 @@ def f10(options, alone) -> Line:
   for i in range(count(options, 2, 9)):
     hosts, where, host = ways[(i + options.part) % 3]
     inject = {'sleep': where, 'host': host, 'at': 12}
-    keys = {'watchdog.step': 15.0, 'watchdog.data': 15.0}
+    limit = 15.0 if options.full else 8.0
+    keys = {'watchdog.step': limit, 'watchdog.data': limit}
     case = Case(f'f10_{i}', options, hosts=hosts, steps=30, inject=inject, keys=keys)
     line = verdict(case, alone(hosts, 30), case.run(), 1)
     problem = line.worst or misnamed(case, where, host)

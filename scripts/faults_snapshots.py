@@ -32,8 +32,9 @@ def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
 
 
 def f21(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
-  """two of three hosts are lost with their memory, or one, and a bit of another's is flipped: the disk has it"""
-  return joined([from_disk(options, alone, damage) for damage in (lose_two, lose_and_flip)])
+  """one of three hosts is lost with its memory, and a bit of another's is flipped, or two are: the disk has it"""
+  damages = (lose_and_flip, lose_two) if options.full else (lose_and_flip,)
+  return joined([from_disk(options, alone, damage) for damage in damages])
 
 
 def from_disk(options: argparse.Namespace, alone: Callable[[int, int], Case], damage: Callable[[Case], None]) -> Line:
