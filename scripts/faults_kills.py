@@ -89,8 +89,8 @@ def in_save(case: Case, nth: int, part: str) -> bool:
 
 def f3(options, alone) -> Line:
   """of three processes one is killed, the coordinator is killed, one is stopped for good"""
-  ways = ((2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP))
-  plan = [ways[(i + options.part) % 3] for i in range(count(options, 3, 30))]
+  ways = ((0, signal.SIGKILL), (1, signal.SIGSTOP), (2, signal.SIGKILL))
+  plan = [ways[(i + options.part) % 3] for i in range(count(options, 2, 30))]
   gap, draw = 20, random.Random(options.seed + options.part)
   case = Case('f3', options, hosts=3, steps=gap * (len(plan) + 1), inject={'heartbeat': 10})
   hit = collections.Counter()

@@ -16,7 +16,7 @@ from pretrain.snapshot_slots import SnapshotConfig, folder_of
 
 def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
   """one of three hosts is lost with its memory, at random steps, no checkpoint yet: parity has it"""
-  kills = count(options, 2, 20)
+  kills = count(options, 1, 20)
   draw, gap = random.Random(options.seed + options.part), 30  # saved at multiples of 10, as the run left alone
   case = Case('f20', options, hosts=3, steps=gap * (kills + 1), keys=keys_of(options) | {'checkpoint.every': 100_000})
 

@@ -72,7 +72,7 @@ def poisoned(factor: float | str) -> dict:
 
 def f16(options, alone) -> Line:
   """one bit of a parameter flips on one replica: found, the device named, gone on from before it"""
-  return flipped_run(options, alone, count(options, 2, 50))
+  return flipped_run(options, alone, count(options, 1, 50))
 
 
 def flipped_run(options, alone, flips: int, hosts: int = 3) -> Line:
