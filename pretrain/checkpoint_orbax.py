@@ -1,6 +1,7 @@
 """The files of one step, written and read by Orbax. The only orbax import; which steps there are it is never asked."""
 
 import contextlib
+import itertools
 import logging
 import pathlib
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args
+from orbax.checkpoint._src.futures import signaling_client, synchronization  # no public name forgets them
 
 from pretrain import manifest
 
@@ -26,6 +28,14 @@ def without_what_is_left_behind(found: Any) -> None:
   """Where one write of a save fails, the others find the event loop of their save gone; it ends nothing."""
   if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed'):
     sys.__unraisablehook__(found)
+
+
+def forget_processes() -> None:
+  """What Orbax remembers of the processes of a run, for those that make up a new one: as if this one had just begun."""
+  signaling_client.get_signaling_client.cache_clear()  # it holds the client of a coordinator that was left
+  ids = synchronization.OperationIdGenerator  # in the names of what processes tell each other of one save
+  ids._operation_id_counter = itertools.count()
+  ids._operation_id = next(ids._operation_id_counter)
 
 
 class Files:

@@ -150,11 +150,12 @@ def train_command(options, overrides) -> int:
   check_workdir(options.workdir)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
   launch.initialize_from_env(cfg.watchdog.init or launch.MEETING_SECONDS)
-  from pretrain import runtime, train
+  from pretrain import runtime, surviving, train
 
   runtime.use_compilation_cache()
+  start = lambda began: train.train(cfg, options.workdir, allow_data_change=options.allow_data_change, began=began)
   with launch.leaving_at_once():
-    return train.train(cfg, options.workdir, allow_data_change=options.allow_data_change)
+    return surviving.surviving(cfg.elastic, cfg.mesh, start)
 
 
 def describe_flags(command: argparse.ArgumentParser) -> None:
@@ -316,7 +317,10 @@ def supervised(options) -> int:
   check_workdir(train.workdir)
   if options.skip_poisoned:
     check_skippable(cfg, '--skip_poisoned')
-  policy = Policy(max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned)
+  policy = Policy(
+    max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned,
+    survive=cfg.elastic.seconds if cfg.elastic.survive else None,
+  )  # fmt: skip
   fits = lambda hosts: shares_evenly(cfg.mesh, cfg.data.batch_size, hosts)
   return Supervisor(
     options.hosts, launch.program(options.rest), train.workdir, policy, fits, batch_size=cfg.data.batch_size

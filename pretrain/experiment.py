@@ -38,6 +38,7 @@ from pretrain.redact import redact
 from pretrain.replicas import ReplicasConfig
 from pretrain.schedule import Schedule, check_schedule
 from pretrain.snapshot_slots import SnapshotConfig, check_snapshot
+from pretrain.surviving import ElasticConfig
 from pretrain.watchdog import WatchdogConfig
 
 
@@ -103,6 +104,7 @@ class Experiment:
   snapshot: SnapshotConfig = SnapshotConfig()
   mesh: MeshConfig = MeshConfig()
   watchdog: WatchdogConfig = WatchdogConfig()
+  elastic: ElasticConfig = ElasticConfig()
   replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
   phases: tuple[Phase, ...] = ()
@@ -124,6 +126,7 @@ MAY_CHANGE = (
   'snapshot.',
   'mesh.',
   'watchdog.',
+  'elastic.',
   'replicas.',
   'spikes.max_consecutive',
   'spikes.steps',

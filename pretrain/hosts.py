@@ -89,6 +89,12 @@ def others() -> str:
 NUMBERS: dict[str, itertools.count] = collections.defaultdict(itertools.count)  # no question has the key of another
 
 
+def forget() -> None:
+  """This process is one of a new run: questions are counted from 0, as in those that have just begun."""
+  NUMBERS.clear()
+  _told.clear()
+
+
 class Agreement:
   """Questions, which all processes answer in the same order."""
 

@@ -24,6 +24,8 @@ from pretrain.errors import ConfigError, HostError
 from pretrain.redact import redact
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
+SERVED = 'PRETRAIN_MEMBERS'  # set where the supervisor serves the coordinator: the file that names another one
+IDLE = '127.0.0.1:0'  # where process 0 has JAX listen for nobody, then
 PREEMPTED, HANG, REWOUND, CORRUPTED = 75, 70, 72, 74
 USER_CODES = (64, 65, 66, 71)  # a restart would find the same
 POLL_SECONDS = 0.02
@@ -67,7 +69,8 @@ def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
   if not 0 <= host < number:
     raise ConfigError(f'{HOST}={host} with {NUM_HOSTS}={number}; processes are numbered from 0.')
   place, deadline = place_of(address), time.monotonic() + seconds
-  if host == 0:
+  serves = host == 0 and SERVED not in os.environ
+  if serves:
     check_free(place, address)
   else:
     wait_until_heard(place, address, host, seconds)
@@ -79,7 +82,7 @@ def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
       coordinator_address=address,
       num_processes=number,
       process_id=host,
-      coordinator_bind_address=address if host == 0 else None,
+      coordinator_bind_address=address if serves else IDLE,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       initialization_timeout=math.ceil(seconds) + 60,  # it would abort the process, and not say where it had waited
     )
@@ -194,43 +197,82 @@ class Outcome:
   time: float
 
 
-class Group:
-  """Local processes that end together."""
+@dataclasses.dataclass
+class Member:
+  """A process of a group, its number in the run, and the thread that passes its lines on."""
 
-  def __init__(self, hosts: int, command: Sequence[str], stream: TextIO):
-    address = f'127.0.0.1:{free_port()}'
+  host: int
+  process: subprocess.Popen
+  reader: threading.Thread
+
+
+class Group:
+  """Local processes that end together. `env` names a coordinator that none of them serves; None: process 0 does."""
+
+  def __init__(self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None):
+    self._command, self._stream = command, stream
+    env = env or {COORDINATOR: f'127.0.0.1:{free_port()}'}
+    self._members = [self._start(host, hosts, env) for host in range(hosts)]
+
+  def _start(self, host: int, hosts: int, env: Mapping[str, str]) -> Member:
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get('PYTHONPATH'))))
-    self._processes, self._readers = [], []
-    for host in range(hosts):
-      # Ours go before any other package named `data`; -P leaves out the current folder.
-      process = start(command, {'PYTHONPATH': path, COORDINATOR: address, NUM_HOSTS: str(hosts), HOST: str(host)})
-      reader = threading.Thread(target=prefix_lines, args=(process.stdout, f'[{host}] ', stream), daemon=True)
-      reader.start()
-      self._processes.append(process)
-      self._readers.append(reader)
+    # Ours go before any other package named `data`; -P leaves out the current folder.
+    process = start(self._command, {**env, 'PYTHONPATH': path, NUM_HOSTS: str(hosts), HOST: str(host)})
+    member = Member(host, process, threading.Thread())
+    member.reader = threading.Thread(target=prefix_lines, args=(process.stdout, member, self._stream), daemon=True)
+    member.reader.start()
+    return member
+
+  def living(self) -> list[Member]:
+    return [member for member in self._members if member.process.poll() is None]
+
+  def regroup(self, hosts: int, env: Mapping[str, str]) -> dict[int, int]:
+    """pid -> its number from now on of each process that lives; others are started, so that there are `hosts`."""
+    living = self.living()
+    if any(member.host >= hosts for member in living):
+      for host, member in enumerate(living):
+        member.host = host
+    taken = {member.host for member in living}
+    added = [self._start(host, hosts, env) for host in range(hosts) if host not in taken]
+    self._members = sorted([*living, *added], key=lambda member: member.host)
+    return {member.process.pid: member.host for member in living}
 
   def signal(self, number: int) -> None:
-    for process in self._processes:
-      if process.poll() is None:
-        process.send_signal(number)
+    for member in self.living():
+      member.process.send_signal(number)
 
-  def wait(self, watch: Callable[[], None] = lambda: None) -> Outcome:
-    """Of the one that failed by itself, not because it was told to end. `watch` is called again and again."""
+  def wait(
+    self, watch: Callable[[], None] = lambda: None, spared: Callable[[Outcome], bool] = lambda outcome: False
+  ) -> Outcome:
+    """Of the one that failed by itself, not because it was told to end. `watch` is called again and again.
+
+    Where `spared(outcome)` the others live on: `regroup` or `end` is next.
+    """
     outcome, deadline = None, math.inf
-    while None in (codes := [process.poll() for process in self._processes]):
+    while None in (codes := [member.process.poll() for member in self._members]):
       watch()
       if outcome is None and (failed := failures(codes)):
-        outcome = first_cause(failed)
+        outcome = self._cause(failed)
+        if len(failed) + codes.count(None) == len(codes) and spared(outcome):
+          return outcome
         deadline = time.monotonic() + (GRACE_AFTER_KILL if outcome.code == 128 + signal.SIGKILL else GRACE_SECONDS)
         self.signal(signal.SIGTERM)
       elif time.monotonic() > deadline:
         self.signal(signal.SIGKILL)
       time.sleep(POLL_SECONDS)
-    for reader in self._readers:
-      reader.join(GRACE_SECONDS)  # what a process has left behind may hold its pipe for ever
+    for member in self._members:
+      member.reader.join(GRACE_SECONDS)  # what a process has left behind may hold its pipe for ever
     watch()
-    ended = {host: exit_code(code) for host, code in enumerate(codes)}
-    return outcome or first_cause(failures(codes) or ended)
+    ended = {index: exit_code(code) for index, code in enumerate(codes)}
+    return outcome or self._cause(failures(codes) or ended)
+
+  def end(self) -> None:
+    """Nobody lives."""
+    self.signal(signal.SIGKILL)
+    self.wait()
+
+  def _cause(self, codes: Mapping[int, int]) -> Outcome:
+    return first_cause({self._members[index].host: code for index, code in codes.items()})
 
 
 def failures(codes: Sequence[int | None]) -> dict[int, int]:
@@ -276,11 +318,11 @@ def start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
   )  # fmt: skip
 
 
-def prefix_lines(source: TextIO, prefix: str, stream: TextIO) -> None:
+def prefix_lines(source: TextIO, member: Member, stream: TextIO) -> None:
   """Copies lines as they come; each is one write, so that lines of different processes do not mix."""
   with source:
     for line in source:
-      stream.write(f'{prefix}{redact(line.rstrip())}\n')
+      stream.write(f'[{member.host}] {redact(line.rstrip())}\n')
       stream.flush()
 
 

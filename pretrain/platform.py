@@ -14,9 +14,14 @@ def set_threads(devices: int) -> None:
 
   With no more threads than devices all of them can wait for each other in a collective, and a matrix product then
   loses part of its first block: with microbatches the head's gradient was wrong by percents, at random (docs/LOG.md;
-  jaxlib 0.10.2 and 0.12). Call before a JAX backend starts.
+  jaxlib 0.10.2 and 0.12). Call before a JAX backend starts; again before another one.
   """
-  os.environ.setdefault('NPROC', str(max(cores(), 2 * devices)))
+  if 'NPROC' not in os.environ or os.environ['NPROC'] in _set:
+    _set[:] = [str(max(cores(), 2 * devices))]
+    os.environ['NPROC'] = _set[0]
+
+
+_set: list[str] = []  # what NPROC was set to here
 
 
 def threads(devices: int) -> int:

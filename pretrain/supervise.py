@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+import math
 import pathlib
 import re
 import signal
@@ -12,13 +13,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from pretrain.goodput import processes, spent_in, write_goodput
-from pretrain.launch import PREEMPTED, REWOUND, USER_CODES, ForwardedSignals, Group, Outcome
+from pretrain.goodput import CLOCK_TICK, processes, spent_in, write_goodput
+from pretrain.launch import (
+  COORDINATOR,
+  CORRUPTED,
+  PREEMPTED,
+  REWOUND,
+  SERVED,
+  USER_CODES,
+  ForwardedSignals,
+  Group,
+  Outcome,
+)
 from pretrain.metrics import read_metrics
 from pretrain.skipping import add_skip, leave_out, read_skips
+from pretrain.surviving import MEMBERS, Coordinator, announce
 from pretrain.timeline import FILE, append, end_line, parse, read_timeline
 
-INCIDENTS = 'incidents.jsonl'
+INCIDENTS, SURVIVAL = 'incidents.jsonl', 'survival'
 SAME_STEP = 3  # failures without a new step, after which a person is needed
 AWAY = 2  # failures of one host before there was a state, after which it is left out
 FIRST_DELAY, LONGEST_DELAY = 0.25, 60.0  # seconds; doubled at each failure without a new step
@@ -32,11 +44,13 @@ CAUSES = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
   """`min_hosts`: how few processes may go on where one stays away; None = all are needed. `skip_poisoned`: where the
-  same step fails again and again, its examples are left out."""
+  same step fails again and again, its examples are left out. `survive`: the seconds within which processes that have
+  survived another one must have a state again; None = they are started again as well."""
 
   max_restarts: int = 100
   min_hosts: int | None = None
   skip_poisoned: bool = False
+  survive: float | None = None
 
 
 class Supervisor:
@@ -52,6 +66,8 @@ class Supervisor:
     self._incident: dict[str, Any] | None = None  # one whose recovery is awaited
     self._group: Group | None = None
     self._told: Group | None = None  # to end
+    self._coordinators: list[Coordinator] = []  # where processes may survive others; the last is the one they are at
+    self._lived_on, self._until = False, math.inf  # when they must have a state again
     self._asked = threading.Event()  # to end
     self._restarts, self._furthest = 0, 0
 
@@ -66,20 +82,24 @@ class Supervisor:
         history = self._follow(history, outcome)
         action = self._decide(outcome, history)
         self._report(outcome, action, history)
+        self._lived_on = action.startswith(SURVIVAL)
+        if not self._lived_on:
+          self._group.end()
         if action in ('stop', 'give up'):
           return self._end(outcome)
         self._restarts += 1
-        if self._asked.wait(delay(len(history))):
+        if self._asked.wait(0.0 if self._lived_on else delay(len(history))):
+          self._group.end()
           return self._end(dataclasses.replace(outcome, code=PREEMPTED))
 
   def _attempt(self) -> Outcome:
-    self._tail.forget()
-    self._log.forget()
     started = time.time()
-    self._group = Group(self._hosts, self._command, self._log)
-    if self._asked.is_set() and self._told is not self._group:  # while they were started
+    self._tail.forget(started - CLOCK_TICK)
+    self._log.forget()
+    self._group = self._start()
+    if self._asked.is_set() and (self._lived_on or self._told is not self._group):  # while they were started
       self._group.signal(signal.SIGTERM)
-    outcome = self._group.wait(self._watch)
+    outcome = self._group.wait(self._watch, self._may_be_survived)
     failed = outcome.code not in (0, PREEMPTED) and not self._asked.is_set()
     if self._is_ours(outcome):
       line = {
@@ -91,6 +111,33 @@ class Supervisor:
       }
       append(self._workdir / FILE, line | {'host': outcome.host, 'hosts': self._hosts})
     return outcome
+
+  def _start(self) -> Group:
+    """The processes of the run: new ones, or those that have survived."""
+    if self._policy.survive is None:
+      return Group(self._hosts, self._command, self._log)
+    if not self._lived_on:
+      self._close()
+    self._coordinators.append(Coordinator(self._hosts))
+    address, path = self._coordinators[-1].address, (self._workdir / MEMBERS).resolve()
+    env = {COORDINATOR: address, SERVED: str(path)}
+    if not self._lived_on:
+      self._until = math.inf
+      return Group(self._hosts, self._command, self._log, env)
+    self._until = time.monotonic() + self._policy.survive
+    announce(path, self._coordinators[-2].address, address, self._hosts, self._group.regroup(self._hosts, env))
+    return self._group
+
+  def _close(self, but: int = 0) -> None:
+    """Ends coordinators but for the last `but` ones; nobody is at them."""
+    while len(self._coordinators) > but:
+      self._coordinators.pop(0).close()
+
+  def _may_be_survived(self, outcome: Outcome) -> bool:
+    """Whether the others live on: it was no error that all share, and they had come as far as to have a state."""
+    agreed = (*USER_CODES, REWOUND, CORRUPTED)
+    had_state = self._policy.survive is not None and self._tail.reached is not None
+    return had_state and outcome.code not in agreed and not self._asked.is_set()
 
   def _follow(self, history: Sequence['Failure'], outcome: Outcome) -> list['Failure']:
     """The failures in a row without a step that is new to the run; none after it has gone back: all steps are new."""
@@ -114,8 +161,16 @@ class Supervisor:
       history.clear()
       return f'restart with {fewer} hosts'
     if len(history) < SAME_STEP:
-      return 'restart'
+      return self._survival() if self._group.living() else 'restart'
     return self._skip(history) if self._policy.skip_poisoned and self._tail.reached is not None else 'give up'
+
+  def _survival(self) -> str:
+    """What those do that live: they go on alone where the policy and the batch allow, else with new processes."""
+    living = len(self._group.living())
+    if (self._policy.min_hosts or self._hosts) > living or not self._fits(living):
+      return SURVIVAL
+    self._hosts = living
+    return f'{SURVIVAL} with {living} hosts'
 
   def _skip(self, history: list['Failure']) -> str:
     """Leaves out the examples of the next two steps: while one is made, the batch of the other is on its way."""
@@ -145,6 +200,7 @@ class Supervisor:
   def _report(self, outcome: Outcome, action: str, history: Sequence['Failure']) -> None:
     """Says what happened; the incident is written when the run has recovered, at once where it will not."""
     cause, reached, ours = self._log.cause or cause_of(outcome.code), self._tail.reached, self._is_ours(outcome)
+    cause = 'not survived in time' if time.monotonic() > self._until and reached is None else cause
     log = self._log.keep(self._workdir / 'logs', outcome.time) if ours else None
     where = 'before its first step' if reached is None else f'at step {reached}'
     then = self._sentence(outcome, action, len(history), log)
@@ -173,6 +229,10 @@ class Supervisor:
 
   def _watch(self) -> None:
     self._tail.read()
+    if self._tail.reached is not None:
+      self._close(but=1)
+    elif time.monotonic() > self._until:
+      self._group.signal(signal.SIGKILL)
     if self._tail.first_step is not None:
       self._finish_incident(self._tail.first_step)
 
@@ -194,6 +254,7 @@ class Supervisor:
     self._finish_incident(None)  # whoever ends after it without a step has not recovered
     if self._is_ours(outcome):
       write_goodput(self._workdir)
+    self._close()
     told = self._asked.is_set() and outcome.code == 128 + signal.SIGTERM
     return PREEMPTED if told else outcome.code
 
@@ -257,11 +318,12 @@ class Tail:
     if path.exists():
       end_line(path)
       self._place = path.stat().st_size
-    self.forget()
+    self.forget(-math.inf)
 
-  def forget(self) -> None:
-    """Other processes are started."""
+  def forget(self, since: float) -> None:
+    """Only what begins from then on is told: others are started, or survive; what they did until then is no step."""
     self.read_away()
+    self._since = since
     self.reached: int | None = None
     self.resumed: int | None = None
     self.first_step: float | None = None
@@ -280,7 +342,7 @@ class Tail:
     whole = data[: data.rfind(b'\n') + 1]
     self._place += len(whole)
     for line in parse(whole):
-      if 'began' in line:
+      if line.get('began', -math.inf) >= self._since:
         self.reached, self.resumed, self.examples = line['step'], line['resumed'], line['examples']
         if self.first_step is None and self.reached > self.resumed:
           self.first_step = line['t']

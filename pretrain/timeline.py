@@ -26,10 +26,13 @@ STEPS_OF_MEDIAN = 101
 
 
 class Timeline:
-  """The present phase of this process, and its record on disk once `open` was called. Threads may share it."""
+  """The present phase of this process, and its record on disk once `open` was called. Threads may share it.
 
-  def __init__(self):
-    self.began = process_start()
+  `began`: when, in seconds since 1970, a process began anew that has survived others; None: when it was started.
+  """
+
+  def __init__(self, began: float | None = None):
+    self.began = process_start() if began is None else began
     self._origin = time.time() - time.monotonic()
     self._mark = self._written = self._entered = self.began - self._origin
     self._lock, self._path = threading.Lock(), None

@@ -38,12 +38,14 @@ from pretrain.weights import initial_params
 DONE, PREEMPTED = 0, 75
 
 
-def train(cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change: bool = False) -> int:
+def train(
+  cfg: Experiment, workdir: str | os.PathLike[str], *, allow_data_change: bool = False, began: float | None = None
+) -> int:
   """Trains until `cfg.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the exit code.
 
   With `allow_data_change` a run goes on where its data has changed, from the same row of each source.
   """
-  timeline, workdir = Timeline(), pathlib.Path(workdir)
+  timeline, workdir = Timeline(began), pathlib.Path(workdir)
   with Watchdog(timeline, cfg.watchdog, workdir), Interrupt() as interrupt:
     run = Run(cfg, workdir, timeline, allow_data_change)
     with timeline.during('restore'):
