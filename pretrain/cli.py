@@ -148,14 +148,15 @@ def train_command(options, overrides) -> int:
 
   cfg = load(options, overrides)
   check_workdir(options.workdir)
-  mesh.prepare_platform(cfg.mesh, launch.num_hosts())
+  prepare = lambda hosts: mesh.prepare_platform(cfg.mesh, hosts)
+  prepare(launch.num_hosts())
   launch.initialize_from_env(cfg.watchdog.init or launch.MEETING_SECONDS)
   from pretrain import runtime, surviving, train
 
   runtime.use_compilation_cache()
   start = lambda began: train.train(cfg, options.workdir, allow_data_change=options.allow_data_change, began=began)
   with launch.leaving_at_once():
-    return surviving.surviving(cfg.elastic, cfg.mesh, start)
+    return surviving.surviving(cfg.elastic, prepare, start)
 
 
 def describe_flags(command: argparse.ArgumentParser) -> None:

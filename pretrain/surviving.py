@@ -25,14 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pretrain import launch
-from pretrain.errors import USER_ERRORS, HostError
-from pretrain.mesh import MeshConfig, prepare_platform
+from pretrain import errors, launch
+from pretrain.errors import HostError
 
 MEMBERS = 'members.json'  # of the workdir: in it the supervisor tells who makes up the run from now on
 SECONDS_TO_HEAR = 10.0  # from an error to the supervisor's word on whose death it was; else it is an error
-SECONDS_TO_END = 30.0  # for threads that wait for the dead
-OURS = re.compile(r'(save|snapshot)_\d+')  # threads that ask other processes
+SECONDS_TO_END = 10.0  # for threads that may wait for the dead; Orbax has some that nothing wakes
+ASKING = re.compile(r'(save|snapshot)_\d+|async_save')  # threads that ask other processes; so may any class of Orbax's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,33 +71,38 @@ def announce(path: pathlib.Path, left: str, address: str, hosts: int, numbers: M
   temporary.replace(path)
 
 
-def surviving(cfg: ElasticConfig, mesh: MeshConfig, start: Callable[[float | None], int]) -> int:
-  """`start(None)`; where another process dies, this one joins those that live and calls `start(when)` again."""
+def surviving(cfg: ElasticConfig, prepare: Callable[[int], None], start: Callable[[float | None], int]) -> int:
+  """`start(None)`; where another process dies, this one joins those that live and calls `start(when)` again.
+
+  `prepare(hosts)` readies the platform for so many processes.
+  """
   if not cfg.survive or launch.SERVED not in os.environ:
     return start(None)
   began = None
   while True:
-    news = News(pathlib.Path(os.environ[launch.SERVED]), os.environ[launch.COORDINATOR])
+    news = News(pathlib.Path(os.environ[launch.SERVED]), os.environ[launch.COORDINATOR], end_waiting)
     try:
       return start(began)
-    except USER_ERRORS:
-      raise
     except Exception as error:
-      if (place := news.wait(SECONDS_TO_HEAR)) is None:
+      known = isinstance(error, errors.USER_ERRORS) and not isinstance(error, HostError)
+      if known or (place := news.wait(SECONDS_TO_HEAR)) is None:
         raise
       said = str(error).partition('\n')[0][:200]
     began = time.time()  # out of the block: its error holds the state, and by that the backend
     leave(cfg.seconds)
-    join(place, mesh, cfg.seconds)
+    join(place, prepare, cfg.seconds)
     host, hosts = place['host'], place['hosts']
     print(f'SURVIVED: process {host} of {hosts} goes on; another one has died ({said}).', file=sys.stderr, flush=True)
 
 
 class News:
-  """Waits, in a thread, for the supervisor's word that a process at the coordinator `left` has died."""
+  """Waits, in a thread, for the supervisor's word that a process at the coordinator `left` has died.
 
-  def __init__(self, path: pathlib.Path, left: str):
-    self._path, self._left, self._heard = path, left, threading.Event()
+  Then `hang_up(port of left)`, so that whatever this process waits for raises.
+  """
+
+  def __init__(self, path: pathlib.Path, left: str, hang_up: Callable[[int], None]):
+    self._path, self._left, self._hang_up, self._heard = path, left, hang_up, threading.Event()
     self._place: dict[str, Any] | None = None
     threading.Thread(target=self._listen, name='news', daemon=True).start()
 
@@ -114,8 +118,16 @@ class News:
         found = json.loads(self._path.read_text())
         if found['left'] == self._left and (host := found['numbers'].get(str(os.getpid()))) is not None:
           self._place = {'host': host, 'hosts': found['hosts'], 'coordinator': found['coordinator']}
-    hang_up(but=launch.place_of(self._left)[1])
+    self._hang_up(launch.place_of(self._left)[1])
     self._heard.set()
+
+
+def end_waiting(coordinator: int) -> None:
+  """What waits for a process that has died raises: in a collective, a barrier, or for an answer."""
+  import jax
+
+  hang_up(but=coordinator)
+  jax.distributed.shutdown()  # cancels calls of other threads
 
 
 def hang_up(but: int) -> None:
@@ -142,14 +154,12 @@ def is_peer(address: str, port: int, coordinator: int) -> bool:
 
 
 def leave(seconds: float) -> None:
-  """No client, backend, compiled program or thread of the run is left. Raises HostError where one stays."""
-  import jax
+  """No backend, compiled program or thread of the run is left. Raises HostError where a thread stays."""
   import jax.extend.backend
 
   from pretrain import checkpoint_orbax, hosts
 
   with launch.ending_after(seconds, f'process {hosts.host()} could not leave the run of one that has died.'):
-    jax.distributed.shutdown()
     end_threads()
     gc.collect()
     jax.extend.backend.clear_backends()
@@ -159,18 +169,22 @@ def leave(seconds: float) -> None:
 
 
 def end_threads() -> None:
-  """Those that ask other processes have ended: they would ask the new ones. Raises HostError where one has not."""
+  """Those that ask other processes have ended: they would ask the new ones. Raises HostError where one has not.
+
+  Orbax's among them: a save that was under way came to its barriers when the new processes were at theirs, of the same
+  names, and all waited for ever.
+  """
   deadline = time.monotonic() + SECONDS_TO_END
   for thread in threading.enumerate():
-    if OURS.fullmatch(thread.name):
+    if ASKING.fullmatch(thread.name) or type(thread).__module__.startswith('orbax.'):
       thread.join(max(deadline - time.monotonic(), 0.0))
       if thread.is_alive():
         raise HostError(f'thread {thread.name} still waits for a process that has died. What is saved is whole.')
 
 
-def join(place: Mapping[str, Any], mesh: MeshConfig, seconds: float) -> None:
+def join(place: Mapping[str, Any], prepare: Callable[[int], None], seconds: float) -> None:
   """This process is one of those that make up the run from now on."""
   values = {launch.COORDINATOR: place['coordinator'], launch.NUM_HOSTS: place['hosts'], launch.HOST: place['host']}
   os.environ |= {name: str(value) for name, value in values.items()}
-  prepare_platform(mesh, place['hosts'])
+  prepare(place['hosts'])
   launch.initialize_from_env(seconds)
