@@ -318,6 +318,8 @@ def supervised(options) -> int:
   check_workdir(train.workdir)
   if options.skip_poisoned:
     check_skippable(cfg, '--skip_poisoned')
+  if cfg.elastic.survive and has_accelerator() and os.environ.get('JAX_PLATFORMS') != 'cpu':
+    raise ConfigError('elastic.survive=True is for CPU processes, and here is an accelerator; remove it.')
   policy = Policy(
     max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned,
     survive=cfg.elastic.seconds if cfg.elastic.survive else None,

@@ -268,8 +268,9 @@ class Group:
 
   def end(self) -> None:
     """Nobody lives."""
-    self.signal(signal.SIGKILL)
-    self.wait()
+    if self.living():
+      self.signal(signal.SIGKILL)
+      self.wait()
 
   def _cause(self, codes: Mapping[int, int]) -> Outcome:
     return first_cause({self._members[index].host: code for index, code in codes.items()})

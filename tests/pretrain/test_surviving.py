@@ -11,7 +11,7 @@ import sys
 import pytest
 from orbax.checkpoint._src.futures import signaling_client, synchronization
 
-from pretrain import checkpoint_orbax, supervise
+from pretrain import checkpoint_orbax, cli, supervise
 from pretrain.goodput import goodput
 from pretrain.supervise import Policy, Supervisor
 from pretrain.surviving import Coordinator, hang_up
@@ -129,6 +129,14 @@ def test_what_all_would_find_is_not_survived(tmp_path, code, wanted):
 def test_without_the_key_nobody_survives(tmp_path):
   script = "import os, sys; sys.exit('PRETRAIN_MEMBERS' in os.environ)"
   assert Supervisor(2, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO()).run() == 0
+
+
+def test_the_key_is_refused_where_there_is_an_accelerator(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(cli, 'has_accelerator', lambda: True)
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  flags = [f'--gin_file={tiny.DECODER}', f'--workdir={tmp_path}', '--gin.elastic.survive=True']
+  assert cli.main(['run', '--hosts=2', '--', 'train', *flags]) == 64
+  assert 'elastic.survive=True is for CPU processes, and here is an accelerator; remove it.' in capsys.readouterr().err
 
 
 def test_hanging_up_ends_connections_to_peers_but_not_to_the_coordinator():
