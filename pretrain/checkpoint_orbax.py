@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args
-from orbax.checkpoint._src.futures import signaling_client, synchronization  # no public name forgets them
 
 from pretrain import manifest
 
@@ -32,6 +31,8 @@ def without_what_is_left_behind(found: Any) -> None:
 
 def forget_processes() -> None:
   """What Orbax remembers of the processes of a run, for those that make up a new one: as if this one had just begun."""
+  from orbax.checkpoint._src.futures import signaling_client, synchronization  # no public name does it
+
   signaling_client.get_signaling_client.cache_clear()  # it holds the client of a coordinator that was left
   ids = synchronization.OperationIdGenerator  # in the names of what processes tell each other of one save
   ids._operation_id_counter = itertools.count()
