@@ -248,11 +248,14 @@ class Group:
 
     Where `spared(outcome)` the others live on: `regroup` or `end` is next.
     """
-    outcome, deadline = None, math.inf
+    outcome, deadline, since = None, math.inf, math.inf
     while None in (codes := [member.process.poll() for member in self._members]):
       watch()
-      if outcome is None and (failed := failures(codes)):
-        outcome = self._cause(failed)
+      failed = failures(codes)
+      since = min(since, time.monotonic() if failed else math.inf)
+      cause = self._cause(failed) if failed and outcome is None else None
+      if cause and not (may_follow(cause.code) and time.monotonic() < since + GRACE_AFTER_KILL):
+        outcome = cause
         if len(failed) + codes.count(None) == len(codes) and spared(outcome):
           return outcome
         deadline = time.monotonic() + (GRACE_AFTER_KILL if outcome.code == 128 + signal.SIGKILL else GRACE_SECONDS)
@@ -288,6 +291,11 @@ def first_cause(codes: Mapping[int, int]) -> Outcome:
   rank = lambda code: (code not in agreed, code != HANG, code == 128 + signal.SIGABRT, code <= 128, -code)
   host, code = min(codes.items(), key=lambda item: rank(item[1]))
   return Outcome(code, host, time.time())
+
+
+def may_follow(code: int) -> bool:
+  """Whether a process ends like this because another one was killed, which may be seen later: it is busy dying."""
+  return code == 128 + signal.SIGABRT or (code <= 128 and code not in (*USER_CODES, HANG, REWOUND, CORRUPTED))
 
 
 def exit_code(returncode: int) -> int:

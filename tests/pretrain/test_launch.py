@@ -43,6 +43,23 @@ def test_three_processes_are_one_run():
   assert sorted(lines) == [f'[{host}] sum 33 3 6 2' for host in range(3)]
 
 
+def test_one_that_crashes_a_blink_before_another_is_seen_to_be_killed_is_not_blamed(monkeypatch, tmp_path):
+  monkeypatch.setattr(launch, 'GRACE_AFTER_KILL', 20.0)
+  code = f"""
+import os, pathlib, time
+host, gone = os.environ['PRETRAIN_HOST'], pathlib.Path({str(tmp_path / 'gone')!r})
+if host == '2':
+  gone.touch()
+  os._exit(1)
+while host == '0' or not gone.exists():
+  time.sleep(0.01)
+time.sleep(0.2)
+os.kill(os.getpid(), 9)
+"""
+  outcome = group(3, code, io.StringIO()).wait()
+  assert (outcome.host, outcome.code) == (1, 137)
+
+
 def test_no_connection_takes_the_port_that_the_first_process_will_listen_at():
   """It starts seconds later; a port that is taken then is code 64, and ends a run that would only have restarted."""
   first = launch.first_connection_port()
