@@ -20,7 +20,7 @@ from faults_child import INJECT
 
 from pretrain import manifest, supervise
 from pretrain.launch import DIE_WITH_PARENT
-from pretrain.metrics import read_metrics
+from pretrain.metrics import decode, is_row, read_metrics
 from pretrain.supervise import Policy, Supervisor
 from pretrain.timeline import read_timeline
 
@@ -117,8 +117,9 @@ class Case:
     """The last step in the metrics: as it is now, where the timeline is up to a second old."""
     path = self.workdir / 'metrics.jsonl'
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith(b'\n')]
-    return json.loads(whole[-1])['step'] if whole else 0
+    # Behind a row to which values are being added there may be the end of what it was.
+    whole = (line for line in reversed(lines) if is_row(line))
+    return int(decode(next(whole, b'{"step": 0}\n'))['step'])
 
   def wait_for(self, condition: Callable[[], bool]) -> bool:
     """Whether it came about before the run was over."""

@@ -38,6 +38,17 @@ def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=
   return case
 
 
+def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
+  """A row to which values are added may become shorter: for a moment the end of what it was stands behind it."""
+  case = run(module('faults_case'), tmp_path)
+  assert case.logged() == 3
+  with (case.workdir / 'metrics.jsonl').open('a') as file:
+    file.write('0.1234567890, "save_mib": 7}\n')
+  assert case.logged() == 3
+  (case.workdir / 'metrics.jsonl').write_text('{"step": 1, "lo')
+  assert case.logged() == 0
+
+
 def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
   found = module('faults_case')
   assert run(found, tmp_path / 'a').differs(run(found, tmp_path / 'b')) == ''
