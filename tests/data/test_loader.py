@@ -130,5 +130,5 @@ def test_a_script_that_just_ends_is_quiet(text_store):
   )
   for workers in '01':
     command = [sys.executable, '-c', code, str(text_store), workers]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert (done.stdout, done.stderr) == ('', '')
