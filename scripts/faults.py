@@ -35,6 +35,7 @@ from faults_snapshots import f20, f21
 from faults_values import f9, f16
 
 from pretrain import supervise
+from pretrain.platform import cores
 from pretrain.snapshot_slots import MEMORY
 
 BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
@@ -136,7 +137,7 @@ def parse() -> argparse.Namespace:
   flags.add_argument('faults', nargs='*', choices=[*FAULTS, []], help='default: all, without --full but for MTTR')
   flags.add_argument('--full', action='store_true', help='as often as the bars want')
   flags.add_argument('--times', type=int, default=0, help='try each so often instead')
-  flags.add_argument('--jobs', type=int, default=2, help='how many faults run beside each other')
+  flags.add_argument('--jobs', type=int, default=cores(), help='how many run beside each other; default: one a core')
   flags.add_argument('--go_on', action='store_true', help='keep what an earlier start has found')
   flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/faults'))
