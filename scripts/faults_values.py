@@ -88,9 +88,8 @@ def flipped_run(options, alone, flips: int, hosts: int = 3) -> Line:
   line = verdict(case, alone(hosts, steps), case.run(), flips)
   found = [i for i in case.incidents() if i['cause'] == 'corruption']
   late = max((i['step_reached'] - at for i, (at, *_) in zip(found, plan, strict=False)), default=0)
-  devices = [
-    f'device cpu:{2048 * host + device} (process {host})' for _, _, device, _, _ in plan
-  ]  # so JAX numbers them
+  # JAX numbers the devices of a process from 2048 times its own number.
+  devices = [f'device cpu:{2048 * host + device} (process {host})' for _, _, device, _, _ in plan]
   named = [i for i, device in zip(found, devices, strict=False) if device in i['reason']]
   if len(named) != flips or late > every + 1:
     return Line(flips, 0, f'{len(found)} found, {len(named)} named, up to {late} steps later')

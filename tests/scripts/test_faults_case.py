@@ -228,12 +228,3 @@ def interrupted(process: subprocess.Popen, word: str, number: int) -> pathlib.Pa
   process.send_signal(number)
   assert process.wait(timeout=30) == 130
   return memory
-
-
-def test_a_run_that_ended_before_it_was_killed_is_seen(module):
-  kills = module('kills')
-  run = object.__new__(kills.Training)
-  run.process = subprocess.Popen([sys.executable, '-c', ''])
-  os.waitid(os.P_PID, run.process.pid, os.WEXITED | os.WNOWAIT)
-  with pytest.raises(SystemExit, match=r'the run ended \(code 0\) before it was killed'):
-    run.kill()
