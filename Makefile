@@ -11,7 +11,7 @@ test:
 
 # Then the tests of data/ again, with annotations checked at every call (stores and vocabulary take arrays for ints), and
 # real runs that are broken in every way (about 5 minutes).
-checked := $(filter-out data.__init__ data.arrays data.store data.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py))))
+checked := $(filter-out %.__init__ data.stores.arrays data.stores.store data.stores.vocabulary,$(subst /,.,$(basename $(wildcard data/*.py data/*/*.py))))
 comma := ,
 test-all:
 	./scripts/test.sh -m ''

@@ -10,9 +10,9 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from models import partition
-from models.decoder import Decoder, DecoderConfig, check_decoder
-from models.encoder import Encoder, EncoderConfig, check_encoder
-from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
+from models.families.decoder import Decoder, DecoderConfig, check_decoder
+from models.families.encoder import Encoder, EncoderConfig, check_encoder
+from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.attention import Cache, Visibility
-from models.block import Cross
 from models.build import Model
-from models.encoder_decoder import EncoderDecoder
+from models.families.encoder_decoder import EncoderDecoder
+from models.layers.attention import Cache, Visibility
+from models.layers.block import Cross
 from models.specs import Tree
 
 EOS = 1

@@ -3,8 +3,8 @@
 import math
 
 from models.build import ModelConfig, build
-from models.encoder import EncoderConfig
-from models.encoder_decoder import EncoderDecoderConfig
+from models.families.encoder import EncoderConfig
+from models.families.encoder_decoder import EncoderDecoderConfig
 from models.specs import ParamSpec, Tree, is_matrix, is_spec
 
 FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of the forward pass

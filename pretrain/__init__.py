@@ -1,0 +1,4 @@
+"""The run: from a command line to a trained model.
+
+Its folders are layers: each imports only those below it (setup.cfg).
+"""

@@ -1,4 +1,4 @@
-from pretrain.cli import main
+from pretrain.cli.main import main
 
 if __name__ == '__main__':
   raise SystemExit(main())

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pretrain.experiment import Experiment
-from pretrain.mesh import MeshConfig, host_rows, make_mesh, to_global
-from pretrain.metrics import read_metrics
-from pretrain.runtime import build_program, cache_dir
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.mesh import MeshConfig, host_rows, make_mesh, to_global
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.program import build_program
+from pretrain.records.metrics import read_metrics
 
 
 def cpu_mesh(num_devices: int, axis: str = 'fsdp') -> Mesh:
@@ -33,8 +34,8 @@ def cpu_mesh(num_devices: int, axis: str = 'fsdp') -> Mesh:
 
 def losses(cfg: Experiment, steps: int, metric: str = 'loss') -> np.ndarray:
   """The first `steps` training losses of `cfg`, or another metric of the step: float32[steps]. No file is written."""
-  from data.loader import loader
-  from data.source import open_data
+  from data.batches.loader import loader
+  from data.batches.source import open_data
 
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   program = build_program(cfg)
@@ -59,7 +60,7 @@ def assert_layout_invariant(
 
 def assert_resumes_exactly(cfg: Experiment, workdir: pathlib.Path, *, steps: int, stop_at: int) -> None:
   """`steps` steps in one go, and stopped after `stop_at` and resumed, log the same losses bit for bit."""
-  from pretrain.train import train
+  from pretrain.run.train import train
 
   def until(last: int, where: str) -> None:
     train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=last, log_every=1)), workdir / where)

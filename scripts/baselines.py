@@ -11,15 +11,15 @@ import json
 import pathlib
 import sys
 
-from data.builtin import builtin_store
-from data.ngrams import ngram_loss
-from data.source import Builtin, Data, StoreData
-from data.store import open_store
-from pretrain import config
+from data.batches.source import Builtin, Data, StoreData
+from data.prepare.builtin import builtin_store
+from data.stores.ngrams import ngram_loss
+from data.stores.store import open_store
+from pretrain.config import bindings
+from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import USER_ERRORS, CheckpointError, ConfigError
-from pretrain.experiment import Experiment
-from pretrain.metrics import read_metrics
-from pretrain.runtime import cache_dir
+from pretrain.experiment.experiment import Experiment
+from pretrain.records.metrics import read_metrics
 
 
 def stores(data: Data, vocab_size: int) -> tuple[str, str]:
@@ -46,7 +46,7 @@ def main(workdir: pathlib.Path) -> None:
   file = workdir / 'config.gin'
   if not file.exists():
     raise CheckpointError('CKPT-NONE', f'no run in {workdir}; nothing was written. Check the path.')
-  cfg = config.load(Experiment, [str(file)])
+  cfg = bindings.load(Experiment, [str(file)])
   train, heldout = stores(cfg.data, cfg.model.vocab_size)
   losses = dataclasses.asdict(ngram_loss(open_store(train), open_store(heldout)))
   num_tokens = losses.pop('num_tokens')

@@ -24,19 +24,19 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from faults_case import ROOT, Line, dying_with_this, joined, references
-from faults_data import f12, f13, f14
-from faults_disk import f8
-from faults_kills import f1, f2, f3, f7, mttr
-from faults_refusals import f6, f15, f17
-from faults_runs import f4, f5, f10, f11, f19
-from faults_safety import f18
-from faults_snapshots import f20, f21
-from faults_values import f9, f16
+from faults.case import PYTHONPATH, Line, dying_with_this, joined, references
+from faults.data import f12, f13, f14
+from faults.disk import f8
+from faults.kills import f1, f2, f3, f7, mttr
+from faults.refusals import f6, f15, f17
+from faults.runs import f4, f5, f10, f11, f19
+from faults.safety import f18
+from faults.snapshots import f20, f21
+from faults.values import f9, f16
 
-from pretrain import supervise
-from pretrain.platform import cores
-from pretrain.snapshot_slots import MEMORY
+from pretrain.devices.platform import cores
+from pretrain.fleet import supervise
+from pretrain.snapshots.slots import MEMORY
 
 BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
 AFTERWARDS = (f19, mttr)  # of all runs above; alone
@@ -68,7 +68,7 @@ class Job:
     command = dying_with_this([sys.executable, __file__, *self.flags(options, kept)])
     with kept.with_suffix('.log').open('w') as log:
       process = subprocess.Popen(
-        command, stdout=log, stderr=log, process_group=0, env=os.environ | {'PYTHONPATH': str(ROOT)}
+        command, stdout=log, stderr=log, process_group=0, env=os.environ | {'PYTHONPATH': PYTHONPATH}
       )
       options.running.append(process)
       process.wait()

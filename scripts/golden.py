@@ -1,12 +1,14 @@
 """Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before a commit.
 
 A golden holds the resolved text, the parameter table with shardings and init, and FLOPs: a change of any of them that
-nobody meant shows up in tests/pretrain/test_golden.py.
+nobody meant shows up in tests/pretrain/tools/test_golden.py.
 """
 
 import pathlib
 
-from pretrain import config, describe, experiment
+from pretrain.config import bindings
+from pretrain.experiment import experiment
+from pretrain.tools import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS, GOLDENS = ROOT / 'configs', ROOT / 'tests/golden'
@@ -18,7 +20,7 @@ def shipped() -> list[str]:
 
 
 def described(name: str) -> str:
-  cfg = config.load(experiment.Experiment, [str(CONFIGS / f'{name}.gin')])
+  cfg = bindings.load(experiment.Experiment, [str(CONFIGS / f'{name}.gin')])
   experiment.check(cfg)
   return describe.describe(cfg) + '\n'
 

@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-from data.builtin import documents, is_heldout
+from data.prepare.builtin import documents, is_heldout
 
 ANSWERS, SENTENCES = 4, 2  # of a conversation, of an answer
 

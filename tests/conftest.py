@@ -12,7 +12,7 @@ os.environ['XLA_FLAGS'] = (
 )
 if importlib.metadata.version('jaxlib').startswith('0.10.'):  # gone later
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
-os.environ['NPROC'] = '16'  # pretrain/platform.py:set_threads
+os.environ['NPROC'] = '16'  # pretrain/devices/platform.py:set_threads
 # Many tests compile the same small programs: once for all of them, and for all workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix='pretrain-tests-')
@@ -27,9 +27,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data.messages import ROLES, marker
-from data.store import StoreWriter
-from data.vocabulary import Tokenizer
+from data.prepare.messages import ROLES, marker
+from data.stores.store import StoreWriter
+from data.stores.vocabulary import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLUMNS = {'tag_lengths': 'int32', 'roles': 'int8', 'turns_left': 'int32'}  # of conversations

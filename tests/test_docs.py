@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from pretrain import cli, config
-from pretrain.experiment import Experiment, check
-from pretrain.schema import is_section, name_of, sections, without_none
+from pretrain.cli import main
+from pretrain.config import bindings
+from pretrain.config.schema import is_section, name_of, sections, without_none
+from pretrain.experiment.experiment import Experiment, check
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / 'README.md', *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md')]
@@ -78,7 +79,7 @@ def commands_in(code: str) -> Iterator[list[str]]:
 
 def wrong_words(words: list[str]) -> Iterator[str]:
   """Sub-commands and flags that the parser does not have; `--gin.KEY=` is a key's matter."""
-  parser = cli.parser()
+  parser = main.parser()
   for word in words:
     actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     if not word.startswith('-'):
@@ -105,7 +106,7 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
   of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on'}  # setup.sh, faults.py
-  known = all_flags(cli.parser()) | of_scripts | {'--gin'}
+  known = all_flags(main.parser()) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
     keys = dict.fromkeys(KEY.findall(code) + ASSIGNED.findall(code))
@@ -129,7 +130,7 @@ def test_configs_in_documents_load(path, tmp_path):
   blocks = [body for language, body in BLOCK.findall(path.read_text()) if language == 'gin']
   for i, body in enumerate(body for body in blocks if body.startswith("include '../configs/")):
     (file := tmp_path / 'my' / f'{i}.gin').write_text(body)
-    check(config.load(Experiment, [str(file)]))
+    check(bindings.load(Experiment, [str(file)]))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_function_is_measured_without_its_docstring(tmp_path):
 
 def test_tpu_topologies_are_asked_for_in_one_place():
   users = [str(p.relative_to(ROOT)) for p in SOURCES if re.search(r'\btopologies\b', p.read_text())]
-  assert users == ['pretrain/plan.py']
+  assert users == ['pretrain/tools/plan.py']
 
 
 def test_there_is_no_drawer_for_everything():

@@ -1,0 +1,4 @@
+"""Cross-entropy of a linear head.
+
+Knows arrays; must not know models.
+"""

@@ -146,7 +146,7 @@ def compile_case(chip: str, case: Case, *, backward: bool):
   import jax
   import jax.numpy as jnp
 
-  from pretrain.plan import tpu_devices
+  from pretrain.tools.plan import tpu_devices
 
   mesh = jax.make_mesh((1,), ('x',), devices=tpu_devices(chip)[:1])
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

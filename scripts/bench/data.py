@@ -27,15 +27,17 @@ sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be 
 import grain  # noqa: E402
 import numpy as np  # noqa: E402
 
-from data import batches, prepare, source, store, vocabulary  # noqa: E402
-from data.best_fit import BestFitPlanner  # noqa: E402
-from data.loader import loader  # noqa: E402
-from data.objectives import CausalLm, SpanCorruption, Ul2, tasks_of  # noqa: E402
-from data.packing import BestFit  # noqa: E402
-from data.plan import Stream  # noqa: E402
-from data.plan_report import keep_plans  # noqa: E402
-from data.tasks import Budget  # noqa: E402
-from pretrain.allocator import keep_memory  # noqa: E402
+from data.batches import batches, source  # noqa: E402
+from data.batches.loader import loader  # noqa: E402
+from data.batches.plan_report import keep_plans  # noqa: E402
+from data.objectives.objectives import CausalLm, SpanCorruption, Ul2, tasks_of  # noqa: E402
+from data.objectives.tasks import Budget  # noqa: E402
+from data.packing.best_fit import BestFitPlanner  # noqa: E402
+from data.packing.packing import BestFit  # noqa: E402
+from data.packing.plan import Stream  # noqa: E402
+from data.prepare import prepare  # noqa: E402
+from data.stores import store, vocabulary  # noqa: E402
+from pretrain.devices.allocator import keep_memory  # noqa: E402
 
 SENTINELS, BATCH = 128, 64
 NUM_TOKENS = 40_000_000

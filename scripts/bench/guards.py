@@ -34,10 +34,11 @@ class Steps:
   """A run of steps over one batch, in memory."""
 
   def __init__(self, cfg):
-    from data.loader import loader
-    from data.source import open_data
-    from pretrain.mesh import host_rows, to_global
-    from pretrain.runtime import build_program, cache_dir
+    from data.batches.loader import loader
+    from data.batches.source import open_data
+    from pretrain.devices.compilation_cache import cache_dir
+    from pretrain.devices.mesh import host_rows, to_global
+    from pretrain.experiment.program import build_program
 
     self.program = build_program(cfg)
     source = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
@@ -51,7 +52,7 @@ class Steps:
 
 
 def bench_spikes(cfg, rounds: int, count: int) -> None:
-  from pretrain.optim_spikes import SkipSpikes
+  from pretrain.optim.spikes import SkipSpikes
 
   off, on = Steps(cfg), Steps(dataclasses.replace(cfg, spikes=SkipSpikes()))
   for steps in (off, on):
@@ -65,8 +66,8 @@ def bench_spikes(cfg, rounds: int, count: int) -> None:
 def bench_replicas(cfg, rounds: int, count: int) -> None:
   import jax
 
-  from pretrain.mesh import MeshConfig
-  from pretrain.replicas import Replicas
+  from pretrain.devices.mesh import MeshConfig
+  from pretrain.replicas.compare import Replicas
 
   steps = Steps(dataclasses.replace(cfg, mesh=MeshConfig(data=2)))
   replicas = Replicas(steps.program.abstract, steps.program.mesh)
@@ -89,10 +90,10 @@ def main() -> int:
   options = flags.parse_args()
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'NPROC': '4'}
-  from pretrain import config
-  from pretrain.experiment import Experiment
+  from pretrain.config import bindings
+  from pretrain.experiment.experiment import Experiment
 
-  cfg = config.load(Experiment, [str(ROOT / 'configs/decoder/bench.gin')], [])
+  cfg = bindings.load(Experiment, [str(ROOT / 'configs/decoder/bench.gin')], [])
   bench_spikes(cfg, options.rounds, options.steps)
   bench_replicas(cfg, options.rounds, options.steps)
   return 0

@@ -24,10 +24,10 @@ import jax.numpy as jnp  # noqa: E402
 
 import models.build  # noqa: E402
 from models import specs  # noqa: E402
-from pretrain import config  # noqa: E402
-from pretrain.experiment import Experiment  # noqa: E402
-from pretrain.mesh import make_mesh  # noqa: E402
-from pretrain.optim import Adafactor, AdamW, Lion, Muon, make_optimizer  # noqa: E402
+from pretrain.config import bindings  # noqa: E402
+from pretrain.devices.mesh import make_mesh  # noqa: E402
+from pretrain.experiment.experiment import Experiment  # noqa: E402
+from pretrain.optim.optimizer import Adafactor, AdamW, Lion, Muon, make_optimizer  # noqa: E402
 
 OPTIMIZERS = {
   'adamw': AdamW(),
@@ -77,7 +77,7 @@ def main() -> None:
   flags.add_argument('--rounds', type=int, default=5)
   flags.add_argument('--updates', type=int, default=4, help='updates in a round')
   options = flags.parse_args()
-  cfg = config.load(Experiment, [str(CONFIG)], [])
+  cfg = bindings.load(Experiment, [str(CONFIG)], [])
   model = models.build.build(cfg.model, cfg.kernels, make_mesh(cfg.mesh))
   count = specs.count(model.specs)
   print(f'cores {len(os.sched_getaffinity(0))}, Python {platform.python_version()}, jax {jax.__version__}', flush=True)

@@ -25,13 +25,15 @@ sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be 
 
 import numpy as np  # noqa: E402
 
-from data import builtin, docstrings, prepare, vocabulary  # noqa: E402
+from data.prepare import builtin, docstrings, prepare  # noqa: E402
+from data.stores import vocabulary  # noqa: E402
 
 BAR, MEMORY_BAR = 2.5, 1.2
 TIMED = """
 import json, os, resource, sys, time
 sys.path.insert(0, sys.argv[1])
-from data import prepare, store
+from data.prepare import prepare
+from data.stores import store
 if __name__ == '__main__':
   start = time.perf_counter()
   prepare.prepare([sys.argv[2]], sys.argv[3], tokenizer=sys.argv[4], workers=int(sys.argv[5]))

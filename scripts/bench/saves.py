@@ -48,17 +48,19 @@ def stretch(program, state, batches, number: int, checkpoints=None, saved=None) 
 def bench(options: argparse.Namespace, folder: pathlib.Path) -> None:
   import jax
 
-  from data.loader import loader
-  from data.source import open_data
-  from pretrain import config
-  from pretrain.checkpoint import Checkpoints
-  from pretrain.experiment import CheckpointConfig, Experiment
-  from pretrain.mesh import host_rows, to_global
-  from pretrain.runtime import build_program, cache_dir
+  from data.batches.loader import loader
+  from data.batches.source import open_data
+  from pretrain.checkpoints.checkpoints import Checkpoints
+  from pretrain.checkpoints.config import CheckpointConfig
+  from pretrain.config import bindings
+  from pretrain.devices.compilation_cache import cache_dir
+  from pretrain.devices.mesh import host_rows, to_global
+  from pretrain.experiment.experiment import Experiment
+  from pretrain.experiment.program import build_program
 
   keys = [f'model.embed={options.embed}', f'model.mlp.hidden={4 * options.embed}', f'data.batch_size={options.rows}',
           f'model.heads={options.embed // 64}']  # fmt: skip
-  cfg = config.load(Experiment, [str(CONFIG)], keys)
+  cfg = bindings.load(Experiment, [str(CONFIG)], keys)
   program = build_program(cfg)
   source = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   found = loader(source, {'examples': 0}, host_rows(program.mesh, cfg.data.batch_size))

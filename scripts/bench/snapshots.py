@@ -28,19 +28,20 @@ class Bench:
   """A run's state and step, with its snapshots switched on and off."""
 
   def __init__(self, options, memory: str):
-    from data.loader import loader
-    from data.source import open_data
-    from pretrain import config
-    from pretrain.experiment import Experiment, check
-    from pretrain.mesh import host_rows, prepare_platform
-    from pretrain.resume import identity
-    from pretrain.runtime import build_program, cache_dir, use_compilation_cache
-    from pretrain.snapshot_slots import SnapshotConfig
-    from pretrain.snapshots import Snapshots
+    from data.batches.loader import loader
+    from data.batches.source import open_data
+    from pretrain.config import bindings
+    from pretrain.devices.compilation_cache import cache_dir, use_compilation_cache
+    from pretrain.devices.mesh import host_rows, prepare_platform
+    from pretrain.experiment.experiment import Experiment, check
+    from pretrain.experiment.program import build_program
+    from pretrain.experiment.resume import identity
+    from pretrain.snapshots.slots import SnapshotConfig
+    from pretrain.snapshots.snapshots import Snapshots
 
     rows = max(options.tokens // 512 // options.hosts, 1) * options.hosts
     keys = [*KEYS, f'data.batch_size={rows}', f'mesh.{options.mesh}={options.hosts}']
-    cfg = config.load(Experiment, [str(ROOT / 'configs/decoder/bench.gin')], keys)
+    cfg = bindings.load(Experiment, [str(ROOT / 'configs/decoder/bench.gin')], keys)
     check(cfg)
     prepare_platform(cfg.mesh, options.hosts)
     use_compilation_cache()
@@ -57,17 +58,17 @@ class Bench:
 
   def _compile_together(self) -> None:
     """As a run does: what compiles last would come too late to gloo's first meeting."""
-    from pretrain import hosts
-    from pretrain.mesh import to_global
+    from pretrain.devices.mesh import to_global
+    from pretrain.hosts import coordination
 
     self.program.train_step.lower(self.state, to_global(next(self.batches)[1], self.program.mesh)).compile()
-    hosts.barrier('compiled', 1800.0)
+    coordination.barrier('compiled', 1800.0)
 
   def run(self, steps: int, on: bool) -> tuple[float, float]:
     """(wall, CPU) seconds a step. As the loop of a run: the numbers of a step are read while the next one runs."""
     import jax
 
-    from pretrain.mesh import to_global
+    from pretrain.devices.mesh import to_global
 
     jax.block_until_ready(self.state)
     start, cpu, before = time.perf_counter(), cpu_seconds(), None
@@ -141,7 +142,7 @@ def main() -> None:
   flags.add_argument('--mesh', choices=['data', 'fsdp'], default='data')
   flags.add_argument('--memory', help=argparse.SUPPRESS)
   options = flags.parse_args()
-  from pretrain import launch
+  from pretrain.fleet import launch
 
   if options.hosts > 1 and options.memory is None:
     with tempfile.TemporaryDirectory(dir='/dev/shm') as memory:

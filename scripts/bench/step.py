@@ -42,14 +42,15 @@ def time_steps(step, state, batches) -> tuple[float, object]:
 def bench_step(rounds: int, steps: int) -> None:
   import bare
 
-  from data.loader import loader
-  from data.source import open_data
-  from pretrain import config
-  from pretrain.experiment import Experiment
-  from pretrain.mesh import host_rows, to_global
-  from pretrain.runtime import build_program, cache_dir
+  from data.batches.loader import loader
+  from data.batches.source import open_data
+  from pretrain.config import bindings
+  from pretrain.devices.compilation_cache import cache_dir
+  from pretrain.devices.mesh import host_rows, to_global
+  from pretrain.experiment.experiment import Experiment
+  from pretrain.experiment.program import build_program
 
-  cfg = config.load(Experiment, [str(CONFIG)], [])
+  cfg = bindings.load(Experiment, [str(CONFIG)], [])
   program = build_program(cfg)
   source = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   batches = loader(source, {'examples': 0}, host_rows(program.mesh, cfg.data.batch_size))

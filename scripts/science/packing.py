@@ -18,9 +18,10 @@ from steps import Rows, curve, last_loss, logged_seconds, row_lengths, step_flop
 from study import ROOT, Results, Scale, at_scale, made_by, parser, scale_of, write
 from trials import Trial, run_all, summary, table
 
-from pretrain import config, experiment
-from pretrain.metrics import read_metrics
-from pretrain.plots import BLUE, EVALUATION, LOOK, figure, pyplot
+from pretrain.config import bindings
+from pretrain.experiment import experiment
+from pretrain.records.metrics import read_metrics
+from pretrain.records.plots import BLUE, EVALUATION, LOOK, figure, pyplot
 
 BUCKETS = 'configs/decoder/tiny_dd.gin'
 COMMON = (
@@ -137,7 +138,7 @@ def main() -> None:
   scale, folder = scale_of(options)
   scale = dataclasses.replace(scale, seeds=tuple(range(options.seeds)) if options.seeds else scale.seeds)
   times, runs = run(folder, scale)
-  cfg = config.load(experiment.Experiment, [str(ROOT / BUCKETS)])
+  cfg = bindings.load(experiment.Experiment, [str(ROOT / BUCKETS)])
   flops = step_flops(cfg)
   seconds = {n: times['step_times'][f'cpu {n} median'] for n in flops}
   head = HEAD.format(

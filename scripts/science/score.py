@@ -6,15 +6,16 @@ import pathlib
 import jax
 import numpy as np
 
-from data.objectives import CausalLm, Denoiser, Objective, PrefixLm, SpanCorruption, Ul2
-from data.source import open_data
-from data.vocabulary import EOS
-from pretrain.checkpoint import Checkpoints
-from pretrain.evaluate import evaluate
-from pretrain.experiment import Experiment
-from pretrain.loss import make_eval_step
-from pretrain.metrics import read_metrics
-from pretrain.runtime import build_program, cache_dir
+from data.batches.source import open_data
+from data.objectives.objectives import CausalLm, Denoiser, Objective, PrefixLm, SpanCorruption, Ul2
+from data.stores.vocabulary import EOS
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.program import build_program
+from pretrain.records.metrics import read_metrics
+from pretrain.step.loss import make_eval_step
+from pretrain.tools.evaluate import evaluate
 
 BATCHES = 16
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from data.source import open_data
+from data.batches.source import open_data
 from models.flops import flops_per_step
-from pretrain.experiment import Experiment
-from pretrain.mesh import to_global
-from pretrain.metrics import read_metrics
-from pretrain.runtime import build_program, cache_dir
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.mesh import to_global
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.program import build_program
+from pretrain.records.metrics import read_metrics
 
 Rows = Sequence[Mapping[str, float]]
 LOSS = 'eval/builtin/loss'

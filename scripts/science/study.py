@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 import jax
 from trials import Trial
 
-from data.source import open_data
-from pretrain import config, experiment, runtime
+from data.batches.source import open_data
+from pretrain.config import bindings
+from pretrain.experiment import experiment, program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 READING = '## Reading\n'
@@ -38,8 +39,8 @@ QUICK = Scale(tokens=40_000, seeds=(0,))
 @functools.cache
 def tokens_per_step(gin_file: str, overrides: tuple[str, ...]) -> float:
   """Tokens of inputs and targets in a batch, without padding: the mean of 20 batches."""
-  cfg = config.load(experiment.Experiment, [str(ROOT / gin_file)], overrides)
-  size, cache = cfg.model.vocab_size, runtime.cache_dir()
+  cfg = bindings.load(experiment.Experiment, [str(ROOT / gin_file)], overrides)
+  size, cache = cfg.model.vocab_size, program.cache_dir()
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=size, cache_dir=cache)
   batches = [data.batch(step, slice(0, cfg.data.batch_size)) for step in range(20)]
   return sum(int((v > 0).sum()) for batch in batches for k, v in batch.items() if k.endswith('_segment_ids')) / 20

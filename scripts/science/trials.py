@@ -50,11 +50,13 @@ def _run(job) -> dict[str, float]:
   result = workdir / 'result.json'
   if result.exists():
     return json.loads(result.read_text())
-  from pretrain import config, experiment, runtime, train
+  from pretrain.config import bindings
+  from pretrain.experiment import experiment, program
+  from pretrain.run import train
 
-  cfg = config.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
+  cfg = bindings.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
   experiment.check(cfg)
-  runtime.use_compilation_cache()
+  program.use_compilation_cache()
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
     train.train(cfg, workdir)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from models.decoder import DecoderConfig
+from models.families.decoder import DecoderConfig
 
 ACTIVATIONS = {
   'relu': lambda x: np.maximum(x, 0),

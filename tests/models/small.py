@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from models.build import build
-from models.decoder import DecoderConfig, DecoderMlpConfig
-from models.encoder import EncoderConfig
-from models.encoder_decoder import EncoderDecoderConfig
-from models.mlp import MlpConfig
-from models.norm import LayerNormConfig
+from models.families.decoder import DecoderConfig, DecoderMlpConfig
+from models.families.encoder import EncoderConfig
+from models.families.encoder_decoder import EncoderDecoderConfig
+from models.layers.mlp import MlpConfig
+from models.layers.norm import LayerNormConfig
 from models.specs import initialize
 
 VOCAB = 64

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from models import specs
-from models.attention import Visibility
 from models.decode import greedy, teacher_forced
 from models.flops import flops_per_step
+from models.layers.attention import Visibility
 from models.partition import check_divisible, shardings
-from pretrain.mesh import MeshConfig, make_mesh
+from pretrain.devices.mesh import MeshConfig, make_mesh
 from tests.models.small import (
   ALIBI,
   BERT,

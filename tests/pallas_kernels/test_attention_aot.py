@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels.attention import tpu
 from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.reference import RelativeBias
-from pretrain.plan import MIB, compile_for, tpu_devices
+from pretrain.tools.plan import MIB, compile_for, tpu_devices
 
 pytestmark = pytest.mark.aot
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')

@@ -12,7 +12,7 @@ import pallas_kernels
 from pallas_kernels import tuned
 from pallas_kernels.attention import gpu, tpu
 from pallas_kernels.errors import KernelError
-from pretrain.cli import is_user_error
+from pretrain.cli.main import is_user_error
 
 FILES = sorted(tuned.FOLDER.glob('*.json'))
 H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')

@@ -2,8 +2,8 @@
 
 import pathlib
 
-from pretrain import config
-from pretrain.experiment import Experiment, check
+from pretrain.config import bindings
+from pretrain.experiment.experiment import Experiment, check
 
 ROOT = pathlib.Path(__file__).parents[2]
 UL2 = ROOT / 'configs/ul2/tiny.gin'
@@ -41,7 +41,7 @@ SMALL_DECODER = (*SMALL, 'model.vocab_size=512', 'model.layers=2', 'data.targets
 
 
 def experiment(file: pathlib.Path, *overrides: str) -> Experiment:
-  cfg = config.load(Experiment, [str(file)], overrides)
+  cfg = bindings.load(Experiment, [str(file)], overrides)
   check(cfg)
   return cfg
 

@@ -14,8 +14,8 @@ import types
 
 import pytest
 
-from pretrain import manifest
-from pretrain.manifest import Leaf, Manifest
+from pretrain.checkpoints import manifest
+from pretrain.checkpoints.manifest import Leaf, Manifest
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / 'scripts'
 ROWS = [{'step': step, 'loss': 6.5 / step, 'grad_norm': 1.0, 'batch_checksum': 7} for step in (1, 2, 3)]
@@ -40,7 +40,7 @@ def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=
 
 def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
   """A row to which values are added may become shorter: for a moment the end of what it was stands behind it."""
-  case = run(module('faults_case'), tmp_path)
+  case = run(module('faults.case'), tmp_path)
   assert case.logged() == 3
   with (case.workdir / 'metrics.jsonl').open('a') as file:
     file.write('0.1234567890, "save_mib": 7}\n')
@@ -50,7 +50,7 @@ def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
 
 
 def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
-  found = module('faults_case')
+  found = module('faults.case')
   assert run(found, tmp_path / 'a').differs(run(found, tmp_path / 'b')) == ''
 
 
@@ -67,19 +67,19 @@ def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
   ],
 )
 def test_a_loss_a_batch_or_a_step_that_is_another_is_seen(module, tmp_path, change, said):
-  found, rows = module('faults_case'), [dict(row) for row in ROWS]
+  found, rows = module('faults.case'), [dict(row) for row in ROWS]
   change(rows)
   assert run(found, tmp_path / 'a', rows).differs(run(found, tmp_path / 'b')) == said
 
 
 def test_an_array_that_is_another_in_the_end_is_seen(module, tmp_path):
-  found = module('faults_case')
+  found = module('faults.case')
   wrong = run(found, tmp_path / 'a', digest='a2').differs(run(found, tmp_path / 'b'))
   assert wrong == 'params/w of step 3 is another array (first of 1)'
 
 
 def test_the_parts_of_a_fault_are_all_of_its_trials(module):
-  count = module('faults_case').count
+  count = module('faults.case').count
   for total, parts in ((200, 4), (30, 3), (10, 3), (1, 1)):
     options = [argparse.Namespace(times=0, full=True, part=part, parts=parts) for part in range(parts)]
     assert sum(count(one, 6, total) for one in options) == total
@@ -87,7 +87,7 @@ def test_the_parts_of_a_fault_are_all_of_its_trials(module):
 
 
 def test_a_part_that_was_not_survived_shows_in_the_line(module):
-  found = module('faults_case')
+  found = module('faults.case')
   line = found.joined([found.Line(2, 2, 'fine', [1.0, 2.0], {'save': 2}), found.Line(3, 0, 'lost', [9.0], {'save': 1})])
   assert (line.tried, line.survived, line.worst, line.whole) == (5, 2, 'lost', False)
   assert str(line) == 'tried 5, survived 2; lost; recovered in 2.0 s (p95 9.0 s); in save 3'
@@ -112,12 +112,12 @@ def test_a_part_that_was_not_survived_shows_in_the_line(module):
 )
 def test_a_refusal_has_a_code_and_words_and_changes_nothing(module, tmp_path, act, said):
   (path := tmp_path / 'file').write_text('as it was')
-  trial = module('faults_refusals').Trial('t', lambda: act(path), 66, ['CKPT', 'none'], tmp_path)
+  trial = module('faults.refusals').Trial('t', lambda: act(path), 66, ['CKPT', 'none'], tmp_path)
   assert trial.problem() == said.format(path=path, new=path.with_name('new'))
 
 
 def test_a_save_is_hit_in_the_part_that_was_wanted(module):
-  kills = module('faults_kills')
+  kills = module('faults.kills')
   at = lambda note: types.SimpleNamespace(note=lambda name: note)
   assert kills.in_save(at('2 hash'), 2, 'hash')
   assert kills.in_save(at('5 hash'), 3, 'hash'), 'a later one'
@@ -134,7 +134,7 @@ def test_every_fault_of_the_matrix_is_there_once(module):
 
 @pytest.mark.parametrize('full', [False, True])
 def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, full):
-  case, options = module('faults_case'), argparse.Namespace(full=full, alone=tmp_path)
+  case, options = module('faults.case'), argparse.Namespace(full=full, alone=tmp_path)
   for name in ('alone_1_120', 'alone_1_800', 'alone_1_130', 'alone_3_620'):
     (tmp_path / f'{name}.done').touch()
   alone = case.references(options)
@@ -144,7 +144,7 @@ def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, 
 
 
 def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeypatch):
-  case = module('faults_case')
+  case = module('faults.case')
   monkeypatch.setattr(case.Case, 'command', lambda self: [sys.executable, '-c', 'import sys; sys.exit(1)'])
   with pytest.raises(SystemExit, match='the run that was left alone ended with 1'):
     case.references(argparse.Namespace(full=False, alone=tmp_path))(1, 60)
@@ -152,7 +152,7 @@ def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeyp
 
 
 def test_how_far_losses_are_apart(module, tmp_path):
-  found, rows = module('faults_case'), [dict(row) for row in ROWS]
+  found, rows = module('faults.case'), [dict(row) for row in ROWS]
   rows[1]['loss'] *= 1 + 2e-6
   own, other = run(found, tmp_path / 'a', rows), run(found, tmp_path / 'b')
   assert own.apart(other) == pytest.approx(2e-6, rel=1e-3)
@@ -161,7 +161,7 @@ def test_how_far_losses_are_apart(module, tmp_path):
 
 def broken(module, folder: pathlib.Path, *incidents, fault=None):
   """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` sees it."""
-  found = run(module('faults_case'), folder)
+  found = run(module('faults.case'), folder)
   keys = ('step_reached', 'step_resumed')
   lines = [dict(zip(keys, incident, strict=True), seconds_lost=None) for incident in incidents]
   (found.workdir / 'incidents.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -179,8 +179,8 @@ def broken(module, folder: pathlib.Path, *incidents, fault=None):
   ],
 )
 def test_a_fault_that_ended_nothing_and_a_start_from_0_are_not_survived(module, tmp_path, incidents, said):
-  own, other = broken(module, tmp_path / 'a', *incidents), run(module('faults_case'), tmp_path / 'b')
-  line = module('faults_case').verdict(own, other, 0, tried=3)
+  own, other = broken(module, tmp_path / 'a', *incidents), run(module('faults.case'), tmp_path / 'b')
+  line = module('faults.case').verdict(own, other, 0, tried=3)
   assert line.worst == (said and f'{said}; see {own.workdir}.log')
   assert (line.tried, line.survived) == (3, 0 if said else 3)
 
@@ -188,9 +188,9 @@ def test_a_fault_that_ended_nothing_and_a_start_from_0_are_not_survived(module, 
 def test_a_fault_that_fails_itself_is_seen(module, tmp_path):
   own, other = (
     broken(module, tmp_path / 'a', (2, 1), fault=lambda case: 1 // 0),
-    run(module('faults_case'), tmp_path / 'b'),
+    run(module('faults.case'), tmp_path / 'b'),
   )
-  line = module('faults_case').verdict(own, other, 0, tried=1)
+  line = module('faults.case').verdict(own, other, 0, tried=1)
   assert line.worst.startswith("the fault itself failed: ZeroDivisionError('")
   assert line.survived == 0
 
@@ -219,7 +219,7 @@ def test_who_is_interrupted_leaves_no_process_and_no_memory(tmp_path, number):
 
 def interrupted(process: subprocess.Popen, word: str, number: int) -> pathlib.Path:
   """Once a run has begun, it is; the folder of its memory."""
-  while not any('faults_child.py train' in line for line in with_this(word)):
+  while not any('faults.child train' in line for line in with_this(word)):
     assert process.poll() is None
     time.sleep(0.05)
   words = ' '.join(with_this(word)).split()

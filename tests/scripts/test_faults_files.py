@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from pretrain import manifest
-from scripts.faults_files import CLASSES, run_trials, write_run
+from pretrain.checkpoints import manifest
+from scripts.faults.files import CLASSES, run_trials, write_run
 from tests.pretrain import tiny
 
 
 @pytest.fixture(autouse=True)
 def without_orbax_alone(monkeypatch):
   """Reads that fail leave others behind, for whichever test collects garbage next."""
-  monkeypatch.setattr('scripts.faults_files.orbax_alone', lambda workdir, wanted: 'not asked')
+  monkeypatch.setattr('scripts.faults.files.orbax_alone', lambda workdir, wanted: 'not asked')
 
 
 def missed(tallies) -> int:
@@ -34,7 +34,7 @@ def test_every_file_of_a_step_is_of_a_class(tmp_path):
 
 
 def test_a_run_that_gets_other_values_of_the_older_step_is_seen(tmp_path, monkeypatch):
-  monkeypatch.setattr('scripts.faults_files.same', lambda found, wanted: False)
+  monkeypatch.setattr('scripts.faults.files.same', lambda found, wanted: False)
   assert missed(run_trials(tmp_path, trials=2, seed=0)) == 2
 
 
@@ -48,7 +48,7 @@ def test_the_trials_see_a_class_of_files_that_is_not_compared(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_orbax_alone_would_have_loaded_some():
-  command = [sys.executable, 'scripts/faults_files.py', '--trials=40']
+  command = [sys.executable, '-m', 'faults.files', '--trials=40']
   done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True)
   last = done.stdout.splitlines()[-1]
   assert last.startswith('F5 all         40 tried, 0 loaded; Orbax alone: silent ')

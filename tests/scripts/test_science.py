@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from data.objectives import CausalLm
-from tests.data.test_source import opened
+from data.objectives.objectives import CausalLm
+from tests.data.batches.test_source import opened
 
 ROOT = pathlib.Path(__file__).parents[2]
 

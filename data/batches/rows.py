@@ -1,0 +1,240 @@
+"""The rows of one store, epoch after epoch: plan, order, tokens, random bits and objective put together."""
+
+import collections
+import functools
+import pathlib
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from data.bits import draws
+from data.examples.make import RowSpec
+from data.examples.makers import makers_of
+from data.examples.pairs import PairStream, sample_pairs
+from data.examples.units import Losses
+from data.mixing.curriculum import Curriculum, Order, Random, arrange, row_scores
+from data.objectives.features import Batch
+from data.objectives.tasks import block_of
+from data.packing.kept_plans import KeptPlans
+from data.packing.order import WINDOW, Deal, EpochOrder
+from data.packing.packing import Packing
+from data.packing.plan import Pieces, Plan, cut_out, joined, runs_of
+from data.ragged import Ragged, join, starts
+
+RANDOM = Random()
+GAP = 64  # tokens between two pieces of a row that are read along rather than read around
+
+
+class _Shard(NamedTuple):
+  """A plan, its rows of each task one after another (int64[rows], in order of the plan), and how many each has."""
+
+  plan: Plan
+  by_task: np.ndarray
+  counts: np.ndarray
+
+  @classmethod
+  def of(cls, plan: Plan, num_tasks: int) -> '_Shard':
+    return cls(plan, np.argsort(plan.tasks, kind='stable'), np.bincount(plan.tasks, minlength=num_tasks))
+
+
+class StoreRows:
+  """Row k of an endless sequence over one store: epoch 0 in its order, then epoch 1, … Picklable.
+
+  Threads may share one; a plan is made once, and those who want another meanwhile wait. The plans of a window of
+  shards are kept, and the row counts of all that were ever made.
+  """
+
+  def __init__(
+    self,
+    store,
+    spec: RowSpec,
+    packing: Packing,
+    *,
+    seed: int,
+    purpose: str,
+    plans: pathlib.Path | None = None,
+    order: Order = RANDOM,
+  ):
+    self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
+    self._order_cfg = order
+    if isinstance(order, Curriculum):
+      store.check_score(order.score)
+    self._tasks = spec.tasks
+    rates = [task.rate for task in self._tasks]
+    self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')
+    self._planner, self._maker, self._units = makers_of(store, spec, packing, seed=seed, purpose=purpose, plans=plans)
+    self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
+    self._plans: collections.OrderedDict[tuple[int, int], _Shard] = collections.OrderedDict()
+    self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
+    self._arranged: collections.OrderedDict[tuple[int, int], list[np.ndarray]] = collections.OrderedDict()
+    self._lock = threading.RLock()
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k != '_lock'}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._lock = threading.RLock()
+
+  def _plan(self, shard: int, variant: int) -> '_Shard':
+    with self._lock:
+      if (shard, variant) not in self._plans:
+        self._plans[shard, variant] = _Shard.of(self._planner.plan(shard, variant), len(self._tasks))
+      self._plans.move_to_end((shard, variant))
+      while len(self._plans) > 2 * WINDOW:
+        self._plans.popitem(last=False)
+      return self._plans[shard, variant]
+
+  def _counts_of(self, variant: int) -> np.ndarray:
+    with self._lock:
+      if variant not in self._counts:
+        count = functools.partial(self._count, variant)
+        kept = self._planner.counts(variant, count) if isinstance(self._planner, KeptPlans) else count()
+        self._counts[variant] = kept
+      return self._counts[variant]
+
+  def _count(self, variant: int) -> np.ndarray:
+    shards = range(len(self.store.shards))
+    return np.array([self._plan(shard, variant).counts for shard in shards])
+
+  @property
+  def variants(self) -> int:
+    """How many different plans a shard has: one for each of so many epochs, then the first again."""
+    return self._planner.variants
+
+  def keep_plan(self, shard: int, variant: int) -> None:
+    """Makes a plan, unless it is kept in a file already."""
+    self._planner.plan(shard, variant)
+
+  def _order(self, epoch: int) -> EpochOrder:
+    with self._lock:
+      if epoch not in self._orders:
+        counts = self._counts_of(epoch % self._planner.variants)
+        cfg = self._order_cfg
+        ordered = functools.partial(self._in_order, cfg, epoch) if isinstance(cfg, Curriculum) else None
+        self._orders[epoch] = EpochOrder(
+          counts, self._deal, seed=self._seed, purpose=self._purpose, epoch=epoch, arrange=ordered
+        )
+        while len(self._orders) > 2:
+          self._orders.popitem(last=False)
+      return self._orders[epoch]
+
+  def _in_order(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray, task: int) -> np.ndarray:
+    """The rows of a task in a window of shards, in the order of the curriculum; those of two windows are kept."""
+    with self._lock:
+      if (epoch, window) not in self._arranged:
+        self._arranged[epoch, window] = self._arrange(cfg, epoch, window, shards)
+        while len(self._arranged) > 2:
+          self._arranged.popitem(last=False)
+      return self._arranged[epoch, window][task]
+
+  def _arrange(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray) -> list[np.ndarray]:
+    scores: list[list[np.ndarray]] = [[] for _ in self._tasks]
+    for shard in shards.tolist():
+      planned = self._plan(shard, epoch % self._planner.variants)
+      own = self.store.scores(cfg.score, shard)
+      by_row = row_scores(planned.plan, own, self.store.shards[shard].documents.start)
+      for part, rows in zip(scores, np.split(planned.by_task, np.cumsum(planned.counts)[:-1]), strict=True):
+        part.append(by_row[rows])
+    purpose = self._purpose + ' curriculum'
+    parts = enumerate(np.concatenate(own) for own in scores)
+    return [arrange(cfg, part, self._seed, purpose, epoch, window, task) for task, part in parts]
+
+  def num_rows(self, epoch: int) -> int:
+    return int(self._counts_of(epoch % self._planner.variants).sum())
+
+  def epoch_of(self, row: int) -> tuple[int, int]:
+    """(epoch, the first row of that epoch) of a row of the sequence. Plans no epoch twice, however far the row."""
+    first = 0
+    for epoch in range(self._planner.variants):
+      end = first + self.num_rows(epoch)
+      if row < end:
+        return epoch, first
+      first = end
+    cycles, rest = divmod(row, first)
+    epoch, start = self.epoch_of(rest)
+    return cycles * self._planner.variants + epoch, cycles * first + start
+
+  def epochs_in(self, count: int) -> float:
+    """How many epochs the first `count` rows of the sequence are."""
+    epoch, first = self.epoch_of(count)
+    return epoch + (count - first) / self.num_rows(epoch)
+
+  def epochs(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(epoch, places in it) for ascending rows of the sequence."""
+    groups = []
+    while len(rows):
+      epoch, first = self.epoch_of(int(rows[0]))
+      count = int(np.searchsorted(rows, first + self.num_rows(epoch)))
+      groups.append((epoch, rows[:count] - first))
+      rows = rows[count:]
+    return groups
+
+  def locate(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shard, row of the shard's plan, task) at each place of an epoch."""
+    shards, tasks, ranks = self._order(epoch).locate(places)
+    rows = np.empty_like(ranks)
+    for shard in np.unique(shards).tolist():
+      own, planned = shards == shard, self._plan(shard, epoch % self._planner.variants)
+      rows[own] = planned.by_task[starts(planned.counts)[tasks[own]] + ranks[own]]
+    return shards, rows, tasks
+
+  def pieces(self, epoch: int, shards: np.ndarray, rows: np.ndarray) -> Pieces:
+    """The pieces of rows of plans of an epoch."""
+    parts = []
+    for shard in np.unique(shards).tolist():
+      own = np.flatnonzero(shards == shard)
+      parts.append((own, self._plan(shard, epoch % self._planner.variants).plan.pieces(rows[own])))
+    return joined(parts)
+
+  def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
+    """(rows, pieces, (places used, places) of each side of a row: encoder and decoder) of all rows of a shard."""
+    plan = self._plan(shard, epoch % self._planner.variants).plan
+    number, budget = len(plan.tasks), self._budget
+    pieces = plan.pieces(np.arange(number))
+    if self._units:
+      parts = [pieces.lengths[::2], pieces.lengths[1::2]] if budget.inputs_length else [[], pieces.lengths]
+      taken = [np.sum(part) for part in parts]
+    else:
+      tables = [np.stack(side) for side in zip(*(budget.costs(task) for task in self._tasks), strict=True)]
+      taken = [table[plan.tasks[pieces.rows], pieces.lengths].sum() for table in tables]
+    rooms = (budget.inputs_length, budget.targets_length)
+    return number, pieces, [(int(used), room * number) for used, room in zip(taken, rooms, strict=True) if room]
+
+  @property
+  def losses(self) -> Losses | None:
+    """What pairs or conversations lose to the length of rows; None where the store holds text."""
+    return self._units and self._units.losses
+
+  def sample_pairs(self, count: int) -> list[tuple[list[int], list[int]]]:
+    """See `pairs.sample_pairs`; none where the store holds no pairs."""
+    units = self._units
+    return sample_pairs(self.store, units.losses.longest, count) if isinstance(units, PairStream) else []
+
+  def task_label(self, task: int) -> str:
+    return self._tasks[task].label
+
+  def parts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of the pieces of a row: (the segment that each is in, from 1; how many of its tokens carry loss, where its
+    document says)."""
+    asked = self._maker.asked(pieces)
+    counts = None if asked is None else np.add.reduceat(asked, starts(pieces.lengths), dtype=np.int64)
+    return self._maker.segments(pieces), counts
+
+  def batch(self, epoch: int, places: np.ndarray) -> Batch:
+    """The fields of the rows at these places of an epoch."""
+    shards, rows, tasks = self.locate(epoch, places)
+    pieces = self.pieces(epoch, shards, rows)
+    bits = lambda: self._bits(epoch, shards, rows, pieces)
+    return self._maker.make(self._tokens(pieces), pieces, tasks, bits)
+
+  def _tokens(self, pieces: Pieces) -> Ragged:
+    ranges, places = runs_of(pieces, GAP)
+    return cut_out(join(self.store.read(ranges)).values, places, pieces.lengths)
+
+  def _bits(self, epoch: int, shards: np.ndarray, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
+    """For each row its own stream: a number for each token and each piece."""
+    counts = np.bincount(pieces.rows, pieces.lengths + 1, len(rows)).astype(np.int64)
+    counters = [(epoch, shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+    return draws(self._seed, self._purpose + ' noise', counters, counts.tolist())

@@ -1,0 +1,309 @@
+"""Where batches come from: the data section of a config, and what it opens."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+from typing import Annotated, Literal, assert_never
+
+from data.batches.batches import DataSource
+from data.batches.bucketed import BucketedSource, BucketRows
+from data.batches.rows import StoreRows
+from data.batches.synthetic import SyntheticStore
+from data.errors import DataError
+from data.examples.make import RowSpec
+from data.examples.tags import Tags, check_tags
+from data.mixing.curriculum import Order, Random, check_order
+from data.mixing.mixture import Mixture, Stage, by_size, check_seen
+from data.mixing.online import Odm, check_online
+from data.objectives.fitting import check_objective
+from data.objectives.objectives import Objective
+from data.objectives.tasks import Budget
+from data.packing.buckets import LengthBuckets
+from data.packing.packing import ConcatSplit, Packing, check_packing
+from data.prepare.builtin import GROUPS, builtin_groups, builtin_store
+from data.stores.store import TAG_LENGTHS, Store, open_store
+from data.stores.vocabulary import MODES, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """A token store and its relative share of the rows."""
+
+  path: str
+  weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureStage:
+  """From step `start_step` on sources have these relative weights, in the order of their list; 0 leaves one out."""
+
+  start_step: Annotated[int, '>= 0']
+  weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Common:
+  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a model of one stack, decoder or encoder, whose
+  rows then have `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait
+  (for each)."""
+
+  batch_size: Annotated[int, '>= 1']
+  inputs_length: Annotated[int, '>= 0'] = 0
+  targets_length: Annotated[int, '>= 1']
+  sentinels: Annotated[int, '>= 0'] = 100
+  attend_across_documents: bool = False
+  packing: Packing = ConcatSplit()
+  order: Order = Random()
+  online: Odm | None = None
+  tags: Tags | None = None
+  workers: Annotated[int, '>= 0'] = 0
+  prefetch: Annotated[int, '>= 0'] = 2
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    """Relative shares of the sources."""
+    return (1.0,)
+
+  @property
+  def num_sources(self) -> int:
+    return len(self.weights)
+
+  @property
+  def budget(self) -> Budget:
+    return Budget(self.inputs_length, self.targets_length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mixed(_Common):
+  """Shares of sources are their weights; with `temperature` times tokens ** (1 / temperature); or what `stages` say."""
+
+  stages: tuple[MixtureStage, ...] = ()
+  temperature: Annotated[float, '> 0'] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Builtin(_Mixed):
+  """Documentation strings of this Python installation, made into a store on first use; see data/prepare/builtin.py.
+
+  With `groups` they are three sources: python (the standard library), arrays (packages about arrays) and tools.
+  """
+
+  name: Literal['builtin'] = 'builtin'
+  groups: bool = False
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    return (1.0,) * (len(GROUPS) if self.groups else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreData(_Mixed):
+  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own."""
+
+  name: Literal['store'] = 'store'
+  sources: tuple[Source, ...]
+  heldout: tuple[Source, ...] = ()
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    return tuple(source.weight for source in self.sources)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Synthetic(_Common):
+  """Random tokens, no disk."""
+
+  name: Literal['synthetic'] = 'synthetic'
+
+
+Data = Builtin | StoreData | Synthetic
+
+
+def has_heldout(cfg: Data) -> bool:
+  """Whether there are evaluation sets."""
+  return isinstance(cfg, Builtin) or (isinstance(cfg, StoreData) and bool(cfg.heldout))
+
+
+def open_data(
+  cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
+) -> DataSource:
+  """The batches of a config. `vocab_size` is the model's; the built-in corpus is made in `cache_dir` when missing.
+
+  Raises DataError for stores that are missing, damaged or of different tokenizers, and for a model whose vocabulary is
+  too small; ValueError where the objective does not fit (`check_objective`).
+  """
+  check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
+  check_packing(cfg, objective)
+  check_order(cfg)
+  check_mixture(cfg)
+  check_online(cfg)
+  check_tags(cfg, objective)
+  plans = pathlib.Path(cache_dir) / 'plans'
+  match cfg:
+    case Synthetic():
+      vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
+      if vocabulary.pieces < 4:
+        raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
+      store = SyntheticStore(vocabulary.pieces, seed)
+      return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {}, None)
+    case Builtin(groups=True):
+      groups, heldout = builtin_groups(cache_dir, vocab_size, cfg.sentinels)
+      paths = {name: str(path) for name, path in groups.items()}
+      return _open_stores(cfg, objective, seed, vocab_size, paths, {'builtin': str(heldout)}, plans)
+    case Builtin():
+      train, heldout = builtin_store(cache_dir, vocab_size, cfg.sentinels)
+      return _open_stores(cfg, objective, seed, vocab_size, {'builtin': str(train)}, {'builtin': str(heldout)}, plans)
+    case StoreData():
+      return _open_stores(cfg, objective, seed, vocab_size, _names(cfg.sources), _names(cfg.heldout), plans)
+    case _:
+      assert_never(cfg)
+
+
+def _names(sources: tuple[Source, ...]) -> dict[str, str]:
+  """name -> path: the name of a store is the last part of its path, numbered where two would be the same."""
+  names: dict[str, str] = {}
+  for source in sources:
+    stem = pathlib.PurePath(source.path.rstrip('/')).name
+    numbered = (f'{stem}_{i}' for i in itertools.count(len(names)))
+    names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = source.path
+  return names
+
+
+def _open_stores(
+  cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str], plans: pathlib.Path
+) -> DataSource:
+  if not sources:
+    raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
+  stores = {name: open_store(path) for name, path in sources.items()}
+  others = {name: open_store(path) for name, path in heldout.items()}
+  _check_same_tokenizer([*stores.values(), *others.values()])
+  first = next(iter(stores.values()))
+  tokenizer = first.tokenizer(cfg.sentinels)
+  vocabulary = tokenizer.vocabulary
+  if vocab_size < vocabulary.size:
+    raise DataError(
+      f'model.vocab_size={vocab_size} but {first.path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
+      f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
+    )
+  stages = _stages(cfg, [store.num_tokens for store in stores.values()])
+  return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others, plans)
+
+
+def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
+  """The stages of the mixture, counted in rows. `sizes` are tokens of the sources."""
+  if cfg.stages:
+    return [Stage(stage.start_step * cfg.batch_size, stage.weights) for stage in cfg.stages]
+  if cfg.temperature is not None:
+    weights = by_size(sizes, cfg.weights, cfg.temperature)
+    try:
+      check_seen(weights, f'data.temperature={cfg.temperature} makes the weights')
+    except ValueError as error:
+      raise DataError(str(error)) from error
+    return [Stage(0, tuple(weights))]
+  return [Stage(0, cfg.weights)]
+
+
+def wanted_shares(cfg: Data) -> list[tuple[int, dict[str, float]]]:
+  """(row of the run, share of each source from there on), stage by stage; none where sizes decide (`temperature`)."""
+  if isinstance(cfg, Synthetic) or cfg.temperature is not None:
+    return []
+  names = _names(cfg.sources) if isinstance(cfg, StoreData) else GROUPS if cfg.groups else ('builtin',)
+  shares = lambda weights: {name: w / sum(weights) for name, w in zip(names, weights, strict=True)}
+  return [(start, shares(weights)) for start, weights in _stages(cfg, [])]
+
+
+def check_mixture(cfg: Data) -> None:
+  """Raises ValueError where weights, temperature and stages of the sources do not go together."""
+  if isinstance(cfg, Synthetic):
+    return
+  number, weights = cfg.num_sources, list(cfg.weights)
+  if any(not 0 < weight < math.inf for weight in weights):
+    raise ValueError(f'data.sources have the weights {weights}; each must be greater than 0. Leave out what has none.')
+  if cfg.stages and (cfg.temperature is not None or len(set(weights)) > 1):
+    other = 'data.temperature' if cfg.temperature is not None else 'the weights of data.sources'
+    raise ValueError(f'data.stages say what the shares are, and so do {other}; remove one of them.')
+  starts = [stage.start_step for stage in cfg.stages]
+  if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
+    raise ValueError(f'data.stages start at the steps {starts}; the first must start at 0, each later one after it.')
+  for i, stage in enumerate(cfg.stages):
+    if len(stage.weights) != number:
+      raise ValueError(f'data.stages[{i}].weights has {len(stage.weights)} values for {number} sources; give each one.')
+    if not all(0 <= weight < math.inf for weight in stage.weights) or not sum(stage.weights):
+      raise ValueError(
+        f'data.stages[{i}].weights={list(stage.weights)}; none may be negative or infinite, not all of them 0.'
+      )
+    check_seen(stage.weights, f'data.stages[{i}].weights')
+  if weights and cfg.temperature is None:
+    check_seen(weights, 'the weights of data.sources')
+  idle = [i for i in range(number) if cfg.stages and not any(stage.weights[i] for stage in cfg.stages)]
+  if idle:
+    raise ValueError(f'data.sources[{idle[0]}] has weight 0 in every stage; leave it out.')
+
+
+def _check_same_tokenizer(stores: list[Store]) -> None:
+  first = stores[0]
+  for other in stores[1:]:
+    a, b = (s.manifest['tokenizer_sha256'] for s in (first, other))
+    if a != b:
+      raise DataError(
+        f'{first.path} and {other.path} have different tokenizers (sha256 {a[:8]}.. and {b[:8]}..); prepare one with '
+        f'--tokenizer={first.path}/tokenizer.model.'
+      )
+
+
+KIND_OF = {'supervised': 'pairs', 'instruction': 'conversations'}  # objective -> what it learns from; others: text
+PREPARED = {
+  'pairs': '--inputs_field=inputs --targets_field=targets',
+  'conversations': '--messages_field=messages',
+  'text': '--field=text',
+}
+
+
+def _check_kind(store, objective: Objective) -> None:
+  """Raises DataError for a store of another kind than `objective` learns from."""
+  wanted = KIND_OF.get(objective.name, 'text')
+  if store.kind == wanted:
+    return
+  others = {kind: name for name, kind in KIND_OF.items()}
+  fix = f"set objective.name='{others[store.kind]}', or " if store.kind in others else ''
+  raise DataError(
+    f"{store.path} holds {store.kind}, objective.name='{objective.name}' learns from {wanted}; {fix}make a store of "
+    f'{wanted} with: pretrain data prepare {PREPARED[wanted]} …'
+  )
+
+
+def _check_tagged(cfg, stores) -> None:
+  """Raises DataError where `data.tags` would have nothing to work on."""
+  if cfg.tags is not None and not any(TAG_LENGTHS in store.column_names for store in stores.values()):
+    paths = ', '.join(store.path for store in stores.values())
+    raise DataError(
+      f'data.tags.drop_rate={cfg.tags.drop_rate:g} but no source has tags ({paths}); '
+      'make one with: pretrain data prepare --tag_fields=url …, or remove data.tags.'
+    )
+
+
+def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout, plans) -> DataSource:
+  for store in [*stores.values(), *heldout.values()]:
+    _check_kind(store, objective)
+  _check_tagged(cfg, stores)
+  spec = RowSpec(
+    objective=objective, budget=cfg.budget, vocabulary=vocabulary, tokenizer=tokenizer,
+    attend_across_documents=cfg.attend_across_documents, tags=cfg.tags,
+  )  # fmt: skip
+  # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
+  sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
+  if isinstance(cfg.packing, LengthBuckets):
+    ((name, store),) = stores.items()
+    return BucketedSource(cfg, vocabulary, tokenizer, name, BucketRows(store, spec, cfg, seed=seed), sets)
+  numbered = functools.partial(_numbered, stores, spec, cfg, seed, plans)
+  rows = {name: numbered(name, i) for i, name in enumerate(stores)}
+  return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets, numbered)
+
+
+def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path, name: str, number: int) -> StoreRows:
+  """The rows of a source, in the order that the source of this number has."""
+  purpose = f'source {number}'
+  return StoreRows(stores[name], spec, cfg.packing, seed=seed, purpose=purpose, plans=plans, order=cfg.order)

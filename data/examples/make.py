@@ -1,0 +1,106 @@
+"""What rows are made of: tokens and random bits -> fields, as the tasks of an objective say."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from data.errors import DataError
+from data.examples.asked import ByDocument, asked
+from data.examples.tags import Tags
+from data.objectives.corrupt import Corruption
+from data.objectives.features import Batch, decoder_features, decoder_fields, encoder_decoder_features, encoder_features
+from data.objectives.fitting import check_room
+from data.objectives.lexicon import Lexicon
+from data.objectives.masking import mask_tokens
+from data.objectives.objectives import Objective, is_encoder_only, tasks_of
+from data.objectives.tasks import LEFT_TO_RIGHT, Budget, Task
+from data.packing.plan import Pieces, Stream
+from data.ragged import Ragged
+from data.stores.vocabulary import Tokenizer, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSpec:
+  """What rows look like, whatever their text. `tokenizer` is None for synthetic data."""
+
+  objective: Objective
+  budget: Budget
+  vocabulary: Vocabulary
+  tokenizer: Tokenizer | None
+  attend_across_documents: bool
+  tags: Tags | None = None
+
+  @functools.cached_property
+  def tasks(self) -> tuple[Task, ...]:
+    """The tasks of rows, which know what cuts inside tokens cost. Raises DataError where no row has room for that."""
+    tasks = tasks_of(self.objective)
+    if not any(task.kind == 'fim' for task in tasks):
+      return tasks
+    tasks = tuple(dataclasses.replace(task, growth=self.lexicon.halves.growth) for task in tasks)
+    try:
+      check_room(tasks, self.budget)
+    except ValueError as error:
+      raise DataError(str(error)) from error
+    return tasks
+
+  @functools.cached_property
+  def lexicon(self) -> Lexicon:
+    return Lexicon(self.vocabulary, self.tokenizer)
+
+  @property
+  def ends(self) -> bool:
+    """Whether text comes with the EOS of its documents: some task learns where they end."""
+    return any(task.kind in LEFT_TO_RIGHT for task in tasks_of(self.objective))
+
+
+def text_of(store, spec: RowSpec, shard: int, variant: int = 0) -> Stream:
+  """The stream of a shard that rows are cut from, the same for each variant of its plan.
+
+  A model that reads from left to right learns where documents end, so it sees their EOS. Denoising puts EOS after
+  inputs and targets on its own and leaves the store's out. With attend_across_documents all of the shard is one
+  document, EOS included.
+  """
+  offsets, first = store.offsets_of(shard), store.shards[shard].documents.start
+  if spec.attend_across_documents:
+    return Stream(offsets[:1], offsets[-1:] - offsets[:1], first)
+  drop = store.append_eos and not spec.ends
+  return Stream(offsets[:-1], np.diff(offsets) - drop, first)
+
+
+class RowMaker:
+  """Tokens and random bits -> the fields of rows. `text` says where that of each document begins, behind its tags."""
+
+  def __init__(self, spec: RowSpec, text: ByDocument | None = None):
+    tasks, self._text = spec.tasks, text
+    self._tasks = tasks
+    self._budget, self._vocabulary = spec.budget, spec.vocabulary
+    self._causal = all(task.kind == 'causal' for task in tasks)
+    self._masked = is_encoder_only(spec.objective)
+    self._inputs = not all(task.kind in LEFT_TO_RIGHT for task in tasks)
+    self._loss_on_inputs = np.array([task.loss_on_inputs for task in tasks])
+    if not self._masked:
+      longest = max(spec.budget.capacity(task) for task in tasks)
+      ends = spec.ends and not spec.attend_across_documents
+      self._corruption = Corruption(tasks, longest, spec.vocabulary, spec.lexicon, ends=ends)
+
+  def asked(self, pieces: Pieces) -> np.ndarray | None:
+    return None if self._text is None else asked(pieces, self._text.of(pieces.documents)[0])
+
+  def segments(self, pieces: Pieces) -> np.ndarray:
+    return np.arange(len(pieces.rows)) + 1
+
+  def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, bits) -> Batch:
+    """Fields of `len(tasks)` rows; `bits()` gives what `Corruption.apply` wants."""
+    length, rows = self._budget.targets_length, pieces.rows
+    own = tasks[rows]
+    if self._causal:
+      return decoder_fields(tokens, rows, (len(tasks), length), self.asked(pieces))
+    if self._masked:
+      sides = mask_tokens(tokens, self._tasks, own, bits(), self._vocabulary)
+      return encoder_features(*sides, rows, len(tasks), length)
+    inputs, targets = self._corruption.apply(tokens, own, bits())
+    if self._budget.inputs_length:
+      return encoder_decoder_features(inputs, targets, rows, len(tasks), self._budget.inputs_length, length)
+    inputs = inputs if self._inputs else None
+    return decoder_features(inputs, targets, rows, len(tasks), length, self._loss_on_inputs[own])

@@ -1,0 +1,4 @@
+"""Files of text to a token store.
+
+Knows file formats and tokenizers; must not know objectives or rows.
+"""

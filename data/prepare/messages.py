@@ -1,0 +1,61 @@
+"""Conversations as records have them: a list of messages, each with the role of who speaks and what is said.
+
+[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], or ShareGPT's spelling of it, "from" and
+"value" with human and gpt.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+from data.errors import DataError
+from data.prepare.inputs import check_text
+
+Role = Literal['system', 'user', 'assistant', 'tool']
+ROLES: tuple[Role, ...] = get_args(Role)  # stores hold places in it: only ever add at its end
+SHAREGPT = {'human': 'user', 'gpt': 'assistant'}
+
+
+class Turn(NamedTuple):
+  role: Role
+  text: str
+
+
+def marker(role: Role) -> str:
+  """What stands in front of a turn and says whose it is. It is plain text: nothing has to be added to a vocabulary.
+
+  Text may say the same, but nobody takes it for a turn: a turn begins where a conversation does, or behind an EOS,
+  which no text holds.
+  """
+  return f'{role}:'
+
+
+def turns_of(where: str, record: Any, field: str) -> list[Turn]:
+  """The turns in `field` of a record. Raises DataError, with the place of the message, for what is no conversation."""
+  messages = record.get(field) if isinstance(record, Mapping) else None
+  if not isinstance(messages, list):
+    found = ', '.join(record) if isinstance(record, Mapping) else type(record).__name__
+    raise DataError(
+      f'{where}: no list of messages in field {field!r} (found: {found}); name it with --messages_field=.'
+    )
+  turns = [_turn(f'{where}: {field}[{i}]', message) for i, message in enumerate(messages)]
+  if not any(turn.role == 'assistant' for turn in turns):
+    what = 'has no turn of the assistant' if turns else 'is empty'
+    raise DataError(f'{where}: field {field!r} {what}, nothing would be learnt from it; leave out the record.')
+  return turns
+
+
+def _turn(where: str, message: Any) -> Turn:
+  if not isinstance(message, Mapping) or not message.keys() & {'role', 'from'}:
+    found = ', '.join(message) if isinstance(message, Mapping) else type(message).__name__
+    raise DataError(f"{where} has no 'role' and 'content', nor ShareGPT's 'from' and 'value' (found: {found}).")
+  names = ('role', 'content') if 'role' in message else ('from', 'value')
+  given, text = (message.get(name) for name in names)
+  role = SHAREGPT.get(given, given) if isinstance(given, str) else None
+  if role not in ROLES:
+    raise DataError(f'{where}.{names[0]} is {given!r}; rename it: roles are {", ".join(ROLES)} (or human, gpt).')
+  if not isinstance(text, str):
+    raise DataError(f'{where}.{names[1]} is no text ({type(text).__name__}); write it as one, or leave out the record.')
+  if role == 'assistant' and not text.strip():
+    raise DataError(f'{where}.{names[1]} is empty; write what is to be learnt, or leave out the record.')
+  check_text(f'{where}.{names[1]}', text)
+  return Turn(role, text)

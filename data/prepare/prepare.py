@@ -1,0 +1,296 @@
+"""`pretrain data prepare`: files of text -> a token store, with a SentencePiece model of its own when none is given."""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, assert_never, get_args
+
+import numpy as np
+import sentencepiece
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from data.errors import DataError
+from data.prepare.encode import Encoder, Recipe, batches, encode_all
+from data.prepare.inputs import Meter, Records
+from data.prepare.scores import SCORES, Score
+from data.prepare.text import Documents, Reading, Segment, read_segments, sample
+from data.stores.arrays import is_inside
+from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store, refuse_existing
+from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
+
+FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
+SAMPLE_BYTES = 20_000_000
+WORKER_BYTES = 16_000_000  # of input: less is done before another process has started
+FEWEST_PIECES = 3 + 256 + 100  # special pieces, bytes, and something to say with them
+MAX_SENTENCE = 4096  # characters; SentencePiece passes over longer ones
+TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of `pretrain data prepare`."""
+  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help=FORMATS)
+  parser.add_argument('--out', required=True, help='the store: a path or a URL (gs://, s3://)')
+  parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
+  parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
+  parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
+  parser.add_argument('--documents', choices=get_args(Documents), default='file', help='what a document is in a text')
+  parser.add_argument('--records', choices=get_args(Records), default='text', help='what a record of .arrayrecord is')
+  parser.add_argument('--field', default='text', help='the field of a JSONL line, or the column, that holds the text')
+  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields')
+  parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
+  parser.add_argument('--messages_field', help='make conversations, of the lists of messages in this field')
+  parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
+  parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
+  parser.add_argument('--score_field', help='a field that holds a number, kept as a score of each document')
+  parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
+  parser.add_argument('--workers', type=int, help='processes (default: as many as cores for large inputs)')
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(filter(None, text.split(',')))
+
+
+def run(options: argparse.Namespace) -> None:
+  """Prepares a store as the flags say and prints what it holds."""
+  reading = Reading(
+    documents=options.documents, field=options.field, pair=_pair(options.inputs_field, options.targets_field),
+    messages=options.messages_field, tag_fields=options.tag_fields, score_field=options.score_field,
+    records=options.records,
+  )  # fmt: skip
+  prepare(
+    options.inputs, options.out, vocab_size=options.vocab_size, sentinels=options.sentinels,
+    tokenizer=options.tokenizer, append_eos=not options.no_eos, reading=reading, scores=options.scores,
+    workers=options.workers,
+  )  # fmt: skip
+  store = open_store(options.out)
+  print(f'{options.out}: {store.num_tokens:,} tokens in {_units_of(store)}')
+
+
+def _pair(inputs_field: str | None, targets_field: str | None) -> tuple[str, str] | None:
+  """The fields of pairs; None where neither is given. Raises DataError for one without the other."""
+  if inputs_field is None or targets_field is None:
+    if inputs_field is None and targets_field is None:
+      return None
+    given, missing = ('targets', 'inputs') if inputs_field is None else ('inputs', 'targets')
+    raise DataError(f'--{given}_field is given without --{missing}_field; a pair has both.')
+  return inputs_field, targets_field
+
+
+def _units_of(store: Store) -> str:
+  """How many there are, and how long: of pairs and conversations what has no room in a row of training is cut there."""
+  sizes = np.diff(store.offsets)
+  match store.kind:
+    case 'text':
+      return f'{store.num_documents:,} documents'
+    case 'pairs':
+      sides = zip(('inputs', 'targets'), sizes.reshape(-1, 2).T, strict=True)
+      return '\n  '.join([f'{store.num_documents // 2:,} pairs', *(_lengths(*side) for side in sides)])
+    case 'conversations':
+      left = np.concatenate([store.column(TURNS_LEFT, shard) for shard in range(len(store.shards))])
+      first = np.flatnonzero(np.concatenate([[True], left[:-1] == 0]))
+      whole = _lengths('conversations', np.add.reduceat(sizes, first))
+      return f'{len(first):,} conversations of {len(left):,} turns\n  {whole}'
+    case _:
+      assert_never(store.kind)
+
+
+def _lengths(what: str, lengths: np.ndarray) -> str:
+  half, most = np.percentile(lengths, [50, 99], method='inverted_cdf')
+  return f'{what}: half have up to {half} tokens, 99% up to {most}, the longest {lengths.max()} (with EOS)'
+
+
+def prepare(
+  inputs: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str],
+  *,
+  vocab_size: int = 32_768,
+  sentinels: int = 100,
+  tokenizer: str | os.PathLike[str] | None = None,
+  append_eos: bool = True,
+  reading: Reading | None = None,
+  scores: tuple[Score, ...] = (),
+  workers: int | None = None,
+) -> None:
+  """Makes the store `out` from files, streaming: memory does not grow with them.
+
+  `reading` says what is taken of them, `scores` what is computed for each document. With `tokenizer` (a SentencePiece
+  model file) `vocab_size` is not used. The store is the same for any number of `workers` (processes); by default it is
+  one for each WORKER_BYTES, at most one for each core. Raises DataError for bad input, for an `out` that exists, and
+  for a vocabulary that the text cannot fill; then nothing is left behind.
+  """
+  paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
+  missing = [str(path) for path in paths if not path.is_file()]
+  if missing:
+    raise DataError(f'{missing[0]} is no file; check the path.')
+  _check(reading, scores, append_eos, sentinels, workers)
+  refuse_existing(out)
+  total = sum(path.stat().st_size for path in paths)
+  workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
+  model = load_model(tokenizer) if tokenizer else _train(paths, reading, total, vocab_size, sentinels)
+  own = Tokenizer(model, sentinels)
+  recipe = Recipe(scores, reading.score_field, bool(reading.tag_fields), turns=reading.messages is not None)
+  options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
+  with StoreWriter(out, own, **options) as writer:
+    digest = hashlib.sha256()
+    segments = _hashed(_read(paths, reading, total, 'tokenising'), digest)
+    with contextlib.closing(encode_all(batches(segments), Encoder(own, recipe), workers)) as encoded:
+      for batch in encoded:
+        writer.add_joined(batch.tokens, batch.last, batch.columns)
+    writer.finish(text_sha256=digest.hexdigest(), inputs=[path.name for path in paths], **_provenance(reading))
+
+
+def _provenance(reading: Reading) -> dict[str, Any]:
+  taken = {'fields': list(reading.units)} if reading.units else {'documents': reading.documents}
+  return taken | ({'tag_fields': list(reading.tag_fields)} if reading.tag_fields else {})
+
+
+def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentinels: int, workers: int | None) -> None:
+  """Raises DataError for values, and for flags, that cannot be or do not go together."""
+  if sentinels < 0:
+    raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
+  if workers is not None and workers < 1:
+    raise DataError(f'--workers={workers}; it must be >= 1.')
+  if unknown := [name for name in scores if name not in SCORES]:
+    raise DataError(f'--scores={unknown[0]} is no score; choose of {", ".join(SCORES)}.')
+  if reading.score_field and not is_inside(reading.score_field):
+    raise DataError(f'--score_field={reading.score_field} is no name of a folder; rename the field.')
+  if reading.score_field in scores:
+    raise DataError(f'--score_field={reading.score_field} is one of --scores too; leave one out.')
+  if reading.units:
+    _check_units(reading, scores, append_eos)
+
+
+def _check_units(reading: Reading, scores: tuple[Score, ...], append_eos: bool) -> None:
+  """`_check`, where documents are sides of pairs or turns of conversations."""
+  kind = 'pairs' if reading.pair else 'conversations'
+  if reading.pair and reading.messages:
+    raise DataError('--inputs_field and --targets_field make pairs, --messages_field conversations; give one kind.')
+  if reading.field != 'text':
+    flags = '--inputs_field and --targets_field are' if reading.pair else '--messages_field is'
+    raise DataError(f'--field={reading.field} is for text, {flags} for {kind}; give one kind.')
+  if not append_eos:
+    raise DataError(f'--no_eos cannot go with {kind}, in which EOS says where an output ends; leave it out.')
+  if reading.tag_fields or reading.score_field or scores:
+    raise DataError(f'--tag_fields, --scores and --score_field are for text, not for {kind}; leave them out.')
+
+
+def _read(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[Segment]:
+  """The segments of all files, with a bar in a terminal."""
+  return (segment for segment, _ in _metered(paths, reading, total, label))
+
+
+def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[tuple[Segment, float]]:
+  """Segments, and the fraction of all files that was read when each came."""
+  columns = (
+    TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+  )  # fmt: skip
+  console, meter = Console(stderr=True), Meter(total)
+  shown = console.is_terminal
+  with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    task = progress.add_task(label, total=total)
+    for path in paths:
+      for segment in read_segments(path, reading, meter):
+        yield segment, meter.fraction
+        if shown:
+          progress.update(task, completed=meter.read)
+
+
+def _hashed(segments: Iterable[Segment], digest: 'hashlib._Hash') -> Iterator[Segment]:
+  for segment in segments:
+    digest.update(segment.text.encode() + b'\0' * segment.last)
+    yield segment
+
+
+def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: int, sentinels: int) -> bytes:
+  head = lambda found: f'{found.tags} ' if reading.messages else ''  # each turn has one: they are to be few tokens
+  texts = ((head(found) + found.text, part) for found, part in _metered(paths, reading, total, 'reading a sample'))
+  return train_sentencepiece(sample(texts, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
+
+
+def load_model(path: str | os.PathLike[str]) -> bytes:
+  """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
+  try:
+    model = pathlib.Path(path).read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  except (OSError, RuntimeError) as error:
+    raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error
+  found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+  if found != (PAD, EOS, UNKNOWN):
+    raise DataError(f'{path} has pad, EOS, unknown = {found}, not {(PAD, EOS, UNKNOWN)}; train it with these ids.')
+  return model
+
+
+def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: int, *, sample_bytes: int) -> Tokenizer:
+  """A tokenizer trained on a sample of documents; `vocab_size` counts pieces, sentinels and modes."""
+  ends = list(itertools.accumulate(map(len, texts)))
+  chosen = sample(((text, end / max(ends[-1], 1)) for text, end in zip(texts, ends, strict=True)), sample_bytes)
+  return Tokenizer(train_sentencepiece(chosen, vocab_size, sentinels + len(MODES)), sentinels)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, other_ids: int = 0) -> bytes:
+  """A unigram model with byte fallback whose pieces and `other_ids` are `vocab_size`; the same for the same text.
+
+  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as T5's. Raises DataError, with a size
+  that will do, where the text does not allow this one. Source: Kudo 2018, arXiv:1804.10959.
+  """
+  pieces = vocab_size - other_ids
+  if pieces < FEWEST_PIECES:
+    raise DataError(
+      f'{pieces} pieces are left for text, at least {FEWEST_PIECES} are needed; '
+      f'set the vocabulary size >= {FEWEST_PIECES + other_ids}.'
+    )
+  model, failures = io.BytesIO(), []
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=_remember(failures, (part for text in texts for part in sentences(text))),
+      model_writer=model, vocab_size=pieces,
+      model_type='unigram', byte_fallback=True, pad_id=PAD, eos_id=EOS, unk_id=UNKNOWN, bos_id=-1,
+      normalization_rule_name='nmt_nfkc', character_coverage=0.9995, max_sentence_length=8 * MAX_SENTENCE,
+      num_threads=TRAINING_THREADS, minloglevel=2,
+    )  # fmt: skip
+  except RuntimeError as error:
+    raise failures[0] if failures else DataError(_advice(str(error), pieces, other_ids)) from error
+  return model.getvalue()
+
+
+def _remember(failures: list[DataError], parts: Iterator[str]) -> Iterator[str]:
+  """`parts`; an error among them is kept, because SentencePiece makes another one of it."""
+  try:
+    yield from parts
+  except DataError as error:
+    failures.append(error)
+    raise
+
+
+def _advice(error: str, pieces: int, other_ids: int) -> str:
+  """SentencePiece's error as a sentence that speaks of the vocabulary size, of which pieces are a part."""
+  if most := re.search(r'too high .*value <= (\d+)', error):
+    found = f'{pieces} pieces are left for text, this text has no more than {most[1]}'
+    if int(most[1]) < FEWEST_PIECES:
+      return f'{found}, at least {FEWEST_PIECES} are needed; give more text, or --tokenizer of another store.'
+    return f'{found}; set the vocabulary size <= {int(most[1]) + other_ids}, or give more text.'
+  if fewest := re.search(r'smaller than required_chars. \d+ vs (\d+)', error):
+    needed = f'the characters of this text need {fewest[1]}'
+    return f'{pieces} pieces are left for text, {needed}; set the vocabulary size >= {int(fewest[1]) + other_ids}.'
+  reason = re.sub(r'^.*\]\s*', '', error.splitlines()[-1]).strip() or 'too little text. Give more, or fewer pieces.'
+  return f'SentencePiece cannot make {pieces} pieces of this text: {reason}'
+
+
+def sentences(text: str) -> Iterator[str]:
+  """Lines of at most MAX_SENTENCE characters, long ones cut between words where there are any."""
+  for line in text.splitlines():
+    line = line.replace('\0', ' ').strip()
+    while len(line) > MAX_SENTENCE:
+      cut = line.rfind(' ', 1, MAX_SENTENCE)
+      cut = cut if cut > 0 else MAX_SENTENCE
+      yield line[:cut]
+      line = line[cut:].lstrip()
+    if line:
+      yield line

@@ -1,0 +1,277 @@
+"""Input files -> documents, as a stream: no more than a few segments are in memory at once.
+
+A line of JSONL is the exception: it is one JSON value, and held whole. So is a record.
+"""
+
+import codecs
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from data.errors import DataError
+from data.prepare.inputs import (
+  ARRAY_RECORD,
+  JSONL,
+  Meter,
+  Records,
+  array_records,
+  check_text,
+  decode,
+  open_bytes,
+  parquet_rows,
+  parse_json,
+  suffix_of,
+)
+from data.prepare.messages import ROLES, marker, turns_of
+
+Documents = Literal['file', 'paragraph', 'line']
+SEGMENT_BYTES = 2**18
+LARGEST_SCORE = 3e38  # of a float32, as which it is kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+  """What is taken of files: what a document is in a text, and which fields of records (JSONL, Parquet, …) it has.
+
+  `pair` are the fields of inputs and targets, in place of `field`; `messages` is the field of a conversation
+  (data/prepare/messages.py), whose turns are a document each. `tag_fields` are put in front of the text as tags;
+  `score_field` is a number that is kept for each document. Records of ArrayRecord files are `records`.
+  """
+
+  documents: Documents = 'file'
+  field: str = 'text'
+  pair: tuple[str, str] | None = None
+  messages: str | None = None
+  tag_fields: tuple[str, ...] = ()
+  score_field: str | None = None
+  records: Records = 'text'
+
+  @property
+  def columns(self) -> list[str]:
+    """All fields that are read of a record."""
+    scores = [self.score_field] if self.score_field else []
+    return [*dict.fromkeys([*(self.units or (self.field,)), *self.tag_fields, *scores])]
+
+  @property
+  def units(self) -> tuple[str, ...]:
+    """The fields of a pair or of a conversation; none where documents are text."""
+    return self.pair or ((self.messages,) if self.messages else ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
+
+  `tags` stand in front of its text, `score` is what its record gives. A turn is of `role` (a place in messages.ROLES),
+  and `turns_left` follow it.
+  """
+
+  text: str
+  last: bool
+  num_bytes: int
+  tags: str = ''
+  score: float = 0.0
+  role: int = 0
+  turns_left: int = 0
+
+
+def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = None) -> Iterator[Segment]:
+  """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair; one for
+  each turn of a conversation.
+
+  JSONL and files of records (by suffix) have one document to a line or record. In a text a document is the file, or
+  what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
+  SEGMENT_BYTES, otherwise at white space (or, in as long a stretch without any, between two characters): however it is
+  cut, it is one document. Raises DataError for a file that is missing, empty, damaged, no UTF-8 (with the byte), or a
+  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not.
+  """
+  meter = meter or Meter(0)
+  if (records := _records(path, reading, meter)) is not None:
+    take = _pair if reading.pair else _conversation if reading.messages else _document
+    return _not_empty(path, (segment for record in records for segment in take(record, reading)))
+  if fields := [
+    *filter('text'.__ne__, [reading.field]),
+    *reading.units,
+    *reading.tag_fields,
+    *filter(None, [reading.score_field]),
+  ]:
+    raise DataError(
+      f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
+    )
+  if suffix_of(path) in ARRAY_RECORD:
+    found = array_records(path, 'text', meter)
+    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()))
+  return _not_empty(path, _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter))
+
+
+class _Record(NamedTuple):
+  """A JSON value or row: `where` it stands, and of how many bytes."""
+
+  where: str
+  value: Any
+  num_bytes: int
+
+
+def _records(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[_Record] | None:
+  """The records of a file; None where it is text."""
+  suffix = suffix_of(path)
+  if suffix in JSONL:
+    return _lines(path, meter)
+  if suffix == '.parquet':
+    return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
+  if suffix in ARRAY_RECORD and reading.records == 'json':
+    return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
+  return None
+
+
+def _size(value: Any) -> int:
+  return sum(len(part) for part in value.values() if isinstance(part, str)) if isinstance(value, dict) else 0
+
+
+def _document(record: _Record, reading: Reading) -> Iterator[Segment]:
+  text = _text(record, reading.field, '--field')
+  tags = ''.join(_tag(record, field) for field in reading.tag_fields)
+  yield Segment(text, True, record.num_bytes, tags, _score(record, reading.score_field) if reading.score_field else 0.0)
+
+
+def _tag(record: _Record, field: str) -> str:
+  """A field as the line of a tag, after Gao et al. 2025, arXiv:2501.01956 (`URL: …`); nothing where it is not there."""
+  value = record.value.get(field)
+  if value is None:
+    return ''
+  if not isinstance(value, str | int | float):
+    raise DataError(
+      f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
+    )
+  check_text(f'{record.where}: field {field!r}', str(value))
+  return f'{field}: {value}\n'
+
+
+def _score(record: _Record, field: str) -> float:
+  value = record.value.get(field)
+  if type(value) not in (int, float) or not abs(value) <= LARGEST_SCORE:
+    raise DataError(
+      f'{record.where}: field {field!r} is {value!r:.40}, no number of a float32; name another one with --score_field=.'
+    )
+  return float(value)
+
+
+def _pair(record: _Record, reading: Reading) -> Iterator[Segment]:
+  inputs_field, targets_field = reading.pair
+  inputs = _text(record, inputs_field, '--inputs_field')
+  targets = _text(record, targets_field, '--targets_field')
+  if not targets.strip():
+    raise DataError(
+      f'{record.where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.'
+    )
+  yield Segment(inputs, True, record.num_bytes)
+  yield Segment(targets, True, 0)
+
+
+def _conversation(record: _Record, reading: Reading) -> Iterator[Segment]:
+  turns = turns_of(record.where, record.value, reading.messages)
+  for i, (role, text) in enumerate(turns):
+    size = 0 if i else record.num_bytes
+    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=len(turns) - 1 - i)
+
+
+def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
+  empty = True
+  for segment in segments:
+    empty &= not segment.text.strip()
+    yield segment
+  if empty:
+    raise DataError(f'{path} is empty; remove it from the inputs.')
+
+
+class _Piece(NamedTuple):
+  """A line, or a part of a long one, of `num_bytes`; `ends` says that the line does."""
+
+  text: str
+  num_bytes: int
+  ends: bool
+
+
+def _pieces(path: pathlib.Path, longest: int, meter: Meter) -> Iterator[_Piece]:
+  """The lines of a file, in pieces of at most `longest` bytes. Raises DataError at the first byte that is no text."""
+  offset, rest = 0, b''
+  try:
+    with open_bytes(path, meter) as file:
+      while block := rest + file.readline(longest - len(rest)):
+        if not offset and block.startswith(codecs.BOM_UTF8):  # some editors write it; it is no text
+          offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
+        ends = len(block) < longest or block.endswith(b'\n')
+        cut = len(block) if ends else _place_to_cut(block)
+        yield _Piece(decode(str(path), block[:cut], offset), cut, ends)
+        offset, rest = offset + cut, block[cut:]
+  except OSError as error:
+    raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
+
+
+def _place_to_cut(block: bytes) -> int:
+  """Behind the last white space; where there is none, before the last character (it may be cut off)."""
+  if (space := max(block.rfind(white) for white in b' \t\r')) >= 0:
+    return space + 1
+  for place in range(len(block) - 1, max(len(block) - 5, 0), -1):
+    if block[place] & 0xC0 != 0x80:  # no continuation byte: a character begins
+      return place
+  return len(block)
+
+
+def _lines(path: pathlib.Path, meter: Meter) -> Iterator[_Record]:
+  """The JSON value of each line that is not blank."""
+  for number, (line, size, _) in enumerate(_pieces(path, sys.maxsize, meter), 1):
+    if line.strip():
+      yield _Record(f'{path}:{number}', parse_json(f'{path}:{number}', line), size)
+
+
+def _text(record: _Record, field: str, flag: str) -> str:
+  """The text of a field. Raises DataError where there is none, or one that `check_text` refuses."""
+  where, value = record.where, record.value
+  text = value.get(field) if isinstance(value, dict) else None
+  if not isinstance(text, str):
+    keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
+    kind = f', which is {type(text).__name__}' if isinstance(value, dict) and field in value else ''
+    raise DataError(f'{where}: no text in field {field!r}{kind} (found: {keys}); name it with {flag}=.')
+  check_text(f'{where}: field {field!r}', text)
+  return text
+
+
+def _whole_file(path: pathlib.Path, meter: Meter) -> Iterator[Segment]:
+  held, size = [], 0
+  for text, count, _ in _pieces(path, SEGMENT_BYTES, meter):
+    if size >= SEGMENT_BYTES:
+      yield Segment(''.join(held), False, size)
+      held, size = [], 0
+    held.append(text)
+    size += count
+  yield Segment(''.join(held), True, size)
+
+
+def _parts(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[Segment]:
+  held, size, blank = [], 0, True  # blank: nothing yet on this line
+  for text, count, ends in _pieces(path, SEGMENT_BYTES, meter):
+    blank = blank and not text.strip()
+    if held and not blank and size >= SEGMENT_BYTES:
+      yield Segment(''.join(held), False, size)
+      held, size = [], 0
+    size += count
+    if not blank:
+      held.append(text)
+    if held and ends and (reading.documents == 'line' or blank):
+      yield Segment(''.join(held), True, size)
+      held, size = [], 0
+    blank = blank or ends
+  if held:
+    yield Segment(''.join(held), True, size)
+
+
+def sample(texts: Iterable[tuple[str, float]], budget: int) -> Iterator[str]:
+  """About `budget` characters of texts, taken evenly all along; each comes with the fraction of all that is read."""
+  taken = 0
+  for text, fraction in texts:
+    if taken + len(text) / 2 <= budget * fraction:
+      taken += len(text)
+      yield text

@@ -1,0 +1,396 @@
+"""The token store: a text, once tokenised, as checksummed arrays on a disk or in an object store.
+
+A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3://, …):
+
+  manifest.json        counts, hashes and where the text came from; written last, so half a store is no store
+  tokenizer.model      the SentencePiece model
+  tokens/              uint16 or uint32: the documents' ids one after another, each document ending with EOS
+  document_offsets/    int64[num_documents + 1]: where each document begins
+  scores/NAME/         float32[num_documents]: a score of each document
+  tag_lengths/         int32[num_documents]: how many tokens at the beginning of each document are its tags
+  roles/               int8[num_documents]: whose turn each document is (a place in messages.ROLES)
+  turns_left/          int32[num_documents]: how many turns of its conversation follow each document
+
+In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k. In
+one of conversations, which has `roles` and `turns_left`, each document is a turn, and its tag says whose.
+
+Documents are counted in shards of at most SHARD_TOKENS tokens: what is planned at a time (plan.py). The manifest
+has a hash of each shard's tokens and offsets; to open a store reads the manifest, and no array before it is asked for.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from data.errors import DataError
+from data.ragged import Ragged, join
+from data.stores.arrays import (
+  RESTORE,
+  Appender,
+  Array,
+  Column,
+  Watch,
+  delete_files,
+  read_file,
+  sha256,
+  url_of,
+  write_file,
+)
+from data.stores.shards import ShardCutter, parse_shards
+from data.stores.vocabulary import EOS, Tokenizer
+
+FORMAT = 2
+REQUIRED = {
+  'num_tokens': int, 'num_documents': int, 'append_eos': bool, 'pairs': bool, 'pieces': int, 'shards': list,
+  'tokenizer_sha256': str,
+}  # fmt: skip
+SHARD_TOKENS = 2**28
+TAG_LENGTHS, ROLES, TURNS_LEFT = 'tag_lengths', 'roles', 'turns_left'
+Kind = Literal['text', 'pairs', 'conversations']
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+  """Raises DataError where a store would be written over something."""
+  path = _without_scheme(path)
+  exists = read_file(path, 'manifest.json') is not None if '://' in path else os.path.lexists(path)
+  if exists:
+    raise DataError(f'{path} already exists. Nothing was changed; choose another --out, or remove it.')
+
+
+def _without_scheme(path: str | os.PathLike[str]) -> str:
+  """A path as the file system has it; other URLs as they are."""
+  return os.fspath(path).removeprefix('file://').rstrip('/')
+
+
+class StoreWriter:
+  """Builds a store next to its place and moves it there when it is whole: `with StoreWriter(...) as w: w.add(...)`.
+
+  On an object store, which cannot move folders, the manifest is written last and there is no store before it. An
+  exception inside the `with` leaves nothing at the path. Raises DataError where something is at `path` already.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    append_eos: bool = True,
+    pairs: bool = False,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    shard_tokens: int = SHARD_TOKENS,
+  ):
+    self.path = _without_scheme(path)
+    self._local = '://' not in self.path
+    refuse_existing(self.path)
+    self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
+    self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
+    self._dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
+    self._shards, self._kinds = ShardCutter(self._dtype, shard_tokens), columns
+    self.num_tokens = self.num_documents = self._open_tokens = self._num_hashed = 0
+    self._finished = False
+
+  def __enter__(self):
+    try:
+      self._start()
+    except BaseException:  # an interrupt too
+      self.__exit__(None, None, None)
+      raise
+    return self
+
+  def _start(self) -> None:
+    if self._local:
+      self._make_staging()
+    self._tokens = Appender(self._staging, 'tokens', self._dtype)
+    self._offsets = Appender(self._staging, 'document_offsets', 'int64')
+    self._columns = {name: Column(self._staging, name, kind) for name, kind in self._kinds.items()}
+    self._offsets.append(np.zeros(1, np.int64))
+
+  def _make_staging(self) -> None:
+    shutil.rmtree(self._staging, ignore_errors=True)
+    try:
+      pathlib.Path(self._staging).mkdir(parents=True)
+    except OSError as error:
+      raise DataError(f'{self.path} cannot be written ({error.strerror}); choose another --out.') from error
+
+  def add(
+    self,
+    segments: Sequence[Sequence[int]],
+    last: Sequence[bool] | None = None,
+    columns: Mapping[str, np.ndarray] = MappingProxyType({}),
+  ) -> None:
+    """Appends ids without EOS. A document is all segments up to one that is `last`; by default each is one.
+
+    `columns` has a value for each document that ends, of each column. Documents without a token are left out, but not
+    of pairs.
+    """
+    parts = [np.asarray(ids, np.int64) for ids in segments]
+    self.add_joined(join(parts, np.int64), np.array([True] * len(segments) if last is None else last, bool), columns)
+
+  def add_joined(self, segments: Ragged, last: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """`add`, of segments that lie in one array; `last` is bool[segments]."""
+    closing = np.flatnonzero(last)
+    stops = np.cumsum(segments.lengths)[closing]  # where documents end among these tokens
+    sizes = np.diff(stops, prepend=-self._open_tokens)
+    self._open_tokens = (
+      len(segments.values) - int(stops[-1]) if len(stops) else self._open_tokens + len(segments.values)
+    )
+    kept = np.logical_or(sizes > 0, self._pairs)
+    closes = self._closes(kept, columns)
+    tokens = np.insert(segments.values, stops[kept], EOS) if self._append_eos else segments.values
+    ends = self.num_tokens + np.cumsum(sizes[kept] + self._append_eos)
+    self.num_tokens, self.num_documents = (
+      int(ends[-1]) if len(ends) else self.num_tokens,
+      self.num_documents + len(ends),
+    )
+    self._tokens.append(tokens)
+    self._offsets.append(ends)
+    self._shards.add(tokens, ends, closes)
+    for name, column in self._columns.items():
+      column.append(columns[name][kept])
+    self._hash_columns()
+
+  def _closes(self, kept: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool for each kept one of the next documents: whether a shard may end behind it."""
+    if TURNS_LEFT in columns:
+      return columns[TURNS_LEFT][kept] == 0
+    numbers = self.num_documents + np.arange(kept.sum())
+    return numbers % 2 == 1 if self._pairs else np.ones(len(numbers), bool)
+
+  def _hash_columns(self) -> None:
+    """Puts the hashes of columns in the entries of shards that are whole."""
+    for entry in self._shards.entries[self._num_hashed :]:
+      if self._columns:
+        entry['columns_sha256'] = {name: own.take_sha256(entry['documents']) for name, own in self._columns.items()}
+      self._num_hashed += 1
+
+  def finish(self, **provenance: Any) -> None:
+    """Makes the store appear. `provenance` (JSON) goes in its manifest. Raises DataError where it would be empty."""
+    if not self.num_tokens or self._open_tokens:
+      raise DataError(f'{self.path} would hold no whole document; give text.')
+    self._tokens.close()
+    self._offsets.close()
+    self._shards.close()
+    self._hash_columns()
+    for column in self._columns.values():
+      column.close()
+    manifest = {
+      'format': FORMAT,
+      'num_tokens': self.num_tokens,
+      'num_documents': self.num_documents,
+      'append_eos': self._append_eos,
+      'pieces': self._tokenizer.vocabulary.pieces,
+      'tokenizer_sha256': self._tokenizer.fingerprint,
+      'versions': {name: importlib.metadata.version(name) for name in ('numpy', 'sentencepiece', 'tensorstore')},
+      **({'pairs': True} if self._pairs else {}),
+      **({'columns': {name: column.dtype for name, column in self._columns.items()}} if self._columns else {}),
+      **provenance,
+      'shards': self._shards.entries,
+    }
+    write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
+    write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
+    if self._local:
+      refuse_existing(self.path)  # what came there meanwhile
+      os.rename(self._staging, self.path)
+    self._finished = True
+
+  def __exit__(self, kind, error, trace):
+    if self._local:
+      shutil.rmtree(self._staging, ignore_errors=True)
+    elif not self._finished:
+      columns = [f'{name}/' for name in self._kinds]
+      with contextlib.suppress(ValueError):  # what went wrong first is to be said
+        delete_files(self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *columns])
+
+
+def open_store(path: str | os.PathLike[str]) -> 'Store':
+  """The store at a path or URL. Raises DataError where there is none, or one of another format, or a damaged one."""
+  raw = read_file(path, 'manifest.json')
+  if raw is None:
+    raise DataError(
+      f'no token store at {os.fspath(path)}; make one with: pretrain data prepare --out={os.fspath(path)} …'
+    )
+  try:
+    manifest = json.loads(raw)
+    found = manifest['format']
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f'{url_of(path, "manifest.json")} is no manifest of a token store.', 'DATA-CORRUPT') from error
+  if found != FORMAT:
+    raise DataError(
+      f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
+      'Nothing was changed; prepare it again with pretrain data prepare.'
+    )
+  manifest.setdefault('pairs', False)
+  _check_manifest(path, manifest)
+  return Store(os.fspath(path), manifest)
+
+
+def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+  """Raises DataError where it lacks what a Store reads of it."""
+  bad = [key for key, kind in REQUIRED.items() if type(manifest.get(key)) is not kind]
+  if bad:
+    raise DataError(
+      f'{url_of(path, "manifest.json")} has {bad[0]}={manifest.get(bad[0])!r}, expected {REQUIRED[bad[0]].__name__}. '
+      f'{RESTORE}', 'DATA-CORRUPT',
+    )  # fmt: skip
+
+
+class Store:
+  """Reads a token store. Picklable; threads may share one. `manifest` is what its file says."""
+
+  def __init__(self, path: str, manifest: dict[str, Any]):
+    self.path, self.manifest = path, manifest
+    self.num_tokens: int = manifest['num_tokens']
+    self.num_documents: int = manifest['num_documents']
+    self.append_eos: bool = manifest['append_eos']
+    self.pairs: bool = manifest['pairs']
+    self.shards = parse_shards(url_of(path, 'manifest.json'), manifest['shards'])
+    self._tokens, self._offsets = Array(path, 'tokens'), Array(path, 'document_offsets')
+    self._columns = {name: Array(path, name) for name in manifest.get('columns', {})}
+    self._check_counts()
+    self._watch()
+
+  def _watch(self) -> None:
+    self._manifest, self._num_checked = Watch(self.path, 'manifest.json'), 0
+
+  def _check_counts(self) -> None:
+    """Raises DataError where the manifest does not speak of these arrays."""
+    said = self.num_tokens, self.num_documents
+    listed = sum(len(shard.tokens) for shard in self.shards), sum(len(shard.documents) for shard in self.shards)
+    for where, found in ('', (len(self._tokens), len(self._offsets) - 1)), (' in shards', listed):
+      if found != said:
+        raise DataError(
+          f'{self.path} has {found[0]} tokens in {found[1]} documents{where}, its manifest.json says {said[0]} in '
+          f'{said[1]}. {RESTORE}', 'DATA-CORRUPT',
+        )  # fmt: skip
+    if self.pairs and self.num_documents % 2:
+      raise DataError(
+        f'{self.path} has {self.num_documents} documents, its manifest.json says that they are pairs. {RESTORE}',
+        'DATA-CORRUPT',
+      )
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k not in ('offsets', '_manifest')}
+
+  def __setstate__(self, state):
+    """Raises DataError where the store is another one by now: a process that starts later has to see the same."""
+    self.__dict__.update(state)
+    self._watch()
+    self._check_same()
+
+  def _check_same(self) -> None:
+    now = open_store(self.path)
+    if now.fingerprint != self.fingerprint:
+      raise DataError(
+        f'{self.path} has changed since the run opened it: {self.num_tokens:,} tokens (fingerprint '
+        f'{self.fingerprint[:8]}..) then, {now.num_tokens:,} ({now.fingerprint[:8]}..) now. Write new text to another '
+        'store, and restore this one from a copy.', 'DATA-CORRUPT',
+      )  # fmt: skip
+
+  def offsets_of(self, shard: int) -> np.ndarray:
+    """int64[documents + 1]: where each document of a shard begins in the store, and the last one ends; read anew.
+
+    Raises DataError (DATA-CORRUPT) where they are not those of the manifest.
+    """
+    documents = self.shards[shard].documents
+    offsets = self._offsets.whole(range(documents.start, documents.stop + 1))
+    self._check_hash('document_offsets', offsets, 'int64', shard, self.manifest['shards'][shard]['offsets_sha256'])
+    return offsets
+
+  @functools.cached_property
+  def offsets(self) -> np.ndarray:
+    """int64[num_documents + 1]: `offsets_of` all shards, read when first asked for and kept."""
+    parts = [self.offsets_of(i)[:-1] for i in range(len(self.shards))]
+    return np.concatenate([*parts, np.array([self.num_tokens])])
+
+  @property
+  def kind(self) -> Kind:
+    """What a unit of it is: a document of text, a pair, or a conversation."""
+    return 'pairs' if self.pairs else 'conversations' if TURNS_LEFT in self._columns else 'text'
+
+  @property
+  def column_names(self) -> tuple[str, ...]:
+    """What `column` can be asked for."""
+    return tuple(self._columns)
+
+  @property
+  def score_names(self) -> tuple[str, ...]:
+    """What `scores` can be asked for."""
+    return tuple(name.removeprefix('scores/') for name in self._columns if name.startswith('scores/'))
+
+  def scores(self, name: str, shard: int) -> np.ndarray:
+    """float32[documents]: a score of each document of a shard. Raises DataError where the store has no such score."""
+    self.check_score(name)
+    return self.column(f'scores/{name}', shard)
+
+  def check_score(self, name: str) -> None:
+    """Raises DataError where the store has no such score."""
+    if f'scores/{name}' not in self._columns:
+      raise DataError(
+        f'{self.path} has no score {name!r} (it has: {", ".join(self.score_names) or "none"}); prepare it with '
+        f'pretrain data prepare --scores={name} …, or --score_field={name} where its records have it.'
+      )
+
+  def tag_lengths(self, shard: int) -> np.ndarray:
+    """int32[documents]: how many tokens at the beginning of each document of a shard are tags; 0 in a store without."""
+    if TAG_LENGTHS not in self._columns:
+      return np.zeros(len(self.shards[shard].documents), np.int32)
+    return self.column(TAG_LENGTHS, shard)
+
+  def column(self, name: str, shard: int) -> np.ndarray:
+    """A value for each document of a shard, of a column that the store has; read anew.
+
+    Raises DataError (DATA-CORRUPT) where they are not those of the manifest.
+    """
+    values = self._columns[name].whole(self.shards[shard].documents)
+    wanted = self.manifest['shards'][shard]['columns_sha256'][name]
+    self._check_hash(name, values, self.manifest['columns'][name], shard, wanted)
+    return values
+
+  def _check_hash(self, name: str, values: np.ndarray, dtype: str, shard: int, wanted: str) -> None:
+    if sha256(values, dtype) != wanted:
+      documents = self.shards[shard].documents
+      raise DataError(
+        f'{self.path}: {name} of documents {documents.start} to {documents.stop - 1} (shard {shard}) do not match '
+        f'manifest.json. {RESTORE}', 'DATA-CORRUPT',
+      )  # fmt: skip
+
+  @property
+  def fingerprint(self) -> str:
+    """Equal for stores with the same tokens, documents (or pairs), shards and tokenizer."""
+    contents = [self.manifest['shards'], self.manifest['tokenizer_sha256'], self.pairs]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+  def tokenizer(self, sentinels: int) -> Tokenizer:
+    """The tokenizer of the text, with `sentinels` sentinels. Raises DataError where its file is not the manifest's."""
+    model = read_file(self.path, 'tokenizer.model')
+    if model is None or hashlib.sha256(model).hexdigest() != self.manifest['tokenizer_sha256']:
+      raise DataError(f'{url_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
+    return Tokenizer(model, sentinels)
+
+  def tokens(self, places: range) -> np.ndarray:
+    """uint16 or uint32, as they are stored; past what is kept of `read`: for what reads a store from end to end."""
+    return self._tokens.whole(places)
+
+  def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """int32 tokens of each (start, length); the store keeps what it read last (arrays.CACHE_BYTES).
+
+    Raises DataError (DATA-CORRUPT) where a checksum fails, and where what was fetched is of another store, which was
+    put in the place of this one: its chunks may have right checksums too.
+    """
+    found, number = self._tokens.read(ranges), self._tokens.num_fetched
+    if number != self._num_checked:
+      if self._manifest.changed():
+        self._check_same()
+        self._watch()  # it was restored from a copy, and is the same
+      self._num_checked = number
+    return found

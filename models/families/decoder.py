@@ -1,0 +1,70 @@
+"""A decoder-only model, causal or with a visible prefix; by default Llama's: rotary positions, shared keys, SwiGLU."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models.families.parts import (
+  Parts,
+  Positions,
+  attention_config,
+  check_parts,
+  make_bias,
+  make_embedding,
+  make_head,
+  make_stack,
+)
+from models.layers.attention import Visibility
+from models.layers.dropout import example_keys
+from models.layers.mlp import Activation, MlpConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderMlpConfig(MlpConfig):
+  activation: Activation = 'silu'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Parts):
+  """`kv_heads=None` gives each head its own keys. Other keys: models/families/parts.py."""
+
+  name: Literal['decoder'] = 'decoder'
+  layers: Annotated[int, '>= 1']
+  mlp: DecoderMlpConfig
+  kv_heads: Annotated[int, '>= 1'] | None = None
+  positions: Positions = 'rotary'
+
+
+def check_decoder(cfg: DecoderConfig) -> None:
+  """Raises ValueError for sizes that do not fit each other."""
+  if cfg.heads % (cfg.kv_heads or 1):
+    raise ValueError(
+      f'model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}; each serves equally many.'
+    )
+  check_parts(cfg)
+
+
+class Decoder(nnx.Module):
+  """Source: Touvron et al. 2023, arXiv:2302.13971; prefix attention: Raffel et al. 2020, §3.2.1."""
+
+  def __init__(self, cfg: DecoderConfig, implementation: str):
+    self.attention = attention_config(cfg, implementation, kv_heads=cfg.kv_heads or cfg.heads, t5_scale=False)
+    self.embedding = make_embedding(cfg)
+    self.decoder = make_stack(cfg, self.attention, cfg.layers, cross=False)
+    self.decoder_bias = make_bias(cfg, bidirectional=False)
+    self.head = make_head(cfg)
+    self.cfg = cfg
+
+  def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
+    """Hidden states [batch, length, embed], before the head."""
+    keys = example_keys(key, batch['example_index'])
+    segments, positions = batch['decoder_segment_ids'], batch['decoder_positions']
+    prefix = {}
+    if 'decoder_prefix_end' in batch:  # causal objectives have no prefix field
+      prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
+    see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
+    x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
+    return self.decoder(x, positions, see, keys=keys), {}

@@ -1,0 +1,63 @@
+"""An encoder-only model for masked language modelling: every token sees all others of its segment."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models.families.parts import (
+  Parts,
+  Positions,
+  attention_config,
+  check_parts,
+  make_bias,
+  make_embedding,
+  make_head,
+  make_stack,
+)
+from models.layers.attention import Visibility
+from models.layers.dropout import dropout, example_keys
+from models.layers.embedding import EMBEDDING_SITE
+from models.layers.norm import make_norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Parts):
+  """`embedding_norm` normalises embeddings, as BERT does; other keys: models/families/parts.py.
+
+  Of BERT's parts there are no token types, no pooler, no transform before the head and no bias of logits.
+  """
+
+  name: Literal['encoder'] = 'encoder'
+  layers: Annotated[int, '>= 1']
+  positions: Positions = 'rotary'
+  embedding_norm: bool = False
+
+
+def check_encoder(cfg: EncoderConfig) -> None:
+  """Raises ValueError for values that do not fit each other."""
+  check_parts(cfg)
+
+
+class Encoder(nnx.Module):
+  """Source: Devlin et al. 2019, arXiv:1810.04805, §3; google-research/bert modeling.py."""
+
+  def __init__(self, cfg: EncoderConfig, implementation: str):
+    attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=False)
+    self.embedding = make_embedding(dataclasses.replace(cfg, dropout=0.0))  # dropout comes after the norm
+    self.embedding_norm = make_norm(cfg.embed, cfg.norm) if cfg.embedding_norm else None
+    self.encoder = make_stack(cfg, attention, cfg.layers, cross=False)
+    self.encoder_bias = make_bias(cfg, bidirectional=True)
+    self.head = make_head(cfg)
+    self.cfg = cfg
+
+  def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
+    """Hidden states [batch, length, embed], before the head."""
+    keys = example_keys(key, batch['example_index'])
+    segments, positions = batch['encoder_segment_ids'], batch['encoder_positions']
+    see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
+    x = self.embedding(batch['encoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), None)
+    x = x if self.embedding_norm is None else self.embedding_norm(x)
+    return self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys), {}

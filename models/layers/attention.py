@@ -1,0 +1,171 @@
+"""Multi-head attention: projections around `flash_attention`, for training and for cached decoding."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models.layers.dropout import fold
+from models.layers.linear import Projections, linear
+from models.layers.norm import RmsNorm
+from models.layers.positions import rotary
+from models.partition import constrain, divides, per_shard
+from models.specs import weight
+from pallas_kernels.attention.api import RelativeBias, choose, flash_attention
+
+WEIGHTS_SITE = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+  """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
+
+  `qk_norm` normalises each query and key head before positions enter; the scores are then scaled in any case.
+  `softcap` bends scores to softcap * tanh(scores / softcap).
+  """
+
+  heads: int
+  kv_heads: int
+  head_dim: int
+  t5_scale: bool
+  rope_theta: float | None
+  qk_norm: bool
+  softcap: float | None
+  dropout: float
+  implementation: str
+
+  @property
+  def folds_scale(self) -> bool:
+    """Whether 1/sqrt(head_dim) is in the query's init; a norm would take it out again."""
+    return self.t5_scale and not self.qk_norm
+
+
+VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
+  'q_segment_ids': ('batch', None),
+  'kv_segment_ids': ('batch', None),
+  'q_positions': ('batch', None),
+  'kv_positions': ('batch', None),
+  'prefix_end': ('batch', None),
+  'relative_bias': (None, 'heads'),
+  'alibi': ('heads',),
+}
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=list(VISIBILITY_AXES),
+  meta_fields=['causal', 'cached'],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visibility:
+  """Which keys a query sees, and the bias between them: the arguments of `flash_attention`, once for all layers.
+
+  Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
+  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
+  queries; there the reference is as good as a kernel.
+  """
+
+  causal: bool
+  cached: bool = False
+  q_segment_ids: Array | None = None
+  kv_segment_ids: Array | None = None
+  q_positions: Array | None = None
+  kv_positions: Array | None = None
+  prefix_end: Array | None = None
+  relative_bias: RelativeBias | None = None
+  alibi: Array | None = None
+
+  @property
+  def arrays(self) -> dict[str, Any]:
+    """Those that are there."""
+    return {name: x for name in VISIBILITY_AXES if (x := getattr(self, name)) is not None}
+
+
+def _on_each_device(run, arrays: dict[str, Any]):
+  """`run` for the examples and heads of each device. Lengths are whole: `choose` knows none that divides them."""
+  heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
+  own = {name: VISIBILITY_AXES[name] for name in arrays}
+  return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
+
+
+class Attention(nnx.Module):
+  """Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py;
+  norms of queries and keys: Henry et al. 2020, arXiv:2010.04245, as RMS norms with a scale in Qwen3 and Gemma 3.
+  """
+
+  def __init__(self, embed: int, cfg: AttentionConfig, projections: Projections):
+    heads, kv_heads, head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
+    query = projections.init('embed', scale=head_dim**-0.5 if cfg.folds_scale else 1.0)
+    self.query = weight((embed, heads, head_dim), ('embed', 'heads', 'head_dim'), query)
+    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'))
+    wide = lambda: weight((embed, kv_heads, head_dim), ('embed', 'kv_heads', 'head_dim'), projections.init('embed'))
+    bias = lambda: projections.make_bias((kv_heads, head_dim), ('kv_heads', 'head_dim'))
+    self.key, self.key_bias = wide(), bias()
+    self.value, self.value_bias = wide(), bias()
+    out = projections.init_residual('heads', 'head_dim')
+    self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
+    self.out_bias = projections.make_bias((embed,), ('embed',))
+    self.query_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    self.key_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    self.cfg = cfg
+
+  def queries(self, x: Array, positions: Array) -> Array:
+    """[batch, length, heads, head_dim]."""
+    q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
+    return self._place(q if self.query_norm is None else self.query_norm(q), positions)
+
+  def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
+    """Two of [batch, length, kv_heads, head_dim]."""
+    k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
+    v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
+    return self._place(k if self.key_norm is None else self.key_norm(k), positions), v
+
+  def _place(self, x: Array, positions: Array) -> Array:
+    return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
+
+  def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
+    """Values mixed and projected back: [batch, length, embed]."""
+    dropped = None
+    if keys is not None and self.cfg.dropout:
+      dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
+    whole = {'dropout': dropped is not None, 'divided': divides('length')}
+    implementation = 'reference' if see.cached else choose(self.cfg.implementation, **whole)
+    scale = 1.0 if self.cfg.folds_scale else None
+    run = functools.partial(
+      flash_attention, causal=see.causal, scale=scale, softcap=self.cfg.softcap, implementation=implementation
+    )
+    if implementation == 'reference':
+      mixed = run(q, k, v, **see.arrays, dropout=dropped)
+    else:
+      mixed = _on_each_device(run, see.arrays)(q, k, v, see.arrays)
+    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of all layers, [layers, batch, slots, kv_heads, head_dim]; the next token goes to slot `index`."""
+
+  keys: Array
+  values: Array
+  index: Array
+
+  @classmethod
+  def empty(cls, layers: int, batch: int, slots: int, cfg: AttentionConfig, dtype) -> 'Cache':
+    zeros = jnp.zeros((layers, batch, slots, cfg.kv_heads, cfg.head_dim), dtype)
+    return cls(zeros, zeros, jnp.zeros((), jnp.int32))
+
+  def write(self, layer: Array, k: Array, v: Array) -> tuple['Cache', Array, Array]:
+    """(the cache with k, v in `layer` at `index`, that layer's keys, its values)."""
+    place = (layer, 0, self.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(self.keys, k[None], place)
+    values = jax.lax.dynamic_update_slice(self.values, v[None], place)
+    own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    return Cache(keys, values, self.index), own(keys), own(values)
+
+  def advance(self, tokens: int) -> 'Cache':
+    return Cache(self.keys, self.values, self.index + tokens)

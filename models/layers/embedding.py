@@ -1,0 +1,44 @@
+"""Tokens -> vectors, and vectors -> logits."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models.layers.dropout import dropout
+from models.partition import constrain
+from models.specs import Normal, weight
+
+EMBEDDING_SITE = 30
+
+
+class Embedding(nnx.Module):
+  """A row of `table` for each token. T5X draws it at `std` 1.0, for Adafactor, whose updates grow with a parameter.
+
+  A norm follows, so the first output is the same at any `std`; Adam, whose updates have one size, moves a small table
+  faster. With `max_positions`, a learned vector for each position is added (Gehring et al. 2017, arXiv:1705.03122;
+  GPT-2, BERT), one table for encoder and decoder as there is one for tokens; a position beyond gives NaN.
+  """
+
+  def __init__(self, vocab: int, embed: int, *, rate: float, std: float, max_positions: int | None = None):
+    self.table = weight((vocab, embed), ('vocab', 'embed'), Normal(std))
+    self.positions = None if max_positions is None else weight((max_positions, embed), ('length', 'embed'), Normal(std))
+    self.rate = rate
+
+  def __call__(self, tokens: Array, positions: Array, dtype, keys: Array | None) -> Array:
+    # Gathered over fsdp before the lookup: a table split along the features would leave the batch unsplit.
+    table = constrain(self.table[...].astype(dtype), 'vocab', None)
+    x = jnp.take(table, tokens, axis=0)
+    if self.positions is not None:
+      x = x + jnp.take(constrain(self.positions[...].astype(dtype), None, None), positions, axis=0)
+    x = constrain(x, 'batch', 'length', 'embed')
+    return dropout(x, self.rate, keys, EMBEDDING_SITE)
+
+
+class Head(nnx.Module):
+  """The projection to logits, of its own (untied), as in T5 v1.1 and Llama.
+
+  At `scale` 1.0 (T5X's) first logits have unit variance and the first loss is ln(vocabulary) + 0.5; less is nearer.
+  """
+
+  def __init__(self, embed: int, vocab: int, init: Normal):
+    self.kernel = weight((embed, vocab), ('embed', 'vocab'), init)

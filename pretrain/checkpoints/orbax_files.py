@@ -1,0 +1,129 @@
+"""The files of one step, written and read by Orbax. The only orbax import; which steps there are it is never asked."""
+
+import contextlib
+import itertools
+import logging
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import args
+
+from pretrain.checkpoints import manifest
+
+
+def be_quiet() -> None:
+  """What Orbax tells of failed saves, in hundreds of lines, `Checkpoints.poll` tells in one."""
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = without_what_is_left_behind
+
+
+def without_what_is_left_behind(found: Any) -> None:
+  """Where one write of a save fails, the others find the event loop of their save gone; it ends nothing."""
+  if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed'):
+    sys.__unraisablehook__(found)
+
+
+def forget_processes() -> None:
+  """What Orbax remembers of the processes of a run, for those that make up a new one: as if this one had just begun."""
+  from orbax.checkpoint._src.futures import signaling_client, synchronization  # no public name does it
+
+  signaling_client.get_signaling_client.cache_clear()  # it holds the client of a coordinator that was left
+  ids = synchronization.OperationIdGenerator  # in the names of what processes tell each other of one save
+  ids._operation_id_counter = itertools.count()
+  ids._operation_id = next(ids._operation_id_counter)
+
+
+class Files:
+  """Orbax's manager of a folder of steps, once there is something to read or write: it makes the folder."""
+
+  def __init__(self, directory: pathlib.Path, *, read_only: bool):
+    self._directory, self._read_only = directory, read_only
+    self._opened: ocp.CheckpointManager | None = None
+
+  @property
+  def _manager(self) -> ocp.CheckpointManager:
+    if self._opened is None:
+      be_quiet()
+      options = ocp.CheckpointManagerOptions(
+        create=not self._read_only,
+        read_only=self._read_only,
+        # The default on a local disk does not look for the commit file when it reads.
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+      )
+      handlers = {
+        'state': ocp.PyTreeCheckpointHandler(),
+        'position': ocp.JsonCheckpointHandler(),
+        'config': ocp.JsonCheckpointHandler(),
+      }
+      self._opened = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+    return self._opened
+
+  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str) -> None:
+    """Returns when the arrays are copied; `wait` for the files."""
+    items = args.Composite(
+      state=args.PyTreeSave(tree),
+      position=args.JsonSave(position),
+      config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
+    )
+    if not self._manager.save(step, args=items):
+      raise ValueError(f'Orbax has a step after {step}')
+
+  def wait(self) -> None:
+    """Returns when the files are written; raises what that failed with."""
+    self._manager.wait_until_finished()
+
+  def give_up(self) -> None:
+    """Forgets the manager after a failed save: it would go on to count the step, and raise again."""
+    opened, self._opened = self._opened, None
+    for _ in range(2 if opened else 0):  # the first time raises what the save failed with
+      with contextlib.suppress(Exception):
+        opened.close()
+
+  def reload(self) -> None:
+    """Looks again which folders there are."""
+    if self._opened is not None:
+      self._opened.reload()
+
+  def close(self) -> None:
+    opened, self._opened = self._opened, None
+    if opened is not None:
+      opened.close()
+
+  def metadata(self, step: int) -> dict[str, Any]:
+    """The tree of the state, with shapes and dtypes."""
+    return dict(self._manager.item_metadata(step)['state'].tree)
+
+  def state(self, step: int, tree: Any) -> dict[str, Any]:
+    """Exactly the leaves of `tree`, each with its sharding, shape and dtype."""
+    return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=True))).state
+
+  def position(self, step: int) -> dict[str, Any]:
+    return self._manager.restore(step, args=args.Composite(position=args.JsonRestore())).position
+
+  def some(self, step: int, wanted: Callable[[Any], bool]) -> Any:
+    """The tree of the state, with values on the first device where `wanted(path)`."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def choose(path, x):
+      return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=place) if wanted(path) else ocp.PLACEHOLDER
+
+    is_leaf = lambda x: hasattr(x, 'shape')
+    tree = jax.tree_util.tree_map_with_path(choose, self.metadata(step), is_leaf=is_leaf)
+    return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=False))).state
+
+
+def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:
+  """`partial`: `tree` is a part of what was saved. Otherwise it has a PLACEHOLDER for what is not to be read."""
+
+  def place(x):
+    if x is ocp.PLACEHOLDER:
+      return x
+    return ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape)
+
+  return args.PyTreeRestore(tree, restore_args=jax.tree.map(place, tree), partial_restore=partial)

@@ -1,0 +1,104 @@
+"""One save, from the moment its arrays are copied: wait for the files, hash them, write the manifest, let old steps go.
+
+It runs in a thread beside the training, in every process, and all know how it ended: it is a step for all or for none.
+"""
+
+import pathlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+from pretrain.checkpoints import manifest, step_folders
+from pretrain.checkpoints.manifest import File, Leaf, Manifest
+from pretrain.errors import HostError
+from pretrain.hosts.coordination import Agreement
+from pretrain.replicas import digest
+
+
+class Saving:
+  """A save under way. `error` is why it failed, in any process; None where the step exists."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    leaves: Mapping[str, tuple[jax.ShapeDtypeStruct, digest.Sums]],
+    scores: Mapping[str, float],
+    wait: Callable[[], None],
+    retain: Callable[[], None],
+  ):
+    self.step, self.size, self.seconds = int(folder.name), 0, 0.0
+    self.error: Exception | None = RuntimeError('it has not ended')
+    self.untidy: Exception | None = None  # why old steps could not be removed
+    self._folder, self._leaves, self._scores, self._agreement = folder, leaves, scores, Agreement.about('save')
+    self._wait, self._retain, self._files = wait, retain, dict[str, File]()
+    self._start = time.perf_counter()
+    self._thread = threading.Thread(target=self._run, name=f'save_{self.step}')
+    self._thread.start()
+
+  def ended(self) -> bool:
+    return not self._thread.is_alive()
+
+  def join(self) -> None:
+    self._thread.join()
+
+  def _run(self) -> None:
+    self.error = self._agreed(self._write_files) or self._agreed(self._commit)
+    self.seconds = time.perf_counter() - self._start
+    if jax.process_index() == 0:
+      self._clear()
+
+  def _agreed(self, act: Callable[[], None]) -> Exception | None:
+    """What `act` raised, here or in another process."""
+    own, errors = None, []
+    try:
+      act()
+    except Exception as error:
+      own = error
+    try:
+      errors = self._agreement.gather('' if own is None else str(own) or type(own).__name__)
+    except HostError as error:
+      own = own or error
+    others = [f'process {i}: {error}' for i, error in enumerate(errors) if error]
+    return own or (RuntimeError(others[0]) if others else None)
+
+  def _clear(self) -> None:
+    """Removes what the new step makes superfluous, or of one that failed what is left: its space may be needed."""
+    try:
+      if self.error is None:
+        self._retain()
+      elif step_folders.kind_of(self._folder) != 'finished' and threading.main_thread().is_alive():
+        # Else a peer has gone after the commit; or Python is leaving, and what Orbax has begun writes on: the mark
+        # stays, for the next start to remove it all.
+        step_folders.discard(self._folder.parent, self.step)
+    except OSError as error:
+      self.untidy = error
+
+  def _write_files(self) -> None:
+    """Returns when what this process has written is on the disk; it is hashed."""
+    self._wait()
+    index = jax.process_index()
+    self._files = manifest.hash_files(self._folder, [n for n in manifest.names_in(self._folder) if owner(n) == index])
+    if index:
+      manifest.write_part(self._folder, index, self._files)
+
+  def _commit(self) -> None:
+    """Process 0: joins what all have hashed."""
+    leaves = {k: Leaf(tuple(x.shape), str(x.dtype), digest.text(sums)) for k, (x, sums) in self._leaves.items()}
+    if jax.process_index():
+      return
+    files = dict(self._files)
+    for process in range(1, jax.process_count()):
+      files |= manifest.take_part(self._folder, process)
+    whole = Manifest(self.step, files, leaves, self._scores, manifest.versions())
+    manifest.write(self._folder, whole)
+    step_folders.end(self._folder.parent, self.step)
+    self.size = whole.size
+
+
+def owner(name: str) -> int:
+  """The process that writes a file: state/ocdbt.process_2/… is of process 2, what names none of process 0."""
+  found = re.search(r'process_(\d+)(?:/|$)', name)
+  return int(found[1]) if found else 0

@@ -1,0 +1,157 @@
+"""The folders of checkpoints on a disk: which of them are steps, which go, which are put aside. Nobody else renames.
+
+`<step>/` is a step when it holds MANIFEST.json; `<step>.saving` marks one that is being written, `<step>.deleting/` one
+that is being removed, `<step>.corrupt/` one whose files were not those of its manifest, kept for a person to look at;
+`<step>.undone/` is one behind which the run has gone back (a loss spike).
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pretrain.checkpoints import manifest
+from pretrain.errors import CheckpointError
+
+ORBAX_COMMIT = 'commit_success.txt'
+CONFIG = 'config/metadata'  # JSON: `text`, and `manifest` where the step will have one
+Kind = Literal['finished', 'unverified', 'unfinished']
+MORE_IS_BETTER = ('accuracy', 'exact_match')
+
+
+def kind_of(folder: pathlib.Path) -> Kind:
+  """'finished' has a manifest; 'unverified' was written before there were any, and says so by its config."""
+  if folder.is_symlink():  # what it leads to is not ours
+    return 'unfinished'
+  if (folder / manifest.FILE).exists():
+    return 'finished'
+  if not (folder / ORBAX_COMMIT).exists():
+    return 'unfinished'
+  try:
+    config = json.loads((folder / CONFIG).read_bytes())
+  except (OSError, ValueError):
+    return 'unfinished'
+  return 'unfinished' if 'manifest' in config else 'unverified'
+
+
+def folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+  """Every folder that is named as a step, oldest first, whatever is in it."""
+  paths = directory.iterdir() if directory.is_dir() else ()
+  return dict(sorted((int(path.name), path) for path in paths if _is_step(path.name) and path.is_dir()))
+
+
+def _is_step(name: str) -> bool:
+  """
+  >>> [_is_step(name) for name in ('70', '070', '7.corrupt', 'notes', '²')]
+  [True, False, False, False, False]
+  """
+  return name.isdecimal() and str(int(name)) == name
+
+
+def finished(directory: pathlib.Path) -> list[int]:
+  """The steps that exist, oldest first; those from before there were manifests too."""
+  return [step for step, folder in folders(directory).items() if kind_of(folder) != 'unfinished']
+
+
+def quarantined(directory: pathlib.Path) -> list[str]:
+  return sorted(path.name for path in directory.glob('*.corrupt*')) if directory.is_dir() else []
+
+
+def _mark(directory: pathlib.Path, step: int) -> pathlib.Path:
+  return directory / f'{step}.saving'
+
+
+def is_marked(directory: pathlib.Path, step: int) -> bool:
+  """Whether `step` is being written, or was cut off."""
+  return _mark(directory, step).exists()
+
+
+def begin(directory: pathlib.Path, step: int) -> None:
+  """Marks `step` as being written: until `end`, what is cut off is nobody's loss and goes at the next start."""
+  directory.mkdir(parents=True, exist_ok=True)
+  _mark(directory, step).touch()
+
+
+def end(directory: pathlib.Path, step: int) -> None:
+  _mark(directory, step).unlink(missing_ok=True)
+
+
+def discard(directory: pathlib.Path, step: int) -> None:
+  """Removes a step that did not come to be."""
+  shutil.rmtree(directory / str(step), ignore_errors=True)
+  end(directory, step)
+
+
+def remove(directory: pathlib.Path, step: int) -> None:
+  """Removes a finished step; one that is cut off while it is removed is no step."""
+  going = directory / f'{step}.deleting'
+  shutil.rmtree(going, ignore_errors=True)
+  (directory / str(step)).rename(going)
+  shutil.rmtree(going)
+
+
+def tidy(directory: pathlib.Path) -> None:
+  """Removes what saves and removals that were cut off have left."""
+  for mark in directory.glob('*.saving'):
+    if not _is_step(mark.stem):  # not ours
+      continue
+    step = int(mark.stem)
+    if kind_of(directory / str(step)) == 'finished':
+      end(directory, step)
+    else:
+      discard(directory, step)
+  for path in directory.glob('*.deleting'):
+    if _is_step(path.stem):
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def quarantine(directory: pathlib.Path, step: int) -> str:
+  """Puts a damaged step aside; returns the name."""
+  return put_aside(directory, step, 'corrupt')
+
+
+def put_aside(directory: pathlib.Path, step: int, why: Literal['corrupt', 'undone']) -> str:
+  """Gives a step a name that no discovery takes for one; returns the name. Nothing is deleted."""
+  names = (f'{step}.{why}{f".{n}" if n else ""}' for n in range(1000))
+  name = next(name for name in names if not (directory / name).exists())
+  (directory / str(step)).rename(directory / name)
+  manifest.sync_folder(directory)
+  return name
+
+
+def superfluous(
+  steps: Sequence[int], scores: Mapping[int, float], *, keep: int, keep_every: int | None, keep_best: int
+) -> list[int]:
+  """Of `steps`, oldest first, those that nothing keeps: not the last `keep`, multiples of `keep_every`, or the
+  `keep_best` lowest of `scores`.
+
+  >>> superfluous([1, 2, 3, 4, 5], {1: 0.5, 2: 0.3, 3: 0.4}, keep=1, keep_every=4, keep_best=1)
+  [1, 3]
+  """
+  best = sorted((score, step) for step, score in scores.items() if step in steps and math.isfinite(score))
+  kept = {*steps[-keep:], *(step for _, step in best[:keep_best])}
+  kept |= {step for step in steps if keep_every and step % keep_every == 0}
+  return [step for step in steps if step not in kept]
+
+
+def scores_of(directory: pathlib.Path, steps: Sequence[int], key: str) -> dict[int, float]:
+  """Of the steps that were evaluated by `key`: lower is better, so it is negated where more is."""
+  found = {}
+  for step in steps:
+    with contextlib.suppress(ValueError):  # without a manifest it was not evaluated
+      found[step] = manifest.read(directory / str(step)).scores.get(key)
+  sign = -1 if key.rsplit('/', 1)[-1] in MORE_IS_BETTER else 1
+  return {step: sign * value for step, value in found.items() if value is not None}
+
+
+def none_left(directory: pathlib.Path, damaged: Mapping[int, str], aside: Sequence[str]) -> CheckpointError:
+  """What to say where there are checkpoints and none can be read."""
+  seen = [f'{step}: {reason}' for step, reason in damaged.items()] + [f'{name}: quarantined' for name in aside]
+  return CheckpointError(
+    'CKPT-CORRUPT',
+    f'{len(seen)} checkpoints in {directory}, none whole ({"; ".join(seen[:5])}). Not starting from step 0; nothing '
+    'was deleted. Bring their files back from a copy, under the name of the step, or use another --workdir.',
+  )

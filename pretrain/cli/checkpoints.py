@@ -1,0 +1,166 @@
+"""`pretrain checkpoints`: its flags, and each action as one call of `pretrain.tools.weights`."""
+
+import argparse
+import pathlib
+
+from pretrain.errors import ConfigError
+
+# What says of an average of which weights it is.
+SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'input', 'inputs', 'coefficients', 'gin_file', 'metric', 'ema')
+
+
+def checkpoints_flags(command: argparse.ArgumentParser) -> None:
+  from pretrain.cli import main
+
+  actions = command.add_subparsers(required=True, metavar='ACTION')
+  added = {name: actions.add_parser(name, help=f.__doc__) for name, f in WAYS.items()}
+  for name, action in added.items():
+    action.set_defaults(command=WAYS[name])
+  average, soup, merge, restore = (added[name] for name in ('average', 'soup', 'merge', 'restore-as'))
+  main.config_flags(soup)
+  for action in (added['list'], added['verify'], average):
+    action.add_argument('--workdir', required=True, type=pathlib.Path)
+  average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
+  average.add_argument('--weights', type=float_list, metavar='1,2', help='one for each step; without them, equal')
+  merge.add_argument('--base', required=True, metavar='RUN[/STEP]', help='what the inputs started from')
+  added['verify'].add_argument('--steps', type=int_list, default=[], metavar='100,200', help='without them, all')
+  restore.add_argument('--input', required=True, metavar='RUN[/STEP]', help='RUN: its newest step')
+  restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='what is to be another')
+  for action in (soup, merge, added['diff']):
+    action.add_argument('--inputs', required=True, type=text_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
+  merge.add_argument('--coefficients', required=True, type=float_list, metavar='0.5,0.5', help='one for each input')
+  soup.add_argument('--metric', required=True, help='eval/<set>/loss, text_loss or accuracy')
+  for action in (average, soup, merge):
+    action.add_argument('--ema', action='store_true', help='of the moving averages (averaging.name) of the steps')
+  for action in (average, soup, merge, restore):
+    action.add_argument('--output', required=True, type=pathlib.Path, help='a new workdir, to generate or start from')
+
+
+def text_list(text: str) -> list[str]:
+  return text.split(',')
+
+
+def int_list(text: str) -> list[int]:
+  return number_list(text, int)
+
+
+def float_list(text: str) -> list[float]:
+  return number_list(text, float)
+
+
+def number_list(text: str, kind: type) -> list:
+  try:
+    return [kind(part) for part in text.split(',')]
+  except ValueError as error:
+    numbers = 'whole numbers' if kind is int else 'numbers'
+    raise argparse.ArgumentTypeError(f"'{text}' is no list of {numbers}; write e.g. 1,2") from error
+
+
+def checkpoints_command(options, overrides) -> None:
+  """List, verify and compare the checkpoints of runs; average, soup, merge and rewrite them."""
+  raise ConfigError(f'pretrain checkpoints needs an action: {", ".join(WAYS)}.')
+
+
+def list_command(options, overrides) -> None:
+  """Print the checkpoints of a run: size, and the losses at each; and its snapshots in the memory of this host."""
+  weights = on_the_host()
+  try:
+    print(weights.list_steps(options.workdir))
+  finally:
+    if line := weights.in_memory(options.workdir):
+      print(line)
+
+
+def average_command(options, overrides) -> None:
+  """Write the mean of several steps of a run."""
+  from pretrain.cli import main
+
+  weights = on_the_host()
+  main.check_workdir(options.output, '--output')
+  steps = [weights.find_step(options.workdir, step, ema=options.ema) for step in options.steps]
+  weights.average(steps, options.weights, options.output, source_of(options))
+  print(options.output)
+
+
+def soup_command(options, overrides) -> None:
+  """Write the mean of those runs that together are better on held-out text than without."""
+  from pretrain.cli import main
+  from pretrain.devices import mesh
+
+  cfg = main.load(options, overrides)
+  main.check_workdir(options.output, '--output')
+  mesh.prepare_platform(cfg.mesh)
+  from pretrain.tools import weights
+
+  steps = [weights.find(text, ema=options.ema) for text in options.inputs]
+  weights.soup(cfg, steps, options.metric, options.output, source_of(options), print)
+  print(options.output)
+
+
+def merge_command(options, overrides) -> None:
+  """Write base + sum of coefficient * (input - base)."""
+  from pretrain.cli import main
+
+  weights = on_the_host()
+  main.check_workdir(options.output, '--output')
+  base, *inputs = (weights.find(text, ema=options.ema) for text in (options.base, *options.inputs))
+  weights.merge(base, inputs, options.coefficients, options.output, source_of(options))
+  print(options.output)
+
+
+def verify_command(options, overrides) -> int:
+  """Compare files and arrays with what was written; exit code 66 where a step is damaged."""
+  on_the_host()
+  from pretrain.errors import CheckpointError
+  from pretrain.tools.verify import verify
+
+  return CheckpointError.exit_code if verify(options.workdir, options.steps, print) else 0
+
+
+def diff_command(options, overrides) -> None:
+  """Print the arrays in which two steps differ, and by how much."""
+  weights = on_the_host()
+  from pretrain.tools.verify import diff
+
+  if len(options.inputs) != 2:
+    raise ConfigError(f'--inputs has {len(options.inputs)} steps; diff compares two, e.g. RUN/100,RUN/200.')
+  print(diff(*map(weights.find, options.inputs)))
+
+
+def restore_as_command(options, overrides) -> None:
+  """Write a step for a run with another optimizer, moving average or mesh to go on from."""
+  from pretrain.cli import main
+
+  weights = on_the_host()
+  main.check_workdir(options.output, '--output')
+  from pretrain.tools.rewrite import restore_as
+
+  flags = ' '.join(f'--gin.{override}' for override in overrides)
+  anew = restore_as(weights.find(options.input), overrides, options.output, f'{source_of(options)} {flags}')
+  print(options.output, *(f'({part} begins anew)' for part in anew))
+
+
+WAYS = {
+  'list': list_command, 'verify': verify_command, 'diff': diff_command, 'average': average_command,
+  'soup': soup_command, 'merge': merge_command, 'restore-as': restore_as_command,
+}  # fmt: skip
+
+
+def on_the_host():
+  """`pretrain.tools.weights`, with JAX on the CPU: sums of parameters belong into the larger memory."""
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+  from pretrain.tools import weights
+
+  return weights
+
+
+def source_of(options) -> str:
+  """What made a workdir, in one line."""
+  name = next(name for name, function in WAYS.items() if function is options.command)
+  return f'pretrain checkpoints {name} ' + ' '.join(
+    f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'
+    for key, value in vars(options).items()
+    if key in SOURCE_FLAGS and value not in (None, False)
+  )

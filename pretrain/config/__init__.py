@@ -1,0 +1,4 @@
+"""Gin text to frozen dataclasses and back.
+
+Knows gin's notation and dataclass fields; must not know any particular key.
+"""

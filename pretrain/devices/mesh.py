@@ -1,0 +1,138 @@
+"""Devices -> Mesh, and a host's batch -> global arrays. The only place that says which devices a run uses."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pretrain.devices.platform import has_accelerator, set_threads, threads
+from pretrain.errors import ConfigError
+
+AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
+BATCH_AXES = ('replica', 'data', 'fsdp')
+MOST_SIMULATED = 512  # 20,000 had not begun to train after 40 s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all that remain.
+
+  `replica` crosses slices (slow network), `data` copies parameters, `fsdp` shards them, `tensor` splits heads,
+  MLP and vocabulary, `sequence` splits lengths; `expert` and `stage` are for mixtures of experts and pipelines.
+  """
+
+  replica: int = 1
+  data: int = 1
+  fsdp: int = 1
+  sequence: int = 1
+  tensor: int = 1
+  expert: int = 1
+  stage: int = 1
+
+
+def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
+  """On a machine without accelerators, JAX will run on the CPU with as many simulated devices as the mesh needs.
+
+  Call before anything starts a JAX backend.
+  """
+  jax.config.update('jax_threefry_partitionable', True)  # whatever the environment says: see `step.PRNG`
+  if 'JAX_PLATFORMS' not in os.environ and not has_accelerator():
+    jax.config.update('jax_platforms', 'cpu')
+  simulated_elsewhere = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if num_hosts == 1:  # of `pretrain run`: without sockets between its devices, sums have the order of plain `train`
+    jax.config.update('jax_cpu_collectives_implementation', None)
+  if jax.config.jax_platforms == 'cpu' and not simulated_elsewhere:
+    devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
+    if devices > MOST_SIMULATED:
+      raise ConfigError(
+        f'mesh.* makes {devices} devices; a CPU simulates at most {MOST_SIMULATED}. Use smaller mesh.* values.'
+      )
+    if devices % num_hosts:
+      raise ConfigError(
+        f'mesh.* makes {devices} devices, not a multiple of {num_hosts} hosts; change --hosts or mesh.*.'
+      )
+    jax.config.update('jax_num_cpu_devices', devices // num_hosts)
+    set_threads(devices // num_hosts)
+
+
+def shares_evenly(cfg: MeshConfig, batch_size: int, num_hosts: int) -> bool:
+  """Whether `num_hosts` processes can have equal parts of the devices and of each batch."""
+  devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
+  return devices % num_hosts == 0 and batch_size % num_hosts == 0
+
+
+def axis_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
+  """The size of each mesh axis, -1 resolved; raises ConfigError when they do not fit the devices."""
+  sizes = dataclasses.asdict(cfg)
+  free = [axis for axis, n in sizes.items() if n == -1]
+  if bad := [f'mesh.{axis}={n}' for axis, n in sizes.items() if n == 0 or n < -1]:
+    raise ConfigError(f'{bad[0]} is no size; give a number of devices >= 1, or -1 for all that remain.')
+  if len(free) > 1:
+    raise ConfigError(f'mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can take what remains.')
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  if num_devices % fixed or (not free and fixed > num_devices):
+    raise ConfigError(
+      f'mesh.* needs {fixed} devices, {num_devices} are present; change mesh.{free[0] if free else "data"}.'
+    )
+  return sizes | {axis: num_devices // fixed for axis in free}
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+  """The mesh over all axes of `AXES`. Simulated CPU devices beyond its product stay idle; accelerators may not."""
+  devices = jax.devices() if devices is None else devices
+  simulated = devices[0].platform == 'cpu'
+  product = math.prod(dataclasses.astuple(cfg))
+  if simulated and 0 < product <= len(devices):
+    devices = devices[:product]
+  if simulated:
+    _check_threads(sum(device.process_index == jax.process_index() for device in devices))
+  sizes = axis_sizes(cfg, len(devices))
+  if math.prod(sizes.values()) != len(devices):
+    raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
+  # make_mesh defaults to Explicit axes; all our sharding is by constraint, hence Auto.
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _check_threads(devices: int) -> None:
+  number = threads(jax.local_device_count())
+  if devices > 1 and number <= devices:
+    raise ConfigError(
+      f'mesh.* uses {devices} simulated devices and XLA has {number} threads: too few, its results would be wrong '
+      f'(pretrain/devices/platform.py). Set NPROC={2 * devices} before JAX starts.'
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> slice:
+  """The contiguous rows of a global batch that this process feeds."""
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  bounds = {index[0].indices(batch_size)[:2] for index in indices.values()}
+  start, stop = min(a for a, _ in bounds), max(b for _, b in bounds)
+  if sum(b - a for a, b in bounds) != stop - start:
+    raise ConfigError(
+      f'mesh gives process {jax.process_index()} rows {sorted(bounds)} of a batch, not one slice; reorder mesh.*.'
+    )
+  return slice(start, stop)
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of each field -> arrays sharded over the batch axes of the mesh."""
+  sharding = batch_sharding(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(dict(batch), sharding)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

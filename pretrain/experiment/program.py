@@ -1,0 +1,72 @@
+"""What training, evaluation and generation share: the mesh, the model and where each array of the state lies."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import models.build
+from models import partition, specs
+from pretrain.devices.mesh import batch_shards, make_mesh, replicated
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import Experiment, check_batch
+from pretrain.optim.averaging import make_track, track_shardings
+from pretrain.optim.optimizer import make_optimizer, skipped
+from pretrain.optim.schedule import make_schedule
+from pretrain.optim.state import state_shardings
+from pretrain.step.loss import make_loss
+from pretrain.step.train_step import TrainState, init_state, make_train_step, start_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One run's functions, bound to a mesh. `train_step(state, batch)` donates the state."""
+
+  mesh: Mesh
+  model: models.build.Model
+  abstract: TrainState  # shapes, dtypes and shardings of the state
+  init: Any
+  start: Any  # params -> the state of step 0 with them, which it takes over
+  train_step: Any
+
+
+def check_divisible(parameters, mesh) -> None:
+  """Raises ConfigError where the mesh does not divide a parameter."""
+  try:
+    partition.check_divisible(parameters, mesh)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, start: int = 0) -> Program:
+  """Everything a run needs that holds no arrays; nothing is allocated. The schedule counts from `schedule_start`, a
+  phase's losses from its `start`.
+
+  Raises ConfigError where the mesh does not divide the batch or a parameter.
+  """
+  mesh = make_mesh(cfg.mesh, devices)
+  check_batch(cfg, batch_shards(mesh))
+  model = models.build.build(cfg.model, cfg.kernels, mesh)
+  check_divisible(model.specs, mesh)
+  schedule = make_schedule(cfg.schedule, schedule_start)
+  tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
+  track = make_track(cfg.averaging)
+  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
+  shapes = jax.eval_shape(init)
+  params = partition.shardings(model.specs, mesh)
+  everywhere = replicated(mesh)
+  opt_state = state_shardings(tx, shapes.params, params, mesh)
+  placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params))
+  abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+  step = make_train_step(
+    make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
+    track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+  )  # fmt: skip
+  start = functools.partial(start_state, tx=tx, track=track)
+  return Program(
+    mesh, model, abstract, jax.jit(init, out_shardings=placed),
+    jax.jit(start, donate_argnums=0, out_shardings=placed),
+    jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+  )  # fmt: skip

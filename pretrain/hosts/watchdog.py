@@ -1,0 +1,120 @@
+"""A thread that ends the process where it does not get on, with the stacks of all threads: nothing waits for ever."""
+
+import dataclasses
+import faulthandler
+import math
+import os
+import pathlib
+import sys
+import threading
+import time
+from typing import Annotated
+
+from pretrain.hosts import coordination
+from pretrain.records.timeline import Timeline
+
+EXIT_CODE = 70
+TICK_SECONDS = 0.25
+GRACE_SECONDS = 5.0  # those who wait give the one they wait for this much longer to end by itself
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+  """The most seconds that a phase may take without getting on; 0 = no limit.
+
+  `step` of None is 10 times the median step, at least 60 s. A first step compiles, and has the limit of `compile`.
+  """
+
+  init: Annotated[float, '>= 0'] = 1800.0
+  restore: Annotated[float, '>= 0'] = 3600.0
+  compile: Annotated[float, '>= 0'] = 3600.0
+  data: Annotated[float, '>= 0'] = 1800.0
+  step: Annotated[float, '>= 0'] | None = None
+  save: Annotated[float, '>= 0'] = 1800.0
+  eval: Annotated[float, '>= 0'] = 3600.0
+  close: Annotated[float, '>= 0'] = 1800.0
+
+
+def limit_of(cfg: WatchdogConfig, phase: str, median_step: float | None) -> float:
+  """Seconds that `phase` may take; 0 = any.
+
+  >>> cfg = WatchdogConfig()
+  >>> limit_of(cfg, 'step', 0.5), limit_of(cfg, 'step', 30.0), limit_of(cfg, 'step', None), limit_of(cfg, 'data', 0.5)
+  (60.0, 300.0, 3600.0, 1800.0)
+  """
+  if phase == 'step' and cfg.step is None:
+    return cfg.compile if median_step is None else max(60.0, 10 * median_step)
+  return getattr(cfg, phase, 0.0)  # 'done' has none
+
+
+class Watchdog:
+  """Inside the block, a phase of `timeline` that takes longer than its limit ends the process with code 70.
+
+  It also writes the timeline while nothing else does. Time in which the whole process stood still (a stopped or
+  sleeping machine) does not count: only that which this thread has seen pass does.
+  """
+
+  def __init__(self, timeline: Timeline, cfg: WatchdogConfig, workdir: pathlib.Path):
+    self._timeline, self._cfg, self._workdir = timeline, cfg, workdir
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+    self._stuck, self._serial = 0.0, -1
+
+  def __enter__(self):
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind, error, trace):
+    self._stop.set()
+    self._thread.join()
+
+  def _watch(self) -> None:
+    last = time.monotonic()
+    while not self._stop.wait(TICK_SECONDS):
+      now = time.monotonic()
+      self.tick(min(now - last, 4 * TICK_SECONDS))
+      last = now
+
+  def tick(self, seconds: float) -> None:
+    """`seconds` have passed."""
+    timeline = self._timeline
+    if timeline.due():
+      timeline.flush()
+    if timeline.serial != self._serial:
+      self._stuck, self._serial = 0.0, timeline.serial
+      return
+    self._stuck += seconds
+    if self._stuck >= coordination.SECONDS_BEFORE_TELLING:
+      coordination.tell(timeline.phase, timeline.step, timeline.serial)
+    limit = limit_of(self._cfg, timeline.phase, timeline.median_step())
+    if limit and self._stuck > limit and self._stuck > self._longest_of_others():
+      self._expire(limit)
+
+  def _longest_of_others(self) -> float:
+    """What the phases that other processes are in may take: who waits in a step for them ends after them."""
+    if self._timeline.phase != 'step':
+      return 0.0
+    phases = [phase for phase, _ in coordination.doing().values() if phase != 'step']
+    limits = [limit_of(self._cfg, phase, None) or math.inf for phase in phases]
+    return max(limits, default=0.0) + (GRACE_SECONDS if limits else 0.0)
+
+  def _expire(self, limit: float) -> None:
+    """Writes all stacks to RUN/hang_<step>_p<host>.txt, says so, and ends the process."""
+    timeline = self._timeline
+    path = self._workdir / f'hang_{timeline.step}_p{coordination.host()}.txt'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as file:
+      faulthandler.dump_traceback(file, all_threads=True)
+    median = timeline.median_step()
+    usual = f' (median step {median:.2g} s)' if median is not None else ''
+    print(
+      f'HANG: process {coordination.host()} in phase {timeline.phase} '
+      f'for {self._stuck:.0f} s since step {timeline.step}, '
+      f'watchdog.{timeline.phase} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {path}. '
+      'What is saved is whole; the same command resumes.',
+      file=sys.stderr,
+      flush=True,
+    )
+    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    timeline.flush(**{timeline.phase: -self._stuck, 'hang': self._stuck})
+    os._exit(EXIT_CODE)

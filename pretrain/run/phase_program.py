@@ -1,0 +1,36 @@
+"""What the steps of one phase work with."""
+
+import jax
+
+from data.batches.source import open_data
+from data.objectives.objectives import Supervised
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.mesh import host_rows
+from pretrain.experiment.phases import Stretch
+from pretrain.experiment.program import build_program
+from pretrain.records.timeline import Phase
+from pretrain.step.loss import make_eval_step
+from pretrain.tools.exact_match import make_exact_match
+
+
+class Stage:
+  """What one phase works with: its data, compiled functions, and this host's rows of its batches."""
+
+  def __init__(self, stretch: Stretch):
+    self.stretch, self.cfg = stretch, stretch.cfg
+    vocab_size = self.cfg.model.vocab_size
+    self.data = open_data(
+      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
+    )
+    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start, start=stretch.start)
+    self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
+    self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
+    decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
+    self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
+
+  def phase_of(self, batch) -> Phase:
+    """What a step with this batch is: one of new shapes compiles."""
+    shapes = tuple(values.shape for values in batch.values())
+    known = shapes in self._compiled
+    self._compiled.add(shapes)
+    return 'step' if known else 'compile'

@@ -1,0 +1,74 @@
+"""What a step minimises: token cross entropy (with z-loss), and the same split for evaluation."""
+
+import dataclasses
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from models.build import KernelsConfig, Model
+from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pretrain.step.train_step import Batch, LossFn, Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """`z_loss` weighs log(Z)^2, which keeps logits near zero (1e-4 in T5X). Source: arXiv:2204.02311, §5."""
+
+  z_loss: Annotated[float, '>= 0'] = 0.0
+  label_smoothing: Annotated[float, '[0, 1)'] = 0.0
+
+
+def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
+  hidden, aux = model.apply(params, batch, key)
+  flat = hidden.reshape(-1, hidden.shape[-1])
+  labels = batch['decoder_target_tokens'].reshape(-1)
+  implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
+  options |= {'softcap': softcap, 'implementation': implementation}
+  return linear_cross_entropy(flat, model.head(params), labels, **options), aux
+
+
+def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
+  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+
+  Of several sources, metrics `source_loss` and `source_weight` are float32[sources]: the parts of the loss and of the
+  weight that each has.
+  """
+
+  def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
+    (value, lse, correct), _ = _token_losses(
+      model, kernels, params, batch, key, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+    )
+    share = batch['decoder_loss_weights'].reshape(-1) / weight
+    penalty = cfg.z_loss * jnp.square(lse)
+    total = (value * share).sum()
+    z_loss = (penalty * share).sum()
+    metrics = {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
+    if num_sources > 1:
+      rows = batch['source_index'].shape[0]
+      by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
+      mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
+      metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
+    return total, metrics
+
+  return loss
+
+
+def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int):
+  """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits, of all targets and of text alone.
+
+  Text = targets that are pieces of text: not a sentinel, mode token or EOS. Those are close to free in a denoising
+  objective, so a loss without them is what can be held against an n-gram model.
+  """
+
+  def eval_step(params, batch: Batch) -> Metrics:
+    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
+    text = weights * ((labels > 1) & (labels < num_pieces))
+    return {
+      'loss': (value * weights).sum(), 'accuracy': (correct * weights).sum(), 'weight': weights.sum(),
+      'text_loss': (value * text).sum(), 'text_weight': text.sum(),
+    }  # fmt: skip
+
+  return eval_step

@@ -1,0 +1,54 @@
+"""Held-out loss, set by set."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from pretrain.devices.mesh import to_global
+from pretrain.errors import ConfigError
+
+KINDS = ('loss', 'text_loss', 'perplexity', 'accuracy', 'exact_match')  # of a set, by which steps can be judged
+
+
+def evaluate(eval_step, params, batches: Iterable[Mapping[str, np.ndarray]], mesh) -> dict[str, float]:
+  """Mean nats per target (`loss`), per target that is text (`text_loss`), `perplexity` and `accuracy`."""
+  parts = [eval_step(params, to_global(batch, mesh)) for batch in batches]
+  sums = {k: float(np.sum([np.float64(part[k]) for part in jax.device_get(parts)])) for k in parts[0]}
+  loss = sums['loss'] / max(sums['weight'], 1.0)
+  return {
+    'loss': loss,
+    'perplexity': math.exp(min(loss, 700.0)),
+    'accuracy': sums['accuracy'] / max(sums['weight'], 1.0),
+    'text_loss': sums['text_loss'] / max(sums['text_weight'], 1.0),
+    'targets': sums['weight'],
+  }
+
+
+def evaluate_sets(eval_step, params, sets: Mapping[str, Iterable], mesh, average: str = '') -> dict[str, float]:
+  """`evaluate` on each held-out set: eval/<set>/loss, …; eval/<set>/<average>/loss, … for averaged parameters."""
+  values = {}
+  for name, batches in sets.items():
+    values |= {f'{series(name, average)}/{k}': v for k, v in evaluate(eval_step, params, batches, mesh).items()}
+  return values
+
+
+def check_best_of(key: str | None, sets: Iterable[str]) -> None:
+  """Raises ConfigError where no evaluation of these held-out sets has `checkpoint.best_of`."""
+  names = list(sets)
+  prefixes = [series(name, average) for name in names for average in ('', 'ema', 'lawa')]
+  if key is not None and key not in [f'{prefix}/{kind}' for prefix in prefixes for kind in KINDS]:
+    raise ConfigError(
+      f"checkpoint.best_of='{key}' is not a metric of the held-out sets; it is eval/<set>/<kind> with a set of "
+      f'{", ".join(names)} and a kind of {", ".join(KINDS)}, e.g. {prefixes[0]}/loss.'
+    )
+
+
+def series(name: str, average: str) -> str:
+  """What the names of a set's metrics begin with.
+
+  >>> series('builtin', ''), series('builtin', 'ema')
+  ('eval/builtin', 'eval/builtin/ema')
+  """
+  return '/'.join(filter(None, ('eval', name, average)))

@@ -1,0 +1,51 @@
+"""How often a run that learns from pairs writes the whole targets of held-out inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from data.batches.batches import DataSource
+from data.objectives.objectives import Supervised, pair_lengths
+from models.decode import greedy
+from pretrain.devices.mesh import host_rows, replicated, to_global
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.program import Program
+from pretrain.tools.evaluate import series
+from pretrain.tools.generate import prompt_batch, until_eos
+
+Pairs = Sequence[tuple[list[int], list[int]]]
+ExactMatch = Callable[[Any, Pairs], float]
+
+
+def matches(exact_match: ExactMatch, params, sets: Mapping[str, Pairs], average: str = '') -> dict[str, float]:
+  """eval/<set>/exact_match, or eval/<set>/<average>/exact_match for averaged parameters."""
+  return {f'{series(name, average)}/exact_match': exact_match(params, pairs) for name, pairs in sets.items()}
+
+
+def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> ExactMatch:
+  """`exact_match(params, pairs)`: the share of greedy outputs whose text is that of the targets.
+
+  Pairs are those of `DataSource.heldout_pairs`: targets longer than a row has room for are never reached, and count as
+  misses. Every process decodes its rows and sees all outputs.
+  """
+  assert isinstance(cfg.objective, Supervised)
+  longest, room = pair_lengths(cfg.objective, cfg.data.budget)
+  mesh, size = program.mesh, cfg.data.batch_size
+  rows, render = host_rows(mesh, size), data.tokenizer.render
+
+  def decode(params, batch) -> Array:
+    return greedy(program.model, params, batch, room, data.vocabulary.size)
+
+  decode = jax.jit(decode, out_shardings=replicated(mesh))
+
+  def hits(params, pairs: Pairs) -> int:
+    """Of at most a batch of pairs; its other rows repeat the first."""
+    prompts = [inputs for inputs, _ in pairs] + [pairs[0][0]] * (size - len(pairs))
+    outputs = np.asarray(decode(params, to_global(prompt_batch(prompts[rows], cfg, longest), mesh))).tolist()
+    answered = zip(outputs[: len(pairs)], pairs, strict=True)
+    return sum(render(until_eos(output)) == render(targets) for output, (_, targets) in answered)
+
+  return lambda params, pairs: sum(hits(params, pairs[i : i + size]) for i in range(0, len(pairs), size)) / len(pairs)

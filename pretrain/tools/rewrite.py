@@ -1,0 +1,89 @@
+"""`pretrain checkpoints restore-as`: a step of a run as the step of another one, with another optimizer or average.
+
+Parameters, step and position in the data are kept to the bit. So is the optimizer's state where no key of `optimizer`
+differs, and `extra` (moving averages) where none of `averaging` does; otherwise they begin anew from the parameters.
+Losses that spikes are judged by are kept where no key of `spikes` differs.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.config import bindings
+from pretrain.devices.mesh import MeshConfig
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
+from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.program import Program, build_program
+from pretrain.experiment.resume import differences
+from pretrain.tools.weights import Step, check_new, config_of
+
+FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
+
+
+def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, source: str) -> list[str]:
+  """Writes a new workdir that a run goes on from; returns the parts of the state that begin anew."""
+  check_new(output)
+  old, new = config_of(step.workdir), _changed(step.workdir, overrides)
+  stretch = stretch_at(new, max(step.number - 1, 0)).cfg
+  program = _program(stretch)
+  stored = _program(dataclasses.replace(stretch, spikes=old.spikes))
+  kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
+  with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
+    position = checkpoints.position(step.number)
+    parts = checkpoints.restore_parts(_abstract(stored, ['step', 'params', *kept]), step.number)
+  text = f'# Step {step.number} made by: {source}\n{bindings.render(new)}'
+  _write(output, step.number, _state(program, parts, old.spikes == new.spikes), position, text)
+  return [part for part in ('opt_state', 'extra') if part not in kept]
+
+
+def _program(cfg: Experiment) -> Program:
+  return build_program(dataclasses.replace(cfg, mesh=MeshConfig()), jax.devices()[:1])
+
+
+def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
+  return {part: getattr(program.abstract, part) for part in parts}
+
+
+def _state(program: Program, parts: dict[str, Any], same_spikes: bool):
+  fresh = program.start(parts['params'])
+  fresh = dataclasses.replace(fresh, opt_state=_at(parts['step'], fresh.opt_state))
+  if 'opt_state' in parts and not same_spikes:  # the optimizer's comes first in that of a guarded one
+    parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}
+  return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
+
+
+def _at(step: jax.Array, opt_state):
+  """What counts steps in an optimizer's state that begins anew: the schedule, and phases for spikes, go on."""
+  first, rate, *spikes = opt_state
+  return first, rate._replace(count=step), *(state._replace(updates=step) for state in spikes)
+
+
+def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
+  """The config of a run with `overrides`. Raises ConfigError for a key that would make another model, or other data."""
+  saved = str(workdir / 'config.gin')
+  old, new = bindings.load(Experiment, [saved], []), bindings.load(Experiment, [saved], overrides)
+  check(new)
+  refused = [item for item in differences(old, new) if not item[0].startswith(FREE)]
+  if refused:
+    key, before, after = refused[0]
+    raise ConfigError(
+      f'{key} is {before!r} in {saved}, {after!r} in this command: restore-as changes {", ".join(FREE)} and what a '
+      f'resumed run may change ({", ".join(MAY_CHANGE)}). Nothing was written; for anything else start a run with '
+      'checkpoint.initial.'
+    )
+  return new
+
+
+def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
+  """The config is written last: without it `output` is no run."""
+  checkpoints = Checkpoints(output, CheckpointConfig())
+  checkpoints.save(step, state, position, text)
+  checkpoints.close()
+  (output / 'config.gin').write_text(text)

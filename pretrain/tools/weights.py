@@ -1,0 +1,285 @@
+"""Parameters of finished steps, read from one run and written as another: `pretrain checkpoints`, `checkpoint.initial`.
+
+What average, soup and merge write is a workdir with a config and one step, 0, that holds parameters alone: it can be
+generated from and evaluated, and a run can start from it (`checkpoint.initial`), but none can go on from it.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from data.batches.source import open_data
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.config import bindings
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.mesh import MeshConfig, host_rows
+from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.program import Program, build_program
+from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
+from pretrain.records.metrics import read_metrics
+from pretrain.snapshots.slots import folder_of, remembered
+from pretrain.step.loss import make_eval_step
+from pretrain.tools.describe import table
+from pretrain.tools.evaluate import evaluate_sets
+
+# Keys of model.* that change neither the shapes of weights nor what is computed of them.
+NOT_ARCHITECTURE = (
+  'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
+  'model.scale_residual_init',
+)  # fmt: skip
+# What a run that starts from another may change as well: how far apart positions are, for longer rows.
+MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A finished step of a run; with `ema`, the moving average of its parameters."""
+
+  workdir: pathlib.Path
+  number: int
+  ema: bool = False
+
+  def __str__(self) -> str:
+    return f'{self.workdir}/{self.number}{" (ema)" * self.ema}'
+
+  def read(self, abstract: Any) -> Any:
+    """Its parameters, placed as in `abstract`. Raises CKPT-MISMATCH where those have other shapes."""
+    with _opened(self.workdir) as checkpoints:
+      return checkpoints.restore_params(abstract, self.number, ema=self.ema)
+
+  def tokenizer(self) -> str | None:
+    """The fingerprint of the tokenizer it was trained with."""
+    with _opened(self.workdir) as checkpoints:
+      return checkpoints.position(self.number).get('data', {}).get('tokenizer')
+
+
+def find(text: str, *, ema: bool = False) -> Step:
+  """The step that RUN or RUN/<step> means; RUN alone is its newest. Raises CKPT-NONE where it does not exist."""
+  path = pathlib.Path(text)
+  if path.name.isdecimal() and not (path / 'checkpoints').exists():
+    return find_step(path.parent, int(path.name), ema=ema)
+  return Step(path, _steps(path)[-1], ema)
+
+
+def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
+  """A step of a run. Raises CKPT-NONE, with those that exist, where it has no such step."""
+  there = _steps(workdir)
+  if number not in there:
+    raise CheckpointError(
+      'CKPT-NONE',
+      f'no step {number} in {workdir}/checkpoints; it has {", ".join(map(str, there))}. Choose one of them.',
+    )
+  return Step(workdir, number, ema)
+
+
+def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
+  """The parameters that `checkpoint.initial` names, placed for `program`, whose data have `tokenizer`.
+
+  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
+  """
+  path = pathlib.Path(initial)
+  step = find_step(path.parent, int(path.name))
+  ours, theirs = bindings.flatten(program.model.cfg, 'model.'), bindings.flatten(config_of(step.workdir))
+  if bad := _differences(ours, theirs, MAY_DIFFER):
+    raise CheckpointError(
+      'CKPT-MISMATCH',
+      f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
+      f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
+    )
+  params, theirs = step.read(program.abstract.params), step.tokenizer()
+  if None not in (theirs, tokenizer) and theirs != tokenizer:
+    raise CheckpointError(
+      'CKPT-MISMATCH',
+      f'{step} was trained with another tokenizer (sha256 {theirs[:8]}.., that of data.* is {tokenizer[:8]}..): '
+      'its ids are other text. Nothing was changed; prepare the data with its --tokenizer.',
+    )
+  return params
+
+
+def list_steps(workdir: pathlib.Path) -> str:
+  """A table of the finished steps of a run: size on disk, and the losses that were logged at each."""
+  numbers = _steps(workdir)
+  rows = {row['step']: row for row in read_metrics(workdir)}
+  losses = sorted({key for n in numbers for key in rows.get(n, {}) if key.endswith('loss') and key != 'z_loss'})
+  losses.sort(key=lambda key: key != 'loss')
+  lines = []
+  for number in numbers:
+    size = sum(p.stat().st_size for p in (workdir / 'checkpoints' / str(number)).rglob('*') if p.is_file())
+    values = [f'{rows[number][key]:.4f}' if key in rows.get(number, {}) else '-' for key in losses]
+    lines.append((str(number), f'{size / 2**20:.1f}', *values))
+  return table(lines, ('step', 'MiB', *losses))
+
+
+def in_memory(workdir: pathlib.Path) -> str:
+  """The snapshots of a run in the memory of this host, in a line; '' where there are none."""
+  try:
+    return remembered(folder_of(config_of(workdir).snapshot, workdir, 0), time.time())
+  except UserError:  # it has no config, or this machine no such memory
+    return ''
+
+
+def average(steps: Sequence[Step], weights: Sequence[float] | None, output: pathlib.Path, source: str) -> None:
+  """Writes the mean of `steps`, uniform or weighted, to a new workdir.
+
+  Holds two copies of the parameters, and the buffers of the files while one is read (a third), for any number of steps.
+  """
+  weights = [1.0] * len(steps) if weights is None else weights
+  if len(weights) != len(steps):
+    raise ConfigError(f'--weights has {len(weights)} values, --steps {len(steps)}; give one weight to each step.')
+  if not all(0 < w < float('inf') for w in weights):
+    raise ConfigError(f'--weights={_list(weights)}; each must be a finite number > 0.')
+  _combine(steps, normalized(weights), output, source)
+
+
+def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], output: pathlib.Path, source: str) -> None:
+  """Writes base + sum c_i (input_i - base) to a new workdir; memory as for `average`."""
+  if len(coefficients) != len(inputs):
+    raise ConfigError(
+      f'--coefficients has {len(coefficients)} values, --inputs {len(inputs)}; give one coefficient to each input.'
+    )
+  if not all(abs(c) < float('inf') for c in coefficients):
+    raise ConfigError(f'--coefficients={_list(coefficients)}; each must be finite.')
+  _combine([base, *inputs], task_vector_coefficients(coefficients), output, source)
+
+
+def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: pathlib.Path, source: str) -> None:
+  check_new(output)
+  cfg = _one_architecture(steps)
+  abstract = _on_one_device(cfg).abstract.params
+  terms = ((c, step.read(abstract)) for c, step in zip(coefficients, steps, strict=True))
+  _write(output, linear_combination(terms), cfg, steps[0], source)
+
+
+def soup(
+  cfg: Experiment, steps: Sequence[Step], metric: str, output: pathlib.Path, source: str, tell: Callable
+) -> None:
+  """Writes the greedy soup of `steps`, judged by `metric` on the held-out sets of `cfg`, to a new workdir.
+
+  `tell` is given a line for each decision. Memory as for `average`; each input is read twice.
+  """
+  check_new(output)
+  saved = _one_architecture(steps)
+  _check_model(cfg, '--gin_file', saved, steps[0])
+  program, score = _scorer(cfg, metric)
+  read = lambda index: steps[index].read(program.abstract.params)
+  scores = []
+  for i, step in enumerate(steps):
+    scores.append(score(read(i)))
+    tell(f'{step}  {metric} {_shown(scores[-1], metric)}')
+  if not any(map(math.isfinite, scores)):
+    raise ConfigError(f'--metric={metric} is not finite for any of --inputs; nothing was written.')
+  params = greedy_soup(scores, read, score, lambda tasted: tell(_decision(tasted, steps[tasted.index], metric)))
+  _write(output, params, saved, steps[0], source)
+
+
+def _decision(tasted: Tasted, step: Step, metric: str) -> str:
+  verdict = 'kept' if tasted.kept else f'left out, {_shown(tasted.before, metric)} without it'
+  return f'+ {step}  {metric} {_shown(tasted.score, metric)}  {verdict}'
+
+
+def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], float]]:
+  """(program, score(params)): the held-out metric, negated where more is better."""
+  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  program = build_program(cfg)
+  sets = data.heldout(cfg.evaluation.batches, host_rows(program.mesh, cfg.data.batch_size))
+  _check_metric(metric, [f'eval/{name}/{kind}' for name in sets for kind in ('loss', 'text_loss', 'accuracy')])
+  name = metric.split('/')[1]
+  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces))
+
+  def score(params) -> float:
+    value = evaluate_sets(eval_step, params, {name: sets[name]}, program.mesh)[metric]
+    return -value if metric.endswith('/accuracy') else value
+
+  return program, score
+
+
+def _check_metric(metric: str, there: Sequence[str]) -> None:
+  if not there:
+    raise ConfigError('--gin_file has no held-out set to judge a soup on; set data.heldout.')
+  if metric not in there:
+    raise ConfigError(f"--metric='{metric}' is not one of {', '.join(there)}.")
+
+
+def _shown(score: float, metric: str) -> str:
+  return f'{-score if metric.endswith("/accuracy") else score:.4f}'
+
+
+def _one_architecture(steps: Sequence[Step]) -> Experiment:
+  """The config of the last step, in its phase. Raises CKPT-MISMATCH where models or tokenizers are not the same."""
+  cfg, tokenizer = config_of(steps[0].workdir), steps[0].tokenizer()
+  for step in steps[1:]:
+    _check_model(cfg, f'{steps[0].workdir}/config.gin', config_of(step.workdir), step)
+    if step.tokenizer() != tokenizer:
+      raise CheckpointError(
+        'CKPT-MISMATCH',
+        f'{steps[0]} and {step} have different tokenizers: an id is not the same text in both.',
+      )
+  return stretch_at(config_of(steps[-1].workdir), max(steps[-1].number - 1, 0)).cfg
+
+
+def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> None:
+  ours, theirs = bindings.flatten(cfg), bindings.flatten(other)
+  if bad := _differences(ours, theirs, NOT_ARCHITECTURE, 'data.sentinels'):
+    raise CheckpointError(
+      'CKPT-MISMATCH',
+      f'{bad[0]} is {ours.get(bad[0])!r} in {where}, {theirs.get(bad[0])!r} in {step.workdir}/config.gin '
+      f'(first of {len(bad)}); only weights of one architecture can be mixed. Nothing was written.',
+    )
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Sequence[str], *others: str) -> list[str]:
+  """The keys of the model, but those in `free`, and of `others` that differ."""
+  keys = [key for key in dict.fromkeys([*ours, *theirs]) if key.startswith('model.') and key not in free]
+  return [key for key in [*keys, *others] if ours.get(key) != theirs.get(key)]
+
+
+def config_of(workdir: pathlib.Path) -> Experiment:
+  """The config that a run was trained with. Raises CKPT-NONE where there is no run."""
+  saved = workdir / 'config.gin'
+  if not saved.exists():
+    raise CheckpointError('CKPT-NONE', f'no run in {workdir} (config.gin is missing); check the path.')
+  return bindings.load(Experiment, [str(saved)], [])
+
+
+def check_new(output: pathlib.Path) -> None:
+  if output.exists():
+    raise ConfigError(f'--output={output} exists; nothing is overwritten. Choose another folder.')
+
+
+def _on_one_device(cfg: Experiment) -> Program:
+  return build_program(dataclasses.replace(cfg, mesh=MeshConfig()), jax.devices()[:1])
+
+
+def _steps(workdir: pathlib.Path) -> list[int]:
+  """The finished steps of a run, at least one."""
+  if (workdir / 'checkpoints').is_dir():
+    with _opened(workdir) as checkpoints:
+      if there := checkpoints.finished():
+        return there
+  raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; check the path.')
+
+
+def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
+  return contextlib.closing(Checkpoints(workdir, CheckpointConfig(), read_only=True))
+
+
+def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
+  """The config is written last: without it `output` is no run."""
+  text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
+  checkpoints = Checkpoints(output, CheckpointConfig())
+  checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
+  checkpoints.close()
+  (output / 'config.gin').write_text(text)
+
+
+def _list(values: Sequence[float]) -> str:
+  return ','.join(f'{v:g}' for v in values)

@@ -1,0 +1,132 @@
+"""`pretrain` as scripts/faults.py starts it: it tells what it is doing, and does wrong what it is told to."""
+
+import errno
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+import types
+
+from faults.poison import inject_flips, inject_losses
+
+INJECT = 'PRETRAIN_FAULTS'  # what it is to do wrong, as JSON
+
+
+def child(argv: list[str]) -> int:
+  """`pretrain ARGV`, which says what it is doing in files that faults.py reads, and does wrong what it is told to."""
+  spec = json.loads(os.environ[INJECT])
+  host, notes = int(os.environ.get('PRETRAIN_HOST', 0)), pathlib.Path(spec['notes'])
+  notes.mkdir(parents=True, exist_ok=True)
+  note(notes, f'phase{host}', 'start')
+  note(notes, f'pid{host}', str(os.getpid()))
+  sys.modules['boto3'] = None  # TensorBoard's writer would import it, 0.7 s, for a workdir on S3
+  if host == spec.get('away'):
+    return 1
+  import pretrain.records.timeline as timeline
+  import pretrain.run.train as train
+  from pretrain.cli import main
+  from pretrain.fleet import launch
+
+  enter = timeline.Timeline.enter
+  timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
+  if spec.get('host', host) == host:
+    inject(spec, train, notes)
+    inject_flips(spec, train, notes)
+  inject_losses(spec)
+  if 'slow_save' in spec:
+    tell_saves(notes, spec['slow_save'])
+  if not spec.get('report'):
+    train.write_report = lambda workdir: None  # a second or two of each run
+  if 'fail_save' in spec:
+    fail_saves(spec['fail_save'], spec['at'])
+  if 'heartbeat' in spec:
+    launch.HEARTBEAT_SECONDS = spec['heartbeat']
+  return main.main(argv)
+
+
+def note(notes: pathlib.Path, name: str, text: str) -> None:
+  (notes / f'.{name}').write_text(text)
+  (notes / f'.{name}').replace(notes / name)
+
+
+def inject(spec: dict, train, notes: pathlib.Path) -> None:
+  """Once, before the step `at`, this process sleeps: waiting for data, or in the step."""
+  if spec.get('sleep') is None:
+    return
+  done, loader, seen = notes / 'done', train.loader, [0]
+
+  def once(step: int) -> None:
+    if step == spec['at'] and not done.exists():
+      done.touch()
+      time.sleep(10_000)
+
+  def slow_loader(*args):
+    for i, element in enumerate(loader(*args)):
+      if spec['sleep'] == 'data':
+        once(i)
+      yield element
+
+  log = train.Run._log
+
+  def slow_log(self, step, *rest):
+    seen[0] += 1
+    once(seen[0])
+    return log(self, step, *rest)
+
+  train.loader = slow_loader
+  if spec['sleep'] == 'step':
+    train.Run._log = slow_log
+
+
+def tell_saves(notes: pathlib.Path, seconds: float) -> None:
+  """In each part of a save this process says in which it is, and takes so much longer for it: a slow disk."""
+  from pretrain.checkpoints import manifest, step_folders
+  from pretrain.checkpoints.orbax_files import Files
+
+  saves = [0]
+  note(notes, 'saving', '')
+
+  def slow(owner, name: str, part: str) -> None:
+    do = getattr(owner, name)
+
+    def slowly(*args, **kwargs):
+      saves[0] += part == 'files'
+      note(notes, 'saving', f'{saves[0]} {part}')
+      time.sleep(seconds)
+      return do(*args, **kwargs)
+
+    setattr(owner, name, slowly)
+
+  slow(Files, 'wait', 'files')  # Orbax writes them meanwhile
+  slow(manifest, 'hash_files', 'hash')
+  slow(manifest, 'encode', 'manifest')  # its temporary file is open
+  slow(step_folders, 'end', 'rename')  # the step exists, and is marked as being written
+  slow(step_folders, 'remove', 'retain')
+
+
+def fail_saves(kind: str, at: int) -> None:
+  """Save number `at` fails: by the kernel (EFBIG: no file may be longer than 100 kB), else as if fsync had said so."""
+  from pretrain.checkpoints import manifest
+  from pretrain.checkpoints.orbax_files import Files
+
+  saves, fsync, begin = [0], os.fsync, Files.begin
+
+  def begun(self, *args):
+    saves[0] += 1
+    if kind == 'EFBIG':
+      limit = 100_000 if saves[0] == at else resource.RLIM_INFINITY
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return begin(self, *args)
+
+  def failing(number: int) -> None:
+    if saves[0] == at and kind != 'EFBIG':
+      raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+    fsync(number)
+
+  Files.begin, manifest.os = begun, types.SimpleNamespace(**vars(os) | {'fsync': failing})
+
+
+if __name__ == '__main__':
+  sys.exit(child(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""The parts of models against the papers: a plain decoder in float64, published numbers, and what does not fit."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.build import KernelsConfig
+from models.families.decoder import DecoderMlpConfig
+from models.families.parts import check_parts
+from models.layers.mlp import ACTIVATIONS
+from models.layers.norm import LayerNormConfig
+from models.layers.positions import alibi_slopes
+from pretrain.step.loss import LossConfig, make_loss
+from tests.models import plain
+from tests.models.small import ALIBI, LEARNED, LLAMA, T5, T5_1_0, batch, model_and_params, shaken
+
+ROTARY = dataclasses.replace(
+  LLAMA,
+  qk_norm=True,
+  bias=True,
+  norm=LayerNormConfig(bias=False),
+  mlp=DecoderMlpConfig(hidden=48, activation='gelu_tanh'),
+)
+UNGATED = dataclasses.replace(ALIBI, mlp=DecoderMlpConfig(hidden=48, activation='relu', gated=False), kv_heads=None)
+
+
+@pytest.mark.parametrize(
+  'cfg', [LLAMA, ROTARY, ALIBI, UNGATED, LEARNED], ids=['llama', 'rotary', 'alibi', 'ungated', 'learned']
+)
+def test_a_decoder_is_that_of_the_papers(cfg):
+  """Softmax with float32 logits within 1e-4 of an implementation that shares no line."""
+  model, params = model_and_params(cfg)
+  params, data = shaken(params), batch(((9,),), 9)
+  found = model.logits(params, model.apply(params, data)[0])[0]
+  wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  np.testing.assert_allclose(found, plain.logits(cfg, wide, data['decoder_input_tokens'][0]), atol=1e-4)
+
+
+@pytest.mark.parametrize('cfg', [T5_1_0, ALIBI, LEARNED], ids=['t5_1_0', 'alibi', 'learned'])
+def test_the_loss_is_that_of_the_logits(cfg):
+  """Caps and tied heads reach `linear_cross_entropy` as they reach `Model.logits`."""
+  model, params = model_and_params(cfg)
+  data = batch(((9,),), 9)
+  data |= {'decoder_target_tokens': data['decoder_input_tokens'], 'decoder_loss_weights': np.ones((1, 9), np.float32)}
+  with jax.numpy_dtype_promotion('standard'):
+    loss, _ = make_loss(LossConfig(), model, KernelsConfig())(params, data, None, jnp.float32(9))
+  logits = model.logits(params, model.apply(params, data)[0])
+  chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), data['decoder_target_tokens'][..., None], -1)
+  assert float(loss) == pytest.approx(-float(chosen.mean()), rel=1e-5)
+
+
+def test_the_two_gelus_are_two_functions():
+  """Hendrycks and Gimpel 2016, arXiv:1606.08415, §2: x Phi(x), and its tanh form."""
+  assert float(ACTIVATIONS['gelu_exact'](1.0)) == pytest.approx(0.8413447, abs=1e-6)
+  assert float(ACTIVATIONS['gelu_tanh'](1.0)) == pytest.approx(0.8411920, abs=1e-6)
+
+
+def test_alibi_slopes_are_press_et_als():
+  np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
+  between = 2.0 ** -np.array([1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5])
+  np.testing.assert_allclose(alibi_slopes(12), between, rtol=1e-6)
+
+
+def test_what_gpt2_draws_has_its_std():
+  """0.02, and 0.02 / sqrt(2 * layers) into the residual stream: Radford et al. 2019, §2.3; biases are 0."""
+  cfg = dataclasses.replace(LEARNED, embed=128, init_std=0.02, embedding_init_std=0.02, scale_residual_init=True)
+  _, params = model_and_params(cfg)
+  blocks = params['decoder']['blocks']
+  for part, names in {'self_attention': ('query', 'key', 'value'), 'mlp': ('up',)}.items():
+    for name in names:
+      assert blocks[part][name].std() == pytest.approx(0.02, rel=0.05), name
+      assert (blocks[part][name + '_bias'] == 0).all()
+  for part, name in (('self_attention', 'out'), ('mlp', 'down')):
+    assert blocks[part][name].std() == pytest.approx(0.02 / np.sqrt(2 * cfg.layers), rel=0.05), name
+  assert params['embedding']['table'].std() == pytest.approx(0.02, rel=0.05)
+  assert params['embedding']['positions'].std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
+  """T5's 1/sqrt(head_dim) would be divided away; the scores are scaled instead."""
+  _, normed = model_and_params(T5_1_0)
+  _, folded = model_and_params(T5)
+  std = lambda params: params['encoder']['blocks']['self_attention']['query'].std()
+  assert std(normed) == pytest.approx(1 / np.sqrt(32), rel=0.08)
+  assert std(folded) == pytest.approx(1 / np.sqrt(32 * 8), rel=0.08)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'max_positions': 8}, "model.max_positions=8 with model.positions='rotary'; it is of 'learned', remove it."),
+    (
+      {'positions': 'alibi', 'rope_theta': 5e5},
+      "model.rope_theta=500000.0 with model.positions='alibi'; it is of 'rotary', remove it.",
+    ),
+    (
+      {'relative_buckets': 16},
+      "model.relative_buckets=16 with model.positions='rotary'; it is of 'relative', remove it.",
+    ),
+    (
+      {'positions': 'learned'},
+      "model.positions='learned' needs model.max_positions; set it to the longest row or more.",
+    ),
+    (
+      {'head': 'tied', 'head_init_scale': 0.3},
+      "model.head_init_scale=0.3 with model.head='tied', which is the embedding's table; remove it, or set "
+      'model.embedding_init_std.',
+    ),
+  ],
+)
+def test_what_nothing_would_read_is_refused(changes, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    check_parts(dataclasses.replace(LLAMA, **changes))

@@ -1,0 +1,165 @@
+"""Copies of an array on several devices: one that differs is seen, whichever it is, and its device is named."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import pretrain.run.train
+from pretrain.checkpoints.orbax_files import Files
+from pretrain.devices.mesh import MeshConfig, make_mesh
+from pretrain.errors import ReplicaError
+from pretrain.records.metrics import read_metrics
+from pretrain.replicas.compare import Replicas
+from pretrain.run.train import train
+from tests.pretrain import tiny
+
+MESH = {'data': 4, 'fsdp': 2}
+PLACES = {'w': PartitionSpec('fsdp'), 'scale': PartitionSpec(), 'alone': PartitionSpec(('data', 'fsdp'))}
+
+
+def tree_on(mesh):
+  values = {'w': jnp.arange(32.0).reshape(8, 4) - 16, 'scale': jnp.zeros(4), 'alone': jnp.ones(8)}
+  return {key: jax.device_put(x, NamedSharding(mesh, PLACES[key])) for key, x in values.items()}
+
+
+@pytest.fixture(scope='module')
+def checked():
+  """(replicas, tree) of eight devices."""
+  tree = tree_on(make_mesh(MeshConfig(**MESH)))
+  return Replicas(tree, tree['w'].sharding.mesh), tree
+
+
+def changed(x, device: int, change):
+  """`x` with `change(values)` made in the copy of one device alone."""
+  shards = []
+  for number, shard in enumerate(x.addressable_shards):
+    values = np.array(shard.data)
+    shards.append(jax.device_put(change(values) if number == device else values, shard.device))
+  return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+
+
+def flip(place: int, bit: int):
+  def change(values):
+    values.view(np.uint32).reshape(-1)[place] ^= np.uint32(1 << bit)
+    return values
+
+  return change
+
+
+def judged(checked, **leaves) -> str:
+  """What is said of the tree with these leaves in place of its own."""
+  replicas, tree = checked
+  try:
+    replicas.check(np.asarray(replicas.digests(tree | leaves)), 7, 5)
+  except ReplicaError as error:
+    return str(error)
+  return ''
+
+
+def test_equal_copies_are_silent(checked):
+  assert judged(checked) == ''
+
+
+@pytest.mark.parametrize('device', range(8))
+def test_a_bit_of_any_copy_is_seen_and_its_device_named(checked, device):
+  """A digest of the whole array would read one copy of each part."""
+  for key in ('w', 'scale'):
+    said = judged(checked, **{key: changed(checked[1][key], device, flip(3, 0))})
+    assert said.startswith(
+      f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) is not that of its'
+    )
+    assert 'all were alike at step 5.' in said
+
+
+@pytest.mark.parametrize(
+  ('key', 'change'),
+  [('scale', flip(1, 31)), ('w', lambda x: x[::-1].copy()), ('w', lambda x: np.roll(x, 1)), ('w', lambda x: x / 0.5)],
+  ids=['the sign of zero', 'order', 'places', 'values'],
+)  # fmt: skip
+def test_any_change_is_seen(checked, key, change):
+  assert 'on device cpu:5 ' in judged(checked, **{key: changed(checked[1][key], 5, change)})
+
+
+def test_what_has_one_copy_is_not_compared(checked):
+  assert judged(checked, alone=changed(checked[1]['alone'], 3, flip(0, 5))) == ''
+
+
+def test_of_two_copies_that_differ_both_are_named():
+  tree = {'w': tree_on(make_mesh(MeshConfig(data=2)))['w']}
+  replicas = Replicas(tree, tree['w'].sharding.mesh)
+  said = judged((replicas, tree), w=changed(tree['w'], 1, flip(2, 7)))
+  assert 'on device cpu:0 (process 0), cpu:1 (process 0) (one of them is wrong) is not that of its replicas' in said
+
+
+KEYS = ('train.steps=12', 'checkpoint.every=4', 'mesh.data=4', 'replicas.every=3')
+
+
+@pytest.fixture
+def flips(monkeypatch):
+  """`flips(step, change)`: after that step, once, a parameter is another one on device 3."""
+  monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
+  after, left = pretrain.run.train.Run._row_length, []  # what is called after each step
+
+  def flipping(self, batch):
+    if left and left[0][0] == self.step:
+      table = changed(self.state.params['embedding']['table'], 3, left.pop()[1])
+      params = self.state.params | {'embedding': {'table': table}}
+      self.state = dataclasses.replace(self.state, params=params)
+    return after(self, batch)
+
+  monkeypatch.setattr(pretrain.run.train.Run, '_row_length', flipping)
+  return lambda step, change: left.append((step, change))
+
+
+def numbers(workdir) -> list[tuple]:
+  return [(row['step'], row['loss'], row['grad_norm']) for row in read_metrics(workdir)]
+
+
+@pytest.mark.parametrize(('step', 'found', 'alike', 'saved'), [(5, 6, 4, ['4']), (7, 8, 6, ['4'])])
+def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_path, flips, step, found, alike, saved):
+  """Found at the next check (6), or else when step 8 would be saved: no step that is saved has a bad copy."""
+  assert train(tiny.decoder(*KEYS), tmp_path / 'alone') == 0
+  flips(step, flip(17, 30))
+  said = rf'at step {found} the copy of params/embedding/table .*cpu:3 .* alike at step {alike}'
+  with pytest.raises(ReplicaError, match=said) as caught:
+    train(tiny.decoder(*KEYS), tmp_path / 'flipped')
+  assert caught.value.exit_code == 74
+  assert [p.name for p in (tmp_path / 'flipped/checkpoints').iterdir()] == saved
+  assert train(tiny.decoder(*KEYS), tmp_path / 'flipped') == 0
+  assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
+
+
+def test_a_save_that_fails_meanwhile_does_not_hide_the_device(tmp_path, flips, monkeypatch):
+  """Code 66 would end the run, 74 goes on."""
+  monkeypatch.setattr(Files, 'wait', lambda files: (time.sleep(1), (_ for _ in ()).throw(OSError('no such disk'))))
+  flips(5, flip(17, 30))
+  with pytest.raises(ReplicaError, match='at step 6 the copy of params/embedding/table'):
+    train(tiny.decoder(*KEYS), tmp_path)
+
+
+def test_memory_holds_no_step_with_a_bad_copy(tmp_path, flips, capsys):
+  """Replicas are compared before a snapshot is of use, whenever else they would be."""
+  (tmp_path / 'memory').mkdir()
+  keys = ('replicas.every=99', 'checkpoint.every=99', 'snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
+  assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'alone') == 0
+  flips(5, flip(17, 30))
+  with pytest.raises(ReplicaError, match=r'at step 6 the copy of params/embedding/table .*cpu:3 .* alike at step 4'):
+    train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped')
+  capsys.readouterr()
+  assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped') == 0
+  said = capsys.readouterr().err  # steps are faster than what writes them: 4 may have been left out
+  assert 'going on from step 4 in memory' in said or 'going on from step 2 in memory' in said
+  assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
+
+
+def test_where_a_device_would_end_the_run_it_is_named_instead(tmp_path, flips):
+  """Code 71 is for good; 74 starts again."""
+  keys = ('replicas.every=99', 'checkpoint.every=99', 'optimizer.max_consecutive_nonfinite=1')
+  flips(2, lambda x: x * np.nan)
+  with pytest.raises(ReplicaError, match=r'the copy of params/embedding/table .*cpu:3 .* alike at step 0'):
+    train(tiny.decoder(*KEYS, *keys), tmp_path)

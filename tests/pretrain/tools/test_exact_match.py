@@ -1,0 +1,93 @@
+"""Exact match is the share of held-out pairs whose greedy output is their targets, on any mesh."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.batches.source import open_data
+from data.prepare.prepare import prepare
+from data.prepare.text import Reading
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.experiment.program import build_program
+from pretrain.records.metrics import read_metrics
+from pretrain.run.train import train
+from pretrain.tools.exact_match import make_exact_match
+from pretrain.tools.generate import _decode
+from tests.pretrain.tools.test_generate import config_of
+
+OBJECTIVES = ['supervised', pytest.param('supervised+encoder', marks=pytest.mark.slow)]
+
+
+def opened(cfg):
+  """(data, program, parameters as they are drawn)."""
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  program = build_program(cfg)
+  return data, program, program.init().params
+
+
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_it_counts_the_outputs_that_each_prompt_has_alone(pair_store, objective):
+  """Six pairs in batches of four: the targets of two are what the model writes, of others that and a word more."""
+  cfg = config_of(pair_store, objective, 'mesh.data=1', 'data.batch_size=4')
+  data, program, params = opened(cfg)
+  (pairs,) = data.heldout_pairs(6).values()
+  assert len({len(inputs) for inputs, _ in pairs}) > 2, 'prompts of unequal lengths'
+  room = 40 if objective == 'supervised' else cfg.data.targets_length
+  outputs = [_decode(program.model, params, inputs, room, cfg, data) for inputs, _ in pairs]
+  assert len({tuple(output) for output in outputs}) > 2
+  right = [(inputs, output) for (inputs, _), output in zip(pairs, outputs, strict=True)]
+  more = data.tokenizer.encode('Work')
+  mixed = [(inputs, output if i % 4 == 1 else output + more) for i, (inputs, output) in enumerate(right)]
+  exact_match = make_exact_match(cfg, program, data)
+  assert exact_match(params, right) == 1.0
+  assert exact_match(params, mixed) == 2 / 6
+  turned = [(inputs, output) for (inputs, _), (_, output) in zip(right, right[1:] + right[:1], strict=True)]
+  assert exact_match(params, turned) < 1.0, 'the mutation: targets of the next pair'
+  placed = config_of(pair_store, objective, 'mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2', 'data.batch_size=4')
+  data, program, params = opened(placed)
+  assert make_exact_match(placed, program, data)(params, mixed) == 2 / 6
+
+
+def test_a_run_writes_it_beside_its_losses(pair_store, tmp_path):
+  more = ('train.steps=1', 'evaluation.every=1', 'evaluation.batches=1', 'evaluation.generate=3')
+  train(config_of(pair_store, 'supervised', *more), tmp_path)
+  (row,) = read_metrics(tmp_path)
+  assert row['eval/pairs/exact_match'] in (0, 1 / 3, 2 / 3, 1)
+  assert row['eval/pairs/loss'] > 0
+
+
+WORDS = ('the', 'work', 'of', 'any', 'license', 'or', 'terms', 'you')
+
+
+def make_stores(folder, tokenizer_model, shift: int = 0):
+  """Three words and the same backwards: 448 pairs to learn from, 64 others held out; targets are `shift` pairs on."""
+  (folder / 'm').write_bytes(tokenizer_model)
+  order = np.random.default_rng(0).permutation(8**3)
+  texts = [[WORDS[i // 64], WORDS[i // 8 % 8], WORDS[i % 8]] for i in order.tolist()]
+  for name, own, by in (('train', texts[64:], shift), ('test', texts[:64], 0)):
+    pairs = zip(own, own[by:] + own[:by], strict=True)
+    lines = [json.dumps({'inputs': ' '.join(a), 'targets': ' '.join(reversed(b))}) for a, b in pairs]
+    (folder / f'{name}.jsonl').write_text('\n'.join(lines))
+    pair = Reading(pair=('inputs', 'targets'))
+    prepare([folder / f'{name}.jsonl'], folder / name, tokenizer=folder / 'm', sentinels=32, reading=pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('objective', 'shift'), [('supervised', 0), ('supervised+encoder', 0), ('supervised+encoder', 1)]
+)
+def test_words_are_turned_round_and_not_where_targets_are_those_of_the_next_pair(
+  tokenizer_model, tmp_path, objective, shift
+):
+  make_stores(tmp_path, tokenizer_model, shift)
+  steps = 100 if objective == 'supervised' else 200
+  cfg = config_of(
+    tmp_path / 'train', objective, f"data.heldout=[{{'path': '{tmp_path}/test'}}]", 'data.batch_size=16',
+    f'train.steps={steps}', f'evaluation.every={steps}', 'evaluation.generate=64', 'mesh.data=1', 'model.embed=64',
+    'model.head_dim=16', 'model.mlp.hidden=128', "optimizer.name='adamw'", 'optimizer.parameter_scale=True',
+    "schedule.name='cosine'", 'schedule.peak=0.02', 'schedule.warmup_steps=30', 'schedule.steps=300',
+  )  # fmt: skip
+  train(cfg, tmp_path / 'run')
+  reached = read_metrics(tmp_path / 'run')[-1]['eval/test/exact_match']
+  assert reached < 0.1 if shift else reached > 0.9

@@ -1,0 +1,100 @@
+"""Compiling for a TPU that is not there. A missing libtpu fails these tests: `./scripts/setup.sh --dev` installs it."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from data.batches.source import open_data
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.errors import ConfigError
+from pretrain.experiment.program import build_program
+from pretrain.tools.plan import abstract_batch, compile_for, tpu_devices
+from tests.pretrain import tiny
+from tests.pretrain.tools.test_generate import config_of, store_for  # noqa: F401
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.fixture
+def mesh():
+  return jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,), devices=tpu_devices('v5e:2x4'))
+
+
+def matrix(mesh, spec, dim=1024):
+  return jax.ShapeDtypeStruct((dim, dim), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def test_memory_is_that_of_one_device(mesh):
+  product = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, PartitionSpec('fsdp')))
+  whole, shard = 1024 * 1024 * 4, 1024 * 1024 * 4 // 8
+  memory, compiled = compile_for(product, (matrix(mesh, ('fsdp',)), matrix(mesh, ())))
+  assert (memory.arguments, memory.outputs, memory.donated) == (shard + whole, shard, 0)
+  assert memory.total >= 2 * shard + whole
+  assert 'fusion' in compiled.as_text() or 'convolution' in compiled.as_text()
+
+
+def test_a_donated_argument_is_counted_once(mesh):
+  double = jax.jit(lambda x: x * 2, donate_argnums=0)
+  memory, _ = compile_for(double, (matrix(mesh, ('fsdp',)),))
+  assert memory.donated == memory.outputs == memory.arguments
+  assert memory.total == memory.arguments + memory.temporaries + memory.code
+
+
+def test_what_does_not_fit_says_so(mesh):
+  with pytest.raises(ConfigError, match=r'^CONFIG: RESOURCE_EXHAUSTED: .* Use more devices'):
+    compile_for(jax.jit(lambda x: x @ x), (matrix(mesh, (), dim=2**16),))
+
+
+@pytest.mark.parametrize(
+  ('objective', 'overrides'),
+  [
+    ('supervised', ()), ('supervised+encoder', ()), ('prefix_lm', ()), ('instruction', ()),
+    ('instruction', ('objective.prefix_attention=False',)),
+  ],
+)  # fmt: skip
+def test_a_planned_batch_is_one_of_training(store_for, objective, overrides):  # noqa: F811
+  cfg = config_of(store_for(objective), objective, *overrides)
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  shapes = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}
+  real = data.batch(0, slice(0, cfg.data.batch_size))
+  assert shapes(abstract_batch(cfg, build_program(cfg))) == shapes(real)
+
+
+def test_a_slice_that_does_not_exist_is_refused():
+  with pytest.raises(ConfigError, match=r'^CONFIG: --topology=v9:1 is no TPU slice \(.*\); write e.g. v5e:2x4'):
+    tpu_devices('v9:1')
+
+
+def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ConfigError, match=r'needs libtpu, which is not installed; run ./scripts/setup.sh --dev\.'):
+    tpu_devices('v5e:2x4')
+
+
+@pytest.mark.parametrize('file', [tiny.UL2, pytest.param(tiny.ENCODER, marks=pytest.mark.slow)], ids=['ul2', 'encoder'])
+def test_the_train_step_compiles_for_eight_tpus(file):
+  """In a process of its own, as people run it: the mesh of a program is global to a process."""
+  flags = [f'--gin_file={file}', '--topology=v5e:2x4']
+  done = subprocess.run(
+    [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+  assert names == ['arguments', 'outputs', 'donated', 'temporaries', 'code', 'total']
+  assert 'Involuntary full rematerialization' not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_train_step_of_20b_fits_a_slice():
+  """The slice of its header; v5p has 95 GB a chip, and the compiler refuses what does not fit."""
+  flags = ['--gin_file=configs/ul2/20b.gin', '--topology=v5p:4x4x8']
+  done = subprocess.run(
+    [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert float(done.stdout.split()[-1].replace(',', '')) < 95e9 / 2**20
