@@ -108,9 +108,9 @@ def f6(options, alone) -> Line:
     return Trial(name, lambda: training(path), 66, [*words, 'Not starting from step 0'], path)
 
   return line_of([
-    broken('flipped', lambda step: flip(arrays_of(step)), ['none whole', 'has sha256']),
-    broken('no_manifest', lambda step: (step / 'MANIFEST.json').unlink(), ['none whole', 'is missing']),
-    broken('put_aside', lambda step: step.rename(f'{step}.corrupt'), ['none whole', 'quarantined']),
+    broken('flipped', lambda step: flip(arrays_of(step)), ['none intact', 'has sha256']),
+    broken('no_manifest', lambda step: (step / 'MANIFEST.json').unlink(), ['none intact', 'is missing']),
+    broken('put_aside', lambda step: step.rename(f'{step}.corrupt'), ['none intact', 'quarantined']),
     broken('gone', shutil.rmtree, ['no checkpoint in', 'metrics.jsonl reaches step 120']),
   ])  # fmt: skip
 
@@ -187,9 +187,9 @@ def f17(options, alone) -> Line:
     )
     return line_of([
       given(1, f'127.0.0.1:{free}', 70, 'has not reached the coordinator', 'within 3 s'),
-      given(0, f'127.0.0.1:{free}', 70, 'has not met the others', 'within 3 s'),
+      given(0, f'127.0.0.1:{free}', 70, 'has not connected to the others', 'within 3 s'),
       given(0, f'127.0.0.1:{busy}', 64, 'Address already in use', 'take another port'),
-      given(1, f'127.0.0.1:{busy}', 70, 'has not met the others', 'within 3 s'),
+      given(1, f'127.0.0.1:{busy}', 70, 'has not connected to the others', 'within 3 s'),
       given(0, f'0.0.0.0:{free}', 64, 'to every network'),
-      given(1, 'nowhere', 64, 'is no address'),
+      given(1, 'nowhere', 64, 'is not an address'),
     ])  # fmt: skip

@@ -28,7 +28,7 @@ def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
       lose(case, host)
 
   line = verdict(case, alone(3, case.steps), case.run(fault), kills)
-  return checked(line, case, lambda resumed: resumed > 0 and resumed % 5 == 0, 'in memory')
+  return checked(line, case, lambda resumed: resumed > 0 and resumed % 5 == 0, 'in host RAM')
 
 
 def f21(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
@@ -64,10 +64,10 @@ def checked(line: Line, case: Case, right: Callable[[int], bool], words: str) ->
   """`line`, unless the run went on from somewhere else than it should have."""
   log = (case.options.workdir / f'{case.name}.log').read_text()
   resumed = [incident['step_resumed'] for incident in case.incidents()]
-  said = re.findall(rf'SNAPSHOT: going on from step (\d+) {words}', log)
+  said = re.findall(rf'SNAPSHOT: resuming from step (\d+) {words}', log)
   good = resumed and all(map(right, resumed)) and list(map(int, said)) == resumed and not left_over(case)
   if line.whole and not good:
-    return Line(line.tried, 0, f'resumed at {resumed}, said {said}, left in memory: {left_over(case)}')
+    return Line(line.tried, 0, f'resumed at {resumed}, said {said}, left in host RAM: {left_over(case)}')
   return line
 
 

@@ -234,7 +234,7 @@ def test_without_the_variables_there_is_one_process(monkeypatch):
     ({'PRETRAIN_NUM_HOSTS': '2'}, 'CONFIG: PRETRAIN_NUM_HOSTS set, but not all of PRETRAIN_COORDINATOR, '),
     (
       {'PRETRAIN_NUM_HOSTS': 'two', 'PRETRAIN_HOST': '0', 'PRETRAIN_COORDINATOR': '127.0.0.1:1'},
-      "CONFIG: PRETRAIN_NUM_HOSTS='two' is no number",
+      "CONFIG: PRETRAIN_NUM_HOSTS='two' is not a number",
     ),
   ],
 )

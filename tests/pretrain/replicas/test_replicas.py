@@ -153,7 +153,7 @@ def test_memory_holds_no_step_with_a_bad_copy(tmp_path, flips, capsys):
   capsys.readouterr()
   assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped') == 0
   said = capsys.readouterr().err  # steps are faster than what writes them: 4 may have been left out
-  assert 'going on from step 4 in memory' in said or 'going on from step 2 in memory' in said
+  assert 'resuming from step 4 in host RAM' in said or 'resuming from step 2 in host RAM' in said
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
 
 

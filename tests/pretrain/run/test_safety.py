@@ -148,11 +148,11 @@ def test_a_column_that_leads_out_of_its_store_is_refused(text_store, tmp_path):
 @pytest.mark.parametrize(
   ('address', 'message'),
   [
-    ('0.0.0.0:80', 'PRETRAIN_COORDINATOR=0.0.0.0:80 would open the coordinator, which asks for no password, to every'),
+    ('0.0.0.0:80', 'PRETRAIN_COORDINATOR=0.0.0.0:80 would open the coordinator, which has no password, to every'),
     ('[::]:80', 'to every network; name the address of one'),
-    (':80', 'PRETRAIN_COORDINATOR=:80 is no address; write HOST:PORT'),
-    ('10.0.0.7', 'is no address; write HOST:PORT'),
-    ('10.0.0.7:99999', 'is no address; write HOST:PORT'),
+    (':80', 'PRETRAIN_COORDINATOR=:80 is not an address; write HOST:PORT'),
+    ('10.0.0.7', 'is not an address; write HOST:PORT'),
+    ('10.0.0.7:99999', 'is not an address; write HOST:PORT'),
   ],
 )
 def test_the_coordinator_is_given_one_address(monkeypatch, address, message):
@@ -180,7 +180,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
     address = f'127.0.0.1:{taken.getsockname()[1]}'
     meet(monkeypatch, 0, address)
     with pytest.raises(
-      ConfigError, match=rf'{address} is no place for process 0 to listen at \(Address already in use'
+      ConfigError, match=rf'{address}: process 0 cannot listen there \(Address already in use'
     ):
       launch.initialize_from_env(0.2)
 
