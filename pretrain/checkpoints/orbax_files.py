@@ -1,4 +1,4 @@
-"""The files of one step, written and read by Orbax (the only import of it). `step_folders` finds the steps, not Orbax."""
+"""The files of one step, written and read by Orbax, its only import. `step_folders` finds the steps, not Orbax."""
 
 import contextlib
 import itertools

@@ -76,8 +76,8 @@ def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
     wait_until_heard(place, address, host, seconds)
   import jax
 
-  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not connected to the others at '
-                    f'{address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
+  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not connected to the '
+                    f'others at {address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
     jax.distributed.initialize(
       coordinator_address=address,
       num_processes=number,

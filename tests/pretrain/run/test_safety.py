@@ -179,9 +179,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
     taken.listen()
     address = f'127.0.0.1:{taken.getsockname()[1]}'
     meet(monkeypatch, 0, address)
-    with pytest.raises(
-      ConfigError, match=rf'{address}: process 0 cannot listen there \(Address already in use'
-    ):
+    with pytest.raises(ConfigError, match=rf'{address}: process 0 cannot listen there \(Address already in use'):
       launch.initialize_from_env(0.2)
 
 

@@ -500,7 +500,9 @@ def test_a_snapshot_that_cannot_be_read_after_all_gives_way_to_the_disk(run, mon
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8'), run) == 75
   last = capsys.readouterr().err.splitlines()[-1]
-  assert last == 'SNAPSHOT: resuming from step 8 on disk; host RAM: step 10 could not be read: process 0: no such bytes.'
+  assert (
+    last == 'SNAPSHOT: resuming from step 8 on disk; host RAM: step 10 could not be read: process 0: no such bytes.'
+  )
 
 
 def test_a_step_that_is_not_in_the_metrics_yet_is_not_gone_on_from(tmp_path, memory, capsys):
