@@ -23,7 +23,7 @@ from tests.test_house import PACKAGES, ROOT, SOURCES
 PROGRAMS = sorted((ROOT / 'scripts').rglob('*.py'))
 RUNS = ('pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'jsonpickle', 'torch', 'code', 'runpy')
 CALLS = ('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'yaml.load', 'serialize_executable')
-PLANTED = {'faults_safety.py': {'pickle'}}  # what the product is shown to refuse
+PLANTED = {'safety.py': {'pickle'}}  # what the product is shown to refuse
 
 
 def dangers(text: str) -> list[str]:
@@ -190,7 +190,9 @@ def test_a_process_that_is_not_one_of_them_is_refused(monkeypatch):
 
 
 def test_who_waits_too_long_for_the_others_says_where():
-  code = "import time; from pretrain.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  code = (
+    "import time; from pretrain.fleet.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  )
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (70, 'HANG: at A.\n')
 
@@ -198,7 +200,7 @@ def test_who_waits_too_long_for_the_others_says_where():
 def test_random_numbers_are_the_runs_own():
   """Whatever the environment says; otherwise a run that is resumed elsewhere would draw others."""
   code = (
-    'from pretrain import mesh, step\nimport jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
+    'from pretrain.devices import mesh\nfrom pretrain.step import train_step as step\nimport jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
     'key = jax.random.key(3, impl=step.PRNG)\nprint(jax.random.uniform(key, (3,)), jax.random.split(key, 2)[1])'
   )
   env = {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
