@@ -200,7 +200,8 @@ def test_who_waits_too_long_for_the_others_says_where():
 def test_random_numbers_are_the_runs_own():
   """Whatever the environment says; otherwise a run that is resumed elsewhere would draw others."""
   code = (
-    'from pretrain.devices import mesh\nfrom pretrain.step import train_step as step\nimport jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
+    'from pretrain.devices import mesh\nfrom pretrain.step import train_step as step\n'
+    'import jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
     'key = jax.random.key(3, impl=step.PRNG)\nprint(jax.random.uniform(key, (3,)), jax.random.split(key, 2)[1])'
   )
   env = {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
