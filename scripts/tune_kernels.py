@@ -94,10 +94,12 @@ def of_triton(head_dim: int):
   import jax.numpy as jnp
 
   from pallas_kernels.attention import gpu
+  from pallas_kernels.attention.reference import Visibility
 
+  see = Visibility(causal=True)
   for sizes in GPU_BLOCKS:
     blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
-    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, causal=True, blocks=blocks).astype(jnp.float32).sum()
+    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, see, blocks=blocks).astype(jnp.float32).sum()
     yield gpu.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(jax.grad(loss, (0, 1, 2)))
 
 
@@ -107,6 +109,7 @@ def of_hopper(head_dim: int):
   import jax.numpy as jnp
 
   from pallas_kernels.attention import gpu_mosaic
+  from pallas_kernels.attention.reference import Visibility
   from pallas_kernels.errors import KernelError
 
   for q, kv, stages in HOPPER_BLOCKS:
@@ -115,7 +118,7 @@ def of_hopper(head_dim: int):
       gpu_mosaic.check_blocks(blocks, head_dim, LENGTH, LENGTH)
     except KernelError:
       continue
-    run = functools.partial(gpu_mosaic.attention, causal=True, blocks=blocks)
+    run = functools.partial(gpu_mosaic.attention, see=Visibility(causal=True), blocks=blocks)
     yield gpu_mosaic.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(run)
 
 

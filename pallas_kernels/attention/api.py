@@ -7,17 +7,17 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
-__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'choose', 'flash_attention']
+__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
 
 
-def _mosaic_gpu(q: Array, k: Array, v: Array, **options):
+def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
   # Imported by those who ask for it: it takes a third of a second at the start of every other process.
   from pallas_kernels.attention import gpu_mosaic
 
-  return gpu_mosaic.attention(q, k, v, **options)
+  return gpu_mosaic.attention(q, k, v, see, **options)
 
 
 # `interpret` is `tpu` on any platform, slowly: for tests, and to see on a CPU what a TPU would compute.
@@ -109,14 +109,40 @@ def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_he
     raise KernelError(f'flash_attention got {", ".join(wrong)}; pass one number for each of the {heads} heads of q.')
 
 
-def _check_positions(chosen: str, q: Array, k: Array, q_positions: Array | None, kv_positions: Array | None) -> None:
+def _check_positions(chosen: str, q: Array, k: Array, see: Visibility) -> None:
   """What shows, before there are numbers, that positions are not indices: slots of a cache, parts of rows."""
-  sides = [name for name, x in (('q_positions', q_positions), ('kv_positions', kv_positions)) if x is not None]
+  sides = [name for name, x in (('q_positions', see.q_positions), ('kv_positions', see.kv_positions)) if x is not None]
   if len(sides) == 1 or (sides and q.shape[1] != k.shape[1]):
     raise KernelError(
       f"kernels.attention='{chosen}' reads a relative bias by the difference of indices, and got {' and '.join(sides)} "
       f"for {q.shape[1]} queries and {k.shape[1]} keys; pass both, of rows of one length, or use 'reference'."
     )
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  see: Visibility,
+  *,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Array | None = None,
+  dropout: tuple[float, Array] | None = None,
+  implementation: str = 'auto',
+  return_lse: bool = False,
+):
+  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does."""
+  if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
+    raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
+  _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
+  chosen = choose(implementation, dropout=dropout is not None)
+  if see.relative_bias is not None and chosen != 'reference':
+    _check_positions(chosen, q, k, see)
+  options = {'dropout': dropout} if chosen == 'reference' else {}
+  return IMPLEMENTATIONS[chosen](
+    q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, return_lse=return_lse, **options
+  )
 
 
 def flash_attention(
@@ -143,27 +169,22 @@ def flash_attention(
 ):
   """Attention of q[batch, T, heads, head_dim] over k, v[batch, S, kv_heads, head_dim]; heads = kv_heads * group.
 
-  Query i sees key j iff their segments are equal and not 0, and (not causal, or position j <= position i, or
-  position j < prefix_end[j]), and |position i - position j| < window or position j < num_sinks. Positions default to
-  indices. `relative_bias`, `alibi` (slopes[heads]), `softcap`, `sink_logits[heads]` and `dropout` (rate, keys[batch])
-  act as `reference.attention` defines. Returns q's shape and dtype, and lse f32[batch, T, heads] if asked.
+  `Visibility` defines which keys a query sees, from `causal` to `alibi` (slopes[heads]). `softcap`,
+  `sink_logits[heads]` and `dropout` (rate, keys[batch]) act as `reference.attention` defines. Returns q's shape and
+  dtype, and lse f32[batch, T, heads] if `return_lse`.
 
   Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
   segment, as in packed rows. They have no gradient of `alibi`, and no dropout.
 
-  Raises KernelError for an implementation that does not exist or cannot do what is asked, for shapes that do not fit
-  each other, or segment ids of one side.
+  Raises KernelError for an implementation that does not exist or lacks a feature, for shapes that do not fit each
+  other, and for segment ids of only one side.
   """
-  if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
-  _check_shapes(q, k, v, relative_bias, {'alibi': alibi, 'sink_logits': sink_logits})
-  chosen = choose(implementation, dropout=dropout is not None)
-  if relative_bias is not None and chosen != 'reference':
-    _check_positions(chosen, q, k, q_positions, kv_positions)
-  options = {'dropout': dropout} if chosen == 'reference' else {}
-  return IMPLEMENTATIONS[chosen](
-    q, k, v, causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids,
-    kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-    relative_bias=relative_bias, alibi=alibi, softcap=softcap, scale=scale, sink_logits=sink_logits,
-    return_lse=return_lse, **options,
+  see = Visibility(
+    causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
+    q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end, relative_bias=relative_bias,
+    alibi=alibi,
+  )  # fmt: skip
+  return attention(
+    q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, dropout=dropout,
+    implementation=implementation, return_lse=return_lse,
   )  # fmt: skip

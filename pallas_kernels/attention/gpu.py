@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels import tuned
 from pallas_kernels.attention import gpu_kernels, tiles
 from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
-from pallas_kernels.attention.reference import RelativeBias, relative_position_bucket
+from pallas_kernels.attention.reference import Visibility, relative_position_bucket
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.errors import KernelError
 
@@ -62,17 +62,8 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Array | None = None,
-  kv_segment_ids: Array | None = None,
-  q_positions: Array | None = None,
-  kv_positions: Array | None = None,
-  prefix_end: Array | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
@@ -85,25 +76,19 @@ def attention(
   width = max(LEAST, pl.next_power_of_2(head_dim))
   blocks = choose_blocks(q_length, kv_length, width, q.dtype) if blocks is None else blocks
   lengths = padded(q_length, max(blocks.q, blocks.grad_q)), padded(kv_length, max(blocks.kv, blocks.grad_kv))
-  vectors = tiles.vectors(
-    (batch, q_length, kv_length), lengths, causal=causal, q_segments=q_segment_ids, kv_segments=kv_segment_ids,
-    q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-  )  # fmt: skip
+  vectors = tiles.vectors(see, (batch, q_length, kv_length), lengths)
   spec = Spec(
     heads=heads, group=heads // k.shape[2], q_length=lengths[0], kv_length=lengths[1], block_q=blocks.q,
-    block_kv=blocks.kv, compute=blocks.kv, causal=causal, segmented=vectors.q_segments is not None,
+    block_kv=blocks.kv, compute=blocks.kv, segmented=vectors.q_segments is not None,
     positioned=vectors.q_positions is not None, scale=1 / math.sqrt(head_dim) if scale is None else scale,
-    window=window, num_sinks=num_sinks, max_distance=None if relative_bias is None else relative_bias.max_distance,
-    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
-    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+    sinks=sink_logits is not None, softcap=softcap, interpret=interpret, **tiles.static(see),
   )  # fmt: skip
   _check_size(spec, batch, width, "kernels.attention='triton'")
-  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
-    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  k, v = see.silence_padding(k, v)
   major = lambda x, n: pad(pad(jnp.moveaxis(x, 2, 1), 2, n), 3, width).reshape(-1, n, width)
-  table = None if relative_bias is None else relative_bias.table
+  table = None if see.relative_bias is None else see.relative_bias.table
   rows = major(q, lengths[0]), major(k, lengths[1]), major(v, lengths[1])
-  out, lse = _flash(spec, blocks, *rows, table, alibi, sink_logits, vectors)
+  out, lse = _flash(spec, blocks, *rows, table, see.alibi, sink_logits, vectors)
   out = jnp.moveaxis(out.reshape(batch, heads, -1, width)[:, :, :q_length, :head_dim], 1, 2)
   if not return_lse:
     return out

@@ -17,6 +17,7 @@ from jax import Array
 from pallas_kernels import tuned
 from pallas_kernels.attention import features, gpu, gpu_mosaic_kernel
 from pallas_kernels.attention.gpu_mosaic_kernel import ATTENDING, LOG2E, SCRATCH_BYTES, Spec
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.errors import KernelError
 
 NAME = 'mosaic_gpu'
@@ -61,23 +62,23 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
+  softcap: float | None = None,
   scale: float | None = None,
-  num_sinks: int = 0,
+  sink_logits: Array | None = None,
   return_lse: bool = False,
   blocks: Blocks | None = None,
   interpret: Any = None,
-  **options: Any,
 ):
-  """`reference.attention` without its other `options`. `interpret`: jax's InterpretGPUParams, for tests.
+  """`reference.attention`, causal by index or full. `interpret`: jax's InterpretGPUParams, for tests.
 
   Raises KernelError for what it does not do, lengths that its blocks do not divide, blocks that do not fit a
   multiprocessor, and GPUs that are no Hopper.
   """
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   scale = 1 / math.sqrt(head_dim) if scale is None else scale
-  wanted = features.asked(options) | {
+  wanted = features.asked(see, softcap=softcap, sink_logits=sink_logits) | {
     f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in features.HALVES,
     f'head_dim {head_dim} (64, 128 or 256 only)': head_dim not in HEAD_DIMS,
     f'scale {scale:g} (positive only)': scale <= 0,
@@ -89,7 +90,7 @@ def attention(
   check_blocks(blocks, head_dim, q_length, kv_length)
   spec = Spec(
     batch=batch, heads=heads, group=heads // k.shape[2], q_length=q_length, kv_length=kv_length, head_dim=head_dim,
-    dtype=q.dtype, **vars(blocks), causal=causal, scale=scale, interpret=interpret,
+    dtype=q.dtype, **vars(blocks), causal=see.causal, scale=scale, interpret=interpret,
   )  # fmt: skip
   out, lse = _flash(spec, q, k, v)
   return (out, lse) if return_lse else out

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.errors import KernelError
 
 LANES = 128
@@ -118,6 +119,15 @@ class Vectors:
   kv_reach: Array | None = None
 
 
+def static(see: Visibility) -> dict[str, Any]:
+  """The fields of `Spec` that follow from `see` alone."""
+  bias = see.relative_bias
+  found = {'causal': see.causal, 'window': see.window, 'num_sinks': see.num_sinks, 'alibi': see.alibi is not None}
+  if bias is not None:
+    found |= {'max_distance': bias.max_distance, 'buckets': bias.table.shape[0], 'bidirectional': bias.bidirectional}
+  return found
+
+
 def padded(length: int, block: int) -> int:
   return -(-length // block) * block
 
@@ -127,7 +137,7 @@ def pad(x: Array, dim: int, length: int, mode: str = 'constant') -> Array:
   return jnp.pad(x, widths, mode=mode) if length != x.shape[dim] else x
 
 
-def vectors(shape, lengths, *, causal, q_segments, kv_segments, q_positions, kv_positions, prefix_end) -> Vectors:
+def vectors(see: Visibility, shape: tuple[int, int, int], lengths: tuple[int, int]) -> Vectors:
   """Of (batch, q length, kv length), padded to `lengths`. Padding is of segment 0, unless no query that counts could
   see it anyway.
   """
@@ -135,17 +145,18 @@ def vectors(shape, lengths, *, causal, q_segments, kv_segments, q_positions, kv_
   row = lambda x, length: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length))
   to_q = lambda x, mode='constant': pad(row(x, q_length), 1, lengths[0], mode)
   to_kv = lambda x, mode='constant': pad(row(x, kv_length), 1, lengths[1], mode)
-  positioned = any(x is not None for x in (q_positions, kv_positions, prefix_end))
-  unseen = causal and not positioned and q_length <= kv_length
+  positioned = any(x is not None for x in (see.q_positions, see.kv_positions, see.prefix_end))
+  unseen = see.causal and not positioned and q_length <= kv_length
+  q_segments, kv_segments = see.q_segment_ids, see.kv_segment_ids
   if q_segments is None and kv_length != lengths[1] and not unseen:
     q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, kv_length), jnp.int32)
   found = {}
   if q_segments is not None:
     found = {'q_segments': to_q(q_segments), 'kv_segments': to_kv(kv_segments)}
   if positioned:
-    own = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
-    reach = own if prefix_end is None else jnp.where(own < prefix_end, -FAR, own)
-    found['q_positions'] = to_q(jnp.arange(q_length)[None] if q_positions is None else q_positions, 'edge')
+    own = jnp.arange(kv_length)[None] if see.kv_positions is None else see.kv_positions
+    reach = own if see.prefix_end is None else jnp.where(own < see.prefix_end, -FAR, own)
+    found['q_positions'] = to_q(jnp.arange(q_length)[None] if see.q_positions is None else see.q_positions, 'edge')
     found |= {'kv_positions': to_kv(own, 'edge'), 'kv_reach': to_kv(reach, 'edge')}
   return Vectors(**found)
 

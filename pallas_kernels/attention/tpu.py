@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuned
 from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
@@ -64,17 +64,8 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Array | None = None,
-  kv_segment_ids: Array | None = None,
-  q_positions: Array | None = None,
-  kv_positions: Array | None = None,
-  prefix_end: Array | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
@@ -85,27 +76,20 @@ def attention(
   """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   if blocks is None:
-    blocks = choose_blocks(q_length, kv_length, head_dim, causal=causal, packed=q_segment_ids is not None)
+    blocks = choose_blocks(q_length, kv_length, head_dim, causal=see.causal, packed=see.q_segment_ids is not None)
   q_padded, kv_padded = padded(q_length, blocks.q), padded(kv_length, blocks.kv)
-  vectors = tiles.vectors(
-    (batch, q_length, kv_length), (q_padded, kv_padded), causal=causal, q_segments=q_segment_ids,
-    kv_segments=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-  )  # fmt: skip
+  vectors = tiles.vectors(see, (batch, q_length, kv_length), (q_padded, kv_padded))
   spec = Spec(
     heads=heads, group=heads // k.shape[2], q_length=q_padded, kv_length=kv_padded,
     block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
-    causal=causal, segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
-    scale=1 / math.sqrt(head_dim) if scale is None else scale, window=window, num_sinks=num_sinks,
-    max_distance=None if relative_bias is None else relative_bias.max_distance,
-    buckets=0 if relative_bias is None else relative_bias.table.shape[0],
-    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
-    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+    segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
+    scale=1 / math.sqrt(head_dim) if scale is None else scale, sinks=sink_logits is not None, softcap=softcap,
+    interpret=interpret, **tiles.static(see),
   )  # fmt: skip
-  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
-    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  k, v = see.silence_padding(k, v)
   major = lambda x, length: pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
-  table = None if relative_bias is None else relative_bias.table
-  call = lambda rows: _flash(spec, *rows[:3], table, alibi, sink_logits, rows[3])
+  table = None if see.relative_bias is None else see.relative_bias.table
+  call = lambda rows: _flash(spec, *rows[:3], table, see.alibi, sink_logits, rows[3])
   arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
   out, lse = _in_turns(call, arrays, batch, _rows_at_once(spec, vectors, batch))
   out = jnp.moveaxis(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length], 1, 2)

@@ -111,15 +111,16 @@ def our_program(case: Case):
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tpu
-  from pallas_kernels.attention.reference import RelativeBias
+  from pallas_kernels.attention.reference import RelativeBias, Visibility
 
   blocks = tpu.Blocks(q=case.q, kv=case.kv, compute=case.compute)
 
   def run(q, k, v, *more):
-    options = {'relative_bias': RelativeBias(more[0], not case.causal, 128)} if case.bias else {}
-    options |= {'q_segment_ids': more[-1], 'kv_segment_ids': more[-1]} if case.packed else {}
+    own = {'relative_bias': RelativeBias(more[0], not case.causal, 128)} if case.bias else {}
+    own |= {'q_segment_ids': more[-1], 'kv_segment_ids': more[-1]} if case.packed else {}
+    see = Visibility(causal=case.causal, **own)
     turn = lambda x: jnp.moveaxis(x, 1, 2)
-    return turn(tpu.attention(turn(q), turn(k), turn(v), causal=case.causal, **options, blocks=blocks))
+    return turn(tpu.attention(turn(q), turn(k), turn(v), see, blocks=blocks))
 
   return run
 
@@ -218,6 +219,7 @@ def visited(ids, block: int) -> tuple[list[int], list[int]]:
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tpu, tpu_kernels
+  from pallas_kernels.attention.reference import Visibility
 
   counts, sums, own = [], [], tpu_kernels._forward_piece
   blocks = tpu.Blocks(q=block, kv=block, compute=min(block, COMPUTE))
@@ -232,8 +234,8 @@ def visited(ids, block: int) -> tuple[list[int], list[int]]:
     for row in ids:
       seen = []
       x, segments = jnp.zeros((1, len(row), 1, 128), jnp.float32), jnp.asarray(row)[None]
-      options = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'blocks': blocks, 'interpret': True}
-      jax.block_until_ready(tpu.attention(x, x, x, causal=True, **options))
+      see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments)
+      jax.block_until_ready(tpu.attention(x, x, x, see, blocks=blocks, interpret=True))
       jax.effects_barrier()
       counts.append(len({word for word, _ in seen}))
       sums.append(sum(size for _, size in seen))

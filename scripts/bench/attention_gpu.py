@@ -57,8 +57,9 @@ def attend(name: str, causal: bool):
   import jax
 
   from pallas_kernels.attention.api import IMPLEMENTATIONS as KNOWN
+  from pallas_kernels.attention.api import Visibility
 
-  run = functools.partial(KNOWN[name], causal=causal)
+  run = functools.partial(KNOWN[name], see=Visibility(causal=causal))
 
   def both(q, k, v, do):
     out, back = jax.vjp(run, q, k, v)

@@ -9,6 +9,7 @@ from pallas_kernels.attention import tpu
 from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.reference import RelativeBias
 from pretrain.tools.plan import MIB, compile_for, tpu_devices
+from tests.pallas_kernels.attention_cases import attend
 
 pytestmark = pytest.mark.aot
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
@@ -32,7 +33,7 @@ def compile_both(
     own = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'relative_bias': bias} | options
     if own.pop('prefix', False):
       own |= {'q_positions': positions, 'kv_positions': positions, 'prefix_end': positions}
-    return tpu.attention(turn(q), turn(k), turn(v), causal=True, **own, blocks=blocks).astype(jnp.float32).sum()
+    return attend(tpu.attention, turn(q), turn(k), turn(v), causal=True, **own, blocks=blocks).astype(jnp.float32).sum()
 
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     assert choose('auto', dropout=False) == 'tpu'

@@ -13,7 +13,7 @@ from pallas_kernels.attention import api, reference, tiles, toeplitz, tpu, tpu_k
 from pallas_kernels.attention.api import choose, flash_attention
 from pallas_kernels.attention.reference import RelativeBias
 from pallas_kernels.errors import KernelError
-from tests.pallas_kernels.attention_cases import SMALL, compare, draw, normal, packed, prefixed, relative, row
+from tests.pallas_kernels.attention_cases import SMALL, attend, compare, draw, normal, packed, prefixed, relative, row
 
 ROW = np.stack([row(100, 30, 100, padding=26), row(156, 100)])
 OTHER = np.stack([row(20, 60, 40, padding=8), row(100, 28)])
@@ -115,15 +115,19 @@ def test_tiles_of_one_block_on_two_cores_are_found(monkeypatch):
     simulated()
 
 
+def define(q, k, v, **options):
+  return attend(reference.attention, q, k, v, **options)
+
+
 def run(q, k, v, **options):
-  return tpu.attention(q, k, v, **options, blocks=SMALL, interpret=True)
+  return attend(tpu.attention, q, k, v, **options, blocks=SMALL, interpret=True)
 
 
 def test_what_stands_in_padding_does_not_leak():
   q, k, v = draw(256, batch=2)
   options = {'causal': False, **packed(ROW)}
   hole = jnp.asarray(ROW == 0)[:, :, None, None]
-  for function in (run, reference.attention):
+  for function in (run, define):
     clean = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(q, k, v)
     dirty = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(
       q, *(jnp.where(hole, jnp.nan, x) for x in (k, v))
@@ -140,7 +144,7 @@ def test_packed_documents_are_as_if_alone_and_their_order_does_not_matter():
   starts = np.cumsum([0, *lengths])
   places = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
   for own in places:
-    alone = reference.attention(*(x[:, own] for x in (q, k, v)), **options)
+    alone = define(*(x[:, own] for x in (q, k, v)), **options)
     np.testing.assert_allclose(out[:, own], alone, atol=3e-6)
   order = np.concatenate([places[n] for n in (2, 0, 1)])
   moved = packed_run(*(x[:, order] for x in (q, k, v)), jnp.asarray(row(128, 100, 28))[None])
@@ -152,7 +156,7 @@ def test_a_prefix_of_nothing_is_causal_and_one_of_everything_full():
   at = jnp.arange(256, dtype=jnp.int32)[None]
   prefixed_run = jax.jit(lambda end: run(q, k, v, causal=True, q_positions=at, kv_positions=at, prefix_end=end))
   for end, causal in ((0, True), (256, False)):
-    want = reference.attention(q, k, v, causal=causal)
+    want = define(q, k, v, causal=causal)
     np.testing.assert_allclose(prefixed_run(jnp.full((1, 256), end, jnp.int32)), want, atol=3e-6)
 
 
@@ -185,8 +189,8 @@ def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is(sharp):
     out, back = jax.vjp(lambda *x: function(*x, **options).astype(jnp.float32), *arrays)
     return [np.asarray(x, np.float32) for x in (out, *back(weights))]
 
-  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays))
-  kernel, definition = everything(run, arrays), everything(reference.attention, arrays)
+  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays))
+  kernel, definition = everything(run, arrays), everything(define, arrays)
   for limit, t, got, own in zip((2, 3, 3, 3), truth, kernel, definition, strict=True):
     assert np.abs(got - t).max() <= limit * np.abs(own - t).max() + 1e-3
 

@@ -9,9 +9,20 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.attention import cudnn, gpu, reference
-from pallas_kernels.attention.api import choose, flash_attention
-from tests.pallas_kernels.attention_cases import compare, draw, normal, packed, relative, row
-from tests.pallas_kernels.test_flash import CASES, MORE, PREFIX, ROW, SINKS, SLOPES, bias, exact_table_gradient, slow
+from pallas_kernels.attention.api import Visibility, choose, flash_attention
+from tests.pallas_kernels.attention_cases import attend, compare, draw, normal, packed, relative, row
+from tests.pallas_kernels.test_flash import (
+  CASES,
+  MORE,
+  PREFIX,
+  ROW,
+  SINKS,
+  SLOPES,
+  bias,
+  define,
+  exact_table_gradient,
+  slow,
+)
 
 BLOCKS = gpu.Blocks(q=64, kv=32, grad_q=32, grad_kv=64)
 TALL = gpu.Blocks(q=128, kv=16, grad_q=16, grad_kv=128)
@@ -31,7 +42,7 @@ def differences(lengths, sizes, options, blocks=BLOCKS) -> dict[str, float]:
 
 
 def run(q, k, v, **options):
-  return gpu.attention(q, k, v, **options, blocks=BLOCKS, interpret=True)
+  return attend(gpu.attention, q, k, v, **options, blocks=BLOCKS, interpret=True)
 
 
 @pytest.mark.parametrize('case', [EVERYTHING, *(CASES[name] for name in FAST), *map(slow, (CASES | MORE).values())])
@@ -56,8 +67,8 @@ def everything(function, arrays, weights, options):
 def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is():
   arrays, options = draw(128, dtype=jnp.bfloat16), {'causal': True, **packed(ROW[:1, :128])}
   weights = normal(arrays[0].shape, 3)
-  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays), weights, options)
-  kernel, definition = (everything(f, arrays, weights, options) for f in (run, reference.attention))
+  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays), weights, options)
+  kernel, definition = (everything(f, arrays, weights, options) for f in (run, define))
   for limit, t, got, own in zip((2, 3, 3, 3), truth, kernel, definition, strict=True):
     assert np.abs(got - t).max() <= limit * np.abs(own - t).max() + 1e-3
 
@@ -91,7 +102,7 @@ def gradients(**options):
 
   def loss(q, k, v, extra):
     own = {name: x for name, x in extra.items() if x is not None}
-    return gpu.attention(q, k, v, **(options | own)).astype(jnp.float32).sum()
+    return attend(gpu.attention, q, k, v, **(options | own)).astype(jnp.float32).sum()
 
   return jax.jit(jax.grad(loss, (0, 1, 2, 3)))
 
@@ -124,7 +135,7 @@ def test_on_another_platform_it_says_so(name):
 def test_more_than_an_int32_counts_is_refused():
   q = jax.ShapeDtypeStruct((16, 32768, 32, 128), jnp.bfloat16)
   with pytest.raises(ValueError, match='16 x 32 heads, 2147483648 numbers; 65535 heads and 2147483647 numbers fit'):
-    jax.eval_shape(lambda q: gpu.attention(q, q, q, causal=True), q)
+    jax.eval_shape(lambda q: gpu.attention(q, q, q, Visibility(causal=True)), q)
 
 
 def test_auto_on_a_gpu_is_the_reference():
@@ -159,11 +170,11 @@ def test_cudnn_names_dtypes_and_head_dims_that_it_lacks():
 def test_cudnn_is_not_asked_for_rows_that_see_nothing():
   """They are 0 by definition, anything in jax's own; query 20 is the first after key 15 and its window of 5."""
   q, k, v = draw(21, 16, dtype=jnp.bfloat16)
-  assert not np.asarray(reference.attention(q, k, v, causal=True, window=5))[:, 20].any()
+  assert not np.asarray(define(q, k, v, causal=True, window=5))[:, 20].any()
   with pytest.raises(ValueError, match='no window that leaves queries without a key'):
-    cudnn.attention(q, k, v, causal=True, window=5)
+    cudnn.attention(q, k, v, Visibility(causal=True, window=5))
   with pytest.raises(RuntimeError, match=r'cuDNN|cudnn'):  # it gets as far as jax's own check
-    cudnn.attention(q[:, :20], k, v, causal=True, window=5)
+    cudnn.attention(q[:, :20], k, v, Visibility(causal=True, window=5))
 
 
 @pytest.mark.parametrize('options', [{'causal': False, 'scale': 0.3}, {'causal': True, 'window': 5}])
@@ -177,5 +188,5 @@ def test_cudnn_is_asked_for_what_the_definition_says(options, monkeypatch):
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
   arrays = draw(40, kv_heads=1, dtype=jnp.bfloat16)
-  got, want = (np.asarray(f(*arrays, **options), np.float32) for f in (cudnn.attention, reference.attention))
+  got, want = (np.asarray(attend(f, *arrays, **options), np.float32) for f in (cudnn.attention, reference.attention))
   np.testing.assert_allclose(got, want, atol=3e-2)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import reference, tiles
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.attention.tiles import FIRST, LAST, LIVE, MASKED, NEAR, Spec, Vectors
 
 BLOCK = 4
@@ -31,7 +32,12 @@ def rows(draw):
   spec = make_spec(
     t, s, causal=causal, segmented=segmented, positioned=positioned, window=window, num_sinks=draw(st.integers(0, 3))
   )
-  mask = reference._mask(causal, window, spec.num_sinks, *ids, q_at, k_at, prefix)
+  mask = reference._mask(
+    Visibility(
+      causal=causal, window=window, num_sinks=spec.num_sinks, q_segment_ids=ids[0], kv_segment_ids=ids[1],
+      q_positions=q_at, kv_positions=k_at, prefix_end=prefix,
+    )
+  )  # fmt: skip
   vectors = dict(zip(('q_segments', 'kv_segments'), ids, strict=True))
   if positioned:
     vectors |= {'q_positions': q_at, 'kv_positions': k_at, 'kv_reach': np.where(k_at < prefix, -tiles.FAR, k_at)}
