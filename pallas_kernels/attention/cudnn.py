@@ -1,4 +1,4 @@
-"""cuDNN's flash attention, where it can do what is asked; no GPU has run it from here yet."""
+"""cuDNN's flash attention, for the features that it has. Not yet run on a GPU."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ def attention(
   sink_logits: Array | None = None,
   return_lse: bool = False,
 ):
-  """`reference.attention`, causal by index or full, with a window before the query: all that cuDNN does in O(length).
+  """`reference.attention`, causal by index or full, with a window before the query: what cuDNN does in O(length).
 
-  Raises KernelError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
+  Raises KernelError that names any other feature in use. Source: jax.nn.dot_product_attention, implementation='cudnn'.
   """
   window = see.window
   wanted = features.asked(dataclasses.replace(see, window=None), softcap=softcap) | {

@@ -1,4 +1,4 @@
-"""What an implementation that cannot do everything says of what it is asked for."""
+"""Errors of implementations that support only some features."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ NAMES = {  # in the order of messages
 
 
 def asked(see: Visibility, **options: Any) -> dict[str, bool]:
-  """{feature, as a message names it: True} for each feature that `see` or an option of the implementation uses."""
+  """{name in messages: True} of each feature that `see` or `options` use."""
   given = {field.name: getattr(see, field.name) for field in dataclasses.fields(see)} | options
   return {text: True for name, text in NAMES.items() if given.get(name) is not None}
 
 
 def refuse(implementation: str, wanted: Mapping[str, bool]) -> None:
-  """Raises KernelError that names everything which is `wanted` of an implementation that has none of it."""
+  """Raises KernelError that names every feature that is `wanted`; the implementation has none of them."""
   if missing := [name for name, on in wanted.items() if on]:
     lacking = ', no '.join(missing)
     raise KernelError(
-      f"kernels.attention='{implementation}' has no {lacking}, which this model asks for; use 'triton' or 'reference'."
+      f"kernels.attention='{implementation}' has no {lacking}, which this model needs; use 'triton' or 'reference'."
     )

@@ -1,9 +1,9 @@
 """Flash attention on GPU through Triton: one kernel forward, two backward, O(length) memory; the interpreter runs the
-same. It lowers for CUDA and equals the definition in the interpreter; no GPU has run it yet, and no block is tuned.
-Newer jax (0.12) still lowers it, with a warning that Pallas will leave Triton for Mosaic.
+same kernels. It lowers for CUDA and equals the definition in the interpreter. It has not run on a GPU yet, and its
+block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in favour of Mosaic.
 
-Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so position j -
-position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
+Differences from `reference.attention`, the definition: a relative bias goes by the difference of indices, so position
+j - position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Ins = Mapping[str, tuple[Array, pl.BlockSpec]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """Of queries and of keys, forward and for gradients: powers of 2, at least 16."""
+  """Block sizes of queries and of keys, forward and for gradients: powers of 2, at least 16."""
 
   q: int
   kv: int
@@ -41,8 +41,8 @@ class Blocks:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
-  """Those tuned for this chip. Else Triton 3.9 compiled these for H100, causal to head_dim 256 and all features at 128,
-  with at most 137 KiB of shared memory (A100 has 163) and up to 1.3 KiB of spills in f32; no GPU has tuned them.
+  """The sizes tuned for this chip, or defaults, which are not tuned. Triton 3.9 compiled these for H100, causal up to
+  head_dim 256 and all features at 128: at most 137 KiB of shared memory (A100 has 163), up to 1.3 KiB of spills in f32.
   """
   exact, large = jnp.dtype(dtype).itemsize > 2, head_dim > 128
   fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
@@ -54,7 +54,7 @@ def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks
 
 
 def shape_class(width: int, dtype) -> str:
-  """What blocks are tuned for."""
+  """The key of tuned block sizes."""
   return f'd{width}_{jnp.dtype(dtype).name}'
 
 
@@ -96,7 +96,9 @@ def attention(
 
 
 def _check_size(spec: Spec, batch: int, width: int, what: str) -> None:
-  """Triton's lowering counts numbers in int32, and would wrap in silence; CUDA's grid has 65,535 rows."""
+  """Raises KernelError for arrays too large for Triton's int32 indices, which would wrap, or for CUDA's grid, which has
+  65,535 rows.
+  """
   rows, shared = batch * spec.heads, batch * spec.heads // spec.group
   numbers = max(rows * spec.q_length, shared * spec.kv_length) * width
   if numbers >= 2**31 or rows > 65535:
@@ -143,7 +145,7 @@ _flash.defvjp(_forward, _backward)
 
 
 def plain_gradients(saved, gradients, *, causal: bool, scale: float, interpret: bool) -> tuple[Array, Array, Array]:
-  """(dq, dk, dv) of attention by index without other features, for kernels of Hopper that have no backward.
+  """(dq, dk, dv) of attention by index without other features, for the Hopper kernel, which has no backward pass.
 
   `saved`: q[batch, T, heads, head_dim], k, v[batch, S, kv_heads, head_dim], o like q, and lse in base 2, f32[batch,
   heads, T]; every query sees a key. `gradients`: of o, and of the natural lse[batch, T, heads]. head_dim is a power of
@@ -205,7 +207,7 @@ def _grad_sinks(spec: Spec, sinks: Array, lse: Array, di: Array, dtype) -> Array
 
 
 def _buckets(spec: Spec, table: Array) -> Array:
-  """int32[2 * max_distance + 1]: the bucket of each distance up to where all are one."""
+  """int32[2 * max_distance + 1]: the bucket of each distance; larger distances have the bucket of the largest."""
   far = spec.max_distance or 0
   return relative_position_bucket(
     jnp.arange(-far, far + 1), buckets=table.shape[0], bidirectional=spec.bidirectional, max_distance=far
@@ -213,7 +215,7 @@ def _buckets(spec: Spec, table: Array) -> Array:
 
 
 def _of_heads(spec: Spec, table, alibi, sink_logits) -> dict[str, Array]:
-  """f32[heads, …] of each head in base 2: its slope and sink, and its bias by distance."""
+  """f32[heads, …], in base 2: the slope and sink of each head, and its bias by distance."""
   none = jnp.zeros(spec.heads, jnp.float32)
   numbers = [none if x is None else x.astype(jnp.float32) for x in (alibi, sink_logits)]
   found = {'numbers': jnp.stack(numbers, -1) * LOG2E}
@@ -221,7 +223,7 @@ def _of_heads(spec: Spec, table, alibi, sink_logits) -> dict[str, Array]:
 
 
 def _whole(x: Array, index: Callable) -> tuple[Array, pl.BlockSpec]:
-  """All of `x[index(head)]`: a kernel loads what it needs."""
+  """All of `x[index(head)]`, from which a kernel loads what it needs."""
   return x, pl.BlockSpec((None, *x.shape[1:]), lambda n, h: (index(h), *(0 for _ in x.shape[1:])))
 
 
@@ -231,7 +233,7 @@ def _block(x, size: int) -> tuple[Any, pl.BlockSpec]:
 
 
 def _of_queries(spec: Spec, arrays, per_head, vectors: Vectors) -> dict[str, tuple[Array, pl.BlockSpec]]:
-  """What a program for a block of queries of one head reads."""
+  """The inputs of a program for a block of queries of one head."""
   shared = lambda h: h // spec.group
   ins = {name: _whole(x, shared if name in gpu_kernels.KEYS else lambda h: h) for name, x in arrays.items()}
   ins |= {name: _whole(x, lambda h: h % spec.heads) for name, x in per_head.items()}
@@ -239,10 +241,10 @@ def _of_queries(spec: Spec, arrays, per_head, vectors: Vectors) -> dict[str, tup
 
 
 def _of_rows(spec: Spec, vectors: Vectors, per_row: int, *, by_keys: bool) -> dict[str, tuple[Array, pl.BlockSpec]]:
-  """The vectors of each row of the batch, and the bounds of each block's tiles."""
+  """The vectors of each row of the batch, and the bounds of the tiles of each block."""
   found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
   found = {name: x for name, x in found.items() if x is not None}
-  if spec.segmented:  # padding sees nothing, not even padding
+  if spec.segmented:  # so that padding does not see padding
     found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
   bounds = tiles.bounds(spec, vectors, by_keys=by_keys)
   row = (lambda h: h // per_row) if bounds.shape[0] > 1 else (lambda h: 0)

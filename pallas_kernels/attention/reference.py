@@ -27,7 +27,7 @@ class RelativeBias:
 
 
 def _static(**options) -> Any:
-  """A field that a program is compiled for: no array, but part of the tree's structure."""
+  """A field that belongs to the tree's structure: each value compiles its own program."""
   return dataclasses.field(**options, metadata={'static': True})
 
 
@@ -61,8 +61,9 @@ class Visibility:
 
 
 def relative_position_bucket(distance, *, buckets: int, bidirectional: bool, max_distance: int):
-  """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`. Numpy's of
-  numpy's, jax's of jax's, the same ones: borders are numpy's, as in T5X, whatever logarithm a device has.
+  """The bucket of each `distance` = key position - query position: one bucket for each short distance, then buckets
+  that grow logarithmically up to `max_distance`. A numpy array gives a numpy array, a jax array a jax array, with equal
+  values: numpy computes the borders in both cases, as in T5X, because logarithms differ between devices.
 
   Source: Raffel et al. 2020, arXiv:1910.10683; T5X relative_position_biases.py, _relative_position_bucket.
   """
@@ -97,7 +98,7 @@ def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
   bucket = relative_position_bucket(
     distance, buckets=bias.table.shape[0], bidirectional=bias.bidirectional, max_distance=bias.max_distance
   )
-  # A product with a one-hot: its gradient is a product too, where that of a gather is a slow scatter.
+  # A product with a one-hot: its gradient is a product too. The gradient of a gather is a slow scatter.
   hot = jax.nn.one_hot(bucket, bias.table.shape[0], dtype=jnp.float32)
   return jnp.einsum('btsk,kn->bnts', hot, bias.table.astype(jnp.float32))
 
@@ -164,8 +165,8 @@ def attention(
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
-  are one more logit in each head's softmax that carries no value, and then the lse of such a query.
-  lse: f32[batch, T, heads]. Keys of segment 0 have no say, whatever is in them.
+  add one logit without a value to each head's softmax; a query without a visible key then has it as its lse.
+  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN.
   """
   k, v = see.silence_padding(k, v)
   see = _place(see, q, k)
@@ -183,9 +184,9 @@ def attention(
   total = total if sinks is None else total + jnp.exp(sinks - top)
   weights = weights if dropout is None else _drop(weights, dropout)
   mixed = jnp.einsum('bkgts,bskd->bkgtd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  # Divided after the product: head_dim numbers for each query instead of S.
+  # Divide after the product: head_dim divisions for each query instead of S.
   mixed = mixed / total
-  seen = None if mask is None else top > MASKED / 2  # a row of masked scores has this for its largest
+  seen = None if mask is None else top > MASKED / 2  # the largest score of a fully masked row is MASKED
   mixed = mixed if seen is None else jnp.where(seen, mixed, 0.0)
   out = jnp.moveaxis(mixed.astype(q.dtype), 3, 1).reshape(q.shape)
   if not return_lse:

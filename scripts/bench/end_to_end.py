@@ -18,7 +18,9 @@ import re
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # in front of this folder, where `data` is data.py
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[2])
+)  # before this folder, whose data.py would be `data`
 
 import attention
 import schedule
@@ -61,11 +63,11 @@ def whole(spec):
 
 
 def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
-  """{kernel: cycles} of the compiled step. Calls that are alike share one schedule, under the name of one of them."""
+  """{kernel: cycles} of the compiled step. Equal calls share one schedule, under the name of one of them."""
   calls, paths = [], {}
   for times, line in schedule.executed(text):
     if found := KERNEL.search(line):
-      # A list whose length is counted at run time comes with that length, a scalar.
+      # A list of tiles whose length is computed at run time comes with that length, a scalar.
       call = found[1], tuple(dims for dims in re.findall(r'\w+\[([\d,]*)\]', found[3]) if dims)
       calls.append((times, call))
       dumps = [p for p in folder.glob(f'*-attention_{found[1]}.{found[2]}-*final_bundles*') if 'sched' not in p.name]
@@ -155,7 +157,9 @@ def table(rows: list[dict]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The flags; `overrides` are the bindings of --gin.KEY=VALUE. Anything else ends the process with code 2."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--aot', action='store_true', required=True, help='compile for TPUs that are not there')
+  parser.add_argument(
+    '--aot', action='store_true', required=True, help='compile for TPUs that this machine does not have'
+  )
   parser.add_argument('--chips', required=True, help='one slice, e.g. v5e:4x4')
   parser.add_argument('--gin_file', action='append', required=True)
   parser.add_argument('--attention', default=','.join(NAMES), help='implementations, with commas')

@@ -73,7 +73,7 @@ def results(function, arrays, options: dict, weights):
 
 
 def compare(arrays, options: dict, blocks: Any = SMALL, interpret=True, attention=tpu.attention) -> dict[str, float]:
-  """Relative L2 differences between kernel and definition, by name; `seen` must be equal."""
+  """Relative L2 differences between kernel and definition, by name. Fails if `seen` differs."""
   q = arrays[0]
   weights = [normal(q.shape, 3), normal(q.shape[:3], 4)]
   kernel = lambda *x, **more: attention(*x, **more, blocks=blocks, interpret=interpret)
