@@ -22,7 +22,8 @@ from data.prepare.inputs import Meter, Records
 from data.prepare.scores import SCORES, Score
 from data.prepare.text import Documents, Reading, Segment, read_segments, sample
 from data.stores.arrays import is_inside
-from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store, refuse_existing
+from data.stores.staging import refuse_existing
+from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store
 from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
