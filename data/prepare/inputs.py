@@ -1,26 +1,26 @@
 """Files of input as bytes (unpacked) and as records, streaming: no more than a block or a group of rows is in memory.
 
-By the end of the name: .gz and .zst are unpacked; .parquet and .arrayrecord hold records; what is left is text or
+kinds.py says what a file is: gzip and zstd are unpacked; Parquet and ArrayRecord hold records; what is left is text or
 JSONL (`text.py`). Libraries that a plain installation lacks are imported where they are needed.
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import itertools
 import json
 import pathlib
+import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from data.errors import DataError
+from data.prepare.kinds import HEAD_BYTES, check_kind, kind_of
 
 Records = Literal['text', 'json']
-PACKED = ('.gz', '.zst')
-JSONL = ('.jsonl', '.ndjson', '.json')  # C4's files are named .json
-ARRAY_RECORD = ('.arrayrecord', '.array_record')
 BLOCK_BYTES = 2**16
 _ROWS = 256
 
@@ -35,15 +35,6 @@ class Meter:
   @property
   def fraction(self) -> float:
     return self.read / max(self.total, 1)
-
-
-def suffix_of(path: pathlib.Path) -> str:
-  """What a file holds, once it is unpacked.
-
-  >>> suffix_of(pathlib.Path('c4/train.00001.json.gz'))
-  '.json'
-  """
-  return path.with_suffix('').suffix if path.suffix in PACKED else path.suffix
 
 
 def optional(name: str, path: pathlib.Path) -> types.ModuleType:
@@ -97,7 +88,7 @@ class _Unpacked(io.RawIOBase):
     block, self._rest = self._rest or self._packed.read(BLOCK_BYTES), b''
     if not block:
       if self._member is not None:
-        raise DataError(f'{self._path} is cut off in the middle of its compressed data; copy it again.')
+        raise self._cut_off()
       return False
     self._member = self._member or self._start()
     try:
@@ -106,25 +97,81 @@ class _Unpacked(io.RawIOBase):
       raise DataError(f'{self._path} cannot be unpacked ({error}); copy it again.') from error
     if self._member.eof:
       self._rest, self._member = self._member.unused_data, None
+      return self._has_more()
     return True
+
+  def _has_more(self) -> bool:
+    """Whether the file may go on behind the end of a member."""
+    return True
+
+  def _cut_off(self) -> DataError:
+    return DataError(f'{self._path} is cut off in the middle of its compressed data; copy it again.')
 
   def close(self) -> None:
     self._packed.close()
     super().close()
 
 
+class _Gzip(_Unpacked):
+  """A gzip file, read as `gzip -dc` reads it: zeros behind the last member are padding, other bytes are ignored with a
+  warning."""
+
+  def __init__(self, path: pathlib.Path, packed: io.RawIOBase):
+    super().__init__(path, packed, lambda: zlib.decompressobj(31), zlib.error)
+
+  def _has_more(self) -> bool:
+    while len(self._rest) < 2 and (block := self._packed.read(BLOCK_BYTES)):
+      self._rest += block
+    if not self._rest or self._rest.startswith(b'\x1f\x8b'):
+      return True
+    if len(self._rest) == 1 and self._rest != b'\0':  # gzip looks at two bytes before it says what they are
+      raise self._cut_off()
+    self._skip()
+    return True
+
+  def _skip(self) -> None:
+    """Reads to the end of the file, whose rest is no member."""
+    count, padding = 0, self._rest.startswith(b'\0')
+    while block := self._rest or self._packed.read(BLOCK_BYTES):
+      count, padding, self._rest = count + len(block), padding and not block.strip(b'\0'), b''
+    if not padding:
+      _warn(f'{self._path}: {count} bytes behind its compressed data are ignored, as gzip -dc does.')
+
+
+@functools.cache
+def _warn(line: str) -> None:
+  """A line for the user, once: files are read twice where a tokenizer is trained."""
+  print(f'warning: {line}', file=sys.stderr)
+
+
 def open_bytes(path: pathlib.Path, meter: Meter) -> io.BufferedReader:
   """A file, unpacked where its name says that it is packed. Raises DataError where it cannot be read."""
+  packing = kind_of(path).packing
+  zstandard = optional('zstandard', path) if packing == 'zstd' else None
   try:
     raw = _Metered(path, meter)
   except OSError as error:
     raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
-  if path.suffix == '.gz':
-    raw = _Unpacked(path, raw, lambda: zlib.decompressobj(31), zlib.error)
-  elif path.suffix == '.zst':
-    zstandard = optional('zstandard', path)
+  if packing == 'gzip':
+    raw = _Gzip(path, raw)
+  elif zstandard:
     raw = _Unpacked(path, raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
   return io.BufferedReader(raw, BLOCK_BYTES)
+
+
+def check_file(path: pathlib.Path) -> None:
+  """Raises DataError, with the cure, where a file is not of the kind that its name says, or of none that is read."""
+  try:
+    with path.open('rb') as file:
+      head = file.read(HEAD_BYTES)
+    check_kind(path, head, lambda: _unpacked_head(path))
+  except OSError as error:
+    raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
+
+
+def _unpacked_head(path: pathlib.Path) -> bytes:
+  with open_bytes(path, Meter(0)) as file:
+    return file.read(HEAD_BYTES)
 
 
 def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from data.errors import DataError
 from data.prepare.encode import Encoder, Recipe, batches, encode_all
-from data.prepare.inputs import Meter, Records
+from data.prepare.inputs import Meter, Records, check_file
 from data.prepare.scores import SCORES, Score
 from data.prepare.text import Documents, Reading, Segment, read_segments, sample
 from data.stores.arrays import is_inside
@@ -126,11 +126,13 @@ def prepare(
   one for each WORKER_BYTES, at most one for each core. Raises DataError for bad input, for an `out` that exists, and
   for a vocabulary that the text cannot fill; then nothing is left behind.
   """
-  paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
+  paths, reading = [pathlib.Path(os.path.expanduser(path)) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
     raise DataError(f'{missing[0]} is no file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
+  for path in paths:  # all of them, before the first is read
+    check_file(path)
   refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
@@ -218,7 +220,7 @@ def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: 
 def load_model(path: str | os.PathLike[str]) -> bytes:
   """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
   try:
-    model = pathlib.Path(path).read_bytes()
+    model = pathlib.Path(os.path.expanduser(path)).read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   except (OSError, RuntimeError) as error:
     raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error

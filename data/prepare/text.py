@@ -12,18 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 from data.errors import DataError
 from data.prepare.inputs import (
-  ARRAY_RECORD,
-  JSONL,
   Meter,
   Records,
   array_records,
+  check_file,
   check_text,
   decode,
   open_bytes,
   parquet_rows,
   parse_json,
-  suffix_of,
 )
+from data.prepare.kinds import kind_of
 from data.prepare.messages import ROLES, marker, turns_of
 
 Documents = Literal['file', 'paragraph', 'line']
@@ -88,6 +87,7 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
   record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not.
   """
   meter = meter or Meter(0)
+  check_file(path)
   if (records := _records(path, reading, meter)) is not None:
     take = _pair if reading.pair else _conversation if reading.messages else _document
     return _not_empty(path, (segment for record in records for segment in take(record, reading)))
@@ -100,7 +100,7 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
     raise DataError(
       f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
     )
-  if suffix_of(path) in ARRAY_RECORD:
+  if kind_of(path).holds == 'arrayrecord':
     found = array_records(path, 'text', meter)
     return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()))
   return _not_empty(path, _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter))
@@ -116,13 +116,13 @@ class _Record(NamedTuple):
 
 def _records(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[_Record] | None:
   """The records of a file; None where it is text."""
-  suffix = suffix_of(path)
-  if suffix in JSONL:
-    return _lines(path, meter)
-  if suffix == '.parquet':
-    return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
-  if suffix in ARRAY_RECORD and reading.records == 'json':
-    return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
+  match kind_of(path).holds:
+    case 'json':
+      return _lines(path, meter)
+    case 'parquet':
+      return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
+    case 'arrayrecord' if reading.records == 'json':
+      return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
   return None
 
 
