@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib
 import io
-import itertools
 import json
 import pathlib
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from data.errors import DataError
 from data.prepare.kinds import HEAD_BYTES, check_kind, kind_of
+from data.stores.paths import plain_path
 
 Records = Literal['text', 'json']
 BLOCK_BYTES = 2**16
@@ -174,45 +174,7 @@ def _unpacked_head(path: pathlib.Path) -> bytes:
     return file.read(HEAD_BYTES)
 
 
-def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(where, those columns) of each row. Raises DataError for a file that is none, and for a column that is missing."""
-  optional('pyarrow', path)
-  parquet = optional('pyarrow.parquet', path)
-  number, size = 0, path.stat().st_size
-  try:
-    with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # where its writer has put checksums
-      names = file.schema_arrow.names
-      if missing := [column for column in columns if column not in names]:
-        raise DataError(f'{path} has no column {missing[0]!r} (found: {", ".join(names)}); name another one.')
-      for batch in file.iter_batches(_ROWS, columns=columns):
-        meter.read += size * batch.num_rows // max(file.metadata.num_rows, 1)
-        for row in _rows_of(path, batch, number):
-          yield f'{path}: row {number}', row
-          number += 1
-  except (OSError, importlib.import_module('pyarrow').ArrowException) as error:
-    raise DataError(
-      f'{path} cannot be read as Parquet from row {number} on ({_line(error)}); copy it again.'
-    ) from error
-
-
-def _rows_of(path: pathlib.Path, batch, first: int) -> list[dict[str, Any]]:
-  """The rows of a batch, the first of which is `first`. Raises DataError at the first text that is no UTF-8."""
-  try:
-    return batch.to_pylist()
-  except UnicodeDecodeError:
-    for i, name in itertools.product(range(batch.num_rows), batch.schema.names):
-      _check_text(f'{path}: row {first + i}, column {name!r}', batch.column(name)[i])
-    raise
-
-
-def _check_text(where: str, value) -> None:
-  try:
-    value.as_py()
-  except UnicodeDecodeError as error:
-    raise _not_text(where, error.start) from error
-
-
-def _not_text(where: str, place: int) -> DataError:
+def not_text(where: str, place: int) -> DataError:
   return DataError(f'{where} is not UTF-8 text (byte {place}); convert it, e.g. with iconv, or leave it out.')
 
 
@@ -225,7 +187,7 @@ def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterato
     try:
       found = reader.read(list(range(first, last)))
     except (RuntimeError, ValueError, IndexError) as error:
-      raise DataError(f'{path} cannot be read from record {first} on ({_line(error)}); copy it again.') from error
+      raise DataError(f'{path} cannot be read from record {first} on ({first_line(error)}); copy it again.') from error
     meter.read += size * (last - first) // count
     for number, raw in enumerate(found, first):
       yield f'{path}: record {number}', _record(f'{path}: record {number}', raw, records)
@@ -235,9 +197,9 @@ def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterato
 def _array_record_reader(path: pathlib.Path):
   module = optional('array_record.python.array_record_module', path)
   try:
-    reader = module.ArrayRecordReader(str(path))
+    reader = module.ArrayRecordReader(plain_path(str(path)))
   except (RuntimeError, ValueError) as error:
-    raise DataError(f'{path} cannot be read as ArrayRecord ({_line(error)}); copy it again.') from error
+    raise DataError(f'{path} cannot be read as ArrayRecord ({first_line(error)}); copy it again.') from error
   if not reader.ok():
     raise DataError(f'{path} cannot be read as ArrayRecord; copy it again.')
   return reader
@@ -253,7 +215,7 @@ def decode(where: str, raw: bytes, offset: int) -> str:
   try:
     text = raw.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise _not_text(where, offset + error.start) from error
+    raise not_text(where, offset + error.start) from error
   if '\0' in text:
     raise DataError(f'{where} is binary (a NUL at byte {offset + raw.index(0)}); give text or .jsonl files.')
   return text
@@ -279,5 +241,5 @@ def parse_json(where: str, text: str) -> Any:
     raise DataError(f'{where}: not JSON ({error}); each line must be one object.') from error
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]

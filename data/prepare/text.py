@@ -19,11 +19,11 @@ from data.prepare.inputs import (
   check_text,
   decode,
   open_bytes,
-  parquet_rows,
   parse_json,
 )
 from data.prepare.kinds import kind_of
 from data.prepare.messages import ROLES, marker, turns_of
+from data.prepare.parquet import parquet_rows, type_name
 
 Documents = Literal['file', 'paragraph', 'line']
 SEGMENT_BYTES = 2**18
@@ -142,9 +142,7 @@ def _tag(record: _Record, field: str) -> str:
   if value is None:
     return ''
   if not isinstance(value, str | int | float):
-    raise DataError(
-      f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
-    )
+    raise DataError(f'{record.where}: field {field!r} is no text ({type_name(value)}); leave it out of --tag_fields.')
   check_text(f'{record.where}: field {field!r}', str(value))
   return f'{field}: {value}\n'
 
@@ -233,7 +231,7 @@ def _text(record: _Record, field: str, flag: str) -> str:
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
-    kind = f', which is {type(text).__name__}' if isinstance(value, dict) and field in value else ''
+    kind = f', which is {type_name(text)}' if isinstance(value, dict) and field in value else ''
     raise DataError(f'{where}: no text in field {field!r}{kind} (found: {keys}); name it with {flag}=.')
   check_text(f'{where}: field {field!r}', text)
   return text

@@ -16,7 +16,7 @@ import numpy as np
 import tensorstore
 
 from data.errors import DataError
-from data.stores.paths import absolute, for_tensorstore, is_local, local_path, with_names
+from data.stores.paths import absolute, is_local, local_path, plain_path, with_names
 
 FILE, CHUNK = 2**23, 2**16  # a file is in memory while it is written
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
@@ -58,7 +58,7 @@ def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, An
   if not is_inside(name):
     raise DataError(f'{name!r} is no name of a part of {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
   if is_local(path):
-    return {'driver': 'file', 'path': f'{for_tensorstore(local_path(path)).rstrip("/")}/{name}'}
+    return {'driver': 'file', 'path': f'{plain_path(local_path(path)).rstrip("/")}/{name}'}
   url, endpoint = place_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
   if not url.startswith('s3://'):
     return url

@@ -63,11 +63,12 @@ def absolute(path: str) -> str:
   return os.path.abspath(os.path.join(os.path.realpath('/'.join(parts[:last])), *parts[last:]))
 
 
-def for_tensorstore(path: str) -> str:
-  """The absolute path of a local folder as TensorStore's file driver takes it.
+def plain_path(path: str) -> str:
+  """An absolute path of a local file or folder that C++ libraries take.
 
-  The driver refuses names that hold a backslash, end in `.__lock` or are not UTF-8: these are reached through a
-  symbolic link in a temporary folder, which is removed when the process ends.
+  TensorStore's file driver refuses names that hold a backslash or end in `.__lock`, and names that are not UTF-8 cannot
+  be passed at all: they are reached through a symbolic link in a temporary folder, which is removed when the process
+  ends.
   """
   full = absolute(path)
   return _link(full) if _is_awkward(full) else full
@@ -109,7 +110,7 @@ def _links() -> str:
 
 
 def with_names(text: str) -> str:
-  """A message of TensorStore with real paths in the place of links of `for_tensorstore`."""
+  """A message of TensorStore with real paths in the place of links of `plain_path`."""
   folder = _links() if _links.cache_info().currsize else None
   if folder is None or folder not in text:
     return text
