@@ -21,6 +21,11 @@ class Turn(NamedTuple):
   text: str
 
 
+def empty_error(where: str) -> DataError:
+  """For a text, at `where`, that a model should learn to write and that has no tokens."""
+  return DataError(f'{where} is empty; write what is to be learnt, or leave out the record.')
+
+
 def marker(role: Role) -> str:
   """What stands in front of a turn and says whose it is. It is plain text: nothing has to be added to a vocabulary.
 
@@ -57,6 +62,6 @@ def _turn(where: str, message: Any) -> Turn:
   if not isinstance(text, str):
     raise DataError(f'{where}.{names[1]} is no text ({type_name(text)}); write it as one, or leave out the record.')
   if role == 'assistant' and not text.strip():
-    raise DataError(f'{where}.{names[1]} is empty; write what is to be learnt, or leave out the record.')
+    raise empty_error(f'{where}.{names[1]}')
   check_text(f'{where}.{names[1]}', text)
   return Turn(role, text)

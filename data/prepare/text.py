@@ -7,7 +7,7 @@ import codecs
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from data.errors import DataError
@@ -22,7 +22,7 @@ from data.prepare.inputs import (
   parse_json,
 )
 from data.prepare.kinds import kind_of
-from data.prepare.messages import ROLES, marker, turns_of
+from data.prepare.messages import ROLES, empty_error, marker, turns_of
 from data.prepare.parquet import parquet_rows, type_name
 
 Documents = Literal['file', 'paragraph', 'line']
@@ -64,7 +64,7 @@ class Segment:
   """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
 
   `tags` stand in front of its text, `score` is what its record gives. A turn is of `role` (a place in messages.ROLES),
-  and `turns_left` follow it.
+  and `turns_left` follow it. `required` says where it stands if it must have tokens: a target, or an assistant's turn.
   """
 
   text: str
@@ -74,9 +74,16 @@ class Segment:
   score: float = 0.0
   role: int = 0
   turns_left: int = 0
+  required: str = ''
 
 
-def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = None) -> Iterator[Segment]:
+def is_blank(text: str) -> bool:
+  return not text.strip()
+
+
+def read_segments(
+  path: pathlib.Path, reading: Reading, meter: Meter | None = None, is_empty: Callable[[str], bool] = is_blank
+) -> Iterator[Segment]:
   """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair; one for
   each turn of a conversation.
 
@@ -84,13 +91,14 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
   what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
   SEGMENT_BYTES, otherwise at white space (or, in as long a stretch without any, between two characters): however it is
   cut, it is one document. Raises DataError for a file that is missing, empty, damaged, no UTF-8 (with the byte), or a
-  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not.
+  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not. A file is empty where
+  each of its texts `is_empty`.
   """
   meter = meter or Meter(0)
   check_file(path)
   if (records := _records(path, reading, meter)) is not None:
     take = _pair if reading.pair else _conversation if reading.messages else _document
-    return _not_empty(path, (segment for record in records for segment in take(record, reading)))
+    return _not_empty(path, (segment for record in records for segment in take(record, reading)), is_empty)
   if fields := [
     *filter('text'.__ne__, [reading.field]),
     *reading.units,
@@ -102,8 +110,9 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
     )
   if kind_of(path).holds == 'arrayrecord':
     found = array_records(path, 'text', meter)
-    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()))
-  return _not_empty(path, _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter))
+    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()), is_empty)
+  parts = _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter)
+  return _not_empty(path, parts, is_empty)
 
 
 class _Record(NamedTuple):
@@ -160,25 +169,26 @@ def _pair(record: _Record, reading: Reading) -> Iterator[Segment]:
   inputs_field, targets_field = reading.pair
   inputs = _text(record, inputs_field, '--inputs_field')
   targets = _text(record, targets_field, '--targets_field')
-  if not targets.strip():
-    raise DataError(
-      f'{record.where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.'
-    )
+  where = f'{record.where}: field {targets_field!r}'
+  if is_blank(targets):
+    raise empty_error(where)
   yield Segment(inputs, True, record.num_bytes)
-  yield Segment(targets, True, 0)
+  yield Segment(targets, True, 0, required=where)
 
 
 def _conversation(record: _Record, reading: Reading) -> Iterator[Segment]:
   turns = turns_of(record.where, record.value, reading.messages)
   for i, (role, text) in enumerate(turns):
     size = 0 if i else record.num_bytes
-    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=len(turns) - 1 - i)
+    required = f'{record.where}: {reading.messages}[{i}]' if role == 'assistant' else ''
+    left = len(turns) - 1 - i
+    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=left, required=required)
 
 
-def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
+def _not_empty(path: pathlib.Path, segments: Iterable[Segment], is_empty: Callable[[str], bool]) -> Iterator[Segment]:
   empty = True
   for segment in segments:
-    empty &= not segment.text.strip()
+    empty = empty and is_empty(segment.text)
     yield segment
   if empty:
     raise DataError(f'{path} is empty; remove it from the inputs.')
