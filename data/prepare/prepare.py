@@ -22,6 +22,7 @@ from data.prepare.inputs import Meter, Records, check_file
 from data.prepare.scores import SCORES, Score
 from data.prepare.text import Documents, Reading, Segment, is_blank, read_segments, sample
 from data.stores.arrays import is_inside
+from data.stores.paths import looked_in
 from data.stores.staging import refuse_existing
 from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store
 from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
@@ -129,7 +130,7 @@ def prepare(
   paths, reading = [pathlib.Path(os.path.expanduser(path)) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
-    raise DataError(f'{missing[0]} is no file; check the path.')
+    raise DataError(f'{missing[0]}{looked_in(missing[0])} is no file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
   for path in paths:  # all of them, before the first is read
     check_file(path)

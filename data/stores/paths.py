@@ -54,6 +54,12 @@ def _decoded(url: str) -> str:
   return slash + urllib.parse.unquote(name, errors='surrogateescape')
 
 
+def looked_in(path: str | os.PathLike[str]) -> str:
+  """For messages about a path that is not there: the folder that a relative path was looked for in."""
+  relative = is_local(path) and not os.path.isabs(local_path(path))
+  return f' (looked for in {os.getcwd()})' if relative else ''
+
+
 def absolute(path: str) -> str:
   """A local path from the root on; `..` is the parent that the file system finds, behind a symbolic link too."""
   parts = os.path.join(os.getcwd(), path).split('/')

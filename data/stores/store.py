@@ -44,7 +44,7 @@ from data.stores.arrays import (
   sha256,
   write_file,
 )
-from data.stores.paths import is_local
+from data.stores.paths import is_local, looked_in
 from data.stores.shards import ShardCutter, parse_shards
 from data.stores.staging import Staging, refuse_existing
 from data.stores.vocabulary import EOS, Tokenizer
@@ -193,9 +193,8 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
   """The store at a path or URL. Raises DataError where there is none, or one of another format, or a damaged one."""
   raw = read_file(path, 'manifest.json')
   if raw is None:
-    raise DataError(
-      f'no token store at {os.fspath(path)}; make one with: pretrain data prepare --out={os.fspath(path)} …'
-    )
+    name, where = os.fspath(path), looked_in(path)
+    raise DataError(f'no token store at {name}{where}; make one with: pretrain data prepare --out={name} …')
   try:
     manifest = json.loads(raw)
     found = manifest['format']
