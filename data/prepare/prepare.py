@@ -127,7 +127,7 @@ def prepare(
   one for each WORKER_BYTES, at most one for each core. Raises DataError for bad input, for an `out` that exists, and
   for a vocabulary that the text cannot fill; then nothing is left behind.
   """
-  paths, reading = [pathlib.Path(os.path.expanduser(path)) for path in inputs], reading or Reading()
+  paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
     raise DataError(f'{missing[0]}{looked_in(missing[0])} is no file; check the path.')
@@ -224,7 +224,7 @@ def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: 
 def load_model(path: str | os.PathLike[str]) -> bytes:
   """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
   try:
-    model = pathlib.Path(os.path.expanduser(path)).read_bytes()
+    model = pathlib.Path(path).read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   except (OSError, RuntimeError) as error:
     raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error

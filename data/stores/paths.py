@@ -29,7 +29,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-  """A local path or file:// URL as the file system has it, without a trailing slash; a leading `~` is expanded.
+  """A local path or file:// URL as the file system has it, without a trailing slash.
 
   A file:// URL is decoded as in RFC 8089: `%20` is a space, and `%`, `?`, `#` must be written as `%25`, `%3F`, `%23`.
   Raises DataError for an empty path, a NUL, and a file:// URL that is not one.
@@ -38,7 +38,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
   ('a%20b', '/a b', 'file:x')
   """
   text = os.fspath(path)
-  text = _decoded(text) if _URL.match(text) else os.path.expanduser(text)
+  text = _decoded(text) if _URL.match(text) else text
   if not text or '\0' in text:
     raise DataError(f'the path {text!r} cannot be that of a store; give a folder, e.g. stores/mine.')
   return text.rstrip('/') or '/'
