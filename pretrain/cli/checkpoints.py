@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
 # What says of an average of which weights it is.
@@ -10,14 +11,12 @@ SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'input', 'inputs', 'coeff
 
 
 def checkpoints_flags(command: argparse.ArgumentParser) -> None:
-  from pretrain.cli import main
-
   actions = command.add_subparsers(required=True, metavar='ACTION')
   added = {name: actions.add_parser(name, help=f.__doc__) for name, f in WAYS.items()}
   for name, action in added.items():
     action.set_defaults(command=WAYS[name])
   average, soup, merge, restore = (added[name] for name in ('average', 'soup', 'merge', 'restore-as'))
-  main.config_flags(soup)
+  shared.config_flags(soup)
   for action in (added['list'], added['verify'], average):
     action.add_argument('--workdir', required=True, type=pathlib.Path)
   average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
@@ -73,10 +72,8 @@ def list_command(options, overrides) -> None:
 
 def average_command(options, overrides) -> None:
   """Write the mean of several steps of a run."""
-  from pretrain.cli import main
-
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   steps = [weights.find_step(options.workdir, step, ema=options.ema) for step in options.steps]
   weights.average(steps, options.weights, options.output, source_of(options))
   print(options.output)
@@ -84,11 +81,10 @@ def average_command(options, overrides) -> None:
 
 def soup_command(options, overrides) -> None:
   """Write the mean of those runs that together are better on held-out text than without."""
-  from pretrain.cli import main
   from pretrain.devices import mesh
 
-  cfg = main.load(options, overrides)
-  main.check_workdir(options.output, '--output')
+  cfg = shared.load(options, overrides)
+  shared.check_workdir(options.output, '--output')
   mesh.prepare_platform(cfg.mesh)
   from pretrain.tools import weights
 
@@ -99,10 +95,8 @@ def soup_command(options, overrides) -> None:
 
 def merge_command(options, overrides) -> None:
   """Write base + sum of coefficient * (input - base)."""
-  from pretrain.cli import main
-
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   base, *inputs = (weights.find(text, ema=options.ema) for text in (options.base, *options.inputs))
   weights.merge(base, inputs, options.coefficients, options.output, source_of(options))
   print(options.output)
@@ -129,10 +123,8 @@ def diff_command(options, overrides) -> None:
 
 def restore_as_command(options, overrides) -> None:
   """Write a step for a run with another optimizer, moving average or mesh to go on from."""
-  from pretrain.cli import main
-
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   from pretrain.tools.rewrite import restore_as
 
   flags = ' '.join(f'--gin.{override}' for override in overrides)

@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 
+from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
 
@@ -49,9 +50,7 @@ def _stats_flags(action: argparse.ArgumentParser) -> None:
 
 
 def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> None:
-  from pretrain.cli import main
-
-  main.config_flags(action, required)
+  shared.config_flags(action, required)
 
 
 def _row_flags(action: argparse.ArgumentParser) -> None:
@@ -99,10 +98,9 @@ def inspect_command(options, overrides) -> None:
 def stats_command(options, overrides) -> None:
   """Measure a token store: lengths of documents, frequent tokens, duplicates (stats.json, stats.png)."""
   from data.stores.stats import store_stats
-  from pretrain.cli.main import check_workdir
   from pretrain.records.plots import draw_stats
 
-  check_workdir(options.out, '--out')
+  shared.check_workdir(options.out, '--out')
   found = store_stats(options.path)
   options.out.mkdir(parents=True, exist_ok=True)
   values = found.to_json()
@@ -133,12 +131,11 @@ def explain_command(options, overrides) -> None:
 def plan_command(options, overrides) -> None:
   """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
   from data.batches.plan_report import keep_plans, report
-  from pretrain.cli import main
   from pretrain.experiment.phases import stretch_at
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  source = _open(stretch_at(main.load(options, overrides), 0).cfg)
+  source = _open(stretch_at(shared.load(options, overrides), 0).cfg)
   keep_plans(source, options.workers)
   print(report(source))
 
@@ -153,7 +150,6 @@ def _open(cfg):
 
 def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
-  from pretrain.cli import main
   from pretrain.experiment.phases import stretch_at
   from pretrain.experiment.resume import check_same_run
 
@@ -161,7 +157,7 @@ def _open_row(options, overrides):
   if not (saved or options.gin_file):
     raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
   options.gin_file = options.gin_file or [str(saved)]
-  cfg = main.load(options, overrides)
+  cfg = shared.load(options, overrides)
   stretch = stretch_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)

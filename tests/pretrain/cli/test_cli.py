@@ -38,7 +38,7 @@ def test_the_verbs_are_these():
 
 def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
   code = (
-    'import sys; from pretrain.cli import main; code = main(sys.argv[1:]); '
+    'import sys; from pretrain.cli.main import main; code = main(sys.argv[1:]); '
     'import jax; assert not jax._src.xla_bridge._backends, "a device was touched"; sys.exit(code)'
   )
   command = [sys.executable, '-c', code, 'config', f'--gin_file={tiny.UL2}', '--gin.train.steps=7']
@@ -50,7 +50,7 @@ def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
 
 def test_plot_draws_the_schedule_without_an_accelerator_or_a_display(tmp_path):
   code = (
-    'import sys; from pretrain.cli import main; code = main(sys.argv[1:]); '
+    'import sys; from pretrain.cli.main import main; code = main(sys.argv[1:]); '
     'import jax; assert jax.config.jax_platforms == "cpu"; assert set(jax._src.xla_bridge._backends) == {"cpu"}'
   )
   env = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'DISPLAY')}
@@ -462,7 +462,7 @@ def test_the_command_takes_its_own_packages_in_any_folder(tmp_path):
   """Also after it has started itself again, and in the processes of `pretrain run`."""
   script = tmp_path / 'bin' / 'pretrain'
   script.parent.mkdir()
-  script.write_text('import sys; from pretrain.cli import main; sys.exit(main())')
+  script.write_text('import sys; from pretrain.cli.main import main; sys.exit(main())')
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data/__init__.py').write_text('raise RuntimeError("not ours")')
   done = in_folder(tmp_path, str(script), 'train', f'--gin_file={tiny.UL2}', '--workdir=bin/pretrain')

@@ -1,0 +1,15 @@
+"""`pretrain report`: report.html of a run."""
+
+import argparse
+import pathlib
+
+
+def report_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('workdir', type=pathlib.Path)
+
+
+def report_command(options, overrides) -> None:
+  """Draw report.html of a run again."""
+  from pretrain.tools.report import write_report
+
+  print(write_report(options.workdir))

@@ -1,0 +1,83 @@
+"""What several commands share: the parser, the flags and loading of a config, the check of a new workdir."""
+
+import argparse
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pretrain.errors import ConfigError
+
+# Its name, what it does with (options, overrides), and what adds its flags.
+Command = tuple[str, Callable, Callable[[argparse.ArgumentParser], None]]
+
+EXIT_CODES = (
+  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 72 gone back before a loss spike, '
+  '74 replicas differ, 75 interrupted; after 70, 72, 74 and 75 the same command goes on'
+)
+
+
+class Parser(argparse.ArgumentParser):
+  """Its errors are those of the config: one line, exit code 64."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f'{message}; see {self.prog} --help.')
+
+
+def parse(argv: list[str], commands: Sequence[Command]) -> tuple[argparse.Namespace, list[str]]:
+  """(options, overrides): `--gin.KEY=VALUE` becomes the override 'KEY=VALUE'; after `--` nothing is read."""
+  cut = argv.index('--') if '--' in argv else len(argv)
+  ours, rest = argv[:cut], argv[cut + 1 :]
+  overrides = [arg.removeprefix('--gin.') for arg in ours if arg.startswith('--gin.')]
+  if bad := [o for o in overrides if '=' not in o]:
+    raise ConfigError(f'--gin.{bad[0]} has no value; write --gin.{bad[0]}=VALUE.')
+  options = parser(commands).parse_args([arg for arg in ours if not arg.startswith('--gin.')])
+  options.rest = rest
+  return options, overrides
+
+
+def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+  root = Parser('pretrain', description='Pretrain T5, UL2 and decoder models.', epilog=EXIT_CODES)
+  actions = root.add_subparsers(required=True, metavar='COMMAND')
+  for name, function, add_flags in commands:
+    summary = function.__doc__.splitlines()[0]
+    command = actions.add_parser(name, help=summary, description=function.__doc__, epilog=EXIT_CODES)
+    command.add_argument('--traceback', action='store_true', help='show the Python traceback of an error')
+    command.set_defaults(command=function)
+    add_flags(command)
+  return root
+
+
+def config_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
+  command.add_argument(
+    '--gin_file',
+    action='append',
+    required=required,
+    metavar='F',
+    help='a .gin file; repeatable, the last binding wins',
+  )
+  command.add_argument(
+    '--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='one binding, e.g. --gin.train.steps=20'
+  )
+
+
+def load(options, overrides):
+  """The checked config of a command."""
+  from pretrain.config import bindings
+  from pretrain.experiment import experiment
+
+  cfg = bindings.load(experiment.Experiment, options.gin_file, overrides)
+  experiment.check(cfg)
+  return cfg
+
+
+def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
+  """Raises ConfigError where no run can be written; leaves nothing behind."""
+  try:
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'{flag}={workdir} cannot be written ({error.strerror}). Nothing was changed; choose another folder.'
+    ) from error
