@@ -16,7 +16,8 @@ import pytest
 from pretrain.cli import main, shared
 from pretrain.config import bindings
 from pretrain.config.schema import is_section, name_of, sections, without_none
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / 'README.md', *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md')]

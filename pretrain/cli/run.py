@@ -49,7 +49,7 @@ def check_hosts(options) -> None:
 def supervised(options) -> int:
   """`pretrain run -- train …`; its mistakes show before a process is started."""
   from pretrain.devices.mesh import shares_evenly
-  from pretrain.experiment.experiment import check_skippable
+  from pretrain.experiment.checks import check_skippable
   from pretrain.fleet import launch
   from pretrain.fleet.supervise import Policy, Supervisor
 

@@ -64,10 +64,10 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
 def load(options, overrides):
   """The checked config of a command."""
   from pretrain.config import bindings
-  from pretrain.experiment import experiment
+  from pretrain.experiment import checks, experiment
 
   cfg = bindings.load(experiment.Experiment, options.gin_file, overrides)
-  experiment.check(cfg)
+  checks.check(cfg)
   return cfg
 
 

@@ -11,7 +11,8 @@ import models.build
 from models import partition, specs
 from pretrain.devices.mesh import batch_shards, make_mesh, replicated
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import Experiment, check_batch
+from pretrain.experiment.checks import check_batch
+from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import make_track, track_shardings
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule

@@ -18,7 +18,8 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.phases import stretch_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences

@@ -82,12 +82,12 @@ def collectives(text: str) -> dict[str, int]:
 
 def measure(flags, name: str) -> dict:
   from pretrain.config import bindings
-  from pretrain.experiment import experiment
+  from pretrain.experiment import checks, experiment
   from pretrain.tools import plan
 
   overrides = [x.removeprefix('--gin.') for x in flags.overrides] + [f"kernels.attention='{name}'"]
   cfg = bindings.load(experiment.Experiment, flags.gin_file, overrides)
-  experiment.check(cfg)
+  checks.check(cfg)
   specs = recorded()
   memory, compiled = plan.compile_train_step(cfg, flags.chips)
   text = compiled.as_text()
