@@ -32,7 +32,7 @@ from data.stores.vocabulary import MODES, Vocabulary
 class Source:
   """A token store and its relative share of the rows."""
 
-  path: str
+  path: Annotated[str, 'path']
   weight: float = 1.0
 
 

@@ -1,7 +1,6 @@
 """`pretrain checkpoints`: its flags, and each action as one call of `pretrain.tools.weights`."""
 
 import argparse
-import pathlib
 
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
@@ -18,41 +17,45 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
   average, soup, merge, restore = (added[name] for name in ('average', 'soup', 'merge', 'restore-as'))
   shared.config_flags(soup)
   for action in (added['list'], added['verify'], average):
-    action.add_argument('--workdir', required=True, type=pathlib.Path)
+    action.add_argument('--workdir', required=True, type=shared.path)
   average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
   average.add_argument('--weights', type=float_list, metavar='1,2', help='one for each step; without them, equal')
-  merge.add_argument('--base', required=True, metavar='RUN[/STEP]', help='what the inputs started from')
+  merge.add_argument(
+    '--base', required=True, type=shared.location, metavar='RUN[/STEP]', help='what the inputs started from'
+  )
   added['verify'].add_argument('--steps', type=int_list, default=[], metavar='100,200', help='without them, all')
-  restore.add_argument('--input', required=True, metavar='RUN[/STEP]', help='RUN: its newest step')
+  restore.add_argument(
+    '--input', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest step'
+  )
   restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='what is to be another')
   for action in (soup, merge, added['diff']):
-    action.add_argument('--inputs', required=True, type=text_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
+    action.add_argument('--inputs', required=True, type=path_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
   merge.add_argument('--coefficients', required=True, type=float_list, metavar='0.5,0.5', help='one for each input')
-  soup.add_argument('--metric', required=True, help='eval/<set>/loss, text_loss or accuracy')
+  soup.add_argument('--metric', required=True, type=shared.text, help='eval/<set>/loss, text_loss or accuracy')
   for action in (average, soup, merge):
     action.add_argument('--ema', action='store_true', help='of the moving averages (averaging.name) of the steps')
   for action in (average, soup, merge, restore):
-    action.add_argument('--output', required=True, type=pathlib.Path, help='a new workdir, to generate or start from')
+    action.add_argument('--output', required=True, type=shared.path, help='a new workdir, to generate or start from')
 
 
-def text_list(text: str) -> list[str]:
-  return text.split(',')
+def path_list(value: str) -> list[str]:
+  return [shared.location(part) for part in value.split(',')]
 
 
-def int_list(text: str) -> list[int]:
-  return number_list(text, int)
+def int_list(value: str) -> list[int]:
+  return number_list(value, int)
 
 
-def float_list(text: str) -> list[float]:
-  return number_list(text, float)
+def float_list(value: str) -> list[float]:
+  return number_list(value, float)
 
 
-def number_list(text: str, kind: type) -> list:
+def number_list(value: str, kind: type) -> list:
   try:
-    return [kind(part) for part in text.split(',')]
+    return [kind(part) for part in value.split(',')]
   except ValueError as error:
     numbers = 'whole numbers' if kind is int else 'numbers'
-    raise argparse.ArgumentTypeError(f"'{text}' is no list of {numbers}; write e.g. 1,2") from error
+    raise argparse.ArgumentTypeError(f"'{value}' is no list of {numbers}; write e.g. 1,2") from error
 
 
 def checkpoints_command(options, overrides) -> None:

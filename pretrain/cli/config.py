@@ -13,7 +13,7 @@ def describe_flags(command: argparse.ArgumentParser) -> None:
     '--plot',
     nargs='?',
     const=pathlib.Path('learning_rate.png'),
-    type=pathlib.Path,
+    type=shared.path,
     metavar='FILE.png',
     help='draw the learning rate of every step instead (default: learning_rate.png); print the path',
   )

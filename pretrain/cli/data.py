@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pathlib
 
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
@@ -36,7 +35,7 @@ def _prepare_flags(action: argparse.ArgumentParser) -> None:
 
 
 def _store_flags(action: argparse.ArgumentParser) -> None:
-  action.add_argument('path', help='a token store: a path or a URL (gs://, s3://)')
+  action.add_argument('path', type=shared.location, help='a token store: a path or a URL (gs://, s3://)')
 
 
 def _inspect_flags(action: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def _inspect_flags(action: argparse.ArgumentParser) -> None:
 
 def _stats_flags(action: argparse.ArgumentParser) -> None:
   _store_flags(action)
-  action.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='gets stats.json and stats.png')
+  action.add_argument('--out', type=shared.path, required=True, metavar='DIR', help='gets stats.json and stats.png')
 
 
 def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> None:
@@ -56,7 +55,7 @@ def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> Non
 def _row_flags(action: argparse.ArgumentParser) -> None:
   _config_flags(action, required=False)
   action.add_argument(
-    '--workdir', type=pathlib.Path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
+    '--workdir', type=shared.path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
   )
   action.add_argument('--step', type=int, default=0)
   action.add_argument('--row', type=int, default=0)

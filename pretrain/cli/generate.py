@@ -1,14 +1,16 @@
 """`pretrain generate`: text of a trained run."""
 
 import argparse
-import pathlib
+
+from pretrain.cli import shared
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=pathlib.Path)
+  command.add_argument('--workdir', required=True, type=shared.path)
   command.add_argument(
     '--text',
     action='append',
+    type=shared.text,
     required=True,
     help='a prompt: <extra_id_0>, <extra_id_1>, … mark blanks; without them it is continued',
   )

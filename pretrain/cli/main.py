@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
     check_neighbours()
+    if is_command:
+      sys.stdout.reconfigure(errors='surrogateescape')  # a path is printed with the bytes it was given
     if is_command and argv[:1] == ['train'] and not has_accelerator():
       keep_memory()
     options, overrides = shared.parse(argv, COMMANDS)
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 128 + signal.SIGPIPE
     if '--traceback' in argv or not is_user_error(error):
       raise
-    print(redact(str(error)), file=sys.stderr)
+    # Bytes of a path that are not UTF-8 are shown as \udcXX: the line can be written anywhere.
+    print(redact(str(error)).encode(errors='backslashreplace').decode(), file=sys.stderr)
     return error.exit_code
 
 

@@ -1,14 +1,13 @@
 """`pretrain replay`: a step of a run, computed again."""
 
 import argparse
-import pathlib
 
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
 
 def replay_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=pathlib.Path)
+  command.add_argument('--workdir', required=True, type=shared.path)
   command.add_argument('--step', required=True, type=int, help='the last step that is made again')
   command.add_argument(
     '--rtol', type=float, help='how far losses may be off, e.g. 1e-5 on another mesh (float32); without it: bit for bit'

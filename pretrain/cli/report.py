@@ -1,11 +1,12 @@
 """`pretrain report`: report.html of a run."""
 
 import argparse
-import pathlib
+
+from pretrain.cli import shared
 
 
 def report_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('workdir', type=pathlib.Path)
+  command.add_argument('workdir', type=shared.path)
 
 
 def report_command(options, overrides) -> None:

@@ -48,10 +48,32 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
   return root
 
 
+def path(value: str) -> pathlib.Path:
+  """A flag that is a path. `data` is imported late, here and below: `main` checks first that it is ours."""
+  from data import arguments
+
+  return arguments.path(value)
+
+
+def location(value: str) -> str:
+  """A flag that is a path or a URL."""
+  from data import arguments
+
+  return arguments.expand_user(value)
+
+
+def text(value: str) -> str:
+  """A flag that is text."""
+  from data import arguments
+
+  return arguments.text(value)
+
+
 def config_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
   command.add_argument(
     '--gin_file',
     action='append',
+    type=location,
     required=required,
     metavar='F',
     help='a .gin file; repeatable, the last binding wins',

@@ -1,7 +1,6 @@
 """`pretrain train`: the platform, the processes, then the loop."""
 
 import argparse
-import pathlib
 
 from pretrain.cli import shared
 
@@ -9,7 +8,7 @@ from pretrain.cli import shared
 def train_flags(command: argparse.ArgumentParser) -> None:
   shared.config_flags(command)
   command.add_argument(
-    '--workdir', required=True, type=pathlib.Path, help='where the run lives; the same command resumes it'
+    '--workdir', required=True, type=shared.path, help='where the run lives; the same command resumes it'
   )
   command.add_argument(
     '--allow_data_change', action='store_true', help='go on with other data, from the same row of each source'

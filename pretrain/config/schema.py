@@ -3,7 +3,7 @@
 Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], Mapping (names to any values),
 a dataclass, or a union of dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only
 coercion. A range stands next to its field, in words that need no import: `Annotated[int, '>= 1']`,
-`Annotated[float, '[0, 1)']`.
+`Annotated[float, '[0, 1)']`; so does `Annotated[str, 'path']`, which expands `~` and may have bytes that are not UTF-8.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from data.arguments import expand_user, is_text
+from pretrain.config.other_stacks import instead_of
 from pretrain.errors import ConfigError
 
 
@@ -82,6 +84,8 @@ class Builder:
     name = str(given)
     fields = [f.name for f in dataclasses.fields(schema)]
     text = f'{self.where(key)}unknown key {key}; '
+    if known := instead_of(key):
+      return f'{text}{known}.'
     if close := difflib.get_close_matches(name, fields, 1):
       return text + f'did you mean {key.removesuffix(name)}{close[0]}?'
     if len(sections(hint)) == 1:
@@ -99,7 +103,7 @@ class Builder:
     if is_section(hint):
       return self.section(hint, given, key, default)
     if origin is Annotated:
-      return self.bounded(args[0], args[1], given, key)
+      return self.path(given, key) if args[1] == 'path' else self.bounded(args[0], args[1], given, key)
     if origin is tuple:
       return self.sequence(args, given, key)
     if origin is Literal:
@@ -135,6 +139,11 @@ class Builder:
       raise ConfigError(f'{self.where(key)}{key}={given!r}; it must be {"in " * (allowed[0] in "[(")}{allowed}.')
     return value
 
+  def path(self, given: Any, key: str) -> str:
+    if type(given) is not str:
+      raise ConfigError(f'{self.mistyped(given, key)} str.')
+    return expand_user(given)
+
   def literal(self, allowed: Sequence[Any], given: Any, key: str) -> Any:
     if given in allowed:
       return given
@@ -149,6 +158,8 @@ class Builder:
       return float(given)
     if type(given) is not hint:
       raise ConfigError(f'{self.mistyped(given, key)} {hint.__name__}.')
+    if hint is str and not is_text(given):
+      raise ConfigError(f'{self.where(key)}{key}={given!r} has bytes that are not UTF-8; write the text in UTF-8.')
     if hint is float and not math.isfinite(given):
       raise ConfigError(f'{self.where(key)}{key} is {given}, expected a finite number.')
     return given

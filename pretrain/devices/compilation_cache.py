@@ -7,10 +7,12 @@ import pathlib
 import jax
 from jax._src import compilation_cache, compiler, distributed  # no public name has who writes the cache
 
+from data.arguments import expand_user
+
 
 def cache_dir() -> pathlib.Path:
   """Where built corpora and compiled programs are kept: $PRETRAIN_CACHE, else ~/.cache/pretrain."""
-  return pathlib.Path(os.environ.get('PRETRAIN_CACHE', pathlib.Path.home() / '.cache' / 'pretrain'))
+  return pathlib.Path(expand_user(os.environ.get('PRETRAIN_CACHE', '~/.cache/pretrain')))
 
 
 def use_compilation_cache() -> None:

@@ -24,6 +24,7 @@ from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
 from models.build import check_kernels, check_model
 from pretrain.config import bindings
+from pretrain.config.gin_text import inside
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import stretches
@@ -56,7 +57,7 @@ def check(cfg: Experiment) -> None:
 def _check_secrets(cfg: Experiment) -> None:
   """A config is saved, shown, compared and sent around."""
   for key, value in bindings.flatten(cfg).items():
-    for text in filter(lambda found: isinstance(found, str), bindings.inside(value)):
+    for text in filter(lambda found: isinstance(found, str), inside(value)):
       if (hidden := redact(text)) != text:
         raise ConfigError(
           f"{key}='{hidden}' has a password or token in it, and a config is saved and shown. Leave it out; put it in "

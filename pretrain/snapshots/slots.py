@@ -36,7 +36,7 @@ class SnapshotConfig:
   """
 
   every: Annotated[int, '>= 0'] = 0
-  folder: str | None = None
+  folder: Annotated[str, 'path'] | None = None
   group: Annotated[int, '>= 0'] = 0
   timeout: Annotated[float, '> 0'] = 60.0
 
