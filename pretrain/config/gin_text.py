@@ -6,6 +6,7 @@ scopes (`a/b.c`), `import`, and literals that are no values of a config are refu
 
 import io
 import pathlib
+import re
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from gin import config_parser
 from data.arguments import expand_user
 from pretrain.errors import ConfigError
 
+SURROGATES = re.compile('[\ud800-\udfff]')
 INTEGERS = range(-(2**63), 2**63)
 # The longer mark of UTF-32 begins with that of UTF-16.
 MARKS = {
@@ -154,6 +156,8 @@ def read_text(text: str, path: pathlib.Path, name: str | None, including: tuple)
 def parse(text: str, path: pathlib.Path, name: str | None) -> Sequence[Any]:
   """gin's statements; raises ConfigError naming the line where gin's parser gave up."""
   place = lambda line: name or (f'{path}:{line}' if line else str(path))
+  # Bytes of a command line that are not UTF-8, as a path may have, are escaped: Python reads no literal with them.
+  text = SURROGATES.sub(lambda found: f'\\u{ord(found[0]):x}', text)
   try:
     return list(Parser(text + '\n'))
   except LiteralError as error:
