@@ -99,7 +99,7 @@ def stats_command(options, overrides) -> None:
   from data.stores.stats import store_stats
   from pretrain.records.plots import draw_stats
 
-  shared.check_workdir(options.out, '--out')
+  shared.check_writable(options.out, '--out')
   found = store_stats(options.path)
   options.out.mkdir(parents=True, exist_ok=True)
   values = found.to_json()

@@ -95,6 +95,18 @@ def load(options, overrides):
 
 def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
   """Raises ConfigError where no run can be written; leaves nothing behind."""
+  from data.arguments import is_text
+
+  if not is_text(str(workdir.absolute())):
+    raise ConfigError(
+      f'{flag}={workdir} is the folder {workdir.absolute()}, whose name has bytes that are not UTF-8: checkpoints '
+      'cannot be written there. Nothing was changed; choose another folder.'
+    )
+  check_writable(workdir, flag)
+
+
+def check_writable(workdir: pathlib.Path, flag: str) -> None:
+  """Raises ConfigError where a folder cannot be written; leaves nothing behind."""
   try:
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing):

@@ -59,7 +59,7 @@ def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.
       f'snapshot.folder={cfg.folder!r}: no folder {parent} that can be written; name one in memory (a tmpfs), or set '
       'snapshot.every=0.'
     )
-  name = hashlib.sha256(str(pathlib.Path(workdir).resolve()).encode()).hexdigest()[:12]
+  name = hashlib.sha256(os.fsencode(pathlib.Path(workdir).resolve())).hexdigest()[:12]
   folder = parent / f'pretrain-{name}-{host}'
   if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
     raise ConfigError(f'{folder} is not a folder of this user; remove it, or set snapshot.folder.')

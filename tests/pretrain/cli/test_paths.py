@@ -165,6 +165,25 @@ def test_bytes_that_are_not_utf8_in_a_binding_are_one_line(capsys, override, sen
   assert error.count('\n') == 1
 
 
+def test_a_run_in_such_a_folder_is_refused_before_anything_is_written(home, capsys):
+  """TensorStore, which writes the checkpoints, takes only UTF-8."""
+  train = ['train', f'--gin_file={tiny.DECODER}', f'--workdir={BAD}/run']
+  for argv in (train, ['run', '--hosts=1', '--', *train]):
+    assert command.main(argv) == 64
+    error = capsys.readouterr().err
+    assert error.startswith('CONFIG: --workdir=caf\\udce9/run is the folder ')
+    assert error.count('\n') == 1
+  pathlib.Path(BAD).mkdir()
+  os.chdir(BAD)
+  assert command.main([*train[:2], '--workdir=run']) == 64
+  assert not os.listdir('.')
+
+
+def test_checkpoints_of_such_a_folder_are_looked_for(home, capsys):
+  assert command.main(['checkpoints', 'list', f'--workdir={BAD}']) == 66
+  assert capsys.readouterr().err.count('\n') == 1
+
+
 def test_a_path_with_such_bytes_is_shown_and_never_crashes_the_message(home):
   code, out, error = child('config', f'--gin_file={BAD}.gin')
   assert (code, error) == (
