@@ -151,12 +151,14 @@ def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
   from pretrain.experiment.phases import stretch_at
   from pretrain.experiment.resume import check_same_run
+  from pretrain.experiment.saved import as_begun
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
   if not (saved or options.gin_file):
     raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
   options.gin_file = options.gin_file or [str(saved)]
   cfg = shared.load(options, overrides)
+  cfg = as_begun(cfg, saved) if saved else cfg
   stretch = stretch_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)

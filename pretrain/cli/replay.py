@@ -27,8 +27,7 @@ def replay_command(options, overrides) -> int:
     raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')
   if overrides and options.rtol is None:
     raise ConfigError(f'--gin.{overrides[0]}: only the mesh of the run gives its bits; give --rtol, e.g. --rtol=1e-5.')
-  options.gin_file = [saved]
-  cfg = shared.load(options, overrides)
+  cfg = shared.load(options, overrides, saved)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
   launch.initialize_from_env()
   from pretrain.devices.compilation_cache import use_compilation_cache

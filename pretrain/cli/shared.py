@@ -83,12 +83,14 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
   )
 
 
-def load(options, overrides):
-  """The checked config of a command."""
+def load(options, overrides, saved: pathlib.Path | None = None):
+  """The checked config of a command: of --gin_file, or that which a run has saved."""
   from pretrain.config import bindings
   from pretrain.experiment import checks, experiment
+  from pretrain.experiment.saved import load_saved
 
-  cfg = bindings.load(experiment.Experiment, options.gin_file, overrides)
+  own = saved is not None
+  cfg = load_saved(saved, overrides) if own else bindings.load(experiment.Experiment, options.gin_file, overrides)
   checks.check(cfg)
   return cfg
 

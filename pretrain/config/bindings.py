@@ -15,12 +15,17 @@ from pretrain.errors import ConfigError
 T = TypeVar('T')
 
 
-def load(schema: type[T], files: Sequence[str], overrides: Sequence[str] = ()) -> T:
+def load(
+  schema: type[T], files: Sequence[str], overrides: Sequence[str] = (), *, absent: Mapping[str, Any] | None = None
+) -> T:
   """An instance of `schema` from gin files, then `key=value` overrides; the last binding of a key wins.
+
+  `absent` has values for keys that neither binds, in place of the defaults of their classes.
 
   Raises ConfigError, naming file and line, for syntax, unknown, missing or mistyped keys, and what is no value.
   """
-  bindings = [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
+  bindings = [Binding(key, value, 'default') for key, value in (absent or {}).items()]
+  bindings += [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
   for override in overrides:
     name = '--gin.' + override.split('=', 1)[0].strip()
     bindings += read_text(override, pathlib.Path(), name, ())

@@ -1,7 +1,7 @@
 """The root of the config: every section of a run, and which keys a resumed run may change."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from data.batches.source import Data
 from data.objectives.objectives import Objective
@@ -22,12 +22,17 @@ from pretrain.step.loss import LossConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """`steps` ends the run; `accumulate` cuts the global batch in that many microbatches."""
+  """`steps` ends the run; `accumulate` cuts the global batch in that many microbatches.
+
+  `decay_delay` = 1 starts the decay of the learning rate one step late: the peak comes twice. Versions before 0.1.0 did
+  that, and their runs keep it when they are resumed; leave it at 0.
+  """
 
   steps: Annotated[int, '>= 1']
   log_every: Annotated[int, '>= 1'] = 1
   accumulate: Annotated[int, '>= 1'] = 1
   profile_steps: tuple[int, int] | None = None
+  decay_delay: Literal[0, 1] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
-  schedule = make_schedule(cfg.schedule, schedule_start)
+  schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
   track = make_track(cfg.averaging)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)

@@ -12,6 +12,7 @@ from data.packing.buckets import LengthBuckets
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import MAY_CHANGE, Experiment
+from pretrain.experiment.saved import load_saved
 from pretrain.hosts.skipping import Ranges
 
 
@@ -42,7 +43,7 @@ def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: b
 
   With `allow_data_change` keys of `data` may differ, but for `_is_fixed`: a line for each is returned.
   """
-  before = bindings.load(Experiment, [str(saved)], [])
+  before = load_saved(saved)
   changed = differences(before, cfg)
   data_keys = [key for key, _, _ in changed if key.startswith('data.') and not _is_fixed(key, before, cfg)]
   allowed = [item for item in changed if allow_data_change and item[0] in data_keys]
