@@ -5,7 +5,7 @@ import argparse
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
-# What says of an average of which weights it is.
+# The flags that identify the weights which an average was made of.
 SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'input', 'inputs', 'coefficients', 'gin_file', 'metric', 'ema')
 
 
@@ -27,13 +27,13 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
   restore.add_argument(
     '--input', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest step'
   )
-  restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='what is to be another')
+  restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='a key to change')
   for action in (soup, merge, added['diff']):
     action.add_argument('--inputs', required=True, type=path_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
   merge.add_argument('--coefficients', required=True, type=float_list, metavar='0.5,0.5', help='one for each input')
   soup.add_argument('--metric', required=True, type=shared.text, help='eval/<set>/loss, text_loss or accuracy')
   for action in (average, soup, merge):
-    action.add_argument('--ema', action='store_true', help='of the moving averages (averaging.name) of the steps')
+    action.add_argument('--ema', action='store_true', help='use the moving averages (averaging.name) of the steps')
   for action in (average, soup, merge, restore):
     action.add_argument('--output', required=True, type=shared.path, help='a new workdir, to generate or start from')
 
@@ -64,7 +64,7 @@ def checkpoints_command(options, overrides) -> None:
 
 
 def list_command(options, overrides) -> None:
-  """Print the checkpoints of a run: size, and the losses at each; and its snapshots in the memory of this host."""
+  """Print the checkpoints of a run, with size and losses, and its snapshots in the RAM of this host."""
   weights = on_the_host()
   try:
     print(weights.list_steps(options.workdir))
@@ -83,7 +83,7 @@ def average_command(options, overrides) -> None:
 
 
 def soup_command(options, overrides) -> None:
-  """Write the mean of those runs that together are better on held-out text than without."""
+  """Write the mean of the runs that improve it on held-out text (greedy soup)."""
   from pretrain.devices import mesh
 
   cfg = shared.load(options, overrides)
@@ -106,7 +106,7 @@ def merge_command(options, overrides) -> None:
 
 
 def verify_command(options, overrides) -> int:
-  """Compare files and arrays with what was written; exit code 66 where a step is damaged."""
+  """Compare files and arrays with the hashes from when they were saved; exit code 66 if a step is damaged."""
   on_the_host()
   from pretrain.errors import CheckpointError
   from pretrain.tools.verify import verify
@@ -125,14 +125,14 @@ def diff_command(options, overrides) -> None:
 
 
 def restore_as_command(options, overrides) -> None:
-  """Write a step for a run with another optimizer, moving average or mesh to go on from."""
+  """Write a step from which a run with another optimizer, moving average or mesh can resume."""
   weights = on_the_host()
   shared.check_workdir(options.output, '--output')
   from pretrain.tools.rewrite import restore_as
 
   flags = ' '.join(f'--gin.{override}' for override in overrides)
   anew = restore_as(weights.find(options.input), overrides, options.output, f'{source_of(options)} {flags}')
-  print(options.output, *(f'({part} begins anew)' for part in anew))
+  print(options.output, *(f'({part} starts from its initial state)' for part in anew))
 
 
 WAYS = {
@@ -142,7 +142,7 @@ WAYS = {
 
 
 def on_the_host():
-  """`pretrain.tools.weights`, with JAX on the CPU: sums of parameters belong into the larger memory."""
+  """`pretrain.tools.weights`, with JAX on the CPU: parameters are summed in host RAM, the larger memory."""
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
@@ -152,7 +152,7 @@ def on_the_host():
 
 
 def source_of(options) -> str:
-  """What made a workdir, in one line."""
+  """The command that made a workdir, in one line."""
   name = next(name for name, function in WAYS.items() if function is options.command)
   return f'pretrain checkpoints {name} ' + ' '.join(
     f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'

@@ -28,12 +28,12 @@ def config_command(options, overrides) -> None:
 
 
 def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
-  """Draws the learning rate of a run to `path`, on the CPU; raises ConfigError where that is no PNG it can write."""
+  """Draws the learning rate of a run to `path`, on the CPU; raises ConfigError if it cannot write a PNG file there."""
   if path.suffix.lower() != '.png':
     raise ConfigError(f'--plot={path} is no PNG; name a file that ends in .png.')
   import jax
 
-  jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use, and is not needed
+  jax.config.update('jax_platforms', 'cpu')  # an accelerator is not needed, and may be in use
   from pretrain.experiment.phases import stretches
   from pretrain.records.plots import draw_schedule
   from pretrain.tools.describe import learning_rates

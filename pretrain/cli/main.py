@@ -28,7 +28,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand; a user's mistake is one line on stderr and its exit code."""
-  is_command = argv is None  # not a test or a program that calls it
+  is_command = argv is None  # called as the command, not by a test or another program
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
     check_neighbours()
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     return 130
   except Exception as error:
-    if isinstance(error, BrokenPipeError) and nobody_reads():
+    if isinstance(error, BrokenPipeError) and reader_is_gone():
       return 128 + signal.SIGPIPE
     if '--traceback' in argv or not is_user_error(error):
       raise
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_user_error(error: Exception) -> bool:
-  """Whether `error` is a user's mistake. `data` is asked last: it may be the mistake (`check_neighbours`)."""
+  """Whether `error` is a user's mistake. `data` is imported last: it may be the mistake (`check_neighbours`)."""
   if isinstance(error, UserError):
     return True
   from pretrain.errors import USER_ERRORS
@@ -61,8 +61,8 @@ def is_user_error(error: Exception) -> bool:
   return isinstance(error, USER_ERRORS)
 
 
-def nobody_reads() -> bool:
-  """Whether stdout is a pipe whose reader has gone, as in `| head`; then what is left is thrown away, quietly."""
+def reader_is_gone() -> bool:
+  """Whether stdout is a pipe whose reader has ended, as in `| head`; then the remaining output is discarded."""
   stdout = sys.stdout.fileno()
   poll = select.poll()
   poll.register(stdout, 0)

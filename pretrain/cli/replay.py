@@ -8,15 +8,19 @@ from pretrain.errors import ConfigError
 
 def replay_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--workdir', required=True, type=shared.path)
-  command.add_argument('--step', required=True, type=int, help='the last step that is made again')
+  command.add_argument('--step', required=True, type=int, help='the last step that is computed again')
   command.add_argument(
-    '--rtol', type=float, help='how far losses may be off, e.g. 1e-5 on another mesh (float32); without it: bit for bit'
+    '--rtol',
+    type=float,
+    help='allowed relative difference of losses, e.g. 1e-5 on another mesh (float32); default: bit for bit',
   )
-  command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='another mesh than the run had')
+  command.add_argument(
+    '--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='another mesh than that of the run'
+  )
 
 
 def replay_command(options, overrides) -> int:
-  """Make a step of a run again and compare it with what was recorded; exit code 66 where it differs. Writes nothing."""
+  """Compute a step of a run again and compare it with metrics.jsonl; exit code 66 if it differs. Writes nothing."""
   from pretrain.devices import mesh
   from pretrain.fleet import launch
 

@@ -10,7 +10,7 @@ def report_flags(command: argparse.ArgumentParser) -> None:
 
 
 def report_command(options, overrides) -> None:
-  """Draw report.html of a run again."""
+  """Write report.html of a run again."""
   from pretrain.tools.report import write_report
 
   print(write_report(options.workdir))

@@ -15,15 +15,17 @@ def run_flags(command: argparse.ArgumentParser) -> None:
     '--max_restarts', type=int, default=100, help='how often training that fails is started again (default: 100)'
   )
   command.add_argument(
-    '--min_hosts', type=int, help='go on with fewer processes, at least so many, where one stays away (default: all)'
+    '--min_hosts',
+    type=int,
+    help='continue with at least this many processes if others fail to start (default: all)',
   )
   command.add_argument(
-    '--skip_poisoned', action='store_true', help='leave out the examples of a step that fails three times'
+    '--skip_poisoned', action='store_true', help='skip the examples of a step that fails three times'
   )
 
 
 def run_command(options, overrides) -> int:
-  """Start several local processes of a command: pretrain run --hosts=2 -- train …; training that fails goes on."""
+  """Start several local processes of a command: pretrain run --hosts=2 -- train …; training that fails is resumed."""
   from pretrain.fleet import launch
 
   if not options.rest:
@@ -37,7 +39,7 @@ def run_command(options, overrides) -> int:
 
 
 def check_hosts(options) -> None:
-  """Raises ConfigError for numbers that cannot be."""
+  """Raises ConfigError for numbers out of range."""
   if options.hosts < 1:
     raise ConfigError(f'--hosts={options.hosts}; it must be at least 1.')
   if options.max_restarts < 0:
@@ -47,7 +49,7 @@ def check_hosts(options) -> None:
 
 
 def supervised(options) -> int:
-  """`pretrain run -- train …`; its mistakes show before a process is started."""
+  """`pretrain run -- train …`; mistakes are reported before a process is started."""
   from pretrain.devices.mesh import shares_evenly
   from pretrain.experiment.checks import check_skippable
   from pretrain.fleet import launch
@@ -59,7 +61,7 @@ def supervised(options) -> int:
   if options.skip_poisoned:
     check_skippable(cfg, '--skip_poisoned')
   if cfg.elastic.survive and has_accelerator() and os.environ.get('JAX_PLATFORMS') != 'cpu':
-    raise ConfigError('elastic.survive=True is for CPU processes, and here is an accelerator; remove it.')
+    raise ConfigError('elastic.survive=True is for CPU processes, and this machine has an accelerator; remove it.')
   policy = Policy(
     max_restarts=options.max_restarts, min_hosts=options.min_hosts, skip_poisoned=options.skip_poisoned,
     survive=cfg.elastic.seconds if cfg.elastic.survive else None,

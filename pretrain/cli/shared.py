@@ -8,24 +8,25 @@ from typing import NoReturn
 
 from pretrain.errors import ConfigError
 
-# Its name, what it does with (options, overrides), and what adds its flags.
+# The name, the function of (options, overrides), and the function that adds the flags.
 Command = tuple[str, Callable, Callable[[argparse.ArgumentParser], None]]
 
 EXIT_CODES = (
-  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, 72 gone back before a loss spike, '
-  '74 replicas differ, 75 interrupted; after 70, 72, 74 and 75 the same command goes on'
+  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, '
+  '72 back to a step before a loss spike, 74 replicas differ, 75 interrupted; '
+  'after 70, 72, 74 and 75 the same command resumes the run'
 )
 
 
 class Parser(argparse.ArgumentParser):
-  """Its errors are those of the config: one line, exit code 64."""
+  """Reports errors as config errors: one line, exit code 64."""
 
   def error(self, message: str) -> NoReturn:
     raise ConfigError(f'{message}; see {self.prog} --help.')
 
 
 def parse(argv: list[str], commands: Sequence[Command]) -> tuple[argparse.Namespace, list[str]]:
-  """(options, overrides): `--gin.KEY=VALUE` becomes the override 'KEY=VALUE'; after `--` nothing is read."""
+  """(options, overrides): `--gin.KEY=VALUE` becomes the override 'KEY=VALUE'; options.rest is what follows `--`."""
   cut = argv.index('--') if '--' in argv else len(argv)
   ours, rest = argv[:cut], argv[cut + 1 :]
   overrides = [arg.removeprefix('--gin.') for arg in ours if arg.startswith('--gin.')]
@@ -84,7 +85,7 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
 
 
 def load(options, overrides, saved: pathlib.Path | None = None):
-  """The checked config of a command: of --gin_file, or that which a run has saved."""
+  """The checked config of a command, from --gin_file or from the config.gin of a run."""
   from pretrain.config import bindings
   from pretrain.experiment import checks, experiment
   from pretrain.experiment.saved import load_saved

@@ -8,15 +8,15 @@ from pretrain.cli import shared
 def train_flags(command: argparse.ArgumentParser) -> None:
   shared.config_flags(command)
   command.add_argument(
-    '--workdir', required=True, type=shared.path, help='where the run lives; the same command resumes it'
+    '--workdir', required=True, type=shared.path, help='the folder of the run; the same command resumes it'
   )
   command.add_argument(
-    '--allow_data_change', action='store_true', help='go on with other data, from the same row of each source'
+    '--allow_data_change', action='store_true', help='resume with other data, from the same row of each source'
   )
 
 
 def train_command(options, overrides) -> int:
-  """Train a model, or go on with a run that was cut off."""
+  """Train a model, or resume a run that was interrupted."""
   from pretrain.devices import mesh
   from pretrain.experiment import saved
   from pretrain.fleet import launch

@@ -22,7 +22,7 @@ def load(
 
   `absent` has values for keys that neither binds, in place of the defaults of their classes.
 
-  Raises ConfigError, naming file and line, for syntax, unknown, missing or mistyped keys, and what is no value.
+  Raises ConfigError, naming file and line, for syntax errors and unknown, missing or mistyped keys.
   """
   bindings = [Binding(key, value, 'default') for key, value in (absent or {}).items()]
   bindings += [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
@@ -39,7 +39,7 @@ def load(
 
 
 def outdated(bindings: Sequence[Binding]) -> frozenset[str]:
-  """Keys of a section that were all written before another `name` was chosen for it: they may be of the first choice.
+  """Keys of a section written only before another `name` was chosen for it: they may belong to the first choice.
 
   >>> b = lambda key, value: Binding(key, value, '')
   >>> sorted(outdated([b('a.name', 'x'), b('a.p', 1), b('a.q', 1), b('a.name', 'y'), b('a.q', 2)]))

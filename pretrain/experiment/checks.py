@@ -36,7 +36,7 @@ from pretrain.snapshots.slots import check_snapshot
 
 
 def check(cfg: Experiment) -> None:
-  """Raises ConfigError for facts that no section can see alone, in any phase; touches no device and no file."""
+  """Raises ConfigError for values that contradict each other, in any phase; touches no device and no file."""
   _check_secrets(cfg)
   _check_evaluation(cfg)
   _check_sentinels(cfg)
@@ -55,7 +55,7 @@ def check(cfg: Experiment) -> None:
 
 
 def _check_secrets(cfg: Experiment) -> None:
-  """A config is saved, shown, compared and sent around."""
+  """Refuses passwords and tokens: a config is saved, shown, compared and shared."""
   for key, value in bindings.flatten(cfg).items():
     for text in filter(lambda found: isinstance(found, str), inside(value)):
       if (hidden := redact(text)) != text:
@@ -66,14 +66,14 @@ def _check_secrets(cfg: Experiment) -> None:
 
 
 def _check_sentinels(cfg: Experiment) -> None:
-  """Sentinels and modes are the ids after the pieces, counted from the last: with more sentinels each is another id."""
+  """Sentinels and modes are the last ids, counted from the end: with more sentinels, each of them gets another id."""
   marked = [stretch for stretch in stretches(cfg) if any(map(has_marks, tasks_of(stretch.cfg.objective)))]
   for before, after in itertools.pairwise(marked):
     old, new = before.cfg.data.sentinels, after.cfg.data.sentinels
     if old != new:
       raise ConfigError(
         f'phases[{after.index - 1}]: data.sentinels={new}, {old} in an earlier phase with sentinels or modes: '
-        f'each would become another id; set data.sentinels={max(old, new)} from the beginning.'
+        f'each of them would get another id; set data.sentinels={max(old, new)} from the beginning.'
       )
 
 
@@ -86,7 +86,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_initial(cfg.checkpoint.initial)
   _check_best(cfg)
   check_snapshot(cfg.snapshot)
-  # An axis of -1 takes devices that nobody has counted yet; build_program asks again with the mesh.
+  # The size of an axis of -1 is not known before devices are counted; build_program checks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
   _check_positions(cfg)
@@ -102,17 +102,17 @@ def _check_one(cfg: Experiment) -> None:
 
 
 def _check_buckets(cfg: Experiment) -> None:
-  """A step of rows of one length is cut by the batch size: another one would cut other steps."""
+  """Each step takes `batch_size` rows of one length: another batch size would group other rows into steps."""
   sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
   if len(sizes) > 1 and any(isinstance(stretch.cfg.data.packing, LengthBuckets) for stretch in stretches(cfg)):
     raise ConfigError(
       f"data.batch_size is {sorted(sizes)} in the phases of a run with data.packing.name='length_buckets', whose steps "
-      'are cut by it; give all phases one size.'
+      'depend on it; give all phases one size.'
     )
 
 
 def _check_stages(cfg: Experiment) -> None:
-  """Steps of data.stages are counted in batches of one size."""
+  """The start steps of data.stages are converted to rows with one batch size."""
   sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
   if len(sizes) > 1 and any(getattr(stretch.cfg.data, 'stages', ()) for stretch in stretches(cfg)):
     raise ConfigError(
@@ -122,18 +122,18 @@ def _check_stages(cfg: Experiment) -> None:
 
 
 def _check_online(cfg: Experiment) -> None:
-  """What was decided is of the sources and batches of the config."""
+  """Online decisions refer to the sources and batches of the whole run: no phase may change them."""
   for phase, stretch in zip(cfg.phases, stretches(cfg)[1:], strict=True):
     if (cfg.data.online or stretch.cfg.data.online) and stretch.cfg.data != cfg.data:
       key = next(key for other in cfg.phases for key in other.set if key.startswith('data.'))
       raise ConfigError(
-        f'phases: from step {phase.start_step} on data is another, by {key}, and data.online decides on that of the '
-        'whole run; let no phase set data.*, or remove data.online.'
+        f'phases: from step {phase.start_step} on {key} changes the data, and data.online decides for the data of '
+        'the whole run; let no phase set data.*, or remove data.online.'
       )
 
 
 def _check_rewinds(cfg: Experiment) -> None:
-  """Where the run may go back, there is a step to go back to, and examples can be left out."""
+  """A run that rewinds needs a checkpoint old enough to rewind to, and examples that can be skipped."""
   if not isinstance(cfg.spikes, RewindSpikes):
     return
   check_skippable(cfg, "spikes.name='rewind'")
@@ -147,9 +147,9 @@ def _check_rewinds(cfg: Experiment) -> None:
 
 
 def check_skippable(cfg: Experiment, what: str) -> None:
-  """Raises ConfigError where the examples of a step cannot be left out, as `what` would."""
+  """Raises ConfigError where the examples of a step cannot be skipped, as the setting `what` requires."""
   if cfg.data.online is not None:
-    raise ConfigError(f'{what} with data.online, whose weights are of losses of all examples; remove one of them.')
+    raise ConfigError(f'{what} with data.online, whose weights come from the losses of all examples; remove one.')
   if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
     raise ConfigError(f'{what} with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.')
 
@@ -169,7 +169,7 @@ def _check_family(cfg: Experiment) -> None:
 
 
 def _check_units(cfg: Experiment) -> None:
-  """Where `objective` is of pairs or conversations: only stores hold them, and each is alone."""
+  """Pairs and conversations come only from stores, and attention stays inside each of them."""
   if not isinstance(cfg.objective, OfUnits):
     return
   kind = KIND_OF[cfg.objective.name]
@@ -185,14 +185,14 @@ def _check_units(cfg: Experiment) -> None:
 
 
 def _check_documents(cfg: Experiment) -> None:
-  """Where `objective` takes documents apart, rows must know where they end."""
+  """An objective that splits documents needs rows in which the ends of documents are known."""
   fim = any(isinstance(part, FillInTheMiddle) for part in parts_of(cfg.objective))
   if fim and cfg.data.attend_across_documents:
-    raise ConfigError("data.attend_across_documents=True hides the documents that 'fim' takes apart; remove it.")
+    raise ConfigError("data.attend_across_documents=True hides the documents that 'fim' splits; remove it.")
 
 
 def _check_evaluation(cfg: Experiment) -> None:
-  """What is asked of an evaluation has something to work on, in some phase."""
+  """An evaluation needs held-out data, and generation needs pairs, in at least one phase."""
   own, parts = cfg.evaluation, [stretch.cfg for stretch in stretches(cfg)]
   if own.every and not any(has_heldout(part.data) for part in parts):
     fix = 'set it to 0' if cfg.data.name == 'synthetic' else 'set data.heldout, or evaluation.every=0'
@@ -241,7 +241,7 @@ def _check_lawa(cfg: Experiment) -> None:
 def _check_initial(initial: str | None) -> None:
   if initial is not None and not pathlib.PurePath(initial).name.isdecimal():
     raise ConfigError(
-      f"checkpoint.initial='{initial}' names no step; write 'RUN/<step>', one of `pretrain checkpoints list "
+      f"checkpoint.initial='{initial}' has no step number; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
     )
 
@@ -250,19 +250,19 @@ def _check_best(cfg: Experiment) -> None:
   own = cfg.checkpoint
   if own.keep_best and own.best_of is None:
     raise ConfigError(
-      f'checkpoint.keep_best={own.keep_best} and no metric says which are best; set checkpoint.best_of, e.g. '
+      f'checkpoint.keep_best={own.keep_best} and no metric to compare them by; set checkpoint.best_of, e.g. '
       "'eval/<set>/loss'."
     )
   if own.best_of is not None and not own.keep_best:
     raise ConfigError(f"checkpoint.best_of='{own.best_of}' with checkpoint.keep_best=0 keeps none; set keep_best >= 1.")
   if own.best_of is not None and not cfg.evaluation.every:
     raise ConfigError(
-      f"checkpoint.best_of='{own.best_of}' with evaluation.every=0 is never known; set evaluation.every."
+      f"checkpoint.best_of='{own.best_of}' with evaluation.every=0 is never computed; set evaluation.every."
     )
 
 
 def check_batch(cfg: Experiment, shards: int) -> None:
-  """Raises ConfigError where the rows of a step do not fill that many shards, `train.accumulate` times."""
+  """Raises ConfigError where the rows of a step do not divide into `shards` x `train.accumulate` equal parts."""
   pieces = shards * cfg.train.accumulate
   if cfg.data.batch_size % pieces:
     good = max(cfg.data.batch_size // pieces, 1) * pieces

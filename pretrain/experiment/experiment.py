@@ -22,7 +22,7 @@ from pretrain.step.loss import LossConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """`steps` ends the run; `accumulate` cuts the global batch in that many microbatches.
+  """`steps` ends the run; `accumulate` splits the global batch into that many microbatches.
 
   `decay_delay` = 1 starts the decay of the learning rate one step late: the peak comes twice. Versions before 0.1.0 did
   that, and their runs keep it when they are resumed; leave it at 0.
@@ -38,12 +38,12 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
   """Every `every` steps and at the end, on at most `batches` batches of each held-out set; 0 = never. A phase with
-  another data.batch_size is judged on as many batches, of that size: its losses are those of more text, or less.
+  another data.batch_size is evaluated on as many batches of that size: on more text, or less.
 
-  `lawa_checkpoints` = k also evaluates the mean of the last k checkpoints at multiples of `checkpoint.every`, from
-  where there are k of them. They are read one at a time: it takes the memory of two copies of the parameters.
+  `lawa_checkpoints` = k also evaluates the mean of the last k checkpoints at multiples of `checkpoint.every`, as soon
+  as there are k. They are read one at a time, so the memory needed is that of two copies of the parameters.
 
-  Of pairs, outputs for `generate` inputs of each set are written and compared with their targets; 0 = none.
+  For pairs, outputs for `generate` inputs of each set are written and compared with their targets; 0 = none.
   """
 
   every: Annotated[int, '>= 0'] = 0
@@ -75,7 +75,7 @@ class Experiment:
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
 
-# What a resumed run may change; anything else would make it another run.
+# The keys that a resumed run may change; any other key would make it a different run.
 MAY_CHANGE = (
   'train.steps',
   'train.log_every',

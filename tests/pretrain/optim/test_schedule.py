@@ -21,6 +21,8 @@ from pretrain.optim.schedule import (
   make_schedule,
 )
 
+LARGEST = 2**31 - 1
+
 
 def values(cfg, steps):
   return [float(make_schedule(cfg)(np.int32(s))) for s in steps]
@@ -114,6 +116,24 @@ def test_the_peak_comes_once_and_the_next_step_has_a_lower_rate(cfg, decay):
   wanted = [1 / 3, 2 / 3, 1, *map(decay, range(4, 11))]
   np.testing.assert_allclose(rates, wanted, rtol=1e-5, atol=1e-7)
   assert [step for step, rate in enumerate(rates) if rate >= 1 - 1e-6] == [2]
+
+
+@pytest.mark.parametrize(
+  'cfg',
+  [
+    Rsqrt(peak=1.0, warmup_steps=LARGEST),
+    Linear(peak=1.0, warmup_steps=3, steps=LARGEST),
+    Cosine(peak=1.0, warmup_steps=LARGEST - 1, steps=LARGEST),
+    Wsd(peak=1.0, steps=LARGEST, decay_steps=LARGEST),
+    Infinite(peak=1.0, cooldown_steps=9, anneal_start=LARGEST, anneal_steps=LARGEST),
+    Rewarm(peak=1.0, start=9, warmup_steps=9, steps=LARGEST),
+    Cyclic(peak=1.0, cycle_steps=LARGEST),
+    Multistep(peak=1.0, steps=LARGEST),
+  ],
+  ids=lambda cfg: cfg.name,
+)
+def test_the_largest_number_of_steps_that_a_config_may_have_is_no_overflow(cfg):
+  assert 0 <= values(cfg, [5])[0] <= 1
 
 
 def test_cosine_by_hand():
