@@ -17,7 +17,7 @@ from data.arguments import expand_user
 from pretrain.errors import ConfigError
 
 SURROGATES = re.compile('[\ud800-\udfff]')
-INTEGERS = range(-(2**63), 2**63)
+DIGITS = 30  # of a whole number; keys have closer limits
 # The longer mark of UTF-32 begins with that of UTF-16.
 MARKS = {
   b'\xff\xfe\0\0': 'UTF-32', b'\0\0\xfe\xff': 'UTF-32', b'\xff\xfe': 'UTF-16', b'\xfe\xff': 'UTF-16',
@@ -98,8 +98,8 @@ def problem_of(value: Any) -> str | None:
   """Why a literal is no value of a config; None for one that is."""
   if isinstance(value, bytes | complex):
     return f'{value!r} is {type(value).__name__}; values are numbers, strings, True, False, None, lists and dicts'
-  if type(value) is int and value not in INTEGERS:
-    return f'a whole number of {len(str(abs(value)))} digits does not fit in 64 bits; write a smaller one'
+  if type(value) is int and abs(value) >= 10**DIGITS:
+    return f'a whole number of {len(str(abs(value)))} digits; write one of at most {DIGITS}'
   if isinstance(value, str) and '\0' in value:
     return f'{value!r} has a NUL character (\\0); remove it'
   return None
