@@ -18,10 +18,12 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.phases import stretch_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
+from pretrain.experiment.saved import load_saved
 from pretrain.tools.weights import Step, check_new, config_of
 
 FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
@@ -67,8 +69,8 @@ def _at(step: jax.Array, opt_state):
 
 def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
   """The config of a run with `overrides`. Raises ConfigError for a key that would make another model, or other data."""
-  saved = str(workdir / 'config.gin')
-  old, new = bindings.load(Experiment, [saved], []), bindings.load(Experiment, [saved], overrides)
+  saved = workdir / 'config.gin'
+  old, new = load_saved(saved), load_saved(saved, overrides)
   check(new)
   refused = [item for item in differences(old, new) if not item[0].startswith(FREE)]
   if refused:

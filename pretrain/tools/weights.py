@@ -24,6 +24,7 @@ from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import stretch_at
 from pretrain.experiment.program import Program, build_program
+from pretrain.experiment.saved import load_saved
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
 from pretrain.snapshots.slots import folder_of, remembered
@@ -247,7 +248,7 @@ def config_of(workdir: pathlib.Path) -> Experiment:
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError('CKPT-NONE', f'no run in {workdir} (config.gin is missing); check the path.')
-  return bindings.load(Experiment, [str(saved)], [])
+  return load_saved(saved)
 
 
 def check_new(output: pathlib.Path) -> None:

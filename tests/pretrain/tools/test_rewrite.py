@@ -88,7 +88,7 @@ def test_another_optimizer_begins_anew_from_the_same_parameters(run, tmp_path, c
   keys = ("optimizer.name='lion'", "optimizer.state_dtype='bfloat16'", 'schedule.peak=1e-4')
   flags = [f'--gin.{key}' for key in keys]
   assert main(['checkpoints', 'restore-as', f'--input={run}/2', f'--output={new}', *flags]) == 0
-  assert capsys.readouterr().out == f'{new} (opt_state begins anew)\n'
+  assert capsys.readouterr().out == f'{new} (opt_state starts from its initial state)\n'
   old, moved = state_of(run, 2), state_of(new, 2, *keys)
   assert moved.position == old.position
   for part in ('params', 'extra'):
@@ -124,7 +124,7 @@ def test_an_average_that_changes_begins_from_the_parameters(run, tmp_path, capsy
   new = tmp_path / 'new'
   flags = ['--gin.averaging.decay=0.9', f'--output={new}']
   assert main(['checkpoints', 'restore-as', f'--input={run}/4', *flags]) == 0
-  assert capsys.readouterr().out == f'{new} (extra begins anew)\n'
+  assert capsys.readouterr().out == f'{new} (extra starts from its initial state)\n'
   moved, old = state_of(new, 4, 'averaging.decay=0.9').state, state_of(run, 4).state
   jax.tree.map(np.testing.assert_array_equal, moved.extra['ema'], old.params)
   jax.tree.map(np.testing.assert_array_equal, moved.opt_state, old.opt_state)
