@@ -128,15 +128,19 @@ def explain_command(options, overrides) -> None:
 
 
 def plan_command(options, overrides) -> None:
-  """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
-  from data.batches.plan_report import keep_plans, report
-  from pretrain.experiment.phases import stretch_at
+  """Make the plans of large stores before a run; print how full rows are, and what padding costs, phase by phase."""
+  from data.batches.plan_report import keep_plans
+  from pretrain.experiment.phases import stretches
+  from pretrain.tools.data_plan import report
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  source = _open(stretch_at(shared.load(options, overrides), 0).cfg)
-  keep_plans(source, options.workers)
-  print(report(source))
+  for stretch in (phases := stretches(shared.load(options, overrides))):
+    source = _open(stretch.cfg)
+    keep_plans(source, options.workers)
+    if len(phases) > 1:
+      print(f'{"" if stretch.index == 0 else chr(10)}phase {stretch.index}, from step {stretch.start:,}:')
+    print(report(stretch, source))
 
 
 def _open(cfg):
