@@ -92,7 +92,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
     rope_theta=cfg.rope_theta if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
-    softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
+    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
   )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ WEIGHTS_SITE = 20
 class AttentionConfig:
   """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
 
-  `qk_norm` normalises each query and key head before positions enter; the scores are then scaled in any case.
+  `qk_norm` normalises each query and key head before positions enter, as an RMS norm whatever `model.norm.name`, with
+  `qk_norm_eps` = `model.norm.eps` (Qwen3, OLMo 2 and Gemma 3 do the same); the scores are then scaled in any case.
   `softcap` bends scores to softcap * tanh(scores / softcap).
   """
 
@@ -34,6 +35,7 @@ class AttentionConfig:
   t5_scale: bool
   rope_theta: float | None
   qk_norm: bool
+  qk_norm_eps: float
   softcap: float | None
   dropout: float
   implementation: str
@@ -109,8 +111,8 @@ class Attention(nnx.Module):
     out = projections.init_residual('heads', 'head_dim')
     self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
     self.out_bias = projections.make_bias((embed,), ('embed',))
-    self.query_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
-    self.key_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    head_norm = lambda: RmsNorm(head_dim, cfg.qk_norm_eps, axis='head_dim') if cfg.qk_norm else None
+    self.query_norm, self.key_norm = head_norm(), head_norm()
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array) -> Array:
