@@ -14,7 +14,8 @@ from pretrain.devices.mesh import host_rows, replicated, to_global
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import Program
 from pretrain.tools.evaluate import series
-from pretrain.tools.generate import prompt_batch, until_eos
+from pretrain.tools.generate import until_eos
+from pretrain.tools.prompts import prompt_batch
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 ExactMatch = Callable[[Any, Pairs], float]

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from faults.child import INJECT
-
 from pretrain.checkpoints import manifest
 from pretrain.fleet import supervise
 from pretrain.fleet.launch import DIE_WITH_PARENT

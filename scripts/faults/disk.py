@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 
 from faults.case import Case, Line, call, joined
-
 from pretrain.checkpoints import step_folders
 from pretrain.fleet.supervise import Policy
 

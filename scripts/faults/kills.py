@@ -7,7 +7,6 @@ import signal
 import time
 
 from faults.case import SAVING, Case, Line, count, joined, p95, stop_at, verdict
-
 from pretrain.checkpoints import step_folders
 from pretrain.records.metrics import read_metrics
 

@@ -11,7 +11,6 @@ import sys
 import time
 
 from faults.case import Case, Line, call, count, joined, stop_at, verdict
-
 from pretrain.fleet.supervise import Policy
 from pretrain.records.goodput import write_goodput
 from pretrain.records.timeline import read_timeline

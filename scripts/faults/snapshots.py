@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Sequence
 
 from faults.case import Case, Line, count, joined, verdict
-
 from pretrain.snapshots.slots import SnapshotConfig, folder_of
 
 

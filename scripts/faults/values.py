@@ -5,7 +5,6 @@ import random
 import shutil
 
 from faults.case import Case, Line, count, verdict
-
 from pretrain.hosts import skipping
 from pretrain.records.metrics import read_metrics
 

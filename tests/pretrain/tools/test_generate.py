@@ -19,7 +19,8 @@ from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
 from pretrain.run.train import train
-from pretrain.tools.generate import _config_of, _result, _room, fill, generate, prompt_batch, prompt_inputs
+from pretrain.tools.generate import _config_of, _result, filled, generate
+from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 from tests.pretrain import tiny
 
 LONG = 'the Licensor ' * 40
@@ -176,8 +177,8 @@ def test_text_around_a_sentinel_has_the_pieces_of_training(text_store, tokenizer
 def test_filled_and_continued_text_has_the_spaces_of_the_text(text_store):
   tokenizer = opened(config_of(text_store, 'ul2')).tokenizer
   v = tokenizer.vocabulary
-  read = lambda prompt, *output: tokenizer.render(
-    fill([v.mode_ids[0], *tokenizer.encode_prompt(prompt), EOS], list(output), v)
+  read = lambda prompt, *output: filled(
+    prompt, [v.mode_ids[0], *tokenizer.encode_prompt(prompt), EOS], list(output), tokenizer
   )
   work, tion = tokenizer.encode('work'), tokenizer.encode_prompt('<extra_id_0>tion')[1:]
   assert read('the', *work) == 'the work'
@@ -318,9 +319,9 @@ def test_the_longest_prompt_leaves_room_for_what_training_had(store_for):
   cases = (('prefix_lm', 63, 1), ('causal_lm', 63, 1), ('ul2+encoder', 64, 64), ('supervised', 24, 40))
   for objective, longest, room in cases:
     cfg = config_of(store_for(objective), objective)
-    assert _room('', [3] * longest, cfg) == room
+    assert room_for('', [3] * longest, cfg) == room
     with pytest.raises(ConfigError, match=f'is {longest + 1} tokens, at most {longest} fit'):
-      _room('', [3] * (longest + 1), cfg)
+      room_for('', [3] * (longest + 1), cfg)
 
 
 def test_a_vocabulary_knows_its_sentinels():
