@@ -32,7 +32,25 @@ TOKENIZERS = {
 }  # fmt: skip
 EVERY = pytest.mark.parametrize('name', TOKENIZERS)
 # Characters without a piece, that normalisation changes, or that our code or SentencePiece could take for its own.
-WORDS = ['the', 'Work', 'of', 'a', '☃', '☃☃', '½', 'ﬁ', 'Ａ', 'é', 'e\u0301', '\ue000', '\ue000t', '▁', '⁇', '</s>', '<pad>']
+WORDS = [
+  'the',
+  'Work',
+  'of',
+  'a',
+  '☃',
+  '☃☃',
+  '½',
+  'ﬁ',
+  'Ａ',
+  'é',
+  'e\u0301',
+  '\ue000',
+  '\ue000t',
+  '▁',
+  '⁇',
+  '</s>',
+  '<pad>',
+]
 WORDS += ['<extra_id_>', '<extra_id_٣>', '[nlu]', '<', '\u3000', '\u200b', '\n', '\t', '👩\u200d🚀', '字', '.', ',']
 
 

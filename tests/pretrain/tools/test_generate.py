@@ -19,11 +19,9 @@ from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
 from pretrain.run.train import train
-from pretrain.tools.generate import _config_of, _result, filled, generate
+from pretrain.tools.generate import _result, filled
 from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 from tests.pretrain import tiny
-
-LONG = 'the Licensor ' * 40
 
 
 def config_of(store, objective: str, *overrides: str):
@@ -222,65 +220,6 @@ def test_an_answer_that_is_all_the_text_is_the_text(text_store):
   data = opened(cfg)
   inputs = prompt_inputs('the <extra_id_0> Work', cfg, data)
   assert _result('', inputs, data.tokenizer.encode('the whole Work'), cfg, data).text == 'the whole Work'
-
-
-@pytest.fixture(scope='module')
-def run_dir(text_store, tmp_path_factory):
-  """A decoder on ul2r after one step; its model has 64 ids more than its tokenizer."""
-  workdir = tmp_path_factory.mktemp('runs') / 'ul2r'
-  cfg = config_of(text_store, 'ul2r', 'train.steps=1', 'checkpoint.every=1', 'model.vocab_size=1024')
-  train(cfg, workdir)
-  return workdir
-
-
-def test_a_run_generates_no_more_than_a_row_holds(run_dir, monkeypatch):
-  import pretrain.tools.generate as module
-
-  rooms = []
-  monkeypatch.setattr(module, 'greedy', lambda *given: rooms.append(given[3]) or greedy(*given))
-  prompts = ['the <extra_id_0> of', 'the License', '[S2S] the License']
-  filled, went_on, same = generate(run_dir, prompts, 1000)
-  cfg = _config_of(run_dir)
-  assert rooms == [64 - len(prompt_inputs(prompt, cfg, opened(cfg))) for prompt in prompts]
-  assert '<extra_id_0>' not in filled.text or '<extra_id_0>' not in filled.output
-  assert went_on.text.startswith('the License')
-  assert (went_on.output, went_on.text) == (same.output, same.text), 'the mode token of a prompt is not doubled'
-
-
-def test_ids_that_the_tokenizer_lacks_are_never_chosen(run_dir, monkeypatch):
-  """Their logits are made the greatest."""
-  import pretrain.tools.generate as module
-
-  seen = []
-
-  def spoilt(model, params, batch, max_tokens, vocab_size):
-    kernel = params['head']['kernel']
-    params = params | {'head': {'kernel': kernel.at[:, vocab_size:].set(100 * kernel[:, :1])}}
-    both = greedy(model, params, batch, max_tokens), greedy(model, params, batch, max_tokens, vocab_size)
-    seen.append((vocab_size, int(both[0].max()), int(both[1].max())))
-    return both[1]
-
-  monkeypatch.setattr(module, 'greedy', spoilt)
-  generate(run_dir, ['the', 'License', 'of any Work'], 8)
-  assert {size for size, _, _ in seen} == {448 + 32 + 3}
-  assert max(top for _, top, _ in seen) >= 483, 'the mutation: without the bound they are chosen'
-  assert max(top for _, _, top in seen) < 483
-
-
-@pytest.mark.parametrize(
-  ('flags', 'code', 'message'),
-  [
-    (['--text=<extra_id_999>'], 65, 'DATA: <extra_id_999> is beyond the 32 sentinels of this vocabulary (data.sent'),
-    (['--text=a', '--max_tokens=0'], 64, 'CONFIG: --max_tokens=0; it must be at least 1.'),
-    (['--text=a', '--max_tokens=-1'], 64, 'CONFIG: --max_tokens=-1; it must be at least 1.'),
-    ([f'--text={LONG}'], 64, "CONFIG: --text='the Licensor...the Licensor ' is "),
-  ],
-)
-def test_a_mistake_is_one_line(run_dir, capsys, flags, code, message):
-  assert main(['generate', f'--workdir={run_dir}', *flags]) == code
-  err = capsys.readouterr().err
-  assert err.startswith(message), err
-  assert len(err.splitlines()) == 1
 
 
 def test_random_tokens_have_no_prompts(tmp_path, capsys):
