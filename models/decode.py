@@ -33,7 +33,7 @@ def greedy(
 
 
 def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tokens: int) -> Array:
-  """`carry` is (hidden of the last token read, cache), or `token` is to be read first (hidden is then ignored)."""
+  """`carry` is (hidden of the last token read, cache). A `token` is read first, and hidden is then ignored."""
   hidden, cache = carry
   if token is not None:
     hidden, cache = step(token, cache)
@@ -148,7 +148,7 @@ def _start(module, batch: Mapping[str, Array], max_tokens: int):
 
 
 def _positions(cache: Cache, tokens: Array, empty: Array | int = 0) -> Array:
-  """Of `tokens`, where each row begins after `empty` slots: negative in those."""
+  """Positions of `tokens` in rows that begin after `empty` slots: negative in those slots."""
   return jnp.broadcast_to(cache.index + jnp.arange(tokens.shape[1], dtype=jnp.int32) - empty, tokens.shape)
 
 
@@ -157,7 +157,7 @@ def _slots(cache: Cache, empty: Array | int = 0) -> Array:
 
 
 def _filled(positions: Array) -> Array:
-  """Segment ids: 0 where a row is empty."""
+  """Segment ids: 0 in the empty slots of a row, 1 elsewhere."""
   return (positions >= 0).astype(jnp.int32)
 
 

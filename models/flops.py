@@ -1,4 +1,4 @@
-"""FLOPs of a training step, from the description alone."""
+"""FLOPs of a training step, computed from the parameter descriptions alone."""
 
 import math
 
@@ -11,20 +11,20 @@ FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of
 
 
 def _matrix_parameters(tree: Tree) -> int:
-  """Parameters that every token is multiplied with: all but norms and biases (lookups are left out by the caller)."""
+  """How many parameters every token is multiplied with: no norms, no biases (the caller leaves out lookups)."""
   if is_spec(tree):
     return math.prod(tree.shape) if is_matrix(tree) else 0
   return sum(_matrix_parameters(branch) for branch in tree.values())
 
 
 def _cross_keys_values(decoder: Tree) -> int:
-  """Of the decoder's parameters, those multiplied with encoder tokens."""
+  """The number of the decoder's parameters that are multiplied with encoder tokens."""
   cross: dict[str, ParamSpec] = decoder['blocks']['cross_attention']
   return math.prod(cross['key'].shape) + math.prod(cross['value'].shape)
 
 
 def flops_per_step(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> float:
-  """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, nothing recomputed."""
+  """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, no recomputation."""
   specs = build(cfg).specs
   head = cfg.embed * cfg.vocab_size  # tied or not
   one_stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'

@@ -66,9 +66,9 @@ VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
 class Visibility:
   """Which keys a query sees, and the bias between them: the arguments of `flash_attention`, once for all layers.
 
-  Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
-  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
-  queries; there the reference is as good as a kernel.
+  Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
+  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
+  of them than queries; there the reference is as fast as a kernel.
   """
 
   causal: bool
@@ -83,12 +83,12 @@ class Visibility:
 
   @property
   def arrays(self) -> dict[str, Any]:
-    """Those that are there."""
+    """The arrays that are not None, by name."""
     return {name: x for name in VISIBILITY_AXES if (x := getattr(self, name)) is not None}
 
 
 def _on_each_device(run, arrays: dict[str, Any]):
-  """`run` for the examples and heads of each device. Lengths are whole: `choose` knows none that divides them."""
+  """`run` for the examples and heads of each device. Lengths are not divided: `choose` has no kernel for that."""
   heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
   own = {name: VISIBILITY_AXES[name] for name in arrays}
   return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
@@ -118,19 +118,19 @@ class Attention(nnx.Module):
   def queries(self, x: Array, positions: Array) -> Array:
     """[batch, length, heads, head_dim]."""
     q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
-    return self._place(q if self.query_norm is None else self.query_norm(q), positions)
+    return self._rotate(q if self.query_norm is None else self.query_norm(q), positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
     k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
     v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
-    return self._place(k if self.key_norm is None else self.key_norm(k), positions), v
+    return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
 
-  def _place(self, x: Array, positions: Array) -> Array:
+  def _rotate(self, x: Array, positions: Array) -> Array:
     return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
 
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
-    """Values mixed and projected back: [batch, length, embed]."""
+    """The values, mixed by attention and projected back: [batch, length, embed]."""
     dropped = None
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
@@ -162,10 +162,10 @@ class Cache:
     return cls(zeros, zeros, jnp.zeros((), jnp.int32))
 
   def write(self, layer: Array, k: Array, v: Array) -> tuple['Cache', Array, Array]:
-    """(the cache with k, v in `layer` at `index`, that layer's keys, its values)."""
-    place = (layer, 0, self.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(self.keys, k[None], place)
-    values = jax.lax.dynamic_update_slice(self.values, v[None], place)
+    """(the cache with k and v written at `index` of `layer`, that layer's keys, that layer's values)."""
+    start = (layer, 0, self.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(self.keys, k[None], start)
+    values = jax.lax.dynamic_update_slice(self.values, v[None], start)
     own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     return Cache(keys, values, self.index), own(keys), own(values)
 

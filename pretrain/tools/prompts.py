@@ -18,14 +18,14 @@ from pretrain.experiment.experiment import Experiment
 
 
 def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
-  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective, of a run
-  with fill-in-the-middle (PSM) what stands around the one blank.
+  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective. For
+  fill-in-the-middle with one blank: the text before and after it, between its marks (PSM).
 
-  Inputs of pairs are plain text, in which nothing is special; so is what a user says, which the assistant answers.
-  The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
-  asks for: [NLU] (of the R denoiser, [NLG] where there are only X) for a prompt with blanks, [S2S] for one without.
+  Inputs of pairs and messages of a user are plain text, in which no token is special. Where the objective has mode
+  tokens and the prompt begins without one, it gets that of its task: [NLU] for a prompt with blanks (the R denoiser;
+  [NLG] where there are only X denoisers), [S2S] for a prompt without.
   Raises ConfigError where the objective trains no such task, or for text with lone surrogates (bytes of a command line
-  that are no UTF-8); DataError for a sentinel that does not exist.
+  that are not UTF-8); DataError for a sentinel that does not exist.
   """
   _check_unicode(prompt)
   if isinstance(cfg.objective, Supervised):
@@ -83,10 +83,10 @@ def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:
 
 
 def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
-  """A row of each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
+  """One row for each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
 
-  They have `length` places, and one more in a decoder, where each prompt stands at the end of its row. Inputs that are
-  read from left to right have no EOS behind (`prompt_inputs`); all prompts are of one kind.
+  Rows have `length` tokens; in a decoder one more, and each prompt stands at the end of its row. Prompts that are read
+  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind.
   """
   inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
@@ -101,5 +101,5 @@ def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> 
     fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
   else:
     fields = decoder_features(inputs, target, rows, number, length + 1)
-  places = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
-  return {name: np.take_along_axis(values, places, 1) for name, values in fields.items()}
+  order = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
+  return {name: np.take_along_axis(values, order, 1) for name, values in fields.items()}

@@ -1,4 +1,4 @@
-"""A decoder in float64 numpy, one document at a time, from the papers: what the tests hold the models against."""
+"""A decoder in float64 numpy, one document at a time, written from the papers: the oracle for the models."""
 
 import math
 

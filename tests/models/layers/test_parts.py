@@ -34,7 +34,7 @@ UNGATED = dataclasses.replace(ALIBI, mlp=DecoderMlpConfig(hidden=48, activation=
 @pytest.mark.parametrize(
   'cfg', [LLAMA, ROTARY, ALIBI, UNGATED, LEARNED], ids=['llama', 'rotary', 'alibi', 'ungated', 'learned']
 )
-def test_a_decoder_is_that_of_the_papers(cfg):
+def test_a_decoder_equals_a_plain_one_written_from_the_papers(cfg):
   """Softmax with float32 logits within 1e-4 of an implementation that shares no line."""
   model, params = model_and_params(cfg)
   params, data = shaken(params), batch(((9,),), 9)
@@ -92,7 +92,7 @@ def test_the_epsilon_reaches_every_attention_of_every_family(cfg):
 
 
 @pytest.mark.parametrize('cfg', [T5_1_0, ALIBI, LEARNED], ids=['t5_1_0', 'alibi', 'learned'])
-def test_the_loss_is_that_of_the_logits(cfg):
+def test_the_loss_equals_the_loss_of_the_logits(cfg):
   """Caps and tied heads reach `linear_cross_entropy` as they reach `Model.logits`."""
   model, params = model_and_params(cfg)
   data = batch(((9,),), 9)
@@ -110,13 +110,13 @@ def test_the_two_gelus_are_two_functions():
   assert float(ACTIVATIONS['gelu_tanh'](1.0)) == pytest.approx(0.8411920, abs=1e-6)
 
 
-def test_alibi_slopes_are_press_et_als():
+def test_alibi_slopes_equal_those_of_press_et_al():
   np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
   between = 2.0 ** -np.array([1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5])
   np.testing.assert_allclose(alibi_slopes(12), between, rtol=1e-6)
 
 
-def test_what_gpt2_draws_has_its_std():
+def test_initial_weights_have_the_std_of_gpt2():
   """0.02, and 0.02 / sqrt(2 * layers) into the residual stream: Radford et al. 2019, §2.3; biases are 0."""
   cfg = dataclasses.replace(LEARNED, embed=128, init_std=0.02, embedding_init_std=0.02, scale_residual_init=True)
   _, params = model_and_params(cfg)
@@ -131,7 +131,7 @@ def test_what_gpt2_draws_has_its_std():
   assert params['embedding']['positions'].std() == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
+def test_query_norms_remove_the_folded_scale_from_the_query_init():
   """T5's 1/sqrt(head_dim) would be divided away; the scores are scaled instead."""
   _, normed = model_and_params(T5_1_0)
   _, folded = model_and_params(T5)
@@ -143,14 +143,14 @@ def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'max_positions': 8}, "model.max_positions=8 with model.positions='rotary'; it is of 'learned', remove it."),
+    ({'max_positions': 8}, "model.max_positions=8 with model.positions='rotary'; it belongs to 'learned', remove it."),
     (
       {'positions': 'alibi', 'rope_theta': 5e5},
-      "model.rope_theta=500000.0 with model.positions='alibi'; it is of 'rotary', remove it.",
+      "model.rope_theta=500000.0 with model.positions='alibi'; it belongs to 'rotary', remove it.",
     ),
     (
       {'relative_buckets': 16},
-      "model.relative_buckets=16 with model.positions='rotary'; it is of 'relative', remove it.",
+      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative', remove it.",
     ),
     (
       {'positions': 'learned'},
@@ -163,6 +163,6 @@ def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
     ),
   ],
 )
-def test_what_nothing_would_read_is_refused(changes, message):
+def test_a_key_without_effect_is_refused(changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     check_parts(dataclasses.replace(LLAMA, **changes))

@@ -133,7 +133,7 @@ def test_a_continued_prompt_begins_with_the_prompt(name):
     assert text[len(prompt) :].strip(' ') == tokenizer.decode(tokenizer.encode('Work')).strip(' ')
 
 
-def test_answers_count_once_and_may_be_missing_repeated_or_out_of_order():
+def test_fillings_may_be_missing_repeated_or_out_of_order():
   tokenizer, v = tokenizer_of('unigram'), tokenizer_of('unigram').vocabulary
   work, the = tokenizer.encode('Work'), tokenizer.encode('the')
   of = lambda prompt, *output: filled(prompt, tokenizer.encode_prompt(prompt), list(output), tokenizer)

@@ -1,4 +1,4 @@
-"""A prompt is to the model what a training row was, and people read whole words and one-line errors."""
+"""Prompts are read as training rows are, and a mistake is a one-line error."""
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ OBJECTIVES = ['causal_lm', 'prefix_lm', 'ul2r', 'ul2', 'span_corruption', 'ul2+e
     pytest.param('instruction', marks=pytest.mark.slow),
   ],
 )  # fmt: skip
-def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective):
-  """What a real packed row's targets are predicted with is what decoding from its inputs alone computes."""
+def test_cached_decoding_has_the_logits_of_the_training_row(store_for, objective):
+  """Decoding from the inputs of a packed training row computes the logits of its targets."""
   cfg = config_of(store_for(objective), objective)
   model = build(cfg.model)
   params, data = initialize(model.specs, jax.random.key(0)), opened(cfg)
@@ -88,7 +88,7 @@ def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_prompts_are_framed_as_the_inputs_of_training(text_store, objective):
-  """The ids of `prompt_inputs` are those of `Recipes`, given what a task left of a text as a prompt."""
+  """`prompt_inputs` gives the ids that `Recipes` gives, for the prompt that a task leaves of a text."""
   cfg = config_of(text_store, objective)
   data, text = opened(cfg), 'the Work and the Derivative Works of any Contribution are in the License'
   encode, v = data.tokenizer.encode, data.vocabulary
@@ -115,8 +115,8 @@ def test_prompts_are_framed_as_the_inputs_of_training(text_store, objective):
 
 
 @pytest.mark.parametrize('objective', ['supervised', 'supervised+encoder'])
-def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, objective):
-  """The ids of a prompt are those that its text has in the store; in it nothing is special."""
+def test_a_prompt_of_a_run_on_pairs_is_its_inputs_and_the_output_is_the_text(pair_store, objective):
+  """A prompt has the ids that its text has in the store; no token in it is special."""
   cfg = config_of(pair_store, objective)
   data, store = opened(cfg), open_store(pair_store)
   for k in range(5):
@@ -129,8 +129,8 @@ def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, ob
 
 
 @pytest.mark.parametrize('prefix', [True, False])
-def test_a_prompt_is_what_a_user_says_and_the_assistant_speaks_next(chat_store, prefix):
-  """A conversation begins with the ids of its prompt, and is seen as its prompt is."""
+def test_a_prompt_of_a_chat_run_is_the_message_of_a_user(chat_store, prefix):
+  """A conversation begins with the ids of its prompt, and the prompt is as visible as in training."""
   cfg = config_of(chat_store, 'instruction', f'objective.prefix_attention={prefix}')
   data, store = opened(cfg), open_store(chat_store)
   first = next(
@@ -215,7 +215,7 @@ def test_one_blank_is_filled_in_the_middle_and_the_text_is_whole(text_store):
     prompt_inputs('<extra_id_0> and <extra_id_1>', cfg, data)
 
 
-def test_an_answer_that_is_all_the_text_is_the_text(text_store):
+def test_the_output_of_a_full_target_objective_is_the_text(text_store):
   cfg = config_of(text_store, 'bart+encoder')
   data = opened(cfg)
   inputs = prompt_inputs('the <extra_id_0> Work', cfg, data)
@@ -248,13 +248,13 @@ def test_an_encoder_writes_no_text(text_store, tmp_path, capsys):
     ('span_corruption', 'the', 'is not trained to do anything but fill blanks; mark one'),
   ],
 )
-def test_what_the_run_was_never_asked_is_refused(text_store, objective, prompt, message):
+def test_a_task_that_was_not_trained_is_refused(text_store, objective, prompt, message):
   cfg = config_of(text_store, objective)
   with pytest.raises(ConfigError, match=message):
     prompt_inputs(prompt, cfg, opened(cfg))
 
 
-def test_the_longest_prompt_leaves_room_for_what_training_had(store_for):
+def test_the_longest_prompt_leaves_the_room_that_training_had(store_for):
   cases = (('prefix_lm', 63, 1), ('causal_lm', 63, 1), ('ul2+encoder', 64, 64), ('supervised', 24, 40))
   for objective, longest, room in cases:
     cfg = config_of(store_for(objective), objective)
@@ -263,6 +263,6 @@ def test_the_longest_prompt_leaves_room_for_what_training_had(store_for):
       room_for('', [3] * (longest + 1), cfg)
 
 
-def test_a_vocabulary_knows_its_sentinels():
+def test_a_vocabulary_finds_its_sentinels():
   v = Vocabulary(100, 4)
   assert [t for t in range(v.size) if v.is_sentinel(t)] == [100, 101, 102, 103]
