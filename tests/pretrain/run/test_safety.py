@@ -192,7 +192,9 @@ def test_a_process_that_is_not_one_of_them_is_refused(monkeypatch):
 
 
 def test_who_waits_too_long_for_the_others_says_where():
-  code = "import time; from pretrain.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  code = (
+    "import time; from pretrain.fleet.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  )
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (70, 'HANG: at A.\n')
 
