@@ -48,11 +48,11 @@ def schedule():
   del sys.modules[spec.name]
 
 
-def test_what_a_loop_does_counts_as_often_as_it_turns(schedule):
+def test_the_body_of_a_loop_counts_once_per_iteration(schedule):
   assert schedule.fusion_cycles(PROGRAM) == 3 * (5 * 10 + 7) + 1
 
 
-def test_a_loop_that_does_not_say_how_often_it_turns_is_refused(schedule):
+def test_a_loop_without_a_known_trip_count_is_refused(schedule):
   with pytest.raises(ValueError, match='does not say how often it turns'):
     schedule.fusion_cycles(PROGRAM.replace('"known_trip_count":{"n":"3"}', ''))
 
@@ -72,7 +72,7 @@ def branch(n: int, *inside: tuple[str, int]) -> list[tuple[str, int]]:
   return [(f'sbr.rel (%p1) target = $region{n}', 5), *inside, (f'/* Start/End empty region {n} */', 1)]
 
 
-def test_bodies_of_branches_are_told_from_what_runs_at_every_step_and_from_each_other(schedule, tmp_path):
+def test_bodies_of_branches_are_counted_separately(schedule, tmp_path):
   first = branch(2, ('x', 20), *branch(3, ('build', 100)), ('y', 14))
   tile = branch(4, ('/* Start region 9 */ vmatmul', 199), ('/* End region 9 */', 1))
   copies, few = branch(5, ('dma.hbm_to_vmem', 30)), branch(6, ('z', 10))

@@ -72,7 +72,7 @@ def no_delay(monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
 
 
-def test_a_killed_process_is_started_again_and_the_incident_is_written(tmp_path, capsys):
+def test_a_killed_process_is_restarted_and_the_incident_is_written(tmp_path, capsys):
   assert run(tmp_path, {'0': [(7, -9)]}) == 0
   assert starts(tmp_path) == 2
   (incident,) = incidents(tmp_path)
@@ -165,7 +165,7 @@ def test_a_step_that_fails_behind_examples_that_are_left_out_is_left_out_too(tmp
   assert read_skips(tmp_path) == [(56, 72), (72, 88)]
 
 
-def test_steps_that_only_the_rows_tell_of_are_not_left_out(tmp_path):
+def test_steps_that_are_only_in_the_metrics_are_not_left_out(tmp_path):
   """A timeline has a line a second; one that is killed in its hundredth step of a second has written a hundred rows."""
   (tmp_path / 'metrics.jsonl').write_text('{"step": 9, "loss": 2.0}\n{"step": 10, "loss": 2.0}\n')
   add_skip(tmp_path, 64, 80)  # 7 steps are 56 examples, 8 are 64, 9 are 88
@@ -173,7 +173,7 @@ def test_steps_that_only_the_rows_tell_of_are_not_left_out(tmp_path):
   assert read_skips(tmp_path) == [(64, 80), (96, 112)]
 
 
-def test_a_signal_that_comes_while_processes_are_started_is_for_them(tmp_path, monkeypatch):
+def test_a_signal_during_the_start_reaches_the_processes(tmp_path, monkeypatch):
   """Otherwise they would train on, and never save because of it."""
   script = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(75)); time.sleep(60)'
   supervisor = Supervisor(1, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO())
@@ -194,7 +194,7 @@ def test_without_restarts_the_first_failure_is_the_last(tmp_path):
   assert starts(tmp_path) == 1
 
 
-def test_a_host_that_stays_away_is_left_out(tmp_path):
+def test_a_run_continues_without_a_host_that_does_not_come_back(tmp_path):
   """Not for dying once, and not below --min_hosts; the count is the next that fits the batch."""
   plan = {'3': [(None, 1)] * 9}
   for name in ('all', 'fewer', 'once'):
@@ -223,7 +223,7 @@ sys.exit(Supervisor(2, [sys.executable, '-c', child], pathlib.Path(sys.argv[1]),
 @pytest.mark.parametrize(
   ('number', 'deaf', 'code'), [(signal.SIGTERM, 0, 75), (signal.SIGINT, 0, 75), (signal.SIGTERM, 1, 137)]
 )
-def test_a_signal_asks_all_to_save_and_a_second_one_ends_them(tmp_path, number, deaf, code):
+def test_a_signal_makes_all_save_and_a_second_one_ends_them(tmp_path, number, deaf, code):
   command = [sys.executable, '-c', STUBBORN % deaf, tmp_path]
   with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
     assert {process.stdout.readline(), process.stdout.readline()} == {'[0] up\n', '[1] up\n'}
@@ -243,7 +243,7 @@ def test_a_signal_asks_all_to_save_and_a_second_one_ends_them(tmp_path, number, 
     (['--hosts=2', '--min_hosts=3'], '--min_hosts=3 with --hosts=2; it must be 1 to --hosts.'),
   ],
 )
-def test_numbers_that_cannot_be_are_refused(capsys, flags, message):
+def test_impossible_numbers_are_refused(capsys, flags, message):
   assert main(['run', *flags, '--', 'train', '--gin_file=x', '--workdir=y']) == 64
   assert capsys.readouterr().err == f'CONFIG: {message}\n'
 
@@ -258,7 +258,7 @@ def test_numbers_that_cannot_be_are_refused(capsys, flags, message):
     ),
   ],
 )  # fmt: skip
-def test_where_examples_cannot_be_left_out_it_is_said(capsys, tmp_path, file, key, message):
+def test_skipping_is_refused_if_examples_cannot_be_left_out(capsys, tmp_path, file, key, message):
   flags = [f'--gin_file={tiny.ROOT / "configs" / file}', f'--workdir={tmp_path}', f'--gin.{key}']
   assert main(['run', '--hosts=1', '--skip_poisoned', '--', 'train', *flags]) == 64
   assert message in capsys.readouterr().err

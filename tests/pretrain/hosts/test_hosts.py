@@ -48,7 +48,7 @@ def series(workdir, key: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize('model', [*SLOW, 'decoder'])
-def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_path, monkeypatch, capfd):
+def test_two_hosts_train_like_one_and_one_host_resumes(model, text_store, tmp_path, monkeypatch, capfd):
   command = flags(model, text_store, tmp_path / 'two', *RUN, 'train.steps=4')
   with monkeypatch.context() as patch:
     patch.setenv('XLA_FLAGS', XLA_FLAGS)
@@ -75,7 +75,9 @@ def assert_alike(folder, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('process', [0, 1])
-def test_two_hosts_leave_a_damaged_step_and_go_on_from_the_same_one(process, text_store, tmp_path, monkeypatch, capfd):
+def test_two_hosts_reject_a_damaged_step_and_resume_from_the_same_one(
+  process, text_store, tmp_path, monkeypatch, capfd
+):
   """Whoever of them reads the damage: the losses are those of the run before."""
   monkeypatch.setenv('XLA_FLAGS', XLA_FLAGS)
   command = flags('decoder', text_store, tmp_path, *RUN, 'checkpoint.every=2', 'train.steps=4')

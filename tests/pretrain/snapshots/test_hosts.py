@@ -48,7 +48,7 @@ def supervised(workdir, lost: int | str, *overrides: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('lost', 'mesh'), [(1, 'mesh.data=3'), (0, 'mesh.fsdp=3')])
-def test_a_host_that_is_lost_with_its_memory_is_made_again_from_the_others(tmp_path, monkeypatch, lost, mesh):
+def test_a_host_that_is_lost_with_its_ram_is_rebuilt_from_the_others(tmp_path, monkeypatch, lost, mesh):
   """By data every host has all of the state and keeps a third of it; by fsdp it has no more than that third."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
