@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A UL2 model learns from real English on eight simulated devices: about five minutes on four cores.
-# Run it again and it goes on where it was; RUN=folder chooses another place.
+# Trains a UL2 model on real English, on eight simulated devices: about five minutes on four cores.
+# Run it again and it resumes; RUN=folder chooses another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup.sh

@@ -1,4 +1,4 @@
-"""What judges the runs of scripts/faults.py sees a run that is not as it should be."""
+"""The checks of scripts/faults.py detect a run that is wrong."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ def module(monkeypatch):
 
 
 def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=(2,)):
-  """A run of three steps, as a Case sees it."""
+  """A run of three steps, as a Case reads it."""
   case = case_module.Known('run', argparse.Namespace(workdir=folder), steps=3)
   step = case.workdir / 'checkpoints/3'
   step.mkdir(parents=True)
@@ -39,7 +39,7 @@ def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=
 
 
 def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
-  """A row to which values are added may become shorter: for a moment the end of what it was stands behind it."""
+  """A row to which values are added may become shorter: for a moment the end of its old text follows it."""
   case = run(module('faults.case'), tmp_path)
   assert case.logged() == 3
   with (case.workdir / 'metrics.jsonl').open('a') as file:
@@ -160,7 +160,7 @@ def test_the_largest_loss_difference_is_measured(module, tmp_path):
 
 
 def broken(module, folder: pathlib.Path, *incidents, fault=None):
-  """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` sees it."""
+  """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` reads it."""
   found = run(module('faults.case'), folder)
   keys = ('step_reached', 'step_resumed')
   lines = [dict(zip(keys, incident, strict=True), seconds_lost=None) for incident in incidents]
@@ -196,7 +196,7 @@ def test_a_fault_that_fails_itself_is_reported(module, tmp_path):
 
 
 def with_this(word: str) -> list[str]:
-  """The processes that have it in their command."""
+  """The processes with this text in their command."""
   found = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True, check=True).stdout
   return [line for line in found.splitlines() if word in line]
 
@@ -218,7 +218,7 @@ def test_an_interrupted_series_leaves_no_process_and_no_snapshot(tmp_path, numbe
 
 
 def interrupted(process: subprocess.Popen, word: str, number: int) -> pathlib.Path:
-  """Once a run has begun, it is; the folder of its memory."""
+  """Waits until a run has begun; returns the folder of its snapshots."""
   while not any('faults.child train' in line for line in with_this(word)):
     assert process.poll() is None
     time.sleep(0.05)

@@ -12,7 +12,7 @@ from tests.pretrain import tiny
 
 @pytest.fixture(autouse=True)
 def without_orbax_alone(monkeypatch):
-  """Reads that fail leave others behind, for whichever test collects garbage next."""
+  """Failed reads leave pending ones behind, which the garbage collection of a later test would report."""
   monkeypatch.setattr('scripts.faults.files.orbax_alone', lambda workdir, wanted: 'not asked')
 
 

@@ -1,4 +1,4 @@
-"""The locks: every package by one version and its hashes, and all that setup.cfg asks for."""
+"""The locks: one version and hashes for every package, and everything that setup.cfg requires."""
 
 import configparser
 import pathlib

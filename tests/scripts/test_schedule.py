@@ -1,4 +1,4 @@
-"""What is counted of compiled programs that run nowhere: loops as often as they turn, schedules by what runs when."""
+"""Counts over compiled programs that are not run: loops by their trip counts, schedules by what runs when."""
 
 import importlib.util
 import pathlib
@@ -68,7 +68,7 @@ def listing(tmp_path, *blocks: tuple[str, int]) -> pathlib.Path:
 
 
 def branch(n: int, *inside: tuple[str, int]) -> list[tuple[str, int]]:
-  """Bundles that a branch may leave out, behind the branch itself and the four that run whether it is taken or not."""
+  """Bundles that a branch may skip, after the branch itself and the four bundles that always run."""
   return [(f'sbr.rel (%p1) target = $region{n}', 5), *inside, (f'/* Start/End empty region {n} */', 1)]
 
 

@@ -1,4 +1,4 @@
-"""scripts/setup.sh, against a stand-in for python3 that records what it is asked to install."""
+"""scripts/setup.sh, with a stand-in for python3 that records what it is told to install."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that lies: what is damaged is named, put aside and never loaded; what was cut off never was."""
+"""Checkpoints on a faulty disk: a damaged step is named, set aside and never loaded; a cut-off save is no step."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def run(saved, tmp_path):
 
 
 def go_on(run: pathlib.Path, program, cfg=CFG) -> int:
-  """The step that a run goes on from."""
+  """The step that a run resumes from."""
   with contextlib.closing(Checkpoints(run, cfg)) as checkpoints:
     step = checkpoints.newest_whole()
     assert checkpoints.restore(program.abstract, step).position == POSITION
@@ -139,7 +139,7 @@ def test_other_files_beside_the_steps_are_not_touched(run, program):
   ('part', 'what'), [('2', 'its folder is'), ('2/state', 'lies behind one'), ('2/MANIFEST.json', 'MANIFEST.json is')]
 )
 def test_a_step_behind_a_symbolic_link_is_not_used(run, program, capsys, part, what):
-  """Whoever may write where it leads to could exchange it between the comparison and the reading."""
+  """Anybody who can write the target could exchange it between the comparison and the reading."""
   place = run / 'checkpoints' / part
   place.rename(run / 'elsewhere')
   place.symlink_to(run / 'elsewhere')
@@ -199,7 +199,7 @@ def test_a_second_damaged_step_with_the_same_number_gets_another_name(run):
 
 
 def test_wrong_values_in_intact_files_are_detected(run, program, capsys):
-  """Damage on the way to the disk: the files are hashed as they were written, and are not the state."""
+  """Damage on the way to the disk: the hashes match the files, but the files differ from the state."""
   key = max(manifest.read(run / 'checkpoints/2').leaves)
   resign(run / 'checkpoints/2', key)
   checkpoints = Checkpoints(run, CFG)
@@ -214,7 +214,7 @@ def test_wrong_values_in_intact_files_are_detected(run, program, capsys):
 
 
 def test_if_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch):
-  """It may be the program that is wrong."""
+  """The fault may be in the program."""
   mix = digest.mix
   monkeypatch.setattr(digest, 'mix', lambda x, constants: mix(x, constants) + jax.numpy.uint32(1))
   jax.clear_caches()

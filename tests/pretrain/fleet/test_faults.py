@@ -1,4 +1,4 @@
-"""Real processes that are killed, told to stop, or do not come. More of them, and more often: scripts/faults.py."""
+"""Real processes that are killed, told to stop, or do not start. scripts/faults.py tries more of this, more often."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""`pretrain run`: several local processes that are one run, and end together."""
+"""`pretrain run`: several local processes that form one run, and end together."""
 
 import io
 import re
@@ -61,7 +61,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_no_connection_takes_the_port_of_the_coordinator():
-  """It starts seconds later; a port that is taken then is code 64, and ends a run that would only have restarted."""
+  """It listens seconds later; if the port is taken then, code 64 would end a run that only needed a restart."""
   first = launch.first_connection_port()
   ports = {launch.free_port() for _ in range(50)}
   assert len(ports) > 40, 'two runs that start at once have different ones'
@@ -97,7 +97,7 @@ def test_a_process_that_ignores_sigterm_is_killed(monkeypatch):
 
 
 def test_a_child_that_outlives_its_process_is_not_waited_for(monkeypatch):
-  """It holds the pipe that the lines come from."""
+  """The child holds the pipe from which lines are read."""
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
   code = "import subprocess, sys; print('said', flush=True); subprocess.Popen(['sleep', '30']); sys.exit(3)"
   stream, start = io.StringIO(), time.monotonic()
@@ -107,7 +107,7 @@ def test_a_child_that_outlives_its_process_is_not_waited_for(monkeypatch):
 
 
 def test_processes_that_wait_for_a_killed_one_are_ended_at_once(monkeypatch):
-  """In a collective nothing is left to be said, and every second is one of the restart."""
+  """In a collective they have nothing to save, and every second delays the restart."""
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 60)
   code = """
 import os, signal, time
@@ -192,7 +192,7 @@ print('seen', sorted(set(seen)))
 
 @pytest.mark.slow
 def test_every_process_finds_its_compiled_programs_again(tmp_path, monkeypatch):
-  """JAX writes those of process 0 alone; the others would compile at each restart."""
+  """JAX writes only those of process 0; the others would compile at each restart."""
   for name in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR'):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('PRETRAIN_CACHE', str(tmp_path))

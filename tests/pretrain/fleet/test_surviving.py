@@ -1,4 +1,4 @@
-"""Processes that survive another one: they go on as they are, or all are started again; nobody waits for ever."""
+"""Processes that survive another one: they continue, or all are restarted; none waits for ever."""
 
 import io
 import json
@@ -123,7 +123,7 @@ def test_a_death_before_there_is_a_state_again_restarts_all(tmp_path):
 
 @pytest.mark.parametrize(('code', 'wanted'), [(71, 'stop'), (74, 'restart'), (72, 'rewind'), (1, 'survival')])
 def test_an_error_that_all_share_is_not_survived(tmp_path, code, wanted):
-  """Of an exit by itself, too, there are survivors, where it was of that process alone."""
+  """A process that exits by itself can be survived too, if the error is its own."""
   assert run(tmp_path, {0: {1: (3, -code)}}) == (code if wanted == 'stop' else 0)
   assert [i['action'] for i in incidents(tmp_path)] == [wanted]
 
@@ -156,7 +156,7 @@ def test_hanging_up_ends_connections_to_peers_but_not_to_the_coordinator():
 
 
 def test_the_private_names_that_survival_needs_exist():
-  """Of JAX and Orbax: a version without them, or with others, shows here."""
+  """Names of JAX and Orbax: a version without them fails here."""
   coordinator = Coordinator(1)
   with socket.create_connection(coordinator.address.split(':')):
     pass
@@ -171,7 +171,7 @@ def test_the_private_names_that_survival_needs_exist():
 
 
 def trained(workdir, hosts: int, policy: Policy, kill: int, at: int, *keys: str) -> list[str]:
-  """Trains a decoder, whose process `kill` dies at step `at` if a checkpoint is there; returns what was said."""
+  """Trains a decoder, whose process `kill` dies at step `at` if there is a checkpoint; returns the output."""
   keys = (*tiny.SMALL_DECODER, 'train.steps=30', 'checkpoint.every=10', 'data.batch_size=6', 'mesh.data=6', *keys)
   flags = [f'--gin_file={tiny.DECODER}', f'--workdir={workdir}', *(f'--gin.{key}' for key in keys)]
   script = TRAIN.replace('step == 15', f'step == {at}')

@@ -1,4 +1,4 @@
-"""What processes tell each other: everybody's answer, or the name of the one who gave none."""
+"""What processes exchange: the answers of all, or the name of the process without an answer."""
 
 import jax
 import pytest
@@ -63,7 +63,7 @@ def test_a_process_that_does_not_answer_is_named(service):
 
 
 def test_a_process_that_gave_up_a_save_takes_part_in_the_next_one(service):
-  """One question of the first save was not asked by this process; the second one's are its own."""
+  """This process missed one question of the first save; the second save has questions of its own."""
   keys = []
   service.blocking_key_value_get = lambda key, _: keys.append(key) or '='
   Agreement.about('d').gather('x')

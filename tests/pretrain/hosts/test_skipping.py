@@ -1,4 +1,4 @@
-"""Examples that are left out: the same ones however often the run is resumed, and nothing else moves."""
+"""Skipped examples: the same ones after any number of resumes, and no other example changes."""
 
 import json
 import types
@@ -67,7 +67,7 @@ def test_a_cut_off_line_of_rewinds_is_ignored(tmp_path):
 
 
 def test_ranges_written_by_a_rewind_are_never_refused():
-  """One around an older one, one behind it, one that lies behind the run."""
+  """A range that contains an older one, a range after it, and a range before the current position."""
   check_skips([(32, 120), (48, 80), (120, 128)], 0, 8)
   check_skips([(3, 5), (32, 48)], 8, 8)
   with pytest.raises(ConfigError, match=r'examples from 61 on, .* one begins at 56'):

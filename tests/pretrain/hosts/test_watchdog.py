@@ -18,7 +18,7 @@ class Expired(Exception):
 
 @pytest.fixture
 def dog(tmp_path, monkeypatch):
-  """(timeline, watchdog) that raises instead of ending the process; time passes by `tick` alone."""
+  """(timeline, watchdog) that raises instead of ending the process; time passes only by `tick`."""
 
   def leave(code):
     raise Expired(code)
@@ -77,7 +77,7 @@ def test_a_process_that_waits_in_a_step_ends_after_the_one_it_waits_for(dog, mon
 
 
 def test_time_in_which_the_machine_stood_still_does_not_count(dog, monkeypatch):
-  """The watching thread stands still with it: what it has not seen pass is not held against the run."""
+  """The watchdog's thread stands still too: time that it did not measure does not count."""
   _, watch = dog
   seen = []
   monkeypatch.setattr(watch, 'tick', seen.append)

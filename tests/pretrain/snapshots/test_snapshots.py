@@ -39,7 +39,7 @@ EXACT = ('step', 'loss', 'grad_norm', 'batch_checksum')
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch, tmp_path):
-  """No test takes the machine's memory; what is left behind is seen."""
+  """Tests use a folder of their own instead of /dev/shm, and fail if they leave something in it."""
   folder = tmp_path / 'memory'
   folder.mkdir()
   monkeypatch.setattr(snapshot_slots, 'MEMORY', folder)
@@ -94,7 +94,7 @@ def hosts_of(count: int, devices: int = 2):
 
 
 def leaf(shape, index_of, devices):
-  """An array of a mesh that is not here."""
+  """An array on a mesh of devices that do not exist."""
   sharding = types.SimpleNamespace(devices_indices_map=lambda shape: {d: index_of(d) for d in devices})
   return types.SimpleNamespace(shape=shape, dtype=np.dtype(np.float32), sharding=sharding)
 
@@ -262,7 +262,7 @@ def test_the_newest_step_that_is_complete_or_can_be_rebuilt_is_used(reports, gro
 
 
 def test_shares_from_different_attempts_are_not_combined():
-  """A host that was away has a step that the others have made again since, on a device whose sums are not the same."""
+  """A host that was away has a step that the others have computed again since, with other bits."""
   made = lambda crcs: Report({step: (Header(step, 8, 1, crcs, {}, {}), True) for step in (5, 10)}, ())
   for others, whole in (([1, 2, 3], 10), ([1, 2, 4], None)):
     choice = choose([made([1, 2, 3]), made(others), report()], GROUP)
@@ -285,7 +285,7 @@ def test_one_line_tells_what_a_run_resumes_from_and_why():
 
 
 class Known:
-  """Answers that tell where a server is."""
+  """Answers with the address of a server."""
 
   def __init__(self, place):
     self.place = place
@@ -364,14 +364,14 @@ def numbers(workdir):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """A run that takes no snapshots."""
+  """A run without snapshots."""
   workdir = tmp_path_factory.mktemp('runs') / 'alone'
   assert train(tiny.decoder(*KEYS, 'snapshot.every=0'), workdir) == 0
   return workdir
 
 
 def kill(workdir, memory, *overrides, step=13):
-  """A run that ends at `step` as a process does that is killed: its memory stays as it is."""
+  """A run that ends at `step` like a killed process: its snapshots stay as they are."""
   log = Run._log
 
   def dying(run, at, *rest):
@@ -392,7 +392,7 @@ def kill(workdir, memory, *overrides, step=13):
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory):
-  """A run that was killed in step 13, with step 8 on disk, steps 5 and 10 in memory."""
+  """A run that was killed in step 13, with step 8 on disk, steps 5 and 10 in host RAM."""
   workdir = tmp_path_factory.mktemp('runs') / 'run'
   workdir.with_name('memory').mkdir()
   kill(workdir, workdir.with_name('memory'), 'checkpoint.every=8')
@@ -401,7 +401,7 @@ def killed(tmp_path_factory):
 
 @pytest.fixture
 def run(killed, memory, tmp_path):
-  """A copy of `killed`, and of its memory."""
+  """A copy of `killed` and of its snapshots."""
   workdir = tmp_path / 'run'
   shutil.copytree(killed, workdir)
   shutil.copytree(folder_of(SnapshotConfig(folder=str(killed.with_name('memory'))), killed, 0), folder_at(workdir))
@@ -486,7 +486,7 @@ def test_the_disk_is_used_if_it_is_newer(run, capsys):
 
 
 def test_host_ram_is_used_without_reading_the_disk_if_it_is_newer_and_then_saved(run, monkeypatch, capsys):
-  """What is damaged there is not even seen. A run that is told to stop before its first step saves what it has."""
+  """Damage on the disk is not even noticed. A run that is told to stop before its first step saves its state."""
   monkeypatch.setattr(Checkpoints, 'damage', lambda *_: pytest.fail('it was read'))
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8'), run) == 75
@@ -607,7 +607,7 @@ def test_a_missing_folder_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_folder_of_another_user_is_not_used(tmp_path, memory, monkeypatch):
-  """Everybody may write to /dev/shm: who has made the folder can write what a run would go on from."""
+  """Every user may write to /dev/shm: the owner of the folder can write what a run would resume from."""
   folder = folder_of(SnapshotConfig(), tmp_path / 'run', 0)
   folder.symlink_to(tmp_path)
   with pytest.raises(ConfigError, match=f'{folder} does not belong to this user; remove it, or set snapshot.folder.'):
