@@ -25,7 +25,7 @@ ARCHITECTURE = ROOT / 'docs/design/ARCHITECTURE.md'
 DOCUMENTS = [
   ROOT / 'README.md',
   ROOT / 'CONTRIBUTING.md',
-  ARCHITECTURE,
+  *sorted((ROOT / 'docs/design').glob('*.md')),
   *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md'),
 ]
 PACKAGES = ('pretrain', 'models', 'data', 'pallas_kernels')
@@ -131,7 +131,8 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
   found += wrong_anchors(path, text)
-  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on'}  # setup.sh, faults.py
+  # Flags of setup.sh, faults.py, pytest (--import-mode) and pip (--no-deps).
+  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no'}
   known = all_flags(main.parser()) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
