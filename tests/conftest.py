@@ -2,7 +2,16 @@
 
 import importlib.metadata
 import os
+import pathlib
+import sys
 import tempfile
+
+# Where no bytecode is written, each of the many processes that tests start would compile the source of JAX again, for
+# seconds. It goes beside the packages, not into the tree of whoever asked for none.
+if sys.dont_write_bytecode:
+  sys.dont_write_bytecode = False
+  sys.pycache_prefix = os.environ['PYTHONPYCACHEPREFIX'] = str(pathlib.Path(sys.prefix) / 'pycache')
+  os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 # Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit these.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -20,7 +29,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import io
-import pathlib
 
 import jax
 import numpy as np
