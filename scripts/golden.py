@@ -7,7 +7,7 @@ nobody meant shows up in tests/pretrain/tools/test_golden.py.
 import pathlib
 
 from pretrain.config import bindings
-from pretrain.experiment import experiment
+from pretrain.experiment import checks, experiment
 from pretrain.tools import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,7 @@ def shipped() -> list[str]:
 
 def described(name: str) -> str:
   cfg = bindings.load(experiment.Experiment, [str(CONFIGS / f'{name}.gin')])
-  experiment.check(cfg)
+  checks.check(cfg)
   return describe.describe(cfg) + '\n'
 
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from pretrain.cli import main
+from pretrain.cli import main, shared
 from pretrain.config import bindings
 from pretrain.config.schema import is_section, name_of, sections, without_none
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARCHITECTURE = ROOT / 'docs/design/ARCHITECTURE.md'
@@ -88,7 +89,7 @@ def commands_in(code: str) -> Iterator[list[str]]:
 
 def wrong_words(words: list[str]) -> Iterator[str]:
   """Sub-commands and flags that the parser does not have; `--gin.KEY=` is a key's matter."""
-  parser = main.parser()
+  parser = shared.parser(main.COMMANDS)
   for word in words:
     actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     if not word.startswith('-'):
@@ -115,7 +116,7 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
   of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on'}  # setup.sh, faults.py
-  known = all_flags(main.parser()) | of_scripts | {'--gin'}
+  known = all_flags(shared.parser(main.COMMANDS)) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
     keys = dict.fromkeys(KEY.findall(code) + ASSIGNED.findall(code))

@@ -259,6 +259,7 @@ class Run:
     by_source = found.pop('source_loss', None), found.pop('source_weight', None)
     digests = found.pop('replicas', None)
     values = {k: float(v) for k, v in found.items()} | self._source_metrics(examples, *by_source)
+    watch.add(values)
     if self.mixing is not None:
       self._observe(examples, *by_source)
     ends = self.judge.is_end(values)

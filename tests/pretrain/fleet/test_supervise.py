@@ -251,7 +251,7 @@ def test_numbers_that_cannot_be_are_refused(capsys, flags, message):
 @pytest.mark.parametrize(
   ('file', 'key', 'message'),
   [
-    ('ul2/tiny_odm.gin', 'seed=0', '--skip_poisoned with data.online, whose weights are of losses of all'),
+    ('ul2/tiny_odm.gin', 'seed=0', '--skip_poisoned with data.online, whose weights come from the losses of all'),
     (
       'ul2/tiny.gin', "phases=[{'start_step': 9, 'set': {'data.batch_size': 64}}]",
       '--skip_poisoned with data.batch_size=[32, 64] in phases; give all one size, or remove it.',

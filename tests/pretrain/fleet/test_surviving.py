@@ -134,11 +134,12 @@ def test_without_the_key_nobody_survives(tmp_path):
 
 
 def test_the_key_is_refused_where_there_is_an_accelerator(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(main, 'has_accelerator', lambda: True)
+  monkeypatch.setattr('pretrain.cli.run.has_accelerator', lambda: True)
   monkeypatch.delenv('JAX_PLATFORMS', raising=False)
   flags = [f'--gin_file={tiny.DECODER}', f'--workdir={tmp_path}', '--gin.elastic.survive=True']
   assert main.main(['run', '--hosts=2', '--', 'train', *flags]) == 64
-  assert 'elastic.survive=True is for CPU processes, and here is an accelerator; remove it.' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert 'elastic.survive=True is for CPU processes, and this machine has an accelerator; remove it.' in error
 
 
 def test_hanging_up_ends_connections_to_peers_but_not_to_the_coordinator():
