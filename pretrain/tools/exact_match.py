@@ -13,9 +13,9 @@ from models.decode import greedy
 from pretrain.devices.mesh import host_rows, replicated, to_global
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import Program
+from pretrain.experiment.prompts import prompt_batch
 from pretrain.tools.evaluate import series
 from pretrain.tools.generate import until_eos
-from pretrain.tools.prompts import prompt_batch
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 ExactMatch = Callable[[Any, Pairs], float]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.arguments import is_text
 from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.errors import DataError
@@ -28,8 +29,8 @@ from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import stretch_at
 from pretrain.experiment.program import build_program
+from pretrain.experiment.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.redact import redact
-from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 
 MOST_TOP = 64
 LEAST_WIDTH = 8
@@ -122,6 +123,8 @@ def answers(
   them are checked before a parameter is read.
   """
   _check_counts(max_tokens, top)
+  if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
+    return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
   cfg, data, checkpoints, step = _open(workdir)
   inputs = [_read_prompt(prompt, cfg, data) for prompt in prompts]
   if all(isinstance(own, Refused) for own in inputs):
