@@ -128,15 +128,19 @@ def explain_command(options, overrides) -> None:
 
 
 def plan_command(options, overrides) -> None:
-  """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
-  from data.batches.plan_report import keep_plans, report
-  from pretrain.experiment.phases import stretch_at
+  """Make the plans of large stores before a run; print how full rows are, and what padding costs, phase by phase."""
+  from data.batches.plan_report import keep_plans
+  from pretrain.experiment.phases import stretches
+  from pretrain.tools.data_plan import report
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  source = _open(stretch_at(shared.load(options, overrides), 0).cfg)
-  keep_plans(source, options.workers)
-  print(report(source))
+  for stretch in (phases := stretches(shared.load(options, overrides))):
+    source = _open(stretch.cfg)
+    keep_plans(source, options.workers)
+    if len(phases) > 1:
+      print(f'{"" if stretch.index == 0 else chr(10)}phase {stretch.index}, from step {stretch.start:,}:')
+    print(report(stretch, source))
 
 
 def _open(cfg):
@@ -149,27 +153,29 @@ def _open(cfg):
 
 def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
+  from pretrain.experiment import same_stores
+  from pretrain.experiment import saved as saved_config
   from pretrain.experiment.phases import stretch_at
   from pretrain.experiment.resume import check_same_run
-  from pretrain.experiment.saved import as_begun
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
   if not (saved or options.gin_file):
     raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
   options.gin_file = options.gin_file or [str(saved)]
   cfg = shared.load(options, overrides)
-  cfg = as_begun(cfg, saved) if saved else cfg
+  cfg = saved_config.as_begun(cfg, saved) if saved else cfg
   stretch = stretch_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)
     return _open(stretch.cfg), stretch.example(options.step)
+  cfg = same_stores.as_begun(options.workdir, cfg)
   check_same_run(saved, cfg)
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
   from pretrain.tools.history import data_of_run
 
-  return data_of_run(options.workdir, cfg, _open(stretch.cfg), step)
+  return data_of_run(options.workdir, cfg, _open(stretch_at(cfg, step).cfg), step)
 
 
 def _check_decided(online, step: int) -> None:

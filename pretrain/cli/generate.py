@@ -17,14 +17,14 @@ def generate_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--max_tokens', type=int, default=64, help='at most; an output also ends where a training row did'
   )
+  command.add_argument('--top', type=int, help='list the best N fillings of each blank, or outputs, with probabilities')
 
 
-def generate_command(options, overrides) -> None:
+def generate_command(options, overrides) -> int:
   """Fill blanks, or continue text, with a trained run."""
   from pretrain.devices import mesh
 
   mesh.prepare_platform(mesh.MeshConfig())
-  from pretrain.tools.generate import generate
+  from pretrain.tools.generate import show_generated
 
-  for result in generate(options.workdir, options.text, options.max_tokens):
-    print(f'prompt  {result.prompt}\noutput  {result.output}\ntext    {result.text}\n')
+  return show_generated(options.workdir, options.text, options.max_tokens, options.top)

@@ -17,6 +17,7 @@ from pretrain.optim.averaging import make_track, track_shardings
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
+from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
 from pretrain.step.train_step import TrainState, init_state, make_train_step, start_state
 
@@ -63,7 +64,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
-    track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+    fill=make_fill(cfg.model), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
   start = functools.partial(start_state, tx=tx, track=track)
   return Program(

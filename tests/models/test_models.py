@@ -84,8 +84,8 @@ def assert_packing_changes_nothing(cfg, data):
 
 
 @FAMILIES
-def test_the_packing_test_sees_a_lost_segment_mask(cfg):
-  """The mutation: with one segment for all, packed rows must differ."""
+def test_the_packing_test_detects_a_missing_segment_mask(cfg):
+  """The mutation: with a single segment per row, packed rows must differ."""
   model, params = model_and_params(cfg)
   data = batch()
   merged = {k: np.minimum(v, 1) if k.endswith('segment_ids') else v for k, v in data.items()}
@@ -131,8 +131,8 @@ def test_prefix_zero_is_causal_and_a_full_prefix_sees_the_future():
   assert np.abs(full - causal)[0, 0].max() > 1e-3, 'the first token sees those after it'
 
 
-def test_every_token_of_an_encoder_sees_all_of_its_segment_and_nothing_else():
-  """A row of segments of 5 and 7 tokens: the first of a segment knows its last, the other segment does not."""
+def test_every_token_of_an_encoder_sees_its_whole_segment_and_nothing_else():
+  """A row of segments of 5 and 7 tokens: a changed token changes the outputs of its segment, and of no other."""
   model, params = model_and_params(BERT)
   for changed, (own, other) in {4: (0, 5), 11: (5, 0), 0: (4, 11)}.items():
     data = batch()
@@ -155,7 +155,7 @@ def test_shared_keys_equal_repeated_keys():
 
 @FAMILIES
 def test_dropout_masks_belong_to_examples(cfg):
-  """A row's masks are the same wherever it stands in whatever batch; another step has others."""
+  """A row's masks are the same at any place in any batch; another step has other masks."""
   model, params = model_and_params(cfg, dropout=0.5)
   key, data = jax.random.key(1), batch()
   whole = hidden(model, params, data, key)
@@ -186,7 +186,7 @@ def test_meshes_agree(cfg, mesh):
 @CACHED
 def test_cached_decoding_equals_the_full_forward_pass(cfg):
   model, params = model_and_params(cfg)
-  # The encoder's rows have another length: nothing of its positions is the decoder's.
+  # The encoder's rows have another length, so that its positions cannot stand in for the decoder's.
   params, data = shaken(params), batch(((8,), (8,)), 8) | side('encoder', [[6], [6]], 6, seed=2)
   full = model.logits(params, compiled(model)(params, data)[0])
   cached = teacher_forced(model, params, data, jnp.asarray(data['decoder_input_tokens']))
@@ -194,7 +194,7 @@ def test_cached_decoding_equals_the_full_forward_pass(cfg):
 
 
 @pytest.mark.parametrize('cfg', [T5, LLAMA], ids=['encoder_decoder', 'decoder'])
-def test_greedy_takes_the_most_likely_token_of_the_full_pass(cfg):
+def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
   model, params = model_and_params(cfg)
   data = batch(((6,), (6,)), 6)
   data['decoder_input_tokens'][:, 0] = 0
@@ -217,8 +217,8 @@ def test_greedy_takes_the_most_likely_token_of_the_full_pass(cfg):
 
 @pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['rotary', 'alibi', 'learned'])
 @pytest.mark.parametrize('prefix', [False, True])
-def test_prompts_of_unequal_lengths_are_gone_on_with_as_each_alone(cfg, prefix):
-  """They stand at the end of their rows; without segment ids the empty places would be read."""
+def test_prompts_of_unequal_lengths_are_continued_as_each_alone(cfg, prefix):
+  """They stand at the end of their rows; without segment ids the padding would be read."""
   model, params = model_and_params(cfg)
   params, data = shaken(params), side('decoder', [[5], [8], [2]], 8, seed=3)
   lengths = (data['decoder_segment_ids'] > 0).sum(1)
@@ -256,7 +256,7 @@ def test_every_parameter_has_its_source_std():
 
 
 def test_a_parameter_is_drawn_from_its_path_alone():
-  """Another depth of the decoder leaves the encoder's numbers as they were."""
+  """A deeper decoder does not change the values of the encoder."""
   _, deep = model_and_params(T5, decoder_layers=4)
   _, shallow = model_and_params(T5)
   jax.tree.map(np.testing.assert_array_equal, deep['encoder'], shallow['encoder'])
@@ -276,7 +276,7 @@ def test_a_mesh_that_does_not_divide_is_named():
 
 
 @pytest.mark.parametrize('cfg', [T5, LLAMA, T5_1_0, LEARNED, BERT], ids=['t5', 'llama', 't5_1_0', 'learned', 'bert'])
-def test_flops_are_those_that_the_compiler_counts(cfg):
+def test_flops_equal_the_compilers_count(cfg):
   """One layer a stack (the compiler counts a scan's body once), a dense batch, products only within ten percent."""
   encodes = cfg.name == 'encoder_decoder'
   layers = {'encoder_layers': 1, 'decoder_layers': 1} if encodes else {'layers': 1}

@@ -214,7 +214,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
   ('file', 'override', 'message'),
   [
     (tiny.DECODER, 'model.kv_heads=3', 'model.kv_heads=3 does not divide model.heads=4; each serves equally many.'),
-    (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions rotate pairs, use 8.'),
     (
       tiny.DECODER,
       "objective.name='mlm'",
@@ -269,7 +269,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       'optimizer.momentum=0.0 has none; remove it.',
     ),
     (tiny.UL2, 'evaluation.generate=-1', '--gin.evaluation.generate: evaluation.generate=-1; it must be >= 0.'),
-    (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions rotate pairs, use 8.'),
     (tiny.ENCODER, 'objective.rate=1.0', '--gin.objective.rate: objective.rate=1.0; it must be in (0, 1).'),
     (tiny.ENCODER, 'objective.mask=1.1', '--gin.objective.mask: objective.mask=1.1; it must be in [0, 1].'),
     (tiny.ENCODER, 'objective.random=-0.1', '--gin.objective.random: objective.random=-0.1; it must be in [0, 1].'),
@@ -298,7 +298,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (
       tiny.DECODER,
       'model.max_positions=9',
-      "model.max_positions=9 with model.positions='rotary'; it is of 'learned', remove it.",
+      "model.max_positions=9 with model.positions='rotary'; it belongs to 'learned', remove it.",
     ),
     (
       tiny.UL2,
