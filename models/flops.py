@@ -1,4 +1,4 @@
-"""FLOPs of a training step, from the description alone."""
+"""FLOPs of a training step, computed from the parameter descriptions alone."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of
 
 
 def _matrix_parameters(tree: Tree) -> int:
-  """Parameters that every token is multiplied with: all but norms and biases (lookups are left out by the caller)."""
+  """How many parameters every token is multiplied with: no norms, no biases (the caller leaves out lookups)."""
   if is_spec(tree):
     return math.prod(tree.shape) if is_matrix(tree) else 0
   return sum(_matrix_parameters(branch) for branch in tree.values())
 
 
 def _cross_keys_values(decoder: Tree) -> int:
-  """Of the decoder's parameters, those multiplied with encoder tokens."""
+  """The number of the decoder's parameters that are multiplied with encoder tokens."""
   cross: dict[str, ParamSpec] = decoder['blocks']['cross_attention']
   return math.prod(cross['key'].shape) + math.prod(cross['value'].shape)
 

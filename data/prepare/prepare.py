@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, assert_never, get_args
 
 import numpy as np
@@ -16,13 +16,16 @@ import sentencepiece
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data import arguments
 from data.errors import DataError
 from data.prepare.encode import Encoder, Recipe, batches, encode_all
-from data.prepare.inputs import Meter, Records
+from data.prepare.inputs import Meter, Records, check_file
 from data.prepare.scores import SCORES, Score
-from data.prepare.text import Documents, Reading, Segment, read_segments, sample
+from data.prepare.text import Documents, Reading, Segment, is_blank, read_segments, sample
 from data.stores.arrays import is_inside
-from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store, refuse_existing
+from data.stores.paths import looked_in
+from data.stores.staging import refuse_existing
+from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store
 from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
@@ -35,26 +38,36 @@ TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of `pretrain data prepare`."""
-  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help=FORMATS)
-  parser.add_argument('--out', required=True, help='the store: a path or a URL (gs://, s3://)')
+  parser.add_argument('inputs', nargs='+', type=arguments.path, help=FORMATS)
+  parser.add_argument(
+    '--out', required=True, type=arguments.expand_user, help='the store: a path or a URL (gs://, s3://)'
+  )
   parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
   parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
-  parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
+  parser.add_argument('--tokenizer', type=arguments.path, help='a SentencePiece model to use; otherwise one is trained')
   parser.add_argument('--documents', choices=get_args(Documents), default='file', help='what a document is in a text')
   parser.add_argument('--records', choices=get_args(Records), default='text', help='what a record of .arrayrecord is')
-  parser.add_argument('--field', default='text', help='the field of a JSONL line, or the column, that holds the text')
-  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields')
-  parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
-  parser.add_argument('--messages_field', help='make conversations, of the lists of messages in this field')
+  parser.add_argument(
+    '--field', type=arguments.text, default='text', help='the field of a JSONL line, or the column, that holds the text'
+  )
+  parser.add_argument(
+    '--inputs_field', type=arguments.text, help='with --targets_field: make pairs, of these two fields'
+  )
+  parser.add_argument('--targets_field', type=arguments.text, help='the field of what is to be written for the inputs')
+  parser.add_argument(
+    '--messages_field', type=arguments.text, help='make conversations, of the lists of messages in this field'
+  )
   parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
   parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
-  parser.add_argument('--score_field', help='a field that holds a number, kept as a score of each document')
+  parser.add_argument(
+    '--score_field', type=arguments.text, help='a field that holds a number, kept as a score of each document'
+  )
   parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
   parser.add_argument('--workers', type=int, help='processes (default: as many as cores for large inputs)')
 
 
-def _names(text: str) -> tuple[str, ...]:
-  return tuple(filter(None, text.split(',')))
+def _names(value: str) -> tuple[str, ...]:
+  return tuple(filter(None, arguments.text(value).split(',')))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -128,8 +141,10 @@ def prepare(
   paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
-    raise DataError(f'{missing[0]} is no file; check the path.')
+    raise DataError(f'{missing[0]}{looked_in(missing[0])} is no file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
+  for path in paths:  # all of them, before the first is read
+    check_file(path)
   refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
@@ -139,7 +154,7 @@ def prepare(
   options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
   with StoreWriter(out, own, **options) as writer:
     digest = hashlib.sha256()
-    segments = _hashed(_read(paths, reading, total, 'tokenising'), digest)
+    segments = _hashed(_read(paths, reading, total, own), digest)
     with contextlib.closing(encode_all(batches(segments), Encoder(own, recipe), workers)) as encoded:
       for batch in encoded:
         writer.add_joined(batch.tokens, batch.last, batch.columns)
@@ -181,12 +196,15 @@ def _check_units(reading: Reading, scores: tuple[Score, ...], append_eos: bool) 
     raise DataError(f'--tag_fields, --scores and --score_field are for text, not for {kind}; leave them out.')
 
 
-def _read(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[Segment]:
-  """The segments of all files, with a bar in a terminal."""
-  return (segment for segment, _ in _metered(paths, reading, total, label))
+def _read(paths: list[pathlib.Path], reading: Reading, total: int, tokenizer: Tokenizer) -> Iterator[Segment]:
+  """The segments of all files, with a bar in a terminal. A text without tokens is empty."""
+  is_empty = lambda text: is_blank(text) or not tokenizer.encode(text)
+  return (segment for segment, _ in _metered(paths, reading, total, 'tokenising', is_empty))
 
 
-def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[tuple[Segment, float]]:
+def _metered(
+  paths: list[pathlib.Path], reading: Reading, total: int, label: str, is_empty: Callable[[str], bool] = is_blank
+) -> Iterator[tuple[Segment, float]]:
   """Segments, and the fraction of all files that was read when each came."""
   columns = (
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
@@ -196,7 +214,7 @@ def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str
   with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
     task = progress.add_task(label, total=total)
     for path in paths:
-      for segment in read_segments(path, reading, meter):
+      for segment in read_segments(path, reading, meter, is_empty):
         yield segment, meter.fraction
         if shown:
           progress.update(task, completed=meter.read)

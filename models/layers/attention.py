@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from models.layers.norm import RmsNorm
 from models.layers.positions import rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
-from pallas_kernels.attention.api import RelativeBias, choose, flash_attention
+from pallas_kernels.attention import api
 
 WEIGHTS_SITE = 20
 
@@ -24,7 +23,8 @@ WEIGHTS_SITE = 20
 class AttentionConfig:
   """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
 
-  `qk_norm` normalises each query and key head before positions enter; the scores are then scaled in any case.
+  `qk_norm` normalises each query and key head before positions enter, as an RMS norm whatever `model.norm.name`, with
+  `qk_norm_eps` = `model.norm.eps` (Qwen3, OLMo 2 and Gemma 3 do the same); the scores are then scaled in any case.
   `softcap` bends scores to softcap * tanh(scores / softcap).
   """
 
@@ -34,6 +34,7 @@ class AttentionConfig:
   t5_scale: bool
   rope_theta: float | None
   qk_norm: bool
+  qk_norm_eps: float
   softcap: float | None
   dropout: float
   implementation: str
@@ -55,41 +56,24 @@ VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=list(VISIBILITY_AXES),
-  meta_fields=['causal', 'cached'],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Visibility:
-  """Which keys a query sees, and the bias between them: the arguments of `flash_attention`, once for all layers.
+class Visibility(api.Visibility):
+  """Which keys a query sees, once for all layers.
 
-  Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
-  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
-  queries; there the reference is as good as a kernel.
+  Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
+  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
+  of them than queries; there the reference is as fast as a kernel.
   """
 
-  causal: bool
-  cached: bool = False
-  q_segment_ids: Array | None = None
-  kv_segment_ids: Array | None = None
-  q_positions: Array | None = None
-  kv_positions: Array | None = None
-  prefix_end: Array | None = None
-  relative_bias: RelativeBias | None = None
-  alibi: Array | None = None
-
-  @property
-  def arrays(self) -> dict[str, Any]:
-    """Those that are there."""
-    return {name: x for name in VISIBILITY_AXES if (x := getattr(self, name)) is not None}
+  cached: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
-def _on_each_device(run, arrays: dict[str, Any]):
-  """`run` for the examples and heads of each device. Lengths are whole: `choose` knows none that divides them."""
+def _on_each_device(run, see: Visibility):
+  """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
   heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
-  own = {name: VISIBILITY_AXES[name] for name in arrays}
-  return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
+  given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
+  return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), heads)
 
 
 class Attention(nnx.Module):
@@ -109,39 +93,37 @@ class Attention(nnx.Module):
     out = projections.init_residual('heads', 'head_dim')
     self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
     self.out_bias = projections.make_bias((embed,), ('embed',))
-    self.query_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
-    self.key_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    head_norm = lambda: RmsNorm(head_dim, cfg.qk_norm_eps, axis='head_dim') if cfg.qk_norm else None
+    self.query_norm, self.key_norm = head_norm(), head_norm()
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array) -> Array:
     """[batch, length, heads, head_dim]."""
     q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
-    return self._place(q if self.query_norm is None else self.query_norm(q), positions)
+    return self._rotate(q if self.query_norm is None else self.query_norm(q), positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
     k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
     v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
-    return self._place(k if self.key_norm is None else self.key_norm(k), positions), v
+    return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
 
-  def _place(self, x: Array, positions: Array) -> Array:
+  def _rotate(self, x: Array, positions: Array) -> Array:
     return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
 
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
-    """Values mixed and projected back: [batch, length, embed]."""
+    """The values, mixed by attention and projected back: [batch, length, embed]."""
     dropped = None
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
     whole = {'dropout': dropped is not None, 'divided': divides('length')}
-    implementation = 'reference' if see.cached else choose(self.cfg.implementation, **whole)
+    implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     scale = 1.0 if self.cfg.folds_scale else None
-    run = functools.partial(
-      flash_attention, causal=see.causal, scale=scale, softcap=self.cfg.softcap, implementation=implementation
-    )
+    run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
-      mixed = run(q, k, v, **see.arrays, dropout=dropped)
+      mixed = run(q, k, v, see, dropout=dropped)
     else:
-      mixed = _on_each_device(run, see.arrays)(q, k, v, see.arrays)
+      mixed = _on_each_device(run, see)(q, k, v, see)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
 
@@ -160,10 +142,10 @@ class Cache:
     return cls(zeros, zeros, jnp.zeros((), jnp.int32))
 
   def write(self, layer: Array, k: Array, v: Array) -> tuple['Cache', Array, Array]:
-    """(the cache with k, v in `layer` at `index`, that layer's keys, its values)."""
-    place = (layer, 0, self.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(self.keys, k[None], place)
-    values = jax.lax.dynamic_update_slice(self.values, v[None], place)
+    """(the cache with k and v written at `index` of `layer`, that layer's keys, that layer's values)."""
+    start = (layer, 0, self.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(self.keys, k[None], start)
+    values = jax.lax.dynamic_update_slice(self.values, v[None], start)
     own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     return Cache(keys, values, self.index), own(keys), own(values)
 

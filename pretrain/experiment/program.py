@@ -11,7 +11,8 @@ import models.build
 from models import partition, specs
 from pretrain.devices.mesh import batch_shards, make_mesh, replicated
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import Experiment, check_batch
+from pretrain.experiment.checks import check_batch
+from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import make_track, track_shardings
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
@@ -51,7 +52,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
-  schedule = make_schedule(cfg.schedule, schedule_start)
+  schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
   track = make_track(cfg.averaging)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)

@@ -16,9 +16,11 @@ from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
 from pretrain.devices.mesh import to_global
 from pretrain.errors import ConfigError
+from pretrain.experiment import same_stores
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import stretch_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
+from pretrain.experiment.same_stores import as_begun
 from pretrain.hosts import coordination
 from pretrain.hosts.coordination import Interrupt
 from pretrain.hosts.skipping import check_skips, leave_out, read_skips, steps_to_skip
@@ -72,6 +74,7 @@ class Run:
   """One process's share of a run: its state, its place in the data, its files."""
 
   def __init__(self, cfg: Experiment, workdir: pathlib.Path, timeline: Timeline, allow_data_change: bool = False):
+    cfg = as_begun(workdir, cfg)
     self.cfg, self.workdir, self.timeline, self.text = cfg, workdir, timeline, bindings.render(cfg)
     self._allow_data_change, self._changes, self.skips = allow_data_change, [], read_skips(workdir)
     check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
@@ -110,6 +113,7 @@ class Run:
     writes = jax.process_index() == 0
     if writes:
       write_atomically(self.workdir / 'config.gin', self.text)
+      write_atomically(self.workdir / same_stores.FILE, same_stores.record(self.cfg))
       self.timeline.open(self.workdir, self.step, self.position['examples'])
     return Metrics(self.workdir, resume_step=self.step, total_steps=self.cfg.train.steps, write=writes)
 

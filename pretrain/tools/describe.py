@@ -69,5 +69,6 @@ def learning_rates(cfg: Experiment, steps: np.ndarray) -> np.ndarray:
   rates = np.zeros(len(steps))
   for stretch in stretches(cfg):
     own = (steps >= stretch.start) & (steps < (np.inf if stretch.end is None else stretch.end))
-    rates[own] = make_schedule(stretch.cfg.schedule, stretch.schedule_start)(steps[own])
+    schedule = make_schedule(stretch.cfg.schedule, stretch.schedule_start, decay_delay=cfg.train.decay_delay)
+    rates[own] = schedule(steps[own])
   return rates

@@ -1,4 +1,4 @@
-"""`report.html` of a run: its plots and final numbers in one file that needs nothing else, drawn from metrics.jsonl."""
+"""`report.html` of a run: its plots and final numbers in one self-contained file, drawn from metrics.jsonl."""
 
 import base64
 import html
@@ -59,16 +59,16 @@ def read_baselines(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def read_shares(workdir: pathlib.Path) -> Shares:
-  """The shares that the sources of a run were to have, by the step from which on; none without its config.
+  """The intended shares of the sources of a run, each with its first step; empty without a config.
 
-  Of a run that went on with other weights (`--allow_data_change`) they are the last ones, which its config holds.
+  For a run whose weights were changed (`--allow_data_change`) they are the last ones, which its config holds.
   """
   path = workdir / 'config.gin'
   return shares_of(bindings.load(Experiment, [str(path)])) if path.exists() else ()
 
 
 def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
-  """(step, share of each source from there on), phase by phase. Their stages count rows from the first of the run."""
+  """(step, share of each source from that step on), phase by phase. Stages count rows from the start of the run."""
   found = []
   for stretch in stretches(cfg):
     for row, shares in wanted_shares(stretch.cfg.data):
@@ -79,7 +79,7 @@ def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
 
 
 def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path]) -> str:
-  """The whole report as HTML; images are inside it."""
+  """The whole report as HTML, with the images embedded."""
   saved = workdir / 'config.gin'
   name = text_of(workdir.resolve().name)
   titles = plots_of(rows)
@@ -100,7 +100,7 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
 
 
 def goodput_section(found: Mapping[str, Any]) -> str:
-  """Where the time went, as one bar and a table; nothing for a run without a timeline."""
+  """Where the time went, as one bar and a table; empty for a run without a timeline."""
   if not found:
     return ''
   wall = found['wall_seconds']
@@ -121,7 +121,7 @@ def goodput_section(found: Mapping[str, Any]) -> str:
 
 
 def rewinds_section(found: Sequence[Mapping[str, Any]]) -> str:
-  """Where the run has gone back before a loss spike; nothing where it never has."""
+  """The loss spikes after which the run was rewound; empty without any."""
   left_out = lambda first, end: f'{first:,} to {end - 1:,}'
   rows = [(f'spike at step {x["step"]:,}', f'{x["to"]:,}', left_out(*x['examples'])) for x in found]
   return f'<h2>Rewinds</h2>{table(("", "back to step", "examples left out"), rows)}' if rows else ''
@@ -139,7 +139,7 @@ COLORS = {
 
 
 def summary(rows: Rows) -> list[tuple[str, float, str]]:
-  """(name, last value, unit) of everything that was logged, training first."""
+  """(name, last value, unit) of every logged metric, training first."""
   last: dict[str, float] = {}
   for row in rows:
     last |= row
@@ -175,7 +175,7 @@ UNITS = {
 
 
 def show(value: float) -> str:
-  """Five significant digits, and thousands apart.
+  """Five significant digits, with thousands separators.
 
   >>> show(12345678), show(4.123456), show(0.0002), show(float('nan'))
   ('12,345,678', '4.1235', '0.0002', 'nan')

@@ -1,4 +1,4 @@
-"""Hosts that stay away, damaged files, hangs, data workers; where the time went: F4, F5, F10, F11, F19."""
+"""Hosts that do not come back, damaged files, hangs, data workers; where the time went: F4, F5, F10, F11, F19."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from pretrain.fleet.supervise import Policy
 from pretrain.records.goodput import write_goodput
 from pretrain.records.timeline import read_timeline
 
-AWAY = ((2, 2), (1, 1))  # the process that does not come, of three, and how many go on
+AWAY = ((2, 2), (1, 1))  # (the process of three that does not start, how many continue)
 MESHES = (
   (1, {'mesh.data': 4}),
   (3, {'mesh.data': 3, 'mesh.fsdp': 2}),
@@ -26,12 +26,12 @@ F32_BAR = 1e-6  # of a loss, on another mesh
 
 
 def f4(options, alone) -> Line:
-  """a host stays away: the run goes on with fewer processes; or is told to, on another mesh"""
+  """a host does not come back: the run continues with fewer processes; or on another mesh, if told to"""
   lines, furthest = [], 0.0
   for i in range(count(options, 1, 12)):
     case, way = Case(f'f4_{i}', options, hosts=3, steps=40), (i + options.part) % (len(AWAY) + len(MESHES))
     code = case.run(stop_at(12))
-    meant = int(way < len(AWAY))  # of failures: a run that is told to has none
+    meant = int(way < len(AWAY))  # planned failures: a run that is told to change its mesh has none
     if code == 75:
       code = without_one(case, *AWAY[way]) if meant else elsewhere(case, *MESHES[way - len(AWAY)])
     line = verdict(case, alone(3, 40), code, meant, rtol=1e-5)
@@ -82,7 +82,7 @@ def f10(options, alone) -> Line:
 
 
 def misnamed(case: Case, where: str, host: int) -> str:
-  """'' where one hang was found, its process named (in a step all wait for each other) and its stacks written."""
+  """'' if one hang was found, its process named (in a step all wait for each other) and its stacks written."""
   causes = [(incident['cause'], incident['host']) for incident in case.incidents()]
   named = causes == [('hang', host)] or (where == 'step' and [c for c, _ in causes] == ['hang'])
   stacks = any('sleep' in p.read_text() or 'once' in p.read_text() for p in case.workdir.glob('hang_*.txt'))
@@ -90,7 +90,7 @@ def misnamed(case: Case, where: str, host: int) -> str:
 
 
 def f11(options, alone) -> Line:
-  """a data worker is killed; and none is left when the run is"""
+  """a data worker is killed; no worker outlives a killed run"""
   tried, survived, worst, times = 0, 0, '', []
   for i in range(count(options, 1, 5)):
     case, left = Case(f'f11_{i}', options, steps=40, keys={'data.workers': 2}), list[int]()
@@ -104,7 +104,7 @@ def f11(options, alone) -> Line:
 
 
 def kill_workers(case: Case, left: list[int]) -> None:
-  """Of the first start a worker, then the second start itself; `left` are its workers."""
+  """Kills a worker of the first start, then the second start itself; `left` gets its workers."""
   if case.wait_for(lambda: case.logged() >= 12 and len(children(case.pid())) >= 2):
     os.kill(children(case.pid())[-1], signal.SIGKILL)
   if case.wait_for(lambda: len(case.incidents()) > 0 and case.logged() >= 22 and len(children(case.pid())) >= 2):

@@ -1,4 +1,4 @@
-"""Runs of a study: many small trainings side by side, one core each, kept so that a study goes on where it stopped."""
+"""Runs of a study: many small trainings in parallel, one core each. Finished runs are kept, so a study can resume."""
 
 import concurrent.futures
 import contextlib
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One training: a config, `key=value` overrides, and a name that no other trial of the study has."""
+  """One training: a config, `key=value` overrides, and a name that is unique in the study."""
 
   name: str
   gin_file: str
@@ -40,7 +40,7 @@ def run_all(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) ->
 
 
 def _pin(free) -> None:
-  """One core for each process: two trainings on one core would only wait for each other."""
+  """Pins each process to one core: two trainings on one core would slow each other down."""
   os.sched_setaffinity(0, {free.get()})
   os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -51,12 +51,13 @@ def _run(job) -> dict[str, float]:
   if result.exists():
     return json.loads(result.read_text())
   from pretrain.config import bindings
-  from pretrain.experiment import experiment, program
+  from pretrain.devices.compilation_cache import use_compilation_cache
+  from pretrain.experiment import checks, experiment
   from pretrain.run import train
 
   cfg = bindings.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
-  experiment.check(cfg)
-  program.use_compilation_cache()
+  checks.check(cfg)
+  use_compilation_cache()
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
     train.train(cfg, workdir)

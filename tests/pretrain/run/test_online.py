@@ -119,7 +119,7 @@ def test_a_run_goes_on_from_memory_bit_exactly_across_decisions(stores, whole, t
     patch.setattr(Snapshots, 'recorded', record_and_wait)
     killed_at(configured(stores, *own), tmp_path / 'run', 8, monkeypatch)
   train(configured(stores, *own), tmp_path / 'run')
-  assert 'SNAPSHOT: going on from step 5 in memory' in capsys.readouterr().err
+  assert 'SNAPSHOT: resuming from step 5 in host RAM' in capsys.readouterr().err
   assert rows_of(tmp_path / 'run') == rows_of(whole)
   assert mixture_of(tmp_path / 'run', 11) == mixture_of(whole, 11)
 
@@ -147,7 +147,7 @@ def test_phases_may_change_the_objective_but_not_the_data(stores, tmp_path, monk
   train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=7)), tmp_path)
   weights = rows_of(tmp_path, ('weight/a', 'weight/b', 'weight/c'))
   assert weights[3] == weights[4] == weights[5] != weights[6], 'what was decided goes on in the next phase'
-  with pytest.raises(ConfigError, match=r'from step 4 on data is another, by data.batch_size, and data.online decides'):
+  with pytest.raises(ConfigError, match=r'from step 4 on data.batch_size changes the data, and data.online decides'):
     configured(stores, phase % ('data.batch_size', '16'))
 
 
