@@ -134,11 +134,11 @@ def plan_command(options, overrides) -> None:
   """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
   from data.batches.plan_report import keep_plans, report
   from pretrain.cli import main
-  from pretrain.experiment.phases import stretch_at
+  from pretrain.experiment.phases import phase_at
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  source = _open(stretch_at(main.load(options, overrides), 0).cfg)
+  source = _open(phase_at(main.load(options, overrides), 0).cfg)
   keep_plans(source, options.workers)
   print(report(source))
 
@@ -154,7 +154,7 @@ def _open(cfg):
 def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
   from pretrain.cli import main
-  from pretrain.experiment.phases import stretch_at
+  from pretrain.experiment.phases import phase_at
   from pretrain.experiment.resume import check_same_run
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
@@ -162,17 +162,17 @@ def _open_row(options, overrides):
     raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
   options.gin_file = options.gin_file or [str(saved)]
   cfg = main.load(options, overrides)
-  stretch = stretch_at(cfg, step)
+  phase = phase_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)
-    return _open(stretch.cfg), stretch.example(options.step)
+    return _open(phase.cfg), phase.example(options.step)
   check_same_run(saved, cfg)
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
   from pretrain.tools.history import data_of_run
 
-  return data_of_run(options.workdir, cfg, _open(stretch.cfg), step)
+  return data_of_run(options.workdir, cfg, _open(phase.cfg), step)
 
 
 def _check_decided(online, step: int) -> None:

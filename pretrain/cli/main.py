@@ -153,11 +153,11 @@ def train_command(options, overrides) -> int:
   prepare = lambda hosts: mesh.prepare_platform(cfg.mesh, hosts)
   prepare(launch.num_hosts())
   launch.initialize_from_env(cfg.watchdog.init or launch.MEETING_SECONDS)
-  from pretrain.experiment import program as runtime
+  from pretrain.devices.compilation_cache import use_compilation_cache
   from pretrain.fleet import surviving
   from pretrain.run import train
 
-  runtime.use_compilation_cache()
+  use_compilation_cache()
   start = lambda began: train.train(cfg, options.workdir, allow_data_change=options.allow_data_change, began=began)
   with launch.leaving_at_once():
     return surviving.surviving(cfg.elastic, prepare, start)
@@ -190,11 +190,11 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use, and is not needed
-  from pretrain.experiment.phases import stretches
+  from pretrain.experiment.phases import phases_of
   from pretrain.records.plots import draw_schedule
   from pretrain.tools.describe import learning_rates
 
-  names = ', '.join(dict.fromkeys(stretch.cfg.schedule.name for stretch in stretches(cfg)))
+  names = ', '.join(dict.fromkeys(phase.cfg.schedule.name for phase in phases_of(cfg)))
   try:
     draw_schedule(lambda steps: learning_rates(cfg, steps), cfg.train.steps, names, path)
   except OSError as error:
@@ -262,12 +262,12 @@ def replay_command(options, overrides) -> int:
   cfg = load(options, overrides)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
   launch.initialize_from_env()
+  from pretrain.devices.compilation_cache import use_compilation_cache
   from pretrain.errors import CheckpointError
-  from pretrain.experiment import program as runtime
   from pretrain.hosts import coordination
   from pretrain.run import replay
 
-  runtime.use_compilation_cache()
+  use_compilation_cache()
   tell = print if coordination.host() == 0 else lambda line: None
   with launch.leaving_at_once():
     equal = replay.replay(cfg, options.workdir, options.step, tell, rtol=options.rtol)

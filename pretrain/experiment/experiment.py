@@ -30,7 +30,7 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
-from pretrain.experiment.phases import Phase, stretches
+from pretrain.experiment.phases import PhaseConfig, phases_of
 from pretrain.fleet.surviving import ElasticConfig
 from pretrain.hosts.watchdog import WatchdogConfig
 from pretrain.optim.averaging import Averaging, NoAveraging
@@ -89,7 +89,7 @@ class Experiment:
   elastic: ElasticConfig = ElasticConfig()
   replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
-  phases: tuple[Phase, ...] = ()
+  phases: tuple[PhaseConfig, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
 
@@ -127,14 +127,14 @@ def check(cfg: Experiment) -> None:
   _check_stages(cfg)
   _check_online(cfg)
   _check_rewinds(cfg)
-  for stretch in stretches(cfg):
-    place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
+  for phase in phases_of(cfg):
+    where = f'phases[{phase.index - 1}]: ' if phase.index else ''
     try:
-      _check_one(stretch.cfg)
+      _check_one(phase.cfg)
     except ValueError as error:
-      raise ConfigError(f'{place}{error}') from error
+      raise ConfigError(f'{where}{error}') from error
     except ConfigError as error:
-      raise ConfigError(place + str(error).removeprefix('CONFIG: ')) from error
+      raise ConfigError(where + str(error).removeprefix('CONFIG: ')) from error
 
 
 def _check_secrets(cfg: Experiment) -> None:
@@ -150,7 +150,7 @@ def _check_secrets(cfg: Experiment) -> None:
 
 def _check_sentinels(cfg: Experiment) -> None:
   """Sentinels and modes are the ids after the pieces, counted from the last: with more sentinels each is another id."""
-  marked = [stretch for stretch in stretches(cfg) if any(map(has_marks, tasks_of(stretch.cfg.objective)))]
+  marked = [phase for phase in phases_of(cfg) if any(map(has_marks, tasks_of(phase.cfg.objective)))]
   for before, after in itertools.pairwise(marked):
     old, new = before.cfg.data.sentinels, after.cfg.data.sentinels
     if old != new:
@@ -186,8 +186,8 @@ def _check_one(cfg: Experiment) -> None:
 
 def _check_buckets(cfg: Experiment) -> None:
   """A step of rows of one length is cut by the batch size: another one would cut other steps."""
-  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
-  if len(sizes) > 1 and any(isinstance(stretch.cfg.data.packing, LengthBuckets) for stretch in stretches(cfg)):
+  sizes = {phase.cfg.data.batch_size for phase in phases_of(cfg)}
+  if len(sizes) > 1 and any(isinstance(phase.cfg.data.packing, LengthBuckets) for phase in phases_of(cfg)):
     raise ConfigError(
       f"data.batch_size is {sorted(sizes)} in the phases of a run with data.packing.name='length_buckets', whose steps "
       'are cut by it; give all phases one size.'
@@ -196,8 +196,8 @@ def _check_buckets(cfg: Experiment) -> None:
 
 def _check_stages(cfg: Experiment) -> None:
   """Steps of data.stages are counted in batches of one size."""
-  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
-  if len(sizes) > 1 and any(getattr(stretch.cfg.data, 'stages', ()) for stretch in stretches(cfg)):
+  sizes = {phase.cfg.data.batch_size for phase in phases_of(cfg)}
+  if len(sizes) > 1 and any(getattr(phase.cfg.data, 'stages', ()) for phase in phases_of(cfg)):
     raise ConfigError(
       f'data.stages start at steps of one data.batch_size, the phases of this run have {sorted(sizes)}; set one size '
       'in all phases, or remove data.stages.'
@@ -206,11 +206,11 @@ def _check_stages(cfg: Experiment) -> None:
 
 def _check_online(cfg: Experiment) -> None:
   """What was decided is of the sources and batches of the config."""
-  for phase, stretch in zip(cfg.phases, stretches(cfg)[1:], strict=True):
-    if (cfg.data.online or stretch.cfg.data.online) and stretch.cfg.data != cfg.data:
+  for phase in phases_of(cfg)[1:]:
+    if (cfg.data.online or phase.cfg.data.online) and phase.cfg.data != cfg.data:
       key = next(key for other in cfg.phases for key in other.set if key.startswith('data.'))
       raise ConfigError(
-        f'phases: from step {phase.start_step} on data is another, by {key}, and data.online decides on that of the '
+        f'phases: from step {phase.start} on data is another, by {key}, and data.online decides on that of the '
         'whole run; let no phase set data.*, or remove data.online.'
       )
 
@@ -233,7 +233,7 @@ def check_skippable(cfg: Experiment, what: str) -> None:
   """Raises ConfigError where the examples of a step cannot be left out, as `what` would."""
   if cfg.data.online is not None:
     raise ConfigError(f'{what} with data.online, whose weights are of losses of all examples; remove one of them.')
-  if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
+  if len(sizes := {phase.cfg.data.batch_size for phase in phases_of(cfg)}) > 1:
     raise ConfigError(f'{what} with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.')
 
 
@@ -276,7 +276,7 @@ def _check_documents(cfg: Experiment) -> None:
 
 def _check_evaluation(cfg: Experiment) -> None:
   """What is asked of an evaluation has something to work on, in some phase."""
-  own, parts = cfg.evaluation, [stretch.cfg for stretch in stretches(cfg)]
+  own, parts = cfg.evaluation, [phase.cfg for phase in phases_of(cfg)]
   if own.every and not any(has_heldout(part.data) for part in parts):
     fix = 'set it to 0' if cfg.data.name == 'synthetic' else 'set data.heldout, or evaluation.every=0'
     raise ConfigError(f"evaluation.every={own.every} with data.name='{cfg.data.name}' and nothing held out; {fix}.")

@@ -314,10 +314,10 @@ class Tail:
   """What the lines that processes add to a timeline say of the present ones."""
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._place = path, 0
+    self._path, self._offset = path, 0
     if path.exists():
       end_line(path)
-      self._place = path.stat().st_size
+      self._offset = path.stat().st_size
     self.forget(-math.inf)
 
   def forget(self, since: float) -> None:
@@ -331,16 +331,16 @@ class Tail:
 
   def read_away(self) -> None:
     if self._path.exists():
-      self._place = self._path.stat().st_size
+      self._offset = self._path.stat().st_size
 
   def read(self) -> None:
-    if not self._path.exists() or self._path.stat().st_size == self._place:
+    if not self._path.exists() or self._path.stat().st_size == self._offset:
       return
     with self._path.open('rb') as file:
-      file.seek(self._place)
+      file.seek(self._offset)
       data = file.read()
     whole = data[: data.rfind(b'\n') + 1]
-    self._place += len(whole)
+    self._offset += len(whole)
     for line in parse(whole):
       if line.get('began', -math.inf) >= self._since:
         self.reached, self.resumed, self.examples = line['step'], line['resumed'], line['examples']

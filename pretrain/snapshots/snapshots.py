@@ -129,7 +129,7 @@ class Snapshots:
     return self._taking.stall
 
   def recorded(self, step: int, decided: Mapping[str, Any]) -> None:
-    """The numbers of `step` are in the files of the run; `decided` is what they add to its place in the data."""
+    """The numbers of `step` are in the files of the run; `decided` is what they add to its position in the data."""
     self._recorded = step
     if self._taking is not None and self._taking.step == step:
       self._taking.position['loader'] = {**self._taking.position['loader'], **decided}

@@ -25,7 +25,7 @@ from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
 
 
@@ -58,7 +58,7 @@ def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = stretch_at(whole, max(step - 1, 0)).cfg  # prompts are read as the phase did that saved the step
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as the phase did that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   inputs = [prompt_inputs(prompt, cfg, data) for prompt in prompts]
   rooms = [min(max_tokens, _room(prompt, own, cfg)) for prompt, own in zip(prompts, inputs, strict=True)]

@@ -19,7 +19,7 @@ from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
 from pretrain.tools.weights import Step, check_new, config_of
@@ -31,9 +31,9 @@ def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, sourc
   """Writes a new workdir that a run goes on from; returns the parts of the state that begin anew."""
   check_new(output)
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
-  stretch = stretch_at(new, max(step.number - 1, 0)).cfg
-  program = _program(stretch)
-  stored = _program(dataclasses.replace(stretch, spikes=old.spikes))
+  own = phase_at(new, max(step.number - 1, 0)).cfg
+  program = _program(own)
+  stored = _program(dataclasses.replace(own, spikes=old.spikes))
   kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     position = checkpoints.position(step.number)

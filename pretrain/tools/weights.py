@@ -22,7 +22,7 @@ from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig, host_rows
 from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
@@ -223,7 +223,7 @@ def _one_architecture(steps: Sequence[Step]) -> Experiment:
         'CKPT-MISMATCH',
         f'{steps[0]} and {step} have different tokenizers: an id is not the same text in both.',
       )
-  return stretch_at(config_of(steps[-1].workdir), max(steps[-1].number - 1, 0)).cfg
+  return phase_at(config_of(steps[-1].workdir), max(steps[-1].number - 1, 0)).cfg
 
 
 def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> None:

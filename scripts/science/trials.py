@@ -51,12 +51,13 @@ def _run(job) -> dict[str, float]:
   if result.exists():
     return json.loads(result.read_text())
   from pretrain.config import bindings
-  from pretrain.experiment import experiment, program
+  from pretrain.devices.compilation_cache import use_compilation_cache
+  from pretrain.experiment import experiment
   from pretrain.run import train
 
   cfg = bindings.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
   experiment.check(cfg)
-  program.use_compilation_cache()
+  use_compilation_cache()
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
     train.train(cfg, workdir)

@@ -171,10 +171,10 @@ CACHED = """
 import logging, os
 from pretrain.fleet import launch
 from pretrain.devices import mesh
-from pretrain.experiment import program
+from pretrain.devices.compilation_cache import use_compilation_cache
 mesh.prepare_platform(mesh.MeshConfig(data=2), 2)
 launch.initialize_from_env()
-program.use_compilation_cache()
+use_compilation_cache()
 import jax
 from jax._src import compiler
 seen = []

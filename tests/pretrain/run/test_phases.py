@@ -13,9 +13,9 @@ from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment, check
-from pretrain.experiment.phases import stretch_at, stretches
+from pretrain.experiment.phases import phase_at, phases_of
 from pretrain.records.metrics import read_metrics
-from pretrain.run.phase_program import Stage
+from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.train import DONE, PREEMPTED, train
 from pretrain.step.train_step import checksum
 from pretrain.testing import assert_resumes_exactly
@@ -35,7 +35,7 @@ def column(workdir, key):
 def test_examples_go_on_where_a_phase_ends(tmp_path):
   """Three batches of 8, then examples 24 to 39."""
   cfg = tiny.decoder('train.steps=6', RAMP)
-  assert [s.first_example for s in stretches(cfg)] == [0, 24, 56]
+  assert [s.first_example for s in phases_of(cfg)] == [0, 24, 56]
   train(cfg, tmp_path / 'ramp')
   assert column(tmp_path / 'ramp', 'phase') == [0, 0, 0, 1, 1, 2]
   assert column(tmp_path / 'ramp', 'loss_weight') == [256.0] * 3 + [512.0] * 3
@@ -77,14 +77,14 @@ def test_a_run_stopped_while_the_next_phase_opens_its_data_goes_on(text_store, t
   source = ("data.name='store'", f"data.sources=[{{'path': '{text_store}'}}]", 'data.sentinels=32', other)
   cfg = tiny.decoder(*source, 'train.steps=2')
 
-  class Stopped(Stage):
-    def __init__(self, stretch):
-      super().__init__(stretch)
-      if stretch.index:
+  class Stopped(PhaseProgram):
+    def __init__(self, phase):
+      super().__init__(phase)
+      if phase.index:
         signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr('pretrain.run.train.Stage', Stopped)
+    patch.setattr('pretrain.run.loop.PhaseProgram', Stopped)
     assert train(cfg, tmp_path / 'run') == PREEMPTED
   assert column(tmp_path / 'run', 'phase') == [0]
   assert train(cfg, tmp_path / 'run') == DONE
@@ -111,7 +111,7 @@ def test_show_prints_rows_of_the_phase_of_their_step(text_store, capsys, tmp_pat
 
 def test_the_resolved_config_reads_back():
   cfg = tiny.decoder('train.steps=6', RAMP)
-  assert [stretch_at(cfg, step).index for step in range(6)] == [0, 0, 0, 1, 1, 2]
+  assert [phase_at(cfg, step).index for step in range(6)] == [0, 0, 0, 1, 1, 2]
   again = tiny.decoder(*bindings.render(cfg).splitlines())
   assert again == cfg
 

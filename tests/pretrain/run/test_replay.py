@@ -11,6 +11,7 @@ import pretrain.run.train
 from pretrain.checkpoints import manifest
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.cli.main import main
+from pretrain.run import step_numbers
 from pretrain.run.replay import Earlier
 from pretrain.run.train import train
 from tests.pretrain import tiny
@@ -22,19 +23,19 @@ KEYS = ('train.steps=9', 'checkpoint.every=3', 'checkpoint.keep=2', 'mesh.data=2
 def runs(tmp_path_factory):
   """'sound', and 'flipped': one bit of a parameter changed after step 7, and nobody saw it."""
   folder = tmp_path_factory.mktemp('runs')
-  after = pretrain.run.train.Run._row_length  # what is called after each step
+  after = step_numbers.numbers_of  # what is called after each step
 
-  def flipping(self, batch):
-    if self.step == 7 and self.workdir.name == 'flipped':
-      params = self.state.params
+  def flipping(run, *rest):
+    if run.step == 7 and run.workdir.name == 'flipped':
+      params = run.state.params
       bits = params['head']['kernel'].view(jnp.uint32).at[3, 5].add(1)
       params = params | {'head': {'kernel': bits.view(jnp.float32)}}
-      self.state = dataclasses.replace(self.state, params=params)
-    return after(self, batch)
+      run.state = dataclasses.replace(run.state, params=params)
+    return after(run, *rest)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pretrain.run.train, 'write_report', lambda _: None)
-    patch.setattr(pretrain.run.train.Run, '_row_length', flipping)
+    patch.setattr(step_numbers, 'numbers_of', flipping)
     for name in ('sound', 'flipped'):
       train(tiny.decoder(*KEYS), folder / name)
   return folder
@@ -66,7 +67,7 @@ def test_a_run_keeps_what_its_hosts_remember(tmp_path, monkeypatch, capsys):
   (tmp_path / 'memory').mkdir()
   keys = ('snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
-  monkeypatch.setattr(pretrain.run.train.Run, 'finish', lambda run: run.checkpoints.close())  # nothing is tidied
+  monkeypatch.setattr(pretrain.run.train, 'finish', lambda run: run.checkpoints.close())  # nothing is tidied
   train(tiny.decoder(*KEYS, *keys), tmp_path / 'run')
   before = contents(tmp_path / 'memory')
   assert before

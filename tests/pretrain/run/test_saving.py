@@ -17,7 +17,8 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.checkpoints.orbax_files import Files
 from pretrain.checkpoints.saving import owner
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.run.train import Run, train
+from pretrain.run import saving
+from pretrain.run.train import train
 from pretrain.step.train_step import TrainState
 from tests.pretrain import tiny
 
@@ -163,8 +164,8 @@ def test_a_full_disk_costs_a_run_a_save_and_nothing_else(tmp_path, failing, monk
 def test_a_failure_that_is_heard_of_after_the_next_save_began_repeats_nothing(tmp_path, failing, monkeypatch):
   """A slow disk: how the save of step 2 ended is known when that of step 4, the last one, has succeeded."""
   failing |= {0}
-  hear = Run._hear_of_saves
-  monkeypatch.setattr(Run, '_hear_of_saves', lambda run, *, wait=False: hear(run, wait=wait) if wait else None)
+  report = saving.report_saves
+  monkeypatch.setattr(saving, 'report_saves', lambda run, *, wait=False: report(run, wait=wait) if wait else None)
   monkeypatch.setattr('pretrain.run.train.write_report', lambda _: None)
   assert train(tiny.decoder('train.steps=4', 'checkpoint.every=2'), tmp_path) == 0
   assert step_folders.finished(tmp_path / 'checkpoints') == [4]
@@ -229,7 +230,7 @@ def test_a_run_keeps_its_best_step_by_what_it_has_evaluated(text_store, tmp_path
   """The second of four, and the last to go on from."""
   monkeypatch.setattr('pretrain.run.train.write_report', lambda _: None)
   losses = iter((2.0, 1.0, 3.0, 4.0))
-  monkeypatch.setattr('pretrain.run.train.evaluate_sets', lambda *_: {'eval/license/loss': next(losses)})
+  monkeypatch.setattr('pretrain.run.evaluating.evaluate_sets', lambda *_: {'eval/license/loss': next(losses)})
   keys = ('checkpoint.every=1', 'evaluation.every=1', 'checkpoint.keep=1', 'checkpoint.keep_best=1', 'train.steps=4')
   train(tiny.ul2(text_store, *keys, "checkpoint.best_of='eval/license/loss'"), tmp_path)
   assert step_folders.finished(tmp_path / 'checkpoints') == [2, 4]

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
+from pretrain.run import starting
 from pretrain.run.train import train
 from pretrain.testing import assert_resumes_exactly, logged_losses
 from tests.pretrain import tiny
@@ -28,12 +29,9 @@ def test_a_resumed_run_is_bit_equal_to_one_left_alone(text_store, tmp_path):
 
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   """The mutation: a restore that forgets where the data was must be caught."""
-  import pretrain.run.train as module
-
-  restore = module.Run._restore_or_initialise
-  monkeypatch.setattr(
-    module.Run, '_restore_or_initialise', lambda self, recorded: (restore(self, recorded)[0], {'examples': 0})
-  )
+  restore = starting.restore_or_initialise
+  forget = lambda *args: dataclasses.replace(restore(*args), position={'examples': 0})
+  monkeypatch.setattr(starting, 'restore_or_initialise', forget)
   with pytest.raises(AssertionError, match='first difference'):
     assert_resumes_exactly(tiny.decoder('checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
 
@@ -149,12 +147,12 @@ def test_signals_are_given_back(tmp_path):
 def test_sigterm_saves_and_exits_75(tmp_path, log_every):
   """A run told to stop keeps the step it is at, and goes on from there; also where it has not logged anything yet."""
   code = (
-    'import os, sys, pretrain.run.train as t; from tests.pretrain import tiny\n'
-    'log = t.Run._log\n'
-    'def stop(self, step, *rest):\n'
-    '  log(self, step, *rest)\n'
+    'import os, sys, pretrain.run.train as t; from pretrain.run import step_numbers; from tests.pretrain import tiny\n'
+    'log = step_numbers.log\n'
+    'def stop(run, step, *rest):\n'
+    '  log(run, step, *rest)\n'
     '  if step == 3: os.kill(os.getpid(), 15)\n'
-    't.Run._log = stop\n'
+    'step_numbers.log = stop\n'
     f'sys.exit(t.train(tiny.decoder("train.steps=500", "train.log_every={log_every}"), {str(tmp_path)!r}))'
   )
   done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
