@@ -25,6 +25,7 @@ from pretrain.fleet.launch import (
   Outcome,
 )
 from pretrain.fleet.surviving import MEMBERS, Coordinator, announce
+from pretrain.hosts.ownership import owned
 from pretrain.hosts.skipping import add_skip, leave_out, read_skips
 from pretrain.records.goodput import CLOCK_TICK, processes, spent_in, write_goodput
 from pretrain.records.metrics import read_metrics
@@ -62,7 +63,6 @@ class Supervisor:
   ):  # fmt: skip
     self._hosts, self._command, self._workdir, self._policy, self._fits = hosts, command, workdir, policy, fits
     self._log, self._batch_size = Log(stream or sys.stdout), batch_size
-    self._tail = Tail(workdir / FILE)
     self._incident: dict[str, Any] | None = None  # one whose recovery is awaited
     self._group: Group | None = None
     self._told: Group | None = None  # to end
@@ -72,7 +72,15 @@ class Supervisor:
     self._restarts, self._furthest = 0, 0
 
   def run(self) -> int:
-    """The exit code of the run: 0, 75 where it was told to stop, else that of the process that could not go on."""
+    """The exit code of the run: 0, 75 where it was told to stop, else that of the process that could not go on.
+
+    Owns the workdir from here to the end. Raises ConfigError where another run owns it.
+    """
+    with owned(self._workdir) as self._lock:
+      self._tail = Tail(self._workdir / FILE)
+      return self._run()
+
+  def _run(self) -> int:
     history: list[Failure] = []
     with ForwardedSignals(self._stop):
       while True:
@@ -115,7 +123,7 @@ class Supervisor:
   def _start(self) -> Group:
     """The processes of the run: new ones, or those that have survived."""
     if self._policy.survive is None:
-      return Group(self._hosts, self._command, self._log)
+      return Group(self._hosts, self._command, self._log, lock=self._lock)
     if not self._lived_on:
       self._close()
     self._coordinators.append(Coordinator(self._hosts))
@@ -123,7 +131,7 @@ class Supervisor:
     env = {COORDINATOR: address, SERVED: str(path)}
     if not self._lived_on:
       self._until = math.inf
-      return Group(self._hosts, self._command, self._log, env)
+      return Group(self._hosts, self._command, self._log, env, self._lock)
     self._until = time.monotonic() + self._policy.survive
     announce(path, self._coordinators[-2].address, address, self._hosts, self._group.regroup(self._hosts, env))
     return self._group

@@ -141,7 +141,7 @@ def _owner(lock: int) -> str:
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Removes the lock file, unless it is locked: by another run, or by a process that has inherited it and still runs."""
+  """Removes the lock file unless another run, or a process that has inherited it, still holds it."""
   with contextlib.suppress(OSError):
     lock = os.open(path, os.O_RDWR)
     try:

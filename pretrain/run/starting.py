@@ -166,6 +166,11 @@ def announce(run: Run, changes: Sequence[str]) -> None:
     run.metrics.warn(warning)
   if changes and run.step:
     run.metrics.warn(f'DATA-CHANGE: from step {run.step} on {"; ".join(changes)}.')
+  if run.step >= run.cfg.train.steps:
+    run.metrics.warn(
+      f'DONE: already at step {run.step}, and train.steps={run.cfg.train.steps}: no step is left to train. To train '
+      f'longer, set train.steps to more than {run.step}.'
+    )
   announce_cuts(run)
 
 

@@ -8,9 +8,11 @@ import jax
 from pretrain.experiment.experiment import Experiment
 from pretrain.hosts import coordination
 from pretrain.hosts.coordination import Interrupt
+from pretrain.hosts.ownership import owned_by_run
 from pretrain.hosts.watchdog import Watchdog
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline
+from pretrain.redact import redact
 from pretrain.run.loop import loop
 from pretrain.run.run import Run
 from pretrain.run.saving import save_rest
@@ -26,10 +28,10 @@ def train(
   """Trains until `cfg.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the exit code.
 
   With `allow_data_change` a run whose data has changed continues with it, from the same row of each source. `began`:
-  see `Timeline`.
+  see `Timeline`. Raises ConfigError where another run owns `workdir`.
   """
   timeline, workdir = Timeline(began), pathlib.Path(workdir)
-  with Watchdog(timeline, cfg.watchdog, workdir), Interrupt() as interrupt:
+  with Watchdog(timeline, cfg.watchdog, workdir), Interrupt() as interrupt, owned_by_run(workdir):
     run = start(cfg, workdir, timeline, allow_data_change=allow_data_change)
     with timeline.during('restore'):
       coordination.barrier('begin', cfg.watchdog.restore)
@@ -56,8 +58,20 @@ def stop(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-  """The run has let go of its checkpoints and snapshots, and its report is drawn."""
+  """Checkpoints and snapshots are closed, and the report is drawn."""
   run.checkpoints.close()
   run.snapshots.close()
   if jax.process_index() == 0 and read_metrics(run.workdir):  # none where the run was stopped before the first row
+    draw_report(run)
+
+
+def draw_report(run: Run) -> None:
+  """RUN/report.html is drawn. Where that fails a warning is printed: the run itself is complete and saved."""
+  try:
     write_report(run.workdir)
+  except Exception as error:
+    reason = (str(error).strip().splitlines() or [''])[-1][:200]
+    run.metrics.warn(
+      f'REPORT: {run.workdir}/report.html could not be drawn ({type(error).__name__}: {redact(reason)}). The run is '
+      f'complete and saved; draw it again with pretrain report {run.workdir}.'
+    )

@@ -22,6 +22,7 @@ from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
+from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of
 
 FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
@@ -83,7 +84,8 @@ def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
 
 def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
   """The config is written last: without it `output` is no run."""
-  checkpoints = Checkpoints(output, CheckpointConfig())
-  checkpoints.save(step, state, position, text)
-  checkpoints.close()
-  (output / 'config.gin').write_text(text)
+  with owned(output, '--output'):
+    checkpoints = Checkpoints(output, CheckpointConfig())
+    checkpoints.save(step, state, position, text)
+    checkpoints.close()
+    (output / 'config.gin').write_text(text)

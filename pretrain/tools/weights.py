@@ -24,6 +24,7 @@ from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
+from pretrain.hosts.ownership import owned
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
 from pretrain.snapshots.slots import folder_of, remembered
@@ -275,10 +276,11 @@ def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
 def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
   """The config is written last: without it `output` is no run."""
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
-  checkpoints = Checkpoints(output, CheckpointConfig())
-  checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
-  checkpoints.close()
-  (output / 'config.gin').write_text(text)
+  with owned(output, '--output'):
+    checkpoints = Checkpoints(output, CheckpointConfig())
+    checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
+    checkpoints.close()
+    (output / 'config.gin').write_text(text)
 
 
 def _list(values: Sequence[float]) -> str:
