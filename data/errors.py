@@ -7,6 +7,7 @@ class DataError(ValueError):
   exit_code = 65
 
   def __init__(self, message: str, code: str = 'DATA'):
+    message = message.replace('\r', r'\r').replace('\n', r'\n')  # names of files may hold them
     self.code, self.message = code, message
     super().__init__(f'{code}: {message}')
 

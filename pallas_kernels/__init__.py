@@ -1,4 +1,4 @@
-"""Fast versions of definitions. Each operation is a folder, and its reference is the specification.
+"""Fast implementations of operations. Each operation is a folder; its reference.py is the specification.
 
-Imports nothing of ours.
+Imports no other package of this repository.
 """

@@ -1,4 +1,4 @@
-"""The one error that kernels raise for a user's mistake."""
+"""The error that kernels raise for a user's mistake."""
 
 
 class KernelError(ValueError):

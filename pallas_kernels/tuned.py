@@ -10,7 +10,7 @@ import jax
 from pallas_kernels.errors import KernelError
 
 FOLDER = pathlib.Path(__file__).parent / 'tuning'
-# A part of what jax calls a device -> the file; the first that fits.
+# Part of the name that jax gives a device -> its file; the first match counts.
 CHIPS = {
   'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v6': 'v6e', 'TPU7x': 'tpu7x', 'TPU v7x': 'tpu7x',
   'H100': 'h100', 'H200': 'h200', 'A100': 'a100',
@@ -18,7 +18,7 @@ CHIPS = {
 
 
 def device_kind() -> str | None:
-  """Of the mesh in use, which may be of devices that this process does not have; None where there is none."""
+  """The device of the mesh in use, which this process may not have; None without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.device_kind
 
@@ -28,9 +28,9 @@ def chip_of(kind: str | None) -> str | None:
 
 
 def lookup(op: str, shape: str, names: tuple[str, ...]) -> dict[str, int] | None:
-  """The sizes `names` of `op` for this chip and class of shapes; None where nobody has tuned them, which is said once.
+  """The sizes `names` of `op` for this chip and class of shapes; None if they are not tuned, which is logged once.
 
-  Raises KernelError for a file that is damaged.
+  Raises KernelError for a damaged file.
   """
   kind = device_kind()
   chip = chip_of(kind)

@@ -1,12 +1,12 @@
-"""Breaks real runs in every way that it knows, on this machine, and shows that none of them lost anything.
+"""Breaks real runs in many ways, on this machine, and shows that none of them loses anything.
 
 python scripts/faults.py [F1 F3 …] [--full] [--times N] [--jobs N] [--go_on] [--seed 0] [--workdir DIR]
 
-One line for each fault: how often it was tried, how often the run went on by itself to the losses of a run left alone,
-bit for bit (or refused, where that is right), and the worst case. Exit code 1 where one did not. The model is tiny:
-restarts are what is measured. Each fault is a process; with --full the long ones are several, each with a part of the
-trials. `jobs` of them run beside each other, but for MTTR, whose seconds are to mean something. --go_on takes what an
-earlier, interrupted start has found. Ctrl-C and SIGTERM end all processes and give their memory back.
+Prints one line for each fault: how often it was tried, how often the run recovered by itself with the losses of an
+uninterrupted run, bit for bit (or refused to run, if that is right), and the worst case. Exit code 1 if one did not.
+The model is tiny, because restarts are what is measured. Each fault is a process; with --full the long faults are
+several processes, each with a part of the trials. `jobs` of them run in parallel, except MTTR, which measures time.
+--go_on keeps the results of an earlier, interrupted start. Ctrl-C and SIGTERM end all processes and free their memory.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from pretrain.fleet import supervise
 from pretrain.snapshots.slots import MEMORY
 
 BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
-AFTERWARDS = (f19, mttr)  # of all runs above; alone
+AFTERWARDS = (f19, mttr)  # f19 uses all runs above; mttr runs alone
 FAULTS = {f.__name__.upper(): f for f in (*BESIDE, *AFTERWARDS)}
 PARTS = {'F1': 4, 'F2': 4, 'F3': 3, 'F4': 2, 'F5': 3, 'F7': 2, 'F10': 3, 'F11': 2, 'F16': 4}  # with --full
 LONGEST_FIRST = ('F3', 'F10', 'F7', 'F1', 'F4', 'F2', 'F5')
@@ -47,24 +47,24 @@ LONGEST_FIRST = ('F3', 'F10', 'F7', 'F1', 'F4', 'F2', 'F5')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A fault, or with --full one of the parts of its trials, as a process of its own."""
+  """A fault, or with --full a part of its trials, as a separate process."""
 
   name: str
   part: int
   parts: int
 
   def timed(self, options: argparse.Namespace) -> tuple[Line, float]:
-    """(what it found, the seconds it took)."""
+    """(the result, the seconds it took)."""
     start = time.monotonic()
     return self.run(options), time.monotonic() - start
 
   def run(self, options: argparse.Namespace) -> Line:
-    """What it found; what it found in an earlier start, where that is wanted."""
+    """Runs the job and returns its result; with --go_on, the good result of an earlier start."""
     kept = options.results / f'{self.name}_{self.part}_{self.parts}.json'
     if options.go_on and kept.exists() and (line := read(kept)).whole:
       return line
     kept.unlink(missing_ok=True)
-    # Ctrl-C in a terminal, which would be a stop of its runs, does not reach it: it has a group of its own.
+    # In its own process group, so that Ctrl-C in a terminal does not reach it, where it would stop its runs.
     command = dying_with_this([sys.executable, __file__, *self.flags(options, kept)])
     with kept.with_suffix('.log').open('w') as log:
       process = subprocess.Popen(
@@ -99,10 +99,10 @@ def jobs_of(name: str, options: argparse.Namespace) -> list[Job]:
 
 
 def run_all(names: Sequence[str], options: argparse.Namespace) -> bool:
-  """Whether all were survived; prints a line as soon as it and those before it are known."""
+  """Whether all faults were survived; prints each line as soon as it and the lines before it are known."""
   rank = lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
   whole, beside = True, [name for name in names if FAULTS[name] in BESIDE]
-  pool = concurrent.futures.ThreadPoolExecutor(options.jobs)  # as a context it would wait for all, also after Ctrl-C
+  pool = concurrent.futures.ThreadPoolExecutor(options.jobs)  # no `with`: it would wait for all, even after Ctrl-C
   try:
     order = [job for name in sorted(beside, key=rank) for job in jobs_of(name, options)]
     ending = {job: pool.submit(job.timed, options) for job in order}
@@ -123,22 +123,22 @@ def tell(name: str, found: Sequence[tuple[Line, float]]) -> bool:
 
 
 def end_now(options: argparse.Namespace) -> NoReturn:
-  """All processes end, and then what they have in memory is removed."""
+  """Ends all processes, then removes their snapshots from host RAM."""
   for process in options.running:
     process.kill()
     process.wait()
-  time.sleep(0.5)  # those that they have started die with them, a moment later
+  time.sleep(0.5)  # their children die with them, a moment later
   shutil.rmtree(options.memory, ignore_errors=True)
   os._exit(130)
 
 
 def parse() -> argparse.Namespace:
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  flags.add_argument('faults', nargs='*', choices=[*FAULTS, []], help='default: all, without --full but for MTTR')
-  flags.add_argument('--full', action='store_true', help='as often as the bars want')
-  flags.add_argument('--times', type=int, default=0, help='try each so often instead')
-  flags.add_argument('--jobs', type=int, default=cores(), help='how many run beside each other; default: one a core')
-  flags.add_argument('--go_on', action='store_true', help='keep what an earlier start has found')
+  flags.add_argument('faults', nargs='*', choices=[*FAULTS, []], help='default: all; MTTR only with --full')
+  flags.add_argument('--full', action='store_true', help='as many trials as the acceptance bars require')
+  flags.add_argument('--times', type=int, default=0, help='try each fault this often instead')
+  flags.add_argument('--jobs', type=int, default=cores(), help='how many run in parallel; default: one per core')
+  flags.add_argument('--go_on', action='store_true', help='keep the results of an earlier start')
   flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/faults'))
   for name, kind in (('part', int), ('parts', int), *((name, pathlib.Path) for name in ('result', 'alone', 'memory'))):
@@ -151,7 +151,7 @@ def main() -> int:
   options, start = parse(), time.monotonic()
   if options.result is not None:  # one job
     options.workdir.mkdir(parents=True, exist_ok=True)
-    supervise.SAME_STEP = 50  # here failures come again and again
+    supervise.SAME_STEP = 50  # here failures repeat by design
     line = FAULTS[options.faults[0]](options, references(options))
     options.result.write_text(json.dumps(dataclasses.asdict(line)))
     return 0

@@ -1,10 +1,10 @@
 """Finds the blocks of attention's kernels, for pallas_kernels/tuning/CHIP.json.
 
-  python scripts/tune_kernels.py --aot [--chips v5e:2x4] [--shapes d128_causal,d128_full]   TPUs that are not there
+  python scripts/tune_kernels.py --aot [--chips v5e:2x4] [--shapes d128_causal,d128_full]   any TPU
   python scripts/tune_kernels.py --gpu                                                      the GPU of this machine
 
-For TPUs by the cycles of compiled schedules (scripts/bench/schedule.py), forward and backward together; for a GPU by
-time. Only the entries that were tuned are replaced.
+Blocks for TPUs are compared by the cycles of compiled schedules (scripts/bench/schedule.py), forward and backward
+together; this machine needs no TPU. Those for a GPU are compared by time. Only the tuned entries are replaced.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / 'bench'))
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # in front, where `data` is no file of bench/
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # first, because bench/ has a file data.py
 
 import attention
 import schedule
@@ -33,8 +33,8 @@ HOPPER_BLOCKS = [(q, kv, stages) for q in (128, 256) for kv in (64, 128, 256) fo
 
 
 def cases(shape: str) -> list[attention.Case]:
-  """The candidates of a class of shapes. Of packed rows, documents of 2,048 in 16,384: blocks of 256 compute fewer of
-  the scores than 512 there, in 1.3 to 1.8 times the cycles.
+  """The candidates of a class of shapes. Packed rows are documents of 2,048 in 16,384. Blocks of 256 are no candidates
+  there: they compute fewer scores than 512, but take 1.3 to 1.8 times the cycles.
   """
   causal, packed = shape.endswith('causal'), 'packed' in shape
   length = attention.PACKED if packed else LENGTH
@@ -57,7 +57,7 @@ def of_chip(chip: str, shapes: list[str]) -> None:
 
 
 def best(rows: list[dict]) -> dict:
-  """{shape: the blocks of the fewest cycles, and what they were found by}."""
+  """{shape: the blocks with the fewest cycles, their length and cycles}."""
   found = {}
   for row in sorted(rows, key=lambda row: row['cycles'], reverse=True):
     found[row['shape']] = {name: row[name] for name in ('q', 'kv', 'compute', 'length', 'cycles')}
@@ -94,19 +94,22 @@ def of_triton(head_dim: int):
   import jax.numpy as jnp
 
   from pallas_kernels.attention import gpu
+  from pallas_kernels.attention.reference import Visibility
 
+  see = Visibility(causal=True)
   for sizes in GPU_BLOCKS:
     blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
-    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, causal=True, blocks=blocks).astype(jnp.float32).sum()
+    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, see, blocks=blocks).astype(jnp.float32).sum()
     yield gpu.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(jax.grad(loss, (0, 1, 2)))
 
 
 def of_hopper(head_dim: int):
-  """The same of 'mosaic_gpu', forward: its gradient is Triton's. Candidates that do not fit are left out."""
+  """The same for the forward pass of 'mosaic_gpu' (its gradient is Triton's), without candidates that do not fit."""
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.attention import gpu_mosaic
+  from pallas_kernels.attention.reference import Visibility
   from pallas_kernels.errors import KernelError
 
   for q, kv, stages in HOPPER_BLOCKS:
@@ -115,7 +118,7 @@ def of_hopper(head_dim: int):
       gpu_mosaic.check_blocks(blocks, head_dim, LENGTH, LENGTH)
     except KernelError:
       continue
-    run = functools.partial(gpu_mosaic.attention, causal=True, blocks=blocks)
+    run = functools.partial(gpu_mosaic.attention, see=Visibility(causal=True), blocks=blocks)
     yield gpu_mosaic.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(run)
 
 
@@ -147,7 +150,7 @@ def write(chip: str, entries: dict, how: str) -> pathlib.Path:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   how = parser.add_mutually_exclusive_group(required=True)
-  how.add_argument('--aot', action='store_true', help='for TPUs that are not there, by compiled schedule')
+  how.add_argument('--aot', action='store_true', help='for TPUs that this machine does not have, by compiled schedule')
   how.add_argument('--gpu', action='store_true', help='for the GPU of this machine, by time')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--shapes', default=','.join(SHAPES))

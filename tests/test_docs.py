@@ -5,6 +5,8 @@ tables in docs/from_*.md (other programs' words), and docs/LOG.md, which says wh
 """
 
 import argparse
+import ast
+import configparser
 import dataclasses
 import pathlib
 import re
@@ -19,7 +21,14 @@ from pretrain.config.schema import is_section, name_of, sections, without_none
 from pretrain.experiment.experiment import Experiment, check
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = [ROOT / 'README.md', *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md')]
+ARCHITECTURE = ROOT / 'docs/design/ARCHITECTURE.md'
+DOCUMENTS = [
+  ROOT / 'README.md',
+  ROOT / 'CONTRIBUTING.md',
+  ARCHITECTURE,
+  *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md'),
+]
+PACKAGES = ('pretrain', 'models', 'data', 'pallas_kernels')
 SECTIONS = '|'.join(field.name for field in dataclasses.fields(Experiment))
 FOLDERS = 'configs|data|docs|models|pallas_kernels|pretrain|scripts|tests'
 START = r'(?:(?<=--gin\.)|(?<![\w./-]))'
@@ -160,3 +169,83 @@ def test_words_of_other_programs_are_left_alone():
     '| `model.num_heads`, `--gin_search_paths` | no |\n```t5x\nmodel.num_heads = 3\n```\n`t5.data.mixtures` `train/x.y`'
   )
   assert mistakes(ROOT / 'docs' / 'from_x.md', text) == []
+
+
+def layers_of(package: str) -> list[set[str]]:
+  """The layers of a package in setup.cfg, highest first: sets of folders and modules that may not import each other."""
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / 'setup.cfg')
+  contracts = [parser[name] for name in parser.sections() if name.startswith('importlinter:contract:')]
+  layers = next(c['layers'] for c in contracts if c.get('containers', '').split() == [package])
+  return [set(line.split(' | ')) for line in layers.split('\n') if line]
+
+
+def drawn_layers(text: str) -> dict[str, list[set[str]]]:
+  """The layers of each package in the picture of ARCHITECTURE.md."""
+  found: dict[str, list[set[str]]] = {}
+  package = ''
+  for line in BLOCK.search(text)[2].splitlines():
+    if match := re.fullmatch(r'(?:(\w+)/)? +([a-z_]+(?: \| [a-z_]+)*)(?:  .*)?', line):
+      package = match[1] or package
+      found.setdefault(package, []).append(set(match[2].split(' | ')))
+  return found
+
+
+def folder_table(text: str) -> dict[str, list[str]]:
+  """Folder -> its cells (knows, must not know, may import, start reading at) in the table of ARCHITECTURE.md."""
+  rows = [[cell.strip() for cell in line[1:-1].split('|')] for line in text.splitlines() if line.startswith('| `')]
+  return {row[0].strip('`/'): row[1:] for row in rows if row[0].endswith('/`')}
+
+
+def folders() -> set[str]:
+  """The folders inside the packages and scripts/."""
+  found = {path.parent for top in (*PACKAGES, 'scripts') for path in (ROOT / top).glob('*/*') if path.is_file()}
+  return {str(path.relative_to(ROOT)) for path in found if path.name != '__pycache__'}
+
+
+def may_import(folder: str) -> str:
+  """What the table must say, by the contract of the package."""
+  package, name = folder.split('/')
+  layers = layers_of(package)
+  below = layers[next(i for i, layer in enumerate(layers) if name in layer) + 1]
+  return ', '.join(f'`{part}`' for part in below) + ' and below'
+
+
+TABLE = folder_table(ARCHITECTURE.read_text())
+
+
+def test_the_architecture_table_lists_exactly_the_folders_that_exist():
+  assert set(TABLE) == folders()
+
+
+def test_the_picture_has_the_layers_of_import_linter():
+  drawn = drawn_layers(ARCHITECTURE.read_text())
+  assert drawn == {package: layers_of(package) for package in PACKAGES}
+
+
+@pytest.mark.parametrize('folder', TABLE)
+def test_a_row_of_the_architecture_table_agrees_with_setup_cfg_and_the_folder(folder):
+  knows, must_not_know, imports, start = TABLE[folder]
+  assert (ROOT / start.strip('`')).is_file()
+  assert start.strip('`').startswith(folder + '/')
+  package, name = folder.split('/')
+  if package in PACKAGES and any(name in layer for layer in layers_of(package)):
+    assert sorted(re.findall(r'`\w+`', imports)) == sorted(re.findall(r'`\w+`', may_import(folder)))
+    assert imports.endswith(' and below')
+    words = ' '.join(ast.get_docstring(ast.parse((ROOT / folder / '__init__.py').read_text())).split())
+    assert f'Knows {knows}' in words
+    assert must_not_know in words
+  else:
+    assert imports == ('all packages' if package == 'scripts' else 'nothing')
+
+
+def test_recipes_name_two_to_five_files_and_a_test():
+  """A recipe is a section of CONTRIBUTING.md that begins with a table of files; one of them is a test."""
+  sections = re.split(r'^### ', (ROOT / 'CONTRIBUTING.md').read_text(), flags=re.MULTILINE)[1:]
+  assert len(sections) >= 8
+  for section in sections:
+    files = re.findall(r'^\| `([^`]+)` \|', section, re.MULTILINE)
+    title = section.splitlines()[0]
+    assert 2 <= len(set(files)) <= 5, title
+    assert any(name.startswith('tests/') for name in files), title
+    assert [name for name in files if not (ROOT / name).is_file()] == [], title

@@ -30,10 +30,11 @@ from data.stores.vocabulary import MODES, Vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-  """A token store and its relative share of the rows."""
+  """A token store and its relative share of the rows. Metrics call it `name`: by default the last part of its path."""
 
   path: str
   weight: float = 1.0
+  name: str | None = dataclasses.field(default=None, metadata={'rendered': 'if set'})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,14 +163,28 @@ def open_data(
       assert_never(cfg)
 
 
-def _names(sources: tuple[Source, ...]) -> dict[str, str]:
-  """name -> path: the name of a store is the last part of its path, numbered where two would be the same."""
-  names: dict[str, str] = {}
+def names_of(sources: tuple[Source, ...]) -> tuple[str, ...]:
+  """What metrics call each store: its `name`, or the last part of its path, numbered where two would be the same.
+
+  Raises ValueError for a name that is given twice, or empty.
+  """
+  given = [source.name for source in sources if source.name is not None]
+  if '' in given:
+    raise ValueError("data.sources or data.heldout: a name is empty; write one, or leave out 'name'.")
+  if twice := [name for name in given if given.count(name) > 1]:
+    raise ValueError(f'data.sources or data.heldout: two stores of one list have the name {twice[0]!r}; rename one.')
+  names: list[str] = []
   for source in sources:
     stem = pathlib.PurePath(source.path.rstrip('/')).name
     numbered = (f'{stem}_{i}' for i in itertools.count(len(names)))
-    names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = source.path
-  return names
+    free = (name for name in itertools.chain([stem], numbered) if name not in names and name not in given)
+    names.append(source.name if source.name is not None else next(free))
+  return tuple(names)
+
+
+def _names(sources: tuple[Source, ...]) -> dict[str, str]:
+  """name -> path."""
+  return dict(zip(names_of(sources), (source.path for source in sources), strict=True))
 
 
 def _open_stores(
@@ -219,6 +234,7 @@ def check_mixture(cfg: Data) -> None:
   """Raises ValueError where weights, temperature and stages of the sources do not go together."""
   if isinstance(cfg, Synthetic):
     return
+  _check_names(cfg)
   number, weights = cfg.num_sources, list(cfg.weights)
   if any(not 0 < weight < math.inf for weight in weights):
     raise ValueError(f'data.sources have the weights {weights}; each must be greater than 0. Leave out what has none.')
@@ -241,6 +257,12 @@ def check_mixture(cfg: Data) -> None:
   idle = [i for i in range(number) if cfg.stages and not any(stage.weights[i] for stage in cfg.stages)]
   if idle:
     raise ValueError(f'data.sources[{idle[0]}] has weight 0 in every stage; leave it out.')
+
+
+def _check_names(cfg: Data) -> None:
+  if isinstance(cfg, StoreData):
+    names_of(cfg.sources)
+    names_of(cfg.heldout)
 
 
 def _check_same_tokenizer(stores: list[Store]) -> None:

@@ -151,7 +151,7 @@ def _extract_all(paths: list[str]) -> Iterator[list[str]]:
 
 
 def _send(worker: subprocess.Popen, path: str) -> None:
-  worker.stdin.write(path + '\n')
+  worker.stdin.write(json.dumps(path) + '\n')  # a path may hold a newline
   worker.stdin.flush()
 
 

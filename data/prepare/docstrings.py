@@ -1,7 +1,7 @@
 """English out of Python files: the documentation strings of modules, classes and functions.
 
-A program as well, `python docstrings.py < paths`: a JSON list of strings to a line for each path. builtin.py runs
-several, because parsing is slow and a process started this way imports nothing of the caller's.
+Also a program, `python docstrings.py < paths`: for each line, a path as a JSON string, it prints a JSON list of
+strings. builtin.py runs several: parsing is slow, and a process started this way imports nothing of the caller's.
 """
 
 import ast
@@ -61,4 +61,4 @@ def extract_file(path: str) -> list[str]:
 
 if __name__ == '__main__':
   for line in sys.stdin:
-    print(json.dumps(extract_file(line.rstrip('\n'))), flush=True)
+    print(json.dumps(extract_file(json.loads(line))), flush=True)

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from data.errors import DataError
+from data.prepare.messages import empty_error
 from data.prepare.scores import SCORED, Score, score
 from data.prepare.text import Segment
 from data.ragged import Ragged, join
@@ -84,6 +85,7 @@ class Encoder:
   def __call__(self, batch: Batch) -> Encoded:
     encode = self._tokenizer.encode_batch
     parts = encode([segment.text for segment in batch.segments])
+    _check_required(batch.segments, parts)
     ends = [i for i, segment in enumerate(batch.segments) if segment.last]
     columns = {name: np.zeros(len(ends), dtype) for name, dtype in self._recipe.columns.items()}
     if TAG_LENGTHS in columns:
@@ -102,6 +104,13 @@ class Encoder:
       for name in self._recipe.scores:
         columns[f'scores/{name}'][:] = [score(name, text) for text in texts]
     return Encoded(join(parts, np.uint32), np.array([segment.last for segment in batch.segments]), columns)
+
+
+def _check_required(segments: list[Segment], parts: list[np.ndarray]) -> None:
+  """Raises DataError where a text that must not be empty has no tokens: a model would learn to answer with EOS."""
+  for segment, ids in zip(segments, parts, strict=True):
+    if segment.required and not len(ids):
+      raise empty_error(f'{segment.required}: {segment.text!a:.40}')
 
 
 def _beginnings(batch: Batch) -> Iterator[str]:

@@ -1,26 +1,26 @@
 """Files of input as bytes (unpacked) and as records, streaming: no more than a block or a group of rows is in memory.
 
-By the end of the name: .gz and .zst are unpacked; .parquet and .arrayrecord hold records; what is left is text or
+kinds.py says what a file is: gzip and zstd are unpacked; Parquet and ArrayRecord hold records; what is left is text or
 JSONL (`text.py`). Libraries that a plain installation lacks are imported where they are needed.
 """
 
 import dataclasses
+import functools
 import importlib
 import io
-import itertools
 import json
 import pathlib
+import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from data.errors import DataError
+from data.prepare.kinds import HEAD_BYTES, check_kind, kind_of
+from data.stores.paths import plain_path
 
 Records = Literal['text', 'json']
-PACKED = ('.gz', '.zst')
-JSONL = ('.jsonl', '.ndjson', '.json')  # C4's files are named .json
-ARRAY_RECORD = ('.arrayrecord', '.array_record')
 BLOCK_BYTES = 2**16
 _ROWS = 256
 
@@ -35,15 +35,6 @@ class Meter:
   @property
   def fraction(self) -> float:
     return self.read / max(self.total, 1)
-
-
-def suffix_of(path: pathlib.Path) -> str:
-  """What a file holds, once it is unpacked.
-
-  >>> suffix_of(pathlib.Path('c4/train.00001.json.gz'))
-  '.json'
-  """
-  return path.with_suffix('').suffix if path.suffix in PACKED else path.suffix
 
 
 def optional(name: str, path: pathlib.Path) -> types.ModuleType:
@@ -97,7 +88,7 @@ class _Unpacked(io.RawIOBase):
     block, self._rest = self._rest or self._packed.read(BLOCK_BYTES), b''
     if not block:
       if self._member is not None:
-        raise DataError(f'{self._path} is cut off in the middle of its compressed data; copy it again.')
+        raise self._cut_off()
       return False
     self._member = self._member or self._start()
     try:
@@ -106,66 +97,84 @@ class _Unpacked(io.RawIOBase):
       raise DataError(f'{self._path} cannot be unpacked ({error}); copy it again.') from error
     if self._member.eof:
       self._rest, self._member = self._member.unused_data, None
+      return self._has_more()
     return True
+
+  def _has_more(self) -> bool:
+    """Whether the file may go on behind the end of a member."""
+    return True
+
+  def _cut_off(self) -> DataError:
+    return DataError(f'{self._path} is cut off in the middle of its compressed data; copy it again.')
 
   def close(self) -> None:
     self._packed.close()
     super().close()
 
 
+class _Gzip(_Unpacked):
+  """A gzip file, read as `gzip -dc` reads it: zeros behind the last member are padding, other bytes are ignored with a
+  warning."""
+
+  def __init__(self, path: pathlib.Path, packed: io.RawIOBase):
+    super().__init__(path, packed, lambda: zlib.decompressobj(31), zlib.error)
+
+  def _has_more(self) -> bool:
+    while len(self._rest) < 2 and (block := self._packed.read(BLOCK_BYTES)):
+      self._rest += block
+    if not self._rest or self._rest.startswith(b'\x1f\x8b'):
+      return True
+    if len(self._rest) == 1 and self._rest != b'\0':  # gzip looks at two bytes before it says what they are
+      raise self._cut_off()
+    self._skip()
+    return True
+
+  def _skip(self) -> None:
+    """Reads to the end of the file, whose rest is no member."""
+    count, padding = 0, self._rest.startswith(b'\0')
+    while block := self._rest or self._packed.read(BLOCK_BYTES):
+      count, padding, self._rest = count + len(block), padding and not block.strip(b'\0'), b''
+    if not padding:
+      _warn(f'{self._path}: {count} bytes behind its compressed data are ignored, as gzip -dc does.')
+
+
+@functools.cache
+def _warn(line: str) -> None:
+  """A line for the user, once: files are read twice where a tokenizer is trained."""
+  print(f'warning: {line}', file=sys.stderr)
+
+
 def open_bytes(path: pathlib.Path, meter: Meter) -> io.BufferedReader:
   """A file, unpacked where its name says that it is packed. Raises DataError where it cannot be read."""
+  packing = kind_of(path).packing
+  zstandard = optional('zstandard', path) if packing == 'zstd' else None
   try:
     raw = _Metered(path, meter)
   except OSError as error:
     raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
-  if path.suffix == '.gz':
-    raw = _Unpacked(path, raw, lambda: zlib.decompressobj(31), zlib.error)
-  elif path.suffix == '.zst':
-    zstandard = optional('zstandard', path)
+  if packing == 'gzip':
+    raw = _Gzip(path, raw)
+  elif zstandard:
     raw = _Unpacked(path, raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
   return io.BufferedReader(raw, BLOCK_BYTES)
 
 
-def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(where, those columns) of each row. Raises DataError for a file that is none, and for a column that is missing."""
-  optional('pyarrow', path)
-  parquet = optional('pyarrow.parquet', path)
-  number, size = 0, path.stat().st_size
+def check_file(path: pathlib.Path) -> None:
+  """Raises DataError, with the cure, where a file is not of the kind that its name says, or of none that is read."""
   try:
-    with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # where its writer has put checksums
-      names = file.schema_arrow.names
-      if missing := [column for column in columns if column not in names]:
-        raise DataError(f'{path} has no column {missing[0]!r} (found: {", ".join(names)}); name another one.')
-      for batch in file.iter_batches(_ROWS, columns=columns):
-        meter.read += size * batch.num_rows // max(file.metadata.num_rows, 1)
-        for row in _rows_of(path, batch, number):
-          yield f'{path}: row {number}', row
-          number += 1
-  except (OSError, importlib.import_module('pyarrow').ArrowException) as error:
-    raise DataError(
-      f'{path} cannot be read as Parquet from row {number} on ({_line(error)}); copy it again.'
-    ) from error
+    with path.open('rb') as file:
+      head = file.read(HEAD_BYTES)
+    check_kind(path, head, lambda: _unpacked_head(path))
+  except OSError as error:
+    raise DataError(f'{path} cannot be read ({error.strerror}); check the path.') from error
 
 
-def _rows_of(path: pathlib.Path, batch, first: int) -> list[dict[str, Any]]:
-  """The rows of a batch, the first of which is `first`. Raises DataError at the first text that is no UTF-8."""
-  try:
-    return batch.to_pylist()
-  except UnicodeDecodeError:
-    for i, name in itertools.product(range(batch.num_rows), batch.schema.names):
-      _check_text(f'{path}: row {first + i}, column {name!r}', batch.column(name)[i])
-    raise
+def _unpacked_head(path: pathlib.Path) -> bytes:
+  with open_bytes(path, Meter(0)) as file:
+    return file.read(HEAD_BYTES)
 
 
-def _check_text(where: str, value) -> None:
-  try:
-    value.as_py()
-  except UnicodeDecodeError as error:
-    raise _not_text(where, error.start) from error
-
-
-def _not_text(where: str, place: int) -> DataError:
+def not_text(where: str, place: int) -> DataError:
   return DataError(f'{where} is not UTF-8 text (byte {place}); convert it, e.g. with iconv, or leave it out.')
 
 
@@ -178,7 +187,7 @@ def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterato
     try:
       found = reader.read(list(range(first, last)))
     except (RuntimeError, ValueError, IndexError) as error:
-      raise DataError(f'{path} cannot be read from record {first} on ({_line(error)}); copy it again.') from error
+      raise DataError(f'{path} cannot be read from record {first} on ({first_line(error)}); copy it again.') from error
     meter.read += size * (last - first) // count
     for number, raw in enumerate(found, first):
       yield f'{path}: record {number}', _record(f'{path}: record {number}', raw, records)
@@ -188,9 +197,9 @@ def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterato
 def _array_record_reader(path: pathlib.Path):
   module = optional('array_record.python.array_record_module', path)
   try:
-    reader = module.ArrayRecordReader(str(path))
+    reader = module.ArrayRecordReader(plain_path(str(path)))
   except (RuntimeError, ValueError) as error:
-    raise DataError(f'{path} cannot be read as ArrayRecord ({_line(error)}); copy it again.') from error
+    raise DataError(f'{path} cannot be read as ArrayRecord ({first_line(error)}); copy it again.') from error
   if not reader.ok():
     raise DataError(f'{path} cannot be read as ArrayRecord; copy it again.')
   return reader
@@ -206,7 +215,7 @@ def decode(where: str, raw: bytes, offset: int) -> str:
   try:
     text = raw.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise _not_text(where, offset + error.start) from error
+    raise not_text(where, offset + error.start) from error
   if '\0' in text:
     raise DataError(f'{where} is binary (a NUL at byte {offset + raw.index(0)}); give text or .jsonl files.')
   return text
@@ -232,5 +241,5 @@ def parse_json(where: str, text: str) -> Any:
     raise DataError(f'{where}: not JSON ({error}); each line must be one object.') from error
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from data.errors import DataError
 from data.prepare.inputs import check_text
+from data.prepare.parquet import type_name
 
 Role = Literal['system', 'user', 'assistant', 'tool']
 ROLES: tuple[Role, ...] = get_args(Role)  # stores hold places in it: only ever add at its end
@@ -18,6 +19,11 @@ SHAREGPT = {'human': 'user', 'gpt': 'assistant'}
 class Turn(NamedTuple):
   role: Role
   text: str
+
+
+def empty_error(where: str) -> DataError:
+  """For a text, at `where`, that a model should learn to write and that has no tokens."""
+  return DataError(f'{where} is empty; write what is to be learnt, or leave out the record.')
 
 
 def marker(role: Role) -> str:
@@ -54,8 +60,8 @@ def _turn(where: str, message: Any) -> Turn:
   if role not in ROLES:
     raise DataError(f'{where}.{names[0]} is {given!r}; rename it: roles are {", ".join(ROLES)} (or human, gpt).')
   if not isinstance(text, str):
-    raise DataError(f'{where}.{names[1]} is no text ({type(text).__name__}); write it as one, or leave out the record.')
+    raise DataError(f'{where}.{names[1]} is no text ({type_name(text)}); write it as one, or leave out the record.')
   if role == 'assistant' and not text.strip():
-    raise DataError(f'{where}.{names[1]} is empty; write what is to be learnt, or leave out the record.')
+    raise empty_error(f'{where}.{names[1]}')
   check_text(f'{where}.{names[1]}', text)
   return Turn(role, text)

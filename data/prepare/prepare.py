@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, assert_never, get_args
 
 import numpy as np
@@ -18,11 +18,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from data.errors import DataError
 from data.prepare.encode import Encoder, Recipe, batches, encode_all
-from data.prepare.inputs import Meter, Records
+from data.prepare.inputs import Meter, Records, check_file
 from data.prepare.scores import SCORES, Score
-from data.prepare.text import Documents, Reading, Segment, read_segments, sample
+from data.prepare.text import Documents, Reading, Segment, is_blank, read_segments, sample
 from data.stores.arrays import is_inside
-from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store, refuse_existing
+from data.stores.paths import looked_in
+from data.stores.staging import refuse_existing
+from data.stores.store import TURNS_LEFT, Store, StoreWriter, open_store
 from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
@@ -128,8 +130,10 @@ def prepare(
   paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
-    raise DataError(f'{missing[0]} is no file; check the path.')
+    raise DataError(f'{missing[0]}{looked_in(missing[0])} is no file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
+  for path in paths:  # all of them, before the first is read
+    check_file(path)
   refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
@@ -139,7 +143,7 @@ def prepare(
   options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
   with StoreWriter(out, own, **options) as writer:
     digest = hashlib.sha256()
-    segments = _hashed(_read(paths, reading, total, 'tokenising'), digest)
+    segments = _hashed(_read(paths, reading, total, own), digest)
     with contextlib.closing(encode_all(batches(segments), Encoder(own, recipe), workers)) as encoded:
       for batch in encoded:
         writer.add_joined(batch.tokens, batch.last, batch.columns)
@@ -181,12 +185,15 @@ def _check_units(reading: Reading, scores: tuple[Score, ...], append_eos: bool) 
     raise DataError(f'--tag_fields, --scores and --score_field are for text, not for {kind}; leave them out.')
 
 
-def _read(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[Segment]:
-  """The segments of all files, with a bar in a terminal."""
-  return (segment for segment, _ in _metered(paths, reading, total, label))
+def _read(paths: list[pathlib.Path], reading: Reading, total: int, tokenizer: Tokenizer) -> Iterator[Segment]:
+  """The segments of all files, with a bar in a terminal. A text without tokens is empty."""
+  is_empty = lambda text: is_blank(text) or not tokenizer.encode(text)
+  return (segment for segment, _ in _metered(paths, reading, total, 'tokenising', is_empty))
 
 
-def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str) -> Iterator[tuple[Segment, float]]:
+def _metered(
+  paths: list[pathlib.Path], reading: Reading, total: int, label: str, is_empty: Callable[[str], bool] = is_blank
+) -> Iterator[tuple[Segment, float]]:
   """Segments, and the fraction of all files that was read when each came."""
   columns = (
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
@@ -196,7 +203,7 @@ def _metered(paths: list[pathlib.Path], reading: Reading, total: int, label: str
   with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
     task = progress.add_task(label, total=total)
     for path in paths:
-      for segment in read_segments(path, reading, meter):
+      for segment in read_segments(path, reading, meter, is_empty):
         yield segment, meter.fraction
         if shown:
           progress.update(task, completed=meter.read)

@@ -7,24 +7,23 @@ import codecs
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from data.errors import DataError
 from data.prepare.inputs import (
-  ARRAY_RECORD,
-  JSONL,
   Meter,
   Records,
   array_records,
+  check_file,
   check_text,
   decode,
   open_bytes,
-  parquet_rows,
   parse_json,
-  suffix_of,
 )
-from data.prepare.messages import ROLES, marker, turns_of
+from data.prepare.kinds import kind_of
+from data.prepare.messages import ROLES, empty_error, marker, turns_of
+from data.prepare.parquet import parquet_rows, type_name
 
 Documents = Literal['file', 'paragraph', 'line']
 SEGMENT_BYTES = 2**18
@@ -65,7 +64,7 @@ class Segment:
   """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
 
   `tags` stand in front of its text, `score` is what its record gives. A turn is of `role` (a place in messages.ROLES),
-  and `turns_left` follow it.
+  and `turns_left` follow it. `required` says where it stands if it must have tokens: a target, or an assistant's turn.
   """
 
   text: str
@@ -75,9 +74,16 @@ class Segment:
   score: float = 0.0
   role: int = 0
   turns_left: int = 0
+  required: str = ''
 
 
-def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = None) -> Iterator[Segment]:
+def is_blank(text: str) -> bool:
+  return not text.strip()
+
+
+def read_segments(
+  path: pathlib.Path, reading: Reading, meter: Meter | None = None, is_empty: Callable[[str], bool] = is_blank
+) -> Iterator[Segment]:
   """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair; one for
   each turn of a conversation.
 
@@ -85,12 +91,14 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
   what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
   SEGMENT_BYTES, otherwise at white space (or, in as long a stretch without any, between two characters): however it is
   cut, it is one document. Raises DataError for a file that is missing, empty, damaged, no UTF-8 (with the byte), or a
-  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not.
+  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not. A file is empty where
+  each of its texts `is_empty`.
   """
   meter = meter or Meter(0)
+  check_file(path)
   if (records := _records(path, reading, meter)) is not None:
     take = _pair if reading.pair else _conversation if reading.messages else _document
-    return _not_empty(path, (segment for record in records for segment in take(record, reading)))
+    return _not_empty(path, (segment for record in records for segment in take(record, reading)), is_empty)
   if fields := [
     *filter('text'.__ne__, [reading.field]),
     *reading.units,
@@ -100,10 +108,11 @@ def read_segments(path: pathlib.Path, reading: Reading, meter: Meter | None = No
     raise DataError(
       f'{path} has no field {fields[0]!r}: it is text. Fields are those of .jsonl, .parquet, .arrayrecord.'
     )
-  if suffix_of(path) in ARRAY_RECORD:
+  if kind_of(path).holds == 'arrayrecord':
     found = array_records(path, 'text', meter)
-    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()))
-  return _not_empty(path, _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter))
+    return _not_empty(path, (Segment(text, True, len(text)) for _, text in found if text.strip()), is_empty)
+  parts = _whole_file(path, meter) if reading.documents == 'file' else _parts(path, reading, meter)
+  return _not_empty(path, parts, is_empty)
 
 
 class _Record(NamedTuple):
@@ -116,13 +125,13 @@ class _Record(NamedTuple):
 
 def _records(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[_Record] | None:
   """The records of a file; None where it is text."""
-  suffix = suffix_of(path)
-  if suffix in JSONL:
-    return _lines(path, meter)
-  if suffix == '.parquet':
-    return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
-  if suffix in ARRAY_RECORD and reading.records == 'json':
-    return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
+  match kind_of(path).holds:
+    case 'json':
+      return _lines(path, meter)
+    case 'parquet':
+      return (_Record(where, row, _size(row)) for where, row in parquet_rows(path, reading.columns, meter))
+    case 'arrayrecord' if reading.records == 'json':
+      return (_Record(where, value, _size(value)) for where, value in array_records(path, 'json', meter))
   return None
 
 
@@ -142,9 +151,7 @@ def _tag(record: _Record, field: str) -> str:
   if value is None:
     return ''
   if not isinstance(value, str | int | float):
-    raise DataError(
-      f'{record.where}: field {field!r} is no text ({type(value).__name__}); leave it out of --tag_fields.'
-    )
+    raise DataError(f'{record.where}: field {field!r} is no text ({type_name(value)}); leave it out of --tag_fields.')
   check_text(f'{record.where}: field {field!r}', str(value))
   return f'{field}: {value}\n'
 
@@ -162,25 +169,26 @@ def _pair(record: _Record, reading: Reading) -> Iterator[Segment]:
   inputs_field, targets_field = reading.pair
   inputs = _text(record, inputs_field, '--inputs_field')
   targets = _text(record, targets_field, '--targets_field')
-  if not targets.strip():
-    raise DataError(
-      f'{record.where}: field {targets_field!r} is empty; write what is to be learnt, or leave out the line.'
-    )
+  where = f'{record.where}: field {targets_field!r}'
+  if is_blank(targets):
+    raise empty_error(where)
   yield Segment(inputs, True, record.num_bytes)
-  yield Segment(targets, True, 0)
+  yield Segment(targets, True, 0, required=where)
 
 
 def _conversation(record: _Record, reading: Reading) -> Iterator[Segment]:
   turns = turns_of(record.where, record.value, reading.messages)
   for i, (role, text) in enumerate(turns):
     size = 0 if i else record.num_bytes
-    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=len(turns) - 1 - i)
+    required = f'{record.where}: {reading.messages}[{i}]' if role == 'assistant' else ''
+    left = len(turns) - 1 - i
+    yield Segment(text, True, size, marker(role), role=ROLES.index(role), turns_left=left, required=required)
 
 
-def _not_empty(path: pathlib.Path, segments: Iterable[Segment]) -> Iterator[Segment]:
+def _not_empty(path: pathlib.Path, segments: Iterable[Segment], is_empty: Callable[[str], bool]) -> Iterator[Segment]:
   empty = True
   for segment in segments:
-    empty &= not segment.text.strip()
+    empty = empty and is_empty(segment.text)
     yield segment
   if empty:
     raise DataError(f'{path} is empty; remove it from the inputs.')
@@ -233,7 +241,7 @@ def _text(record: _Record, field: str, flag: str) -> str:
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
     keys = ', '.join(value) if isinstance(value, dict) else type(value).__name__
-    kind = f', which is {type(text).__name__}' if isinstance(value, dict) and field in value else ''
+    kind = f', which is {type_name(text)}' if isinstance(value, dict) and field in value else ''
     raise DataError(f'{where}: no text in field {field!r}{kind} (found: {keys}); name it with {flag}=.')
   check_text(f'{where}: field {field!r}', text)
   return text

@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore
 
 from data.errors import DataError
+from data.stores.paths import absolute, is_local, local_path, plain_path, with_names
 
 FILE, CHUNK = 2**23, 2**16  # a file is in memory while it is written
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
@@ -28,15 +29,14 @@ _CONTEXT = tensorstore.Context(
 )
 
 
-def url_of(path: str | os.PathLike[str], name: str = '') -> str:
-  """The URL of a store, or of `name` in it: a plain path becomes file://.
+def place_of(path: str | os.PathLike[str], name: str) -> str:
+  """Where `name` of a store is, for messages: a URL, or an absolute path on a local disk.
 
-  >>> url_of('gs://bucket/store/', 'tokens/')
-  'gs://bucket/store/tokens/'
+  >>> place_of('gs://bucket/store/', 'manifest.json'), place_of('/a%20b', 'manifest.json')
+  ('gs://bucket/store/manifest.json', '/a%20b/manifest.json')
   """
-  text = os.fspath(path)
-  base = text if '://' in text else 'file://' + os.path.abspath(text)
-  return base.rstrip('/') + '/' + name
+  base = absolute(local_path(path)) if is_local(path) else os.fspath(path)
+  return f'{base.rstrip("/")}/{name}'
 
 
 def is_inside(name: str) -> bool:
@@ -45,17 +45,21 @@ def is_inside(name: str) -> bool:
   >>> [is_inside(name) for name in ('', 'tokens/', 'scores/my-score.2/', 'scores/../../x', '/etc', 'a//b')]
   [True, True, True, False, False, False]
   """
-  return not name or all(re.fullmatch(r'\w[\w.-]*', part) for part in name.removesuffix('/').split('/'))
+  return not name or all(re.fullmatch(r'\w[\w.-]*(?<!\.__lock)', part) for part in name.removesuffix('/').split('/'))
 
 
 def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, Any]:
-  """What TensorStore calls `url_of`; an s3:// one as the environment has it (AWS_ENDPOINT_URL, AWS_REGION, keys).
+  """TensorStore's spec of a store, or of a folder in it.
 
-  Raises DataError for a name, which a manifest may have brought, that leads out of the store.
+  A local path is passed as a path: in a URL `%`, `#` and `?` would mean something. An s3:// URL is completed from the
+  environment (AWS_ENDPOINT_URL, AWS_REGION, keys). Raises DataError for a name that leads out of the store: a manifest
+  may hold one.
   """
   if not is_inside(name):
     raise DataError(f'{name!r} is no name of a part of {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
-  url, endpoint = url_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
+  if is_local(path):
+    return {'driver': 'file', 'path': f'{plain_path(local_path(path)).rstrip("/")}/{name}'}
+  url, endpoint = place_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
   if not url.startswith('s3://'):
     return url
   bucket, _, folder = url.removeprefix('s3://').partition('/')
@@ -76,7 +80,7 @@ def _written(path: str | os.PathLike[str], write: Callable):
   try:
     return write()
   except (ValueError, OSError) as error:
-    what = 'its bucket, and the credentials' if '://' in os.fspath(path) else 'the disk'
+    what = 'the disk' if is_local(path) else 'its bucket, and the credentials'
     raise DataError(f'{os.fspath(path)} cannot be written: {_first_line(error)}. Check {what}.') from error
 
 
@@ -103,7 +107,7 @@ def _read(path: str | os.PathLike[str], name: str, read: Callable):
     return read()
   except ValueError as error:
     raise DataError(
-      f'{url_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL, and credentials.'
+      f'{place_of(path, name)} cannot be read: {_first_line(error)}. Check the path or URL, and credentials.'
     ) from error
 
 
@@ -123,7 +127,7 @@ class Watch:
 
 
 def _first_line(error: Exception) -> str:
-  return re.sub(r" \[[\w-]+='.*", '', str(error).splitlines()[0])[:300]  # without HTTP headers
+  return re.sub(r" \[[\w-]+='.*", '', with_names(str(error)).splitlines()[0])[:300]  # without HTTP headers
 
 
 def little(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -24,8 +24,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -41,12 +39,14 @@ from data.stores.arrays import (
   Column,
   Watch,
   delete_files,
+  place_of,
   read_file,
   sha256,
-  url_of,
   write_file,
 )
+from data.stores.paths import is_local, looked_in
 from data.stores.shards import ShardCutter, parse_shards
+from data.stores.staging import Staging, refuse_existing
 from data.stores.vocabulary import EOS, Tokenizer
 
 FORMAT = 2
@@ -57,19 +57,6 @@ REQUIRED = {
 SHARD_TOKENS = 2**28
 TAG_LENGTHS, ROLES, TURNS_LEFT = 'tag_lengths', 'roles', 'turns_left'
 Kind = Literal['text', 'pairs', 'conversations']
-
-
-def refuse_existing(path: str | os.PathLike[str]) -> None:
-  """Raises DataError where a store would be written over something."""
-  path = _without_scheme(path)
-  exists = read_file(path, 'manifest.json') is not None if '://' in path else os.path.lexists(path)
-  if exists:
-    raise DataError(f'{path} already exists. Nothing was changed; choose another --out, or remove it.')
-
-
-def _without_scheme(path: str | os.PathLike[str]) -> str:
-  """A path as the file system has it; other URLs as they are."""
-  return os.fspath(path).removeprefix('file://').rstrip('/')
 
 
 class StoreWriter:
@@ -89,10 +76,9 @@ class StoreWriter:
     columns: Mapping[str, str] = MappingProxyType({}),
     shard_tokens: int = SHARD_TOKENS,
   ):
-    self.path = _without_scheme(path)
-    self._local = '://' not in self.path
+    self.path = os.fspath(path)
     refuse_existing(self.path)
-    self._staging = f'{self.path}.partial-{os.getpid()}' if self._local else self.path
+    self._staging = Staging(self.path) if is_local(self.path) else None
     self._tokenizer, self._append_eos, self._pairs = tokenizer, append_eos, pairs
     self._dtype = 'uint16' if tokenizer.vocabulary.pieces <= 2**16 else 'uint32'
     self._shards, self._kinds = ShardCutter(self._dtype, shard_tokens), columns
@@ -108,19 +94,11 @@ class StoreWriter:
     return self
 
   def _start(self) -> None:
-    if self._local:
-      self._make_staging()
-    self._tokens = Appender(self._staging, 'tokens', self._dtype)
-    self._offsets = Appender(self._staging, 'document_offsets', 'int64')
-    self._columns = {name: Column(self._staging, name, kind) for name, kind in self._kinds.items()}
+    self._folder = self._staging.make() if self._staging else self.path
+    self._tokens = Appender(self._folder, 'tokens', self._dtype)
+    self._offsets = Appender(self._folder, 'document_offsets', 'int64')
+    self._columns = {name: Column(self._folder, name, kind) for name, kind in self._kinds.items()}
     self._offsets.append(np.zeros(1, np.int64))
-
-  def _make_staging(self) -> None:
-    shutil.rmtree(self._staging, ignore_errors=True)
-    try:
-      pathlib.Path(self._staging).mkdir(parents=True)
-    except OSError as error:
-      raise DataError(f'{self.path} cannot be written ({error.strerror}); choose another --out.') from error
 
   def add(
     self,
@@ -196,16 +174,15 @@ class StoreWriter:
       **provenance,
       'shards': self._shards.entries,
     }
-    write_file(self._staging, 'tokenizer.model', self._tokenizer.model)
-    write_file(self._staging, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
-    if self._local:
-      refuse_existing(self.path)  # what came there meanwhile
-      os.rename(self._staging, self.path)
+    write_file(self._folder, 'tokenizer.model', self._tokenizer.model)
+    write_file(self._folder, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
+    if self._staging:
+      self._staging.move()
     self._finished = True
 
   def __exit__(self, kind, error, trace):
-    if self._local:
-      shutil.rmtree(self._staging, ignore_errors=True)
+    if self._staging:
+      self._staging.remove()
     elif not self._finished:
       columns = [f'{name}/' for name in self._kinds]
       with contextlib.suppress(ValueError):  # what went wrong first is to be said
@@ -216,14 +193,13 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
   """The store at a path or URL. Raises DataError where there is none, or one of another format, or a damaged one."""
   raw = read_file(path, 'manifest.json')
   if raw is None:
-    raise DataError(
-      f'no token store at {os.fspath(path)}; make one with: pretrain data prepare --out={os.fspath(path)} …'
-    )
+    name, where = os.fspath(path), looked_in(path)
+    raise DataError(f'no token store at {name}{where}; make one with: pretrain data prepare --out={name} …')
   try:
     manifest = json.loads(raw)
     found = manifest['format']
   except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f'{url_of(path, "manifest.json")} is no manifest of a token store.', 'DATA-CORRUPT') from error
+    raise DataError(f'{place_of(path, "manifest.json")} is no manifest of a token store.', 'DATA-CORRUPT') from error
   if found != FORMAT:
     raise DataError(
       f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
@@ -239,7 +215,7 @@ def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> N
   bad = [key for key, kind in REQUIRED.items() if type(manifest.get(key)) is not kind]
   if bad:
     raise DataError(
-      f'{url_of(path, "manifest.json")} has {bad[0]}={manifest.get(bad[0])!r}, expected {REQUIRED[bad[0]].__name__}. '
+      f'{place_of(path, "manifest.json")} has {bad[0]}={manifest.get(bad[0])!r}, expected {REQUIRED[bad[0]].__name__}. '
       f'{RESTORE}', 'DATA-CORRUPT',
     )  # fmt: skip
 
@@ -253,7 +229,7 @@ class Store:
     self.num_documents: int = manifest['num_documents']
     self.append_eos: bool = manifest['append_eos']
     self.pairs: bool = manifest['pairs']
-    self.shards = parse_shards(url_of(path, 'manifest.json'), manifest['shards'])
+    self.shards = parse_shards(place_of(path, 'manifest.json'), manifest['shards'])
     self._tokens, self._offsets = Array(path, 'tokens'), Array(path, 'document_offsets')
     self._columns = {name: Array(path, name) for name in manifest.get('columns', {})}
     self._check_counts()
@@ -374,7 +350,7 @@ class Store:
     """The tokenizer of the text, with `sentinels` sentinels. Raises DataError where its file is not the manifest's."""
     model = read_file(self.path, 'tokenizer.model')
     if model is None or hashlib.sha256(model).hexdigest() != self.manifest['tokenizer_sha256']:
-      raise DataError(f'{url_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
+      raise DataError(f'{place_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
     return Tokenizer(model, sentinels)
 
   def tokens(self, places: range) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from models.layers.norm import RmsNorm
 from models.layers.positions import rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
-from pallas_kernels.attention.api import RelativeBias, choose, flash_attention
+from pallas_kernels.attention import api
 
 WEIGHTS_SITE = 20
 
@@ -55,41 +54,24 @@ VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=list(VISIBILITY_AXES),
-  meta_fields=['causal', 'cached'],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Visibility:
-  """Which keys a query sees, and the bias between them: the arguments of `flash_attention`, once for all layers.
+class Visibility(api.Visibility):
+  """Which keys a query sees, once for all layers.
 
   Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
   queries; there the reference is as good as a kernel.
   """
 
-  causal: bool
-  cached: bool = False
-  q_segment_ids: Array | None = None
-  kv_segment_ids: Array | None = None
-  q_positions: Array | None = None
-  kv_positions: Array | None = None
-  prefix_end: Array | None = None
-  relative_bias: RelativeBias | None = None
-  alibi: Array | None = None
-
-  @property
-  def arrays(self) -> dict[str, Any]:
-    """Those that are there."""
-    return {name: x for name in VISIBILITY_AXES if (x := getattr(self, name)) is not None}
+  cached: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
-def _on_each_device(run, arrays: dict[str, Any]):
-  """`run` for the examples and heads of each device. Lengths are whole: `choose` knows none that divides them."""
+def _on_each_device(run, see: Visibility):
+  """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
   heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
-  own = {name: VISIBILITY_AXES[name] for name in arrays}
-  return per_shard(lambda q, k, v, see: run(q, k, v, **see), (heads, kv_heads, kv_heads, own), heads)
+  given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
+  return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), heads)
 
 
 class Attention(nnx.Module):
@@ -133,15 +115,13 @@ class Attention(nnx.Module):
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
     whole = {'dropout': dropped is not None, 'divided': divides('length')}
-    implementation = 'reference' if see.cached else choose(self.cfg.implementation, **whole)
+    implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     scale = 1.0 if self.cfg.folds_scale else None
-    run = functools.partial(
-      flash_attention, causal=see.causal, scale=scale, softcap=self.cfg.softcap, implementation=implementation
-    )
+    run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
-      mixed = run(q, k, v, **see.arrays, dropout=dropped)
+      mixed = run(q, k, v, see, dropout=dropped)
     else:
-      mixed = _on_each_device(run, see.arrays)(q, k, v, see.arrays)
+      mixed = _on_each_device(run, see)(q, k, v, see)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
 

@@ -1,4 +1,4 @@
-"""Attention: the definition in plain JAX, kernels for TPU and GPU, and the one function that chooses.
+"""Attention: the definition in plain JAX, kernels for TPU and GPU, and the function that chooses one.
 
 Knows arrays; must not know models.
 """

@@ -7,20 +7,20 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
-__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'choose', 'flash_attention']
+__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
 
 
-def _mosaic_gpu(q: Array, k: Array, v: Array, **options):
-  # Imported by those who ask for it: it takes a third of a second at the start of every other process.
+def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
+  # Imported only when it is used: the import takes a third of a second.
   from pallas_kernels.attention import gpu_mosaic
 
-  return gpu_mosaic.attention(q, k, v, **options)
+  return gpu_mosaic.attention(q, k, v, see, **options)
 
 
-# `interpret` is `tpu` on any platform, slowly: for tests, and to see on a CPU what a TPU would compute.
+# `interpret` runs `tpu` on any platform, slowly: for tests, and to compute on a CPU what a TPU would compute.
 IMPLEMENTATIONS = {
   'reference': reference.attention,
   'tpu': tpu.attention,
@@ -34,12 +34,12 @@ _reported: set[str] = set()
 
 
 def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
-  """The implementation that `auto` means here, said once for each reason; a named one must exist and be able to run.
+  """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
-  GPU it is the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, plain) and 'cudnn' (few) have run on none yet,
-  and go by name alone.
-  `divided`: the devices hold parts of rows, which the partitioner gathers for the reference alone.
+  GPU 'auto' selects the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, few) and 'cudnn' (few) have not run
+  on a GPU yet and must be named.
+  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
 
   Raises KernelError.
   """
@@ -55,24 +55,24 @@ def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
   platform = _platform()
   if platform is not None and PLATFORMS.get(implementation, platform) != platform:
     raise KernelError(
-      f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh is of {platform}; "
+      f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh has {platform} devices; "
       "use 'auto' or 'reference'."
     )
   if dropout and implementation != 'reference':
     raise KernelError(
-      f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 asks for; "
+      f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 needs; "
       "use 'auto' or 'reference', or model.dropout=0."
     )
   if divided and implementation != 'reference':
     raise KernelError(
       f"kernels.attention='{implementation}' needs whole rows, which mesh.sequence > 1 divides: each device would do "
-      "the work of all; use mesh.sequence=1 with mesh.fsdp or mesh.tensor, or kernels.attention='reference'."
+      "all of the work; use mesh.sequence=1 with mesh.fsdp or mesh.tensor, or kernels.attention='reference'."
     )
   return implementation
 
 
 def _platform() -> str | None:
-  """Of the mesh in use; None where there is none."""
+  """The platform of the mesh in use, or None without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
@@ -81,16 +81,16 @@ def _automatic(dropout: bool, divided: bool) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
-    return 'reference', 'no mesh says which platform this is for'
+    return 'reference', 'no mesh gives the platform'
   if platform != 'tpu':
-    return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu go by name alone'
+    return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
 def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:
-  """A kernel would read beyond what does not fit, in silence."""
+  """Raises KernelError for arrays that do not fit each other: a kernel would read past their ends without an error."""
   heads, per_head = q.shape[2], {name: x.shape for name, x in of_heads.items() if x is not None}
   if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or heads % k.shape[2]:
     raise KernelError(
@@ -103,20 +103,46 @@ def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_he
     if bias.max_distance <= exact:
       raise KernelError(
         f'flash_attention got relative_bias.max_distance={bias.max_distance} with a table of {bias.table.shape[0]} '
-        f'buckets, of which {exact} are single distances to a side; pass a max_distance of more than {exact}.'
+        f'buckets, which have {exact} single distances on each side; pass a max_distance above {exact}.'
       )
-  if wrong := [f'{name} of heads {shape}' for name, shape in per_head.items() if shape != (heads,)]:
+  if wrong := [f'{name} with heads {shape}' for name, shape in per_head.items() if shape != (heads,)]:
     raise KernelError(f'flash_attention got {", ".join(wrong)}; pass one number for each of the {heads} heads of q.')
 
 
-def _check_positions(chosen: str, q: Array, k: Array, q_positions: Array | None, kv_positions: Array | None) -> None:
-  """What shows, before there are numbers, that positions are not indices: slots of a cache, parts of rows."""
-  sides = [name for name, x in (('q_positions', q_positions), ('kv_positions', kv_positions)) if x is not None]
+def _check_positions(chosen: str, q: Array, k: Array, see: Visibility) -> None:
+  """Raises KernelError where the shapes show that positions are not indices: slots of a cache, parts of rows."""
+  sides = [name for name, x in (('q_positions', see.q_positions), ('kv_positions', see.kv_positions)) if x is not None]
   if len(sides) == 1 or (sides and q.shape[1] != k.shape[1]):
     raise KernelError(
       f"kernels.attention='{chosen}' reads a relative bias by the difference of indices, and got {' and '.join(sides)} "
       f"for {q.shape[1]} queries and {k.shape[1]} keys; pass both, of rows of one length, or use 'reference'."
     )
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  see: Visibility,
+  *,
+  softcap: float | None = None,
+  scale: float | None = None,
+  sink_logits: Array | None = None,
+  dropout: tuple[float, Array] | None = None,
+  implementation: str = 'auto',
+  return_lse: bool = False,
+):
+  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does."""
+  if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
+    raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
+  _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
+  chosen = choose(implementation, dropout=dropout is not None)
+  if see.relative_bias is not None and chosen != 'reference':
+    _check_positions(chosen, q, k, see)
+  options = {'dropout': dropout} if chosen == 'reference' else {}
+  return IMPLEMENTATIONS[chosen](
+    q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, return_lse=return_lse, **options
+  )
 
 
 def flash_attention(
@@ -143,27 +169,22 @@ def flash_attention(
 ):
   """Attention of q[batch, T, heads, head_dim] over k, v[batch, S, kv_heads, head_dim]; heads = kv_heads * group.
 
-  Query i sees key j iff their segments are equal and not 0, and (not causal, or position j <= position i, or
-  position j < prefix_end[j]), and |position i - position j| < window or position j < num_sinks. Positions default to
-  indices. `relative_bias`, `alibi` (slopes[heads]), `softcap`, `sink_logits[heads]` and `dropout` (rate, keys[batch])
-  act as `reference.attention` defines. Returns q's shape and dtype, and lse f32[batch, T, heads] if asked.
+  `Visibility` defines which keys a query sees, from `causal` to `alibi` (slopes[heads]). `softcap`,
+  `sink_logits[heads]` and `dropout` (rate, keys[batch]) act as `reference.attention` defines. Returns q's shape and
+  dtype, and lse f32[batch, T, heads] if `return_lse`.
 
   Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
   segment, as in packed rows. They have no gradient of `alibi`, and no dropout.
 
-  Raises KernelError for an implementation that does not exist or cannot do what is asked, for shapes that do not fit
-  each other, or segment ids of one side.
+  Raises KernelError for an implementation that does not exist or lacks a feature, for shapes that do not fit each
+  other, and for segment ids of only one side.
   """
-  if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
-  _check_shapes(q, k, v, relative_bias, {'alibi': alibi, 'sink_logits': sink_logits})
-  chosen = choose(implementation, dropout=dropout is not None)
-  if relative_bias is not None and chosen != 'reference':
-    _check_positions(chosen, q, k, q_positions, kv_positions)
-  options = {'dropout': dropout} if chosen == 'reference' else {}
-  return IMPLEMENTATIONS[chosen](
-    q, k, v, causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids,
-    kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-    relative_bias=relative_bias, alibi=alibi, softcap=softcap, scale=scale, sink_logits=sink_logits,
-    return_lse=return_lse, **options,
+  see = Visibility(
+    causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
+    q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end, relative_bias=relative_bias,
+    alibi=alibi,
+  )  # fmt: skip
+  return attention(
+    q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, dropout=dropout,
+    implementation=implementation, return_lse=return_lse,
   )  # fmt: skip

@@ -1,44 +1,33 @@
-"""cuDNN's flash attention, where it can do what is asked; no GPU has run it from here yet."""
+"""cuDNN's flash attention, for the features that it has. Not yet run on a GPU."""
+
+import dataclasses
 
 import jax
 from jax import Array
 
 from pallas_kernels.attention import features
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import Visibility
 
 
 def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Array | None = None,
-  kv_segment_ids: Array | None = None,
-  q_positions: Array | None = None,
-  kv_positions: Array | None = None,
-  prefix_end: Array | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
   return_lse: bool = False,
 ):
-  """`reference.attention`, causal by index or full, with a window before the query: all that cuDNN does in O(length).
+  """`reference.attention`, causal by index or full, with a window before the query: what cuDNN does in O(length).
 
-  Raises KernelError that names what else was asked. Source: jax.nn.dot_product_attention, implementation='cudnn'.
+  Raises KernelError that names any other feature in use. Source: jax.nn.dot_product_attention, implementation='cudnn'.
   """
-  wanted = features.asked({
-    'q_segment_ids': q_segment_ids, 'kv_segment_ids': kv_segment_ids, 'q_positions': q_positions,
-    'kv_positions': kv_positions, 'prefix_end': prefix_end, 'relative_bias': relative_bias, 'alibi': alibi,
-    'softcap': softcap,
-  })  # fmt: skip
-  wanted |= {
-    'sinks': sink_logits is not None or (window is not None and num_sinks > 0),
-    'window without causality': window is not None and not causal,
+  window = see.window
+  wanted = features.asked(dataclasses.replace(see, window=None), softcap=softcap) | {
+    'sinks': sink_logits is not None or (window is not None and see.num_sinks > 0),
+    'window without causality': window is not None and not see.causal,
     'window that leaves queries without a key': window is not None and q.shape[1] >= k.shape[1] + window,
     'log-sum-exp in f32': return_lse,
     f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in features.HALVES,
@@ -48,5 +37,5 @@ def attention(
   near = None if window is None else (window - 1, 0)
   with jax.numpy_dtype_promotion('standard'):  # jax's own code promotes
     return jax.nn.dot_product_attention(
-      q, k, v, scale=scale, is_causal=causal, local_window_size=near, implementation='cudnn'
+      q, k, v, scale=scale, is_causal=see.causal, local_window_size=near, implementation='cudnn'
     )

@@ -1,9 +1,9 @@
 """Flash attention on GPU through Triton: one kernel forward, two backward, O(length) memory; the interpreter runs the
-same. It lowers for CUDA and equals the definition in the interpreter; no GPU has run it yet, and no block is tuned.
-Newer jax (0.12) still lowers it, with a warning that Pallas will leave Triton for Mosaic.
+same kernels. It lowers for CUDA and equals the definition in the interpreter. It has not run on a GPU yet, and its
+block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in favour of Mosaic.
 
-Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so position j -
-position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
+Differences from `reference.attention`, the definition: a relative bias goes by the difference of indices, so position
+j - position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels import tuned
 from pallas_kernels.attention import gpu_kernels, tiles
 from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
-from pallas_kernels.attention.reference import RelativeBias, relative_position_bucket
+from pallas_kernels.attention.reference import Visibility, relative_position_bucket
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.errors import KernelError
 
@@ -32,7 +32,7 @@ Ins = Mapping[str, tuple[Array, pl.BlockSpec]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """Of queries and of keys, forward and for gradients: powers of 2, at least 16."""
+  """Block sizes of queries and of keys, forward and for gradients: powers of 2, at least 16."""
 
   q: int
   kv: int
@@ -41,8 +41,8 @@ class Blocks:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
-  """Those tuned for this chip. Else Triton 3.9 compiled these for H100, causal to head_dim 256 and all features at 128,
-  with at most 137 KiB of shared memory (A100 has 163) and up to 1.3 KiB of spills in f32; no GPU has tuned them.
+  """The sizes tuned for this chip, or defaults, which are not tuned. Triton 3.9 compiled these for H100, causal up to
+  head_dim 256 and all features at 128: at most 137 KiB of shared memory (A100 has 163), up to 1.3 KiB of spills in f32.
   """
   exact, large = jnp.dtype(dtype).itemsize > 2, head_dim > 128
   fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
@@ -54,7 +54,7 @@ def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks
 
 
 def shape_class(width: int, dtype) -> str:
-  """What blocks are tuned for."""
+  """The key of tuned block sizes."""
   return f'd{width}_{jnp.dtype(dtype).name}'
 
 
@@ -62,17 +62,8 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Array | None = None,
-  kv_segment_ids: Array | None = None,
-  q_positions: Array | None = None,
-  kv_positions: Array | None = None,
-  prefix_end: Array | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
@@ -85,25 +76,19 @@ def attention(
   width = max(LEAST, pl.next_power_of_2(head_dim))
   blocks = choose_blocks(q_length, kv_length, width, q.dtype) if blocks is None else blocks
   lengths = padded(q_length, max(blocks.q, blocks.grad_q)), padded(kv_length, max(blocks.kv, blocks.grad_kv))
-  vectors = tiles.vectors(
-    (batch, q_length, kv_length), lengths, causal=causal, q_segments=q_segment_ids, kv_segments=kv_segment_ids,
-    q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-  )  # fmt: skip
+  vectors = tiles.vectors(see, (batch, q_length, kv_length), lengths)
   spec = Spec(
     heads=heads, group=heads // k.shape[2], q_length=lengths[0], kv_length=lengths[1], block_q=blocks.q,
-    block_kv=blocks.kv, compute=blocks.kv, causal=causal, segmented=vectors.q_segments is not None,
+    block_kv=blocks.kv, compute=blocks.kv, segmented=vectors.q_segments is not None,
     positioned=vectors.q_positions is not None, scale=1 / math.sqrt(head_dim) if scale is None else scale,
-    window=window, num_sinks=num_sinks, max_distance=None if relative_bias is None else relative_bias.max_distance,
-    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
-    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+    sinks=sink_logits is not None, softcap=softcap, interpret=interpret, **tiles.static(see),
   )  # fmt: skip
   _check_size(spec, batch, width, "kernels.attention='triton'")
-  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
-    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  k, v = see.silence_padding(k, v)
   major = lambda x, n: pad(pad(jnp.moveaxis(x, 2, 1), 2, n), 3, width).reshape(-1, n, width)
-  table = None if relative_bias is None else relative_bias.table
+  table = None if see.relative_bias is None else see.relative_bias.table
   rows = major(q, lengths[0]), major(k, lengths[1]), major(v, lengths[1])
-  out, lse = _flash(spec, blocks, *rows, table, alibi, sink_logits, vectors)
+  out, lse = _flash(spec, blocks, *rows, table, see.alibi, sink_logits, vectors)
   out = jnp.moveaxis(out.reshape(batch, heads, -1, width)[:, :, :q_length, :head_dim], 1, 2)
   if not return_lse:
     return out
@@ -111,7 +96,9 @@ def attention(
 
 
 def _check_size(spec: Spec, batch: int, width: int, what: str) -> None:
-  """Triton's lowering counts numbers in int32, and would wrap in silence; CUDA's grid has 65,535 rows."""
+  """Raises KernelError for arrays too large for Triton's int32 indices, which would wrap, or for CUDA's grid, which has
+  65,535 rows.
+  """
   rows, shared = batch * spec.heads, batch * spec.heads // spec.group
   numbers = max(rows * spec.q_length, shared * spec.kv_length) * width
   if numbers >= 2**31 or rows > 65535:
@@ -158,7 +145,7 @@ _flash.defvjp(_forward, _backward)
 
 
 def plain_gradients(saved, gradients, *, causal: bool, scale: float, interpret: bool) -> tuple[Array, Array, Array]:
-  """(dq, dk, dv) of attention by index without other features, for kernels of Hopper that have no backward.
+  """(dq, dk, dv) of attention by index without other features, for the Hopper kernel, which has no backward pass.
 
   `saved`: q[batch, T, heads, head_dim], k, v[batch, S, kv_heads, head_dim], o like q, and lse in base 2, f32[batch,
   heads, T]; every query sees a key. `gradients`: of o, and of the natural lse[batch, T, heads]. head_dim is a power of
@@ -220,7 +207,7 @@ def _grad_sinks(spec: Spec, sinks: Array, lse: Array, di: Array, dtype) -> Array
 
 
 def _buckets(spec: Spec, table: Array) -> Array:
-  """int32[2 * max_distance + 1]: the bucket of each distance up to where all are one."""
+  """int32[2 * max_distance + 1]: the bucket of each distance; larger distances have the bucket of the largest."""
   far = spec.max_distance or 0
   return relative_position_bucket(
     jnp.arange(-far, far + 1), buckets=table.shape[0], bidirectional=spec.bidirectional, max_distance=far
@@ -228,7 +215,7 @@ def _buckets(spec: Spec, table: Array) -> Array:
 
 
 def _of_heads(spec: Spec, table, alibi, sink_logits) -> dict[str, Array]:
-  """f32[heads, …] of each head in base 2: its slope and sink, and its bias by distance."""
+  """f32[heads, …], in base 2: the slope and sink of each head, and its bias by distance."""
   none = jnp.zeros(spec.heads, jnp.float32)
   numbers = [none if x is None else x.astype(jnp.float32) for x in (alibi, sink_logits)]
   found = {'numbers': jnp.stack(numbers, -1) * LOG2E}
@@ -236,7 +223,7 @@ def _of_heads(spec: Spec, table, alibi, sink_logits) -> dict[str, Array]:
 
 
 def _whole(x: Array, index: Callable) -> tuple[Array, pl.BlockSpec]:
-  """All of `x[index(head)]`: a kernel loads what it needs."""
+  """All of `x[index(head)]`, from which a kernel loads what it needs."""
   return x, pl.BlockSpec((None, *x.shape[1:]), lambda n, h: (index(h), *(0 for _ in x.shape[1:])))
 
 
@@ -246,7 +233,7 @@ def _block(x, size: int) -> tuple[Any, pl.BlockSpec]:
 
 
 def _of_queries(spec: Spec, arrays, per_head, vectors: Vectors) -> dict[str, tuple[Array, pl.BlockSpec]]:
-  """What a program for a block of queries of one head reads."""
+  """The inputs of a program for a block of queries of one head."""
   shared = lambda h: h // spec.group
   ins = {name: _whole(x, shared if name in gpu_kernels.KEYS else lambda h: h) for name, x in arrays.items()}
   ins |= {name: _whole(x, lambda h: h % spec.heads) for name, x in per_head.items()}
@@ -254,10 +241,10 @@ def _of_queries(spec: Spec, arrays, per_head, vectors: Vectors) -> dict[str, tup
 
 
 def _of_rows(spec: Spec, vectors: Vectors, per_row: int, *, by_keys: bool) -> dict[str, tuple[Array, pl.BlockSpec]]:
-  """The vectors of each row of the batch, and the bounds of each block's tiles."""
+  """The vectors of each row of the batch, and the bounds of the tiles of each block."""
   found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
   found = {name: x for name, x in found.items() if x is not None}
-  if spec.segmented:  # padding sees nothing, not even padding
+  if spec.segmented:  # so that padding does not see padding
     found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
   bounds = tiles.bounds(spec, vectors, by_keys=by_keys)
   row = (lambda h: h // per_row) if bounds.shape[0] > 1 else (lambda h: 0)

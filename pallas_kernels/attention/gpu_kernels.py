@@ -1,6 +1,6 @@
-"""The three kernels for GPU, in what Triton lowers: forward, the gradient of queries (and of the bias), those of keys.
+"""The three kernels for GPU, which Triton lowers: forward, the gradient of queries (and of the bias), those of keys.
 
-A program holds one block of queries (of keys, for their gradients) and walks the tiles of the other side between the
+A program holds one block of queries (of keys, for their gradients) and visits the tiles of the other side between the
 bounds of `tiles.bounds`. Scores are in base 2. Every tile is masked exactly; T5's bias is one number in a saturated
 tile, and gathered by distance in the others.
 Source: Dao 2023, arXiv:2307.08691; jax/experimental/pallas/ops/gpu/attention.py lays it out for Triton.
@@ -21,10 +21,10 @@ from jax.experimental.pallas import triton
 from pallas_kernels.attention.tiles import Spec
 
 LOG2E = math.log2(math.e)
-HIDDEN = -2e30  # below LOWEST: a row that sees nothing then has weights of 0, and no NaN
+HIDDEN = -2e30  # below LOWEST: a query without a visible key has weights of 0, not NaN
 LOWEST = -1e30
-NO_ROW = 1e30  # the log-sum-exp of such a row, for the backward: exp2(score - NO_ROW) = 0
-SLOPE, SINK = range(2)  # of each head's numbers
+NO_ROW = 1e30  # log-sum-exp of such a query, for the backward pass: exp2(score - NO_ROW) = 0
+SLOPE, SINK = range(2)  # indices of the numbers of a head
 NUMBERS = 2
 QUERIES = ('q', 'do', 'lse', 'di', 'q_segments', 'q_positions')
 KEYS = ('k', 'v', 'kv_segments', 'kv_positions', 'kv_reach')
@@ -32,12 +32,12 @@ OF_HEADS = ('q', 'do', 'lse', 'di')
 
 
 def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-  """f32; of f32 exactly: Triton would take TF32, with 10 bits."""
+  """A product in f32. Exact for f32 inputs, where Triton would use TF32, which has 10 bits."""
   return triton.dot(a, b, trans_b=trans_b, precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def load_queries(spec: Spec, ref, i, member=0) -> dict[str, Array]:
-  """Block i of the vectors of queries; `member`: of the heads that share keys, where those lie one after another."""
+  """Block i of the vectors of queries; `member` selects one of the heads that share keys and lie one after another."""
   start = {name: member * spec.q_length if name in OF_HEADS else 0 for name in QUERIES if name in ref}
   return {name: ref[name][pl.ds(first + i * spec.block_q, spec.block_q)] for name, first in start.items()}
 
@@ -88,7 +88,7 @@ class Tile:
     return self.ahead()
 
   def visible(self) -> list[Array]:
-    """The conditions that a pair must fulfil to be seen."""
+    """The conditions under which a query sees a key."""
     spec, found = self.spec, []
     if spec.diagonal:
       found.append(self.ahead() <= 0)
@@ -108,19 +108,19 @@ class Tile:
     return near | (self.of_kv(self.kv.get('kv_positions', index)) < self.spec.num_sinks)
 
   def near(self) -> Array:
-    """Whether the bias of this tile is no single number."""
+    """Whether the bias of this tile has more than one value."""
     far = self.spec.max_distance or 0
     return (self.offset + self.spec.block_kv - 1 > -far) & (self.offset - self.spec.block_q + 1 < far)
 
   def place(self) -> Array:
-    """Of each pair, in what goes by distance: 0 is far behind, 2 * max_distance far ahead."""
+    """The index of each pair in arrays by distance: 0 is far behind, 2 * max_distance far ahead."""
     far = self.spec.max_distance or 0
     return jnp.clip(self.ahead(), -far, far) + far
 
   @property
   def saturated(self):
     """`place` of all pairs of a tile that is not near."""
-    # jnp.where of two literals has the type of its condition after Triton's lowering.
+    # After Triton's lowering, jnp.where of two literals has the type of its condition.
     return jax.lax.select(self.offset < 0, jnp.int32(0), jnp.int32(2 * (self.spec.max_distance or 0)))
 
   def _bias(self, shape) -> Array:
@@ -144,7 +144,7 @@ class Tile:
     return (jnp.where(functools.reduce(jnp.logical_and, seen), x, HIDDEN) if seen else x), slope
 
   def gradient(self) -> tuple[Array, Array, Array]:
-    """(p, the gradient of scores, that of products over `scale`)."""
+    """(p, the gradient of the scores, the gradient of the products divided by `scale`)."""
     s, slope = self.scores()
     p = jnp.exp2(s - self.of_q(self.q['lse']))
     ds = p * (self.product(self.q['do'], self.kv['v']) - self.of_q(self.q['di']))
@@ -152,7 +152,7 @@ class Tile:
 
 
 def forward(spec: Spec, ref) -> None:
-  """o[block_q, head_dim] and the log-sum-exp in base 2, [block_q]."""
+  """Writes o[block_q, head_dim] and the log-sum-exp in base 2, [block_q]."""
   i = pl.program_id(0)
   q = load_queries(spec, ref, i)
 
@@ -177,7 +177,7 @@ def forward(spec: Spec, ref) -> None:
 
 
 def grad_queries(spec: Spec, ref) -> None:
-  """dq[block_q, head_dim] and, of the bias, the sums of the scores' gradients by bucket: dbuckets[buckets]."""
+  """Writes dq[block_q, head_dim] and, for the bias, the gradients of the scores summed by bucket: dbuckets[buckets]."""
   i = pl.program_id(0)
   q = load_queries(spec, ref, i)
 
@@ -198,7 +198,7 @@ def grad_queries(spec: Spec, ref) -> None:
 
 
 def sum_by_bucket(tile: Tile, ds: Array) -> Array:
-  """f32[buckets, padded]. A pass over the tile for each bucket: always in one order, where atomics are not."""
+  """f32[buckets, padded]. One pass over the tile for each bucket: the order is fixed, unlike that of atomic adds."""
   lanes = jnp.arange(tile.ref['dbuckets'].shape[0])
   total = lambda x: x.sum(1).sum(0)
 
@@ -214,7 +214,7 @@ def sum_by_bucket(tile: Tile, ds: Array) -> Array:
 
 
 def grad_keys_values(spec: Spec, ref) -> None:
-  """dk, dv[block_kv, head_dim], summed over the queries' heads that share them."""
+  """Writes dk, dv[block_kv, head_dim], summed over the query heads that share them."""
   j = pl.program_id(0)
   kv = load_keys(spec, ref, j)
 

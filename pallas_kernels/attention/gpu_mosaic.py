@@ -1,8 +1,8 @@
 """Plain attention on Hopper GPUs (H100, H200) through Mosaic: wgmma and TMA forward, the kernels of `gpu` backward.
 
-It lowers for CUDA, compiles for sm_90a without spills, and equals the definition in jax's interpreter for GPUs, where
-plain products stand for wgmma; no GPU has run it yet, and no block is tuned. Compilers of CUDA 12.8 to 12.9.0
-miscompile causal masks, says jax's own kernel: use CUDA 13, as `pretrain[cuda]` does.
+It lowers for CUDA, compiles for sm_90a without spills, and equals the definition in jax's interpreter for GPUs, which
+replaces wgmma by plain products. It has not run on a GPU yet, and its block sizes are not tuned. According to jax's own
+kernel, the compilers of CUDA 12.8 to 12.9.0 miscompile causal masks: use CUDA 13, as `pretrain[cuda]` does.
 """
 
 import dataclasses
@@ -17,27 +17,28 @@ from jax import Array
 from pallas_kernels import tuned
 from pallas_kernels.attention import features, gpu, gpu_mosaic_kernel
 from pallas_kernels.attention.gpu_mosaic_kernel import ATTENDING, LOG2E, SCRATCH_BYTES, Spec
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.errors import KernelError
 
 NAME = 'mosaic_gpu'
-HOPPER = ('H100', 'H200', 'H800', 'H20')  # parts of what jax calls a device
+HOPPER = ('H100', 'H200', 'H800', 'H20')  # parts of the names that jax gives devices
 HEAD_DIMS = (64, 128, 256)
-SHARED_BYTES = 227 * 1024  # of a multiprocessor, for one program
-ALIGNED = 1024  # where Mosaic begins an array in it
-REGISTERS = 208  # of a thread, by `registers`: ptxas 13.0 spills at 224 in two of three shapes, and not at 176
-ROWS = 64  # of a product of one warpgroup
+SHARED_BYTES = 227 * 1024  # that one program can have on a multiprocessor
+ALIGNED = 1024  # Mosaic aligns arrays in shared memory to this
+REGISTERS = 208  # per thread, as `registers` counts: ptxas 13.0 spills at 224 in two of three shapes, and not at 176
+ROWS = 64  # of one product of a warpgroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """`q` queries of a program, half of them each warpgroup's; `kv` keys of a tile, `stages` tiles in shared memory."""
+  """`q` queries of a program, half for each warpgroup; `kv` keys of a tile; `stages` tiles in shared memory."""
 
   q: int
   kv: int
   stages: int
 
 
-DEFAULTS = {  # not measured: what fits, in the sizes of arXiv:2407.08608 that are powers of 2
+DEFAULTS = {  # not measured: the powers of 2 among the sizes of arXiv:2407.08608 that fit
   64: Blocks(q=128, kv=128, stages=4),
   128: Blocks(q=128, kv=128, stages=2),
   256: Blocks(q=128, kv=64, stages=2),
@@ -45,12 +46,12 @@ DEFAULTS = {  # not measured: what fits, in the sizes of arXiv:2407.08608 that a
 
 
 def shape_class(head_dim: int, dtype) -> str:
-  """What blocks are tuned for."""
+  """The key of tuned block sizes."""
   return f'mosaic_{gpu.shape_class(head_dim, dtype)}'
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
-  """Those tuned for this chip, else `DEFAULTS`; smaller ones where these do not divide the lengths."""
+  """The sizes tuned for this chip, or `DEFAULTS`; smaller ones where these do not divide the lengths."""
   found = tuned.lookup('attention', shape_class(head_dim, dtype), ('q', 'kv', 'stages'))
   blocks = DEFAULTS[head_dim] if found is None else Blocks(**found)
   q, kv = max(ATTENDING * ROWS, math.gcd(blocks.q, q_length)), max(ROWS, math.gcd(blocks.kv, kv_length))
@@ -61,23 +62,23 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
+  softcap: float | None = None,
   scale: float | None = None,
-  num_sinks: int = 0,
+  sink_logits: Array | None = None,
   return_lse: bool = False,
   blocks: Blocks | None = None,
   interpret: Any = None,
-  **options: Any,
 ):
-  """`reference.attention` without its other `options`. `interpret`: jax's InterpretGPUParams, for tests.
+  """`reference.attention`, causal by index or full. `interpret`: jax's InterpretGPUParams, for tests.
 
-  Raises KernelError for what it does not do, lengths that its blocks do not divide, blocks that do not fit a
-  multiprocessor, and GPUs that are no Hopper.
+  Raises KernelError for features that it lacks, lengths that its blocks do not divide, blocks that do not fit a
+  multiprocessor, and GPUs other than Hopper.
   """
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   scale = 1 / math.sqrt(head_dim) if scale is None else scale
-  wanted = features.asked(options) | {
+  wanted = features.asked(see, softcap=softcap, sink_logits=sink_logits) | {
     f'{q.dtype} (bfloat16 or float16 only)': q.dtype not in features.HALVES,
     f'head_dim {head_dim} (64, 128 or 256 only)': head_dim not in HEAD_DIMS,
     f'scale {scale:g} (positive only)': scale <= 0,
@@ -89,7 +90,7 @@ def attention(
   check_blocks(blocks, head_dim, q_length, kv_length)
   spec = Spec(
     batch=batch, heads=heads, group=heads // k.shape[2], q_length=q_length, kv_length=kv_length, head_dim=head_dim,
-    dtype=q.dtype, **vars(blocks), causal=causal, scale=scale, interpret=interpret,
+    dtype=q.dtype, **vars(blocks), causal=see.causal, scale=scale, interpret=interpret,
   )  # fmt: skip
   out, lse = _flash(spec, q, k, v)
   return (out, lse) if return_lse else out
@@ -99,13 +100,13 @@ def _check_device() -> None:
   kind = tuned.device_kind()
   if kind is not None and not any(part in kind for part in HOPPER):
     raise KernelError(
-      f"kernels.attention='{NAME}' runs on Hopper GPUs (H100, H200), this mesh is of {kind}; use 'triton' or "
+      f"kernels.attention='{NAME}' runs on Hopper GPUs (H100, H200), this mesh has {kind} devices; use 'triton' or "
       "'reference'."
     )
 
 
 def check_blocks(blocks: Blocks, head_dim: int, q_length: int, kv_length: int) -> None:
-  """Raises KernelError for blocks that cannot be, do not divide lengths, or do not fit a multiprocessor."""
+  """Raises KernelError for invalid blocks, and for blocks that do not divide the lengths or fit a multiprocessor."""
   if blocks.q % (ATTENDING * ROWS) or blocks.kv % ROWS or blocks.kv > 256 or min(vars(blocks).values()) < 1:
     raise KernelError(
       f"kernels.attention='{NAME}' got {blocks}; q is a multiple of {ATTENDING * ROWS}, kv 64, 128, 192 or 256, "
@@ -113,8 +114,8 @@ def check_blocks(blocks: Blocks, head_dim: int, q_length: int, kv_length: int) -
     )
   if q_length % blocks.q or kv_length % blocks.kv:
     raise KernelError(
-      f"kernels.attention='{NAME}' has no lengths {q_length} of queries and {kv_length} of keys, which blocks of "
-      f"{blocks.q} and {blocks.kv} do not divide; use lengths that are multiples of these, 'triton' or 'reference'."
+      f"kernels.attention='{NAME}' cannot run {q_length} queries and {kv_length} keys, which blocks of {blocks.q} "
+      f"and {blocks.kv} do not divide; use lengths that are multiples of these, 'triton' or 'reference'."
     )
   if (size := shared_bytes(blocks, head_dim)) > SHARED_BYTES:
     raise KernelError(
@@ -129,14 +130,14 @@ def check_blocks(blocks: Blocks, head_dim: int, q_length: int, kv_length: int) -
 
 
 def shared_bytes(blocks: Blocks, head_dim: int) -> int:
-  """Of a program: queries, tiles of keys and values, log-sum-exps, scratch, barriers of 8 bytes."""
+  """Shared memory of a program: queries, tiles of keys and values, log-sum-exps, scratch, barriers of 8 bytes."""
   half, single, barriers = 2, 4, 4 * blocks.stages + ATTENDING + 1
   arrays = (blocks.q + 2 * blocks.stages * blocks.kv) * head_dim * half
   return arrays + -(-blocks.q * single // ALIGNED) * ALIGNED + SCRATCH_BYTES + barriers * 8
 
 
 def registers(blocks: Blocks, head_dim: int) -> int:
-  """Of a thread, 128 of which hold a warpgroup's scores, values, and weights of half their width."""
+  """Registers of a thread. 128 threads, a warpgroup, hold its scores, its values, and weights of half their width."""
   return blocks.q // ATTENDING * (2 * blocks.kv + blocks.kv + 2 * head_dim) // (2 * 128)
 
 

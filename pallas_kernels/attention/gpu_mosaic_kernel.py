@@ -1,9 +1,10 @@
-"""The kernel for Hopper, in what Mosaic lowers for GPUs: the forward pass of attention, causal by index or full.
+"""The kernel for Hopper, which Mosaic lowers for GPUs: the forward pass of attention, causal by index or full.
 
-A program has three warpgroups. Two attend (wgmma), each for its half of a block of queries; the third brings the tiles
-of keys and values that they see (TMA), some ahead. The two take turns: while one multiplies, the other has its softmax.
+A program has three warpgroups. Two attend (wgmma), each for its half of a block of queries; the third copies the tiles
+of keys and values that they see (TMA), some tiles ahead. The two take turns: while one multiplies, the other computes
+its softmax.
 Scores are in base 2.
-Source: Shah et al. 2024, arXiv:2407.08608, §3.1; jax/experimental/pallas/ops/gpu/attention_mgpu.py says it in Mosaic.
+Source: Shah et al. 2024, arXiv:2407.08608, §3.1; in Mosaic: jax/experimental/pallas/ops/gpu/attention_mgpu.py.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ LOG2E = math.log2(math.e)
 ATTENDING = 2  # warpgroups
 # Registers of a thread: 128 * (2 * 232 + 40) of the 65,536 that a multiprocessor has.
 ATTENDING_REGISTERS, BRINGING_REGISTERS = 232, 40
-SCRATCH_BYTES = 1024  # for sums across warps, of which there are none here: the least that Mosaic takes
+SCRATCH_BYTES = 1024  # for sums across warps: not used here, but the least that Mosaic accepts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,13 @@ class Spec:
     return self.kv_length // self.kv
 
   def tiles(self, end: Array) -> Array:
-    """How many tiles, from the first on, the queries before `end` see."""
+    """How many tiles, from the first on, some query before `end` sees."""
     if not self.causal:
       return jnp.int32(self.num_kv)
     return jnp.minimum(lax.div(end + (self.kv - 1), jnp.int32(self.kv)), self.num_kv)
 
   def clear(self, first: Array) -> Array:
-    """How many of those are seen whole by all queries from `first` on."""
+    """How many tiles, from the first on, all queries from `first` on see completely."""
     if not self.causal:
       return jnp.int32(self.num_kv)
     return jnp.minimum(lax.div(first + 1, jnp.int32(self.kv)), self.num_kv)
@@ -71,7 +72,7 @@ class Spec:
     return lax.rem(j, jnp.int32(self.stages))
 
   def scratch(self) -> dict[str, Any]:
-    """What the warpgroups of a program share, by name."""
+    """The shared memory and barriers of a program, by name."""
     tiles = mosaic_gpu.SMEM((self.stages, self.kv, self.head_dim), self.dtype)
     ready, free = (mosaic_gpu.Barrier(num_barriers=self.stages, num_arrivals=n) for n in (1, ATTENDING))
     return {
@@ -110,7 +111,7 @@ def forward(spec: Spec, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
 def _program(spec: Spec, ref: Mapping[str, Any]) -> None:
   warpgroup = lax.axis_index('warpgroup')
-  # Those that see most keys begin.
+  # The blocks that see most keys run first.
   block = spec.q_length // spec.q - 1 - lax.axis_index('block')
   first = block * spec.q + warpgroup * spec.rows
   pl.when(warpgroup == ATTENDING)(lambda: _bring(spec, ref, spec.tiles((block + 1) * spec.q)))
@@ -118,7 +119,7 @@ def _program(spec: Spec, ref: Mapping[str, Any]) -> None:
 
 
 def _bring(spec: Spec, ref: Mapping[str, Any], tiles: Array) -> None:
-  """Fills the slots in turn, each when both warpgroups have left it."""
+  """Fills the slots in turn, each after both warpgroups have freed it."""
   mosaic_gpu.set_max_registers(BRINGING_REGISTERS, action='decrease')
   head = lax.div(lax.axis_index('head'), jnp.int32(spec.group))
 
@@ -136,7 +137,7 @@ def _bring(spec: Spec, ref: Mapping[str, Any], tiles: Array) -> None:
     fill('k', j)
     fill('v', j)
 
-  @pl.loop(jnp.maximum(tiles - spec.stages, 0), tiles)  # no barrier is given up before all have passed it
+  @pl.loop(jnp.maximum(tiles - spec.stages, 0), tiles)  # a barrier must exist until all have passed it
   def _(j):
     left('k', j)
     left('v', j)
@@ -144,7 +145,7 @@ def _bring(spec: Spec, ref: Mapping[str, Any], tiles: Array) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Half:
-  """The queries of one warpgroup, from `first` on."""
+  """The queries of one warpgroup, starting at `first`."""
 
   spec: Spec
   ref: Mapping[str, Any]
@@ -158,7 +159,7 @@ class Half:
 
   @property
   def place(self):
-    """Of these queries in q and o."""
+    """The index of these queries in q and o."""
     return lax.axis_index('batch'), pl.ds(self.first, self.spec.rows), lax.axis_index('head')
 
   def arrive(self, name: str, *at) -> None:
@@ -168,7 +169,7 @@ class Half:
     mosaic_gpu.barrier_wait(self.ref[name].at[at] if at else self.ref[name])
 
   def swap(self) -> None:
-    """The other half gets the tensor cores, or gives them."""
+    """Hands the tensor cores to the other half, or takes them from it."""
     self.arrive('turn')
     self.wait('turn')
 
@@ -177,9 +178,9 @@ class Half:
     self.wait('q_ready', self.own)
 
   def scores(self, slot: Array) -> Array:
-    """q k^T, f32[rows, kv]; the turn ends when they are on their way."""
+    """q k^T, f32[rows, kv]; the turn ends once the products are issued."""
     keys = self.ref['k_tiles'].at[slot]
-    if self.spec.interpret is not None:  # older ones cannot multiply what is turned
+    if self.spec.interpret is not None:  # interpreters of older jax cannot multiply transposed arrays
       self.swap()
       return _dot(_read(self.q), _read(keys).T)
 
@@ -191,9 +192,9 @@ class Half:
     return pl.run_scoped(multiply, mosaic_gpu.ACC((self.spec.rows, self.spec.kv), jnp.float32))
 
   def mix(self, acc: Array, p: Array, slot: Array) -> Array:
-    """acc + p v, of weights that lie in registers."""
+    """acc + p v, with the weights p in registers."""
     values = self.ref['v_tiles'].at[slot]
-    if self.spec.interpret is not None:  # has no products of registers
+    if self.spec.interpret is not None:  # it has no products with operands in registers
       return acc + _dot(p, _read(values))
     return pl.run_state(lambda ref: mosaic_gpu.wgmma(ref, p, values))(mosaic_gpu.ACC.init(acc))
 
@@ -223,7 +224,7 @@ class Half:
     return new, l, acc
 
   def skip(self, j: Array, carry) -> None:
-    """A tile that only the other half sees: its slot and the turns go on."""
+    """Passes a tile that only the other half sees: frees its slot and takes part in the turns."""
     slot = self.spec.slot(j)
     for name in ('k', 'v'):
       self.wait(f'{name}_ready', slot)
@@ -231,7 +232,7 @@ class Half:
       self.swap()
 
   def store(self, m: Array, l: Array, acc: Array) -> None:
-    """Through shared memory, where the queries were."""
+    """Writes the results through the shared memory that held the queries."""
     self.q[...] = (acc / _columns(l, acc)).astype(self.spec.dtype)
     lse = self.ref['own_lse'].at[self.own]
     lse[...] = m + jnp.log(l) * LOG2E
@@ -263,12 +264,12 @@ def _attend(half: Half) -> None:
 
 
 def _columns(x: Array, like: Array) -> Array:
-  """A number for each row, in the shape of `like`."""
+  """One number for each row, broadcast to the shape of `like`."""
   return lax.broadcast_in_dim(x, like.shape, (0,))
 
 
 def _read(ref) -> Array:
-  """Without wgmma: then what is copied over it later must wait for a fence."""
+  """The value of `ref`, read without wgmma: a fence then orders later copies into `ref`."""
   value = ref[...]
   mosaic_gpu.commit_smem()
   return value

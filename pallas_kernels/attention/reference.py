@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,44 @@ class RelativeBias:
   max_distance: int
 
 
+def _static(**options) -> Any:
+  """A field that belongs to the tree's structure: each value compiles its own program."""
+  return dataclasses.field(**options, metadata={'static': True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visibility:
+  """Which keys each query sees, and the bias between their positions: the `see` of every implementation.
+
+  Query i sees key j iff their segments are equal and not 0, and (not causal, or position j <= position i, or
+  position j < prefix_end[j]), and |position i - position j| < window or position j < num_sinks. Positions default to
+  indices.
+  """
+
+  causal: bool = _static()
+  window: int | None = _static(default=None)
+  num_sinks: int = _static(default=0)
+  alibi: Float[Array, ' heads'] | None = None
+  kv_positions: Int[Array, 'batch S'] | None = None
+  kv_segment_ids: Int[Array, 'batch S'] | None = None
+  prefix_end: Int[Array, 'batch S'] | None = None
+  q_positions: Int[Array, 'batch T'] | None = None
+  q_segment_ids: Int[Array, 'batch T'] | None = None
+  relative_bias: RelativeBias | None = None
+
+  def silence_padding(self, k: Array, v: Array) -> tuple[Array, Array]:
+    """k and v with 0 for keys of segment 0: a weight of 0 does not silence a NaN."""
+    if self.kv_segment_ids is None:
+      return k, v
+    silence = lambda x: jnp.where((self.kv_segment_ids != 0)[:, :, None, None], x, 0)
+    return silence(k), silence(v)
+
+
 def relative_position_bucket(distance, *, buckets: int, bidirectional: bool, max_distance: int):
-  """Buckets of `distance` = key position - query position: exact up close, logarithmic to `max_distance`. Numpy's of
-  numpy's, jax's of jax's, the same ones: borders are numpy's, as in T5X, whatever logarithm a device has.
+  """The bucket of each `distance` = key position - query position: one bucket for each short distance, then buckets
+  that grow logarithmically up to `max_distance`. A numpy array gives a numpy array, a jax array a jax array, with equal
+  values: numpy computes the borders in both cases, as in T5X, because logarithms differ between devices.
 
   Source: Raffel et al. 2020, arXiv:1910.10683; T5X relative_position_biases.py, _relative_position_bucket.
   """
@@ -62,42 +98,47 @@ def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
   bucket = relative_position_bucket(
     distance, buckets=bias.table.shape[0], bidirectional=bias.bidirectional, max_distance=bias.max_distance
   )
-  # A product with a one-hot: its gradient is a product too, where that of a gather is a slow scatter.
+  # A product with a one-hot: its gradient is a product too. The gradient of a gather is a slow scatter.
   hot = jax.nn.one_hot(bucket, bias.table.shape[0], dtype=jnp.float32)
   return jnp.einsum('btsk,kn->bnts', hot, bias.table.astype(jnp.float32))
 
 
-def _mask(
-  causal, window, num_sinks, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end
-) -> Array | None:
-  """bool[batch or 1, T, S], or None where every query sees every key."""
+def _place(see: Visibility, q: Array, k: Array) -> Visibility:
+  """`see` with positions: indices where it has none."""
+  index = lambda x, given: jnp.arange(x.shape[1])[None] if given is None else given
+  return dataclasses.replace(see, q_positions=index(q, see.q_positions), kv_positions=index(k, see.kv_positions))
+
+
+def _mask(see: Visibility) -> Array | None:
+  """bool[batch or 1, T, S] of a `see` with positions, or None where every query sees every key."""
   parts = []
-  ahead = kv_positions[:, None, :] - q_positions[:, :, None]
-  if causal:
+  ahead = see.kv_positions[:, None, :] - see.q_positions[:, :, None]
+  if see.causal:
     visible = ahead <= 0
-    parts.append(visible if prefix_end is None else visible | (kv_positions < prefix_end)[:, None, :])
-  if window is not None:
-    near = (ahead > -window) & (ahead < window)
-    parts.append(near | (kv_positions < num_sinks)[:, None, :])
-  if q_segment_ids is not None:
-    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    parts.append(same & (q_segment_ids != 0)[:, :, None])
+    prefix = None if see.prefix_end is None else (see.kv_positions < see.prefix_end)[:, None, :]
+    parts.append(visible if prefix is None else visible | prefix)
+  if see.window is not None:
+    near = (ahead > -see.window) & (ahead < see.window)
+    parts.append(near | (see.kv_positions < see.num_sinks)[:, None, :])
+  if see.q_segment_ids is not None:
+    same = see.q_segment_ids[:, :, None] == see.kv_segment_ids[:, None, :]
+    parts.append(same & (see.q_segment_ids != 0)[:, :, None])
   return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def _scores(q, k, scale, softcap, relative_bias, alibi, q_positions, kv_positions) -> Array:
-  """f32[batch, kv_heads, group, T, S]."""
+def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | None) -> Array:
+  """f32[batch, kv_heads, group, T, S], of a `see` with positions."""
   batch, length, _, head_dim = q.shape
   grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, head_dim)
   scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=jnp.float32)
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
-  if relative_bias is not None:
-    bias = _bias(relative_bias, q_positions, kv_positions)
+  if see.relative_bias is not None:
+    bias = _bias(see.relative_bias, see.q_positions, see.kv_positions)
     scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:3], *bias.shape[2:])
-  if alibi is not None:
-    distance = jnp.abs(kv_positions[:, None, :] - q_positions[:, :, None]).astype(jnp.float32)
-    scores = scores - alibi.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
+  if see.alibi is not None:
+    distance = jnp.abs(see.kv_positions[:, None, :] - see.q_positions[:, :, None]).astype(jnp.float32)
+    scores = scores - see.alibi.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
   return scores
 
 
@@ -113,17 +154,8 @@ def attention(
   q: Float[Array, 'batch T heads head_dim'],
   k: Float[Array, 'batch S kv_heads head_dim'],
   v: Float[Array, 'batch S kv_heads head_dim'],
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Int[Array, 'batch T'] | None = None,
-  kv_segment_ids: Int[Array, 'batch S'] | None = None,
-  q_positions: Int[Array, 'batch T'] | None = None,
-  kv_positions: Int[Array, 'batch S'] | None = None,
-  prefix_end: Int[Array, 'batch S'] | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Float[Array, ' heads'] | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Float[Array, ' heads'] | None = None,
@@ -133,16 +165,14 @@ def attention(
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
-  are one more logit in each head's softmax that carries no value, and then the lse of such a query.
-  lse: f32[batch, T, heads]. Keys of segment 0 have no say, whatever is in them.
+  add one logit without a value to each head's softmax; a query without a visible key then has it as its lse.
+  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN.
   """
-  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
-    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
-  q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
-  kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
+  k, v = see.silence_padding(k, v)
+  see = _place(see, q, k)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  scores = _scores(q, k, scale, softcap, relative_bias, alibi, q_positions, kv_positions)
-  mask = _mask(causal, window, num_sinks, q_segment_ids, kv_segment_ids, q_positions, kv_positions, prefix_end)
+  scores = _scores(q, k, see, scale, softcap)
+  mask = _mask(see)
   if mask is not None:
     mask = mask[:, None, None]
     scores = jnp.where(mask, scores, MASKED)
@@ -154,9 +184,9 @@ def attention(
   total = total if sinks is None else total + jnp.exp(sinks - top)
   weights = weights if dropout is None else _drop(weights, dropout)
   mixed = jnp.einsum('bkgts,bskd->bkgtd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  # Divided after the product: head_dim numbers for each query instead of S.
+  # Divide after the product: head_dim divisions for each query instead of S.
   mixed = mixed / total
-  seen = None if mask is None else top > MASKED / 2  # a row of masked scores has this for its largest
+  seen = None if mask is None else top > MASKED / 2  # the largest score of a fully masked row is MASKED
   mixed = mixed if seen is None else jnp.where(seen, mixed, 0.0)
   out = jnp.moveaxis(mixed.astype(q.dtype), 3, 1).reshape(q.shape)
   if not return_lse:

@@ -1,10 +1,10 @@
-"""Which tiles of the scores a kernel visits: found from vectors in plain JAX, walked as a list of packed words.
+"""Which tiles of the scores a kernel visits: computed from vectors in plain JAX, passed as a list of packed words.
 
-A tile is block i of queries times block j of keys. `classify` says from the least and largest segment and position of
-each block whether a tile is live (some query may see some key), near (its relative bias is no single number; without a
-bias: it crosses the diagonal) and masked (some pair may be hidden by segments, positions or a window). It may call a
-dead tile live or a clear one masked, never the reverse; the exact mask is the kernels'. Of a tile on the diagonal
-(CUT), pieces of keys are computed for the queries after their first key alone.
+A tile is block i of queries times block j of keys. From the smallest and largest segment and position of
+each block, `classify` finds whether a tile is live (some query may see some key), near (its relative bias has more than
+one value; without a bias: it crosses the diagonal) and masked (some pair may be hidden by segments, positions or a
+window). It may call a dead tile live or a clear one masked, never the reverse; kernels apply the exact mask. In a tile
+on the diagonal (CUT), a piece of keys is computed only for the queries from its first key on.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.errors import KernelError
 
 LANES = 128
@@ -28,9 +29,10 @@ FAR = 1 << 30  # beyond every position
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """What is known of a call when it is compiled. Lengths are padded to blocks.
+  """The static properties of a call. Lengths are padded to blocks.
 
-  `max_distance` and `buckets` are the bias's, None and 0 without one; `positioned`: positions are vectors, not indices.
+  `max_distance` and `buckets` belong to the bias: None and 0 without one. `positioned`: positions are vectors, not
+  indices.
   A tile of scores is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
   """
 
@@ -65,7 +67,7 @@ class Spec:
 
   @property
   def diagonal(self) -> bool:
-    """Whether causality is a matter of indices: the mask is the same in every row of the batch."""
+    """Whether causality goes by indices: the mask is then the same in every row of the batch."""
     return self.causal and not self.positioned
 
   @property
@@ -74,7 +76,7 @@ class Spec:
 
   @property
   def cuts(self) -> bool:
-    """Whether tiles on the diagonal are a class of their own."""
+    """Whether tiles on the diagonal are a separate class."""
     return self.diagonal and self.block_q == self.block_kv > LANES
 
   @property
@@ -84,7 +86,7 @@ class Spec:
 
   @property
   def tile_classes(self) -> list[int]:
-    """Flags of the live tiles that can occur: LIVE and some of NEAR, MASKED, CUT."""
+    """The classes of live tiles that can occur: LIVE with some of NEAR, MASKED, CUT."""
     near = [0, NEAR] if self.biased or (self.diagonal and not self.cuts) else [0]
     near += [NEAR | CUT] if self.cuts else []
     masked = (0, MASKED) if self.segmented or self.positioned or self.window is not None else (0,)
@@ -92,7 +94,7 @@ class Spec:
 
   @property
   def near_offsets(self) -> range:
-    """Of all pieces of near tiles: first key - first query, `compute` apart."""
+    """The possible values of (first key - first query) in pieces of near tiles, `compute` apart."""
     step, reach = math.gcd(self.block_q, self.block_kv), self.max_distance or 0
     low = -(-(-reach - self.block_kv + 2) // step) * step
     high = self.block_q - 1 + (0 if self.diagonal else reach - 1)
@@ -107,8 +109,8 @@ class Spec:
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vectors:
-  """int32[batch, padded length] each, None where there are none. Key j is visible under causality iff `kv_reach[j]` <=
-  the query's position: its own position, or less than all of them in a prefix.
+  """int32[batch, padded length] each, or None. Key j is visible under causality iff `kv_reach[j]` <= the query's
+  position: `kv_reach` is the key's position, or in a prefix a number below all positions.
   """
 
   q_segments: Array | None = None
@@ -116,6 +118,15 @@ class Vectors:
   q_positions: Array | None = None
   kv_positions: Array | None = None
   kv_reach: Array | None = None
+
+
+def static(see: Visibility) -> dict[str, Any]:
+  """The fields of `Spec` that follow from `see` alone."""
+  bias = see.relative_bias
+  found = {'causal': see.causal, 'window': see.window, 'num_sinks': see.num_sinks, 'alibi': see.alibi is not None}
+  if bias is not None:
+    found |= {'max_distance': bias.max_distance, 'buckets': bias.table.shape[0], 'bidirectional': bias.bidirectional}
+  return found
 
 
 def padded(length: int, block: int) -> int:
@@ -127,31 +138,32 @@ def pad(x: Array, dim: int, length: int, mode: str = 'constant') -> Array:
   return jnp.pad(x, widths, mode=mode) if length != x.shape[dim] else x
 
 
-def vectors(shape, lengths, *, causal, q_segments, kv_segments, q_positions, kv_positions, prefix_end) -> Vectors:
-  """Of (batch, q length, kv length), padded to `lengths`. Padding is of segment 0, unless no query that counts could
-  see it anyway.
+def vectors(see: Visibility, shape: tuple[int, int, int], lengths: tuple[int, int]) -> Vectors:
+  """The vectors of `see`, for `shape` = (batch, q length, kv length), padded to `lengths`. Padding gets segment 0,
+  unless no real query could see it in any case.
   """
   batch, q_length, kv_length = shape
   row = lambda x, length: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length))
   to_q = lambda x, mode='constant': pad(row(x, q_length), 1, lengths[0], mode)
   to_kv = lambda x, mode='constant': pad(row(x, kv_length), 1, lengths[1], mode)
-  positioned = any(x is not None for x in (q_positions, kv_positions, prefix_end))
-  unseen = causal and not positioned and q_length <= kv_length
+  positioned = any(x is not None for x in (see.q_positions, see.kv_positions, see.prefix_end))
+  unseen = see.causal and not positioned and q_length <= kv_length
+  q_segments, kv_segments = see.q_segment_ids, see.kv_segment_ids
   if q_segments is None and kv_length != lengths[1] and not unseen:
     q_segments, kv_segments = jnp.ones((1, q_length), jnp.int32), jnp.ones((1, kv_length), jnp.int32)
   found = {}
   if q_segments is not None:
     found = {'q_segments': to_q(q_segments), 'kv_segments': to_kv(kv_segments)}
   if positioned:
-    own = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
-    reach = own if prefix_end is None else jnp.where(own < prefix_end, -FAR, own)
-    found['q_positions'] = to_q(jnp.arange(q_length)[None] if q_positions is None else q_positions, 'edge')
+    own = jnp.arange(kv_length)[None] if see.kv_positions is None else see.kv_positions
+    reach = own if see.prefix_end is None else jnp.where(own < see.prefix_end, -FAR, own)
+    found['q_positions'] = to_q(jnp.arange(q_length)[None] if see.q_positions is None else see.q_positions, 'edge')
     found |= {'kv_positions': to_kv(own, 'edge'), 'kv_reach': to_kv(reach, 'edge')}
   return Vectors(**found)
 
 
 def classify(spec: Spec, vectors: Vectors):
-  """(live, near, masked), bool[batch or 1, num_q, num_kv]: numpy where no vector has a say, and then batch is 1."""
+  """(live, near, masked), bool[batch or 1, num_q, num_kv]: numpy arrays with batch 1 where no vector matters."""
   offset = np.arange(spec.num_kv)[None, None] * spec.block_kv - np.arange(spec.num_q)[None, :, None] * spec.block_q
   live = offset < spec.block_q if spec.diagonal else np.ones_like(offset, bool)
   near, masked = _near(spec, offset), np.zeros_like(live)
@@ -177,7 +189,7 @@ def _range(x, block: int):
 
 
 def _segments(spec: Spec, vectors: Vectors):
-  """(whether a segment may be on both sides of the tile, whether only one is); 0 is none."""
+  """(whether queries and keys may share a segment, whether all have the same one); segment 0 is padding."""
   ends = []
   for ids, block in ((vectors.q_segments, spec.block_q), (vectors.kv_segments, spec.block_kv)):
     lowest, highest = _range(jnp.where(ids == 0, FAR, ids), block)[0], _range(jnp.where(ids == 0, -FAR, ids), block)[1]
@@ -205,8 +217,8 @@ def _positions(spec: Spec, vectors: Vectors):
 
 
 def bounds(spec: Spec, vectors: Vectors, *, by_keys: bool) -> Array:
-  """int32[batch or 1, blocks, 2]: of each block of queries (`by_keys`: of keys), the first live tile and the one after
-  the last; 0, 0 where none is live. Dead tiles between them are walked.
+  """int32[batch or 1, blocks, 2]: for each block of queries (`by_keys`: of keys), the first live tile and the one after
+  the last; 0, 0 where none is live. Dead tiles between them are visited.
   """
   live = jnp.asarray(classify(spec, vectors)[0])
   live = jnp.swapaxes(live, 1, 2) if by_keys else live
@@ -215,11 +227,11 @@ def bounds(spec: Spec, vectors: Vectors, *, by_keys: bool) -> Array:
 
 
 def walk(spec: Spec, vectors: Vectors, *, by_keys: bool):
-  """(words int32[batch or 1, at most num_q * num_kv], how many are used: int, or an array where vectors decide).
+  """(words int32[batch or 1, at most num_q * num_kv], how many are used: an int, or an array if it depends on vectors).
 
-  Tiles of one block of queries (`by_keys`: of keys) follow each other, the first and last are marked, and a block of
-  which no tile is live still has one, so that its output is written. CROSS marks the first tile of a block of queries
-  that is saturated on the right. Words after a row's last repeat its tile without marks: no copy, no work.
+  Tiles of one block of queries (`by_keys`: of keys) follow each other, the first and last are marked, and a block
+  without a live tile still has one, so that its output is written. CROSS marks the first tile of a block of queries
+  that is saturated on the right. The unused words of a row repeat its last tile without marks: no copy, no work.
 
   Raises KernelError for more than 4,096 blocks.
   """

@@ -19,7 +19,7 @@ from pallas_kernels.attention.tiles import LANES, Spec
 
 
 def length(spec: Spec) -> int:
-  """Of the line."""
+  """The length of the line."""
   return (len(spec.near_offsets) - 1) * spec.compute + spec.block_q + spec.compute
 
 
@@ -35,9 +35,10 @@ def saturated(spec: Spec) -> list[int]:
 
 
 def build(numbers, spec: Spec, toe, *, hidden: float, transposed: bool) -> None:
-  """toe[s, x] = line[x - s], with `numbers[bucket]` for the bias: counted in the kernel, as XLA took longer than tiles.
+  """toe[s, x] = line[x - s], where `numbers[bucket]` is the bias. The kernel computes it: in XLA it took longer than
+  all tiles.
 
-  Keys ahead of the query are `hidden` where causality goes by indices: the diagonal's tiles then need no mask.
+  Keys after the query are `hidden` where causality goes by indices: tiles on the diagonal then need no mask.
   """
   offsets, steps = spec.near_offsets, jax.lax.broadcasted_iota(jnp.int32, (1, length(spec)), 1)
   distance = offsets[-1] + spec.compute - steps if transposed else steps + (offsets[0] - spec.block_q)
@@ -59,13 +60,13 @@ def table_gradient(spec: Spec, line: Array, ends: Array) -> Array:
 
 
 def load(toe, start, rows: int, shape) -> Array:
-  """The bias of a tile, or of its upper left corner of `shape`; `rows` are the whole tile's."""
+  """The bias of a tile, or of its upper left corner of `shape`; `rows` is the height of the whole tile."""
   parts = [toe[:, _from(start + rows - a, shape[1])] for a in range(0, shape[0], LANES)]
   return jnp.concatenate(parts, axis=0)
 
 
 def add(toe, start, rows: int, tile: Array) -> None:
-  """The reverse of `load`: adds a tile's gradient where its bias came from."""
+  """The reverse of `load`: adds the gradient of a tile to the place of its bias."""
   for x in range(rows - tile.shape[0] + LANES, rows + tile.shape[1], LANES):
     starts = [(a, x - rows + a) for a in range(0, tile.shape[0], LANES)]
     parts = [tile[a : a + LANES, b : b + LANES] for a, b in starts if 0 <= b < tile.shape[1]]
@@ -85,7 +86,7 @@ def fold(x: Array) -> Array:
 
 
 def partial_sum(x: Array) -> Array:
-  """[rows, columns] -> [8, 128] with the same sum: aligned slices are added, which costs vector adds alone."""
+  """[rows, columns] -> [8, 128] with the same sum: aligned slices are added, which needs only vector adds."""
   x = functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
   while x.shape[0] > 8:
     x = x[: x.shape[0] // 2] + x[x.shape[0] // 2 :]

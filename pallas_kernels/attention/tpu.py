@@ -1,7 +1,7 @@
-"""Flash attention on TPU: one Mosaic kernel forward, two backward, O(length) memory; the interpreter runs the same.
+"""Flash attention on TPU: one Mosaic kernel forward, two backward, O(length) memory. The interpreter runs the same.
 
-Against `reference.attention`, which defines it: a relative bias goes by the difference of indices, so position j -
-position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
+Differences from `reference.attention`, the definition: a relative bias goes by the difference of indices, so position
+j - position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
 """
 
 import dataclasses
@@ -19,21 +19,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuned
 from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
 
 BLOCKS = (2048, 1024, 512, 256, 128)
-# Where scripts/tune_kernels.py has found none. Packed rows visit less of the scores with small blocks.
+# Used where tuning/CHIP.json has no entry. Small blocks skip more of the scores of packed rows.
 DEFAULT = {'q': 1024, 'kv': 1024, 'compute': 512}
 DEFAULT_PACKED = {'q': 512, 'kv': 512, 'compute': 512}
-WORDS_AT_ONCE = 2**17  # of the lists of tiles: half of the scalar memory of a core
+WORDS_AT_ONCE = 2**17  # for the lists of tiles: half of the scalar memory of a core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """Of queries, of keys, and of keys computed at a time: multiples of 128, the last divides the others."""
+  """Block sizes of queries, of keys, and of keys computed at a time: multiples of 128; the last divides the others."""
 
   q: int
   kv: int
@@ -47,7 +47,7 @@ def choose_block(length: int, most: int) -> int:
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, *, causal: bool, packed: bool) -> Blocks:
-  """Those tuned for this chip and class of shapes, or the default; less where rows are short."""
+  """The sizes tuned for this chip and class of shapes, or the default; smaller for short rows."""
   shape = shape_class(head_dim, causal=causal, packed=packed)
   default = DEFAULT_PACKED if packed else DEFAULT
   most = tuned.lookup('attention', shape, ('q', 'kv', 'compute')) or default
@@ -56,7 +56,7 @@ def choose_blocks(q_length: int, kv_length: int, head_dim: int, *, causal: bool,
 
 
 def shape_class(head_dim: int, *, causal: bool, packed: bool) -> str:
-  """What blocks are tuned for: shapes that the compiler lays out alike."""
+  """The key of tuned block sizes: shapes with one key compile to the same layout."""
   return f'd{-(-head_dim // 64) * 64}_{"packed_" if packed else ""}{"causal" if causal else "full"}'
 
 
@@ -64,17 +64,8 @@ def attention(
   q: Array,
   k: Array,
   v: Array,
+  see: Visibility,
   *,
-  causal: bool,
-  window: int | None = None,
-  num_sinks: int = 0,
-  q_segment_ids: Array | None = None,
-  kv_segment_ids: Array | None = None,
-  q_positions: Array | None = None,
-  kv_positions: Array | None = None,
-  prefix_end: Array | None = None,
-  relative_bias: RelativeBias | None = None,
-  alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
@@ -85,27 +76,20 @@ def attention(
   """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
   (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
   if blocks is None:
-    blocks = choose_blocks(q_length, kv_length, head_dim, causal=causal, packed=q_segment_ids is not None)
+    blocks = choose_blocks(q_length, kv_length, head_dim, causal=see.causal, packed=see.q_segment_ids is not None)
   q_padded, kv_padded = padded(q_length, blocks.q), padded(kv_length, blocks.kv)
-  vectors = tiles.vectors(
-    (batch, q_length, kv_length), (q_padded, kv_padded), causal=causal, q_segments=q_segment_ids,
-    kv_segments=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end,
-  )  # fmt: skip
+  vectors = tiles.vectors(see, (batch, q_length, kv_length), (q_padded, kv_padded))
   spec = Spec(
     heads=heads, group=heads // k.shape[2], q_length=q_padded, kv_length=kv_padded,
     block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
-    causal=causal, segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
-    scale=1 / math.sqrt(head_dim) if scale is None else scale, window=window, num_sinks=num_sinks,
-    max_distance=None if relative_bias is None else relative_bias.max_distance,
-    buckets=0 if relative_bias is None else relative_bias.table.shape[0],
-    bidirectional=relative_bias is not None and relative_bias.bidirectional, alibi=alibi is not None,
-    sinks=sink_logits is not None, softcap=softcap, interpret=interpret,
+    segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
+    scale=1 / math.sqrt(head_dim) if scale is None else scale, sinks=sink_logits is not None, softcap=softcap,
+    interpret=interpret, **tiles.static(see),
   )  # fmt: skip
-  if kv_segment_ids is not None:  # a weight of 0 does not silence a NaN
-    k, v = (jnp.where((kv_segment_ids != 0)[:, :, None, None], x, 0) for x in (k, v))
+  k, v = see.silence_padding(k, v)
   major = lambda x, length: pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
-  table = None if relative_bias is None else relative_bias.table
-  call = lambda rows: _flash(spec, *rows[:3], table, alibi, sink_logits, rows[3])
+  table = None if see.relative_bias is None else see.relative_bias.table
+  call = lambda rows: _flash(spec, *rows[:3], table, see.alibi, sink_logits, rows[3])
   arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
   out, lse = _in_turns(call, arrays, batch, _rows_at_once(spec, vectors, batch))
   out = jnp.moveaxis(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length], 1, 2)
@@ -115,7 +99,7 @@ def attention(
 
 
 def _rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:
-  """The most rows, of those that divide `batch`, whose lists of tiles fit; without vectors all share one list."""
+  """The largest divisor of `batch` for which the lists of tiles fit; without vectors all rows share one list."""
   if not jax.tree.leaves(vectors):
     return batch
   most = max(1, WORDS_AT_ONCE // (spec.num_q * spec.num_kv))
@@ -161,7 +145,7 @@ def _backward(spec: Spec, saved, gradients):
   same = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), **rows}
   dq, dbias = _grad_queries(spec, same, numbers, vectors)
   dk, dv = _grad_keys_values(spec, same, numbers, vectors)
-  # Gradients are those of the bias itself, whatever the kernels count it from.
+  # Kernels count the bias from its far left, but the gradients are those of the bias itself.
   dtable = None if table is None else toeplitz.table_gradient(spec, *dbias).astype(table.dtype)
   dsink = None if sink_logits is None else _grad_sinks(spec, table, sink_logits, lse, di)
   zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
@@ -180,7 +164,7 @@ def _grad_sinks(spec: Spec, table, sink_logits, lse, di) -> Array:
 
 
 def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
-  """(dq, None or of the bias (f32[heads, length of its line], f32[heads, 2] of saturated tiles)), summed over rows."""
+  """(dq, gradient of the bias: f32[heads, length of its line] and f32[heads, 2] of saturated tiles, or None)."""
   call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   q = arrays['q']
   outs, scratch = {'dq': call.of_q(q)}, {'acc': ((spec.block_q, q.shape[2]), f32)}
@@ -208,7 +192,7 @@ def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], numbers, vectors:
 
 
 def _numbers(table, alibi, sink_logits) -> dict[str, Array]:
-  """What a kernel reads of each head, one number at a time."""
+  """The arrays from which a kernel reads single numbers, one or a few for each head."""
   given = {'table': table, 'slopes': alibi, 'sinks': sink_logits}
   return {name: x.astype(jnp.float32) for name, x in given.items() if x is not None}
 
@@ -220,10 +204,10 @@ def _add_left(spec: Spec, lse: Array, table: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-  """One pallas_call: its tiles, and where a block of each array lies at a step. Arrays come with their BlockSpec.
+  """One pallas_call: its tiles, and the block of each array at each step. Arrays come with their BlockSpec.
 
-  The grid is (heads, batch, tiles), or (kv_heads, batch, tiles, heads that share them) for gradients of keys: of one
-  dim for both, a step would divide to tell them, and scalar units are slow at that.
+  The grid is (heads, batch, tiles), or (kv_heads, batch, tiles, heads that share them) for gradients of keys. Heads and
+  batch have a dim each: to separate them, a step would have to divide, which is slow on scalar units.
   """
 
   spec: Spec
@@ -238,12 +222,12 @@ class Call:
     words, steps = tiles.walk(spec, vectors, by_keys=by_keys)
     found = {f.name: getattr(vectors, f.name) for f in dataclasses.fields(vectors)}
     found = {name: x for name, x in found.items() if x is not None}
-    if spec.segmented:  # padding sees nothing, not even padding
+    if spec.segmented:  # so that padding does not see padding
       found['q_segments'] = jnp.where(found['q_segments'] == 0, -1, found['q_segments'])
     return cls(spec=spec, numbers=numbers, words=jnp.asarray(words), steps=steps, vectors=found, by_keys=by_keys)
 
   def _block(self, shape, index) -> pl.BlockSpec:
-    """`index(i, j, head, kv_head, row)` of a step, for a block of `shape`; heads are counted through the batch."""
+    """`index(i, j, head, kv_head, row)` of a step, for a block of `shape`; head numbers run through the whole batch."""
     spec, group = self.spec, self.spec.group
 
     def at(own, row, step, *rest):
@@ -279,7 +263,7 @@ class Call:
     return {name: (shape if members is None else (members, *shape), jnp.float32)}
 
   def _row_vectors(self) -> dict[str, Any]:
-    """int32[batch, 1, length] with its blocks."""
+    """The vectors as int32[batch, 1, length], with their blocks."""
     found = {}
     for name, x in self.vectors.items():
       of_q = name.startswith('q_')
@@ -289,7 +273,7 @@ class Call:
     return found
 
   def _columns(self) -> dict[str, Any]:
-    """Scratch for the vectors of the rows of a tile: of keys where it is transposed."""
+    """Scratch for the vectors of the rows of a tile: queries, or keys if the tile is transposed."""
     block, side = (self.spec.block_kv, 'kv_') if self.by_keys else (self.spec.block_q, 'q_')
     return {f'column_{name}': ((block, LANES), jnp.int32) for name in self.vectors if name.startswith(side)}
 
@@ -313,7 +297,7 @@ class Call:
         out_specs=[block for _, block in outs.values()],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
       ),
-      # Blocks come from the list of tiles, inside the arrays; checks of that were a fifth of what a step costs.
+      # The list of tiles only has blocks inside the arrays; checking that again took a fifth of a step.
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'parallel', *['arbitrary'] * (len(grid) - 2)), disable_bounds_checks=True
       ),

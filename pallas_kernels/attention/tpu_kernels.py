@@ -1,10 +1,11 @@
 """The three Mosaic kernels: forward, the gradient of queries (and of the bias), the gradients of keys and values.
 
-Scores are in base 2. The grid is sequential along tiles; what belongs to one block of queries or keys stays in scratch
-from its FIRST tile to its LAST.
-`ref` holds the blocks by name; vectors of the rows of a tile lie as columns, [rows, 128] with all lanes equal.
-A relative bias is counted from its far left: softmax knows no difference, and there scores need nothing added. Of both
-sides, the tiles saturated on the right come last in a block of queries: its maxima are then moved once (CROSS).
+Scores are in base 2. The grid is sequential along tiles; data of one block of queries or keys stays in scratch from its
+FIRST tile to its LAST.
+`ref` holds the blocks by name; vectors of the rows of a tile are columns, [rows, 128] with all lanes equal.
+A relative bias is counted from its far left: this does not change the softmax, and tiles far left then need no bias. If
+it is bidirectional, the tiles saturated on the right come last in a block of queries, so that its maxima are moved once
+(CROSS).
 Source: Dao et al. 2022, arXiv:2205.14135, as jax's splash_attention lays it out for TPU.
 """
 
@@ -24,9 +25,9 @@ from pallas_kernels.attention.tiles import Spec
 from pallas_kernels.attention.toeplitz import LANES
 
 LOG2E = math.log2(math.e)
-HIDDEN = -2e30  # below LOWEST: a row that sees nothing then has weights of 0, and no NaN
+HIDDEN = -2e30  # below LOWEST: a query without a visible key has weights of 0, not NaN
 LOWEST = -1e30
-NO_ROW = 1e30  # the log-sum-exp of such a row, for the backward: exp2(score - NO_ROW) = 0
+NO_ROW = 1e30  # log-sum-exp of such a query, for the backward pass: exp2(score - NO_ROW) = 0
 NT = (((1,), (1,)), ((), ()))  # contracts the minor dim of both
 NN = (((1,), (0,)), ((), ()))
 
@@ -47,9 +48,9 @@ def wide(x: Array, columns: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """Numbers of a head in base 2, read where they are needed: at every step they would cost what a branch does.
+  """Numbers of a head in base 2, read only where they are needed: reading them at every step costs as much as a branch.
 
-  Of the bias far right, and of the sink, the bias far left is taken away.
+  The bias far left is subtracted from the bias far right and from the sink.
   """
 
   spec: Spec
@@ -86,7 +87,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-  """A live tile: its place, its class, the numbers of its head; `toe` is the head's in scratch."""
+  """A live tile: its place, its class, the numbers of its head; `toe` is the scratch of that head."""
 
   spec: Spec
   ref: Any
@@ -110,7 +111,7 @@ class Tile:
 
   @property
   def pieces(self) -> list[Piece]:
-    """What is computed at a time. Of a CUT tile, `strip` queries see the keys up to their own; the rest lies behind."""
+    """The parts computed at a time. In a CUT tile, each `strip` of queries has only the keys up to its last query."""
     spec, found = self.spec, []
     for first in range(0, spec.block_kv, spec.compute):
       last = first + spec.compute
@@ -130,17 +131,17 @@ class Tile:
     return j * self.spec.block_kv - i * self.spec.block_q + inside
 
   def start(self, piece: Piece):
-    """Of a near tile in the line of biases."""
+    """The place of a near tile in the line of biases."""
     offsets = self.spec.near_offsets
     return offsets[-1] - self.offset(piece) if self.transposed else self.offset(piece) - offsets[0]
 
   @property
   def side(self):
-    """Of a saturated tile: 0 where its keys come before its queries, 1 behind."""
+    """For a saturated tile: 0 if its keys come before its queries, 1 if after."""
     return 0 if self.spec.diagonal else jnp.where(self.offset(self.pieces[0]) < 0, 0, 1)
 
   def of_keys(self, name: str, piece: Piece, shape) -> Array:
-    """A vector of keys, spread over the tile."""
+    """A vector of keys, broadcast over the tile."""
     if self.transposed:
       return wide(self.ref[f'column_{name}'][piece.keys], shape[1])
     return self.ref[name][:, piece.keys]
@@ -163,7 +164,7 @@ class Tile:
     return key - query + self.offset(piece)
 
   def visible(self, piece: Piece, shape) -> list[Array]:
-    """The conditions that a pair must fulfil to be seen."""
+    """The conditions under which a query sees a key."""
     spec, found = self.spec, []
     if self.near and spec.diagonal and not spec.biased:
       query, key = self.iota(shape)
@@ -188,7 +189,7 @@ class Tile:
   def scores(self, products: Array, piece: Piece) -> tuple[Array, Array | None]:
     """(scores in base 2 without the bias of a saturated tile, the derivative of the cap)."""
     spec, slope = self.spec, None
-    # Products, not their factors: rounded to bfloat16, those of the backward would not be those of the forward.
+    # Scale the products, not q or k: rounded to bfloat16, forward and backward scores would differ.
     x = products * (spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap)
     if self.spec.softcap is not None:
       bent = jnp.tanh(x)
@@ -203,15 +204,15 @@ class Tile:
 
 
 def _each_class(spec: Spec, word: Array, run) -> None:
-  """Runs `run(flags)` for the class of this tile: one region of code for each, however many pieces it has."""
+  """Runs `run(flags)` for the class of this tile: one region of code for each class."""
   classes = spec.tile_classes
-  told = functools.reduce(operator.or_, classes) & ~functools.reduce(operator.and_, classes) | tiles.LIVE
+  differing = functools.reduce(operator.or_, classes) & ~functools.reduce(operator.and_, classes) | tiles.LIVE
   for flags in classes:
-    pl.when((word & told) == (flags & told))(functools.partial(run, flags))
+    pl.when((word & differing) == (flags & differing))(functools.partial(run, flags))
 
 
 def _right(spec: Spec, word: Array, head: Head):
-  """The bias of this tile where it is saturated, counted from the far left."""
+  """The bias of this tile if it is saturated, counted from the far left."""
   if not spec.biased or spec.diagonal:
     return 0.0
   i, j = tiles.unpack(word)
@@ -220,8 +221,8 @@ def _right(spec: Spec, word: Array, head: Head):
 
 
 def _at_edges(spec: Spec, word: Array, first, column, head: Head) -> None:
-  """Runs `first` at the first tile of a block of queries, and moves `column` at the first saturated on the right: from
-  there on scores come without that bias. Tiles between them pass one branch.
+  """Runs `first` at the first tile of a block of queries, and moves `column` at the first tile saturated on the
+  right: from there on, scores are computed without that bias. All other tiles pass one branch.
   """
   if not spec.biased or spec.diagonal:
     pl.when((word & tiles.FIRST) != 0)(first)
@@ -253,7 +254,7 @@ def _columns(ref) -> None:
 
 
 def forward(spec: Spec, words, ref) -> None:
-  """o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
+  """Writes o[block_q, head_dim] and the log-sum-exp in base 2, [1, block_q]."""
   (word, head), step = _begin(spec, words, pl.program_id(0), ref), pl.program_id(2)
 
   def first():
@@ -303,7 +304,7 @@ def _forward_piece(tile: Tile, piece: Piece) -> None:
 
 
 def grad_queries(spec: Spec, words, ref) -> None:
-  """dq[block_q, head_dim]; of each head's bias: dline[1, length], dsaturated[2, 8, 128] to be summed."""
+  """Writes dq[block_q, head_dim]; for each head's bias, dline[1, length] and dsaturated[2, 8, 128], to be summed."""
   (word, head), step = _begin(spec, words, pl.program_id(0), ref), pl.program_id(2)
 
   def once():
@@ -352,7 +353,7 @@ def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
 
 
 def grad_keys_values(spec: Spec, words, ref) -> None:
-  """dk, dv[block_kv, head_dim], summed over the queries' heads that share them: those are the last dim of the grid."""
+  """Writes dk, dv[block_kv, head_dim], summed over the query heads that share them, the last dim of the grid."""
   member, step = pl.program_id(3), pl.program_id(2)
   word, head = _begin(spec, words, pl.program_id(0) * spec.group + member, ref)
   toe = ref['toe'].at[member] if spec.biased else None

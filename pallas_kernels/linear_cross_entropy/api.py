@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: the head's product and the loss as one op, so that a kernel need not write the logits."""
+"""`linear_cross_entropy`: the head's product and the loss as one op, so that a kernel can avoid writing the logits."""
 
 from jax import Array
 
@@ -19,7 +19,7 @@ def linear_cross_entropy(
 ) -> tuple[Array, Array, Array]:
   """Losses of x[tokens, embed] w[embed, vocab] against labels[tokens], f32: (loss, lse, correct), each [tokens].
 
-  loss = cross entropy + z_loss * lse^2; `correct` says that the label has the largest logit. `softcap` c bends logits
+  loss = cross entropy + z_loss * lse^2; `correct`: whether the label has the largest logit. `softcap` c bends logits
   to c tanh(logits / c); `label_smoothing` spreads that share of the target over the vocabulary.
 
   Raises ValueError for an implementation that does not exist.

@@ -21,7 +21,7 @@ def linear_cross_entropy(
     logits = softcap * jnp.tanh(logits / softcap)
   top = jax.lax.stop_gradient(logits.max(-1))
   lse = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
-  # A comparison with the label, not a gather: its gradient is no scatter, and a sharded vocabulary stays sharded.
+  # Compare with the label instead of a gather: the gradient needs no scatter, and a sharded vocabulary stays sharded.
   hit = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
   label_logit = jnp.where(hit, logits, 0.0).sum(-1)
   loss = lse - label_logit

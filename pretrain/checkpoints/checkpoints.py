@@ -1,4 +1,4 @@
-"""Checkpoints: the state, the data position and the config of a step, written behind the training, read when whole."""
+"""Checkpoints: state, data position and config of a step, written while training continues, verified when read."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """How a save ended: seconds the run waited for it, seconds until it was finished, bytes; `error` where it failed."""
+  """How a save ended: seconds that training waited, seconds until it was complete, bytes; `error` if it failed."""
 
   step: int
   stall: float
@@ -45,7 +45,7 @@ class Saved:
 
 
 class DamagedError(CheckpointError):
-  """A step whose values are not those that were saved, though its files are; the next older one may be whole."""
+  """A step whose files are intact but whose values differ from the saved ones; an older step may be undamaged."""
 
   def __init__(self, message: str):
     super().__init__('CKPT-CORRUPT', message)
@@ -54,8 +54,8 @@ class DamagedError(CheckpointError):
 class Checkpoints:
   """The checkpoints of one run, in `workdir/checkpoints/<step>`.
 
-  A step exists when its MANIFEST.json does, which is written last and names every file and array. What is read is
-  compared with it. Steps from before there were manifests are read too, and said to be unverified.
+  A step exists once it has its MANIFEST.json, which is written last and lists every file and array. Whatever is read
+  is compared with it. Steps from before there were manifests are read too, with a warning that they are unverified.
   """
 
   def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
@@ -65,11 +65,11 @@ class Checkpoints:
     self._saving: Saving | None = None
     self._stall, self._failures, self._ended = 0.0, 0, list[Saved]()
     self._whole = set[int]()  # steps whose files were compared
-    self._damaged: dict[int, str] = {}  # what is wrong with steps that a run was to go on from
+    self._damaged: dict[int, str] = {}  # step -> its damage, for steps that a run tried to resume from
     self._agreement = Agreement('restore')
 
   def latest(self) -> int | None:
-    """The newest finished step on disk, whether or not it is whole."""
+    """The newest finished step on disk, damaged or not."""
     return max(step_folders.finished(self.directory), default=None)
 
   def finished(self) -> list[int]:
@@ -78,10 +78,10 @@ class Checkpoints:
     return step_folders.finished(self.directory)
 
   def newest_whole(self, after: int | None = None) -> int | None:
-    """The newest step whose files are those of its manifest, for a run to go on from; all processes get the same one.
+    """The newest step whose files match its manifest, for a run to resume from; the same one in all processes.
 
-    None where there is none, or none from step `after` on, which a snapshot has: older ones are not read, damaged ones
-    are put aside. Raises CKPT-CORRUPT where there are checkpoints and none is whole: no run begins anew over them.
+    None if there is no such step. With `after` (a step that a snapshot has), older steps are not read, and damaged ones
+    are set aside. Raises CKPT-CORRUPT if there are checkpoints but none is intact: no run starts at step 0 over them.
     """
     if jax.process_index() == 0:
       step_folders.tidy(self.directory)
@@ -98,7 +98,7 @@ class Checkpoints:
     return None
 
   def damage(self, step: int) -> str:
-    """What of the files of `step` is not as it was written; each process reads its share of them."""
+    """What is wrong with the files of `step`, '' if nothing; each process reads its share of them."""
     count, folder = jax.process_count(), self.directory / str(step)
     if step_folders.kind_of(folder) == 'unverified':
       reason = ''
@@ -115,11 +115,11 @@ class Checkpoints:
     return reason
 
   def _put_aside(self, whole: int) -> None:
-    """Renames what was found damaged, now that `whole` has been read: were all of them, the fault may be elsewhere."""
+    """Renames the damaged steps once `whole` has been read: if no step can be read, the fault may be elsewhere."""
     for step, reason in self._damaged.items() if jax.process_index() == 0 else ():
       name = step_folders.quarantine(self.directory, step)
       print(
-        f'CKPT-CORRUPT: step {step} of {self.directory}: {reason}. Quarantined as {name}; going on from step {whole}. '
+        f'CKPT-CORRUPT: step {step} of {self.directory}: {reason}. Quarantined as {name}; resuming from step {whole}. '
         'Nothing deleted.',
         file=sys.stderr,
       )
@@ -136,22 +136,22 @@ class Checkpoints:
     config: str,
     scores: Mapping[str, float] | None = None,
   ) -> None:
-    """Returns when the arrays are copied; the files are written behind, `poll` tells how it ended.
+    """Returns when the arrays are copied. The files are written in the background; `poll` reports how that ended.
 
-    Raises what the one before it failed with, where no retry is left.
+    Raises the error of the previous save if no retry is left.
     `scores` is the evaluation of this step, for `checkpoint.best_of`.
     """
     self._save(step, _as_dict(state), position, config, scores or {})
 
   def save_params(self, step: int, params: Any, position: dict[str, Any], config: str) -> None:
-    """A step that holds parameters alone: what averages and merges are. A run can start from it, not go on."""
+    """Writes a step that holds only parameters (an average or a merge). A run can start from it, but not resume."""
     self._save(step, {'params': params}, position, config, {})
 
   def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str, scores) -> None:
     start = time.perf_counter()
     self._settle()
     if self._ended and self._ended[-1].error and self._failures > self._cfg.retries:
-      raise self._ended[-1].error  # and nothing more is begun
+      raise self._ended[-1].error  # no other save is started
     if (self.directory / str(step)).exists():
       raise CheckpointError('CKPT-EXISTS', f'step {step} is already in {self.directory}; it was not overwritten.')
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -163,7 +163,7 @@ class Checkpoints:
       self._files.begin(step, tree, position, config)
 
     failed = _error_of(write)
-    sums = digest.digests(tree)  # begun before the next step takes the arrays
+    sums = digest.digests(tree)  # dispatched before the next step reuses the arrays
 
     def wait() -> None:
       if failed is not None:
@@ -178,9 +178,9 @@ class Checkpoints:
     self._stall = time.perf_counter() - start
 
   def poll(self, *, wait: bool = False) -> list[Saved]:
-    """How saves ended that this was not told yet; with `wait` the one under way too.
+    """The saves that ended since the last call; with `wait` also the one under way.
 
-    A failed one is in the list, and raised once more than `checkpoint.retries` in a row have failed.
+    A failed save is in the list. Its error is raised once more than `checkpoint.retries` saves in a row have failed.
     """
     if self._saving is not None and (wait or self._saving.ended()):
       self._settle()
@@ -191,7 +191,7 @@ class Checkpoints:
     return ended
 
   def close(self) -> None:
-    """Waits for the last save; raises what it failed with, if `poll` did not say so."""
+    """Waits for the last save; raises its error if `poll` did not report it."""
     self._settle()
     self._files.close()
     if failed := [saved.error for saved in self._ended if saved.error]:
@@ -210,7 +210,7 @@ class Checkpoints:
       self._files.give_up()
 
   def _retain(self) -> None:
-    """Removes the steps that nothing keeps; Orbax would do so before there is a manifest of the new one."""
+    """Removes the steps that no rule keeps. Orbax would do so before the new step has its manifest."""
     cfg, steps = self._cfg, step_folders.finished(self.directory)
     scores = step_folders.scores_of(self.directory, steps, cfg.best_of) if cfg.best_of else {}
     kept = {'keep': cfg.keep, 'keep_every': cfg.keep_every, 'keep_best': cfg.keep_best}
@@ -220,9 +220,9 @@ class Checkpoints:
   def restore(self, abstract: TrainState, step: int) -> Restored:
     """The state of `step`, each array placed as in `abstract` (any mesh); shapes and dtypes are checked first.
 
-    Raises CheckpointError: CKPT-MISMATCH where the model is another one, CKPT-PARAMS where the step holds parameters
-    alone, CKPT-CORRUPT where the files cannot be read; DamagedError where values are not those of the manifest: ask
-    `newest_whole` again. What it found damaged is put aside as `<step>.corrupt`, with a line on stderr.
+    Raises CheckpointError: CKPT-MISMATCH if the model differs, CKPT-PARAMS if the step holds only parameters,
+    CKPT-CORRUPT if the files cannot be read; DamagedError if values differ from the manifest: then call `newest_whole`
+    again. Steps that `newest_whole` found damaged are set aside as `<step>.corrupt`, with a line on stderr.
     """
     with self._reading(step):
       self._check_whole(step)
@@ -240,7 +240,7 @@ class Checkpoints:
     return Restored(dataclasses.replace(abstract, **state), position)
 
   def restore_params(self, abstract: Any, step: int, *, ema: bool = False) -> Any:
-    """The parameters of `step` alone, or with `ema` their moving average; shapes are checked first."""
+    """Only the parameters of `step`, or with `ema` their moving average; shapes are checked first."""
     tree = {'extra': {'ema': abstract}} if ema else {'params': abstract}
     with self._reading(step):
       if ema and 'ema' not in (self._files.metadata(step).get('extra') or {}):
@@ -251,7 +251,7 @@ class Checkpoints:
     return state['extra']['ema'] if ema else state['params']
 
   def restore_parts(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
-    """Some parts of the state of `step`, a whole one (`opt_state`, …), as in `restore`."""
+    """Some parts (`opt_state`, …) of the state of `step`, which holds a whole state; checked as in `restore`."""
     with self._reading(step):
       self._check_whole(step)
       return self._read(abstract, step)
@@ -270,34 +270,34 @@ class Checkpoints:
     return {digest.key_of(path): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for path, x in found}
 
   def arrays(self, step: int, keys: Collection[str]) -> dict[str, jax.Array]:
-    """The arrays of `step` at these paths, on the first device; nothing is compared with the manifest."""
+    """The arrays of `step` at these paths, on the first device; they are not compared with the manifest."""
     with self._reading(step):
       state = self._files.some(step, lambda path: digest.key_of(path) in keys)
     return {key: x for path, x in _leaves(state) if (key := digest.key_of(path)) in keys}
 
   def position(self, step: int) -> dict[str, Any]:
-    """What was saved beside the arrays of `step`."""
+    """The data position that was saved with `step`."""
     with self._reading(step):
       return self._files.position(step)
 
   def _wrong_values(self, tree: Any, step: int) -> str:
-    """What was read and is not what was saved: damage on the way to the disk or back, which no hash of a file shows."""
+    """Which values differ from the saved ones: damage on the way to or from the disk, which file hashes cannot show."""
     if step_folders.kind_of(self.directory / str(step)) == 'unverified':
       return ''
     leaves = manifest.read(self.directory / str(step)).leaves
     wrong = digest.differing({key: leaf.digest for key, leaf in leaves.items()}, tree)
-    return first_of([f'the values of {key} are not those that were saved' for key in wrong])
+    return first_of([f'the values of {key} differ from those that were saved' for key in wrong])
 
   def _check_whole(self, step: int) -> None:
     if 'opt_state' not in self._files.metadata(step):
       raise CheckpointError(
         'CKPT-PARAMS',
-        f'step {step} of {self.directory} holds parameters alone (it is an average or a merge), so no run goes on from '
-        f'it. Start one: --workdir=NEW --gin.checkpoint.initial="\'{self.directory.parent}/{step}\'".',
+        f'step {step} of {self.directory} holds only parameters (it is an average or a merge), so no run can resume '
+        f'from it. Start one: --workdir=NEW --gin.checkpoint.initial="\'{self.directory.parent}/{step}\'".',
       )
 
   def _check_tree(self, abstract: dict[str, Any], step: int) -> None:
-    """Raises CKPT-MISMATCH where the parts of the state in `abstract` are not those of `step`."""
+    """Raises CKPT-MISMATCH if the parts of the state in `abstract` differ in shape or dtype from those of `step`."""
     parts = {name: tree for name, tree in self._files.metadata(step).items() if name in abstract}
     stored = {digest.key_of(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(parts)}
     wanted = {digest.key_of(path): (tuple(x.shape), str(x.dtype)) for path, x in _leaves(abstract)}
@@ -311,7 +311,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reading(self, step: int) -> Iterator[None]:
-    """Inside, the files are those of the manifest; what Orbax raises of them is one CheckpointError."""
+    """Inside, the files match the manifest; an error of Orbax becomes one CheckpointError."""
     if step not in self._whole and (reason := self.damage(step)):
       raise self._corrupt(step, reason)
     if step_folders.kind_of(self.directory / str(step)) == 'unverified' and jax.process_index() == 0:
@@ -322,14 +322,14 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      cause = error.__cause__ if type(error) is Exception else error  # so Orbax wraps what TensorStore raises
+      cause = error.__cause__ if type(error) is Exception else error  # Orbax wraps TensorStore's errors like this
       if not isinstance(cause, ValueError | KeyError | OSError):
         raise
       raise self._corrupt(step, str(cause).splitlines()[0][:300]) from error
 
   def _corrupt(self, step: int, what: str) -> CheckpointError:
     earlier = [s for s in step_folders.finished(self.directory) if s < step]
-    then = f'use step {max(earlier)}' if earlier else 'begin anew in another --workdir'
+    then = f'use step {max(earlier)}' if earlier else 'start again in another --workdir'
     return CheckpointError(
       'CKPT-CORRUPT',
       f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
@@ -370,7 +370,7 @@ def _error_of(act: Callable[[], None]) -> Exception | None:
 
 
 def first_of(sentences: Sequence[str]) -> str:
-  """The first, and how many there are; empty without any."""
+  """The first sentence, and how many there are; '' if there are none."""
   more = f' (first of {len(sentences)})' if len(sentences) > 1 else ''
   return sentences[0] + more if sentences else ''
 

@@ -8,10 +8,10 @@ from typing import Annotated
 class CheckpointConfig:
   """Save every `every` steps; keep the last `keep`, and for ever those at multiples of `keep_every`.
 
-  Of those that were evaluated, the `keep_best` with the best `best_of` (`eval/<set>/loss`, …) stay as well; a run goes
-  on from the newest all the same. A save that fails is tried again at the next one, `retries` times in a row.
+  Of the evaluated steps, the `keep_best` with the best `best_of` (`eval/<set>/loss`, …) are kept as well; a run still
+  resumes from the newest step. A save that fails is retried at the next save, `retries` times in a row.
 
-  `initial` = 'RUN/<step>': the run begins with the parameters of another one; step, optimizer and data begin anew.
+  `initial` = 'RUN/<step>': the run starts with the parameters of another run; step, optimizer and data start anew.
   """
 
   every: Annotated[int, '>= 1'] = 100

@@ -1,7 +1,7 @@
-"""`MANIFEST.json` of a checkpoint: every file to the byte, every array by its digest. Written last, it is the commit.
+"""`MANIFEST.json` of a checkpoint: the hash of every file, the digest of every array. It is written last: the commit.
 
-Its first line is the sha256 of all that follows, so that no byte of it can change unseen. JSON, no pickle; names that
-lead out of the step's folder and symbolic links are refused.
+Its first line is the sha256 of all that follows, so any changed byte is detected. It is JSON, not pickle. Names that
+lead out of the step's folder, and symbolic links, are refused.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from typing import Any
 
 FILE = 'MANIFEST.json'
 FORMAT = 1
-HASH_THREADS = 4  # sha256 of one file takes one core; Orbax begins another file every 2 GB
+HASH_THREADS = 4  # sha256 of one file uses one core; Orbax starts another file every 2 GB
 PACKAGES = ('jax', 'jaxlib', 'orbax-checkpoint', 'tensorstore')
 HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
@@ -31,7 +31,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """An array of the state; `digest` is that of `pretrain.replicas.digest`, the same on every mesh."""
+  """An array of the state; `digest` is computed by `pretrain.replicas.digest` and is the same on every mesh."""
 
   shape: tuple[int, ...]
   dtype: str
@@ -54,7 +54,7 @@ class Manifest:
 
 
 def versions() -> dict[str, str]:
-  """What wrote a checkpoint, for whoever has to find out why it cannot be read."""
+  """The versions that wrote a checkpoint, to find out later why it cannot be read."""
   return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
@@ -65,10 +65,10 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-  """What `encode` wrote. Raises ValueError for a byte that has changed, or a format of the future."""
+  """The manifest that `encode` wrote. Raises ValueError for a changed byte, or a newer format."""
   head = HEAD.match(data)
   if head is None or hashlib.sha256(data[head.end() :]).hexdigest().encode() != head[1]:
-    raise ValueError(f'{FILE} ({len(data)} bytes) is not what was written')
+    raise ValueError(f'{FILE} ({len(data)} bytes) has changed since it was written')
   found = json.loads(data)
   if found['format'] != FORMAT:
     raise ValueError(f'{FILE} has format {found["format"]}, this program reads {FORMAT}')
@@ -80,7 +80,7 @@ def decode(data: bytes) -> Manifest:
 
 
 def read(folder: pathlib.Path) -> Manifest:
-  """The manifest of a step's folder. Raises ValueError where it is missing, damaged, or of another step."""
+  """The manifest of a step's folder. Raises ValueError if it is missing, damaged, or belongs to another step."""
   if folder.is_symlink():
     raise ValueError('its folder is a symbolic link')
   if (folder / FILE).is_symlink():
@@ -92,12 +92,12 @@ def read(folder: pathlib.Path) -> Manifest:
   except OSError as error:
     raise ValueError(f'{FILE} cannot be read ({error.strerror})') from error
   if str(manifest.step) != folder.name:
-    raise ValueError(f'{FILE} is that of step {manifest.step}')
+    raise ValueError(f'{FILE} belongs to step {manifest.step}')
   return manifest
 
 
 def write(folder: pathlib.Path, manifest: Manifest) -> None:
-  """The commit: from one moment to the next the step exists. What it names must be on the disk (`hash_files`)."""
+  """The commit: after it, the step exists. The files it lists must already be on the disk (`hash_files`)."""
   temporary = folder / (FILE + '.tmp')
   with temporary.open('wb') as file:
     file.write(encode(manifest))
@@ -117,13 +117,13 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def names_in(folder: pathlib.Path) -> list[str]:
-  """The files of a step, but those of manifests."""
+  """The files of a step, without manifests."""
   paths = (path for path in folder.rglob('*') if path.is_file() and not path.name.startswith(FILE))
   return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def hash_files(folder: pathlib.Path, names: Sequence[str]) -> dict[str, File]:
-  """Size and sha256 of each, after it and its folder are on the disk: Orbax leaves that to the operating system."""
+  """Size and sha256 of each file, after fsync of the file and its folder, which Orbax does not do."""
   with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
     found = dict(zip(names, pool.map(lambda name: hash_file(folder / name, sync=True), names), strict=True))
   for parent in {(folder / name).parent for name in names}:
@@ -139,7 +139,7 @@ def hash_file(path: pathlib.Path, *, sync: bool = False) -> File:
 
 
 def damage(folder: pathlib.Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
-  """A sentence for each of `names` that is not what was written; each file is read whole."""
+  """A sentence for each of `names` that has changed; every file is read completely."""
   with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
     found = pool.map(lambda name: _damage(folder / name, name, manifest.files[name]), names)
   return [sentence for sentence in found if sentence]
@@ -162,7 +162,7 @@ def _damage(path: pathlib.Path, name: str, wanted: File) -> str:
 
 
 def part_of(folder: pathlib.Path, process: int) -> pathlib.Path:
-  """Where a process other than the first leaves what it has hashed, until the first has joined all parts."""
+  """The file in which a process other than the first leaves its hashes, until the first has joined all parts."""
   return folder / f'{FILE}.{process}'
 
 

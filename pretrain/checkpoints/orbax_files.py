@@ -1,4 +1,4 @@
-"""The files of one step, written and read by Orbax. The only orbax import; which steps there are it is never asked."""
+"""The files of one step, written and read by Orbax, its only import. `step_folders` finds the steps, not Orbax."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from pretrain.checkpoints import manifest
 
 
 def be_quiet() -> None:
-  """What Orbax tells of failed saves, in hundreds of lines, `Checkpoints.poll` tells in one."""
+  """Silences Orbax's hundreds of log lines about a failed save: `Checkpoints.poll` reports it in one."""
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   if sys.unraisablehook is sys.__unraisablehook__:
@@ -24,23 +24,23 @@ def be_quiet() -> None:
 
 
 def without_what_is_left_behind(found: Any) -> None:
-  """Where one write of a save fails, the others find the event loop of their save gone; it ends nothing."""
+  """After one write of a save fails, its other writes raise "Event loop is closed"; that is harmless and not shown."""
   if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed'):
     sys.__unraisablehook__(found)
 
 
 def forget_processes() -> None:
-  """What Orbax remembers of the processes of a run, for those that make up a new one: as if this one had just begun."""
+  """Resets what Orbax remembers about the processes of a run, as if this process had just started."""
   from orbax.checkpoint._src.futures import signaling_client, synchronization  # no public name does it
 
-  signaling_client.get_signaling_client.cache_clear()  # it holds the client of a coordinator that was left
-  ids = synchronization.OperationIdGenerator  # in the names of what processes tell each other of one save
+  signaling_client.get_signaling_client.cache_clear()  # it holds the client of the previous coordinator
+  ids = synchronization.OperationIdGenerator  # part of the names under which processes synchronise a save
   ids._operation_id_counter = itertools.count()
   ids._operation_id = next(ids._operation_id_counter)
 
 
 class Files:
-  """Orbax's manager of a folder of steps, once there is something to read or write: it makes the folder."""
+  """Orbax's manager of a folder of steps, opened at the first read or write, because opening makes the folder."""
 
   def __init__(self, directory: pathlib.Path, *, read_only: bool):
     self._directory, self._read_only = directory, read_only
@@ -75,18 +75,18 @@ class Files:
       raise ValueError(f'Orbax has a step after {step}')
 
   def wait(self) -> None:
-    """Returns when the files are written; raises what that failed with."""
+    """Returns when the files are written; raises the error if writing failed."""
     self._manager.wait_until_finished()
 
   def give_up(self) -> None:
-    """Forgets the manager after a failed save: it would go on to count the step, and raise again."""
+    """Closes the manager after a failed save: it would still count the step, and raise again."""
     opened, self._opened = self._opened, None
-    for _ in range(2 if opened else 0):  # the first time raises what the save failed with
+    for _ in range(2 if opened else 0):  # the first call raises the error of the save
       with contextlib.suppress(Exception):
         opened.close()
 
   def reload(self) -> None:
-    """Looks again which folders there are."""
+    """Reads the list of folders again."""
     if self._opened is not None:
       self._opened.reload()
 
@@ -107,7 +107,7 @@ class Files:
     return self._manager.restore(step, args=args.Composite(position=args.JsonRestore())).position
 
   def some(self, step: int, wanted: Callable[[Any], bool]) -> Any:
-    """The tree of the state, with values on the first device where `wanted(path)`."""
+    """The tree of the state, with values on the first device for paths where `wanted(path)` is true."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def choose(path, x):
@@ -119,7 +119,7 @@ class Files:
 
 
 def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:
-  """`partial`: `tree` is a part of what was saved. Otherwise it has a PLACEHOLDER for what is not to be read."""
+  """`partial`: `tree` is a part of the saved tree. Otherwise it has a PLACEHOLDER for each array that is not read."""
 
   def place(x):
     if x is ocp.PLACEHOLDER:

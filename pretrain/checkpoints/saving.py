@@ -1,6 +1,6 @@
-"""One save, from the moment its arrays are copied: wait for the files, hash them, write the manifest, let old steps go.
+"""One save, after its arrays are copied: wait for the files, hash them, write the manifest, remove old steps.
 
-It runs in a thread beside the training, in every process, and all know how it ended: it is a step for all or for none.
+It runs in a background thread of every process. All processes agree how it ended: the step exists for all or for none.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from pretrain.replicas import digest
 
 
 class Saving:
-  """A save under way. `error` is why it failed, in any process; None where the step exists."""
+  """A save under way. `error` is why it failed, in any process; None if the step exists."""
 
   def __init__(
     self,
@@ -51,7 +51,7 @@ class Saving:
       self._clear()
 
   def _agreed(self, act: Callable[[], None]) -> Exception | None:
-    """What `act` raised, here or in another process."""
+    """The error that `act` raised, here or in another process."""
     own, errors = None, []
     try:
       act()
@@ -65,19 +65,19 @@ class Saving:
     return own or (RuntimeError(others[0]) if others else None)
 
   def _clear(self) -> None:
-    """Removes what the new step makes superfluous, or of one that failed what is left: its space may be needed."""
+    """Removes old steps that no rule keeps, or the remains of a failed save, whose space may be needed."""
     try:
       if self.error is None:
         self._retain()
       elif step_folders.kind_of(self._folder) != 'finished' and threading.main_thread().is_alive():
-        # Else a peer has gone after the commit; or Python is leaving, and what Orbax has begun writes on: the mark
-        # stays, for the next start to remove it all.
+        # Otherwise a peer has ended after the commit; or Python is exiting while Orbax still writes: then the mark
+        # stays, and the next start removes everything.
         step_folders.discard(self._folder.parent, self.step)
     except OSError as error:
       self.untidy = error
 
   def _write_files(self) -> None:
-    """Returns when what this process has written is on the disk; it is hashed."""
+    """Returns when the files of this process are on the disk and hashed."""
     self._wait()
     index = jax.process_index()
     self._files = manifest.hash_files(self._folder, [n for n in manifest.names_in(self._folder) if owner(n) == index])
@@ -85,7 +85,7 @@ class Saving:
       manifest.write_part(self._folder, index, self._files)
 
   def _commit(self) -> None:
-    """Process 0: joins what all have hashed."""
+    """Process 0 joins the hashes of all processes and writes the manifest."""
     leaves = {k: Leaf(tuple(x.shape), str(x.dtype), digest.text(sums)) for k, (x, sums) in self._leaves.items()}
     if jax.process_index():
       return
@@ -99,6 +99,6 @@ class Saving:
 
 
 def owner(name: str) -> int:
-  """The process that writes a file: state/ocdbt.process_2/… is of process 2, what names none of process 0."""
+  """The process that writes a file: process 2 for state/ocdbt.process_2/…, process 0 for names without a process."""
   found = re.search(r'process_(\d+)(?:/|$)', name)
   return int(found[1]) if found else 0

@@ -1,8 +1,8 @@
-"""The folders of checkpoints on a disk: which of them are steps, which go, which are put aside. Nobody else renames.
+"""The folders of checkpoints on a disk: which of them are steps, which are removed, which are set aside.
 
-`<step>/` is a step when it holds MANIFEST.json; `<step>.saving` marks one that is being written, `<step>.deleting/` one
-that is being removed, `<step>.corrupt/` one whose files were not those of its manifest, kept for a person to look at;
-`<step>.undone/` is one behind which the run has gone back (a loss spike).
+No other module renames them. `<step>/` is a step if it holds MANIFEST.json. `<step>.saving` marks a step that is being
+written, `<step>.deleting/` one that is being removed. `<step>.corrupt/` is a damaged step, kept for inspection.
+`<step>.undone/` is a step that the run discarded when it went back before a loss spike.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from pretrain.checkpoints import manifest
 from pretrain.errors import CheckpointError
 
 ORBAX_COMMIT = 'commit_success.txt'
-CONFIG = 'config/metadata'  # JSON: `text`, and `manifest` where the step will have one
+CONFIG = 'config/metadata'  # JSON: `text`, and `manifest` if the step will have one
 Kind = Literal['finished', 'unverified', 'unfinished']
 MORE_IS_BETTER = ('accuracy', 'exact_match')
 
 
 def kind_of(folder: pathlib.Path) -> Kind:
-  """'finished' has a manifest; 'unverified' was written before there were any, and says so by its config."""
-  if folder.is_symlink():  # what it leads to is not ours
+  """'finished' has a manifest; 'unverified' was written before manifests existed, which its config item shows."""
+  if folder.is_symlink():  # its target is outside of this folder
     return 'unfinished'
   if (folder / manifest.FILE).exists():
     return 'finished'
@@ -38,7 +38,7 @@ def kind_of(folder: pathlib.Path) -> Kind:
 
 
 def folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
-  """Every folder that is named as a step, oldest first, whatever is in it."""
+  """Every folder with the name of a step, oldest first, with any contents."""
   paths = directory.iterdir() if directory.is_dir() else ()
   return dict(sorted((int(path.name), path) for path in paths if _is_step(path.name) and path.is_dir()))
 
@@ -52,7 +52,7 @@ def _is_step(name: str) -> bool:
 
 
 def finished(directory: pathlib.Path) -> list[int]:
-  """The steps that exist, oldest first; those from before there were manifests too."""
+  """The steps that exist, oldest first, including those from before manifests existed."""
   return [step for step, folder in folders(directory).items() if kind_of(folder) != 'unfinished']
 
 
@@ -65,12 +65,12 @@ def _mark(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def is_marked(directory: pathlib.Path, step: int) -> bool:
-  """Whether `step` is being written, or was cut off."""
+  """Whether `step` is being written, or its save was cut off."""
   return _mark(directory, step).exists()
 
 
 def begin(directory: pathlib.Path, step: int) -> None:
-  """Marks `step` as being written: until `end`, what is cut off is nobody's loss and goes at the next start."""
+  """Marks `step` as being written. If the save is cut off before `end`, the next start removes its remains."""
   directory.mkdir(parents=True, exist_ok=True)
   _mark(directory, step).touch()
 
@@ -80,13 +80,13 @@ def end(directory: pathlib.Path, step: int) -> None:
 
 
 def discard(directory: pathlib.Path, step: int) -> None:
-  """Removes a step that did not come to be."""
+  """Removes the remains of a save that failed."""
   shutil.rmtree(directory / str(step), ignore_errors=True)
   end(directory, step)
 
 
 def remove(directory: pathlib.Path, step: int) -> None:
-  """Removes a finished step; one that is cut off while it is removed is no step."""
+  """Removes a finished step. It is renamed first, so a removal that is cut off leaves no damaged step."""
   going = directory / f'{step}.deleting'
   shutil.rmtree(going, ignore_errors=True)
   (directory / str(step)).rename(going)
@@ -94,9 +94,9 @@ def remove(directory: pathlib.Path, step: int) -> None:
 
 
 def tidy(directory: pathlib.Path) -> None:
-  """Removes what saves and removals that were cut off have left."""
+  """Removes the remains of saves and removals that were cut off."""
   for mark in directory.glob('*.saving'):
-    if not _is_step(mark.stem):  # not ours
+    if not _is_step(mark.stem):  # a file of somebody else
       continue
     step = int(mark.stem)
     if kind_of(directory / str(step)) == 'finished':
@@ -109,12 +109,12 @@ def tidy(directory: pathlib.Path) -> None:
 
 
 def quarantine(directory: pathlib.Path, step: int) -> str:
-  """Puts a damaged step aside; returns the name."""
+  """Sets a damaged step aside; returns its new name."""
   return put_aside(directory, step, 'corrupt')
 
 
 def put_aside(directory: pathlib.Path, step: int, why: Literal['corrupt', 'undone']) -> str:
-  """Gives a step a name that no discovery takes for one; returns the name. Nothing is deleted."""
+  """Renames a step so that it is no longer found as a step; returns the new name. Nothing is deleted."""
   names = (f'{step}.{why}{f".{n}" if n else ""}' for n in range(1000))
   name = next(name for name in names if not (directory / name).exists())
   (directory / str(step)).rename(directory / name)
@@ -125,7 +125,7 @@ def put_aside(directory: pathlib.Path, step: int, why: Literal['corrupt', 'undon
 def superfluous(
   steps: Sequence[int], scores: Mapping[int, float], *, keep: int, keep_every: int | None, keep_best: int
 ) -> list[int]:
-  """Of `steps`, oldest first, those that nothing keeps: not the last `keep`, multiples of `keep_every`, or the
+  """The `steps` that no rule keeps, oldest first: not the last `keep`, not multiples of `keep_every`, not the
   `keep_best` lowest of `scores`.
 
   >>> superfluous([1, 2, 3, 4, 5], {1: 0.5, 2: 0.3, 3: 0.4}, keep=1, keep_every=4, keep_best=1)
@@ -138,20 +138,20 @@ def superfluous(
 
 
 def scores_of(directory: pathlib.Path, steps: Sequence[int], key: str) -> dict[int, float]:
-  """Of the steps that were evaluated by `key`: lower is better, so it is negated where more is."""
+  """The score `key` of each evaluated step, negated if higher is better, so that lower is always better."""
   found = {}
   for step in steps:
-    with contextlib.suppress(ValueError):  # without a manifest it was not evaluated
+    with contextlib.suppress(ValueError):  # a step without a manifest has no scores
       found[step] = manifest.read(directory / str(step)).scores.get(key)
   sign = -1 if key.rsplit('/', 1)[-1] in MORE_IS_BETTER else 1
   return {step: sign * value for step, value in found.items() if value is not None}
 
 
 def none_left(directory: pathlib.Path, damaged: Mapping[int, str], aside: Sequence[str]) -> CheckpointError:
-  """What to say where there are checkpoints and none can be read."""
+  """The error for a run that has checkpoints, none of which can be read."""
   seen = [f'{step}: {reason}' for step, reason in damaged.items()] + [f'{name}: quarantined' for name in aside]
   return CheckpointError(
     'CKPT-CORRUPT',
-    f'{len(seen)} checkpoints in {directory}, none whole ({"; ".join(seen[:5])}). Not starting from step 0; nothing '
-    'was deleted. Bring their files back from a copy, under the name of the step, or use another --workdir.',
+    f'{len(seen)} checkpoints in {directory}, none intact ({"; ".join(seen[:5])}). Not starting from step 0; nothing '
+    'was deleted. Restore their files from a copy, under the name of the step, or use another --workdir.',
   )

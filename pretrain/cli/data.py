@@ -156,6 +156,7 @@ def _open_row(options, overrides):
   from pretrain.cli import main
   from pretrain.experiment.phases import phase_at
   from pretrain.experiment.resume import check_same_run
+  from pretrain.experiment.same_stores import as_begun
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
   if not (saved or options.gin_file):
@@ -166,13 +167,14 @@ def _open_row(options, overrides):
   if saved is None:
     _check_decided(cfg.data.online, step)
     return _open(phase.cfg), phase.example(options.step)
+  cfg = as_begun(options.workdir, cfg)
   check_same_run(saved, cfg)
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
   from pretrain.tools.history import data_of_run
 
-  return data_of_run(options.workdir, cfg, _open(phase.cfg), step)
+  return data_of_run(options.workdir, cfg, _open(phase_at(cfg, step).cfg), step)
 
 
 def _check_decided(online, step: int) -> None:

@@ -102,10 +102,14 @@ def render(cfg: Any) -> str:
 def plain(value: Any) -> Any:
   """A value as gin can write it: dataclasses inside of tuples as dicts."""
   if dataclasses.is_dataclass(value):
-    return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if _is_rendered(f, value)}
   if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
     return [plain(v) for v in value]
   return value
+
+
+def _is_rendered(field: dataclasses.Field, value: Any) -> bool:
+  return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != field.default
 
 
 class Delegate(config_parser.ParserDelegate):

@@ -1,4 +1,4 @@
 """The mesh, the platform and the caches of one process.
 
-Knows JAX's devices; must not know what runs on them.
+Knows JAX's devices; must not know which programs run on them.
 """

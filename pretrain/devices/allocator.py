@@ -1,8 +1,8 @@
-"""Memory of CPU runs: freed buffers stay with the process, in huge pages.
+"""Memory of CPU runs: the process keeps freed buffers, in huge pages.
 
-XLA takes a step's temporaries anew at every step; glibc would hand such blocks back to the kernel each time, and a
-quarter of the time would go to page faults (docs/LOG.md has the measurement). The setting is read when a process
-starts, so the command starts itself again with it.
+XLA allocates the temporaries of a step again at every step. By default glibc returns such blocks to the kernel each
+time, and page faults take a quarter of the time (measured in docs/LOG.md). glibc reads the setting only when a process
+starts, so the command replaces itself by a process with the setting.
 """
 
 import os
@@ -13,8 +13,8 @@ TUNABLES = 'glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:gli
 
 
 def keep_memory() -> None:
-  """Replaces this process by the same command with the allocator told to keep memory; once, and on Linux alone."""
+  """Replaces this process by the same command with an allocator that keeps memory; once, and only on Linux."""
   if sys.platform == 'linux' and VARIABLE not in os.environ:
     os.environ[VARIABLE] = TUNABLES
-    # As it was started: `-m` would let the current folder's packages go before ours.
+    # With the original arguments: with `-m`, packages in the current folder would hide ours.
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,4 +1,4 @@
-"""Devices -> Mesh, and a host's batch -> global arrays. The only place that says which devices a run uses."""
+"""Devices -> Mesh, and a host's batch -> global arrays. Only this module chooses the devices of a run."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ from pretrain.errors import ConfigError
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 BATCH_AXES = ('replica', 'data', 'fsdp')
-MOST_SIMULATED = 512  # 20,000 had not begun to train after 40 s
+MOST_SIMULATED = 512  # with 20,000, training had not started after 40 s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all that remain.
+  """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all remaining devices.
 
   `replica` crosses slices (slow network), `data` copies parameters, `fsdp` shards them, `tensor` splits heads,
   MLP and vocabulary, `sequence` splits lengths; `expert` and `stage` are for mixtures of experts and pipelines.
@@ -35,15 +35,15 @@ class MeshConfig:
 
 
 def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
-  """On a machine without accelerators, JAX will run on the CPU with as many simulated devices as the mesh needs.
+  """JAX runs on simulated CPU devices, as many as the mesh needs, if the machine has no accelerator.
 
   Call before anything starts a JAX backend.
   """
-  jax.config.update('jax_threefry_partitionable', True)  # whatever the environment says: see `step.PRNG`
+  jax.config.update('jax_threefry_partitionable', True)  # in any environment: see `train_step.PRNG`
   if 'JAX_PLATFORMS' not in os.environ and not has_accelerator():
     jax.config.update('jax_platforms', 'cpu')
   simulated_elsewhere = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-  if num_hosts == 1:  # of `pretrain run`: without sockets between its devices, sums have the order of plain `train`
+  if num_hosts == 1:  # sums then have the same order under `pretrain run` as under `pretrain train`: no sockets
     jax.config.update('jax_cpu_collectives_implementation', None)
   if jax.config.jax_platforms == 'cpu' and not simulated_elsewhere:
     devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
@@ -60,7 +60,7 @@ def prepare_platform(cfg: MeshConfig, num_hosts: int = 1) -> None:
 
 
 def shares_evenly(cfg: MeshConfig, batch_size: int, num_hosts: int) -> bool:
-  """Whether `num_hosts` processes can have equal parts of the devices and of each batch."""
+  """Whether the devices and each batch divide into equal parts for `num_hosts` processes."""
   devices = math.prod(max(n, 1) for n in dataclasses.astuple(cfg))
   return devices % num_hosts == 0 and batch_size % num_hosts == 0
 
@@ -70,9 +70,9 @@ def axis_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
   sizes = dataclasses.asdict(cfg)
   free = [axis for axis, n in sizes.items() if n == -1]
   if bad := [f'mesh.{axis}={n}' for axis, n in sizes.items() if n == 0 or n < -1]:
-    raise ConfigError(f'{bad[0]} is no size; give a number of devices >= 1, or -1 for all that remain.')
+    raise ConfigError(f'{bad[0]} is not a size; give a number of devices >= 1, or -1 for all remaining devices.')
   if len(free) > 1:
-    raise ConfigError(f'mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can take what remains.')
+    raise ConfigError(f'mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can take the remaining devices.')
   fixed = math.prod(n for n in sizes.values() if n != -1)
   if num_devices % fixed or (not free and fixed > num_devices):
     raise ConfigError(
@@ -82,7 +82,7 @@ def axis_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-  """The mesh over all axes of `AXES`. Simulated CPU devices beyond its product stay idle; accelerators may not."""
+  """The mesh over all axes of `AXES`. Extra simulated CPU devices stay idle; extra accelerators are an error."""
   devices = jax.devices() if devices is None else devices
   simulated = devices[0].platform == 'cpu'
   product = math.prod(dataclasses.astuple(cfg))
@@ -93,7 +93,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   sizes = axis_sizes(cfg, len(devices))
   if math.prod(sizes.values()) != len(devices):
     raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
-  # make_mesh defaults to Explicit axes; all our sharding is by constraint, hence Auto.
+  # make_mesh defaults to Explicit axes; our sharding is by constraints, which need Auto.
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -1,4 +1,4 @@
-"""What the machine is; answered without JAX, whose start decides which devices it uses."""
+"""Properties of the machine, found without JAX, because JAX fixes its devices when it starts."""
 
 import glob
 import os
@@ -10,22 +10,22 @@ def has_accelerator() -> bool:
 
 
 def set_threads(devices: int) -> None:
-  """Gives XLA's CPU client two threads a simulated device, or one a core, whichever is more; unless NPROC is set.
+  """Gives XLA's CPU client two threads per simulated device or one per core, whichever is more; unless NPROC is set.
 
-  With no more threads than devices all of them can wait for each other in a collective, and a matrix product then
-  loses part of its first block: with microbatches the head's gradient was wrong by percents, at random (docs/LOG.md;
-  jaxlib 0.10.2 and 0.12). Call before a JAX backend starts; again before another one.
+  If there are no more threads than devices, all threads can wait for each other in a collective, and a matrix product
+  then loses part of its first block: with microbatches the gradient of the head was wrong by percents, at random
+  (docs/LOG.md; jaxlib 0.10.2 and 0.12). Call before each start of a JAX backend.
   """
   if 'NPROC' not in os.environ or os.environ['NPROC'] in _set:
     _set[:] = [str(max(cores(), 2 * devices))]
     os.environ['NPROC'] = _set[0]
 
 
-_set: list[str] = []  # what NPROC was set to here
+_set: list[str] = []  # the value that set_threads gave NPROC
 
 
 def threads(devices: int) -> int:
-  """Threads of XLA's CPU client with `devices` devices: NPROC, else one a core, and at least one a device."""
+  """Threads of XLA's CPU client with `devices` devices: NPROC, else one per core, and at least one per device."""
   number = os.environ.get('NPROC', '')
   return max(int(number) if number.isdigit() else cores(), devices)
 

@@ -12,6 +12,7 @@ from data.packing.buckets import LengthBuckets
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import MAY_CHANGE, Experiment
+from pretrain.experiment.same_stores import Recorded, by_contents
 from pretrain.hosts.skipping import Ranges
 
 
@@ -22,13 +23,19 @@ def may_change(key: str) -> bool:
 def differences(old: Experiment, new: Experiment) -> list[tuple[str, object, object]]:
   """(key, old value, new value) of every key that differs and may not."""
   before, after = bindings.flatten(old), bindings.flatten(new)
+  return [(key, before.get(key), after.get(key)) for key in _unequal(old, new)]
+
+
+def _unequal(old: Experiment, new: Experiment) -> list[str]:
+  before, after = bindings.flatten(old), bindings.flatten(new)
   keys = [key for key in dict.fromkeys([*before, *after]) if not may_change(key)]
-  return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+  return [key for key in keys if before.get(key) != after.get(key)]
 
 
 def identity(cfg: Experiment, skips: Ranges) -> dict[str, str]:
   """What must be equal for a process to go on from what another one left in memory; `skips` are left out."""
-  fixed = [f'{key}={value!r}' for key, value in bindings.flatten(cfg).items() if not may_change(key)]
+  flat = bindings.flatten(by_contents(cfg))
+  fixed = [f'{key}={value!r}' for key, value in flat.items() if not may_change(key)]
   return {
     'config': hashlib.sha256('\n'.join(fixed).encode()).hexdigest()[:16],
     'mesh': ' '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(cfg.mesh).items()),
@@ -43,7 +50,8 @@ def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: b
   With `allow_data_change` keys of `data` may differ, but for `_is_fixed`: a line for each is returned.
   """
   before = bindings.load(Experiment, [str(saved)], [])
-  changed = differences(before, cfg)
+  unequal = _unequal(by_contents(before, Recorded(saved.parent)), by_contents(cfg))
+  changed = [item for item in differences(before, cfg) if item[0] in unequal]
   data_keys = [key for key, _, _ in changed if key.startswith('data.') and not _is_fixed(key, before, cfg)]
   allowed = [item for item in changed if allow_data_change and item[0] in data_keys]
   refused = [item for item in changed if item not in allowed]

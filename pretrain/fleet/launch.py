@@ -25,20 +25,20 @@ from pretrain.hosts.ownership import INHERITED
 from pretrain.redact import redact
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
-SERVED = 'PRETRAIN_MEMBERS'  # set where the supervisor serves the coordinator: the file that names another one
-IDLE = '127.0.0.1:0'  # where process 0 has JAX listen for nobody, then
+SERVED = 'PRETRAIN_MEMBERS'  # set if the supervisor runs the coordinator: the file that names the next coordinator
+IDLE = '127.0.0.1:0'  # process 0 then starts a coordinator of JAX that no process uses
 PREEMPTED, HANG, REWOUND, CORRUPTED = 75, 70, 72, 74
-USER_CODES = (64, 65, 66, 71)  # a restart would find the same
+USER_CODES = (64, 65, 66, 71)  # a restart would fail the same way
 POLL_SECONDS = 0.02
-HEARTBEAT_SECONDS = 60  # a peer that went silent (stopped, cut off) is noticed; the launcher sees dead ones at once
+HEARTBEAT_SECONDS = 60  # detects a silent peer (stopped, cut off); the launcher sees dead ones at once
 MEETING_SECONDS = 300.0
 MEET_FIX = (
-  'Nothing was changed; start those that are missing, let them through firewalls, or set a longer watchdog.init.'
+  'Nothing was changed; start the missing processes, open the port in firewalls, or set a longer watchdog.init.'
 )
-LOWEST_PORT = 10_000  # most services have one below it
+LOWEST_PORT = 10_000  # most services use lower ports
 EVERYWHERE = ('0.0.0.0', '::', '*')
-GRACE_SECONDS = 3  # between the signal that asks processes to end and the one that ends them
-GRACE_AFTER_KILL = 0.3  # who waits in a collective for one that was killed has nothing to say, and no step to save
+GRACE_SECONDS = 3  # between SIGTERM and SIGKILL
+GRACE_AFTER_KILL = 0.3  # a process that waits in a collective for a killed one has no step to save
 PR_SET_PDEATHSIG = 1
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
@@ -52,14 +52,14 @@ def _integer(name: str) -> int:
   try:
     return int(os.environ[name])
   except ValueError as error:
-    raise ConfigError(f'{name}={os.environ[name]!r} is no number; `pretrain run` sets it.') from error
+    raise ConfigError(f'{name}={os.environ[name]!r} is not a number; `pretrain run` sets it.') from error
 
 
 def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
-  """Joins the processes that `pretrain run` started; nothing where there is one. Call before any JAX backend starts.
+  """Joins the processes that `pretrain run` started; does nothing for one process. Call before JAX's backend starts.
 
-  Raises ConfigError where only a part of the three variables is set, or the coordinator's address is no place to
-  listen at; HostError where not all have met within `seconds`.
+  Raises ConfigError if only some of the three variables are set, or process 0 cannot listen on the coordinator's
+  address; HostError if not all processes have connected within `seconds`.
   """
   found = [name for name in (COORDINATOR, NUM_HOSTS, HOST) if name in os.environ]
   if not found:
@@ -77,21 +77,21 @@ def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
     wait_until_heard(place, address, host, seconds)
   import jax
 
-  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not met the others at '
-                    f'{address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
+  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not connected to the '
+                    f'others at {address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
     jax.distributed.initialize(
       coordinator_address=address,
       num_processes=number,
       process_id=host,
       coordinator_bind_address=address if serves else IDLE,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      initialization_timeout=math.ceil(seconds) + 60,  # it would abort the process, and not say where it had waited
+      initialization_timeout=math.ceil(seconds) + 60,  # later than our own: JAX aborts without naming the address
     )
 
 
 @contextlib.contextmanager
 def ending_after(seconds: float, message: str) -> Iterator[None]:
-  """What is inside ends the process with code 70 and this sentence where it takes longer."""
+  """Ends the process with code 70 and this message if the block takes longer than `seconds`."""
 
   def end() -> None:
     print(HostError(message), file=sys.stderr, flush=True)
@@ -107,7 +107,7 @@ def ending_after(seconds: float, message: str) -> Iterator[None]:
 
 
 def place_of(address: str) -> tuple[str, int]:
-  """(host, port) of the coordinator's address. Raises ConfigError where it is none, or open to every network.
+  """(host, port) of the coordinator's address. Raises ConfigError if it is not an address, or open to every network.
 
   >>> place_of('10.0.0.7:8476')
   ('10.0.0.7', 8476)
@@ -115,17 +115,17 @@ def place_of(address: str) -> tuple[str, int]:
   host, _, port = address.rpartition(':')
   host = host.strip('[]')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ConfigError(f'{COORDINATOR}={address} is no address; write HOST:PORT, e.g. 10.0.0.7:8476.')
+    raise ConfigError(f'{COORDINATOR}={address} is not an address; write HOST:PORT, e.g. 10.0.0.7:8476.')
   if host in EVERYWHERE:
     raise ConfigError(
-      f'{COORDINATOR}={address} would open the coordinator, which asks for no password, to every network; name the '
-      'address of one, e.g. 10.0.0.7:8476.'
+      f'{COORDINATOR}={address} would open the coordinator, which has no password, to every network; name the '
+      'address of one network, e.g. 10.0.0.7:8476.'
     )
   return host, int(port)
 
 
 def check_free(place: tuple[str, int], address: str) -> None:
-  """Raises ConfigError where process 0 cannot listen there."""
+  """Raises ConfigError if process 0 cannot listen there."""
   try:
     family, *_, where = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as probe:
@@ -133,13 +133,13 @@ def check_free(place: tuple[str, int], address: str) -> None:
       probe.bind(where)
   except OSError as error:
     raise ConfigError(
-      f'{COORDINATOR}={address} is no place for process 0 to listen at ({error.strerror}). No process has begun; end '
-      'what listens there, or take another port.'
+      f'{COORDINATOR}={address}: process 0 cannot listen there ({error.strerror}). No process was started; end the '
+      'program that listens there, or use another port.'
     ) from error
 
 
 def wait_until_heard(place: tuple[str, int], address: str, host: int, seconds: float) -> None:
-  """Returns when something listens there; raises HostError where nothing does within `seconds`."""
+  """Returns when something listens there; raises HostError if nothing does within `seconds`."""
   deadline = time.monotonic() + seconds
   while True:
     try:
@@ -155,7 +155,7 @@ def wait_until_heard(place: tuple[str, int], address: str, host: int, seconds: f
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-  """What fails inside ends the process at once where there are several: JAX would wait for its peers, they for it."""
+  """With several processes, an error inside ends this one at once: JAX's exit would wait for its peers, they for it."""
   try:
     yield
   except Exception as error:
@@ -167,15 +167,15 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def program(command: Sequence[str]) -> list[str]:
-  """`pretrain COMMAND`, whatever the current folder holds."""
+  """The command line of `pretrain COMMAND`, independent of the contents of the current folder."""
   return [sys.executable, '-P', '-m', 'pretrain', *command]
 
 
 def run(hosts: int, command: Sequence[str], stream: TextIO | None = None) -> int:
   """Runs `pretrain COMMAND` in `hosts` local processes and returns the worst exit code.
 
-  Their lines come out on `stream` (default: stdout) behind `[host] `. SIGTERM and Ctrl-C are passed on; when one
-  process fails the others are ended, and all of them die with this one.
+  Their lines are written to `stream` (default: stdout) with the prefix `[host] `. SIGTERM and Ctrl-C are passed on.
+  When one process fails the others are ended, and all of them die with this one.
   """
   if hosts < 1:
     raise ConfigError(f'--hosts={hosts}; it must be at least 1.')
@@ -191,7 +191,7 @@ def run_program(hosts: int, command: Sequence[str], stream: TextIO) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a group ended: the code and number of the process that failed first, and when; code 0 or 75 where none did."""
+  """How a group ended: the code and number of the process that failed first, and when; code 0 or 75 if none failed."""
 
   code: int
   host: int
@@ -200,7 +200,7 @@ class Outcome:
 
 @dataclasses.dataclass
 class Member:
-  """A process of a group, its number in the run, and the thread that passes its lines on."""
+  """A process of a group, its number in the run, and the thread that forwards its lines."""
 
   host: int
   process: subprocess.Popen
@@ -208,7 +208,7 @@ class Member:
 
 
 class Group:
-  """Local processes that end together. `env` names a coordinator that none of them serves; None: process 0 does."""
+  """Local processes that end together. `env` names an external coordinator; None: process 0 runs the coordinator."""
 
   def __init__(
     self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None,
@@ -220,7 +220,7 @@ class Group:
 
   def _start(self, host: int, hosts: int, env: Mapping[str, str]) -> Member:
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get('PYTHONPATH'))))
-    # Ours go before any other package named `data`; -P leaves out the current folder.
+    # Our packages come before any other package named `data`; -P leaves out the current folder.
     process = start(self._command, {**env, 'PYTHONPATH': path, NUM_HOSTS: str(hosts), HOST: str(host)}, self._lock)
     member = Member(host, process, threading.Thread())
     member.reader = threading.Thread(target=prefix_lines, args=(process.stdout, member, self._stream), daemon=True)
@@ -231,7 +231,7 @@ class Group:
     return [member for member in self._members if member.process.poll() is None]
 
   def regroup(self, hosts: int, env: Mapping[str, str]) -> dict[int, int]:
-    """pid -> its number from now on of each process that lives; others are started, so that there are `hosts`."""
+    """pid -> new number of each living process; starts others, so that there are `hosts`."""
     living = self.living()
     if any(member.host >= hosts for member in living):
       for host, member in enumerate(living):
@@ -248,9 +248,9 @@ class Group:
   def wait(
     self, watch: Callable[[], None] = lambda: None, spared: Callable[[Outcome], bool] = lambda outcome: False
   ) -> Outcome:
-    """Of the one that failed by itself, not because it was told to end. `watch` is called again and again.
+    """The outcome of the process that failed by itself, not because it was told to end. Calls `watch` repeatedly.
 
-    Where `spared(outcome)` the others live on: `regroup` or `end` is next.
+    If `spared(outcome)` is true the others are not ended: call `regroup` or `end` next.
     """
     outcome, deadline, since = None, math.inf, math.inf
     while None in (codes := [member.process.poll() for member in self._members]):
@@ -268,13 +268,13 @@ class Group:
         self.signal(signal.SIGKILL)
       time.sleep(POLL_SECONDS)
     for member in self._members:
-      member.reader.join(GRACE_SECONDS)  # what a process has left behind may hold its pipe for ever
+      member.reader.join(GRACE_SECONDS)  # a child that outlived the process may hold its pipe for ever
     watch()
     ended = {index: exit_code(code) for index, code in enumerate(codes)}
     return outcome or self._cause(failures(codes) or ended)
 
   def end(self) -> None:
-    """Nobody lives."""
+    """Ends all processes."""
     if self.living():
       self.signal(signal.SIGKILL)
       self.wait()
@@ -284,13 +284,13 @@ class Group:
 
 
 def failures(codes: Sequence[int | None]) -> dict[int, int]:
-  """host -> exit code of the processes that failed so far; one that was interrupted and has saved did not."""
+  """host -> exit code of the processes that failed so far; an interrupted process that saved did not fail."""
   return {host: exit_code(code) for host, code in enumerate(codes) if code and code != PREEMPTED}
 
 
 def first_cause(codes: Mapping[int, int]) -> Outcome:
-  """Of processes that failed within a blink: what a user can mend or all agreed upon before a hang, before one that was
-  killed, and last those that JAX aborts because another one is gone."""
+  """The likely cause among processes that failed almost together: first codes of user errors and codes that all agree
+  on, then a hang, a kill, a crash, and last a process that JAX aborted because another one ended."""
   agreed = (*USER_CODES, REWOUND, CORRUPTED)
   rank = lambda code: (code not in agreed, code != HANG, code == 128 + signal.SIGABRT, code <= 128, -code)
   host, code = min(codes.items(), key=lambda item: rank(item[1]))
@@ -298,12 +298,12 @@ def first_cause(codes: Mapping[int, int]) -> Outcome:
 
 
 def may_follow(code: int) -> bool:
-  """Whether a process ends like this because another one was killed, which may be seen later: it is busy dying."""
+  """Whether this code may be the consequence of another process's death that is not visible yet."""
   return code == 128 + signal.SIGABRT or (code <= 128 and code not in (*USER_CODES, HANG, REWOUND, CORRUPTED))
 
 
 def exit_code(returncode: int) -> int:
-  """A shell's way to say it: a process ended by signal n has code 128 + n.
+  """The exit code as a shell reports it: 128 + n for a process that was ended by signal n.
 
   >>> exit_code(-9), exit_code(64)
   (137, 64)
@@ -311,8 +311,8 @@ def exit_code(returncode: int) -> int:
   return 128 - returncode if returncode < 0 else returncode
 
 
-# Runs before the command, in its process: Popen's preexec_fn, the usual place, may not be used where there are threads.
-# The request survives exec. A parent that died before it was made is noticed by the line below it.
+# Runs before the command, in its process: Popen's preexec_fn, the usual place, is unsafe with threads. The request
+# survives exec. The line below it detects a parent that died before the request was made.
 DIE_WITH_PARENT = f"""
 import ctypes, os, sys
 ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})
@@ -322,11 +322,11 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def start(command: Sequence[str], env: dict[str, str], lock: int | None = None) -> subprocess.Popen:
-  """A process that the kernel kills should this one die, by kill -9 too (Linux). It inherits the open file `lock`."""
+  """Starts a process that inherits `lock`, and that the kernel kills if this one dies, also by kill -9 (Linux)."""
   if lock is not None:
     env = env | {INHERITED: str(lock)}
   wrapped = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
-  # In a process group of its own, because Ctrl-C in a terminal goes to the whole group: it would arrive twice.
+  # In its own process group, because Ctrl-C in a terminal goes to the whole group and would arrive twice.
   return subprocess.Popen(
     wrapped, env=os.environ | env | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     text=True, errors='replace', process_group=0, pass_fds=[] if lock is None else [lock],
@@ -334,7 +334,7 @@ def start(command: Sequence[str], env: dict[str, str], lock: int | None = None) 
 
 
 def prefix_lines(source: TextIO, member: Member, stream: TextIO) -> None:
-  """Copies lines as they come; each is one write, so that lines of different processes do not mix."""
+  """Copies lines as they arrive; each is one write, so that lines of different processes do not mix."""
   with source:
     for line in source:
       stream.write(f'[{member.host}] {redact(line.rstrip())}\n')
@@ -342,18 +342,18 @@ def prefix_lines(source: TextIO, member: Member, stream: TextIO) -> None:
 
 
 def free_port() -> int:
-  """A port of 127.0.0.1 that was free a moment ago, and that no connection is given before process 0 listens there."""
+  """A port of 127.0.0.1 that was free just now, if possible outside the range that the kernel uses for connections."""
   end = first_connection_port()
   own = random.sample(range(LOWEST_PORT, end), 20) if end > LOWEST_PORT + 1000 else []
-  for port in (*own, 0):  # 0: any, where the kernel gives connections all of them
-    with socket.socket() as probe, contextlib.suppress(OSError):  # somebody listens there
+  for port in (*own, 0):  # 0: any port, if the kernel assigns all of them to connections
+    with socket.socket() as probe, contextlib.suppress(OSError):  # the port is taken
       probe.bind(('127.0.0.1', port))
       return probe.getsockname()[1]
-  raise HostError('127.0.0.1 has no free port; no process has begun. End what takes them, and run the same command.')
+  raise HostError('127.0.0.1 has no free port; no process was started. Free some ports and run the same command.')
 
 
 def first_connection_port() -> int:
-  """The first of the ports that the kernel gives to connections; 0 where it does not say (no Linux)."""
+  """The first port that the kernel assigns to connections; 0 if it is unknown (not Linux)."""
   try:
     return int(pathlib.Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
   except OSError:

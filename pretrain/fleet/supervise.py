@@ -1,4 +1,4 @@
-"""`pretrain run -- train …`: processes that fail are started again, until the run is done or a person is needed."""
+"""`pretrain run -- train …`: restarts processes that fail, until the run is done or needs a person."""
 
 import collections
 import dataclasses
@@ -32,8 +32,8 @@ from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import FILE, append, end_line, parse, read_timeline
 
 INCIDENTS, SURVIVAL = 'incidents.jsonl', 'survival'
-SAME_STEP = 3  # failures without a new step, after which a person is needed
-AWAY = 2  # failures of one host before there was a state, after which it is left out
+SAME_STEP = 3  # failures without a new step, after which the run ends
+AWAY = 2  # failures of one host before its first step, after which the run continues without it
 FIRST_DELAY, LONGEST_DELAY = 0.25, 60.0  # seconds; doubled at each failure without a new step
 LOG_LINES = 400
 CAUSES = {
@@ -44,9 +44,9 @@ CAUSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-  """`min_hosts`: how few processes may go on where one stays away; None = all are needed. `skip_poisoned`: where the
-  same step fails again and again, its examples are left out. `survive`: the seconds within which processes that have
-  survived another one must have a state again; None = they are started again as well."""
+  """`min_hosts`: the smallest number of processes to continue with if one does not come back; None = all are needed.
+  `skip_poisoned`: if the same step fails repeatedly, its examples are left out. `survive`: seconds within which the
+  surviving processes must have a state again after another one died; None = all processes are restarted."""
 
   max_restarts: int = 100
   min_hosts: int | None = None
@@ -55,7 +55,7 @@ class Policy:
 
 
 class Supervisor:
-  """Runs `command` in `hosts` processes again and again. `fits(n)`: whether n processes can share the batch."""
+  """Runs `command` in `hosts` processes and restarts it. `fits(n)`: whether n processes can share the batch."""
 
   def __init__(
     self, hosts: int, command: Sequence[str], workdir: pathlib.Path, policy: Policy,
@@ -63,18 +63,18 @@ class Supervisor:
   ):  # fmt: skip
     self._hosts, self._command, self._workdir, self._policy, self._fits = hosts, command, workdir, policy, fits
     self._log, self._batch_size = Log(stream or sys.stdout), batch_size
-    self._incident: dict[str, Any] | None = None  # one whose recovery is awaited
+    self._incident: dict[str, Any] | None = None  # an incident from which the run has not recovered yet
     self._group: Group | None = None
-    self._told: Group | None = None  # to end
-    self._coordinators: list[Coordinator] = []  # where processes may survive others; the last is the one they are at
-    self._lived_on, self._until = False, math.inf  # when they must have a state again
-    self._asked = threading.Event()  # to end
+    self._told: Group | None = None  # the group that was told to end
+    self._coordinators: list[Coordinator] = []  # used with `survive`; processes are connected to the last one
+    self._lived_on, self._until = False, math.inf  # the time by which survivors must have a state again
+    self._asked = threading.Event()  # this process was told to end
     self._restarts, self._furthest = 0, 0
 
   def run(self) -> int:
-    """The exit code of the run: 0, 75 where it was told to stop, else that of the process that could not go on.
+    """The exit code of the run: 0, 75 if it was told to stop, otherwise the code of the process that failed.
 
-    Owns the workdir from here to the end. Raises ConfigError where another run owns it.
+    Owns the workdir until the end. Raises ConfigError where another run owns it.
     """
     with owned(self._workdir) as self._lock:
       self._tail = Tail(self._workdir / FILE)
@@ -121,7 +121,7 @@ class Supervisor:
     return outcome
 
   def _start(self) -> Group:
-    """The processes of the run: new ones, or those that have survived."""
+    """The processes of the run: new ones, or the survivors with replacements."""
     if self._policy.survive is None:
       return Group(self._hosts, self._command, self._log, lock=self._lock)
     if not self._lived_on:
@@ -137,18 +137,18 @@ class Supervisor:
     return self._group
 
   def _close(self, but: int = 0) -> None:
-    """Ends coordinators but for the last `but` ones; nobody is at them."""
+    """Ends all coordinators except the last `but`; no process is connected to them."""
     while len(self._coordinators) > but:
       self._coordinators.pop(0).close()
 
   def _may_be_survived(self, outcome: Outcome) -> bool:
-    """Whether the others live on: it was no error that all share, and they had come as far as to have a state."""
+    """Whether the others may survive: the error is not one that all processes share, and the run had a state."""
     agreed = (*USER_CODES, REWOUND, CORRUPTED)
     had_state = self._policy.survive is not None and self._tail.reached is not None
     return had_state and outcome.code not in agreed and not self._asked.is_set()
 
   def _follow(self, history: Sequence['Failure'], outcome: Outcome) -> list['Failure']:
-    """The failures in a row without a step that is new to the run; none after it has gone back: all steps are new."""
+    """The failures in a row without a new step; empty after a rewind, after which all steps count as new."""
     if outcome.code == REWOUND:
       self._furthest = 0
       return []
@@ -158,7 +158,7 @@ class Supervisor:
     return [*earlier, Failure(outcome.host, tail.reached is not None and tail.reached > tail.resumed)]
 
   def _decide(self, outcome: Outcome, history: list['Failure']) -> str:
-    """What is done about a failure; leaves out a host that stays away."""
+    """The action after a failure; removes a host that does not come back."""
     if outcome.code in USER_CODES or self._restarts >= self._policy.max_restarts:
       return 'stop'
     if outcome.code == REWOUND:
@@ -173,7 +173,7 @@ class Supervisor:
     return self._skip(history) if self._policy.skip_poisoned and self._tail.reached is not None else 'give up'
 
   def _survival(self) -> str:
-    """What those do that live: they go on alone where the policy and the batch allow, else with new processes."""
+    """The action of survivors: continue alone if the policy and the batch allow it, otherwise with new processes."""
     living = len(self._group.living())
     if (self._policy.min_hosts or self._hosts) > living or not self._fits(living):
       return SURVIVAL
@@ -181,7 +181,7 @@ class Supervisor:
     return f'{SURVIVAL} with {living} hosts'
 
   def _skip(self, history: list['Failure']) -> str:
-    """Leaves out the examples of the next two steps: while one is made, the batch of the other is on its way."""
+    """Leaves out the examples of the next two steps: while one step runs, the batch of the next is being loaded."""
     first = self._failed_at()
     end = first + 2 * self._batch_size
     add_skip(self._workdir, first, end)
@@ -189,9 +189,9 @@ class Supervisor:
     return f'restart without examples {first}..{end - 1}'
 
   def _failed_at(self) -> int:
-    """The first example of the step that was not completed, behind those that are left out there.
+    """The first example of the step that was not completed, after any examples that are left out there.
 
-    A process that was killed may not have told the timeline of its last steps; their rows it has written.
+    A killed process may not have written its last steps to the timeline; their metrics rows are written.
     """
     rows, skips = read_metrics(self._workdir), read_skips(self._workdir)
     more = max(rows[-1]['step'] - self._tail.reached, 0) if rows else 0
@@ -206,7 +206,7 @@ class Supervisor:
     return next((n for n in range(self._hosts - 1, least - 1, -1) if self._fits(n)), None)
 
   def _report(self, outcome: Outcome, action: str, history: Sequence['Failure']) -> None:
-    """Says what happened; the incident is written when the run has recovered, at once where it will not."""
+    """Prints what happened. The incident is written when the run has recovered, or at once if it will not."""
     cause, reached, ours = self._log.cause or cause_of(outcome.code), self._tail.reached, self._is_ours(outcome)
     cause = 'not survived in time' if time.monotonic() > self._until and reached is None else cause
     log = self._log.keep(self._workdir / 'logs', outcome.time) if ours else None
@@ -224,15 +224,15 @@ class Supervisor:
       self._finish_incident(None)
 
   def _sentence(self, outcome: Outcome, action: str, failures: int, log: pathlib.Path | None) -> str:
-    """What is done about it, in words."""
+    """The action, in words."""
     if action == 'give up':
-      return f'given up after {failures} failures without a new step. What is saved is whole; see {log}'
+      return f'gave up after {failures} failures without a new step. Saved steps are intact; see {log}'
     if action == 'stop':
-      return 'not restarted: it would find the same' if outcome.code in USER_CODES else 'no restart is left'
+      return 'not restarted: it would fail the same way' if outcome.code in USER_CODES else 'no restarts left'
     return f'{action} {self._restarts + 1} of {self._policy.max_restarts}'
 
   def _is_ours(self, outcome: Outcome) -> bool:
-    """Whether files may be written: a workdir that was refused is another run's."""
+    """Whether files may be written: a workdir that was refused belongs to another run."""
     return self._tail.reached is not None or outcome.code not in (*USER_CODES, PREEMPTED, 0)
 
   def _watch(self) -> None:
@@ -245,7 +245,7 @@ class Supervisor:
       self._finish_incident(self._tail.first_step)
 
   def _finish_incident(self, recovered: float | None) -> None:
-    """Writes the incident that is open; `recovered` is when the first step after it was done, None where none was."""
+    """Writes the open incident; `recovered` is the time of the first step after it, None if there was none."""
     if self._incident is None:
       return
     incident, self._incident = self._incident, None
@@ -259,7 +259,7 @@ class Supervisor:
     append(self._workdir / INCIDENTS, incident | after)
 
   def _end(self, outcome: Outcome) -> int:
-    self._finish_incident(None)  # whoever ends after it without a step has not recovered
+    self._finish_incident(None)  # an incident that no step followed
     if self._is_ours(outcome):
       write_goodput(self._workdir)
     self._close()
@@ -267,7 +267,7 @@ class Supervisor:
     return PREEMPTED if told else outcome.code
 
   def _stop(self, number: int) -> None:
-    """The first signal asks all processes to save and leave (Ctrl-C too), the second one ends them."""
+    """The first signal (SIGTERM or Ctrl-C) asks all processes to save and exit; the second one kills them."""
     if self._group is not None:
       self._group.signal(signal.SIGKILL if self._asked.is_set() else signal.SIGTERM)
       self._told = self._group
@@ -276,7 +276,7 @@ class Supervisor:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """The process that ended first, and whether any step was made since the start."""
+  """The process that ended first, and whether any step was completed since the start."""
 
   host: int
   stepped: bool
@@ -292,13 +292,13 @@ def delay(failures: int) -> float:
 
 
 def redone_before(failed: float, lines: Sequence[dict[str, Any]]) -> float:
-  """Seconds of steps that ended by the failure at that time and that are made again."""
+  """Seconds of the steps before the failure at that time that must be computed again."""
   found = [process for process in processes(lines) if abs(process.end - failed) < 1e-3]
   return sum(spent for process in found for kind, spent in spent_in(process) if kind == 'lost')
 
 
 def cause_of(code: int) -> str:
-  """For an incident: what a code means."""
+  """The cause of an exit code, for an incident."""
   return CAUSES.get(code) or (signal_name(code) or f'exit code {code}')
 
 
@@ -319,7 +319,7 @@ def timestamp(seconds: float) -> str:
 
 
 class Tail:
-  """What the lines that processes add to a timeline say of the present ones."""
+  """Follows the timeline for lines of the current processes."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._offset = path, 0
@@ -329,7 +329,7 @@ class Tail:
     self.forget(-math.inf)
 
   def forget(self, since: float) -> None:
-    """Only what begins from then on is told: others are started, or survive; what they did until then is no step."""
+    """Ignores lines of processes that began before `since`: their steps are not those of the current processes."""
     self.read_away()
     self._since = since
     self.reached: int | None = None
@@ -357,7 +357,7 @@ class Tail:
 
 
 class Log:
-  """Passes lines on, and remembers the last ones of the present processes."""
+  """Passes lines on, and keeps the last lines of the current processes."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream
@@ -375,12 +375,12 @@ class Log:
 
   @property
   def cause(self) -> str | None:
-    """What the last lines say that an exit code cannot: that memory ran out."""
+    """'out of memory' if the last lines contain it, which no exit code shows."""
     memory = any('RESOURCE_EXHAUSTED' in line or 'MemoryError' in line for line in list(self._lines))
     return 'out of memory' if memory else None
 
   def reason(self, host: int) -> str | None:
-    """The sentence with a code that a process has said last."""
+    """The last message with a code that a process printed."""
     said = (re.match(rf'\[{host}\] ([A-Z][A-Z-]+: .+)', line) for line in reversed(list(self._lines)))
     return next((match[1] for match in said if match), None)
 

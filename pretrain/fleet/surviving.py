@@ -1,13 +1,13 @@
-"""Experimental: when a process of a run dies, the others go on in the same processes instead of being started again.
+"""Experimental: when a process of a run dies, the others continue in the same processes instead of being restarted.
 
-The supervisor sees the death, and lets the others live. Their step breaks: the sockets of the dead one are closed, and
-what is asked of them raises; one after the other lets go of its own, which frees those that wait for it. Each then
-leaves JAX's runtime with its backend, reads who belongs to the run from now on, joins them, and begins as a process
-that was just started does: from the newest step in memory or on disk. So a run has the losses of one that was started
-again; what is saved is the start of Python, imports, and programs that are compiled already.
+The supervisor sees the death and does not end the others. Their step fails: the sockets of the dead process are closed,
+so collectives over them raise an error. Each survivor closes its own sockets too, which releases the processes that
+wait for it. It then leaves JAX's runtime with its backend, reads the new list of members, joins them, and starts like a
+new process: from the newest step in host RAM or on disk. So the losses equal those of a restarted run. What is saved is
+the start of Python, the imports, and the programs that are already compiled.
 
-What makes it sound: the coordinator is in the supervisor, where the death of no process ends it, and is told that its
-processes may fail (`recoverable`); else JAX aborts all of them (docs/design/0015).
+Why it works: the coordinator runs in the supervisor, which survives the death of any process, and is told that its
+processes may fail (`recoverable`); otherwise JAX aborts all of them (docs/design/0015).
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from pretrain import errors
 from pretrain.errors import HostError
 from pretrain.fleet import launch
 
-MEMBERS = 'members.json'  # of the workdir: in it the supervisor tells who makes up the run from now on
-SECONDS_TO_HEAR = 10.0  # from an error to the supervisor's word on whose death it was; else it is an error
-SECONDS_TO_END = 10.0  # for threads that may wait for the dead; Orbax has some that nothing wakes
-ASKING = re.compile(r'(save|snapshot)_\d+|async_save')  # threads that ask other processes; so may any class of Orbax's
+MEMBERS = 'members.json'  # in the workdir: the supervisor writes the new members of the run into it
+SECONDS_TO_HEAR = 10.0  # from an error to the supervisor's report of a death; without a report it is a plain error
+SECONDS_TO_END = 10.0  # for threads that may wait for the dead process; nothing wakes some of Orbax's
+ASKING = re.compile(r'(save|snapshot)_\d+|async_save')  # threads that communicate; any thread class of Orbax may too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElasticConfig:
-  """Experimental. With `survive`, of `pretrain run --hosts=N` those processes that did not die go on as they are.
+  """Experimental. With `survive`, the processes of `pretrain run --hosts=N` that did not die continue as they are.
 
-  A new process takes the place of the dead one; with `--min_hosts` they go on without it, and stay fewer. Those who
-  have no state again within `seconds` of the death are ended, and the run is started again as it is without this key.
-  So it is after a second death before that, or one before the first state, and where a process hangs that is no peer
-  of a dead one: the watchdog ends it. CPU processes of one machine alone.
+  A new process replaces the dead one; with `--min_hosts` the others continue without it, and stay fewer. If there is no
+  state again within `seconds` of the death, all processes are ended and restarted, as without this key. The same
+  happens after a second death before that, after a death before the first state, and if a process hangs for another
+  reason (the watchdog ends it). Only for CPU processes on one machine.
   """
 
   survive: bool = False
@@ -50,7 +50,7 @@ class ElasticConfig:
 
 
 class Coordinator:
-  """Serves the processes of a run from outside of them."""
+  """JAX's coordination service, in the process of the supervisor."""
 
   def __init__(self, hosts: int):
     from jax._src.lib import _jax  # no public name starts it without being process 0
@@ -61,21 +61,21 @@ class Coordinator:
     )
 
   def close(self) -> None:
-    """Ends who is still connected to it."""
+    """Ends the service and the connections to it."""
     self._service.shutdown()
 
 
 def announce(path: pathlib.Path, left: str, address: str, hosts: int, numbers: Mapping[int, int]) -> None:
-  """Tells the processes of the coordinator `left` which one to join, and their numbers there by pid."""
+  """Tells the processes of coordinator `left` which coordinator to join, and their new numbers by pid."""
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps({'left': left, 'coordinator': address, 'hosts': hosts, 'numbers': numbers}))
   temporary.replace(path)
 
 
 def surviving(cfg: ElasticConfig, prepare: Callable[[int], None], start: Callable[[float | None], int]) -> int:
-  """`start(None)`; where another process dies, this one joins those that live and calls `start(when)` again.
+  """Calls `start(None)`; after another process dies, joins the survivors and calls `start(when)` again.
 
-  `prepare(hosts)` readies the platform for so many processes.
+  `prepare(hosts)` prepares the platform for that many processes.
   """
   if not cfg.survive or launch.SERVED not in os.environ:
     return start(None)
@@ -89,17 +89,17 @@ def surviving(cfg: ElasticConfig, prepare: Callable[[int], None], start: Callabl
       if known or (place := news.wait(SECONDS_TO_HEAR)) is None:
         raise
       said = str(error).partition('\n')[0][:200]
-    began = time.time()  # out of the block: its error holds the state, and by that the backend
+    began = time.time()  # outside the except block, because its error keeps the state alive, and so the backend
     leave(cfg.seconds)
     join(place, prepare, cfg.seconds)
     host, hosts = place['host'], place['hosts']
-    print(f'SURVIVED: process {host} of {hosts} goes on; another one has died ({said}).', file=sys.stderr, flush=True)
+    print(f'SURVIVED: process {host} of {hosts} continues; another one died ({said}).', file=sys.stderr, flush=True)
 
 
 class News:
-  """Waits, in a thread, for the supervisor's word that a process at the coordinator `left` has died.
+  """Waits, in a thread, for the supervisor's report that a process of coordinator `left` has died.
 
-  Then `hang_up(port of left)`, so that whatever this process waits for raises.
+  Then calls `hang_up(port of left)`, so that everything this process waits for raises an error.
   """
 
   def __init__(self, path: pathlib.Path, left: str, hang_up: Callable[[int], None]):
@@ -108,7 +108,7 @@ class News:
     threading.Thread(target=self._listen, name='news', daemon=True).start()
 
   def wait(self, seconds: float) -> dict[str, Any] | None:
-    """This process's place in the run from now on; None where nobody has died."""
+    """This process's new place in the run; None if no process has died."""
     self._heard.wait(seconds)
     return self._place
 
@@ -124,7 +124,7 @@ class News:
 
 
 def end_waiting(coordinator: int) -> None:
-  """What waits for a process that has died raises: in a collective, a barrier, or for an answer."""
+  """Makes everything that waits for a dead process raise an error: collectives, barriers, answers."""
   import jax
 
   hang_up(but=coordinator)
@@ -132,13 +132,13 @@ def end_waiting(coordinator: int) -> None:
 
 
 def hang_up(but: int) -> None:
-  """Ends this process's connections over loopback, but for those to port `but`: what waits in one raises.
+  """Shuts down this process's loopback connections, except those to port `but`: code that waits on one raises.
 
-  A rank whose neighbours live waits for what they will never send, and gloo has no way to be told (NCCL's is
+  A rank whose neighbours live waits for data that they will never send, and gloo has no abort (NCCL has
   ncclCommAbort).
   """
   for path in pathlib.Path('/proc/self/fd').iterdir():
-    with contextlib.suppress(OSError):  # one that nobody is at, or that was closed just now
+    with contextlib.suppress(OSError):  # a socket without a peer, or closed just now
       if os.readlink(path).startswith('socket:'):
         with socket.socket(fileno=os.dup(int(path.name))) as connection:
           if connection.family in (socket.AF_INET, socket.AF_INET6) and is_peer(*connection.getpeername()[:2], but):
@@ -146,7 +146,7 @@ def hang_up(but: int) -> None:
 
 
 def is_peer(address: str, port: int, coordinator: int) -> bool:
-  """Whether another process of the run may be at the other end.
+  """Whether the other end may be another process of the run.
 
   >>> [is_peer(*found, 8476) for found in (('127.0.0.1', 99), ('::ffff:127.0.0.1', 99), ('127.0.0.1', 8476))]
   [True, True, False]
@@ -155,13 +155,13 @@ def is_peer(address: str, port: int, coordinator: int) -> bool:
 
 
 def leave(seconds: float) -> None:
-  """No backend, compiled program or thread of the run is left. Raises HostError where a thread stays."""
+  """Leaves the run: no backend, compiled program or thread remains. Raises HostError if a thread does not end."""
   import jax.extend.backend
 
   from pretrain.checkpoints import orbax_files
   from pretrain.hosts import coordination
 
-  with launch.ending_after(seconds, f'process {coordination.host()} could not leave the run of one that has died.'):
+  with launch.ending_after(seconds, f'process {coordination.host()} could not leave the run after another one died.'):
     end_threads()
     gc.collect()
     jax.extend.backend.clear_backends()
@@ -171,9 +171,10 @@ def leave(seconds: float) -> None:
 
 
 def end_threads() -> None:
-  """Those that ask other processes have ended: they would ask the new ones. Raises HostError where one has not.
+  """Waits for threads that communicate with other processes, which would reach the new ones. Raises HostError if one
+  does not end.
 
-  Orbax's among them: a save that was under way came to its barriers when the new processes were at theirs, of the same
+  Orbax's are among them: a save under way reached its barriers when the new processes were at theirs, with the same
   names, and all waited for ever.
   """
   deadline = time.monotonic() + SECONDS_TO_END
@@ -181,11 +182,11 @@ def end_threads() -> None:
     if ASKING.fullmatch(thread.name) or type(thread).__module__.startswith('orbax.'):
       thread.join(max(deadline - time.monotonic(), 0.0))
       if thread.is_alive():
-        raise HostError(f'thread {thread.name} still waits for a process that has died. What is saved is whole.')
+        raise HostError(f'thread {thread.name} still waits for a process that has died. Saved steps are intact.')
 
 
 def join(place: Mapping[str, Any], prepare: Callable[[int], None], seconds: float) -> None:
-  """This process is one of those that make up the run from now on."""
+  """Joins the new group of processes of the run."""
   values = {launch.COORDINATOR: place['coordinator'], launch.NUM_HOSTS: place['hosts'], launch.HOST: place['host']}
   os.environ |= {name: str(value) for name, value in values.items()}
   prepare(place['hosts'])

@@ -1,4 +1,4 @@
-"""What processes of a run tell each other outside of collectives: barriers, answers; the watchdog; skipped examples.
+"""What processes of a run exchange outside of collectives: barriers, answers; the watchdog; skipped examples.
 
 Knows the coordination service and the timeline; must not know what a step computes.
 """

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other outside of collectives, with a timeout each. Over JAX's coordinator."""
+"""What processes of a run exchange outside of collectives, over JAX's coordinator, each with a timeout."""
 
 import collections
 import itertools
@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 
 from pretrain.errors import HostError
 
-SECONDS_BEFORE_TELLING = 2.0  # an activity that takes longer is told to the others, who may be waiting
-SECONDS_TO_ANSWER = 600.0  # the slowest process still writes or hashes its files
-A_DAY = 86_400.0  # the most that a barrier waits
+SECONDS_BEFORE_TELLING = 2.0  # a longer activity is reported to the other processes, which may be waiting
+SECONDS_TO_ANSWER = 600.0  # the slowest process may still write or hash its files
+A_DAY = 86_400.0  # the longest that a barrier waits
 FOLDER = 'pretrain/doing'
 
 
@@ -25,9 +25,9 @@ def host() -> int:
 
 
 def barrier(name: str, seconds: float) -> None:
-  """Returns when every process has come to `name`, which is used once in a run; 0 seconds is a day.
+  """Returns when every process has reached `name`, which is used once in a run; 0 seconds means a day.
 
-  Raises HostError (exit code 70) that names who has not come in time, and what they were doing.
+  Raises HostError (exit code 70) that names the processes that did not come in time, and what they were doing.
   """
   client, number = distributed.global_state.client, distributed.global_state.num_processes
   if client is None or number == 1:
@@ -40,8 +40,8 @@ def barrier(name: str, seconds: float) -> None:
     missing = missing_hosts(str(error))
     who = f'process {", ".join(map(str, missing))} has' if missing else 'some process has'
     raise HostError(
-      f"{who} not come to the barrier '{name}' within {seconds:.0f} s of process {host()}{others()}. What is saved is "
-      'whole; the same command resumes.'
+      f"{who} not reached the barrier '{name}' within {seconds:.0f} s of process {host()}{others()}. Saved steps are "
+      'intact; the same command resumes.'
     ) from error
 
 
@@ -56,7 +56,7 @@ def missing_hosts(text: str) -> list[int]:
 
 
 def tell(activity: str, step: int, serial: int) -> None:
-  """Tells the other processes what this one is doing; once for each time it began to."""
+  """Reports to the other processes what this one is doing; once for each time it began the activity."""
   client = distributed.global_state.client
   if client is None or _told.get('serial') == serial:
     return
@@ -68,13 +68,13 @@ _told: dict[str, int] = {}
 
 
 def doing() -> dict[int, tuple[str, int]]:
-  """process -> (activity, steps completed) of the others, as they last told."""
+  """process -> (activity, steps completed) of the other processes, as they last reported."""
   client = distributed.global_state.client
   if client is None:
     return {}
   try:
     found = client.key_value_dir_get(FOLDER)
-  except jax.errors.JaxRuntimeError:  # the coordinator is gone, and this process soon
+  except jax.errors.JaxRuntimeError:  # the coordinator has ended, and this process soon will
     return {}
   told = {int(key.rpartition('/')[2]): value.split() for key, value in found}
   return {other: (activity, int(step)) for other, (activity, step) in sorted(told.items()) if other != host()}
@@ -83,31 +83,31 @@ def doing() -> dict[int, tuple[str, int]]:
 def others() -> str:
   """What the other processes are doing, as the end of a sentence."""
   listed = [f'{other}: {activity} since step {step}' for other, (activity, step) in doing().items()]
-  return f'; others that wait: {", ".join(listed)}' if listed else ''
+  return f'; other processes: {", ".join(listed)}' if listed else ''
 
 
-NUMBERS: dict[str, itertools.count] = collections.defaultdict(itertools.count)  # no question has the key of another
+NUMBERS: dict[str, itertools.count] = collections.defaultdict(itertools.count)  # makes the key of each question unique
 
 
 def forget() -> None:
-  """This process is one of a new run: questions are counted from 0, as in those that have just begun."""
+  """Counts questions from 0 again, as in processes that have just started: this process joins a new group."""
   NUMBERS.clear()
   _told.clear()
 
 
 class Agreement:
-  """Questions, which all processes answer in the same order."""
+  """Questions that all processes answer, in the same order."""
 
   @classmethod
   def about(cls, name: str) -> Self:
-    """With a number of its own, so that whoever gave up the one before it is not out of step with the others."""
+    """With a number of its own, so that a process that gave up the previous question is not out of step."""
     return cls(f'{name}/{next(NUMBERS[name])}')
 
   def __init__(self, name: str, seconds: float = SECONDS_TO_ANSWER):
     self._name, self._seconds = name, seconds
 
   def gather(self, answer: str) -> list[str]:
-    """The answers of all processes, by their index. Raises HostError that names the first one who gave none."""
+    """The answers of all processes, by their index. Raises HostError that names the first process without an answer."""
     if jax.process_count() == 1:
       return [answer]
     client, key = distributed.global_state.client, f'pretrain/{self._name}/{next(NUMBERS[self._name])}'
@@ -115,7 +115,7 @@ class Agreement:
     return [self._get(client, f'{key}/{process}', process) for process in range(jax.process_count())]
 
   def first(self, answer: str) -> str:
-    """What process 0 says."""
+    """The answer of process 0."""
     return self.gather(answer)[0]
 
   def _get(self, client, key: str, process: int) -> str:
@@ -131,7 +131,7 @@ class Agreement:
 class Interrupt:
   """Set by the first SIGTERM or Ctrl-C inside the block: the loop saves and leaves. A second one ends the process.
 
-  Of several processes it is enough that one gets SIGTERM: all stop at the same step. There JAX handles that signal.
+  If there are several processes, one SIGTERM to any of them stops all at the same step; JAX handles the signal there.
   """
 
   def __init__(self):
@@ -147,7 +147,7 @@ class Interrupt:
       signal.signal(number, previous)
 
   def at(self, step: int) -> bool:
-    """Whether the run ends at `step`; the same answer in all processes, which must ask at each step."""
+    """Whether the run ends at `step`; the same in all processes, which must call this at each step."""
     if distributed.global_state.num_processes > 1 and not self._received:
       self._received = multihost_utils.reached_preemption_sync_point(step)
     return self._received

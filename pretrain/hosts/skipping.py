@@ -1,8 +1,8 @@
-"""Examples that a run leaves out, because no step with them ends or because they led to a spike of the loss:
+"""Examples that a run leaves out, because every step with them fails or because they led to a spike of the loss:
 RUN/skipped.json, [[first, end], …] in examples.
 
 The supervisor writes it (`pretrain run --skip_poisoned`), or the run when it goes back (`rewinding.py`). A run reads it
-when it starts, so that whoever resumes it makes the same steps; each checkpoint has them in its position.
+when it starts, so that a resumed run makes the same steps. The position in each checkpoint contains the ranges.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ Ranges = Sequence[tuple[int, int]]
 
 
 def read_skips(workdir: pathlib.Path) -> list[tuple[int, int]]:
-  """The ranges of a run, in order; none without the file. Raises ConfigError where it holds anything else."""
+  """The ranges of a run, in order; empty without the file. Raises ConfigError if the file holds anything else."""
   path = workdir / FILE
   try:
     found = [(first, end) for first, end in json.loads(path.read_text())] if path.exists() else []
     if not all(isinstance(first, int) and isinstance(end, int) and 0 <= first < end for first, end in found):
-      raise ValueError('a range is two whole numbers, the first one smaller')
+      raise ValueError('a range is two integers, the first one smaller')
   except (ValueError, TypeError) as error:
     raise ConfigError(
-      f'{path} is no list of ranges of examples ({error}); write e.g. [[240, 420]], or remove it.'
+      f'{path} is not a list of ranges of examples ({error}); write e.g. [[240, 420]], or remove it.'
     ) from error
   return sorted(found)
 
 
 def check_skips(ranges: Ranges, examples: int, batch_size: int) -> None:
-  """Raises ConfigError where a run at `examples` would never be at the beginning of a range that lies before it."""
+  """Raises ConfigError if no step of a run at `examples` would begin exactly where a later range begins."""
   while (left := steps_to_skip(ranges, examples, batch_size)) is not None:
     first = examples + left * batch_size
     if (examples := leave_out(ranges, {'examples': first})['examples']) == first:
@@ -52,9 +52,9 @@ def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
 
 
 def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """{'time', 'step' of the spike, 'to': the step gone back to, 'examples': [first, end] left out} of each, in order.
+  """{'time', 'step' of the spike, 'to': the step it went back to, 'examples': [first, end] left out} of each rewind.
 
-  A line that a dying machine cut off is left out.
+  A line that was cut off when the machine died is ignored.
   """
   path, found = workdir / REWINDS, []
   for line in path.read_text().splitlines() if path.exists() else ():
@@ -64,7 +64,7 @@ def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def steps_to_skip(ranges: Ranges, examples: int, batch_size: int) -> int | None:
-  """Steps from `examples` to the next range; None where there is none.
+  """Steps from `examples` to the next range; None if there is no range.
 
   >>> steps_to_skip([(24, 36)], 12, 12), steps_to_skip([(24, 36)], 36, 12)
   (1, None)
@@ -73,7 +73,7 @@ def steps_to_skip(ranges: Ranges, examples: int, batch_size: int) -> int | None:
 
 
 def behind(ranges: Ranges, example: int) -> int:
-  """Where the example lies that would be number `example` if nothing had been left out.
+  """The number of the example that would be number `example` if none were left out.
 
   >>> [behind([(24, 40)], example) for example in (16, 24, 32)]
   [16, 40, 48]
@@ -84,7 +84,7 @@ def behind(ranges: Ranges, example: int) -> int:
 
 
 def leave_out(ranges: Ranges, position: Mapping[str, Any]) -> dict[str, Any]:
-  """`position` behind the ranges that begin at it, and a record of them.
+  """`position` after the ranges that begin at it, with a record of these ranges.
 
   >>> leave_out([(24, 36), (36, 48)], {'examples': 24})
   {'examples': 48, 'skipped': [[24, 36], [36, 48]]}

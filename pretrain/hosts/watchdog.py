@@ -1,4 +1,4 @@
-"""A thread that ends the process where it does not get on, with the stacks of all threads: nothing waits for ever."""
+"""A thread that ends the process if it makes no progress, with the stacks of all threads: nothing waits for ever."""
 
 import dataclasses
 import faulthandler
@@ -15,14 +15,14 @@ from pretrain.records.timeline import Timeline
 
 EXIT_CODE = 70
 TICK_SECONDS = 0.25
-GRACE_SECONDS = 5.0  # those who wait give the one they wait for this much longer to end by itself
+GRACE_SECONDS = 5.0  # processes that wait for another one give it this much longer to end by itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-  """The most seconds that an activity may take without progress; 0 = no limit.
+  """The longest time in seconds that an activity may take without progress; 0 = no limit.
 
-  `step` of None is 10 times the median step, at least 60 s. A first step compiles, and has the limit of `compile`.
+  `step` = None means 10 times the median step, at least 60 s. The first step compiles, and has the limit of `compile`.
   """
 
   init: Annotated[float, '>= 0'] = 1800.0
@@ -36,7 +36,7 @@ class WatchdogConfig:
 
 
 def limit_of(cfg: WatchdogConfig, activity: str, median_step: float | None) -> float:
-  """Seconds that `activity` may take; 0 = any.
+  """Seconds that `activity` may take; 0 = no limit.
 
   >>> cfg = WatchdogConfig()
   >>> limit_of(cfg, 'step', 0.5), limit_of(cfg, 'step', 30.0), limit_of(cfg, 'step', None), limit_of(cfg, 'data', 0.5)
@@ -50,8 +50,8 @@ def limit_of(cfg: WatchdogConfig, activity: str, median_step: float | None) -> f
 class Watchdog:
   """Inside the block, an activity of `timeline` that takes longer than its limit ends the process with code 70.
 
-  It also writes the timeline while nothing else does. Time in which the whole process stood still (a stopped or
-  sleeping machine) does not count: only that which this thread has seen pass does.
+  It also writes the timeline while the main thread does not. Time in which the whole process stood still (a stopped or
+  sleeping machine) does not count: only time that this thread has measured counts.
   """
 
   def __init__(self, timeline: Timeline, cfg: WatchdogConfig, workdir: pathlib.Path):
@@ -91,7 +91,7 @@ class Watchdog:
       self._expire(limit)
 
   def _longest_of_others(self) -> float:
-    """What the activities of other processes may take: who waits in a step for them ends after them."""
+    """The longest limit of what other processes do: a process that waits in a step for them ends after them."""
     if self._timeline.activity != 'step':
       return 0.0
     activities = [activity for activity, _ in coordination.doing().values() if activity != 'step']
@@ -99,7 +99,7 @@ class Watchdog:
     return max(limits, default=0.0) + (GRACE_SECONDS if limits else 0.0)
 
   def _expire(self, limit: float) -> None:
-    """Writes all stacks to RUN/hang_<step>_p<host>.txt, says so, and ends the process."""
+    """Writes all stacks to RUN/hang_<step>_p<host>.txt, prints a line, and ends the process."""
     timeline = self._timeline
     path = self._workdir / f'hang_{timeline.step}_p{coordination.host()}.txt'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ class Watchdog:
       f'HANG: process {coordination.host()} in phase {timeline.activity} '
       f'for {self._stuck:.0f} s since step {timeline.step}, '
       f'watchdog.{timeline.activity} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {path}. '
-      'What is saved is whole; the same command resumes.',
+      'Saved steps are intact; the same command resumes.',
       file=sys.stderr,
       flush=True,
     )

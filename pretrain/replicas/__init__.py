@@ -1,4 +1,4 @@
 """Copies of one array on several devices, compared; digests of arrays.
 
-Knows arrays and the mesh; must not know where they come from.
+Knows arrays and the mesh; must not know who made the arrays.
 """

@@ -1,7 +1,7 @@
-"""Copies of an array on different devices are compared bit for bit: where one differs, a device has computed wrongly.
+"""Compares the copies of an array on different devices bit for bit: a difference shows that a device computed wrongly.
 
-Each device digests its own buffers (`digest.sums`), so that a copy that nobody else reads is seen too; one gather then
-gives all digests to all processes, which come to the same answer. An array without a second copy is not checked.
+Each device digests its own buffers (`digest.sums`), so that a copy that no other device reads is checked too. One
+gather gives all digests to all processes, which reach the same result. An array without a second copy is not checked.
 Source: Google 2024, arXiv:2312.11805 (Gemini), §3: silent data corruption, an event every week or two.
 """
 
@@ -29,7 +29,7 @@ class ReplicasConfig:
 
 
 class Replicas:
-  """Compares the copies of a state like `abstract`, whose arrays lie on `mesh`.
+  """Compares the copies of the arrays of a state with the structure of `abstract`, on `mesh`.
 
   Raises ConfigError where no array has a second copy.
   """
@@ -51,11 +51,11 @@ class Replicas:
     self._digests = jax.jit(each, out_shardings=replicated(mesh))
 
   def digests(self, state: Any) -> Array:
-    """uint32[device, leaf, 2], in every process; returns before they are computed, before `state` is given away."""
+    """uint32[device, leaf, 2], in every process; returns before they are computed. Call before `state` is donated."""
     return self._digests(self._copied(state))
 
   def compile(self, state: Any) -> None:
-    """Makes the first `digests` as quick as the others, once the compilation cache has it."""
+    """Compiles `digests` into the compilation cache, so that its first call is as quick as the others."""
     self._digests.lower(self._copied(state)).compile()
 
   def _copied(self, state: Any) -> list[Array]:
@@ -63,8 +63,8 @@ class Replicas:
     return [leaves[key] for key in self._keys]
 
   def check(self, found: np.ndarray, step: int, before: int) -> None:
-    """Raises ReplicaError for a copy that is not like the others, in `found` = `digests` of `step`; `before` is the
-    last step at which all were alike."""
+    """Raises ReplicaError if a copy differs from the others, in `found` = `digests` of `step`; `before` is the last
+    step at which all copies were equal."""
     mates = np.take_along_axis(found, self._first[:, :, None], 0)
     if (found == mates).all():
       return
@@ -74,19 +74,19 @@ class Replicas:
     doubt = ' (one of them is wrong)' if is_tie(found[:, bad[0]], self._first[:, bad[0]]) else ''
     more = f' (first of {len(bad)} arrays)' if len(bad) > 1 else ''
     raise ReplicaError(
-      f'at step {step} the copy of {self._keys[bad[0]]}{more} on device {names}{doubt} is not that of its replicas; '
-      f'all were alike at step {before}. No step was saved since; the same command goes on. Where a device is named '
-      'again, replace it.'
+      f'at step {step} the copy of {self._keys[bad[0]]}{more} on device {names}{doubt} differs from its replicas; '
+      f'all were equal at step {before}. No step was saved since then; run the same command to resume. '
+      'Replace a device that is named again.'
     )
 
 
 def digests_of(leaves: list[Array]) -> Array:
-  """uint32[1, leaf, 2]: of this device's shards."""
+  """uint32[1, leaf, 2]: the digests of the shards of this device."""
   return jnp.stack([jnp.stack(digest.sums(x)) for x in leaves])[None]
 
 
 def first_holders(x: jax.ShapeDtypeStruct, devices: list[jax.Device]) -> list[int]:
-  """For each device, the first that holds the same part of `x`: where that is itself for all, there is no copy."""
+  """For each device, the first device that holds the same part of `x`. If each is its own first, there is no copy."""
   parts = x.sharding.devices_indices_map(x.shape)
   first: dict[tuple, int] = {}
   bounds = (tuple(s.indices(n) for s, n in zip(parts[device], x.shape, strict=True)) for device in devices)
@@ -94,7 +94,7 @@ def first_holders(x: jax.ShapeDtypeStruct, devices: list[jax.Device]) -> list[in
 
 
 def odd_ones(found: np.ndarray, first: np.ndarray) -> list[int]:
-  """The devices whose digest is not that of most holders of the same part; of two that differ, both.
+  """The devices whose digest differs from the majority of holders of the same part; both, if two differ.
 
   >>> same = np.zeros(4, int)
   >>> odd_ones(np.array([[7, 7], [7, 7], [8, 7], [7, 7]]), same), odd_ones(np.array([[7, 7], [8, 7]]), same[:2])
@@ -110,6 +110,6 @@ def odd_ones(found: np.ndarray, first: np.ndarray) -> list[int]:
 
 
 def is_tie(found: np.ndarray, first: np.ndarray) -> bool:
-  """Whether the copies cannot say which of them is wrong."""
+  """Whether the copies do not show which of them is wrong."""
   odd = set(odd_ones(found, first))
   return any(set(np.flatnonzero(first == part).tolist()) <= odd for part in np.unique(first))

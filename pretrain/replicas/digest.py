@@ -1,8 +1,8 @@
-"""A digest of an array's bits that is the same however it is sharded: damage between the state and the disk shows.
+"""A digest of the bits of an array, the same for any sharding. It shows damage between the state and the disk.
 
-Each value is mixed with its index in the whole array; the sum of what comes out, modulo 2**32, does not depend on the
-order in which devices add. Two such sums, differently mixed, are 64 bits. It runs where the array lies, before the next
-step takes its memory: one pass over the state, no copy to the host.
+Each value is mixed with its index in the whole array; the sum of the results, modulo 2**32, does not depend on the
+order in which devices add. Two such sums with different mixing make 64 bits. The devices that hold the array compute it
+before the next step reuses its memory: one pass over the state, no copy to the host.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def digests(tree: Any) -> dict[str, Sums]:
 
 
 def text(found: Sums) -> str:
-  """16 hexadecimal digits; waits for them."""
+  """The digest as 16 hexadecimal digits; waits until it is computed."""
   high, low = (int(np.asarray(value)) for value in found)
   return f'{high:08x}{low:08x}'
 
@@ -39,7 +39,7 @@ def key_of(path) -> str:
 
 @jax.jit
 def sums(x: Array) -> Sums:
-  """uint32, uint32. Any bit counts, the sign of zero and the payload of NaN too."""
+  """Two uint32 sums. Every bit counts, including the sign of zero and the payload of NaN."""
   bits, place = bits_of(x), places(x.shape)
   if bits.ndim > place.ndim:  # 64-bit values are two words
     place = 2 * place[..., None] + jnp.arange(2, dtype=jnp.uint32)
@@ -49,7 +49,7 @@ def sums(x: Array) -> Sums:
 
 
 def bits_of(x: Array) -> Array:
-  """The bits of each value as uint32, those of 64 as two."""
+  """The bits of each value as uint32; a 64-bit value as two."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -57,7 +57,7 @@ def bits_of(x: Array) -> Array:
 
 
 def places(shape: tuple[int, ...]) -> Array:
-  """The index of each value in the whole array, row by row, modulo 2**32: as iotas, each device has its own."""
+  """The index of each value in the whole array, row by row, modulo 2**32; iotas, so that each device makes its part."""
   place = jnp.zeros(shape, jnp.uint32)
   for dim, stride in enumerate(np.cumprod((1, *shape[:0:-1]), dtype=np.uint64)[::-1]):
     if shape:
@@ -74,6 +74,6 @@ def mix(x: Array, constants: tuple[int, int, int]) -> Array:
 
 
 def differing(wanted: Mapping[str, str], tree: Any) -> list[str]:
-  """The paths of `tree` whose digests are not those `wanted`."""
+  """The paths of `tree` whose digests differ from `wanted`."""
   found = digests(tree)
   return [key for key, value in found.items() if text(value) != wanted.get(key)]

@@ -6,6 +6,7 @@ deterministic replay finds the incorrect computations of hardware.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -44,7 +45,7 @@ def replay(cfg: Experiment, workdir: pathlib.Path, step: int, tell: Tell, *, rto
     )
   with Interrupt() as interrupt:
     cfg = _as_replayed(cfg, step)
-    run = start(cfg, workdir, Timeline(), files=ReplayFiles(cfg, workdir, record))
+    run = start(cfg, workdir, Timeline(), open_files=functools.partial(ReplayFiles, record))
     run.judge = Unjudged()
     tell(f'replaying steps {run.step + 1} to {step} from {f"step {run.step}" if run.step else "the beginning"}')
     loop(run, interrupt)
@@ -140,7 +141,7 @@ class Earlier(Checkpoints):
 class ReplayFiles(Files):
   """The files of a replay: it reads the checkpoints and the metrics of the run, and writes nothing."""
 
-  def __init__(self, cfg: Experiment, workdir: pathlib.Path, record: Record):
+  def __init__(self, record: Record, cfg: Experiment, workdir: pathlib.Path):
     super().__init__(cfg, workdir)
     self._record = record
 

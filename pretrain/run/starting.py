@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ import jax
 from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
+from pretrain.experiment import same_stores
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
+from pretrain.experiment.same_stores import as_begun
 from pretrain.hosts.skipping import Ranges, check_skips, read_skips
 from pretrain.records.metrics import Metrics, read_metrics
 from pretrain.records.profile import Profile
@@ -51,6 +53,7 @@ class Files:
     writes = jax.process_index() == 0
     if writes:
       write_atomically(self.workdir / 'config.gin', text)
+      write_atomically(self.workdir / same_stores.FILE, same_stores.record(self.cfg))
       timeline.open(self.workdir, step, examples)
     return Metrics(self.workdir, resume_step=step, total_steps=self.cfg.train.steps, write=writes)
 
@@ -71,13 +74,14 @@ def start(
   timeline: Timeline,
   *,
   allow_data_change: bool = False,
-  files: Files | None = None,
+  open_files: Callable[[Experiment, pathlib.Path], Files] = Files,
 ) -> Run:
   """A run that is ready for its next step: restored from its newest whole step, or new.
 
   Everything that can be refused is refused before a file is written.
   """
-  files, skips, text = files or Files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
+  cfg = as_begun(workdir, cfg)
+  files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
   recorded = read_metrics(workdir)
   changes = check_config(cfg, workdir, recorded, allow_data_change)

@@ -1,4 +1,4 @@
-"""Which step a run goes on from: what the memory of its hosts has between them, or the newest checkpoint on disk."""
+"""Which step a run resumes from: the newest snapshot in the host RAM of all hosts, or the newest checkpoint on disk."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from pretrain.snapshots.slots import Header
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What one host has: step -> (header, whether its parity is whole), and why it has no more."""
+  """The snapshots of one host: step -> (header, whether its parity is intact), and why others are not usable."""
 
   steps: Mapping[int, tuple[Header, bool]]
   reasons: Sequence[str]
@@ -21,7 +21,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The newest step that memory has: its header, the hosts whose share is made again; or why there is none."""
+  """The newest step in host RAM: its header and the hosts whose share must be rebuilt; or why there is none."""
 
   step: int | None
   why: str
@@ -31,7 +31,7 @@ class Choice:
 
 
 def choose(reports: Sequence[Report], groups: Sequence[Sequence[int]]) -> Choice:
-  """The newest step of which every host has its share, but for at most one host of a group whose others have parity."""
+  """The newest step of which every host has its share; a group may lack one share if its other hosts have parity."""
   steps, why = sorted({step for report in reports for step in report.steps}, reverse=True), ''
   for step in steps:
     headers = [report.steps[step][0] for report in reports if step in report.steps]
@@ -44,13 +44,13 @@ def choose(reports: Sequence[Report], groups: Sequence[Sequence[int]]) -> Choice
 
 
 def unlike(step: int, headers: Sequence[Header]) -> str:
-  """Why shares of a step do not belong together: a host that was away may have that of another history."""
+  """Why shares of a step do not belong together: a host that was away may have a share of an earlier attempt."""
   same = all(header.crcs == headers[0].crcs for header in headers)
-  return '' if same else f'the shares of step {step} are of different times that it was made'
+  return '' if same else f'the shares of step {step} were written in different attempts'
 
 
 def unrecoverable(reports: Sequence[Report], groups, step: int, missing: Sequence[int]) -> str:
-  """Why a step cannot be made again whose shares on the hosts `missing` are lost; '' where it can."""
+  """Why a step cannot be rebuilt after the hosts `missing` lost their shares; '' if it can."""
   for host in missing:
     group = next((group for group in groups if host in group), (host,))
     lost = [other for other in group if other in missing]
@@ -66,21 +66,21 @@ def unrecoverable(reports: Sequence[Report], groups, step: int, missing: Sequenc
 
 
 def said(choice: Choice, saved: int | None, latest: int | None) -> str:
-  """Where a run goes on from, step `saved` on disk if there is one; '' where nothing is anywhere."""
+  """The line that names what a run resumes from, step `saved` on disk if given; '' if there is nothing to say."""
   if saved is not None:
-    there = f'memory has step {choice.step}' if choice.step is not None else f'memory: {choice.why or "nothing"}'
-    return f'SNAPSHOT: going on from step {saved} on disk; {there}.'
+    there = f'host RAM has step {choice.step}' if choice.step is not None else f'host RAM: {choice.why or "nothing"}'
+    return f'SNAPSHOT: resuming from step {saved} on disk; {there}.'
   if choice.step is None:
-    return f'SNAPSHOT: nothing of use in memory: {choice.why}.' if choice.why else ''
-  than = 'there is no checkpoint' if latest is None else f'the newest checkpoint is of step {latest}'
+    return f'SNAPSHOT: no usable snapshot in host RAM: {choice.why}.' if choice.why else ''
+  than = 'there is no checkpoint' if latest is None else f'the newest checkpoint is step {latest}'
   why = f'; {choice.why}' if choice.why else ''
-  return f'SNAPSHOT: going on from step {choice.step} in memory, {than}{made_again(choice)}{why}.'
+  return f'SNAPSHOT: resuming from step {choice.step} in host RAM, {than}{rebuilt(choice)}{why}.'
 
 
-def made_again(choice: Choice) -> str:
-  """Whose shares were lost, as the end of a sentence."""
+def rebuilt(choice: Choice) -> str:
+  """Which shares were lost, as the end of a sentence."""
   return ''.join(
-    f'; the share of process {host} is made again from parity of {[other for other in group if other != host]}'
+    f'; the share of process {host} is rebuilt from parity on {[other for other in group if other != host]}'
     for group in choice.parted
     for host in group
     if host in choice.lost

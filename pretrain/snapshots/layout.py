@@ -1,8 +1,8 @@
 """Which bytes of the state each process keeps in a snapshot: its share, a pure function of shapes and shardings.
 
-What lies on several devices is cut along its longest dim into one piece for each of them, so that replicas divide the
+A shard that several devices hold is cut along its longest dim into one piece per device, so that replicas divide the
 copying and the memory evenly (REFT's sharded snapshots: Wang et al. 2023, arXiv:2310.12670, §4.1). The block of a
-process is its pieces, one behind the other; every process can say where in whose block any piece is.
+process is the concatenation of its pieces. Every process can compute in which block, and where, any piece is.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ ALIGNMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A part of one array: where it lies in it, in the shard `device` holds, and in the block of `process`."""
+  """A part of one array: its index in the array, the shard of `device` that has it, its offset in `process`'s block."""
 
   leaf: int
   index: Index
@@ -56,7 +56,7 @@ class Layout:
     return [piece for piece in self.pieces if piece.process == process]
 
   def fingerprint(self, abstract: Any) -> str:
-    """Equal for layouts that put the same bytes of the same arrays at the same places."""
+    """Equal for layouts that put the same bytes of the same arrays at the same offsets."""
     names = [digest.key_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     lines = [f'{name} {leaf.shape} {leaf.dtype}' for name, leaf in zip(names, self.leaves, strict=True)]
     lines += [f'{p.leaf} {p.index} {p.process} {p.offset}' for p in self.pieces]
@@ -64,7 +64,7 @@ class Layout:
 
 
 def holders(leaf) -> dict[Index, list[Any]]:
-  """Every distinct shard of an array, and the devices that hold it, in the order of their numbers."""
+  """Every distinct shard of an array, and the devices that hold it, ordered by device id."""
   found: dict[Index, list[Any]] = {}
   for device, slices in leaf.sharding.devices_indices_map(leaf.shape).items():
     index = tuple(s.indices(n)[:2] for s, n in zip(slices, leaf.shape, strict=True))
@@ -73,7 +73,7 @@ def holders(leaf) -> dict[Index, list[Any]]:
 
 
 def cut(index: Index, parts: int) -> list[Index]:
-  """`index` in that many parts along its longest dim, some of them empty where it is short; a scalar is the first.
+  """`index` cut into `parts` along its longest dim; parts of a short dim may be empty; a scalar is in the first part.
 
   >>> cut(((0, 2), (4, 8)), 2)
   [((0, 2), (4, 6)), ((0, 2), (6, 8))]
@@ -87,15 +87,15 @@ def cut(index: Index, parts: int) -> list[Index]:
 
 
 def within(index: Index, shard: Index) -> tuple[slice, ...]:
-  """Where `index`, of the whole array, is inside `shard`."""
+  """Slices inside `shard` of `index`, which counts in the whole array."""
   return tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(index, shard, strict=True))
 
 
 class Copies:
-  """Begins to copy this process's pieces out of a state, before the next step takes its memory; none of it waits.
+  """Starts to copy this process's pieces of a state, before the next step reuses its buffers, and does not wait.
 
-  The copies are programs on the devices, behind the step that makes the state. On accelerators they lie in pinned
-  memory of the host, so that device memory holds no second state.
+  The copies are programs on the devices, queued after the step that makes the state. On accelerators they go to pinned
+  host RAM, so that device memory holds no second state.
   """
 
   def __init__(self, layout: Layout, process: int):
@@ -105,7 +105,7 @@ class Copies:
     self._programs = {device: copying(device, pieces) for device, pieces in self._mine.items()}
 
   def begin(self, state: Any) -> list[tuple[Piece, Array]]:
-    """(piece, its copy on the way) of the state."""
+    """(piece, its copy, which may still be running) for each piece of this process."""
     leaves, found = jax.tree.leaves(state), []
     local = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
     for device, pieces in self._mine.items():
@@ -114,16 +114,16 @@ class Copies:
 
 
 def copying(device, pieces: Sequence[Piece]) -> Callable[[Sequence[Array]], list[Array]]:
-  """A compiled program from the shards on `device` to its pieces of them."""
+  """A compiled program from the shards on `device` to their pieces."""
   where = [within(piece.index, piece.shard) for piece in pieces]
   kind = None if device.platform == 'cpu' else 'pinned_host'
   placed = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-  # A copy also where the piece is the whole shard: what is passed through would be donated with the state.
+  # A copy even if the piece is the whole shard: without it the output would alias the state, which is donated.
   return jax.jit(lambda xs: [jax.numpy.copy(x[i]) for x, i in zip(xs, where, strict=True)], out_shardings=placed)
 
 
 def write(block: np.ndarray, copies: Sequence[tuple[Piece, Array]]) -> None:
-  """Puts the pieces at their places of `block`, uint8; waits for each."""
+  """Writes each piece at its offset in `block` (uint8); waits for each copy."""
   for piece, copy in copies:
     block[piece.offset : piece.offset + piece.size] = np.asarray(copy).reshape(-1).view(np.uint8)
 
@@ -146,6 +146,6 @@ def _assemble(number: int, leaf, process: int, by_shard: Mapping[Any, Sequence[P
     for piece in by_shard.get((number, shard), ()):
       shape = [stop - start for start, stop in piece.index]
       whole[within(piece.index, shard)] = read(piece).view(leaf.dtype).reshape(shape)
-    # No alias: the step will write over what it is given.
+    # No alias: the step overwrites its input.
     arrays += [jax.device_put(whole, device, may_alias=False) for device in local]
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)

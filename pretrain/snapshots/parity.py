@@ -1,9 +1,9 @@
-"""Parity of the blocks of a group of hosts, so that one that is lost is made again from the others: RAID-5 in memory.
+"""Parity of the blocks of a group of hosts: a lost block is rebuilt from the other hosts. RAID-5 in host RAM.
 
 Every block is padded to the same length and cut into one chunk for each *other* host of its group. Host s keeps the
-exclusive or of the chunks that the others have for it, and none of its own: what it holds is of no use to itself, and
-all that is needed when one of them is lost is on those that are left. So parity takes a share of 1 / (hosts - 1) of a
-block on each (Patterson, Gibson, Katz 1988, §11; in training: REFT, arXiv:2310.12670, §4.2).
+exclusive or of the chunks that the others have for it, and none of its own. So after the loss of one host, everything
+needed to rebuild its block is on the remaining hosts. Parity takes 1 / (hosts - 1) of a block on each host (Patterson,
+Gibson, Katz 1988, §11; in training: REFT, arXiv:2310.12670, §4.2).
 """
 
 import itertools
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Read = Callable[[int, int, int], np.ndarray]  # (host, first, end) -> those bytes of its block; zeros behind its end
+Read = Callable[[int, int, int], np.ndarray]  # (host, first, end) -> those bytes of its block; zeros after its end
 
 
 def groups(hosts: int, size: int) -> list[list[int]]:
-  """Neighbours in groups of at least `size`, where there are as many; none with fewer than two.
+  """Neighbouring hosts in groups of at least `size`, if there are that many; no groups for fewer than two hosts.
 
   >>> groups(7, 3), groups(2, 3), groups(3, 0), groups(1, 2)
   ([[0, 1, 2], [3, 4, 5, 6]], [[0, 1]], [], [])
@@ -33,7 +33,7 @@ def group_of(host: int, found: Sequence[Sequence[int]]) -> Sequence[int]:
 
 
 def chunk_size(sizes: Sequence[int]) -> int:
-  """Bytes of a chunk of blocks of these lengths, a multiple of 8: also what each host keeps as parity.
+  """Bytes of a chunk for blocks of these lengths, a multiple of 8; the parity of each host has the same size.
 
   >>> chunk_size([96, 80, 100])
   56
@@ -52,7 +52,7 @@ def chunk_for(group: Sequence[int], source: int, holder: int, size: int) -> tupl
 
 
 def parity(group: Sequence[int], holder: int, size: int, read: Read) -> np.ndarray:
-  """What `holder` keeps: uint8 [size], from the blocks of the others."""
+  """The parity that `holder` keeps: uint8 [size], from the blocks of the others."""
   found = np.zeros(size, np.uint8)
   for source in group:
     if source != holder:

@@ -1,8 +1,8 @@
-"""What processes read of each other's snapshots: bytes over sockets, answers over JAX's coordinator, a timeout each.
+"""How processes read each other's snapshots: bytes over sockets, answers over JAX's coordinator, each with a timeout.
 
-No collective: training and snapshots would wait for each other on the devices. A process listens at the address
-through which it reaches the coordinator (127.0.0.1 under `pretrain run`), and answers whoever knows its token, which
-is told over the coordinator. Requests and replies are structs of fixed size: nothing is unpickled, or evaluated.
+No collectives: training and snapshots would wait for each other on the devices. A process listens at the address
+through which it reaches the coordinator (127.0.0.1 under `pretrain run`), and answers only requests with its token,
+which it publishes over the coordinator. Requests and replies are fixed-size structs: nothing is unpickled or evaluated.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from jax._src import distributed  # no public name has the client
 KINDS = ('block', 'parity')
 TOKEN_BYTES = 16
 REQUEST = struct.Struct('<BQQQ')  # kind, step, first, end
-REPLY = struct.Struct('<?I')  # whether it is there, crc32; then the bytes
+REPLY = struct.Struct('<?I')  # whether the bytes exist, their crc32; then the bytes
 FOLDER, ADDRESS = 'pretrain/snapshot', 'address'
 
 Serve = Callable[[int, str], np.ndarray | None]  # (step, kind) -> all bytes of it, if this process has it
 
 
 class PeerError(Exception):
-  """Another process did not answer in time, or has not what it was asked for."""
+  """Another process did not answer in time, or does not have the requested bytes."""
 
 
 class Answers:
-  """Questions that all processes answer, by name: each process may answer early, and whoever asks waits for all."""
+  """Answers of all processes, by name: a process may answer early; a process that reads waits for all answers."""
 
   def __init__(self, seconds: float):
     self._seconds, self._lock = seconds, threading.Lock()
@@ -47,13 +47,13 @@ class Answers:
     client.key_value_set(key, f'={answer}', allow_overwrite=True)
     if name == ADDRESS:
       return
-    with self._lock:  # the coordinator would keep them all, and nobody waits that long
+    with self._lock:  # otherwise the coordinator keeps all answers; no process waits longer than this
       self._told.append((now, key))
       while now - self._told[0][0] > 3 * self._seconds:
         client.key_value_delete(self._told.pop(0)[1])
 
   def gather(self, name: str, answer: str) -> list[str]:
-    """The answers of all processes, by their index. Raises PeerError that names the first one who gave none."""
+    """The answers of all processes, by their index. Raises PeerError that names the first process without an answer."""
     if jax.process_count() == 1:
       return [answer]
     self.tell(name, answer)
@@ -69,7 +69,7 @@ class Answers:
 
 
 class Server:
-  """Answers what other processes read, in threads of its own, until the process ends."""
+  """Serves reads of other processes, in its own threads, until the process ends."""
 
   def __init__(self, serve: Serve, address: str, seconds: float):
     self._serve, self._seconds, self.token = serve, seconds, secrets.token_bytes(TOKEN_BYTES)
@@ -79,7 +79,7 @@ class Server:
 
   def close(self) -> None:
     with contextlib.suppress(OSError):
-      self._socket.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+      self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept()
     self._socket.close()
 
   def _accept(self) -> None:
@@ -94,7 +94,7 @@ class Server:
       if not hmac.compare_digest(receive(connection, TOKEN_BYTES, self._seconds).tobytes(), self.token):
         return
       while True:
-        connection.settimeout(None)  # until it asks for something
+        connection.settimeout(None)  # until the next request
         kind, step, first, end = REQUEST.unpack(receive(connection, REQUEST.size, None))
         found = self._serve(step, KINDS[kind]) if kind < len(KINDS) else None
         connection.settimeout(self._seconds)
@@ -106,7 +106,7 @@ class Server:
 
 
 class Peers:
-  """Reads of other processes; one connection to each, made when it is first needed."""
+  """Reads from other processes, over one connection to each, opened at the first read."""
 
   def __init__(self, answers: Answers, seconds: float):
     self._answers, self._seconds = answers, seconds
@@ -124,9 +124,10 @@ class Peers:
       found = receive(connection, end - first, self._seconds)
     except (OSError, EOFError) as error:
       self.forget(process)
-      raise PeerError(f'process {process} did not send its {kind} of step {step}: {error or "it left"}') from error
+      reason = str(error) or 'it closed the connection'
+      raise PeerError(f'process {process} did not send its {kind} of step {step}: {reason}') from error
     if zlib.crc32(found) != crc:
-      raise PeerError(f'the {kind} of step {step} of process {process} was damaged on its way')
+      raise PeerError(f'the {kind} of step {step} of process {process} was damaged during the transfer')
     return found
 
   def forget(self, process: int) -> None:
@@ -148,7 +149,7 @@ class Peers:
 
 
 def receive(connection: socket.socket, size: int, seconds: float | None) -> np.ndarray:
-  """uint8 [size], all of them within `seconds`. Raises EOFError where the other side has left."""
+  """uint8 [size], received within `seconds`. Raises EOFError if the other side has closed the connection."""
   found, got = np.empty(size, np.uint8), 0
   deadline = None if seconds is None else time.monotonic() + seconds
   while got < size:
@@ -161,7 +162,7 @@ def receive(connection: socket.socket, size: int, seconds: float | None) -> np.n
 
 
 def own_address() -> str:
-  """That of this host on the way to the coordinator: no other network can reach what listens there."""
+  """The address of this host on the network of the coordinator: other networks cannot reach a socket bound to it."""
   host, _, port = (distributed.global_state.coordinator_address or '127.0.0.1:1').rpartition(':')
   with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
     probe.connect((host.strip('[]'), int(port)))  # a datagram socket sends nothing

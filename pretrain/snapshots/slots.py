@@ -1,8 +1,8 @@
-"""A host's snapshots: two slots in memory, written in turn, so that a kill at any moment leaves one whole.
+"""A host's snapshots: two slots in host RAM, written in turn, so that a kill at any moment leaves one intact.
 
-`slot_0.block` is this host's share of the state, `slot_0.parity` what it keeps of the others of its group; each has a
-header beside it (`.json`), which is removed before and written after it. A header has the sha256 of itself, and the
-crc32 of its bytes: at 7 GiB/s a core the one digest that may run beside a step every few steps.
+`slot_0.block` is this host's share of the state, `slot_0.parity` the parity it keeps for its group. Each has a header
+(`.json`), which is removed before the bytes are written and written after them. A header has its own sha256 and the
+crc32 of the bytes: at 7 GiB/s per core, crc32 is fast enough to run beside training every few steps.
 """
 
 import collections
@@ -28,11 +28,11 @@ MEMORY = pathlib.Path('/dev/shm')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapshotConfig:
-  """Every `every` steps the state is copied to the memory of its hosts; 0 = never.
+  """Every `every` steps the state is copied to host RAM; 0 = never.
 
-  `folder`: where, in files that outlive a process (None = /dev/shm); it holds two slots of a host's share each.
-  `group`: hosts that keep parity of each other, so that one of them may be lost with its memory; 0 = none.
-  `timeout`: seconds that hosts wait for each other, behind the training; then that snapshot is left out.
+  `folder`: a folder in RAM whose files outlive a process (None = /dev/shm); it holds two slots for each host's share.
+  `group`: number of hosts that keep parity for each other, so that one may be lost with its RAM; 0 = no parity.
+  `timeout`: seconds that hosts wait for each other, in the background; after that the snapshot is left out.
   """
 
   every: Annotated[int, '>= 0'] = 0
@@ -51,30 +51,30 @@ def check_snapshot(cfg: SnapshotConfig) -> None:
 
 
 def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.Path:
-  """This host's snapshots of the run in `workdir`. Raises ConfigError where there is no such memory, or it is
-  another user's."""
+  """The folder of this host's snapshots of the run in `workdir`. Raises ConfigError if it cannot be written, or
+  belongs to another user."""
   parent = pathlib.Path(cfg.folder) if cfg.folder else MEMORY
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(
-      f'snapshot.folder={cfg.folder!r}: no folder {parent} that can be written; name one in memory (a tmpfs), or set '
+      f'snapshot.folder={cfg.folder!r}: no folder {parent} that can be written; name one in RAM (a tmpfs), or set '
       'snapshot.every=0.'
     )
   name = hashlib.sha256(str(pathlib.Path(workdir).resolve()).encode()).hexdigest()[:12]
   folder = parent / f'pretrain-{name}-{host}'
   if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
-    raise ConfigError(f'{folder} is not a folder of this user; remove it, or set snapshot.folder.')
+    raise ConfigError(f'{folder} does not belong to this user; remove it, or set snapshot.folder.')
   return folder
 
 
 def remove_beyond(folder: pathlib.Path, count: int) -> None:
-  """Frees what processes of this run have left on this host that it has no longer: `folder` is that of process 0."""
+  """Removes the folders of processes number `count` and above, which the run no longer has. `folder`: process 0's."""
   for path in folder.parent.glob(f'{folder.name.rpartition("-")[0]}-*'):
     if int(path.name.rpartition('-')[2]) >= count:
       shutil.rmtree(path, ignore_errors=True)
 
 
 def remembered(folder: pathlib.Path, now: float) -> str:
-  """What processes of a run on this host have in memory, in a line; '' = nothing. `folder` is that of process 0."""
+  """The snapshots of a run in this host's RAM, as a line; '' if there are none. `folder` is that of process 0."""
   size, made = collections.Counter[int](), dict[int, float]()
   for path in folder.parent.glob(f'{folder.name.rpartition("-")[0]}-*/slot_?.block.json'):
     with contextlib.suppress(OSError, ValueError, TypeError):  # it is being written
@@ -82,12 +82,12 @@ def remembered(folder: pathlib.Path, now: float) -> str:
       size[header.step] += header.size
       made[header.step] = max(made.get(header.step, 0.0), path.stat().st_mtime)
   steps = [f'step {step} ({size[step] / 2**20:.1f} MiB, {now - made[step]:.0f} s old)' for step in sorted(size)]
-  return f'in memory: {", ".join(steps)}' if steps else ''
+  return f'in host RAM: {", ".join(steps)}' if steps else ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What is in a slot. `crcs`: of the block of each host of the run. `identity`: of which run, config and mesh."""
+  """Describes the bytes of a slot. `crcs`: of the block of each host. `identity`: the run, config and mesh."""
 
   step: int
   size: int
@@ -98,15 +98,15 @@ class Header:
 
 
 class Slots:
-  """Two slots of `folder`. `identity` is that of this run: what another one has left is not looked at."""
+  """Two slots of `folder`. `identity` is that of this run: snapshots with another identity are not used."""
 
   def __init__(self, folder: pathlib.Path, identity: Mapping[str, str]):
     self.folder, self._identity = folder, dict(identity)
-    self.steps: dict[tuple[int, Kind], int] = {}  # what is whole in which slot
+    self.steps: dict[tuple[int, Kind], int] = {}  # the step of each slot whose bytes are complete
     self._arrays: dict[tuple[int, Kind], np.ndarray] = {}
 
   def allocate(self, sizes: Mapping[Kind, int]) -> None:
-    """Takes the memory, so that no write can fail for want of it. Raises OSError where there is not enough."""
+    """Allocates the RAM now, so that no later write fails for lack of it. Raises OSError if there is not enough."""
     self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
       for slot in SLOTS:
@@ -117,31 +117,31 @@ class Slots:
       raise
 
   def array(self, slot: int, kind: Kind) -> np.ndarray:
-    """uint8, all bytes of it."""
+    """uint8, all bytes of the slot."""
     return self._arrays[slot, kind]
 
   def holding(self, step: int, kind: Kind) -> np.ndarray | None:
-    """The bytes of `step`, if they are whole."""
-    held = list(self.steps.items())  # at once: others ask while a slot is opened or closed
+    """The bytes of `step`, if they are complete."""
+    held = list(self.steps.items())  # one atomic copy: other threads call this while a slot is opened or closed
     return next((self._arrays[key] for key, its in held if key[1] == kind and its == step), None)
 
   def slot_of(self, step: int | None) -> int:
-    """The slot whose block is that of `step`; the first one where there is none."""
+    """The slot that holds the block of `step`; the first slot if none does."""
     return next((slot for (slot, kind), held in self.steps.items() if kind == 'block' and held == step), 0)
 
   def open(self, slot: int) -> None:
-    """What is in `slot` is whole no longer."""
+    """Marks the bytes of `slot` as incomplete."""
     for kind in ('block', 'parity'):
       self._header(slot, kind).unlink(missing_ok=True)
       self.steps.pop((slot, kind), None)
 
   def close(self, slot: int, kind: Kind, header: Header) -> None:
-    """What is in `slot` is whole, also after a kill."""
+    """Marks the bytes of `slot` as complete, also after a kill."""
     write_header(self._header(slot, kind), header)
     self.steps[slot, kind] = header.step
 
   def find(self) -> tuple[dict[int, tuple[Header, bool]], list[str]]:
-    """step -> (header of its block, whether its parity is whole too); and why others are not used."""
+    """step -> (header of its block, whether its parity is intact too); and why other slots are not usable."""
     found, reasons = {}, []
     for slot in SLOTS:
       header = self._whole(slot, 'block')
@@ -153,7 +153,7 @@ class Slots:
     return found, reasons
 
   def keep(self, step: int | None) -> None:
-    """Forgets every step but that one: what comes later may be another history."""
+    """Forgets every other step: later steps may be written with different values."""
     for slot in SLOTS:
       if step is None or self.steps.get((slot, 'block')) != step:
         self.open(slot)
@@ -171,7 +171,7 @@ class Slots:
     return whole
 
   def _whole(self, slot: int, kind: Kind) -> Header | str:
-    """The header where everything is as it was written; else why not, '' where there is nothing."""
+    """The header if header and bytes are intact; otherwise the reason, '' if the slot is empty."""
     path = self._header(slot, kind)
     if not path.exists():
       return ''
@@ -179,7 +179,7 @@ class Slots:
       header = read_header(path)
       other = [key for key in self._identity if header.identity.get(key) != self._identity[key]]
       if other:
-        return f'{path} is of another {other[0]} ({header.identity.get(other[0])}, not {self._identity[other[0]]})'
+        return f'{path} has another {other[0]} ({header.identity.get(other[0])}, not {self._identity[other[0]]})'
       block = np.memmap(self._path(slot, kind), np.uint8, 'r', shape=(header.size,))
     except (OSError, ValueError, KeyError, TypeError) as error:
       return f'{path}: {error}'
@@ -195,7 +195,7 @@ class Slots:
 
 
 def _mapped(path: pathlib.Path, size: int) -> np.ndarray:
-  """`size` bytes of a file as an array. They are there: a page that memory lacks would end the process (SIGBUS)."""
+  """`size` bytes of a file as an array. They are allocated: writing to a page without RAM ends the process (SIGBUS)."""
   with path.open('a+b') as file:
     if os.fstat(file.fileno()).st_size != size:
       file.truncate(0)
@@ -211,7 +211,7 @@ def write_header(path: pathlib.Path, header: Header) -> None:
 
 
 def read_header(path: pathlib.Path) -> Header:
-  """Raises ValueError where it is not what was written."""
+  """Raises ValueError if the header is damaged."""
   digest, _, text = path.read_text().partition('\n')
   if hashlib.sha256(text.encode()).hexdigest() != digest:
     raise ValueError('its header is damaged')

@@ -1,9 +1,8 @@
-"""The state every few steps in the memory of the hosts: what a restart goes on from where it is newer than the disk.
+"""The state in host RAM, every few steps: a restart resumes from it if it is newer than the newest checkpoint.
 
-Each process copies its share behind a step, while the next one runs, and writes it to one of two slots in its host's
-memory. The hosts of a group keep parity of each other's shares, so that one of them may be lost with its memory. What
-a snapshot holds is what a checkpoint holds, bit for bit. Sources: GEMINI (Wang et al., SOSP 2023); REFT
-(arXiv:2310.12670).
+Each process copies its share after a step, while the next step runs, and writes it to one of two slots in its host's
+RAM. The hosts of a group keep parity of each other's shares, so that one of them may be lost with its RAM. A snapshot
+holds the same bits as a checkpoint. Sources: GEMINI (Wang et al., SOSP 2023); REFT (arXiv:2310.12670).
 """
 
 import contextlib
@@ -32,11 +31,11 @@ from pretrain.snapshots.taking import Taken, Taking
 from pretrain.step.train_step import TrainState
 
 BUSY = 'the one before it is still being written'
-RUN_ID = 'run_id'  # RUN/run_id: memory that outlived its run is told from that of this one
+RUN_ID = 'run_id'  # RUN/run_id: distinguishes this run's snapshots from those of an earlier run in the same workdir
 
 
 class Snapshots:
-  """The snapshots of one run in this process's memory. `identity` is what must be equal for one to be of use."""
+  """The snapshots of one run in this host's RAM. A snapshot is usable only if its identity equals `identity`."""
 
   def __init__(
     self, cfg: SnapshotConfig, workdir: pathlib.Path, identity: Mapping[str, str], *, read_only: bool = False
@@ -49,7 +48,7 @@ class Snapshots:
     self._agreement = Agreement('snapshot')  # while the run starts; `_answers` while it trains
     self._answers = Answers(cfg.timeout)
     self._peers = Peers(self._answers, cfg.timeout)
-    self._slots: Slots | None = None  # None where there are none
+    self._slots: Slots | None = None  # None if snapshots are off
     self._server: Server | None = None
     self._choice: Choice | None = None
     self._agreed: int | None = None  # the newest step that all processes have
@@ -57,7 +56,7 @@ class Snapshots:
     self._ended, self._recorded, self._said = list[Taken](), -1, set[str]()
 
   def newest(self) -> Choice | None:
-    """The newest step whose shares are all there, or can be made again, in all processes; None: switched off."""
+    """The newest step whose shares all exist or can be rebuilt, the same in all processes; None: snapshots are off."""
     if not self._cfg.every:
       return None
     if self._choice is None:
@@ -72,9 +71,9 @@ class Snapshots:
     return self._choice
 
   def restore(self, abstract: TrainState, step: int) -> Restored:
-    """The state of the step that `newest` has named, placed as in `abstract`; its lost shares are made again.
+    """The state of the step that `newest` returned, placed as in `abstract`; lost shares are rebuilt.
 
-    Raises DamagedError, in all processes, where that fails in one of them; `newest` has none then.
+    Raises DamagedError in all processes if that fails in one of them; after that, `newest` returns no step.
     """
     position, found = self._choice.header.position, []
     error = error_of(lambda: found.append(self._restore(abstract, step)))
@@ -94,7 +93,7 @@ class Snapshots:
     return layouts.assemble(abstract, self._layout, self._host, lambda piece: self._read_piece(step, piece))
 
   def start(self, abstract: TrainState) -> str:
-    """Takes the memory for what comes, forgets every step but the one restored; returns why there is none to take."""
+    """Allocates RAM for new snapshots and forgets every step except the restored one; returns a warning or ''."""
     if self._slots is None:
       if not self._read_only:
         self._discard()
@@ -103,7 +102,10 @@ class Snapshots:
     if error := first_error(self._agreement.gather(error_of(self._allocate))):
       self._slots.remove()
       self._slots = None
-      return f'SNAPSHOT: none until the next start: {error}. Checkpoints go on; free memory, or set snapshot.folder.'
+      return (
+        f'SNAPSHOT: no snapshots until the next start: {error}. Checkpoints are still written; free RAM, or set '
+        'snapshot.folder.'
+      )
     self._slots.keep(self._agreed)
     if self._host == 0:
       remove_beyond(self._slots.folder, self._count)
@@ -112,9 +114,9 @@ class Snapshots:
     return ''
 
   def begin(self, step: int, state: TrainState, position: Mapping[str, Any]) -> float:
-    """Begins to copy the state of `step`, which the next step may then take; returns the seconds that took.
+    """Starts to copy the state of `step`, which the next step may then reuse; returns the seconds that took.
 
-    It can be used once `recorded(step)` was called: a run that goes on from it must not lack what came before.
+    The snapshot is usable only after `recorded(step)`: a run that resumes from it must not lack earlier metrics.
     """
     if self._slots is None:
       return 0.0
@@ -129,30 +131,30 @@ class Snapshots:
     return self._taking.stall
 
   def recorded(self, step: int, decided: Mapping[str, Any]) -> None:
-    """The numbers of `step` are in the files of the run; `decided` is what they add to its position in the data."""
+    """Call when the metrics of `step` are in the files of the run; `decided` is what they add to the data position."""
     self._recorded = step
     if self._taking is not None and self._taking.step == step:
       self._taking.position['loader'] = {**self._taking.position['loader'], **decided}
       self._taking.known.set()
 
   def poll(self) -> list[Taken]:
-    """How snapshots ended that this was not told yet."""
+    """The snapshots that ended since the last call."""
     self._settle()
     ended, self._ended = self._ended, []
     return ended
 
   def news(self) -> tuple[dict[str, float], str]:
-    """(metrics, a warning) of what `poll` tells; each thing that goes wrong is said once."""
+    """(metrics, a warning) from `poll`; each kind of failure is reported once."""
     metrics, warning = {}, ''
     for taken in self.poll():
       metrics = metrics if taken.error else taken.metrics()
       if taken.error and taken.error not in self._said:
-        warning = f'SNAPSHOT: step {taken.step} was left out: {taken.error}. Training goes on, and so do checkpoints.'
+        warning = f'SNAPSHOT: step {taken.step} was left out: {taken.error}. Training and checkpoints continue.'
       self._said.add(taken.error)
     return metrics, warning
 
   def stop(self) -> None:
-    """Ends what is under way, as it is; what is whole stays for the next start."""
+    """Cancels a snapshot under way; complete snapshots stay for the next start."""
     if self._taking is not None:
       self._taking.cancel()
     self._peers.close()
@@ -160,13 +162,13 @@ class Snapshots:
       self._server.close()
 
   def close(self) -> None:
-    """The run needs them no longer: frees the memory."""
+    """Frees the RAM: the run has ended."""
     self.stop()
     if self._slots is not None:
       self._slots.remove()
 
   def _lay_out(self, abstract: TrainState) -> str:
-    """Whose bytes lie where; what must be equal for blocks to be read."""
+    """Computes the layout and the sizes; returns the layout's fingerprint, which must match to read a block."""
     self._layout = layouts.Layout(abstract)
     self._identity['layout'] = self._layout.fingerprint(abstract)
     self._sizes = [max(self._layout.sizes.get(host, 0), layouts.ALIGNMENT) for host in range(self._count)]
@@ -174,7 +176,7 @@ class Snapshots:
     return self._identity['layout']
 
   def _allocate(self) -> None:
-    """Takes the memory and answers other processes from then on. Raises OSError where there is not enough."""
+    """Allocates the slots and starts to serve other processes. Raises OSError if there is not enough RAM."""
     needed: dict[Kind, int] = {'block': max(self._sizes[self._host], self._chunk * (len(self._group) - 1))}
     if self._group:
       needed['parity'] = self._chunk
@@ -188,12 +190,12 @@ class Snapshots:
       self._answers.tell(ADDRESS, self._server.place)
 
   def _discard(self) -> None:
-    """Removes what an earlier start has left that took snapshots: what comes now would be older than it."""
-    with contextlib.suppress(ConfigError):  # there is no such memory, and nothing in it
+    """Removes the snapshots of an earlier start, which could otherwise be taken for newer ones later."""
+    with contextlib.suppress(ConfigError):  # the folder does not exist, so there is nothing in it
       Slots(folder_of(self._cfg, self._workdir, self._host), {}).remove()
 
   def _write(self, taking: Taking) -> int:
-    """In its thread: the block, all agree; parity, all agree. Returns the bytes of both on this host."""
+    """Runs in the thread: writes the block, all agree; writes parity, all agree. Returns the bytes on this host."""
     slot = 0 if self._agreed is None else 1 - self._slots.slot_of(self._agreed)
     answer: dict[str, Any] = {}
     if error := error_of(lambda: answer.update(crc=self._write_block(slot, taking))) or taking.cancelled:
@@ -212,18 +214,18 @@ class Snapshots:
     return size + self._chunk
 
   def _write_block(self, slot: int, taking: Taking) -> int:
-    """The crc32 of this process's share, now in `slot`, once the numbers of the step are recorded."""
+    """Writes this process's share to `slot`; returns its crc32 once the metrics of the step are recorded."""
     self._slots.open(slot)
     block = self._slots.array(slot, 'block')
     layouts.write(block, taking.copies)
-    taking.copies.clear()  # the device, or its host, may need the memory
+    taking.copies.clear()  # frees device memory or pinned host RAM
     crc = zlib.crc32(block[: self._sizes[self._host]])
-    self._slots.steps[slot, 'block'] = taking.step  # others may read it
+    self._slots.steps[slot, 'block'] = taking.step  # other processes may read it now
     taking.known.wait()
     return crc
 
   def _protect(self, slot: int, header: Header) -> None:
-    """Keeps the parity of the blocks that the others of the group have of this step."""
+    """Stores the parity of the blocks of the other hosts of the group."""
     if not self._group:
       return
     read, mine = self._reader(header.step), self._slots.array(slot, 'parity')
@@ -232,7 +234,7 @@ class Snapshots:
     self._slots.close(slot, 'parity', own)
 
   def _rebuild_lost(self, step: int) -> None:
-    """The host that has lost its share makes it again; then its group keeps parity as before."""
+    """A host that has lost its share rebuilds it; then its group has parity again."""
     if not (lost := self._choice.lost):
       return
     error = error_of(lambda: self._rebuild(step)) if self._host in lost else ''
@@ -246,7 +248,7 @@ class Snapshots:
     block = parities.rebuild(self._group, self._host, self._chunk, self._reader(step), read_parity)
     size, crc = self._sizes[self._host], header.crcs[self._host]
     if (found := zlib.crc32(block[:size])) != crc:
-      raise PeerError(f'process {self._host} made its share again, with crc32 {found:08x}; it had {crc:08x}')
+      raise PeerError(f'process {self._host} rebuilt its share with crc32 {found:08x}; the lost one had {crc:08x}')
     self._slots.open(0)
     self._slots.array(0, 'block')[: len(block)] = block
     self._slots.close(0, 'block', dataclasses.replace(header, size=size, crc=crc))
@@ -261,7 +263,7 @@ class Snapshots:
     return self._peers.read(piece.process, 'block', step, first, end)
 
   def _settle(self) -> bool:
-    """Whether none is under way."""
+    """Collects a snapshot that has ended; returns whether none is under way."""
     taking = self._taking
     if taking is not None and taking.ended():
       self._ended.append(taking.outcome())
@@ -270,7 +272,7 @@ class Snapshots:
 
 
 def error_of(act: Callable[[], Any]) -> str:
-  """What went wrong in a sentence, '' where nothing did."""
+  """The error of `act` as a sentence, '' if it succeeded."""
   try:
     act()
   except (PeerError, OSError, ValueError) as error:
@@ -283,7 +285,7 @@ def first_error(errors: Sequence[str]) -> str:
 
 
 def freshest(snapshots: Snapshots, checkpoints: Checkpoints) -> tuple[Snapshots | Checkpoints, int | None]:
-  """(who restores it, the newest step of a run), in memory or on disk; says which, and why, where memory had any."""
+  """(what restores it, the newest step of a run), in host RAM or on disk; prints the choice if snapshots are on."""
   choice = snapshots.newest()
   if choice is None:
     return checkpoints, checkpoints.newest_whole()

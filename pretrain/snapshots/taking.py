@@ -1,4 +1,4 @@
-"""One snapshot under way, in a thread beside the training, and how it ended."""
+"""One snapshot under way, in a background thread, and how it ended."""
 
 import dataclasses
 import threading
@@ -13,7 +13,7 @@ from pretrain.snapshots.layout import Piece
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-  """How it ended: seconds the step waited, seconds until it could be used, bytes on this host; why it is not."""
+  """How a snapshot ended: seconds the step waited, seconds until it was usable, bytes on this host; `error` or ''."""
 
   step: int
   stall: float
@@ -27,7 +27,7 @@ class Taken:
 
 
 class Taking:
-  """A snapshot under way, in a thread beside the training."""
+  """A snapshot under way, in a background thread."""
 
   def __init__(
     self,
@@ -46,7 +46,7 @@ class Taking:
     self._thread = threading.Thread(target=self._run, name=f'snapshot_{step}', daemon=True)
 
   def start(self, stall: float) -> None:
-    """`stall`: the seconds that a step has waited for it."""
+    """Starts the thread. `stall`: the seconds that a step has waited for the copies."""
     self.stall = stall
     self._thread.start()
 
@@ -64,6 +64,6 @@ class Taking:
   def _run(self) -> None:
     try:
       self._size = self._write(self)
-    except Exception as error:  # whatever it is, the training goes on and says it
+    except Exception as error:  # any error: training continues and reports it
       self._error = str(error) or type(error).__name__
     self._seconds = time.perf_counter() - self._began

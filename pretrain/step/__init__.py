@@ -1,4 +1,4 @@
 """The pure training step and the loss.
 
-Knows functions of (params, batch) that it is given; must not know configs, files or which model it trains.
+Knows the functions of (params, batch) that it receives; must not know configs, files or the model that it trains.
 """

@@ -1,4 +1,4 @@
-"""What a step minimises: token cross entropy (with z-loss), and the same split for evaluation."""
+"""The training loss, token cross entropy with z-loss, and its parts for evaluation."""
 
 import dataclasses
 from typing import Annotated
@@ -32,8 +32,8 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
   """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
 
-  Of several sources, metrics `source_loss` and `source_weight` are float32[sources]: the parts of the loss and of the
-  weight that each has.
+  With several sources, metrics `source_loss` and `source_weight` are float32[sources]: each source's part of the loss
+  and of the weight.
   """
 
   def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
@@ -56,10 +56,10 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 
 
 def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int):
-  """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits, of all targets and of text alone.
+  """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits of all targets; nats and weights of text.
 
-  Text = targets that are pieces of text: not a sentinel, mode token or EOS. Those are close to free in a denoising
-  objective, so a loss without them is what can be held against an n-gram model.
+  Text = targets that are pieces of text: not a sentinel, mode token or EOS. A denoising model predicts those almost
+  perfectly, so only a loss without them can be compared with an n-gram model.
   """
 
   def eval_step(params, batch: Batch) -> Metrics:

@@ -1,4 +1,4 @@
-"""The train step: a pure function of (state, batch). It sees functions, never a config."""
+"""The train step: a pure function of (state, batch), built from functions and never from a config."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -12,15 +12,15 @@ from jax import Array
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
-PRNG = 'threefry2x32'  # and not what JAX_DEFAULT_PRNG_IMPL says: a resumed run draws what it would have drawn
+PRNG = 'threefry2x32'  # not JAX_DEFAULT_PRNG_IMPL: a resumed run must draw the numbers of the uninterrupted run
 # loss(params, batch, key, weight) -> (scalar, metrics): both already divided by `weight`, the loss weight of the
-# *global* batch, so that a sum over microbatches is the value of the whole.
+# *global* batch, so that the sum over microbatches is the value of the whole batch.
 LossFn = Callable[[Any, Batch, Array | None, Array], tuple[Array, Metrics]]
 
 
 @struct.dataclass
 class TrainState:
-  """`step` counts updates tried; `extra` is state that gradients do not touch (scales, statistics, averages)."""
+  """`step` counts attempted updates; `extra` is state that gradients do not change (scales, statistics, averages)."""
 
   step: Array
   params: Any
@@ -29,7 +29,7 @@ class TrainState:
 
 
 class Track(NamedTuple):
-  """What a run keeps in `TrainState.extra` beside its parameters; `update` sees them after update `step` (from 1)."""
+  """State that a run keeps in `TrainState.extra`; `update` gets the parameters after update `step` (from 1)."""
 
   init: Callable[[Any], Any]  # params -> extra
   update: Callable[[Any, Any, Array], Any]  # (extra, params, step) -> extra
@@ -39,7 +39,7 @@ NOTHING = Track(lambda params: {}, lambda extra, params, step: extra)
 
 
 def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
-  """A value-and-grad of `loss` over the batch cut in `num_microbatches`, one at a time: ((value, metrics), grads)."""
+  """A value-and-grad of `loss` over the batch in `num_microbatches` parts, one at a time: ((value, metrics), grads)."""
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
   if num_microbatches == 1:
     return value_and_grad
@@ -61,7 +61,7 @@ def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
 
 
 def checksum(batch: Batch) -> Array:
-  """uint32 of every value and its place in the global batch: equal on any mesh, number of hosts and microbatches."""
+  """A uint32 sum over every value and its index in the global batch: equal for any mesh, hosts and microbatches."""
   total = jnp.zeros((), jnp.uint32)
   for name in sorted(batch):
     bits = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
@@ -74,9 +74,9 @@ def checksum(batch: Batch) -> Array:
 def make_train_step(
   loss: LossFn, tx, schedule, skipped, seed: int, *, track: Track = NOTHING, num_microbatches: int = 1, shardings=None
 ):
-  """`train_step(state, batch) -> (state, metrics)`; gradients are placed like `shardings`, the parameters'.
+  """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters.
 
-  Dropout's key is that of `seed` and the step. It is made inside the step: outside, it would be programs of its own.
+  The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
   value_and_grad, tx = accumulate(loss, num_microbatches), optax.with_extra_args_support(tx)
 
@@ -84,7 +84,7 @@ def make_train_step(
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
     (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
-    if shardings is not None:  # otherwise fsdp all-reduces whole gradients where it could reduce-scatter
+    if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])
     metrics |= {
@@ -101,7 +101,7 @@ def make_train_step(
 
 
 def start_state(params, tx, track: Track = NOTHING) -> TrainState:
-  """Step 0 with these parameters, an empty optimizer state and what `track` begins with."""
+  """Step 0 with these parameters, an empty optimizer state and the first state of `track`."""
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), track.init(params))
 
 

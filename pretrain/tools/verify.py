@@ -68,7 +68,7 @@ def _wrong_leaves(checkpoints: Checkpoints, step: int, written: Mapping[str, man
     for key, x in checkpoints.arrays(step, group).items():
       leaf = manifest.Leaf(tuple(x.shape), str(x.dtype), digest.text(digest.sums(x)))
       if leaf != written[key]:
-        yield f'the values of {key} are not those that were saved'
+        yield f'the values of {key} differ from those that were saved'
 
 
 def _groups(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:

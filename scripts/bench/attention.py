@@ -1,10 +1,10 @@
-"""Attention on TPUs that are not there: cycles of whole compiled programs, ours and jax's splash_attention.
+"""Attention on TPUs that this machine does not have: cycles of compiled programs, ours and jax's splash_attention.
 
   python scripts/bench/attention.py --aot [--chips v5e:2x4,v6e:2x4] [--blocks 512,1024] [--length 8192]
   python scripts/bench/attention.py --gpu [--length 8192]    the GPU of this machine (attention_gpu.py)
 
-`schedule.py` says what is counted. 8 heads of 128, bfloat16, one row; each implementation at its own best blocks, the
-bias at block 512 too. Then rows of packed documents: tiles that the running kernel visits, in an interpreter.
+`schedule.py` defines the cycles. 8 heads of 128, bfloat16, one row; each implementation at its best blocks, the bias
+also at block 512. Then rows of packed documents: the tiles that the kernel visits when it runs in an interpreter.
 """
 
 import argparse
@@ -14,20 +14,22 @@ import os
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # in front of this folder, where `data` is data.py
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[2])
+)  # before this folder, whose data.py would be `data`
 
 import attention_gpu
 import schedule
 
 HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
 FORWARD, QUERIES, KEYS = 'forward', 'grad_queries', 'grad_keys_values'
-# Bodies outside tiles that run once for a head: Toeplitz tiles are built first, their gradient is folded last. They are
-# inside the bodies of a block's first and last tile; two-sided rows have one more around the former.
+# Indices of the bodies that run once for each head: they build the Toeplitz tiles first and fold their gradient last.
+# They are inside the bodies of a block's first and last tile; without causality one more body surrounds the first.
 ONCE = {FORWARD: (1,), QUERIES: (1, -1), KEYS: (1,)}
 ONCE_FULL = {FORWARD: (2,), QUERIES: (2, -1), KEYS: (1,)}
-PROGRAMS = {'forward': (FORWARD,), 'backward': (QUERIES, KEYS)}  # the second has the forward pass too, not counted
+PROGRAMS = {'forward': (FORWARD,), 'backward': (QUERIES, KEYS)}  # the second runs forward too, which is not counted
 SPLASH = {FORWARD: 'fwd', QUERIES: 'dq', KEYS: 'dkv'}
-DOCUMENT, PACKED, ROWS = 2048, 16384, 32  # mean length of documents, of packed rows, and how many of those
+DOCUMENT, PACKED, ROWS = 2048, 16384, 32  # mean length of documents, length of packed rows, number of rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def documents(length: int = PACKED, mean: int = DOCUMENT, rows: int = ROWS):
 
 
 def tiles_by_class(case: Case, by_keys: bool) -> tuple[list[float], float, float]:
-  """`count` of one head; of packed rows their mean."""
+  """`count` for one head; for packed rows the mean over rows."""
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tiles
@@ -91,7 +93,7 @@ def count(spec, vectors, by_keys: bool) -> tuple[list[float], float, float]:
 
 
 def kernel_cycles(spec, kernel: str, sizes: tuple[list[int], list[int], int], counted, rows: int = HEADS) -> int:
-  """Of `rows` heads, from the sizes of regions and `count`."""
+  """The cycles of a kernel over `rows` heads, from the sizes of its regions and `count`."""
   (inner, side, rest), (counts, blocks, steps) = sizes, counted
   single = sum(side[n] for n in (ONCE if spec.diagonal else ONCE_FULL)[kernel]) if spec.biased else 0
   tiles = sum(n * size for n, size in zip(counts, inner, strict=True))
@@ -99,7 +101,7 @@ def kernel_cycles(spec, kernel: str, sizes: tuple[list[int], list[int], int], co
 
 
 def of_splash(sizes, case: Case, counts: list[float]):
-  """(its regions, tiles of each): one region for all tiles, or two, clear and masked, in no known order."""
+  """(regions of splash, tiles of each): one region for all tiles, or two, clear and masked, in unknown order."""
   inner, side, rest = sizes
   clear = sum(n for n, flags in zip(counts, case.spec.tile_classes, strict=True) if flags == case.spec.tile_classes[0])
   both = [clear, sum(counts) - clear]
@@ -111,21 +113,22 @@ def our_program(case: Case):
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tpu
-  from pallas_kernels.attention.reference import RelativeBias
+  from pallas_kernels.attention.reference import RelativeBias, Visibility
 
   blocks = tpu.Blocks(q=case.q, kv=case.kv, compute=case.compute)
 
   def run(q, k, v, *more):
-    options = {'relative_bias': RelativeBias(more[0], not case.causal, 128)} if case.bias else {}
-    options |= {'q_segment_ids': more[-1], 'kv_segment_ids': more[-1]} if case.packed else {}
+    own = {'relative_bias': RelativeBias(more[0], not case.causal, 128)} if case.bias else {}
+    own |= {'q_segment_ids': more[-1], 'kv_segment_ids': more[-1]} if case.packed else {}
+    see = Visibility(causal=case.causal, **own)
     turn = lambda x: jnp.moveaxis(x, 1, 2)
-    return turn(tpu.attention(turn(q), turn(k), turn(v), causal=case.causal, **options, blocks=blocks))
+    return turn(tpu.attention(turn(q), turn(k), turn(v), see, blocks=blocks))
 
   return run
 
 
 def splash_program(case: Case):
-  """The same of splash, which has no bias; its separate backward kernels."""
+  """The same for splash, without a bias, with separate backward kernels."""
   import jax
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -168,7 +171,7 @@ def compile_case(chip: str, case: Case, *, backward: bool):
 def measure(chip: str, case: Case, folder: pathlib.Path, programs=PROGRAMS) -> dict:
   """Compiles forward, and forward with backward; {'forward_total': cycles, 'backward_total': cycles, …}.
 
-  What does not fit the memory of a core is not in the answer.
+  A program that does not fit the memory of a core is left out.
   """
   import jax
 
@@ -180,7 +183,7 @@ def measure(chip: str, case: Case, folder: pathlib.Path, programs=PROGRAMS) -> d
       if 'RESOURCE_EXHAUSTED' not in str(error) and 'vmem' not in str(error).lower():
         raise
       continue
-    # Fusions of tiles' lists are not told from those of the rest: packed rows count kernels alone.
+    # Fusions that build lists of tiles cannot be separated from others: packed rows count only kernels.
     total = 0 if case.packed else schedule.fusion_cycles(compiled.as_text())
     found |= {f'{name}_xla': total}
     for kernel in kernels:
@@ -213,11 +216,12 @@ def of_chip(chip: str, length: int, blocks: list[int]) -> None:
 
 
 def visited(ids, block: int) -> tuple[list[int], list[int]]:
-  """(tiles, scores) that the forward kernel computes in each row of segment ids: it runs, each piece reports itself."""
+  """(tiles, scores) that the forward kernel computes for each row of segment ids, reported by the running kernel."""
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.attention import tpu, tpu_kernels
+  from pallas_kernels.attention.reference import Visibility
 
   counts, sums, own = [], [], tpu_kernels._forward_piece
   blocks = tpu.Blocks(q=block, kv=block, compute=min(block, COMPUTE))
@@ -232,8 +236,8 @@ def visited(ids, block: int) -> tuple[list[int], list[int]]:
     for row in ids:
       seen = []
       x, segments = jnp.zeros((1, len(row), 1, 128), jnp.float32), jnp.asarray(row)[None]
-      options = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'blocks': blocks, 'interpret': True}
-      jax.block_until_ready(tpu.attention(x, x, x, causal=True, **options))
+      see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments)
+      jax.block_until_ready(tpu.attention(x, x, x, see, blocks=blocks, interpret=True))
       jax.effects_barrier()
       counts.append(len({word for word, _ in seen}))
       sums.append(sum(size for _, size in seen))
@@ -243,8 +247,8 @@ def visited(ids, block: int) -> tuple[list[int], list[int]]:
 
 
 def packed(rows: int = 4) -> str:
-  """Tiles visited in packed rows and scores computed in them, as shares of all causal tiles, which splash visits and
-  computes whole whatever the segments are. `exact`: the share of pairs that see each other.
+  """Tiles visited in packed rows and scores computed in them, as shares of all causal tiles, which splash computes in
+  full for any segments. `exact`: the share of pairs in which the query sees the key.
   """
   import numpy as np
 
@@ -263,7 +267,7 @@ def packed(rows: int = 4) -> str:
 
 
 def ratios(rows: list[dict]) -> str:
-  """One line for a chip and mask, each program at its own best blocks; of the bias at block 512 too."""
+  """One line for a chip and mask, each program at its best blocks; with a bias also at block 512."""
 
   def best(key, bias, splash, blocks=None):
     own = [r for r in rows if (r['bias'], r['splash']) == (bias, splash) and (blocks is None or r['q'] == blocks)]
@@ -289,7 +293,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   how = parser.add_mutually_exclusive_group(required=True)
-  how.add_argument('--aot', action='store_true', help='compile for TPUs that are not there')
+  how.add_argument('--aot', action='store_true', help='compile for TPUs that this machine does not have')
   how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--blocks', default='512,1024')

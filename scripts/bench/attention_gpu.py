@@ -2,8 +2,8 @@
 
   python scripts/bench/attention.py --gpu [--length 8192]
 
-8 heads of 128, bfloat16, 16,384 tokens; TFLOP/s of 4 (forward) and 10 (backward) operations for each pair that is seen,
-and their share of the peak. Without a GPU every row says "not measured".
+8 heads of 128, bfloat16, 16,384 tokens; TFLOP/s count 4 (forward) and 10 (backward) operations for each
+visible pair and channel, with their share of the peak. Without a GPU every row says "not measured".
 """
 
 import functools
@@ -33,10 +33,10 @@ def measured(name: str, causal: bool, length: int) -> str:
 
   mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   try:
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it says which blocks are tuned
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tuned blocks are looked up by the device of the mesh
       wrong = ' '.join(f'{x:.2f}' for x in errors(name, causal))
       forward, backward = timed(name, causal, length)
-  except (KernelError, RuntimeError) as error:  # of JAX and XLA too
+  except (KernelError, RuntimeError) as error:  # JAX and XLA raise RuntimeError
     return f'failed: {str(error).splitlines()[0][:120]}'
   work = HEADS * HEAD_DIM * TOKENS * length / (2 if causal else 1) / 1e12
   forward, backward = 4 * work / forward, 10 * work / backward
@@ -53,12 +53,13 @@ def draw(length: int, batch: int, dtype):
 
 
 def attend(name: str, causal: bool):
-  """(o, (dq, dk, dv)) of arrays q, k, v, do; and o alone."""
+  """Two functions: of q, k, v, do to (o, (dq, dk, dv)), and of q, k, v to o."""
   import jax
 
   from pallas_kernels.attention.api import IMPLEMENTATIONS as KNOWN
+  from pallas_kernels.attention.api import Visibility
 
-  run = functools.partial(KNOWN[name], causal=causal)
+  run = functools.partial(KNOWN[name], see=Visibility(causal=causal))
 
   def both(q, k, v, do):
     out, back = jax.vjp(run, q, k, v)
@@ -68,7 +69,7 @@ def attend(name: str, causal: bool):
 
 
 def errors(name: str, causal: bool, length: int = 1024) -> list[float]:
-  """Largest errors of out, dq, dk, dv over those of the definition in the same type; above 3 something is wrong."""
+  """The largest errors of out, dq, dk, dv, divided by those of the definition in the same dtype; above 3 is a fault."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -83,7 +84,7 @@ def errors(name: str, causal: bool, length: int = 1024) -> list[float]:
 
 
 def timed(name: str, causal: bool, length: int) -> tuple[float, float]:
-  """Seconds of the forward pass, and of the backward one: both together less the first."""
+  """Seconds of the forward pass and of the backward pass, which is the time of both minus the forward."""
   import jax.numpy as jnp
 
   arrays = draw(length, TOKENS // length, jnp.bfloat16)

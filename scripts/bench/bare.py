@@ -1,6 +1,6 @@
-"""The reference of the step benchmark: configs/decoder/bench.gin as one file of plain JAX, as short as it gets.
+"""The reference of the step benchmark: configs/decoder/bench.gin as one short file of plain JAX.
 
-Run alone it trains on random batches: python scripts/bench/bare.py STEPS [ROWS]
+As a program it trains on random batches: python scripts/bench/bare.py STEPS [ROWS]
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""How fast one process loads batches, plans rows and finds a place, against Grain's packer and the bars.
+"""How fast one process loads batches, plans rows and resumes at a step, compared with Grain's packer and the bars.
 
 python scripts/bench/data.py [--rounds 7] [--steps 40] [--store PATH] [--workers 1 2 4]
 
-`loader` is `data.loader.loader` as a run has it (a thread makes batches ahead), `no loader` the same batches made in a
-loop, `Grain` its ConcatThenSplit over the same documents, batched, `seqio` T5's own pipeline from documents in memory
-to packed features, where `pip install seqio t5 babel` was done. Rounds are interleaved; a token is one of text. Without
---store random tokens are written to a store in a temporary folder: all numbers include reading it. Bars scale with
-cores where workers are counted: w workers should do 0.7 w times what one does, as far as there are cores.
+`loader` is `data.batches.loader.loader` as a run uses it (a thread makes batches ahead). `no loader` makes the same
+batches in a loop. `Grain` is its ConcatThenSplit over the same documents, batched. `seqio` is T5's own pipeline from
+documents in memory to packed features; it needs `pip install seqio t5 babel`. Rounds are interleaved; only tokens of
+text count. Without --store random tokens are written to a store in a temporary folder: all numbers include reading it.
+The bar for w workers is 0.7 w times the throughput of one, for w up to the number of cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be this file
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 
 import grain  # noqa: E402
 import numpy as np  # noqa: E402
@@ -67,7 +67,7 @@ def open_source(
 
 
 def loaded(data: batches.DataSource, steps: range, ahead: int = 1) -> float:
-  """Seconds that the loader takes for these steps, once it has given so many before them."""
+  """Seconds that the loader takes for these steps, after it has given some batches before them."""
   batches = loader(data, {'examples': (steps.start - ahead) * BATCH}, slice(0, BATCH))
   for _ in range(ahead):
     next(batches)
@@ -78,7 +78,7 @@ def loaded(data: batches.DataSource, steps: range, ahead: int = 1) -> float:
 
 
 def made(data: batches.DataSource, steps: range) -> float:
-  """Seconds that the batches of these steps take to make."""
+  """Seconds that it takes to make the batches of these steps."""
   start = time.perf_counter()
   for step in steps:
     data.batch(step, slice(0, BATCH))
@@ -96,7 +96,7 @@ def _places(steps: range) -> np.ndarray:
 
 
 def grain_packed(store_path: str, count: int) -> float:
-  """Seconds in which Grain packs `count` batches of 64 rows of 2048 of a store's documents, end to end and split."""
+  """Seconds in which Grain packs a store's documents, joined and split, into `count` batches of 64 rows of 2048."""
   opened = store.open_store(store_path)
   documents = grain.MapDataset.source(_Documents(opened)).repeat(None)
   rows = grain.experimental.ConcatThenSplitIterDataset(
@@ -124,13 +124,13 @@ class _Documents:
 
 
 def seqio_batches(store_path: str) -> Iterator[dict[str, np.ndarray]] | None:
-  """Endless batches of span corruption, 512 + 114, of T5's pipeline over a store's first documents; None without it."""
+  """Endless batches of T5's span corruption, 512 + 114, over the first documents of a store; None without seqio."""
   if not (importlib.util.find_spec('seqio') and importlib.util.find_spec('t5')):
     return None
   os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': ''}
   seqio, tensorflow = importlib.import_module('seqio'), importlib.import_module('tensorflow')
 
-  # The package itself imports what evaluates T5; its preprocessors are one file.
+  # `import t5` would import its evaluation too; the preprocessors are one file.
   (package,) = importlib.util.find_spec('t5').submodule_search_locations
   spec = importlib.util.spec_from_file_location('preprocessors', f'{package}/data/preprocessors.py')
   t5 = importlib.util.module_from_spec(spec)
@@ -143,7 +143,7 @@ def seqio_batches(store_path: str) -> Iterator[dict[str, np.ndarray]] | None:
   rows = tensorflow.data.Dataset.from_tensor_slices({'targets': documents}).repeat()
   rows = t5.span_corruption(rows, sequence_length=lengths, output_features=features)
   rows = seqio.EncDecFeatureConverter(pack=True)(seqio.preprocessors.append_eos(rows, features), lengths)
-  one = tensorflow.data.Options()  # thread, as ours, and as many batches ahead
+  one = tensorflow.data.Options()  # thread and as many batches ahead as ours
   one.threading.private_threadpool_size = 1
   return rows.batch(BATCH).prefetch(2).with_options(one).as_numpy_iterator()
 
@@ -151,7 +151,7 @@ def seqio_batches(store_path: str) -> Iterator[dict[str, np.ndarray]] | None:
 def seqio_rate(rows: Iterator[dict[str, np.ndarray]], count: int, pieces: int) -> float:
   """Mtok/s of text over `count` batches."""
   sides = ('encoder_input_tokens', 'decoder_target_tokens')
-  for _ in range(3):  # what was made ahead
+  for _ in range(3):  # skip the batches made ahead
     next(rows)
   start = time.perf_counter()
   batches = [next(rows) for _ in range(count)]
@@ -175,7 +175,7 @@ def planning(rounds: int) -> None:
 
 
 def seeking(path: str, cache: str, rounds: int) -> None:
-  """From a data source whose plans are in files to the first batch of a step: 1,000,000 is many epochs away."""
+  """Seconds from a data source with plans on disk to the batch of step 1,000,000, many epochs later."""
   opened = lambda: open_source(path, Ul2(), 512, 512, cache)
   keep_plans(opened(), len(os.sched_getaffinity(0)))
   opened().batch(1_000_000, slice(0, BATCH))  # counts the rows of each plan, once
@@ -189,7 +189,7 @@ def seeking(path: str, cache: str, rounds: int) -> None:
 
 
 def show(name: str, values: list[float], unit: str, bar: float | None = None, *, above: bool = True) -> float:
-  """A line: median, spread, and whether the bar is met. Returns the median."""
+  """Prints median, spread and whether the bar is met; returns the median."""
   middle = statistics.median(values)
   line = f'{name:47} {middle:8.3g} {unit:7} [{min(values):.3g} .. {max(values):.3g}] of {len(values)}'
   if bar is not None:
@@ -236,7 +236,7 @@ def loading(path: str, options: argparse.Namespace) -> None:
 
 
 def scaling(path: str, options: argparse.Namespace) -> None:
-  """UL2 batches by worker processes, each of which has started, planned and read."""
+  """The throughput of UL2 batches from worker processes, measured after each has started, planned and read."""
   rates: dict[int, list[float]] = {workers: [] for workers in options.workers}
   for k in range(max(options.rounds // 2, 3)):
     ahead = 8 * max(options.workers)

@@ -1,9 +1,11 @@
-"""A train step on TPUs that are not there, with the attention kernel and the reference: memory and cycles a device.
+"""A train step compiled for TPUs that this machine does not have: memory and cycles per device, for each attention.
 
   python scripts/bench/end_to_end.py --aot --chips=v5e:4x4 --gin_file=configs/t5/base.gin [--gin.KEY=VALUE …]
+    [--attention=auto,reference]
 
-`schedule.py` says what is counted: kernels and fusions, loops as often as they turn. A row is taken for one document
-that fills it, so that no tile is left out but for causality. Collectives are named, not timed: XLA gives no estimate.
+`schedule.py` defines the cycles: those of kernels and fusions, in loops once for each iteration. Each row is counted as
+one document that fills it, so that only causality leaves tiles out. Collectives are counted but have no cycles, because
+XLA gives no estimate for them.
 """
 
 import argparse
@@ -13,16 +15,23 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # in front of this folder, where `data` is data.py
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[2])
+)  # before this folder, whose data.py would be `data`
 
 import attention
 import schedule
 
 NAMES = ('auto', 'reference')
 KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
-COLLECTIVE = re.compile(r' (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(')
+COLLECTIVE = re.compile(
+  r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+)
+ASYNC_PART = 'chain_id='  # marks each copy of a collective that is split over several fusions
+ASYNC_START = re.compile(r' custom-call\(%([\w.\-]+)[,)].*custom_call_target="AsyncCollectiveStart"')
 
 
 def recorded() -> dict:
@@ -54,11 +63,11 @@ def whole(spec):
 
 
 def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
-  """{kernel: cycles} of the compiled step. Calls that are alike share one schedule, under the name of one of them."""
+  """{kernel: cycles} of the compiled step. Equal calls share one schedule, under the name of one of them."""
   calls, paths = [], {}
   for times, line in schedule.executed(text):
     if found := KERNEL.search(line):
-      # A list whose length is counted at run time comes with that length, a scalar.
+      # A list of tiles whose length is computed at run time comes with that length, a scalar.
       call = found[1], tuple(dims for dims in re.findall(r'\w+\[([\d,]*)\]', found[3]) if dims)
       calls.append((times, call))
       dumps = [p for p in folder.glob(f'*-attention_{found[1]}.{found[2]}-*final_bundles*') if 'sched' not in p.name]
@@ -73,23 +82,55 @@ def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
 
 
 def collectives(text: str) -> dict[str, int]:
-  found = collections.Counter()
+  """{kind: how often a step runs it}.
+
+  The compiler may split a collective over fusions, to overlap it with other work: then a copy of it stands in the
+  fusion that starts it, in each that overlaps it and in the one that waits for it. Only the start counts.
+  """
+  found, parts = collections.Counter(), {}
   for times, line in schedule.executed(text):
-    if kind := COLLECTIVE.search(line):
-      found[kind[1]] += times
+    if one := COLLECTIVE.search(line):
+      if ASYNC_PART in line:
+        parts[one[1]] = one[2]
+      else:
+        found[one[2]] += times
+    elif start := ASYNC_START.search(line):
+      found[parts[start[1]]] += times
   return dict(found)
 
 
-def measure(flags, name: str) -> dict:
+def config(flags, name: str):
+  """The checked experiment with this attention. Raises ConfigError."""
   from pretrain.config import bindings
   from pretrain.experiment import experiment
+
+  cfg = bindings.load(experiment.Experiment, flags.gin_file, [*flags.overrides, f"kernels.attention='{name}'"])
+  experiment.check(cfg)
+  return cfg
+
+
+def check(flags, names: list[str]) -> None:
+  """Raises ConfigError or KernelError for arguments with which a step could not be compiled; compiles nothing."""
+  from pallas_kernels.attention.api import IMPLEMENTATIONS
+  from pretrain.errors import ConfigError
+  from pretrain.experiment.program import build_program
   from pretrain.tools import plan
 
-  overrides = [x.removeprefix('--gin.') for x in flags.overrides] + [f"kernels.attention='{name}'"]
-  cfg = bindings.load(experiment.Experiment, flags.gin_file, overrides)
-  experiment.check(cfg)
+  known = ('auto', *IMPLEMENTATIONS)
+  if wrong := [name for name in names if name not in known or names.count(name) > 1]:
+    raise ConfigError(f"--attention names '{wrong[0]}'; give different names of {', '.join(known)}, with commas.")
+  configs = [config(flags, name) for name in names]
+  devices = plan.tpu_devices(flags.chips)
+  for cfg in configs:
+    program = build_program(cfg, devices)
+    program.train_step.trace(program.abstract, plan.abstract_batch(cfg, program))
+
+
+def measure(flags, name: str) -> dict:
+  from pretrain.tools import plan
+
   specs = recorded()
-  memory, compiled = plan.compile_train_step(cfg, flags.chips)
+  memory, compiled = plan.compile_train_step(config(flags, name), flags.chips)
   text = compiled.as_text()
   return {
     'attention': name, 'MiB': round(memory.total / plan.MIB), 'fusions': schedule.fusion_cycles(text),
@@ -98,37 +139,64 @@ def measure(flags, name: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-  kernel, reference = rows
+  """One column for each row; of two, their ratio too."""
   names = sorted({name for row in rows for name in row['kernels']})
   lines = {'MiB per device': [row['MiB'] for row in rows]}
   lines |= {f'cycles of attention_{name}': [row['kernels'].get(name, 0) for row in rows] for name in names}
   lines |= {'cycles of fusions': [row['fusions'] for row in rows]}
   lines |= {'cycles': [row['fusions'] + sum(row['kernels'].values()) for row in rows]}
-  for name in sorted(kernel['collectives'] | reference['collectives']):
+  for name in sorted({name for row in rows for name in row['collectives']}):
     lines[f'{name}, not timed'] = [row['collectives'].get(name, 0) for row in rows]
-  text = [f'{"":<40}{kernel["attention"]:>18}{reference["attention"]:>18}{"ratio":>8}']
-  for name, (own, other) in lines.items():
-    text.append(f'{name:<40}{own:>18,}{other:>18,}' + (f'{own / other:>8.3f}' if other else ''))
+  text = [f'{"":<40}' + ''.join(f'{row["attention"]:>18}' for row in rows) + ('   ratio' if len(rows) == 2 else '')]
+  for name, values in lines.items():
+    ratio = f'{values[0] / values[1]:>8.3f}' if len(values) == 2 and values[1] else ''
+    text.append(f'{name:<40}' + ''.join(f'{value:>18,}' for value in values) + ratio)
   return '\n'.join(text)
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+  """The flags; `overrides` are the bindings of --gin.KEY=VALUE. Anything else ends the process with code 2."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--aot', action='store_true', required=True, help='compile for TPUs that are not there')
+  parser.add_argument(
+    '--aot', action='store_true', required=True, help='compile for TPUs that this machine does not have'
+  )
   parser.add_argument('--chips', required=True, help='one slice, e.g. v5e:4x4')
   parser.add_argument('--gin_file', action='append', required=True)
-  parser.add_argument('--attention', default=','.join(NAMES))
-  flags, flags.overrides = parser.parse_known_args()
-  names = flags.attention.split(',')
-  if 'DUMP' in os.environ:
-    print(json.dumps(measure(flags, names[0])), flush=True)
-    return
-  files = [f'--gin_file={path}' for path in flags.gin_file]
-  arguments = [[*files, *flags.overrides, f'--attention={name}'] for name in names]
+  parser.add_argument('--attention', default=','.join(NAMES), help='implementations, with commas')
+  flags, rest = parser.parse_known_args(argv)
+  if wrong := [x for x in rest if not re.match(r'--gin\.[^=]+=', x)]:
+    parser.error(f'{wrong[0]} is no argument; bindings are --gin.KEY=VALUE.')
+  flags.overrides = [x.removeprefix('--gin.') for x in rest]
+  return flags
+
+
+def compare(flags, names: list[str]) -> str:
+  """The table of all names, each compiled in a process of its own."""
+  own = [*(f'--gin_file={path}' for path in flags.gin_file), *(f'--gin.{x}' for x in flags.overrides)]
+  run = lambda name: schedule.in_process(__file__, flags.chips, [*own, f'--attention={name}'])
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    found = pool.map(lambda own: schedule.in_process(__file__, flags.chips, own), arguments)
-  print(table([row for rows in found for row in rows]))
+    return table([row for rows in pool.map(run, names) for row in rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Prints the table. A user's mistake is one line on stderr and its exit code, before anything is compiled."""
+  from pretrain.errors import USER_ERRORS
+
+  flags = parse(argv)
+  names = flags.attention.split(',')
+  try:
+    if 'DUMP' in os.environ:
+      print(json.dumps(measure(flags, names[0])), flush=True)
+    else:
+      check(flags, names)
+      print(compare(flags, names))
+  except USER_ERRORS as error:
+    print(error, file=sys.stderr)
+    return error.exit_code
+  except subprocess.CalledProcessError as error:  # the process has printed why
+    return error.returncode
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

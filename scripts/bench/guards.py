@@ -1,9 +1,9 @@
-"""What watching over a run costs: steps judged for spikes, and replicas compared, against steps without either.
+"""The cost of checks during a run: spike detection and comparison of replicas, against steps without them.
 
 python scripts/bench/guards.py [--rounds 7] [--steps 6]
 
-CPU seconds a step of configs/decoder/bench.gin (8.4M parameters), interleaved on and off in one process, medians and
-the spread; `spikes.name='skip'` on one device, and one comparison of replicas on two (`mesh.data` = 2) beside a step.
+CPU seconds a step of configs/decoder/bench.gin (8.4M parameters), interleaved on and off in one process; medians and
+spread. `spikes.name='skip'` on one device, and one comparison of replicas with each step on two (`mesh.data` = 2).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be data.py
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 
 
 def cpu_seconds(act) -> float:

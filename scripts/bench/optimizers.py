@@ -1,9 +1,9 @@
-"""What one update costs: CPU seconds of each optimizer and state, relative to f32 AdamW in the same round.
+"""The cost of one update: CPU seconds of each optimizer and state, relative to f32 AdamW in the same round.
 
 python scripts/bench/optimizers.py [--rounds 5] [--updates 4]
 
 The parameters are those of configs/decoder/bench.gin (8.4M), one device; rounds are interleaved. Columns: nanoseconds
-for a parameter and update, the ratio to adamw, bytes of state for a parameter; median [min .. max].
+per parameter and update, the ratio to adamw, bytes of state per parameter; median [min .. max].
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/decoder/bench.gin'
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be data.py
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax  # noqa: E402
@@ -64,7 +64,7 @@ class Case:
     self.seconds(1)
 
   def seconds(self, updates: int) -> float:
-    """CPU seconds an update."""
+    """CPU seconds per update."""
     start = time.process_time()
     for _ in range(updates):
       self.params, self.state = self.step(self.params, self.state, self.grads)

@@ -2,11 +2,11 @@
 
 python scripts/bench/prepare.py [--megabytes 50 500] [--workers 1 4]
 
-Stretches of documentation strings, as documents of JSONL, are written to a temporary folder and prepared, in a process
-of its own, with a model of 8,000 pieces of the same words. Bars: 2.5 Mtok for each second of a core (of all processes,
-start-up included, so that what else runs on the machine counts little); the peak memory of the largest input at most
-1.2 times that of the smallest. Peak memory is the resident size of the process that reads and writes; that of its
-largest worker is beside it.
+Pieces of documentation strings are written as JSONL documents to a temporary folder and prepared in a separate process,
+with a model of 8,000 pieces trained on the same words. Bars: 2.5 Mtok per CPU second (of all processes, with start-up,
+so that other work on the machine matters little); the peak memory for the largest input at most 1.2 times that for the
+smallest. Peak memory is the resident size of the process that reads and writes; the size of its largest worker is
+printed beside it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be a file beside this one
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 
 import numpy as np  # noqa: E402
 
@@ -55,7 +55,7 @@ def words() -> list[str]:
 
 
 def write(path: pathlib.Path, text: list[str], num_bytes: int) -> None:
-  """Documents of 20 to 3,000 words: stretches of `text`, taken from anywhere."""
+  """Documents of 20 to 3,000 words: pieces of `text` from random places."""
   rng, written = np.random.default_rng(0), 0
   with path.open('w') as file:
     while written < num_bytes:
@@ -66,7 +66,7 @@ def write(path: pathlib.Path, text: list[str], num_bytes: int) -> None:
 
 
 def alone(path: pathlib.Path, model: pathlib.Path) -> float:
-  """Mtok per CPU second of SentencePiece without anything else, on the first documents: what cannot be undercut."""
+  """Mtok per CPU second of SentencePiece alone, on the first documents: the upper limit."""
   with path.open() as file:
     texts = [json.loads(line)['text'] for line in itertools.islice(file, 2000)]
   tokenizer = vocabulary.Tokenizer(model.read_bytes(), 0)

@@ -1,10 +1,10 @@
-"""What saving costs a run: stretches of steps with a save at their beginning and without one, in turn.
+"""The cost of saving: blocks of steps that start with a save and blocks without one, alternating.
 
 python scripts/bench/saves.py [--rounds 5] [--every 50] [--rows 1] [--embed 768]
 
-- stall: what the run waits for a save (`save_stall` of metrics.jsonl), of the time of `every` steps without one.
+- stall: the time training waits for a save (`save_stall` of metrics.jsonl), as a share of `every` steps without one.
   Bar: <= 2%.
-- in all: how much longer `every` steps take with a save, which is written and hashed beside them by the same cores.
+- in all: how much longer `every` steps take with a save, which the same cores write and hash at the same time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def spread(values: list[float], unit: float = 1.0) -> str:
 
 
 def stretch(program, state, batches, number: int, checkpoints=None, saved=None) -> tuple[object, float, float]:
-  """(the state after them, seconds they took, seconds of waiting for a save); how saves ended is added to `saved`."""
+  """(the state after the steps, their seconds, seconds of waiting for a save); adds the results of saves to `saved`."""
   import jax
 
   start, stall, before = time.perf_counter(), 0.0, None
@@ -37,7 +37,7 @@ def stretch(program, state, batches, number: int, checkpoints=None, saved=None) 
   for batch in batches:
     state, metrics = program.train_step(state, batch)
     if before is not None:
-      jax.device_get(before)  # as a run does: the numbers of a step while the next one is made
+      jax.device_get(before)  # as a run does: reads the numbers of a step while the next one runs
     before = metrics
     if checkpoints is not None:
       saved += checkpoints.poll()

@@ -1,8 +1,8 @@
-"""What a TPU that is not there would do: the schedules that its compiler writes, counted.
+"""The cycles of programs on TPUs that this machine does not have, counted in the schedules that the compiler writes.
 
-A program's cycles are those of its Mosaic kernels (bundles of the final VLIW schedule times how often the grid runs
-them) and of its XLA fusions (`estimated_cycles`). As a model of time it was calibrated on splash's forward kernels only
-(within -5/+13% on v5p, v6e and v7x): backward passes can be compared with each other, no more.
+A program's cycles are the sum over its Mosaic kernels (bundles of the final VLIW schedule, times the number of grid
+steps that run them) and its XLA fusions (`estimated_cycles`). As an estimate of time it was calibrated only on splash's
+forward kernels (within -5/+13% on v5p, v6e and v7x): compare backward passes only with each other.
 """
 
 import concurrent.futures
@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
 CLOCK_GHZ = {'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75, 'tpu7x': 1.9}
-CORES = {'v5e': 1, 'v5p': 2, 'v6e': 1, 'tpu7x': 1}  # that share a program; a device of tpu7x is one core
+CORES = {'v5e': 1, 'v5p': 2, 'v6e': 1, 'tpu7x': 1}  # cores that share a program; a device of tpu7x is one core
 CYCLES = '"estimated_cycles"'
-DELAY = 4  # bundles after a branch that run whether it is taken or not
-LEAST = 16  # of a body that is counted by itself
+DELAY = 4  # bundles after a branch that run even if it is taken
+LEAST = 16  # bundles of a body that is counted separately
 FLAGS = '--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
 
 
@@ -29,11 +29,11 @@ FLAGS = '--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bu
 class Listing:
   """A kernel's schedule. Spans are (first bundle, last bundle)."""
 
-  products: list[bool]  # of each bundle: whether it multiplies matrices
+  products: list[bool]  # for each bundle: whether it multiplies matrices
   copies: list[bool]  # whether it starts a copy from HBM
   regions: list[tuple[int, int]]
-  bodies: list[tuple[int, int]]  # what a branch forward leaves out
-  loop: int  # bundles of the outermost loop: a step of the grid
+  bodies: list[tuple[int, int]]  # the bundles that a forward branch skips
+  loop: int  # bundles of the outermost loop, one step of the grid
 
   def having(self, flags: list[bool], spans) -> list[tuple[int, int]]:
     return [span for span in spans if any(flags[span[0] : span[1] + 1])]
@@ -63,8 +63,8 @@ def read(path: pathlib.Path) -> Listing:
 def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
   """(bundles of each innermost region with matrix products, of the other bodies of branches, of the rest of a step).
 
-  Branches that start copies for the next step are of the rest, and so are bodies of a few bundles. A body inside
-  another is listed after it and not counted in it.
+  Branches that start copies for the next step count as rest, and so do bodies of a few bundles. A body inside another
+  is listed after it and not counted in it.
   """
   listing = read(path)
   size = lambda span: span[1] - span[0] + 1
@@ -85,9 +85,9 @@ def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def executed(text: str) -> Iterator[tuple[int, str]]:
-  """(how often, line) of the instructions of a compiled program's text, those of loops as often as the loop turns.
+  """(how often it runs, line) for each instruction of a compiled program's text; in a loop, once for each iteration.
 
-  Raises ValueError for a loop that does not say how often that is.
+  Raises ValueError for a loop without a known number of iterations.
   """
   blocks, entry = _computations(text)
   pending = [(1, entry)]
@@ -103,7 +103,7 @@ def executed(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """({name: lines}, name of the first to run)."""
+  """({name: lines}, name of the entry computation)."""
   blocks, entry, name = {}, '', ''
   for line in text.splitlines():
     if found := re.match(r'(ENTRY )?%([\w.\-]+) \(.*\{$', line):
@@ -119,17 +119,19 @@ def _turns(line: str, condition: list[str]) -> int:
     return int(known[1])
   constants = [n for each in condition for n in re.findall(r'[su]32\[\][^ ]* constant\((\d+)\)', each)]
   if len(constants) != 1 or 'direction=LT' not in condition[-1]:
-    raise ValueError(f'a loop of the compiled program does not say how often it turns: {condition[-1].strip()[:200]}')
+    raise ValueError(f'a loop of the compiled program has no known number of iterations: {condition[-1].strip()[:200]}')
   return int(constants[0])
 
 
 def fusion_cycles(text: str) -> int:
-  """Of a compiled program's text."""
+  """The cycles of the fusions in a compiled program's text."""
   return sum(times * int(n) for times, line in executed(text) for n in re.findall(rf'{CYCLES}:"(\d+)"', line))
 
 
 def in_process(script: str, chip: str, arguments: list[str]) -> list[dict]:
-  """The JSON lines of `script`, shown as they come, in a process: libtpu reads its options once. DUMP is its folder."""
+  """The JSON lines of `script`, also printed as they come. It runs in its own process, because libtpu reads its options
+  only once. The environment variable DUMP is the folder of its schedules.
+  """
   with tempfile.TemporaryDirectory() as folder:
     own = {'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} {FLAGS}', 'DUMP': folder, 'JAX_PLATFORMS': 'cpu'}
     command = [sys.executable, script, '--aot', f'--chips={chip}', *arguments]
@@ -145,6 +147,6 @@ def in_process(script: str, chip: str, arguments: list[str]) -> list[dict]:
 
 
 def at_once(script: str, chips: str, arguments: list[str]) -> list[list[dict]]:
-  """`in_process` for each chip of a list with commas, side by side."""
+  """`in_process` for each chip of a comma-separated list, in parallel."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return list(pool.map(lambda chip: in_process(script, chip, arguments), chips.split(',')))

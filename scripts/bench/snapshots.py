@@ -1,11 +1,11 @@
-"""What snapshots cost: a step with them every few steps and without, in turn, in one process.
+"""The cost of snapshots: steps with a snapshot every few steps and without, alternating in one process.
 
 python scripts/bench/snapshots.py [--rounds 5] [--steps 10] [--every 5] [--tokens 2048] [--hosts 1] [--group 3]
 
-A decoder of 4 layers x 768 and AdamW, 2,048 tokens a step. Each round is `steps` steps without and `steps` with
-snapshots, in turn first; prints median and spread of both, wall and CPU seconds, and what one snapshot is: MiB, seconds
-that the step waits, seconds until it can be used. --hosts=3 does the same in three processes of this machine that are
-one run, with parity: there they share its cores and its memory, which hosts of their own would not.
+A decoder of 4 layers x 768 and AdamW, 2,048 tokens a step. Each round has `steps` steps without and `steps` with
+snapshots, in alternating order. Prints median and spread of both in wall and CPU seconds and, for one snapshot, its
+MiB, the seconds that the step waits and the seconds until it can be used. --hosts=3 does the same in one run of three
+processes on this machine, with parity; they share its cores and memory, unlike separate hosts.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be data.py
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 KEYS = (
   'model.embed=768', 'model.heads=12', 'model.head_dim=64', 'model.mlp.hidden=2048', 'model.vocab_size=4096',
   'data.targets_length=512', 'checkpoint.every=100000', 'train.steps=1000',
@@ -25,7 +25,7 @@ KEYS = (
 
 
 class Bench:
-  """A run's state and step, with its snapshots switched on and off."""
+  """The state and step of a run; snapshots can be switched on and off."""
 
   def __init__(self, options, memory: str):
     from data.batches.loader import loader
@@ -57,7 +57,7 @@ class Bench:
     self._compile_together()
 
   def _compile_together(self) -> None:
-    """As a run does: what compiles last would come too late to gloo's first meeting."""
+    """Compiles as a run does: a process that compiles later would miss the first connection of gloo."""
     from pretrain.devices.mesh import to_global
     from pretrain.hosts import coordination
 
@@ -65,7 +65,7 @@ class Bench:
     coordination.barrier('compiled', 1800.0)
 
   def run(self, steps: int, on: bool) -> tuple[float, float]:
-    """(wall, CPU) seconds a step. As the loop of a run: the numbers of a step are read while the next one runs."""
+    """(wall, CPU) seconds per step. Like a run, it reads the numbers of a step while the next one runs."""
     import jax
 
     from pretrain.devices.mesh import to_global
@@ -75,7 +75,7 @@ class Bench:
     for i in range(steps):
       self.state, metrics = self.program.train_step(self.state, to_global(next(self.batches)[1], self.program.mesh))
       self.step += 1
-      if on and i % self.every == self.every // 2:  # so that what it does behind lies inside the block
+      if on and i % self.every == self.every // 2:  # so that its background work ends inside the block
         self.snapshots.begin(self.step, self.state, {'loader': {}})
       if before is not None:
         jax.device_get(before)
@@ -89,7 +89,7 @@ class Bench:
     return wall / steps, (cpu_seconds() - cpu) / steps
 
   def finish(self) -> None:
-    """The last snapshot of a block is not to slow the next block down; its CPU seconds count in its own."""
+    """Waits for the last snapshot of a block, so that it does not slow the next; its CPU seconds count in its block."""
     while not self.snapshots._settle():
       time.sleep(0.02)
     self.taken += self.snapshots.poll()

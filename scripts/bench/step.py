@@ -3,10 +3,10 @@
 python scripts/bench/step.py [--rounds 5] [--starts 3]
 
 - step: `pretrain`'s whole train step (loss, gradients, clipping, AdamW, skipped non-finite updates, metrics) against
-  scripts/bench/bare.py's, the same decoder, the same shapes, interleaved. Bar: <= 1.05x CPU seconds a step.
+  that of scripts/bench/bare.py, same decoder and shapes, interleaved. Bar: <= 1.05x CPU seconds per step.
 - start: process start to the end of step 5, cold and with the persistent compilation cache. Bars: bare + 2 s; a second
-  start at least 2x faster than the first; bare JAX's own speed-up beside it. With all 8 rows, and with 1, where five
-  steps are not most of the time.
+  start at least 2x faster than the first, printed beside the speed-up of bare JAX. With all 8 rows, and with 1, for
+  which five steps take less than half of the time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/decoder/bench.gin'
-sys.path.insert(0, str(ROOT))  # in front of this folder, where `data` would be data.py
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py would be `data`
 
 
 def spread(values: list[float]) -> str:
@@ -29,7 +29,7 @@ def spread(values: list[float]) -> str:
 
 
 def time_steps(step, state, batches) -> tuple[float, object]:
-  """(CPU seconds a step, state after them); the last result is waited for."""
+  """(CPU seconds per step, state after the steps); waits for the last result."""
   import jax
 
   start = time.process_time()
@@ -72,7 +72,7 @@ def bench_step(rounds: int, steps: int) -> None:
 
 
 def start(command: list[str], cache: str, finished) -> float:
-  """Wall seconds from the start of `command` until `finished()`: step 5 is over."""
+  """Wall seconds from the start of `command` until `finished()`, when step 5 has ended."""
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PRETRAIN_CACHE': cache}
   env |= {'JAX_COMPILATION_CACHE_DIR': f'{cache}/bare', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   begin = time.perf_counter()
@@ -96,7 +96,7 @@ def five_printed(output) -> bool:
 
 
 def bench_start(starts: int, rows: int) -> None:
-  """Wall seconds to the end of step 5: without compiled programs (first) and with those of the first (second)."""
+  """Wall seconds to the end of step 5: with an empty compilation cache (first) and with that of the first (second)."""
   times = {name: [] for name in ('pretrain first', 'pretrain second', 'bare first', 'bare second')}
   for _ in range(starts):
     with tempfile.TemporaryDirectory() as scratch:

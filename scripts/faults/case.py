@@ -1,4 +1,4 @@
-"""One run that is broken while it goes, and what came of it: what all faults of scripts/faults.py are made of."""
+"""One run that is broken while it trains, and the result: the building block of all faults of scripts/faults.py."""
 
 import argparse
 import collections
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from faults.child import INJECT
-
 from pretrain.checkpoints import manifest
 from pretrain.fleet import supervise
 from pretrain.fleet.launch import DIE_WITH_PARENT
@@ -35,16 +34,16 @@ TINY = {
 }  # fmt: skip
 EXACT = ('loss', 'grad_norm', 'batch_checksum')
 WAIT_SECONDS = 300.0
-SAVING = 'saving'  # a note of the child: '<which save of the process> <part of it>'
+SAVING = 'saving'  # a note of the child: '<number of the save in this process> <part of the save>'
 
 
 def dying_with_this(command: Sequence[str]) -> list[str]:
-  """`command`, ended by the kernel should this process die."""
+  """`command`, which the kernel ends if this process dies."""
   return [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
 def call(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
-  """What `command` ends with and says."""
+  """Runs `command`; returns its exit code and output."""
   return subprocess.run(dying_with_this(command), env=os.environ | {'PYTHONPATH': PYTHONPATH} | env, check=False,
                         capture_output=True, text=True)  # fmt: skip
 
@@ -94,7 +93,7 @@ class Case:
   def _break(self, fault: Callable[['Case'], None]) -> None:
     try:
       fault(self)
-    except Exception as error:  # or the run would look as if it had been broken
+    except Exception as error:  # otherwise it would look as if the run had been broken
       self.trouble = f'the fault itself failed: {error!r}'
 
   def pid(self, host: int = 0) -> int:
@@ -108,7 +107,7 @@ class Case:
     return path.read_text() if path.exists() else ''
 
   def saving(self) -> bool:
-    """The process, not the one before it, has begun a step that has no manifest yet."""
+    """Whether the current process has started a save that has no manifest yet."""
     marked = any((self.workdir / 'checkpoints').glob('*.saving'))
     return marked and self.activity() in ('save', 'step', 'data', 'close')
 
@@ -117,15 +116,15 @@ class Case:
     return lines[-1]['step'] if lines else 0
 
   def logged(self) -> int:
-    """The last step in the metrics: as it is now, where the timeline is up to a second old."""
+    """The last step in the metrics, which are up to date; the timeline may be a second old."""
     path = self.workdir / 'metrics.jsonl'
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    # Behind a row to which values are being added there may be the end of what it was.
+    # While values are added to a row, the end of its old text may follow it.
     whole = (line for line in reversed(lines) if is_row(line))
     return int(decode(next(whole, b'{"step": 0}\n'))['step'])
 
   def wait_for(self, condition: Callable[[], bool]) -> bool:
-    """Whether it came about before the run was over."""
+    """Whether `condition` became true before the run ended."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not self.over.is_set() and time.monotonic() < deadline:
       if condition():
@@ -134,7 +133,7 @@ class Case:
     return False
 
   def another(self, before: int) -> bool:
-    """Whether there is a process after the one that had this pid; waits for it."""
+    """Waits for a process with another pid than `before`; whether there is one."""
     return self.wait_for(lambda: self.pid() not in (0, before))
 
   def send(self, number: int, host: int = 0) -> None:
@@ -146,7 +145,7 @@ class Case:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
   def made_again(self) -> int:
-    """The most steps that the run has gone back."""
+    """The largest number of steps that a restart computed again."""
     furthest = most = 0
     for incident in self.incidents():
       furthest = max(furthest, incident['step_reached'] or 0)
@@ -160,7 +159,7 @@ class Case:
     return {key: leaf.digest for key, leaf in written.leaves.items()}
 
   def differs(self, reference: 'Case', rtol: float = 0.0) -> str:
-    """'' where all steps are there once, with the numbers and in the end the arrays of `reference`; else the first
+    """'' if every step exists once, with the numbers and the final arrays of `reference`; otherwise the first
     difference."""
     own, other = read_metrics(self.workdir), read_metrics(reference.workdir)[: self.steps]
     if [row['step'] for row in own] != [row['step'] for row in other]:
@@ -177,7 +176,7 @@ class Case:
     return max((abs(a['loss'] / b['loss'] - 1) for a, b in pairs), default=0.0)
 
   def differs_at(self, step: int, reference: 'Case') -> str:
-    """'' where the arrays of a saved step are those of `reference`, to the bit."""
+    """'' if the arrays of a saved step equal those of `reference`, bit for bit."""
     own, other = self.leaves(step), reference.leaves(step)
     wrong = [key for key in sorted(own.keys() | other.keys()) if own.get(key) != other.get(key)]
     return f'{wrong[0]} of step {step} is another array (first of {len(wrong)})' if wrong else ''
@@ -185,8 +184,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """`worst` is the first thing that went wrong, or what else there is to say; `times` are seconds of recoveries, `hit`
-  how often what was hit."""
+  """The result of a fault. `worst` is the first failure, or a remark; `times` are seconds of recoveries, `hit` counts
+  what was hit."""
 
   tried: int
   survived: int
@@ -208,7 +207,7 @@ class Line:
 
 
 def joined(lines: Sequence[Line]) -> Line:
-  """One line of the parts of a fault that ran beside each other; what went wrong before all else."""
+  """One line from the parts of a fault that ran in parallel; failures come first."""
   hit = sum((collections.Counter(line.hit) for line in lines), collections.Counter())
   bad = [line.worst for line in lines if not line.whole]
   worst = next(filter(None, [*bad, *(line.worst for line in lines)]), '')
@@ -225,15 +224,15 @@ def p95(times: Sequence[float]) -> float:
 
 
 def count(options: argparse.Namespace, quick: int, full: int) -> int:
-  """How often a fault is tried, in this part of it."""
+  """The number of trials in this part of a fault."""
   total = options.times or (full if options.full else quick)
   return (total + options.parts - 1 - options.part) // options.parts
 
 
 def references(options: argparse.Namespace) -> Callable[[int, int], Case]:
-  """(hosts, steps) -> a run that was left alone, of at least as many steps; each is made once, for whoever asks.
+  """(hosts, steps) -> an uninterrupted run with at least that many steps; each is run once and shared.
 
-  Of 120 steps it has no more: refusals name the last one.
+  A run for up to 120 steps has exactly 120, because refusals name the last step.
   """
 
   def get(hosts: int, steps: int) -> Case:
@@ -248,7 +247,7 @@ def references(options: argparse.Namespace) -> Callable[[int, int], Case]:
       if not done.exists():
         shutil.rmtree(case.workdir, ignore_errors=True)
         if code := case.run(policy=Policy(max_restarts=0)):
-          raise SystemExit(f'the run that was left alone ended with {code}; see {case.workdir}.log')
+          raise SystemExit(f'the uninterrupted run ended with {code}; see {case.workdir}.log')
         done.touch()
     return case
 
@@ -256,7 +255,7 @@ def references(options: argparse.Namespace) -> Callable[[int, int], Case]:
 
 
 class Known(Case):
-  """A run that may be there already."""
+  """A run that may exist already."""
 
   def __post_init__(self):
     self.workdir = self.options.workdir / self.name
@@ -265,8 +264,8 @@ class Known(Case):
 
 
 def verdict(case: Case, reference: Case, code: int, tried: int, rtol: float = 0.0) -> Line:
-  """All of a run's faults are survived, or none: one resume that is wrong spoils what follows, and one that was to be
-  there and ended no process was not tried. `tried` is how many were meant."""
+  """Counts all faults of a run as survived, or none: one wrong resume spoils everything after it, and a fault that
+  ended no process was not tried. `tried` is the number of planned faults."""
   difference = untried(case, tried) or case.differs(reference, rtol) if code == 0 else f'exit code {code}'
   return Line(
     tried, 0 if difference else tried, difference and f'{difference}; see {case.workdir}.log', recoveries(case)
@@ -274,11 +273,11 @@ def verdict(case: Case, reference: Case, code: int, tried: int, rtol: float = 0.
 
 
 def untried(case: Case, meant: int) -> str:
-  """'' where each fault ended a process, and none cost more than two saves are apart: one may be on its way."""
+  """'' if each fault ended a process, and none cost more steps than lie between two saves (one may be under way)."""
   if case.trouble or (found := len(case.incidents())) < meant:
-    return case.trouble or f'{found} failures of {meant} that were meant'
+    return case.trouble or f'{found} failures of {meant} that were planned'
   lost, every = case.made_again(), (TINY | case.keys)['checkpoint.every']
-  return f'{lost} steps were made again, saved every {every}' if lost > 2 * every else ''
+  return f'{lost} steps were computed again, saved every {every}' if lost > 2 * every else ''
 
 
 def recoveries(case: Case) -> list[float]:

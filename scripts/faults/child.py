@@ -1,4 +1,4 @@
-"""`pretrain` as scripts/faults.py starts it: it tells what it is doing, and does wrong what it is told to."""
+"""`pretrain` as scripts/faults.py starts it: it reports what it is doing, and fails as it is told to."""
 
 import errno
 import json
@@ -11,17 +11,17 @@ import types
 
 from faults.poison import inject_flips, inject_losses
 
-INJECT = 'PRETRAIN_FAULTS'  # what it is to do wrong, as JSON
+INJECT = 'PRETRAIN_FAULTS'  # the faults to inject, as JSON
 
 
 def child(argv: list[str]) -> int:
-  """`pretrain ARGV`, which says what it is doing in files that faults.py reads, and does wrong what it is told to."""
+  """Runs `pretrain ARGV`, writes what it is doing to files that faults.py reads, and injects the given faults."""
   spec = json.loads(os.environ[INJECT])
   host, notes = int(os.environ.get('PRETRAIN_HOST', 0)), pathlib.Path(spec['notes'])
   notes.mkdir(parents=True, exist_ok=True)
   note(notes, f'activity{host}', 'start')
   note(notes, f'pid{host}', str(os.getpid()))
-  sys.modules['boto3'] = None  # TensorBoard's writer would import it, 0.7 s, for a workdir on S3
+  sys.modules['boto3'] = None  # otherwise TensorBoard's writer imports it (0.7 s)
   if host == spec.get('away'):
     return 1
   import pretrain.records.timeline as timeline
@@ -38,7 +38,7 @@ def child(argv: list[str]) -> int:
   if 'slow_save' in spec:
     tell_saves(notes, spec['slow_save'])
   if not spec.get('report'):
-    train.write_report = lambda workdir: None  # a second or two of each run
+    train.write_report = lambda workdir: None  # saves a second or two per run
   if 'fail_save' in spec:
     fail_saves(spec['fail_save'], spec['at'])
   if 'heartbeat' in spec:
@@ -52,7 +52,7 @@ def note(notes: pathlib.Path, name: str, text: str) -> None:
 
 
 def inject(spec: dict, notes: pathlib.Path) -> None:
-  """Once, before the step `at`, this process sleeps: waiting for data, or in the step."""
+  """Makes this process sleep once, before step `at`: while it waits for data, or in the step."""
   if spec.get('sleep') is None:
     return
   from pretrain.run import loop, step_numbers
@@ -81,7 +81,7 @@ def inject(spec: dict, notes: pathlib.Path) -> None:
 
 
 def tell_saves(notes: pathlib.Path, seconds: float) -> None:
-  """In each part of a save this process says in which it is, and takes so much longer for it: a slow disk."""
+  """Reports each part of a save, and makes it `seconds` longer, like a slow disk."""
   from pretrain.checkpoints import manifest, step_folders
   from pretrain.checkpoints.orbax_files import Files
 
@@ -99,15 +99,15 @@ def tell_saves(notes: pathlib.Path, seconds: float) -> None:
 
     setattr(owner, name, slowly)
 
-  slow(Files, 'wait', 'files')  # Orbax writes them meanwhile
+  slow(Files, 'wait', 'files')  # Orbax writes the files meanwhile
   slow(manifest, 'hash_files', 'hash')
   slow(manifest, 'encode', 'manifest')  # its temporary file is open
-  slow(step_folders, 'end', 'rename')  # the step exists, and is marked as being written
+  slow(step_folders, 'end', 'rename')  # the step exists, but is still marked as being written
   slow(step_folders, 'remove', 'retain')
 
 
 def fail_saves(kind: str, at: int) -> None:
-  """Save number `at` fails: by the kernel (EFBIG: no file may be longer than 100 kB), else as if fsync had said so."""
+  """Makes save number `at` fail: in the kernel (EFBIG: files are limited to 100 kB), or by an error from fsync."""
   from pretrain.checkpoints import manifest
   from pretrain.checkpoints.orbax_files import Files
 

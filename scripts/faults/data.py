@@ -1,4 +1,4 @@
-"""Stores and text that are damaged, and runs that are to go on with other data: F12, F13, F14."""
+"""Damaged stores and text, and runs that are told to resume with other data: F12, F13, F14."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def over(store: pathlib.Path) -> dict:
 
 
 def f12(options, alone) -> Line:
-  """a store is cut off, flipped, empty, lacks a file, lies: code 65, and the file or documents are named"""
+  """a store is cut off, flipped, empty, lacks a file, has a wrong manifest: code 65, the file or documents are named"""
   store = make_store(options)
   ways: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     'cut off': ('tokens/c/0', lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), 'tokens/c/0'),
@@ -52,7 +52,7 @@ def f12(options, alone) -> Line:
 
 
 def flip_chunk(path: pathlib.Path) -> None:
-  """A byte near the beginning of a file of chunks, where there are values and no index of empty ones."""
+  """Flips a bit near the start of a file of chunks, where the values are, not the index of empty chunks."""
   data = bytearray(path.read_bytes())
   data[min(40, len(data) // 4)] ^= 4
   path.write_bytes(data)
@@ -65,7 +65,7 @@ def longer_document(path: pathlib.Path) -> None:
 
 
 def array_record_trials(options) -> list[Trial]:
-  """Records that `pretrain data prepare` reads: a file that is cut off, flipped, empty, not there, of another kind."""
+  """Record files for `pretrain data prepare`: cut off, with a flipped bit, empty, missing, or of another kind."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   whole = options.workdir / 'r.arrayrecord'
@@ -91,7 +91,7 @@ def array_record_trials(options) -> list[Trial]:
 
 
 def f13(options, alone) -> Line:
-  """text that is none: the byte is named; an empty document is left out; a line of 10 MB is a document"""
+  """input that is not text: the byte is named; an empty document is left out; a line of 10 MB is a document"""
   tokenizer = make_store(options) / 'tokenizer.model'
 
   def trial(name: str, file: str, content: bytes, code: int, words: Sequence[str], *flags: str) -> Trial:
@@ -118,7 +118,7 @@ def f13(options, alone) -> Line:
 
 
 def f14(options, alone) -> Line:
-  """a run is told to go on with another tokenizer, mixture, seed, length, objective: both values, and what to do"""
+  """a run is told to resume with another tokenizer, mixture, seed, length, objective: both values, and what to do"""
   run, store = options.workdir / 'f14', make_store(options)
   second = copied(store, 'second', options)
   sources = lambda *weights: [
@@ -134,7 +134,7 @@ def f14(options, alone) -> Line:
   )
 
   def of_another_tokenizer() -> tuple[int, str]:
-    """Other stores are at the same paths now."""
+    """Puts other stores at the same paths."""
     for path in (store, second):
       shutil.rmtree(path)
       shutil.copytree(other, path)
@@ -155,7 +155,7 @@ def f14(options, alone) -> Line:
 
 
 def prng_trials(options, alone) -> list[Trial]:
-  """What draws random numbers is the run's, not the environment's: a resume draws what it would have drawn."""
+  """The environment does not change the random numbers of a resumed run."""
 
   def another() -> tuple[int, str]:
     run = copied(alone(1, 120).workdir, 'f14_prng', options)

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Iterator
 
 from faults.case import Case, Line, call, joined
-
 from pretrain.checkpoints import step_folders
 from pretrain.fleet.supervise import Policy
 
-CLONE_NEWNS = 0x20000  # of unshare(2): mounts of this process alone
+CLONE_NEWNS = 0x20000  # of unshare(2): mounts that only this process sees
 
 
 def f8(options, alone) -> Line:
-  """the disk is full, fails, is read-only: said at once, earlier steps stay; with retries, or space, it goes on"""
+  """the disk is full, fails, is read-only: reported at once, earlier steps stay; with retries or space it continues"""
   lines = [went_on(options, alone, kind) for kind in (('ENOSPC', 'EIO', 'EROFS') if options.full else ('ENOSPC',))]
   lines += [ended(options, alone, kind) for kind in (('EFBIG', 'EIO') if options.full else ('EFBIG',))]
   full = full_disk(options, alone)
@@ -37,7 +36,7 @@ def went_on(options, alone, kind: str) -> Line:
 
 
 def ended(options, alone, kind: str) -> Line:
-  """The second save fails, no retry is allowed; then the disk is well again, and the same command goes on."""
+  """The second save fails, no retry is allowed; then the disk works again, and the same command resumes."""
   keys = {'checkpoint.keep': 99, 'checkpoint.retries': 0}
   case = Case(f'f8_end_{kind}', options, steps=40, inject={'fail_save': kind, 'at': 2}, keys=keys)
   code = case.run(policy=Policy(max_restarts=5))
@@ -53,14 +52,14 @@ def went(case: Case, code: int, alone) -> Line:
 
 
 def judged(case: Case, problem: str, steps: list[int], *words: str) -> Line:
-  """What the run has left on the disk, and what it said."""
+  """Checks what the run left on the disk, and what it printed."""
   folder, said = case.workdir / 'checkpoints', pathlib.Path(f'{case.workdir}.log').read_text()
   left = [path.name for path in folder.iterdir() if path.is_symlink() or step_folders.kind_of(path) != 'finished']
   there, missing = step_folders.finished(folder), [word for word in ('CKPT-', *words) if word not in said]
   for wrong in (
     left and f'left behind {left}',
     there != steps and f'steps {there}',
-    missing and f'not said: {missing}',
+    missing and f'not printed: {missing}',
   ):
     problem = problem or wrong or ''
   problem = problem or ('a traceback' if 'Traceback' in said else '')
@@ -68,7 +67,7 @@ def judged(case: Case, problem: str, steps: list[int], *words: str) -> Line:
 
 
 def full_disk(options, alone) -> Line:
-  """A real one of 4 MiB, where this machine lets one be mounted: it fills, ends, is given space, and goes on."""
+  """A real disk of 4 MiB, if this machine can mount one: it fills, the run ends, gets space, and resumes."""
   keys = {'checkpoint.keep': 99, 'checkpoint.retries': 0}
   case = Case('f8_mounted', options, steps=60, keys=keys)
   with mounted(case.workdir / 'checkpoints', 4) as disk:
@@ -85,7 +84,7 @@ def full_disk(options, alone) -> Line:
 
 @contextlib.contextmanager
 def mounted(folder: pathlib.Path, mebibytes: int) -> Iterator[pathlib.Path | None]:
-  """A file system in memory, which is gone with this process; None where this user may not mount one."""
+  """A file system in RAM that ends with this process; None if this user may not mount one."""
   folder.mkdir(parents=True)
   commands = (
     ['mount', '--make-rprivate', '/'],
@@ -101,7 +100,7 @@ def mounted(folder: pathlib.Path, mebibytes: int) -> Iterator[pathlib.Path | Non
 
 
 def not_writable(options) -> Line:
-  """A folder that not even root may write: refused before anything begins."""
+  """A folder that not even root may write: refused before anything starts."""
   case = Case('f8_readonly', options)
   case.workdir = pathlib.Path('/proc/self/run')
   done = call([sys.executable, '-m', 'pretrain', *case.command()[2:]])

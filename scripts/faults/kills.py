@@ -1,4 +1,4 @@
-"""Processes that are killed, stopped, or told to stop: F1, F2, F3, F7, and the time that it takes to go on."""
+"""Processes that are killed, stopped, or told to stop: F1, F2, F3, F7, and the time to recover."""
 
 import collections
 import dataclasses
@@ -7,23 +7,22 @@ import signal
 import time
 
 from faults.case import SAVING, Case, Line, count, joined, p95, stop_at, verdict
-
 from pretrain.checkpoints import step_folders
 from pretrain.records.metrics import read_metrics
 
 PHASES = ('start', 'step', 'restore', 'save', 'compile', 'data')
-# Up to so many seconds after a phase has begun: about as long as it takes; else DELAY.
+# The latest kill, in seconds after a phase began: about the duration of the phase; DELAY for others.
 DELAYS, DELAY = {'start': 2.0, 'restore': 0.3, 'compile': 0.5, 'close': 0.5}, 0.05
-PARTS = ('files', 'hash', 'manifest', 'rename', 'retain')  # of a save; what the child tells
+PARTS = ('files', 'hash', 'manifest', 'rename', 'retain')  # of a save, as the child reports them
 
 
 def f1(options, alone) -> Line:
-  """kill -9 of one process, at moments of all phases"""
+  """kill -9 of one process, in every phase"""
   return killed(options, alone, 'f1', count(options, 6, 200))
 
 
 def killed(options, alone, name: str, kills: int) -> Line:
-  """A run of one process that is killed so often."""
+  """A run of one process that is killed `kills` times."""
   draw, hit, steps = random.Random(options.seed + options.part), collections.Counter(), length(kills)
   case = Case(name, options, steps=steps, inject={'report': True})
 
@@ -44,12 +43,12 @@ def killed(options, alone, name: str, kills: int) -> Line:
 
 
 def length(kills: int) -> int:
-  """Steps of a run that is killed so often."""
+  """Steps of a run that is killed `kills` times."""
   return max(60, 12 * kills - 12 * kills % 10)
 
 
 def in_phase(case: Case, wanted: str, share: int) -> bool:
-  """Whether the process does `wanted`: what comes once in a start at any step, the rest from step `share` on."""
+  """Whether the process is in phase `wanted`; phases that repeat count only from step `share` on."""
   if wanted == 'save':
     return case.saving() and case.logged() >= share - 5
   if wanted in ('step', 'data'):
@@ -58,10 +57,10 @@ def in_phase(case: Case, wanted: str, share: int) -> bool:
 
 
 def f2(options, alone) -> Line:
-  """kill -9 inside a save: the first of a process, the second, a later one; in each part of it"""
+  """kill -9 inside a save: the first, second or a later save of a process; in each part of it"""
   kills, draw, hit = count(options, 5, 100), random.Random(options.seed + 100 + options.part), collections.Counter()
   plan = [(1 + i % 3, PARTS[(i + i // 15 + options.part) % len(PARTS)]) for i in range(kills)]
-  steps = max(60, 30 * kills)  # each of them goes on by up to three saves
+  steps = max(60, 30 * kills)  # a kill may wait for up to three saves
   case = Case('f2', options, steps=steps, inject={'slow_save': 0.1}, keys={'checkpoint.keep': 2})
 
   def fault(case: Case) -> None:
@@ -82,13 +81,13 @@ def f2(options, alone) -> Line:
 
 
 def in_save(case: Case, nth: int, part: str) -> bool:
-  """Whether this part of the process's save number `nth` has begun; `nth` of 3 is that one or any after it."""
+  """Whether this part of save number `nth` of the process has begun; `nth` = 3 means the third or a later save."""
   number, _, now = case.note(SAVING).partition(' ')
   return now == part and (int(number) >= 3 if nth == 3 else int(number) == nth)
 
 
 def f3(options, alone) -> Line:
-  """of three processes one is killed, the coordinator is killed, one is stopped for good"""
+  """of three processes, one is killed, or the coordinator is killed, or one is stopped for good"""
   ways = ((0, signal.SIGKILL), (1, signal.SIGSTOP), (2, signal.SIGKILL))
   plan = [ways[(i + options.part) % 3] for i in range(count(options, 2, 30))]
   gap, draw = 20, random.Random(options.seed + options.part)
@@ -145,14 +144,14 @@ def told_to_stop(case: Case, fault, alone) -> tuple[str, float]:
 
 
 def mttr(options, alone) -> Line:
-  """seconds from kill -9 to the first new step, with nothing else running: p95 at most 10 s, and 20 s of three"""
+  """seconds from kill -9 to the first new step, with nothing else running: p95 at most 10 s, and 20 s with three"""
   one = killed_in_step(options, alone, 1, count(options, 4, 20), 10.0)
   three = killed_in_step(options, alone, 3, count(options, 3, 10), 20.0)
   return dataclasses.replace(joined([one, three]), times=(), worst=f'one: {one.worst}; three: {three.worst}')
 
 
 def killed_in_step(options, alone, hosts: int, kills: int, bar: float) -> Line:
-  """Kills while steps are made, of each process in turn."""
+  """Kills each process in turn, during steps."""
   case = Case(f'mttr_{hosts}', options, hosts=hosts, steps=20 * (kills + 1))
 
   def fault(case: Case) -> None:

@@ -1,23 +1,23 @@
-"""What scripts/faults/child.py does to the numbers of a run: another loss, a bit that flips on one device."""
+"""Faults that scripts/faults/child.py injects into the numbers of a run: another loss, a flipped bit on one device."""
 
 import dataclasses
 import pathlib
 
 
 def inject_losses(spec: dict) -> None:
-  """In every process, or their programs would differ."""
+  """Changes losses, in every process: otherwise their programs would differ."""
   if spec.get('poison'):
     poison(spec['poison'], spec['batch_size'])
 
 
 def inject_flips(spec: dict, notes: pathlib.Path) -> None:
-  """In the process whose device it is."""
+  """Flips bits, in the process that has the device."""
   if spec.get('flips'):
     flip_bits(spec, notes)
 
 
 def poison(factors: dict[str, float], batch_size: int) -> None:
-  """The loss of batch number k (from 0, of the examples as they are numbered) is times `factors[k]`, always."""
+  """Multiplies the loss of batch number k (counted from 0 by example number) by `factors[k]`, every time."""
   import jax.numpy as jnp
 
   from pretrain.experiment import program
@@ -40,10 +40,10 @@ def poison(factors: dict[str, float], batch_size: int) -> None:
 
 
 def flip_bits(spec: dict, notes: pathlib.Path) -> None:
-  """After each of `spec['flips']` = [step, leaf, local device, place, bit], once in the life of a run."""
+  """Applies each of `spec['flips']` = [step, leaf, local device, place, bit] once in the life of a run."""
   from pretrain.run import step_numbers
 
-  after = step_numbers.numbers_of  # what is called after each step
+  after = step_numbers.numbers_of  # called after each step
 
   def flipping(run, *rest):
     for i, (at, *where) in enumerate(spec['flips']):

@@ -1,7 +1,7 @@
-"""What must be refused, in one sentence and with nothing changed: F6, F15, F17; and how such trials are made.
+"""Mistakes that must be refused, in one sentence and with nothing changed: F6, F15, F17; and helpers for such trials.
 
-A trial is a call of the command `pretrain`: its exit code, words of what it says, and that no file of the run or store
-changed. Those that need no process of their own share this one.
+A trial is a call of `pretrain`. It checks the exit code, words of the output, and that no file of the run or store
+changed. Trials that need no process of their own run in this one.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 
 from faults.case import CONFIG, TINY, Line, call
 
-WIDE = 2**26  # of an MLP: 24 GiB a matrix and moment, which no machine of a test has to give
+WIDE = 2**26  # width of an MLP: 24 GiB for a matrix and its moments, more than a test machine has
 FAST = {'train.steps': 130, 'checkpoint.keep_every': 10}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """`act` is to end with `code` and to say all of `words`; nothing in `kept` may change."""
+  """`act` must end with `code` and print all of `words`; nothing in `kept` may change."""
 
   name: str
   act: Callable[[], tuple[int, str]]
@@ -33,11 +33,11 @@ class Trial:
   kept: pathlib.Path | None = None
 
   def problem(self) -> str:
-    """'' where it went as it has to."""
+    """'' if the trial behaved as required, otherwise what went wrong."""
     before = contents(self.kept)
     try:
       code, said = self.act()
-    except Exception as error:  # which a user would see as a traceback; the other trials go on
+    except Exception as error:  # a user would see a traceback; the other trials continue
       return f'{self.name}: it raised {error!r}'
     changed = [name for name, now in contents(self.kept).items() if before.get(name) != now]
     missing = [word for word in self.words if word not in said]
@@ -49,7 +49,7 @@ class Trial:
 
 
 def contents(folder: pathlib.Path | None) -> dict[str, str]:
-  """The bytes of every file, but for what says when a process began."""
+  """A hash of every file, except the timeline, which records when a process began."""
   paths = [] if folder is None else [p for p in sorted(folder.rglob('*')) if p.is_file()]
   return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.name != 'timeline.jsonl'}
 
@@ -64,7 +64,7 @@ def line_of(trials: Sequence[Trial]) -> Line:
 
 
 def pretrain(*argv: str) -> tuple[int, str]:
-  """(exit code, what it printed) of a command, in this process: its devices cannot be counted anew for each."""
+  """(exit code, output) of a command that runs in this process, where the number of devices cannot change."""
   os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'
   from pretrain.cli.main import main
 
@@ -75,7 +75,7 @@ def pretrain(*argv: str) -> tuple[int, str]:
 
 
 def training(workdir: pathlib.Path, *flags: str, **keys) -> tuple[int, str]:
-  """`pretrain train` of the tiny run; keys have __ for the dot."""
+  """Runs `pretrain train` with the tiny model; keys have __ for the dot."""
   found = TINY | FAST | {key.replace('__', '.'): value for key, value in keys.items()}
   return pretrain('train', f'--gin_file={CONFIG}', f'--workdir={workdir}',
                   *(f'--gin.{k}={v}' for k, v in found.items()), *flags)  # fmt: skip
@@ -98,7 +98,7 @@ def arrays_of(step: pathlib.Path) -> pathlib.Path:
 
 
 def f6(options, alone) -> Line:
-  """all checkpoints are bad, or gone: code 66, nothing overwritten, no start at step 0"""
+  """all checkpoints are damaged or missing: code 66, nothing overwritten, no start at step 0"""
   run = alone(1, 120).workdir
 
   def broken(name: str, damage: Callable[[pathlib.Path], None], words: Sequence[str]) -> Trial:
@@ -108,19 +108,19 @@ def f6(options, alone) -> Line:
     return Trial(name, lambda: training(path), 66, [*words, 'Not starting from step 0'], path)
 
   return line_of([
-    broken('flipped', lambda step: flip(arrays_of(step)), ['none whole', 'has sha256']),
-    broken('no_manifest', lambda step: (step / 'MANIFEST.json').unlink(), ['none whole', 'is missing']),
-    broken('put_aside', lambda step: step.rename(f'{step}.corrupt'), ['none whole', 'quarantined']),
+    broken('flipped', lambda step: flip(arrays_of(step)), ['none intact', 'has sha256']),
+    broken('no_manifest', lambda step: (step / 'MANIFEST.json').unlink(), ['none intact', 'is missing']),
+    broken('put_aside', lambda step: step.rename(f'{step}.corrupt'), ['none intact', 'quarantined']),
     broken('gone', shutil.rmtree, ['no checkpoint in', 'metrics.jsonl reaches step 120']),
   ])  # fmt: skip
 
 
 def f15(options, alone) -> Line:
-  """the model is not that of the checkpoint: shape, dtype, missing, extra: refused before memory is taken"""
+  """the model differs from the checkpoint: shape, dtype, missing, extra: refused before memory is allocated"""
   run = alone(1, 120).workdir
 
   def told(name: str, words: Sequence[str], **keys) -> Trial:
-    """Its config.gin was changed with the command, so that only the arrays tell."""
+    """A run whose config.gin was changed too, so that only its arrays differ from the model."""
     path = copied(run, f'f15_{name}', options)
     text = (path / 'config.gin').read_text()
     for key, value in keys.items():
@@ -141,7 +141,7 @@ def f15(options, alone) -> Line:
 
 
 def dtype_mismatch(run: pathlib.Path) -> tuple[int, str]:
-  """No key makes parameters of another type; Orbax alone would cast them and say nothing."""
+  """Restores with another dtype, which no config key can produce; Orbax alone would cast silently."""
   import jax
   import jax.numpy as jnp
 
@@ -163,7 +163,7 @@ def dtype_mismatch(run: pathlib.Path) -> tuple[int, str]:
 
 
 def f17(options, alone) -> Line:
-  """the coordinator cannot be reached, its port is taken, a peer never comes: in time, and the address is named"""
+  """the coordinator cannot be reached, its port is taken, a peer never starts: reported in time, with the address"""
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
     taken.listen()
@@ -187,9 +187,9 @@ def f17(options, alone) -> Line:
     )
     return line_of([
       given(1, f'127.0.0.1:{free}', 70, 'has not reached the coordinator', 'within 3 s'),
-      given(0, f'127.0.0.1:{free}', 70, 'has not met the others', 'within 3 s'),
-      given(0, f'127.0.0.1:{busy}', 64, 'Address already in use', 'take another port'),
-      given(1, f'127.0.0.1:{busy}', 70, 'has not met the others', 'within 3 s'),
+      given(0, f'127.0.0.1:{free}', 70, 'has not connected to the others', 'within 3 s'),
+      given(0, f'127.0.0.1:{busy}', 64, 'Address already in use', 'use another port'),
+      given(1, f'127.0.0.1:{busy}', 70, 'has not connected to the others', 'within 3 s'),
       given(0, f'0.0.0.0:{free}', 64, 'to every network'),
-      given(1, 'nowhere', 64, 'is no address'),
+      given(1, 'nowhere', 64, 'is not an address'),
     ])  # fmt: skip

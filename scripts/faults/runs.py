@@ -1,4 +1,4 @@
-"""Hosts that stay away, damaged files, hangs, data workers; where the time went: F4, F5, F10, F11, F19."""
+"""Hosts that do not come back, damaged files, hangs, data workers; where the time went: F4, F5, F10, F11, F19."""
 
 import collections
 import dataclasses
@@ -11,12 +11,11 @@ import sys
 import time
 
 from faults.case import Case, Line, call, count, joined, stop_at, verdict
-
 from pretrain.fleet.supervise import Policy
 from pretrain.records.goodput import write_goodput
 from pretrain.records.timeline import read_timeline
 
-AWAY = ((2, 2), (1, 1))  # the process that does not come, of three, and how many go on
+AWAY = ((2, 2), (1, 1))  # (the process of three that does not start, how many continue)
 MESHES = (
   (1, {'mesh.data': 4}),
   (3, {'mesh.data': 3, 'mesh.fsdp': 2}),
@@ -27,12 +26,12 @@ F32_BAR = 1e-6  # of a loss, on another mesh
 
 
 def f4(options, alone) -> Line:
-  """a host stays away: the run goes on with fewer processes; or is told to, on another mesh"""
+  """a host does not come back: the run continues with fewer processes; or on another mesh, if told to"""
   lines, furthest = [], 0.0
   for i in range(count(options, 1, 12)):
     case, way = Case(f'f4_{i}', options, hosts=3, steps=40), (i + options.part) % (len(AWAY) + len(MESHES))
     code = case.run(stop_at(12))
-    meant = int(way < len(AWAY))  # of failures: a run that is told to has none
+    meant = int(way < len(AWAY))  # planned failures: a run that is told to change its mesh has none
     if code == 75:
       code = without_one(case, *AWAY[way]) if meant else elsewhere(case, *MESHES[way - len(AWAY)])
     line = verdict(case, alone(3, 40), code, meant, rtol=1e-5)
@@ -83,7 +82,7 @@ def f10(options, alone) -> Line:
 
 
 def misnamed(case: Case, where: str, host: int) -> str:
-  """'' where one hang was found, its process named (in a step all wait for each other) and its stacks written."""
+  """'' if one hang was found, its process named (in a step all wait for each other) and its stacks written."""
   causes = [(incident['cause'], incident['host']) for incident in case.incidents()]
   named = causes == [('hang', host)] or (where == 'step' and [c for c, _ in causes] == ['hang'])
   stacks = any('sleep' in p.read_text() or 'once' in p.read_text() for p in case.workdir.glob('hang_*.txt'))

@@ -1,4 +1,4 @@
-"""Faults of the snapshots in memory: hosts are lost with theirs, and bits of what is left are not what they were."""
+"""Faults of snapshots in host RAM: hosts are lost with their RAM, and bits of the remaining snapshots are flipped."""
 
 import argparse
 import contextlib
@@ -10,14 +10,13 @@ import signal
 from collections.abc import Callable, Sequence
 
 from faults.case import Case, Line, count, joined, verdict
-
 from pretrain.snapshots.slots import SnapshotConfig, folder_of
 
 
 def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
-  """one of three hosts is lost with its memory, at random steps, no checkpoint yet: parity has it"""
+  """one of three hosts is lost with its RAM, at random steps, before any checkpoint: rebuilt from parity"""
   kills = count(options, 1, 20)
-  draw, gap = random.Random(options.seed + options.part), 30  # saved at multiples of 10, as the run left alone
+  draw, gap = random.Random(options.seed + options.part), 30  # saved at multiples of 10, like the uninterrupted run
   case = Case('f20', options, hosts=3, steps=gap * (kills + 1), keys=keys_of(options) | {'checkpoint.every': 100_000})
 
   def fault(case: Case) -> None:
@@ -28,17 +27,17 @@ def f20(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
       lose(case, host)
 
   line = verdict(case, alone(3, case.steps), case.run(fault), kills)
-  return checked(line, case, lambda resumed: resumed > 0 and resumed % 5 == 0, 'in memory')
+  return checked(line, case, lambda resumed: resumed > 0 and resumed % 5 == 0, 'in host RAM')
 
 
 def f21(options: argparse.Namespace, alone: Callable[[int, int], Case]) -> Line:
-  """one of three hosts is lost with its memory, and a bit of another's is flipped, or two are: the disk has it"""
+  """one of three hosts is lost with its RAM, and a bit of another's is flipped, or two are lost: resumed from disk"""
   damages = (lose_and_flip, lose_two) if options.full else (lose_and_flip,)
   return joined([from_disk(options, alone, damage) for damage in damages])
 
 
 def from_disk(options: argparse.Namespace, alone: Callable[[int, int], Case], damage: Callable[[Case], None]) -> Line:
-  """A run whose memory is beyond repair goes on from its newest checkpoint."""
+  """A run whose snapshots cannot be rebuilt resumes from its newest checkpoint."""
   case = Case(f'f21_{damage.__name__}', options, hosts=3, steps=60, keys=keys_of(options) | {'snapshot.every': 7})
 
   def fault(case: Case) -> None:
@@ -61,18 +60,18 @@ def lose_and_flip(case: Case) -> None:
 
 
 def checked(line: Line, case: Case, right: Callable[[int], bool], words: str) -> Line:
-  """`line`, unless the run went on from somewhere else than it should have."""
+  """`line`, or a failure if the run resumed from a wrong step or place."""
   log = (case.options.workdir / f'{case.name}.log').read_text()
   resumed = [incident['step_resumed'] for incident in case.incidents()]
-  said = re.findall(rf'SNAPSHOT: going on from step (\d+) {words}', log)
+  said = re.findall(rf'SNAPSHOT: resuming from step (\d+) {words}', log)
   good = resumed and all(map(right, resumed)) and list(map(int, said)) == resumed and not left_over(case)
   if line.whole and not good:
-    return Line(line.tried, 0, f'resumed at {resumed}, said {said}, left in memory: {left_over(case)}')
+    return Line(line.tried, 0, f'resumed at {resumed}, said {said}, left in host RAM: {left_over(case)}')
   return line
 
 
 def keys_of(options: argparse.Namespace) -> dict:
-  """In a folder of the memory that whoever ends scripts/faults.py removes."""
+  """Keys for snapshots in a folder in RAM that scripts/faults.py removes at the end."""
   return {'snapshot.every': 5, 'snapshot.group': 3, 'snapshot.folder': f"'{options.memory}'"}
 
 
@@ -85,7 +84,7 @@ def left_over(case: Case) -> Sequence[str]:
 
 
 def lose(case: Case, host: int) -> None:
-  """The host is gone, with its memory."""
+  """Kills the processes of a host and removes its snapshots."""
   case.send(signal.SIGKILL, host)
   shutil.rmtree(memory_of(case, host), ignore_errors=True)
 

@@ -5,7 +5,6 @@ import random
 import shutil
 
 from faults.case import Case, Line, count, verdict
-
 from pretrain.hosts import skipping
 from pretrain.records.metrics import read_metrics
 
@@ -14,10 +13,10 @@ EACH = {'checkpoint.every': 1, 'checkpoint.keep': 40}
 
 
 def f9(options, alone) -> Line:
-  """a gradient is NaN, a loss is 100 times itself: no update; or gone back, and the examples are left out"""
+  """a gradient is NaN, a loss is 100 times too high: no update; or the run goes back and leaves the examples out"""
   tries = [not_applied_nan, not_applied_spike, gone_back, *([gone_back_in_three] if options.full else [])]
   wrong = [difference for attempt in tries if (difference := attempt(options))]
-  text = 'parameters and moments bit-equal; losses of a run told from the start what to leave out'
+  text = 'parameters and moments bit-equal; losses equal those of a run that left the examples out from the start'
   return Line(len(tries), len(tries) - len(wrong), wrong[0] if wrong else text)
 
 
@@ -31,7 +30,7 @@ def not_applied_spike(options) -> str:
 
 
 def not_applied(case: Case, count: str) -> str:
-  """'' where one update was left out, and left everything but its counts as it was."""
+  """'' if one update was left out and changed nothing except counters."""
   if code := case.run():
     return f'{case.name}: exit code {code}'
   if (rows := read_metrics(case.workdir))[-1][count] != 1:
@@ -44,7 +43,7 @@ def not_applied(case: Case, count: str) -> str:
 
 
 def gone_back(options, hosts: int = 1) -> str:
-  """'' where the losses are those of a run that was told from the start to leave the same examples out."""
+  """'' if the losses equal those of a run that left the same examples out from the start."""
   keys = {'spikes.name': "'rewind'", 'spikes.window': 16, 'spikes.steps': 10}
   case, told = (
     Case(f'f9_{name}{hosts}', options, hosts=hosts, steps=60, inject=poisoned(SPIKE), keys=keys)
@@ -71,12 +70,12 @@ def poisoned(factor: float | str) -> dict:
 
 
 def f16(options, alone) -> Line:
-  """one bit of a parameter flips on one replica: found, the device named, gone on from before it"""
+  """one bit of a parameter flips on one replica: found, the device named, resumed from an earlier step"""
   return flipped_run(options, alone, count(options, 1, 50))
 
 
 def flipped_run(options, alone, flips: int, hosts: int = 3) -> Line:
-  """On a device of the middle process, of six in all; each flip is found at the next check, every five steps."""
+  """Flips bits on a device of the middle process (six devices in all); the next check, every 5 steps, finds each."""
   every, host, draw = 5, hosts // 2, random.Random(f'{options.seed} F16 {options.part}')
   steps = 20 * flips + 20
   plan = [

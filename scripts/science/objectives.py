@@ -4,7 +4,7 @@ python scripts/science/objectives.py [--quick] [--folder runs/science] [--output
 
 Every run has the same number of tokens (inputs and targets, without padding). --quick takes one seed and a tenth of
 them: a check that all of it runs, not a result. Finished runs in the folder are kept; delete it to run them again.
-What stands in the document from `## Reading` on is written by hand, and kept.
+The text of the document from `## Reading` on is written by hand, and kept.
 """
 
 import functools
@@ -20,10 +20,10 @@ from trials import run_all
 
 HEAD = """# Objectives, optimizers, schedules and averages at small scale
 
-What the methods of this repository do at a size where a laptop shows it: {tokens:,} tokens of documentation strings for
-each run, models of 0.9M parameters, {seeds} seed(s). Numbers are nats per token of held-out text, mean ± half the range
-over seeds; lower is better. Differences smaller than the ranges are not differences. Nothing here says what happens at
-a billion parameters; where a paper's effect did not show, that is said.
+The methods of this repository, compared at a size that a laptop can train: {tokens:,} tokens of documentation strings
+per run, models with 0.9M parameters, {seeds} seed(s). Numbers are nats per token of held-out text, mean ± half the
+range over seeds; lower is better. Differences smaller than the ranges are not significant. The results say nothing
+about models with a billion parameters. If an effect from a paper did not appear, the text says so.
 """
 
 

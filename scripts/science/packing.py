@@ -3,7 +3,7 @@
 python scripts/science/packing.py [--quick] [--seeds 3] [--folder runs/science_packing] [--output …/packing.md]
 
 --quick takes one seed and a tenth of the tokens: a check that all of it runs, not a result. Finished runs in the folder
-are kept; delete it to run them again. What stands in the document from `## Reading` on is written by hand, and kept.
+are kept; delete it to run them again. The text of the document from `## Reading` on is written by hand, and kept.
 """
 
 import dataclasses
@@ -38,17 +38,17 @@ COLORS = dict(zip(CASES, ('#555555', EVALUATION[3], BLUE, EVALUATION[0]), strict
 Runs = dict[str, list[Rows]]  # the metrics of each seed
 HEAD = """# Rows of several lengths against rows of one
 
-Dataset Decomposition (Pouransari et al. 2024, arXiv:2405.13226) at a size where a laptop shows it: the 0.9M-parameter
-decoder of `{file}`, {tokens:,} tokens of documentation strings for each run, {seeds} seed(s). Rows of
-{lengths} tokens, one length to a step, beside concat-split and best-fit in rows of the longest; a step has
-{step:,} tokens in all of them. AdamW, peak rate 0.01, cosine to a tenth. Losses are nats per token of held-out text, in
-concat-split rows of the longest for all, mean ± half the range over seeds; lower is better. Differences smaller than
-the ranges are not differences.
+Dataset Decomposition (Pouransari et al. 2024, arXiv:2405.13226) at a size that a laptop can train: the 0.9M-parameter
+decoder of `{file}`, {tokens:,} tokens of documentation strings per run, {seeds} seed(s). Rows of
+{lengths} tokens, one length per step, are compared with concat-split and best-fit in rows of the longest
+length; a step always has {step:,} tokens. AdamW, peak learning rate 0.01, cosine to a tenth. Losses are nats per token
+of held-out text, for all runs in concat-split rows of the longest length, mean ± half the range over seeds; lower is
+better. Differences smaller than the ranges are not significant.
 """
 
 
 def run(folder: pathlib.Path, scale: Scale) -> tuple[Results, Runs]:
-  """(what a step of each length takes, the metrics of the runs of each case). Steps are timed after the runs."""
+  """(times of a step of each length, metrics of the runs of each case). Steps are timed after the runs."""
   trials = {case: [trial(case, scale, seed) for seed in scale.seeds] for case in CASES}
   run_all([one for seed in zip(*trials.values(), strict=True) for one in seed], folder, last_loss)
   times = run_all([Trial('step_times', BUCKETS, ('train.steps=1',))], folder, step_times)
@@ -74,10 +74,10 @@ def times_section(times: Results, runs: Runs, flops: dict[int, float]) -> str:
   header = ['row length', 'GFLOPs', 'to the longest', 'CPU seconds', 'to the longest', 'wall seconds', 'logged']
   return f"""## What a step takes
 
-Forward and backward; medians, and in brackets the quartiles. One process on one core, the lengths one after another,
-25 times each, after the runs; CPU seconds are those of that process, which other work on the machine hardly changes.
-Wall seconds are by the clock in the same pass; logged are the `step_seconds` of the runs themselves, one beside another
-on all cores, without the rows in which a length was compiled.
+Forward and backward pass; medians, with quartiles in brackets. One process on one core ran the lengths one after
+another, 25 times each, after the training runs. CPU seconds are those of this process; other work on the machine hardly
+changes them. Wall seconds are from the same measurement. "Logged" is `step_seconds` of the training runs themselves,
+which ran in parallel on all cores, without the rows in which a length was compiled.
 
 {table(header, lines)}
 """
@@ -99,9 +99,9 @@ def losses_section(runs: Runs, seconds: dict[int, float], flops: dict[int, float
   header = ['rows', f'% of steps of {lengths}', 'tokens', 'TFLOPs', 'seconds', 'loss', f'loss at {least:.1f} s']
   return f"""## Loss against compute
 
-Seconds are the steps of each length times the median CPU seconds of such a step, above: a run's own clock would show
-what else the machine did. The last column is read off the curves, straight between evaluations, where the cheapest
-run ends.
+Seconds are the number of steps of each length times the median CPU seconds of such a step (table above), because wall
+time would include other work on the machine. The last column is interpolated linearly between evaluations, at the time
+when the cheapest run ends.
 
 {table(header, lines)}
 
@@ -114,12 +114,12 @@ def total(rows: Rows, costs: dict[int, float]) -> float:
 
 
 def tokens_of(rows: Rows) -> float:
-  """Tokens that a run was trained on, without padding."""
+  """The number of tokens that a run was trained on, without padding."""
   return sum(row['tokens_per_second'] * row['step_seconds'] for row in rows)
 
 
 def draw(runs: Runs, seconds: dict[int, float], path: pathlib.Path) -> None:
-  """Held-out loss against seconds: the mean over seeds, their range behind it."""
+  """Plots held-out loss against seconds: the mean over seeds, with their range as a band."""
   plt = pyplot()
   with plt.rc_context(LOOK), figure(plt, path, (9.6, 4.2)) as axes:
     for case, seeds in runs.items():

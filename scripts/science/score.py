@@ -1,4 +1,4 @@
-"""Scores a run on held-out text in three ways, whatever it was trained on: causal, prefix and infilling loss."""
+"""Scores any run on held-out text in three ways: causal, prefix and infilling loss."""
 
 import dataclasses
 import pathlib
@@ -21,7 +21,7 @@ BATCHES = 16
 
 
 def questions(cfg: Experiment) -> dict[str, Objective]:
-  """What is asked. A model that was trained with mode tokens is given that of the question."""
+  """The tasks. A model that was trained with mode tokens gets the mode token of the task."""
   if not getattr(cfg.objective, 'mode_tokens', False):
     return {'causal': CausalLm(), 'prefix': PrefixLm(), 'infill': SpanCorruption()}
   infill = Denoiser(kind='R', mean_noise_span_length=3.0, noise_density=0.15)
@@ -29,9 +29,9 @@ def questions(cfg: Experiment) -> dict[str, Objective]:
 
 
 def score(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
-  """Nats per token of held-out text (sentinels, modes and EOS left out), for each question.
+  """Nats per token of held-out text (without sentinels, modes and EOS), for each task.
 
-  Where the run evaluated averages of its weights, the last of these numbers too: `ema`, `lawa`, and `raw` beside them.
+  If the run evaluated averages of its weights, also the last of these numbers: `ema`, `lawa`, and `raw`.
   """
   program = build_program(cfg)
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
@@ -41,7 +41,7 @@ def score(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def averages(workdir: pathlib.Path) -> dict[str, float]:
-  """The last in-loop losses on held-out text: {'raw', 'ema', 'lawa'}, those that there are."""
+  """The last losses on held-out text from the training loop: {'raw', 'ema', 'lawa'}, if they exist."""
   last = next((row for row in reversed(read_metrics(workdir)) if 'eval/builtin/text_loss' in row), {})
   keys = {'raw': 'eval/builtin/text_loss', 'ema': 'eval/builtin/ema/text_loss', 'lawa': 'eval/builtin/lawa/text_loss'}
   return {name: last[key] for name, key in keys.items() if key in last}
@@ -60,7 +60,7 @@ def _loss(cfg: Experiment, name: str, objective: Objective, program, params) -> 
 
 
 def with_empty_inputs(batch, inputs: list[int], length: int):
-  """Encoder fields that hold `inputs` alone for each segment of the decoder: a prefix without text."""
+  """Adds encoder fields with only `inputs` for each segment of the decoder: a prefix without text."""
   rows, count = len(batch['decoder_segment_ids']), len(inputs)
   places = np.arange(length)
   segments = places // count + 1

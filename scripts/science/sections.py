@@ -1,4 +1,4 @@
-"""The questions of the study: which runs each needs, and the section of the document that they make."""
+"""The parts of the study: which runs each part needs, and the section of the document made from them."""
 
 import statistics
 from collections.abc import Callable
@@ -36,7 +36,7 @@ SCHEDULES = {
   ),
   'constant': (),
 }  # fmt: skip
-SCHEDULE_PEAKS = (3e-3, 1e-2)  # that of the other tables, and the best one of AdamW
+SCHEDULE_PEAKS = (3e-3, 1e-2)  # the peak of the other tables, and the best one for AdamW
 AVERAGES = (
   "averaging.name='ema'", 'averaging.decay=0.95', 'averaging.warmup=True', 'evaluation.lawa_checkpoints=5',
   'evaluation.every={1}', 'evaluation.batches=16', 'checkpoint.every={1/20}', 'checkpoint.keep=5',
@@ -52,16 +52,16 @@ def objectives(run: Run, seeds: Seeds) -> str:
   rows = [[*case, *(summary(group(results, names[case], key)) for key in QUESTIONS)] for case in cases]
   return f"""## Objectives and architectures
 
-Causal loss: every token from those before it; an encoder-decoder reads an empty prefix. Prefix loss: the second part of
-a text from the first, cut anywhere. Infilling loss: T5 spans, 15% in spans of 3. Models that were trained with mode
-tokens are given the one of the question ([S2S], [S2S], [NLU]).
+Causal loss: every token is predicted from the tokens before it; an encoder-decoder reads an empty prefix. Prefix loss:
+the second part of a text is predicted from the first; the cut is anywhere. Infilling loss: T5 spans, 15% of the tokens
+in spans of mean length 3. Models that were trained with mode tokens get the token of the task ([S2S], [S2S], [NLU]).
 
 {table(['model', 'trained on', *QUESTIONS.values()], rows)}
 """
 
 
 def optimizers(run: Run, seeds: Seeds) -> str:
-  """Rates are tuned on the first seed; the best one of each optimizer is run with the others."""
+  """Learning rates are tuned on the first seed; the best rate of each optimizer is run with the other seeds."""
   tried = run([_optimizer(name, rate) for name, rates in OPTIMIZERS.items() for rate in rates], seeds[:1])
   loss = lambda name, rate: group(tried, _optimizer(name, rate)[0], 'causal')[0]
   peaks = {name: min(rates, key=lambda rate, name=name: loss(name, rate)) for name, rates in OPTIMIZERS.items()}
@@ -73,8 +73,8 @@ def optimizers(run: Run, seeds: Seeds) -> str:
     rows.append([name, f'{peak:g}{edge}', summary(group(results, _optimizer(name, peak)[0], 'causal')), others])
   return f"""## Optimizers
 
-A decoder on causal LM, cosine to a tenth. The peak rate of each was tuned on one seed over four values ("edge": the
-best one was at the end of them, so that a better one may lie beyond).
+A decoder on causal LM, with a cosine schedule to a tenth of the peak. The peak learning rate of each optimizer was
+tuned on one seed over four values ("edge": the best value was the lowest or highest one, a better one may lie outside).
 
 {table(['optimizer', 'peak', 'causal loss', 'tuning, one seed'], rows)}
 """
@@ -85,7 +85,7 @@ def _optimizer(name: str, peak: float) -> tuple[str, str, tuple[str, ...]]:
 
 
 def schedules(run: Run, seeds: Seeds) -> str:
-  """At two peaks: what keeps the rate high longest wins where the peak is too low, whatever else it does."""
+  """At two peaks, because with a peak that is too low the schedule that keeps the rate high longest always wins."""
   wanted = [_schedule(name, peak) for peak in SCHEDULE_PEAKS for name in SCHEDULES]
   results = run(wanted, seeds)
   rows = []
@@ -96,8 +96,9 @@ def schedules(run: Run, seeds: Seeds) -> str:
       rows.append([f'{peak:g}', name, summary(raw), summary(ema), summary(lawa), *(f'{gain:+.3f}' for gain in gains)])
   return f"""## Schedules and averages of weights
 
-The same decoder and AdamW, at two peaks (infinite falls to 55% of its own in between). EMA: decay 0.95 with warm-up.
-LAWA: the mean of the last five of twenty checkpoints. Gain: the mean loss of the raw weights less that of the average.
+The same decoder and AdamW, at two peak learning rates (the infinite schedule falls to 55% of its peak in between). EMA:
+decay 0.95 with warm-up. LAWA: the mean of the last five of twenty checkpoints. Gain: mean loss of the raw weights minus
+mean loss of the averaged weights.
 
 {table(['peak', 'schedule', 'raw', 'EMA', 'LAWA', 'gain of EMA', 'gain of LAWA'], rows)}
 """

@@ -1,4 +1,4 @@
-"""What a step of each row length costs, and what a run had cost at each of its evaluations."""
+"""The cost of a step of each row length, and the cost of a run up to each of its evaluations."""
 
 import pathlib
 import statistics
@@ -22,14 +22,14 @@ ROUNDS = 25
 
 
 def last_loss(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
-  """The held-out loss of the weights at the end."""
+  """The held-out loss of the final weights."""
   return {'loss': read_metrics(workdir)[-1][LOSS]}
 
 
 def step_times(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   """CPU and wall seconds of a step of each row length: 'cpu 64 median', …; one length after another, `ROUNDS` times.
 
-  CPU seconds are those of the whole process; on one core they are what the step takes where nothing else runs.
+  CPU seconds are those of the whole process; on one core they equal the wall seconds of a step on an idle machine.
   """
   program = build_program(cfg)
   batches = one_of_each(cfg)
@@ -69,23 +69,24 @@ def step_flops(cfg: Experiment) -> dict[int, float]:
 
 
 def row_lengths(rows: Rows, longest: int) -> np.ndarray:
-  """int[steps]: that of each step. Raises ValueError where not every step was logged."""
+  """int[steps]: the row length of each step. Raises ValueError if a step was not logged."""
   if [row['step'] for row in rows] != list(range(1, len(rows) + 1)):
-    raise ValueError(f'{len(rows)} rows do not tell of each of {rows[-1]["step"]} steps; set train.log_every=1.')
+    raise ValueError(f'{len(rows)} rows do not cover all of {rows[-1]["step"]} steps; set train.log_every=1.')
   return np.array([int(row.get('row_length', longest)) for row in rows])
 
 
 def curve(rows: Rows, costs: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
-  """(what the steps before each evaluation cost, its loss); `costs` of a step by row length."""
+  """(cost of the steps before each evaluation, its loss); `costs`: cost of a step by row length."""
   spent = np.cumsum([costs[n] for n in row_lengths(rows, max(costs)).tolist()])
   found = [i for i, row in enumerate(rows) if LOSS in row]
   return spent[found], np.array([rows[i][LOSS] for i in found])
 
 
 def logged_seconds(rows: Rows, longest: int) -> dict[int, list[float]]:
-  """The `step_seconds` of each row length, without the rows that compilation falls in.
+  """The `step_seconds` of each row length, without the rows that include compilation.
 
-  A step is dispatched before the one in front of it is logged, so that is two: the first of a length and its neighbour.
+  A step is dispatched before the previous one is logged, so two rows are excluded: the first of a length and the one
+  before it.
   """
   lengths, found = row_lengths(rows, longest), {}
   compiled = {int(np.flatnonzero(lengths == n)[0]) for n in np.unique(lengths)}

@@ -1,4 +1,4 @@
-"""Runs of a study: many small trainings side by side, one core each, kept so that a study goes on where it stopped."""
+"""Runs of a study: many small trainings in parallel, one core each. Finished runs are kept, so a study can resume."""
 
 import concurrent.futures
 import contextlib
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One training: a config, `key=value` overrides, and a name that no other trial of the study has."""
+  """One training: a config, `key=value` overrides, and a name that is unique in the study."""
 
   name: str
   gin_file: str
@@ -40,7 +40,7 @@ def run_all(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) ->
 
 
 def _pin(free) -> None:
-  """One core for each process: two trainings on one core would only wait for each other."""
+  """Pins each process to one core: two trainings on one core would slow each other down."""
   os.sched_setaffinity(0, {free.get()})
   os.environ['JAX_PLATFORMS'] = 'cpu'
 

@@ -1,5 +1,6 @@
 """Rows, options and comparisons for the tests of attention kernels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import reference, tpu
-from pallas_kernels.attention.reference import RelativeBias
+from pallas_kernels.attention.reference import RelativeBias, Visibility
 
 SMALL = tpu.Blocks(q=128, kv=128, compute=128)
 
@@ -35,6 +36,12 @@ def prefixed(segments: np.ndarray, ends: tuple[int, ...]) -> dict:
   return packed(segments) | {'q_positions': at, 'kv_positions': at, 'prefix_end': ends}
 
 
+def attend(attention, *arrays, **options):
+  """`attention` with the options of `flash_attention`, which are split into a Visibility and the rest."""
+  own = {field.name: options.pop(field.name) for field in dataclasses.fields(Visibility) if field.name in options}
+  return attention(*arrays, Visibility(**own), **options)
+
+
 def normal(shape, seed: int, dtype=np.float32) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
@@ -55,7 +62,7 @@ def results(function, arrays, options: dict, weights):
     own = {name: x for name, x in extra.items() if name != 'table'}
     if bias is not None:
       own['relative_bias'] = RelativeBias(extra['table'], bias.bidirectional, bias.max_distance)
-    out, lse = function(q, k, v, **(options | own), return_lse=True)
+    out, lse = attend(function, q, k, v, **(options | own), return_lse=True)
     seen = jnp.isfinite(lse)
     total = (out.astype(jnp.float32) * weights[0]).sum() + jnp.where(seen, lse * weights[1], 0.0).sum()
     return total, {'out': out, 'lse': jnp.where(seen, lse, 0.0), 'seen': seen}
@@ -66,7 +73,7 @@ def results(function, arrays, options: dict, weights):
 
 
 def compare(arrays, options: dict, blocks: Any = SMALL, interpret=True, attention=tpu.attention) -> dict[str, float]:
-  """Relative L2 differences between kernel and definition, by name; `seen` must be equal."""
+  """Relative L2 differences between kernel and definition, by name. Fails if `seen` differs."""
   q = arrays[0]
   weights = [normal(q.shape, 3), normal(q.shape[:3], 4)]
   kernel = lambda *x, **more: attention(*x, **more, blocks=blocks, interpret=interpret)

@@ -21,7 +21,7 @@ def draw(kv_heads=H, dtype=np.float32):
 
 
 def by_loop(q, k, v, visible):
-  """Softmax attention, query by query, in float64; a query that sees nothing gives 0."""
+  """Softmax attention, query by query, in float64; 0 for a query without a visible key."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros_like(q)
   for b, i, h in np.ndindex(B, T, H):
@@ -61,7 +61,7 @@ def test_it_is_softmax_over_the_visible_keys(case):
   np.testing.assert_allclose(flash_attention(q, k, v, **options), by_loop(q, k, v, visible), atol=2e-6)
 
 
-def test_a_query_that_sees_nothing_gives_zero_and_has_finite_gradients():
+def test_a_query_without_a_visible_key_gives_zero_and_finite_gradients():
   q, k, v = draw()
   options = {'causal': True, 'q_segment_ids': SEGMENTS, 'kv_segment_ids': SEGMENTS, 'return_lse': True}
   out, lse = flash_attention(q, k, v, **options)
@@ -91,7 +91,7 @@ def test_a_constant_bias_table_changes_nothing_and_its_gradient_sums_to_zero():
   np.testing.assert_allclose(gradient.sum(0), 0, atol=1e-5)
 
 
-def test_a_sink_logit_takes_its_share_and_a_cap_bends_scores():
+def test_a_sink_logit_takes_part_in_the_softmax_and_a_softcap_changes_scores():
   q, k, v = draw()
   plain, lse = flash_attention(q, k, v, causal=True, return_lse=True)
   sunk = flash_attention(q, k, v, causal=True, sink_logits=jnp.zeros(H))
@@ -100,7 +100,7 @@ def test_a_sink_logit_takes_its_share_and_a_cap_bends_scores():
   assert np.abs(flash_attention(q, k, v, causal=True, softcap=0.1) - plain).max() > 1e-2
 
 
-def test_alibi_is_a_bias_of_distance():
+def test_alibi_is_a_bias_by_distance():
   q, k, v = draw()
   slopes = jnp.asarray([0.0, 50.0, 0.0, 50.0], jnp.float32)
   out = flash_attention(q, k, v, causal=True, alibi=slopes)
@@ -145,8 +145,8 @@ def test_buckets_are_t5s(bidirectional):
 
 
 @pytest.mark.parametrize(('buckets', 'max_distance'), [(8, 200), (16, 800), (32, 800), (32, 128)])
-def test_buckets_do_not_depend_on_whose_logarithm_counts(buckets, max_distance):
-  """Borders that are whole numbers: the kernels count them with numpy, the definition on a device."""
+def test_numpy_and_jax_compute_the_same_buckets(buckets, max_distance):
+  """Where bucket borders are whole numbers, a different logarithm would move them."""
   distance = np.arange(-2 * max_distance, 2 * max_distance)
   for bidirectional in (True, False):
     options = {'buckets': buckets, 'bidirectional': bidirectional, 'max_distance': max_distance}
@@ -155,25 +155,25 @@ def test_buckets_do_not_depend_on_whose_logarithm_counts(buckets, max_distance):
 
 
 MISFITS = {
-  'heads that keys do not divide': (((B, T, 3, D), (B, T, 2, D), (B, T, 2, D)), {}, r'q\(2, 9, 3, 8\), k\(2, 9, 2'),
+  'heads not a multiple of kv_heads': (((B, T, 3, D), (B, T, 2, D), (B, T, 2, D)), {}, r'q\(2, 9, 3, 8\), k\(2, 9, 2'),
   'keys without values': (((B, T, 2, D), (B, T, 2, D), (B, 7, 2, D)), {}, r'v\(2, 7, 2, 8\); pass q\[batch, T, heads'),
-  'slopes of other heads': (((B, T, 4, D),) * 3, {'alibi': jnp.ones(2)}, r'alibi of heads \(2,\); pass one number for'),
-  'a sink and a table': (
+  'slopes for other heads': (((B, T, 4, D),) * 3, {'alibi': jnp.ones(2)}, r'alibi with heads \(2,\); pass one number'),
+  'a sink and a table for other heads': (
     ((B, T, 4, D),) * 3,
     {'sink_logits': jnp.ones(1), 'relative_bias': RelativeBias(jnp.ones((8, 2)), False, 64)},
-    r'sink_logits of heads \(1,\), relative_bias.table of heads \(2,\)',
+    r'sink_logits with heads \(1,\), relative_bias.table with heads \(2,\)',
   ),
-  'distances that end where they should begin': (
+  'a max_distance inside the exact buckets': (
     ((B, T, 4, D),) * 3, {'relative_bias': RelativeBias(jnp.ones((32, 4)), False, 16)},
-    'max_distance=16 with a table of 32 buckets, of which 16 are .* pass a max_distance of more than 16',
+    'max_distance=16 with a table of 32 buckets, which have 16 single distances .* pass a max_distance above 16',
   ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('implementation', ['reference', 'interpret', 'triton'])
 @pytest.mark.parametrize('case', MISFITS)
-def test_arrays_that_do_not_fit_are_refused(case, implementation):
-  """Kernels read by index, and beyond the end: what they gave was wrong in silence."""
+def test_arrays_that_do_not_fit_each_other_are_refused(case, implementation):
+  """A kernel would read past the end of an array and return wrong values without an error."""
   shapes, options, message = MISFITS[case]
   arrays = [jnp.ones(shape) for shape in shapes]
   with pytest.raises(KernelError, match=message):
@@ -181,8 +181,8 @@ def test_arrays_that_do_not_fit_are_refused(case, implementation):
 
 
 @pytest.mark.parametrize('given', [('q',), ('kv',), ('q', 'kv')])
-def test_positions_that_are_no_indices_are_refused_of_a_kernel_with_a_relative_bias(given):
-  """A step of decoding: the kernels would take the distance to key 0 for that of neighbours."""
+def test_a_kernel_with_a_relative_bias_refuses_positions_that_are_not_indices(given):
+  """In a decoding step, a kernel would use the distance between neighbours for that to key 0."""
   q, k, v = draw()
   at = {'q': jnp.full((B, 1), T - 1), 'kv': jnp.arange(T)[None]}
   options = {f'{side}_positions': at[side] for side in given}
@@ -200,7 +200,7 @@ def test_positions_that_are_no_indices_are_refused_of_a_kernel_with_a_relative_b
     ({'q_segment_ids': SEGMENTS}, 'segment ids of one side only'),
   ],
 )
-def test_what_cannot_run_says_so(options, message):
+def test_an_unknown_implementation_and_one_sided_segments_are_refused(options, message):
   q, k, v = draw()
   with pytest.raises(ValueError, match=message):
     flash_attention(q, k, v, causal=True, **options)

@@ -1,4 +1,4 @@
-"""The kernels compiled for TPUs that are not there: forward and backward, and the memory that they need in between."""
+"""The TPU kernels, forward and backward, compiled without a TPU, and the temporary memory that they need."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from pallas_kernels.attention import tpu
 from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.reference import RelativeBias
 from pretrain.tools.plan import MIB, compile_for, tpu_devices
+from tests.pallas_kernels.attention_cases import attend
 
 pytestmark = pytest.mark.aot
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
@@ -18,7 +19,7 @@ HEADS = 8
 def compile_both(
   chip: str, length: int, *, head_dim=128, kv_heads=HEADS, block=512, dtype=jnp.bfloat16, batch=1, **options
 ):
-  """Memory of forward and backward, packed, prefixes, T5's bias."""
+  """Memory of forward and backward for packed rows with T5's bias, and prefixes if asked."""
   mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,), devices=tpu_devices(chip)[:1])
   place = NamedSharding(mesh, PartitionSpec())
   shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=place)
@@ -32,7 +33,7 @@ def compile_both(
     own = {'q_segment_ids': segments, 'kv_segment_ids': segments, 'relative_bias': bias} | options
     if own.pop('prefix', False):
       own |= {'q_positions': positions, 'kv_positions': positions, 'prefix_end': positions}
-    return tpu.attention(turn(q), turn(k), turn(v), causal=True, **own, blocks=blocks).astype(jnp.float32).sum()
+    return attend(tpu.attention, turn(q), turn(k), turn(v), causal=True, **own, blocks=blocks).astype(jnp.float32).sum()
 
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     assert choose('auto', dropout=False) == 'tpu'
@@ -41,7 +42,7 @@ def compile_both(
 
 
 @pytest.mark.parametrize('chip', [CHIPS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHIPS[1:])])
-def test_forward_and_backward_compile_in_memory_of_the_order_of_the_length(chip):
+def test_forward_and_backward_need_memory_linear_in_the_length(chip):
   length = 2048
   memory = compile_both(chip, length)
   assert memory.temporaries < 8 * MIB, 'the scores alone would be 128 MiB in float32'
@@ -59,12 +60,12 @@ def test_every_feature_compiles(chip):
 @pytest.mark.slow
 @pytest.mark.parametrize('chip', CHIPS)
 def test_long_rows_need_little_memory(chip):
-  """Arrays of this size are 64 MiB each."""
+  """q, k and v are 64 MiB each at the larger length."""
   assert compile_both(chip, 8192).temporaries < 60 * MIB
   assert compile_both(chip, 32768).temporaries < 200 * MIB
 
 
 @pytest.mark.slow
-def test_lists_of_tiles_fit_scalar_memory_however_many_rows_there_are():
+def test_lists_of_tiles_fit_scalar_memory_for_any_number_of_rows():
   memory = compile_both('v5e:2x4', 8192, head_dim=64, block=128, batch=64)
   assert memory.temporaries < 12_288 * MIB, 'the scores alone would be 128 GiB in float32'

@@ -13,7 +13,7 @@ from pallas_kernels.attention import api, reference, tiles, toeplitz, tpu, tpu_k
 from pallas_kernels.attention.api import choose, flash_attention
 from pallas_kernels.attention.reference import RelativeBias
 from pallas_kernels.errors import KernelError
-from tests.pallas_kernels.attention_cases import SMALL, compare, draw, normal, packed, prefixed, relative, row
+from tests.pallas_kernels.attention_cases import SMALL, attend, compare, draw, normal, packed, prefixed, relative, row
 
 ROW = np.stack([row(100, 30, 100, padding=26), row(156, 100)])
 OTHER = np.stack([row(20, 60, 40, padding=8), row(100, 28)])
@@ -55,8 +55,8 @@ MORE = {
     {'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, **PREFIX, **bias(False)},
   ),
 }  # fmt: skip
-SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal is cut into pieces of keys
-STRIPS = tpu.Blocks(q=256, kv=256, compute=256)  # and this one's into strips of queries
+SQUARE = tpu.Blocks(q=256, kv=256, compute=128)  # its diagonal tiles are cut into pieces of keys
+STRIPS = tpu.Blocks(q=256, kv=256, compute=256)  # these are cut into strips of queries
 LARGE = {'bias, packed': STRIPS, 'causal, lengths that no block divides': SQUARE}
 MANY = [SMALL, tpu.Blocks(q=128, kv=256, compute=128), tpu.Blocks(q=256, kv=128, compute=128), SQUARE, STRIPS]
 
@@ -78,7 +78,7 @@ def test_blocks_do_not_change_the_answer(case, blocks):
 
 
 @pytest.mark.slow
-def test_rows_whose_lists_do_not_fit_together_take_turns(monkeypatch):
+def test_rows_whose_lists_of_tiles_do_not_fit_together_run_one_after_another(monkeypatch):
   monkeypatch.setattr(tpu, 'WORDS_AT_ONCE', 4)
   lengths, sizes, options = CASES['bias, packed']
   differences = compare(draw(*lengths, **sizes), options)
@@ -86,27 +86,27 @@ def test_rows_whose_lists_do_not_fit_together_take_turns(monkeypatch):
 
 
 def simulated(**options) -> dict[str, float]:
-  """`compare` of a row with a bias in the interpreter that simulates memories, and two cores that share heads."""
+  """`compare` of a row with a bias, in the interpreter that simulates memories and two cores that share the heads."""
   params = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan', num_cores_or_threads=2)
   return compare(draw(256), {'causal': True, **bias(False), **options}, interpret=params)
 
 
 def raced(capfd, caplog) -> bool:
-  """A race is a line of output, or of the log, and no more than that."""
+  """The interpreter only reports a race as a line of output or of the log."""
   return 'RACE DETECTED' in ''.join(capfd.readouterr()) + caplog.text
 
 
 @pytest.mark.slow
-def test_nothing_is_read_before_it_is_written_and_nothing_races(capfd, caplog):
-  """What was not written is NaN."""
+def test_no_memory_is_read_before_it_is_written_and_there_are_no_races(capfd, caplog):
+  """Memory that was not written is NaN."""
   differences = simulated(**packed(ROW[:1]))
   assert max(differences.values()) < 3e-6, differences
   assert not raced(capfd, caplog)
 
 
 @pytest.mark.slow
-def test_tiles_of_one_block_on_two_cores_are_found(monkeypatch):
-  """That the interpreter would say so: of a kernel whose tiles may run side by side."""
+def test_the_interpreter_reports_two_cores_on_one_block(monkeypatch):
+  """A kernel whose tiles may run in parallel is wrong, and the interpreter must report it."""
   own = pltpu.CompilerParams
   wrong = lambda dimension_semantics, **options: own(('parallel',) * len(dimension_semantics), **options)
   monkeypatch.setattr(pltpu, 'CompilerParams', wrong)
@@ -115,15 +115,19 @@ def test_tiles_of_one_block_on_two_cores_are_found(monkeypatch):
     simulated()
 
 
+def define(q, k, v, **options):
+  return attend(reference.attention, q, k, v, **options)
+
+
 def run(q, k, v, **options):
-  return tpu.attention(q, k, v, **options, blocks=SMALL, interpret=True)
+  return attend(tpu.attention, q, k, v, **options, blocks=SMALL, interpret=True)
 
 
-def test_what_stands_in_padding_does_not_leak():
+def test_values_in_padding_do_not_leak():
   q, k, v = draw(256, batch=2)
   options = {'causal': False, **packed(ROW)}
   hole = jnp.asarray(ROW == 0)[:, :, None, None]
-  for function in (run, reference.attention):
+  for function in (run, define):
     clean = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(q, k, v)
     dirty = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(
       q, *(jnp.where(hole, jnp.nan, x) for x in (k, v))
@@ -132,7 +136,7 @@ def test_what_stands_in_padding_does_not_leak():
       np.testing.assert_array_equal(a, b)
 
 
-def test_packed_documents_are_as_if_alone_and_their_order_does_not_matter():
+def test_a_packed_document_has_the_result_of_the_document_alone_in_any_order():
   lengths, options = (100, 28, 128), {'causal': True, **bias(False)}
   q, k, v = draw(sum(lengths))
   packed_run = jax.jit(lambda q, k, v, ids: run(q, k, v, **options, q_segment_ids=ids, kv_segment_ids=ids))
@@ -140,24 +144,24 @@ def test_packed_documents_are_as_if_alone_and_their_order_does_not_matter():
   starts = np.cumsum([0, *lengths])
   places = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
   for own in places:
-    alone = reference.attention(*(x[:, own] for x in (q, k, v)), **options)
+    alone = define(*(x[:, own] for x in (q, k, v)), **options)
     np.testing.assert_allclose(out[:, own], alone, atol=3e-6)
   order = np.concatenate([places[n] for n in (2, 0, 1)])
   moved = packed_run(*(x[:, order] for x in (q, k, v)), jnp.asarray(row(128, 100, 28))[None])
   np.testing.assert_allclose(moved, out[:, order], atol=3e-6)
 
 
-def test_a_prefix_of_nothing_is_causal_and_one_of_everything_full():
+def test_an_empty_prefix_is_causal_and_a_full_one_bidirectional():
   q, k, v = draw(256)
   at = jnp.arange(256, dtype=jnp.int32)[None]
   prefixed_run = jax.jit(lambda end: run(q, k, v, causal=True, q_positions=at, kv_positions=at, prefix_end=end))
   for end, causal in ((0, True), (256, False)):
-    want = reference.attention(q, k, v, causal=causal)
+    want = define(q, k, v, causal=causal)
     np.testing.assert_allclose(prefixed_run(jnp.full((1, 256), end, jnp.int32)), want, atol=3e-6)
 
 
-def test_the_running_kernel_computes_the_live_tiles_and_no_others(monkeypatch):
-  """Counted by the kernel while it runs, not by its table."""
+def test_the_running_kernel_computes_exactly_the_live_tiles(monkeypatch):
+  """Counted in the running kernel, not in its list of tiles."""
   seen, own = [], tpu_kernels._forward_piece
 
   def counted(tile, piece):
@@ -174,8 +178,8 @@ def test_the_running_kernel_computes_the_live_tiles_and_no_others(monkeypatch):
 
 
 @pytest.mark.parametrize('sharp', [4, slow(1)])
-def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is(sharp):
-  """Where few keys have the weight, too: there what is rounded before the product shows."""
+def test_in_bfloat16_it_is_about_as_accurate_as_the_definition(sharp):
+  """Also with sharp scores, where rounding before the product shows."""
   q, *rest = draw(256, batch=2, dtype=jnp.bfloat16)
   arrays = (q * jnp.bfloat16(sharp), *rest)
   options = {'causal': True, **packed(ROW)}
@@ -185,14 +189,14 @@ def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is(sharp):
     out, back = jax.vjp(lambda *x: function(*x, **options).astype(jnp.float32), *arrays)
     return [np.asarray(x, np.float32) for x in (out, *back(weights))]
 
-  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays))
-  kernel, definition = everything(run, arrays), everything(reference.attention, arrays)
+  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays))
+  kernel, definition = everything(run, arrays), everything(define, arrays)
   for limit, t, got, own in zip((2, 3, 3, 3), truth, kernel, definition, strict=True):
     assert np.abs(got - t).max() <= limit * np.abs(own - t).max() + 1e-3
 
 
 def exact_table_gradient(q, k, v, weights, bias: RelativeBias, causal: bool) -> np.ndarray:
-  """In float64: the definition's own, in f32, is up to 9e-6 away from it."""
+  """In float64, because the gradient of the definition, in f32, differs from it by up to 9e-6."""
   q, k, v, weights, table = (np.asarray(x, np.float64) for x in (q, k, v, weights, bias.table))
   ahead = np.arange(k.shape[1])[None] - np.arange(q.shape[1])[:, None]
   bucket = np.asarray(
@@ -215,7 +219,7 @@ def exact_table_gradient(q, k, v, weights, bias: RelativeBias, causal: bool) -> 
   ('causal', 'dtype', 'limit'),
   [(True, jnp.float32, 5e-6), slow(False, jnp.float32, 5e-6), slow(True, 'bfloat16', 1e-2)],
 )
-def test_the_gradient_of_the_bias_table_is_exact_and_needs_the_saturated_tiles(causal, dtype, limit, monkeypatch):
+def test_the_gradient_of_the_bias_table_is_exact_and_includes_the_saturated_tiles(causal, dtype, limit, monkeypatch):
   arrays, options = draw(512, dtype=dtype), bias(not causal)['relative_bias']
   weights = normal(arrays[0].shape, 3)
 
@@ -231,7 +235,7 @@ def test_the_gradient_of_the_bias_table_is_exact_and_needs_the_saturated_tiles(c
     assert relative(np.asarray(jax.grad(loss)(options.table), np.float64), want) > 1e-2
 
 
-def test_dropout_is_the_references_and_a_named_kernel_says_so():
+def test_dropout_uses_the_reference_and_a_named_kernel_refuses_it():
   q, k, v = draw(8)
   keys = jax.random.split(jax.random.key(0), 1)
   with pytest.raises(ValueError, match=r"kernels.attention='interpret' has no attention dropout.*use 'auto'"):
@@ -239,7 +243,7 @@ def test_dropout_is_the_references_and_a_named_kernel_says_so():
   flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='auto')
 
 
-def test_rows_that_the_mesh_divides_are_the_references():
+def test_rows_divided_over_the_mesh_use_the_reference():
   with pytest.raises(KernelError, match=r"^CONFIG: kernels.attention='interpret' needs whole rows.*mesh.sequence=1"):
     choose('interpret', dropout=False, divided=True)
   assert choose('reference', dropout=False, divided=True) == 'reference'
@@ -248,7 +252,7 @@ def test_rows_that_the_mesh_divides_are_the_references():
     assert choose('auto', dropout=False) == 'tpu'
 
 
-def test_auto_goes_by_the_platform_of_the_mesh_and_says_why_once(caplog, monkeypatch):
+def test_auto_selects_by_the_platform_of_the_mesh_and_logs_why_once(caplog, monkeypatch):
   caplog.set_level('INFO')
   monkeypatch.setattr(api, '_reported', set())
   mesh = jax.make_mesh((8,), ('data',))

@@ -1,4 +1,4 @@
-"""The kernels for GPU, interpreted against the definition and lowered for CUDA without a GPU; what cuDNN refuses."""
+"""The kernels for GPU, interpreted against the definition and lowered for CUDA without a GPU; refusals of cuDNN."""
 
 import re
 
@@ -9,14 +9,25 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.attention import cudnn, gpu, reference
-from pallas_kernels.attention.api import choose, flash_attention
-from tests.pallas_kernels.attention_cases import compare, draw, normal, packed, relative, row
-from tests.pallas_kernels.test_flash import CASES, MORE, PREFIX, ROW, SINKS, SLOPES, bias, exact_table_gradient, slow
+from pallas_kernels.attention.api import Visibility, choose, flash_attention
+from tests.pallas_kernels.attention_cases import attend, compare, draw, normal, packed, relative, row
+from tests.pallas_kernels.test_flash import (
+  CASES,
+  MORE,
+  PREFIX,
+  ROW,
+  SINKS,
+  SLOPES,
+  bias,
+  define,
+  exact_table_gradient,
+  slow,
+)
 
 BLOCKS = gpu.Blocks(q=64, kv=32, grad_q=32, grad_kv=64)
 TALL = gpu.Blocks(q=128, kv=16, grad_q=16, grad_kv=128)
 H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
-# Newer jax wants Triton's users to move to Mosaic.
+# Newer jax deprecates Triton in favour of Mosaic.
 pytestmark = pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
 ALL = {
   'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, 'alibi': SLOPES,
@@ -31,7 +42,7 @@ def differences(lengths, sizes, options, blocks=BLOCKS) -> dict[str, float]:
 
 
 def run(q, k, v, **options):
-  return gpu.attention(q, k, v, **options, blocks=BLOCKS, interpret=True)
+  return attend(gpu.attention, q, k, v, **options, blocks=BLOCKS, interpret=True)
 
 
 @pytest.mark.parametrize('case', [EVERYTHING, *(CASES[name] for name in FAST), *map(slow, (CASES | MORE).values())])
@@ -53,16 +64,16 @@ def everything(function, arrays, weights, options):
   return [np.asarray(x, np.float32) for x in (out, *back(weights))]
 
 
-def test_in_bfloat16_it_is_as_near_the_truth_as_the_definition_is():
+def test_in_bfloat16_it_is_about_as_accurate_as_the_definition():
   arrays, options = draw(128, dtype=jnp.bfloat16), {'causal': True, **packed(ROW[:1, :128])}
   weights = normal(arrays[0].shape, 3)
-  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays), weights, options)
-  kernel, definition = (everything(f, arrays, weights, options) for f in (run, reference.attention))
+  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays), weights, options)
+  kernel, definition = (everything(f, arrays, weights, options) for f in (run, define))
   for limit, t, got, own in zip((2, 3, 3, 3), truth, kernel, definition, strict=True):
     assert np.abs(got - t).max() <= limit * np.abs(own - t).max() + 1e-3
 
 
-def test_what_stands_in_padding_does_not_leak():
+def test_values_in_padding_do_not_leak():
   segments = row(60, 40, padding=28)[None]
   q, k, v = draw(128)
   options, hole = {'causal': False, **packed(segments)}, jnp.asarray(segments == 0)[:, :, None, None]
@@ -91,14 +102,14 @@ def gradients(**options):
 
   def loss(q, k, v, extra):
     own = {name: x for name, x in extra.items() if x is not None}
-    return gpu.attention(q, k, v, **(options | own)).astype(jnp.float32).sum()
+    return attend(gpu.attention, q, k, v, **(options | own)).astype(jnp.float32).sum()
 
   return jax.jit(jax.grad(loss, (0, 1, 2, 3)))
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize('options', [{'causal': True}, {'causal': False}, ALL], ids=['causal', 'full', 'all'])
-def test_it_lowers_for_cuda_as_three_kernels_of_triton(dtype, options):
+def test_it_lowers_for_cuda_as_three_triton_kernels(dtype, options):
   batch = 2 if options is ALL else 1
   arrays = draw(256, batch=batch, kv_heads=1, head_dim=80, dtype=dtype)
   extra = {name: options.get(name) for name in ('relative_bias', 'sink_logits')}
@@ -114,17 +125,17 @@ def test_it_lowers_for_cuda_as_three_kernels_of_triton(dtype, options):
 
 
 @pytest.mark.parametrize('name', ['triton', 'cudnn'])
-def test_on_another_platform_it_says_so(name):
+def test_another_platform_is_refused(name):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  message = f"kernels.attention='{name}' runs on gpu, this mesh is of cpu; use 'auto' or 'reference'"
+  message = f"kernels.attention='{name}' runs on gpu, this mesh has cpu devices; use 'auto' or 'reference'"
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), pytest.raises(ValueError, match=message):
     flash_attention(*draw(16), causal=True, implementation=name)
 
 
-def test_more_than_an_int32_counts_is_refused():
+def test_arrays_larger_than_an_int32_index_are_refused():
   q = jax.ShapeDtypeStruct((16, 32768, 32, 128), jnp.bfloat16)
   with pytest.raises(ValueError, match='16 x 32 heads, 2147483648 numbers; 65535 heads and 2147483647 numbers fit'):
-    jax.eval_shape(lambda q: gpu.attention(q, q, q, causal=True), q)
+    jax.eval_shape(lambda q: gpu.attention(q, q, q, Visibility(causal=True)), q)
 
 
 def test_auto_on_a_gpu_is_the_reference():
@@ -136,7 +147,7 @@ def test_auto_on_a_gpu_is_the_reference():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (bias(False), "kernels.attention='cudnn' has no relative bias, which this model asks for; use 'triton' or"),
+    (bias(False), "kernels.attention='cudnn' has no relative bias, which this model needs; use 'triton' or"),
     ({**PREFIX, 'softcap': 2.0}, r'has no segments \(packed rows\), no positions, no prefixes, no soft-cap, which'),
     ({'sink_logits': SINKS}, 'has no sinks'),
     ({'window': 8, 'num_sinks': 2}, 'has no sinks'),
@@ -145,30 +156,30 @@ def test_auto_on_a_gpu_is_the_reference():
     ({'return_lse': True}, 'has no log-sum-exp'),
   ],
 )
-def test_cudnn_names_what_it_cannot_do(options, message):
+def test_cudnn_refuses_features_that_it_lacks(options, message):
   arrays = draw(256, batch=2, dtype=jnp.bfloat16)
   with pytest.raises(ValueError, match=message):
     flash_attention(*arrays, **({'causal': True} | options), implementation='cudnn')
 
 
-def test_cudnn_names_dtypes_and_head_dims_that_it_lacks():
+def test_cudnn_refuses_dtypes_and_head_dims_that_it_lacks():
   with pytest.raises(ValueError, match=r'no float32 \(bfloat16 or float16 only\), no head_dim 20 \(multiples of 8'):
     flash_attention(*draw(16, head_dim=20), causal=True, implementation='cudnn')
 
 
-def test_cudnn_is_not_asked_for_rows_that_see_nothing():
-  """They are 0 by definition, anything in jax's own; query 20 is the first after key 15 and its window of 5."""
+def test_cudnn_refuses_queries_without_a_visible_key():
+  """They are 0 by definition and undefined in cuDNN. Query 20 is the first past key 15 and its window of 5."""
   q, k, v = draw(21, 16, dtype=jnp.bfloat16)
-  assert not np.asarray(reference.attention(q, k, v, causal=True, window=5))[:, 20].any()
+  assert not np.asarray(define(q, k, v, causal=True, window=5))[:, 20].any()
   with pytest.raises(ValueError, match='no window that leaves queries without a key'):
-    cudnn.attention(q, k, v, causal=True, window=5)
-  with pytest.raises(RuntimeError, match=r'cuDNN|cudnn'):  # it gets as far as jax's own check
-    cudnn.attention(q[:, :20], k, v, causal=True, window=5)
+    cudnn.attention(q, k, v, Visibility(causal=True, window=5))
+  with pytest.raises(RuntimeError, match=r'cuDNN|cudnn'):  # reaches jax's own check
+    cudnn.attention(q[:, :20], k, v, Visibility(causal=True, window=5))
 
 
 @pytest.mark.parametrize('options', [{'causal': False, 'scale': 0.3}, {'causal': True, 'window': 5}])
-def test_cudnn_is_asked_for_what_the_definition_says(options, monkeypatch):
-  """With jax's own XLA implementation of the same call in its place."""
+def test_cudnn_gets_the_arguments_that_match_the_definition(options, monkeypatch):
+  """The call runs in jax's XLA implementation instead of cuDNN."""
   ask = jax.nn.dot_product_attention
 
   def stand_in(*arrays, implementation, **more):
@@ -177,5 +188,5 @@ def test_cudnn_is_asked_for_what_the_definition_says(options, monkeypatch):
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
   arrays = draw(40, kv_heads=1, dtype=jnp.bfloat16)
-  got, want = (np.asarray(f(*arrays, **options), np.float32) for f in (cudnn.attention, reference.attention))
+  got, want = (np.asarray(attend(f, *arrays, **options), np.float32) for f in (cudnn.attention, reference.attention))
   np.testing.assert_allclose(got, want, atol=3e-2)

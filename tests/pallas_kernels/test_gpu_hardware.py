@@ -1,4 +1,4 @@
-"""What needs a GPU: every implementation for one against the definition, on it, in a process that may see it."""
+"""Every GPU implementation against the definition, on a GPU, in a process that can use it."""
 
 import os
 import pathlib
@@ -26,6 +26,6 @@ def test_without_a_gpu_the_bench_says_not_measured():
 
 @NO_GPU
 @pytest.mark.slow
-def test_on_a_gpu_values_and_gradients_are_as_near_the_truth_as_the_definitions():
+def test_on_a_gpu_values_and_gradients_are_about_as_accurate_as_the_definition():
   for name, mask, *rest in table():
     assert all(float(x) < 3 for x in rest[:4]), (name, mask, rest)

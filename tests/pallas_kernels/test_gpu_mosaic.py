@@ -13,17 +13,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import tuned
-from pallas_kernels.attention import gpu_mosaic, gpu_mosaic_kernel, reference
-from pallas_kernels.attention.api import flash_attention
+from pallas_kernels.attention import gpu_mosaic, gpu_mosaic_kernel
+from pallas_kernels.attention.api import Visibility, flash_attention
 from pallas_kernels.attention.gpu_mosaic import Blocks
-from tests.pallas_kernels.attention_cases import draw, normal, row
-from tests.pallas_kernels.test_flash import PREFIX, SINKS, SLOPES, bias, packed, slow
+from tests.pallas_kernels.attention_cases import attend, draw, normal, row
+from tests.pallas_kernels.test_flash import PREFIX, SINKS, SLOPES, bias, define, packed, slow
 
 H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
 A100 = AbstractDevice(device_kind='NVIDIA A100-SXM4-80GB', num_cores=108, platform='gpu')
 SMALL = Blocks(q=128, kv=64, stages=2)
 races = importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call')
-# Newer jax wants Triton's users to move to Mosaic.
+# Newer jax deprecates Triton in favour of Mosaic.
 pytestmark = pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
 
 
@@ -42,7 +42,7 @@ def lowered(function, arrays, devices: int = 1) -> str:
     return jax.jit(function).trace(*arrays).lower(lowering_platforms=('cuda',)).as_text()
 
 
-def attend(**options):
+def flash(**options):
   return lambda q, k, v: flash_attention(q, k, v, **options, implementation='mosaic_gpu')
 
 
@@ -51,8 +51,8 @@ def calls(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(('head_dim', 'causal'), [(64, True), (128, True), (128, False), (256, True)])
-def test_it_lowers_for_cuda_as_one_kernel_of_mosaic_with_wgmma_and_tma(head_dim, causal):
-  text = lowered(attend(causal=causal), shapes(head_dim))
+def test_it_lowers_for_cuda_as_one_mosaic_kernel_with_wgmma_and_tma(head_dim, causal):
+  text = lowered(flash(causal=causal), shapes(head_dim))
   assert calls(text) == ['mosaic_gpu_v2']
   assert 'dot_general' not in text
   tile = gpu_mosaic.DEFAULTS[head_dim].kv
@@ -61,22 +61,22 @@ def test_it_lowers_for_cuda_as_one_kernel_of_mosaic_with_wgmma_and_tma(head_dim,
   assert re.search(r'cp\.async\.bulk\.tensor\.(shared\.cluster\.global|\dd\.shared)', text)
 
 
-def test_its_gradient_is_two_kernels_of_triton():
-  loss = lambda q, k, v: attend(causal=True, return_lse=True)(q, k, v)[0].astype(jnp.float32).sum()
+def test_its_gradient_is_two_triton_kernels():
+  loss = lambda q, k, v: flash(causal=True, return_lse=True)(q, k, v)[0].astype(jnp.float32).sum()
   text = lowered(jax.grad(loss, (0, 1, 2)), shapes(128))
   assert calls(text) == ['mosaic_gpu_v2', *['__gpu$xla.gpu.triton'] * 2]
 
 
-def test_each_device_of_a_mesh_runs_it_on_its_own_rows():
-  own = jax.shard_map(attend(causal=True), in_specs=P('data'), out_specs=P('data'), check_vma=False)
+def test_each_device_of_a_mesh_runs_it_on_its_rows():
+  own = jax.shard_map(flash(causal=True), in_specs=P('data'), out_specs=P('data'), check_vma=False)
   assert calls(lowered(own, shapes(64, batch=8), devices=8)) == ['mosaic_gpu_v2']
 
 
 def interpreted(*arrays, **options):
-  """The interpreter sees what a real GPU only sometimes does: it raises for a read or write that no barrier orders."""
+  """In the interpreter, which raises for a read or write that no barrier orders; a GPU fails there only sometimes."""
   params = InterpretGPUParams(detect_races=True, uninitialized_memory='nan')
   with jax.numpy_dtype_promotion('standard'):  # jax's own code promotes
-    found = gpu_mosaic.attention(*arrays, **{'blocks': SMALL, 'interpret': params} | options)
+    found = attend(gpu_mosaic.attention, *arrays, **{'blocks': SMALL, 'interpret': params} | options)
   assert not isinstance(found, jax.core.Tracer)
   assert not races.get_races().races_found
   return found
@@ -100,30 +100,30 @@ def everything(function, arrays, weights, options) -> dict[str, np.ndarray]:
     slow((256,), {}, {'causal': True, 'blocks': Blocks(q=256, kv=64, stages=2)}),
   ],
 )
-def test_it_is_as_near_the_truth_as_the_definition_is(lengths, sizes, options):
+def test_it_is_about_as_accurate_as_the_definition(lengths, sizes, options):
   """Values, log-sum-exp and gradients, in bfloat16."""
   arrays = draw(*lengths, **{'head_dim': 64, 'dtype': jnp.bfloat16} | sizes)
   weights = [normal(arrays[0].shape, 3), normal(arrays[0].shape[:3], 4)]
   plain = {name: x for name, x in options.items() if name != 'blocks'}
-  truth = everything(reference.attention, tuple(x.astype(jnp.float32) for x in arrays), weights, plain)
-  own = everything(reference.attention, arrays, weights, plain)
+  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays), weights, plain)
+  own = everything(define, arrays, weights, plain)
   for name, got in everything(interpreted, arrays, weights, options).items():
     assert np.abs(got - truth[name]).max() <= 2 * np.abs(own[name] - truth[name]).max() + 1e-3, name
 
 
-def test_a_tile_that_a_warpgroup_does_not_see_is_never_multiplied():
+def test_a_warpgroup_never_multiplies_a_tile_that_it_does_not_see():
   """Each warpgroup has 64 queries, each tile 64 keys: a weight of 0 would not silence a NaN of the second tile."""
   q, k, v = draw(128, heads=1, kv_heads=1, head_dim=64, dtype=jnp.bfloat16)
   dirty = v.at[:, 64:].set(jnp.nan)
   out = np.asarray(interpreted(q, k, dirty, causal=True), np.float32)
-  want = np.asarray(reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True))
+  want = np.asarray(define(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True))
   np.testing.assert_allclose(out[:, :64], want[:, :64], atol=2e-2)
   assert np.isnan(out[:, 64:]).all()
 
 
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('kv', [64, 128, 192])
-def test_tiles_are_those_that_some_query_sees_and_clear_those_that_all_see(kv, causal):
+def test_tiles_counts_what_some_query_sees_and_clear_what_all_see(kv, causal):
   spec = gpu_mosaic_kernel.Spec(
     batch=1, heads=1, group=1, q_length=1024, kv_length=576 // kv * kv, head_dim=64, dtype=jnp.bfloat16, q=128, kv=kv,
     stages=2, causal=causal, scale=1.0,
@@ -136,10 +136,10 @@ def test_tiles_are_those_that_some_query_sees_and_clear_those_that_all_see(kv, c
 
 
 @pytest.mark.parametrize(('head_dim', 'blocks'), [*gpu_mosaic.DEFAULTS.items(), (64, Blocks(q=256, kv=64, stages=3))])
-def test_the_shared_memory_it_counts_is_what_mosaic_takes(head_dim, blocks):
+def test_the_counted_shared_memory_is_what_mosaic_allocates(head_dim, blocks):
   size = gpu_mosaic.shared_bytes(blocks, head_dim)
   with core.artificial_shared_memory_limit(1), pytest.raises(ValueError, match=f'smem_bytes={size} > max_smem_bytes=1'):
-    lowered(lambda *x: gpu_mosaic.attention(*x, causal=True, blocks=blocks), shapes(head_dim))
+    lowered(lambda *x: gpu_mosaic.attention(*x, Visibility(causal=True), blocks=blocks), shapes(head_dim))
 
 
 @pytest.mark.parametrize(
@@ -153,22 +153,22 @@ def test_the_shared_memory_it_counts_is_what_mosaic_takes(head_dim, blocks):
     ),
     (Blocks(q=128, kv=96, stages=2), 'kv=96'),
     (Blocks(q=128, kv=64, stages=0), 'stages=0'),
-    (Blocks(q=128, kv=192, stages=1), 'no lengths 512 of queries and 512 of keys, which blocks of 128 and 192 do not'),
+    (Blocks(q=128, kv=192, stages=1), 'cannot run 512 queries and 512 keys, which blocks of 128 and 192 do not'),
   ],
 )
-def test_blocks_that_cannot_be_are_refused_with_what_to_change(blocks, message):
+def test_invalid_blocks_are_refused_with_the_fix(blocks, message):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(lambda *x: gpu_mosaic.attention(*x, causal=True, blocks=blocks), *shapes(128))
+    jax.eval_shape(lambda *x: gpu_mosaic.attention(*x, Visibility(causal=True), blocks=blocks), *shapes(128))
 
 
-def test_defaults_fit_and_tiles_shrink_to_what_divides_the_keys():
+def test_defaults_fit_and_tiles_shrink_to_a_divisor_of_the_keys():
   for head_dim, blocks in gpu_mosaic.DEFAULTS.items():
     gpu_mosaic.check_blocks(blocks, head_dim, 1024, 1024)
   assert gpu_mosaic.choose_blocks(1024, 192, 128, 'bfloat16') == Blocks(q=128, kv=64, stages=2)
   assert gpu_mosaic.choose_blocks(128, 128, 64, 'bfloat16') == Blocks(q=128, kv=128, stages=1)
 
 
-def test_tuned_blocks_are_of_this_chip_and_kernel(tmp_path, monkeypatch):
+def test_tuned_blocks_belong_to_this_chip_and_kernel(tmp_path, monkeypatch):
   monkeypatch.setattr(tuned, 'FOLDER', tmp_path)
   (tmp_path / 'h100.json').write_text('{"attention": {"mosaic_d128_bfloat16": {"q": 256, "kv": 64, "stages": 3}}}')
   with on(H100):
@@ -180,7 +180,7 @@ def test_tuned_blocks_are_of_this_chip_and_kernel(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (bias(False), "kernels.attention='mosaic_gpu' has no relative bias, which this model asks for; use 'triton' or"),
+    (bias(False), "kernels.attention='mosaic_gpu' has no relative bias, which this model needs; use 'triton' or"),
     ({**PREFIX, 'softcap': 2.0}, r'has no segments \(packed rows\), no positions, no prefixes, no soft-cap, which'),
     (packed(row(512)[None]), r'has no segments \(packed rows\), which'),
     ({'sink_logits': SINKS}, 'has no sinks'),
@@ -190,9 +190,9 @@ def test_tuned_blocks_are_of_this_chip_and_kernel(tmp_path, monkeypatch):
     ({'dropout': (0.1, None)}, 'has no attention dropout'),
   ],
 )
-def test_it_names_what_it_cannot_do(options, message):
+def test_it_refuses_features_that_it_lacks(options, message):
   with pytest.raises(ValueError, match=message):
-    attend(**{'causal': True} | options)(*draw(512, head_dim=64, dtype=jnp.bfloat16))
+    flash(**{'causal': True} | options)(*draw(512, head_dim=64, dtype=jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -202,17 +202,17 @@ def test_it_names_what_it_cannot_do(options, message):
     (shapes(80), r'no head_dim 80 \(64, 128 or 256 only\), which'),
     (
       shapes(128, 320),
-      'no lengths 320 of queries and 320 of keys, which blocks of 128 and 64 do not divide; use lengths',
+      'cannot run 320 queries and 320 keys, which blocks of 128 and 64 do not divide; use lengths',
     ),
     (shapes(128, 100), "multiples of these, 'triton' or 'reference'"),
   ],
 )
-def test_it_names_dtypes_head_dims_and_lengths_that_it_lacks(arrays, message):
+def test_it_refuses_dtypes_head_dims_and_lengths_that_it_lacks(arrays, message):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(attend(causal=True), *arrays)
+    jax.eval_shape(flash(causal=True), *arrays)
 
 
 def test_gpus_before_and_after_hopper_are_refused():
-  message = r"runs on Hopper GPUs \(H100, H200\), this mesh is of NVIDIA A100-SXM4-80GB; use 'triton' or 'reference'"
+  message = r"runs on Hopper GPUs \(H100, H200\), this mesh has NVIDIA A100-SXM4-80GB devices; use 'triton' or"
   with on(A100), pytest.raises(ValueError, match=message):
-    jax.eval_shape(attend(causal=True), *shapes(128))
+    jax.eval_shape(flash(causal=True), *shapes(128))

@@ -1,4 +1,4 @@
-"""The list of tiles: nothing visible is left out, every block of the output is written once."""
+"""The list of tiles contains every visible pair and writes every block of the output once."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import reference, tiles
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.attention.tiles import FIRST, LAST, LIVE, MASKED, NEAR, Spec, Vectors
 
 BLOCK = 4
@@ -19,7 +20,7 @@ def make_spec(q_length, kv_length, **options) -> Spec:
 
 @st.composite
 def rows(draw):
-  """(spec, vectors, dense mask) of one row; segments, positions and prefixes are any numbers at all."""
+  """(spec, vectors, dense mask) of one row; with arbitrary segments, positions and prefixes."""
   numbers = lambda n, high: np.array(draw(st.lists(st.integers(0, high), min_size=n, max_size=n)), np.int32)[None]
   blocks = st.integers(1, 4)
   causal, segmented, positioned = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
@@ -31,7 +32,12 @@ def rows(draw):
   spec = make_spec(
     t, s, causal=causal, segmented=segmented, positioned=positioned, window=window, num_sinks=draw(st.integers(0, 3))
   )
-  mask = reference._mask(causal, window, spec.num_sinks, *ids, q_at, k_at, prefix)
+  mask = reference._mask(
+    Visibility(
+      causal=causal, window=window, num_sinks=spec.num_sinks, q_segment_ids=ids[0], kv_segment_ids=ids[1],
+      q_positions=q_at, kv_positions=k_at, prefix_end=prefix,
+    )
+  )  # fmt: skip
   vectors = dict(zip(('q_segments', 'kv_segments'), ids, strict=True))
   if positioned:
     vectors |= {'q_positions': q_at, 'kv_positions': k_at, 'kv_reach': np.where(k_at < prefix, -tiles.FAR, k_at)}
@@ -46,7 +52,7 @@ def by_tile(mask):
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(rows())
-def test_no_tile_with_something_to_see_is_dropped_and_none_with_something_to_hide_is_called_clear(case):
+def test_no_tile_with_a_visible_pair_is_dropped_and_no_tile_with_a_hidden_pair_is_unmasked(case):
   spec, vectors, mask = case
   live, near, masked = (np.broadcast_to(x, (1, spec.num_q, spec.num_kv))[0] for x in tiles.classify(spec, vectors))
   dense = by_tile(np.broadcast_to(mask, (1, spec.q_length, spec.kv_length)))
@@ -57,7 +63,7 @@ def test_no_tile_with_something_to_see_is_dropped_and_none_with_something_to_hid
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(rows(), st.booleans())
-def test_every_block_is_begun_once_and_ended_once_and_every_live_tile_visited_once(case, by_keys):
+def test_every_block_starts_and_ends_once_and_every_live_tile_is_visited_once(case, by_keys):
   spec, vectors, _ = case
   words, steps = tiles.walk(spec, vectors, by_keys=by_keys)
   words, (i, j) = np.asarray(words)[0], tiles.unpack(np.asarray(words)[0])
@@ -73,7 +79,7 @@ def test_every_block_is_begun_once_and_ended_once_and_every_live_tile_visited_on
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(rows(), st.booleans())
-def test_bounds_hold_every_live_tile_and_begin_and_end_with_one(case, by_keys):
+def test_bounds_contain_every_live_tile_and_start_and_end_at_one(case, by_keys):
   spec, vectors, _ = case
   live = np.broadcast_to(tiles.classify(spec, vectors)[0], (1, spec.num_q, spec.num_kv))[0]
   ends = np.asarray(tiles.bounds(spec, vectors, by_keys=by_keys))[0]
@@ -82,15 +88,15 @@ def test_bounds_hold_every_live_tile_and_begin_and_end_with_one(case, by_keys):
     assert (start, end) == ((places[0], places[-1] + 1) if places.size else (0, 0))
 
 
-def test_documents_are_not_visited_from_outside():
-  """Of four documents of two blocks each, 4 x 3 tiles of the causal 36 are live."""
+def test_tiles_between_documents_are_not_visited():
+  """Four documents of two blocks each have 4 x 3 live tiles; causality alone would leave 36."""
   segments = jnp.asarray(np.repeat([[1, 2, 3, 4]], 2 * BLOCK, 1).astype(np.int32))
   spec = make_spec(32, 32, causal=True, segmented=True, positioned=False)
   _, steps = tiles.walk(spec, Vectors(q_segments=segments, kv_segments=segments), by_keys=False)
   assert int(steps) == 12
 
 
-def test_more_blocks_than_a_word_holds_are_refused():
+def test_more_blocks_than_fit_a_word_are_refused():
   spec = make_spec(BLOCK * 5000, BLOCK, causal=True, segmented=False, positioned=False)
   with pytest.raises(ValueError, match='flash_attention over 5000 x 1 blocks; 4096 fit, use larger blocks'):
     tiles.walk(spec, Vectors(), by_keys=False)

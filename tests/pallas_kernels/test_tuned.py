@@ -1,6 +1,7 @@
-"""Tuned blocks: read from JSON, used by the kernels, and what is said where they are damaged or missing."""
+"""Tuned blocks: read from JSON, used by the kernels, and the messages for damaged and missing files."""
 
 import configparser
+import fnmatch
 import json
 import pathlib
 
@@ -31,7 +32,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_blocks_are_those_of_the_file_for_this_chip_and_class_and_fit_short_rows(folder):
+def test_blocks_come_from_the_file_of_this_chip_by_class_and_fit_short_rows(folder):
   entries = {
     'd128_causal': {'q': 512, 'kv': 2048, 'compute': 256},
     'd128_packed_full': {'q': 256, 'kv': 256, 'compute': 256},
@@ -42,7 +43,7 @@ def test_blocks_are_those_of_the_file_for_this_chip_and_class_and_fit_short_rows
   assert blocks(length=200) == tpu.Blocks(q=256, kv=256, compute=256)
 
 
-def test_gpus_have_files_of_their_own(folder):
+def test_gpus_have_their_own_files(folder):
   sizes = {'q': 64, 'kv': 32, 'grad_q': 16, 'grad_kv': 128}
   (folder / 'h100.json').write_text(json.dumps({'attention': {'d128_bfloat16': sizes}}))
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=H100)):
@@ -50,7 +51,7 @@ def test_gpus_have_files_of_their_own(folder):
     assert gpu.choose_blocks(1024, 1024, 64, 'bfloat16') == gpu.Blocks(q=128, kv=64, grad_q=64, grad_kv=64)
 
 
-def test_what_nobody_has_tuned_has_the_default_and_says_so_once(folder, caplog):
+def test_untuned_shapes_get_the_default_which_is_logged_once(folder, caplog):
   caplog.set_level('INFO')
   assert blocks() == blocks() == tpu.Blocks(**tpu.DEFAULT)
   (folder / 'v5e.json').write_text('{"attention": {}}')
@@ -71,7 +72,7 @@ def test_what_nobody_has_tuned_has_the_default_and_says_so_once(folder, caplog):
     ('{"attention": {"d128_causal": {"q": 512, "kv": "512", "compute": 512}}}', 'lacks one of q, kv, compute'),
   ],
 )
-def test_a_damaged_file_is_one_sentence_with_the_fix(folder, text, reason):
+def test_a_damaged_file_is_a_one_line_error_with_the_fix(folder, text, reason):
   (folder / 'v5e.json').write_text(text)
   with pytest.raises(
     KernelError, match=rf'^CONFIG: tuned blocks in .*v5e.json are damaged \(.*{reason}.*or delete'
@@ -82,7 +83,7 @@ def test_a_damaged_file_is_one_sentence_with_the_fix(folder, text, reason):
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
-def test_shipped_blocks_are_such_that_kernels_run(path):
+def test_shipped_blocks_are_valid(path):
   entries = json.loads(path.read_text())['attention']
   assert path.stem in tuned.CHIPS.values()
   for entry in [entry for entry in entries.values() if 'compute' in entry]:
@@ -91,10 +92,11 @@ def test_shipped_blocks_are_such_that_kernels_run(path):
     assert min(sizes[:2]) % sizes[2] == 0
 
 
-def test_the_files_are_there_for_four_tpus_and_are_packaged():
+def test_four_tpus_have_files_and_these_are_packaged():
   assert {'v5e', 'v5p', 'v6e', 'tpu7x'} <= {path.stem for path in FILES}
   setup, root = configparser.ConfigParser(), pathlib.Path(pallas_kernels.__file__).parent
   setup.read(root.parent / 'setup.cfg')
   assert set(root.glob(setup['options.package_data']['pallas_kernels'])) == set(FILES)
-  names = {name.strip() for name in setup['options']['packages'].split(',')}
-  assert names >= {'.'.join(p.parent.relative_to(root.parent).parts) for p in root.rglob('__init__.py')}
+  patterns = setup['options.packages.find']['include'].split()
+  for folder in (path.parent.relative_to(root.parent) for path in root.rglob('__init__.py')):
+    assert any(fnmatch.fnmatch('.'.join(folder.parts), pattern) for pattern in patterns), folder

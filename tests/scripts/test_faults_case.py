@@ -146,7 +146,7 @@ def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, 
 def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeypatch):
   case = module('faults.case')
   monkeypatch.setattr(case.Case, 'command', lambda self: [sys.executable, '-c', 'import sys; sys.exit(1)'])
-  with pytest.raises(SystemExit, match='the run that was left alone ended with 1'):
+  with pytest.raises(SystemExit, match='the uninterrupted run ended with 1'):
     case.references(argparse.Namespace(full=False, alone=tmp_path))(1, 60)
   assert not (tmp_path / 'alone_1_120.done').exists()
 
@@ -174,8 +174,8 @@ def broken(module, folder: pathlib.Path, *incidents, fault=None):
   ('incidents', 'said'),
   [
     (((2, 1), (None, None), (40, 20)), ''),
-    (((2, 1), (40, 20)), '2 failures of 3 that were meant'),
-    (((2, 1), (40, None), (None, 0)), '40 steps were made again, saved every 10'),  # it began anew, bit for bit
+    (((2, 1), (40, 20)), '2 failures of 3 that were planned'),
+    (((2, 1), (40, None), (None, 0)), '40 steps were computed again, saved every 10'),  # it started again from step 0
   ],
 )
 def test_a_fault_that_ended_nothing_and_a_start_from_0_are_not_survived(module, tmp_path, incidents, said):

@@ -1,4 +1,4 @@
-"""What is counted of compiled programs that run nowhere: loops as often as they turn, schedules by what runs when."""
+"""Cycles of compiled programs: loops count once for each iteration, kernels by the branches of their schedules."""
 
 import importlib.util
 import pathlib
@@ -48,17 +48,17 @@ def schedule():
   del sys.modules[spec.name]
 
 
-def test_what_a_loop_does_counts_as_often_as_it_turns(schedule):
+def test_the_body_of_a_loop_counts_once_for_each_iteration(schedule):
   assert schedule.fusion_cycles(PROGRAM) == 3 * (5 * 10 + 7) + 1
 
 
-def test_a_loop_that_does_not_say_how_often_it_turns_is_refused(schedule):
-  with pytest.raises(ValueError, match='does not say how often it turns'):
+def test_a_loop_without_a_known_number_of_iterations_is_refused(schedule):
+  with pytest.raises(ValueError, match='has no known number of iterations'):
     schedule.fusion_cycles(PROGRAM.replace('"known_trip_count":{"n":"3"}', ''))
 
 
 def listing(tmp_path, *blocks: tuple[str, int]) -> pathlib.Path:
-  """A schedule: (what its bundles say, how many of them); the text of a block goes to its first bundle."""
+  """A schedule of (text, number of bundles); the text goes into the first bundle."""
   lines, path = [], tmp_path / 'kernel-final_bundles.txt'
   for text, count in blocks:
     first = len(lines)
@@ -68,11 +68,11 @@ def listing(tmp_path, *blocks: tuple[str, int]) -> pathlib.Path:
 
 
 def branch(n: int, *inside: tuple[str, int]) -> list[tuple[str, int]]:
-  """Bundles that a branch may leave out, behind the branch itself and the four that run whether it is taken or not."""
+  """A branch, the four bundles that run even if it is taken, and the bundles that it may skip."""
   return [(f'sbr.rel (%p1) target = $region{n}', 5), *inside, (f'/* Start/End empty region {n} */', 1)]
 
 
-def test_bodies_of_branches_are_told_from_what_runs_at_every_step_and_from_each_other(schedule, tmp_path):
+def test_bodies_of_branches_are_separated_from_each_other_and_from_the_rest_of_a_step(schedule, tmp_path):
   first = branch(2, ('x', 20), *branch(3, ('build', 100)), ('y', 14))
   tile = branch(4, ('/* Start region 9 */ vmatmul', 199), ('/* End region 9 */', 1))
   copies, few = branch(5, ('dma.hbm_to_vmem', 30)), branch(6, ('z', 10))

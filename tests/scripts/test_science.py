@@ -83,7 +83,7 @@ def test_a_loss_stands_at_what_the_steps_before_it_cost():
 def test_steps_that_were_not_logged_are_noticed():
   from steps import row_lengths
 
-  with pytest.raises(ValueError, match=r'1 rows do not tell of each of 2 steps; set train.log_every=1'):
+  with pytest.raises(ValueError, match=r'1 rows do not cover all of 2 steps; set train.log_every=1'):
     row_lengths(steps_of(64, 64)[1:], 512)
 
 

@@ -84,7 +84,7 @@ def test_damage_reaches_the_loop_as_an_error_with_its_code(text_store, tmp_path,
 
 def test_workers_end_with_a_parent_that_is_killed(text_store):
   code = (
-    'import sys, time; from tests.data.test_source import opened; from data.loader import loader\n'
+    'import sys, time; from tests.data.batches.test_source import opened; from data.batches.loader import loader\n'
     'if __name__ == "__main__":\n'
     '  batches = loader(opened(sys.argv[1], workers=2), {"examples": 0}, slice(0, 8)); next(batches)\n'
     '  print("ready", flush=True); time.sleep(100)'
@@ -124,7 +124,7 @@ def command_of(pid: int) -> str:
 
 def test_a_script_that_just_ends_is_quiet(text_store):
   code = (
-    'import sys; from tests.data.test_source import opened; from data.loader import loader\n'
+    'import sys; from tests.data.batches.test_source import opened; from data.batches.loader import loader\n'
     'if __name__ == "__main__":\n'
     '  batches = loader(opened(sys.argv[1], workers=int(sys.argv[2])), {"examples": 0}, slice(0, 8)); next(batches)'
   )

@@ -120,7 +120,7 @@ def test_a_batch_does_not_depend_on_those_before_it(store_for, objective, inputs
 
 def test_a_batch_is_the_same_in_another_process(text_store):
   code = (
-    'import sys; from tests.data.test_source import *; '
+    'import sys; from tests.data.batches.test_source import *; '
     'print(digest(opened(sys.argv[1]).batch(5, slice(0, 8))), "jax" in sys.modules)'
   )
   command = [sys.executable, '-c', code, str(text_store)]
@@ -200,7 +200,7 @@ class SlowDict(collections.OrderedDict):
 
 def test_threads_that_share_rows_get_what_one_gets(text_store, monkeypatch):
   """Plans of more epochs than are kept, wanted in another order by each thread."""
-  monkeypatch.setattr(data.rows, 'WINDOW', 1)
+  monkeypatch.setattr(data.batches.rows, 'WINDOW', 1)
   shared, alone = (opened(text_store).sources[0] for _ in range(2))
   plan, planned = shared._planner.plan, []
   shared._planner.plan = lambda *which: (planned.append(which), plan(*which))[1]

@@ -84,15 +84,15 @@ def test_documents_are_the_same_in_every_kind_of_file(tmp_path, name):
   [
     ('t.txt.gz', packed(PLAIN)[:-20], 't.txt.gz is cut off in the middle of its compressed data'),
     ('t.txt.zst', zstandard.compress(PLAIN)[:-20], 't.txt.zst is cut off in the middle of its compressed data'),
-    ('t.txt.gz', PLAIN, r't.txt.gz cannot be unpacked \(.*\); copy it again'),
-    ('t.txt.zst', PLAIN, r't.txt.zst cannot be unpacked \(.*\); copy it again'),
+    ('t.txt.gz', packed(PLAIN)[:9] + PLAIN, r't.txt.gz cannot be unpacked \(.*\); copy it again'),
+    ('t.txt.zst', zstandard.compress(PLAIN)[:9] + PLAIN, r't.txt.zst cannot be unpacked \(.*\); copy it again'),
     ('t.txt.gz', packed(PLAIN)[:400] + b'\xff' * 9 + packed(PLAIN)[409:], 't.txt.gz cannot be unpacked'),
     ('t.txt.gz', packed(b'a' * 90 + b'\xff'), r't.txt.gz is not UTF-8 text \(byte 90\)'),
     ('t.txt.zst', zstandard.compress(b'a' * 90 + b'\0'), r't.txt.zst is binary \(a NUL at byte 90\)'),
     ('t.jsonl.gz', packed(b'{"text": "a"}\n{'), r't.jsonl.gz:2: not JSON'),
     ('t.txt.gz', packed(b''), 't.txt.gz is empty; remove it'),
-    ('t.parquet', PLAIN, r't.parquet cannot be read as Parquet from row 0 on'),
-    ('t.arrayrecord', PLAIN, r't.arrayrecord cannot be read as ArrayRecord'),
+    ('t.parquet', b'PAR1\x15' + PLAIN, r't.parquet cannot be read as Parquet from row 0 on'),
+    ('t.arrayrecord', bytes.fromhex('83af70d10d884a3f') + PLAIN, r't.arrayrecord cannot be read as ArrayRecord'),
     ('t.jsonl', b'[' * 10**5 + b']' * 10**5, r't.jsonl:1: not JSON \(maximum recursion depth'),
   ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, model):
   """In a process group of its own, as a terminal does; its workers are told too."""
   (tmp_path / 't.txt').write_bytes(PLAIN * 1000)
   code = (
-    'import signal, sys; from data.prepare import prepare\n'
+    'import signal, sys; from data.prepare.prepare import prepare\n'
     'signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it\n'
     'prepare(sys.argv[1:2], sys.argv[2], tokenizer="m", workers=2)'
   )

@@ -85,7 +85,7 @@ def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
     ('t.txt', b'', r't.txt is empty; remove it'),
     ('t.txt', b' \n\n ', r't.txt is empty; remove it'),
     ('t.txt', b'good line\nbad \xff byte', r't.txt is not UTF-8 text \(byte 14\)'),
-    ('t.bin', b'\x89PNG\r\n\x1a\n\x00\x00', r't.bin is not UTF-8 text \(byte 0\)'),
+    ('t.bin', b'\x89PNG\r\n\x1a\n\x00\x00', 't.bin is a picture, sound or video by its first bytes'),
     ('t.bin', b'text\nand\x00more', r't.bin is binary \(a NUL at byte 8\)'),
     ('t.jsonl', b'', r't.jsonl is empty; remove it'),
     ('t.jsonl', b'{"text": "a"}\n{"txt": "b", "z": 1}', r"t.jsonl:2: no text in field 'text' \(found: txt, z\)"),

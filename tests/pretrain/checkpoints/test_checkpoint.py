@@ -99,10 +99,10 @@ DAMAGE = [
   (FILES['arrays'], pathlib.Path.unlink, r' \(\d+ bytes\) is missing'),
   (FILES['arrays'], symbolic_link, ' is a symbolic link'),
   (FILES['position'], longer, 'position/metadata has 27 bytes, 26 in MANIFEST.json'),
-  (manifest.FILE, flip, r'MANIFEST.json \(\d+ bytes\) is not what was written'),
-  (manifest.FILE, shorter, r'MANIFEST.json \(\d+ bytes\) is not what was written'),
+  (manifest.FILE, flip, r'MANIFEST.json \(\d+ bytes\) has changed since it was written'),
+  (manifest.FILE, shorter, r'MANIFEST.json \(\d+ bytes\) has changed since it was written'),
   (manifest.FILE, pathlib.Path.unlink, 'MANIFEST.json is missing'),
-  (manifest.FILE, of_another_step, 'MANIFEST.json is that of step 1'),
+  (manifest.FILE, of_another_step, 'MANIFEST.json belongs to step 1'),
 ]
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_step_is_put_aside_and_the_one_before_it_is_taken(run, program
   err = capsys.readouterr().err
   assert err.startswith(f'CKPT-CORRUPT: step 2 of {run}/checkpoints: ')
   assert re.search(what, err), err
-  assert err.endswith('. Quarantined as 2.corrupt; going on from step 1. Nothing deleted.\n')
+  assert err.endswith('. Quarantined as 2.corrupt; resuming from step 1. Nothing deleted.\n')
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['1', '2.corrupt']
 
 
@@ -153,7 +153,7 @@ def test_verify_sees_wrong_values_in_whole_files(run, capsys):
   before_manifests(run / 'checkpoints/2')
   assert main(['checkpoints', 'verify', f'--workdir={run}']) == 66
   assert capsys.readouterr().out.splitlines() == [
-    f'step 1  DAMAGED     the values of {key} are not those that were saved',
+    f'step 1  DAMAGED     the values of {key} differ from those that were saved',
     'step 2  unverified  written before there was MANIFEST.json: nothing to compare it with',
   ]
 
@@ -174,7 +174,7 @@ def test_where_no_step_is_whole_none_is_renamed_and_no_run_begins_anew(run):
     flip(some_file(run / f'checkpoints/{step}', FILES['arrays']))
   for _ in range(2):
     with pytest.raises(
-      CheckpointError, match=r'CKPT-CORRUPT: 2 checkpoints in .*, none whole \(2: state/.*; 1: state/'
+      CheckpointError, match=r'CKPT-CORRUPT: 2 checkpoints in .*, none intact \(2: state/.*; 1: state/'
     ):
       Checkpoints(run, CFG).newest_whole()
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['1', '2']
@@ -202,12 +202,12 @@ def test_wrong_values_in_whole_files_are_seen(run, program, capsys):
   resign(run / 'checkpoints/2', key)
   checkpoints = Checkpoints(run, CFG)
   assert checkpoints.newest_whole() == 2
-  with pytest.raises(DamagedError, match=f'the values of {key} are not those that were saved'):
+  with pytest.raises(DamagedError, match=f'the values of {key} differ from those that were saved'):
     checkpoints.restore(program.abstract, 2)
   assert checkpoints.newest_whole() == 1
   assert (run / 'checkpoints/2').exists(), 'until an older one has been read'
   assert checkpoints.restore(program.abstract, 1).position == POSITION
-  assert 'Quarantined as 2.corrupt; going on from step 1.' in capsys.readouterr().err
+  assert 'Quarantined as 2.corrupt; resuming from step 1.' in capsys.readouterr().err
   assert not (run / 'checkpoints/2').exists()
 
 
@@ -222,7 +222,7 @@ def test_where_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch
     with pytest.raises(DamagedError):
       checkpoints.restore(program.abstract, step)
   with pytest.raises(
-    CheckpointError, match=r'2 checkpoints in .*, none whole \(2: the values of .*; 1: the values of '
+    CheckpointError, match=r'2 checkpoints in .*, none intact \(2: the values of .*; 1: the values of '
   ):
     checkpoints.newest_whole()
   monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Mesh sizes, hosts' rows, and the sentences of what does not fit."""
+"""Mesh sizes, the rows of hosts, and the errors for sizes that do not fit."""
 
 import jax
 import numpy as np
@@ -17,13 +17,13 @@ from pretrain.devices.mesh import (
 from pretrain.errors import ConfigError
 
 
-def test_all_axes_are_always_there():
+def test_every_mesh_has_all_axes():
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
   assert tuple(mesh.axis_names) == AXES
   assert (mesh.shape['fsdp'], mesh.shape['tensor'], mesh.shape['data']) == (4, 2, 1)
 
 
-def test_one_axis_takes_the_devices_that_remain():
+def test_one_axis_takes_the_remaining_devices():
   assert axis_sizes(MeshConfig(data=-1, tensor=2), 8)['data'] == 4
 
 
@@ -32,22 +32,22 @@ def test_one_axis_takes_the_devices_that_remain():
   [
     (MeshConfig(data=-1, fsdp=-1), 'mesh.data and mesh.fsdp are both -1'),
     (MeshConfig(data=3), r'mesh.\* needs 3 devices, 8 are present'),
-    (MeshConfig(tensor=0), 'mesh.tensor=0 is no size'),
+    (MeshConfig(tensor=0), 'mesh.tensor=0 is not a size'),
     (MeshConfig(data=16), r'mesh.\* needs 16 devices, 8 are present'),
   ],
 )
-def test_what_does_not_fit_is_refused(cfg, message):
+def test_sizes_that_do_not_fit_are_refused(cfg, message):
   with pytest.raises(ConfigError, match=message):
     axis_sizes(cfg, 8)
 
 
-def test_a_cpu_is_not_asked_for_thousands_of_devices(monkeypatch):
+def test_a_cpu_simulates_a_limited_number_of_devices(monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')
   with pytest.raises(ConfigError, match=r'mesh.\* makes 20000 devices; a CPU simulates at most 512'):
     prepare_platform(MeshConfig(data=20_000))
 
 
-def test_a_batch_lies_on_the_batch_axes_and_keeps_its_order():
+def test_a_batch_is_sharded_over_the_batch_axes_in_order():
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   batch = {'x': np.arange(8, dtype=np.int32).reshape(4, 2)}
   placed = to_global(batch, mesh)['x']

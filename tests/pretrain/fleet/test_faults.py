@@ -41,10 +41,10 @@ def test_a_barrier_ends_in_time_and_names_who_is_missing():
   said = [line for line in stream.getvalue().splitlines() if 'HANG' in line]
   assert said, stream.getvalue()
   for line in said:
-    assert "HANG: process 2 has not come to the barrier 'saved' within 2 s of process" in line
+    assert "HANG: process 2 has not reached the barrier 'saved' within 2 s of process" in line
     assert line.endswith('after True')
   # Whoever is second may ask when process 0, who keeps what was told, has left already.
-  assert any('others that wait: 2: data since step 7' in line for line in said), said
+  assert any('other processes: 2: data since step 7' in line for line in said), said
 
 
 # One process or several, with their pids in files; the losses of two starts are compared bit for bit.

@@ -121,7 +121,7 @@ time.sleep(60)
 
 
 def test_a_signal_is_passed_on_and_shows_in_the_code():
-  command = [sys.executable, '-c', 'from tests.pretrain.test_launch import *; sys.exit(run_sleepers())']
+  command = [sys.executable, '-c', 'from tests.pretrain.fleet.test_launch import *; sys.exit(run_sleepers())']
   with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
     assert {process.stdout.readline(), process.stdout.readline()} == {'[0] up\n', '[1] up\n'}
     process.send_signal(signal.SIGTERM)
@@ -134,7 +134,11 @@ def run_sleepers():
 
 def test_no_process_outlives_a_killed_launcher():
   code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
-  command = [sys.executable, '-c', f'from tests.pretrain.test_launch import *; group(2, {code!r}, sys.stdout).wait()']
+  command = [
+    sys.executable,
+    '-c',
+    f'from tests.pretrain.fleet.test_launch import *; group(2, {code!r}, sys.stdout).wait()',
+  ]
   with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
     children = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     assert all(map(alive, children))
@@ -234,7 +238,7 @@ def test_without_the_variables_there_is_one_process(monkeypatch):
     ({'PRETRAIN_NUM_HOSTS': '2'}, 'CONFIG: PRETRAIN_NUM_HOSTS set, but not all of PRETRAIN_COORDINATOR, '),
     (
       {'PRETRAIN_NUM_HOSTS': 'two', 'PRETRAIN_HOST': '0', 'PRETRAIN_COORDINATOR': '127.0.0.1:1'},
-      "CONFIG: PRETRAIN_NUM_HOSTS='two' is no number",
+      "CONFIG: PRETRAIN_NUM_HOSTS='two' is not a number",
     ),
   ],
 )

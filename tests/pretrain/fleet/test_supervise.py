@@ -123,7 +123,7 @@ def test_what_a_restart_would_find_again_is_not_retried(tmp_path, capsys, code, 
   assert run(tmp_path, {'0': [(7, code)]}) == code
   assert starts(tmp_path) == 1
   assert [(i['cause'], i['action'], i['step_resumed']) for i in incidents(tmp_path)] == [(cause, 'stop', None)]
-  assert 'not restarted: it would find the same' in capsys.readouterr().err
+  assert 'not restarted: it would fail the same way' in capsys.readouterr().err
 
 
 def test_a_refused_workdir_is_left_alone(tmp_path):
@@ -143,7 +143,7 @@ def test_failures_at_one_step_end_the_run_and_name_step_and_log(tmp_path, capsys
   last = incidents(tmp_path)[-1]
   assert (last['action'], last['step_reached']) == ('give up', 7)
   assert 'these are last words' in pathlib.Path(last['log']).read_text()
-  said = f'at step 7; given up after 3 failures without a new step. What is saved is whole; see {last["log"]}.'
+  said = f'at step 7; gave up after 3 failures without a new step. Saved steps are intact; see {last["log"]}.'
   assert said in capsys.readouterr().err
 
 

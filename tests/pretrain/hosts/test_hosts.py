@@ -86,7 +86,7 @@ def test_two_hosts_leave_a_damaged_step_and_go_on_from_the_same_one(process, tex
   (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b'?')
   assert main.main(['run', '--hosts=2', '--', *command]) == 0, capfd.readouterr()
   out = capfd.readouterr()
-  assert (out.out + out.err).count('Quarantined as 4.corrupt; going on from step 2.') == 1
+  assert (out.out + out.err).count('Quarantined as 4.corrupt; resuming from step 2.') == 1
   assert series(tmp_path, 'loss') == before
   assert sorted(path.name for path in folder.parent.iterdir()) == ['2', '4', '4.corrupt']
 

@@ -46,9 +46,9 @@ def test_a_resume_of_a_run_with_skipped_examples_is_exact(tmp_path, monkeypatch)
       '[[20, 36]]',
       r'skipped.json leaves out examples from 20 on, and with data.batch_size=8 no step begins there: one ',
     ),
-    ('[[36, 24]]', r'skipped.json is no list of ranges of examples \(a range is two whole numbers, the first one smal'),
-    ('[24, 36]', r'skipped.json is no list of ranges of examples .*; write e.g. \[\[240, 420\]\], or remove it.'),
-    ('[[24, 36', r'skipped.json is no list of ranges of examples .*; write e.g.'),
+    ('[[36, 24]]', r'skipped.json is not a list of ranges of examples \(a range is two integers, the first one small'),
+    ('[24, 36]', r'skipped.json is not a list of ranges of examples .*; write e.g. \[\[240, 420\]\], or remove it.'),
+    ('[[24, 36', r'skipped.json is not a list of ranges of examples .*; write e.g.'),
   ],
 )
 def test_ranges_that_cannot_be_left_out_are_refused_before_the_run_waits_for_them(tmp_path, text, message):

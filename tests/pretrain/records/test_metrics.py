@@ -141,7 +141,7 @@ def test_a_kill_while_an_evaluation_joins_loses_no_training_row(tmp_path):
 
 def test_a_row_is_on_disk_when_write_returns(tmp_path):
   code = (
-    'import sys, time; from pretrain.metrics import Metrics\n'
+    'import sys, time; from pretrain.records.metrics import Metrics\n'
     f'm = Metrics({str(tmp_path)!r}, resume_step=0, total_steps=9)\n'
     'for step in range(1, 4): m.write(step, {"loss": 0.5})\n'
     'print("written", flush=True); time.sleep(60)'

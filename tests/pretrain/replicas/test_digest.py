@@ -1,4 +1,4 @@
-"""The digest of an array: the same on every mesh, and another for any other array of its shape."""
+"""The digest of an array: equal on every mesh, different for a different array of the same shape."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def text(x) -> str:
 
 
 def by_hand(x: np.ndarray) -> str:
-  """Value by value, in Python's integers."""
+  """The digest computed value by value in Python integers."""
   first = second = 0
   for place, bits in enumerate(np.ravel(x).view(f'uint{8 * x.itemsize}').tolist()):
     first += mixed(bits ^ (place * 0x9E3779B1 % 2**32), 0x85EBCA6B, 13, 0xC2B2AE35)
@@ -32,13 +32,13 @@ def mixed(x: int, a: int, shift: int, b: int) -> int:
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float8_e4m3fn', 'int32', 'uint8'])
-def test_it_is_what_it_says(dtype):
+def test_it_equals_the_formula(dtype):
   x = np.asarray(jnp.asarray(X * 50).astype(dtype))
   assert text(x) == by_hand(x)
   assert text(x[0, 0, 0]) == by_hand(x[:1, 0, 0]), 'a scalar'
 
 
-def test_it_does_not_change_from_version_to_version():
+def test_it_is_the_same_in_every_version():
   assert text(np.arange(6, dtype=np.float32).reshape(2, 3)) == GOLDEN
 
 
@@ -46,7 +46,7 @@ GOLDEN = '70deab9490802553'
 
 
 @pytest.mark.parametrize('mesh', [{'fsdp': 8}, {'fsdp': 2, 'tensor': 4}, {'tensor': 4}])
-def test_it_does_not_depend_on_how_the_array_lies(mesh):
+def test_it_does_not_depend_on_the_sharding(mesh):
   axes = PartitionSpec(('fsdp', 'tensor')) if mesh == {'fsdp': 8} else PartitionSpec('fsdp', 'tensor')
   placed = jax.device_put(X, NamedSharding(make_mesh(MeshConfig(**mesh)), axes))
   assert not placed.sharding.is_fully_replicated
@@ -61,7 +61,7 @@ def test_it_does_not_depend_on_how_the_array_lies(mesh):
     np.where((X[0, 0, 0] == X) | (X[5, 1, 2] == X), -X, X),
   ],
 )  # fmt: skip
-def test_it_sees_order_sign_and_value(other):
+def test_it_depends_on_order_sign_and_value(other):
   assert text(np.ascontiguousarray(other).reshape(X.shape)) != text(X)
 
 

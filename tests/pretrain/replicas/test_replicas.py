@@ -1,4 +1,4 @@
-"""Copies of an array on several devices: one that differs is seen, whichever it is, and its device is named."""
+"""Copies of an array on several devices: any copy that differs is found, and its device is named."""
 
 import dataclasses
 import time
@@ -30,13 +30,13 @@ def tree_on(mesh):
 
 @pytest.fixture(scope='module')
 def checked():
-  """(replicas, tree) of eight devices."""
+  """(replicas, tree) on eight devices."""
   tree = tree_on(make_mesh(MeshConfig(**MESH)))
   return Replicas(tree, tree['w'].sharding.mesh), tree
 
 
 def changed(x, device: int, change):
-  """`x` with `change(values)` made in the copy of one device alone."""
+  """`x` with `change(values)` applied only to the copy of one device."""
   shards = []
   for number, shard in enumerate(x.addressable_shards):
     values = np.array(shard.data)
@@ -53,7 +53,7 @@ def flip(place: int, bit: int):
 
 
 def judged(checked, **leaves) -> str:
-  """What is said of the tree with these leaves in place of its own."""
+  """The message for the tree with some leaves replaced."""
   replicas, tree = checked
   try:
     replicas.check(np.asarray(replicas.digests(tree | leaves)), 7, 5)
@@ -62,19 +62,19 @@ def judged(checked, **leaves) -> str:
   return ''
 
 
-def test_equal_copies_are_silent(checked):
+def test_equal_copies_raise_nothing(checked):
   assert judged(checked) == ''
 
 
 @pytest.mark.parametrize('device', range(8))
-def test_a_bit_of_any_copy_is_seen_and_its_device_named(checked, device):
-  """A digest of the whole array would read one copy of each part."""
+def test_a_flipped_bit_in_any_copy_is_found_and_its_device_named(checked, device):
+  """A digest of the whole array would read only one copy of each part."""
   for key in ('w', 'scale'):
     said = judged(checked, **{key: changed(checked[1][key], device, flip(3, 0))})
     assert said.startswith(
       f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) is not that of its'
     )
-    assert 'all were alike at step 5.' in said
+    assert 'all were equal at step 5.' in said
 
 
 @pytest.mark.parametrize(
@@ -82,19 +82,19 @@ def test_a_bit_of_any_copy_is_seen_and_its_device_named(checked, device):
   [('scale', flip(1, 31)), ('w', lambda x: x[::-1].copy()), ('w', lambda x: np.roll(x, 1)), ('w', lambda x: x / 0.5)],
   ids=['the sign of zero', 'order', 'places', 'values'],
 )  # fmt: skip
-def test_any_change_is_seen(checked, key, change):
+def test_any_change_is_found(checked, key, change):
   assert 'on device cpu:5 ' in judged(checked, **{key: changed(checked[1][key], 5, change)})
 
 
-def test_what_has_one_copy_is_not_compared(checked):
+def test_an_array_with_one_copy_is_not_compared(checked):
   assert judged(checked, alone=changed(checked[1]['alone'], 3, flip(0, 5))) == ''
 
 
-def test_of_two_copies_that_differ_both_are_named():
+def test_both_are_named_if_two_copies_differ():
   tree = {'w': tree_on(make_mesh(MeshConfig(data=2)))['w']}
   replicas = Replicas(tree, tree['w'].sharding.mesh)
   said = judged((replicas, tree), w=changed(tree['w'], 1, flip(2, 7)))
-  assert 'on device cpu:0 (process 0), cpu:1 (process 0) (one of them is wrong) is not that of its replicas' in said
+  assert 'on device cpu:0 (process 0), cpu:1 (process 0) (one of them is wrong) differs from its replicas' in said
 
 
 KEYS = ('train.steps=12', 'checkpoint.every=4', 'mesh.data=4', 'replicas.every=3')
@@ -102,7 +102,7 @@ KEYS = ('train.steps=12', 'checkpoint.every=4', 'mesh.data=4', 'replicas.every=3
 
 @pytest.fixture
 def flips(monkeypatch):
-  """`flips(step, change)`: after that step, once, a parameter is another one on device 3."""
+  """`flips(step, change)`: once, after that step, a parameter changes on device 3."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   after, left = step_numbers.numbers_of, []  # what is called after each step
 
@@ -122,11 +122,11 @@ def numbers(workdir) -> list[tuple]:
 
 
 @pytest.mark.parametrize(('step', 'found', 'alike', 'saved'), [(5, 6, 4, ['4']), (7, 8, 6, ['4'])])
-def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_path, flips, step, found, alike, saved):
-  """Found at the next check (6), or else when step 8 would be saved: no step that is saved has a bad copy."""
+def test_a_run_stops_before_the_next_save_and_resumes_from_the_one_before(tmp_path, flips, step, found, alike, saved):
+  """Found at the next check (6), or before the save of step 8: no saved step has a bad copy."""
   assert train(tiny.decoder(*KEYS), tmp_path / 'alone') == 0
   flips(step, flip(17, 30))
-  said = rf'at step {found} the copy of params/embedding/table .*cpu:3 .* alike at step {alike}'
+  said = rf'at step {found} the copy of params/embedding/table .*cpu:3 .* equal at step {alike}'
   with pytest.raises(ReplicaError, match=said) as caught:
     train(tiny.decoder(*KEYS), tmp_path / 'flipped')
   assert caught.value.exit_code == 74
@@ -135,32 +135,32 @@ def test_a_run_stops_before_the_next_save_and_goes_on_from_the_one_before(tmp_pa
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
 
 
-def test_a_save_that_fails_meanwhile_does_not_hide_the_device(tmp_path, flips, monkeypatch):
-  """Code 66 would end the run, 74 goes on."""
+def test_a_save_that_fails_at_the_same_time_does_not_hide_the_device(tmp_path, flips, monkeypatch):
+  """After code 66 the run must not be started again; after 74 it may."""
   monkeypatch.setattr(Files, 'wait', lambda files: (time.sleep(1), (_ for _ in ()).throw(OSError('no such disk'))))
   flips(5, flip(17, 30))
   with pytest.raises(ReplicaError, match='at step 6 the copy of params/embedding/table'):
     train(tiny.decoder(*KEYS), tmp_path)
 
 
-def test_memory_holds_no_step_with_a_bad_copy(tmp_path, flips, capsys):
-  """Replicas are compared before a snapshot is of use, whenever else they would be."""
+def test_no_snapshot_has_a_bad_copy(tmp_path, flips, capsys):
+  """Replicas are compared before each snapshot can be used, in addition to every `replicas.every` steps."""
   (tmp_path / 'memory').mkdir()
   keys = ('replicas.every=99', 'checkpoint.every=99', 'snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
   assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'alone') == 0
   flips(5, flip(17, 30))
-  with pytest.raises(ReplicaError, match=r'at step 6 the copy of params/embedding/table .*cpu:3 .* alike at step 4'):
+  with pytest.raises(ReplicaError, match=r'at step 6 the copy of params/embedding/table .*cpu:3 .* equal at step 4'):
     train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped')
   capsys.readouterr()
   assert train(tiny.decoder(*KEYS, *keys), tmp_path / 'flipped') == 0
   said = capsys.readouterr().err  # steps are faster than what writes them: 4 may have been left out
-  assert 'going on from step 4 in memory' in said or 'going on from step 2 in memory' in said
+  assert 'resuming from step 4 in host RAM' in said or 'resuming from step 2 in host RAM' in said
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
 
 
-def test_where_a_device_would_end_the_run_it_is_named_instead(tmp_path, flips):
-  """Code 71 is for good; 74 starts again."""
+def test_a_device_that_makes_the_loss_nonfinite_is_named(tmp_path, flips):
+  """After code 71 the run must not be started again; after 74 it may."""
   keys = ('replicas.every=99', 'checkpoint.every=99', 'optimizer.max_consecutive_nonfinite=1')
   flips(2, lambda x: x * np.nan)
-  with pytest.raises(ReplicaError, match=r'the copy of params/embedding/table .*cpu:3 .* alike at step 0'):
+  with pytest.raises(ReplicaError, match=r'the copy of params/embedding/table .*cpu:3 .* equal at step 0'):
     train(tiny.decoder(*KEYS, *keys), tmp_path)

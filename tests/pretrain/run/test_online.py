@@ -119,7 +119,7 @@ def test_a_run_goes_on_from_memory_bit_exactly_across_decisions(stores, whole, t
     patch.setattr(Snapshots, 'recorded', record_and_wait)
     killed_at(configured(stores, *own), tmp_path / 'run', 8, monkeypatch)
   train(configured(stores, *own), tmp_path / 'run')
-  assert 'SNAPSHOT: going on from step 5 in memory' in capsys.readouterr().err
+  assert 'SNAPSHOT: resuming from step 5 in host RAM' in capsys.readouterr().err
   assert rows_of(tmp_path / 'run') == rows_of(whole)
   assert mixture_of(tmp_path / 'run', 11) == mixture_of(whole, 11)
 

@@ -23,7 +23,7 @@ from tests.test_house import PACKAGES, ROOT, SOURCES
 PROGRAMS = sorted((ROOT / 'scripts').rglob('*.py'))
 RUNS = ('pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'jsonpickle', 'torch', 'code', 'runpy')
 CALLS = ('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'yaml.load', 'serialize_executable')
-PLANTED = {'faults_safety.py': {'pickle'}}  # what the product is shown to refuse
+PLANTED = {'safety.py': {'pickle'}}  # what the product is shown to refuse
 
 
 def dangers(text: str) -> list[str]:
@@ -148,11 +148,11 @@ def test_a_column_that_leads_out_of_its_store_is_refused(text_store, tmp_path):
 @pytest.mark.parametrize(
   ('address', 'message'),
   [
-    ('0.0.0.0:80', 'PRETRAIN_COORDINATOR=0.0.0.0:80 would open the coordinator, which asks for no password, to every'),
+    ('0.0.0.0:80', 'PRETRAIN_COORDINATOR=0.0.0.0:80 would open the coordinator, which has no password, to every'),
     ('[::]:80', 'to every network; name the address of one'),
-    (':80', 'PRETRAIN_COORDINATOR=:80 is no address; write HOST:PORT'),
-    ('10.0.0.7', 'is no address; write HOST:PORT'),
-    ('10.0.0.7:99999', 'is no address; write HOST:PORT'),
+    (':80', 'PRETRAIN_COORDINATOR=:80 is not an address; write HOST:PORT'),
+    ('10.0.0.7', 'is not an address; write HOST:PORT'),
+    ('10.0.0.7:99999', 'is not an address; write HOST:PORT'),
   ],
 )
 def test_the_coordinator_is_given_one_address(monkeypatch, address, message):
@@ -179,9 +179,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
     taken.listen()
     address = f'127.0.0.1:{taken.getsockname()[1]}'
     meet(monkeypatch, 0, address)
-    with pytest.raises(
-      ConfigError, match=rf'{address} is no place for process 0 to listen at \(Address already in use'
-    ):
+    with pytest.raises(ConfigError, match=rf'{address}: process 0 cannot listen there \(Address already in use'):
       launch.initialize_from_env(0.2)
 
 
@@ -192,7 +190,9 @@ def test_a_process_that_is_not_one_of_them_is_refused(monkeypatch):
 
 
 def test_who_waits_too_long_for_the_others_says_where():
-  code = "import time; from pretrain.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  code = (
+    "import time; from pretrain.fleet.launch import ending_after\nwith ending_after(0.2, 'at A.'):\n  time.sleep(60)"
+  )
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (70, 'HANG: at A.\n')
 
@@ -200,7 +200,8 @@ def test_who_waits_too_long_for_the_others_says_where():
 def test_random_numbers_are_the_runs_own():
   """Whatever the environment says; otherwise a run that is resumed elsewhere would draw others."""
   code = (
-    'from pretrain import mesh, step\nimport jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
+    'from pretrain.devices import mesh\nfrom pretrain.step import train_step as step\n'
+    'import jax\nmesh.prepare_platform(mesh.MeshConfig())\n'
     'key = jax.random.key(3, impl=step.PRNG)\nprint(jax.random.uniform(key, (3,)), jax.random.split(key, 2)[1])'
   )
   env = {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}

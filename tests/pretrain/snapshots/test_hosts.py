@@ -58,8 +58,8 @@ def test_a_host_that_is_lost_with_its_memory_is_made_again_from_the_others(tmp_p
   assert code == 0, said
   others = [host for host in range(3) if host != lost]
   assert (
-    'SNAPSHOT: going on from step 10 in memory, there is no checkpoint; the share of process '
-    f'{lost} is made again from parity of {others}.'
+    'SNAPSHOT: resuming from step 10 in host RAM, there is no checkpoint; the share of process '
+    f'{lost} is rebuilt from parity on {others}.'
   ) in said
   (incident,) = incidents(tmp_path / 'run')
   assert (incident['host'], incident['step_resumed']) == (lost, 10)

@@ -214,7 +214,7 @@ def test_what_another_run_has_left_is_refused_and_says_so(tmp_path):
   filled(tmp_path / 's', (5,))
   steps, (reason,) = found(tmp_path / 's', IDENTITY | {'config': 'c'})
   assert steps == {}
-  assert reason.endswith('slot_0.block.json is of another config (b, not c)')
+  assert reason.endswith('slot_0.block.json has another config (b, not c)')
 
 
 def test_memory_that_is_not_there_is_known_before_it_is_written_to(tmp_path, monkeypatch):
@@ -269,17 +269,17 @@ def test_shares_that_do_not_belong_together_are_no_step():
   for others, whole in (([1, 2, 3], 10), ([1, 2, 4], None)):
     choice = choose([made([1, 2, 3]), made(others), report()], GROUP)
     assert choice.step == whole
-    assert choice.why == ('' if whole else 'the shares of step 10 are of different times that it was made')
+    assert choice.why == ('' if whole else 'the shares of step 10 were written in different attempts')
 
 
 def test_one_line_says_where_a_run_goes_on_from_and_why():
   choice = choose([report(10), report(), report(10)], GROUP)
   assert said(choice, None, 8) == (
-    'SNAPSHOT: going on from step 10 in memory, the newest checkpoint is of step 8; the share of process 1 is made '
-    'again from parity of [0, 2].'
+    'SNAPSHOT: resuming from step 10 in host RAM, the newest checkpoint is step 8; the share of process 1 is rebuilt '
+    'from parity on [0, 2].'
   )
-  assert said(choice, 20, 20) == 'SNAPSHOT: going on from step 20 on disk; memory has step 10.'
-  assert said(choose([report()], NONE), 20, 20) == 'SNAPSHOT: going on from step 20 on disk; memory: nothing.'
+  assert said(choice, 20, 20) == 'SNAPSHOT: resuming from step 20 on disk; host RAM has step 10.'
+  assert said(choose([report()], NONE), 20, 20) == 'SNAPSHOT: resuming from step 20 on disk; host RAM: nothing.'
   assert said(choose([report()], NONE), None, None) == ''
 
 
@@ -345,7 +345,7 @@ def test_a_peer_that_does_not_answer_is_not_waited_for(server):
 
 def test_what_is_damaged_on_its_way_is_refused(server, monkeypatch):
   monkeypatch.setattr('pretrain.snapshots.peers.REPLY', types.SimpleNamespace(size=5, pack=_wrong_crc, unpack=_unpack))
-  with asking(server.place) as peers, pytest.raises(PeerError, match='damaged on its way'):
+  with asking(server.place) as peers, pytest.raises(PeerError, match='damaged during the transfer'):
     peers.read(1, 'block', 5, 0, 8)
 
 
@@ -425,7 +425,7 @@ def test_a_run_goes_on_from_memory_where_there_is_no_checkpoint(alone, run, monk
 
   monkeypatch.setattr(Run, '_restore_or_initialise', noted)
   assert train(tiny.decoder(*KEYS), run) == 0
-  assert 'SNAPSHOT: going on from step 10 in memory, there is no checkpoint.' in capsys.readouterr().err
+  assert 'SNAPSHOT: resuming from step 10 in host RAM, there is no checkpoint.' in capsys.readouterr().err
   assert began == [(10, 80)]
   assert numbers(run) == numbers(alone)
   assert leaves(run) == leaves(alone)
@@ -461,15 +461,15 @@ def of_another_run(run):
   ('harm', 'overrides', 'reason'),
   [
     (damage, (), ' has crc32 '),
-    (of_another_run, (), 'is of another run ('),
-    pytest.param(lambda run: None, ('mesh.data=2',), 'is of another mesh (', marks=pytest.mark.slow),
+    (of_another_run, (), 'has another run ('),
+    pytest.param(lambda run: None, ('mesh.data=2',), 'has another mesh (', marks=pytest.mark.slow),
   ],
 )
 def test_what_memory_has_is_refused_with_the_reason_and_the_disk_has_it(alone, run, capsys, harm, overrides, reason):
   harm(run)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8', *overrides), run) == 0
   said = capsys.readouterr().err
-  assert 'SNAPSHOT: going on from step 8 on disk; memory: process 0: ' in said
+  assert 'SNAPSHOT: resuming from step 8 on disk; host RAM: process 0: ' in said
   assert reason in said
   if not overrides:
     assert numbers(run) == numbers(alone)
@@ -481,7 +481,7 @@ def test_the_disk_is_taken_where_it_is_newer(run, capsys):
       path.unlink()
   run_ = start(tiny.decoder(*KEYS, 'checkpoint.every=8'), run, Timeline())
   run_.metrics.close()
-  assert 'SNAPSHOT: going on from step 8 on disk; memory has step 5.' in capsys.readouterr().err
+  assert 'SNAPSHOT: resuming from step 8 on disk; host RAM has step 5.' in capsys.readouterr().err
   assert run_.step == run_.saved_step == 8
 
 
@@ -490,7 +490,7 @@ def test_memory_is_read_without_the_disk_where_it_is_newer_and_the_disk_gets_it(
   monkeypatch.setattr(Checkpoints, 'damage', lambda *_: pytest.fail('it was read'))
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8'), run) == 75
-  assert 'going on from step 10 in memory, the newest checkpoint is of step 8.' in capsys.readouterr().err
+  assert 'resuming from step 10 in host RAM, the newest checkpoint is step 8.' in capsys.readouterr().err
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['10', '8']
 
 
@@ -502,14 +502,16 @@ def test_a_snapshot_that_cannot_be_read_after_all_gives_way_to_the_disk(run, mon
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8'), run) == 75
   last = capsys.readouterr().err.splitlines()[-1]
-  assert last == 'SNAPSHOT: going on from step 8 on disk; memory: step 10 could not be read: process 0: no such bytes.'
+  assert (
+    last == 'SNAPSHOT: resuming from step 8 on disk; host RAM: step 10 could not be read: process 0: no such bytes.'
+  )
 
 
 def test_a_step_that_is_not_in_the_metrics_yet_is_not_gone_on_from(tmp_path, memory, capsys):
   kill(tmp_path / 'run', memory, step=10)
   assert [row['step'] for row in read_metrics(tmp_path / 'run')][-1] == 9
   assert train(tiny.decoder(*KEYS), tmp_path / 'run') == 0
-  assert 'going on from step 5 in memory' in capsys.readouterr().err
+  assert 'resuming from step 5 in host RAM' in capsys.readouterr().err
   assert [row['step'] for row in read_metrics(tmp_path / 'run')] == list(range(1, 21))
 
 
@@ -521,7 +523,7 @@ def test_memory_that_is_full_costs_one_warning(alone, tmp_path, monkeypatch, cap
   assert train(tiny.decoder(*KEYS, 'train.steps=6'), tmp_path / 'run') == 0
   text = ''.join(capfd.readouterr())
   assert text.count('SNAPSHOT:') == 1
-  assert 'SNAPSHOT: none until the next start: process 0: two slots of this host need' in text
+  assert 'SNAPSHOT: no snapshots until the next start: process 0: two slots of this host need' in text
   assert numbers(tmp_path / 'run') == numbers(alone)[:6]
 
 
@@ -566,7 +568,7 @@ def test_a_list_names_what_is_in_memory_and_says_nothing_where_nothing_is(run, m
   assert main(lists) == 0
   *_, last = capsys.readouterr().out.splitlines()
   size = (folder_at(run) / 'slot_0.block').stat().st_size / 2**20
-  assert last == f'in memory: step 5 ({size:.1f} MiB, 5 s old), step 10 ({size:.1f} MiB, 10 s old)'
+  assert last == f'in host RAM: step 5 ({size:.1f} MiB, 5 s old), step 10 ({size:.1f} MiB, 10 s old)'
   shutil.rmtree(run / 'checkpoints')
   assert main(lists) == 66
   assert capsys.readouterr().out == f'{last}\n'
@@ -608,13 +610,13 @@ def test_a_folder_that_another_user_has_made_there_is_not_used(tmp_path, memory,
   """Everybody may write to /dev/shm: who has made the folder can write what a run would go on from."""
   folder = folder_of(SnapshotConfig(), tmp_path / 'run', 0)
   folder.symlink_to(tmp_path)
-  with pytest.raises(ConfigError, match=f'{folder} is not a folder of this user; remove it, or set snapshot.folder.'):
+  with pytest.raises(ConfigError, match=f'{folder} does not belong to this user; remove it, or set snapshot.folder.'):
     folder_of(SnapshotConfig(), tmp_path / 'run', 0)
   folder.unlink()
   folder.mkdir()
   assert folder_of(SnapshotConfig(), tmp_path / 'run', 0) == folder
   monkeypatch.setattr(os, 'getuid', lambda: folder.stat().st_uid + 1)
-  with pytest.raises(ConfigError, match='is not a folder of this user'):
+  with pytest.raises(ConfigError, match='does not belong to this user'):
     folder_of(SnapshotConfig(), tmp_path / 'run', 0)
 
 

@@ -1,4 +1,4 @@
-"""Prints the gradient norm of the first step, four times over; a line for 1, 2 and 4 microbatches each.
+"""Prints the gradient norm of the first step four times, on one line for each of 1, 2 and 4 microbatches.
 
 python -m tests.pretrain.repeat_step STORE
 """

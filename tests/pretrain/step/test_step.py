@@ -70,7 +70,7 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_counted():
   assert (int(metrics['skipped']), int(metrics['skipped_consecutive'])) == (1, 0)
 
 
-def test_extra_passes_through_and_the_key_moves_with_the_step():
+def test_extra_is_unchanged_and_the_key_depends_on_the_step():
   state, losses = run(toy_batch(), tx=optax.chain(skip_nonfinite(optax.set_to_zero()), optax.identity()))
   assert isinstance(state, TrainState)
   assert state.extra == {}
@@ -78,7 +78,7 @@ def test_extra_passes_through_and_the_key_moves_with_the_step():
 
 
 def test_a_nonfinite_gradient_does_not_reach_the_average():
-  """The average moves on towards parameters that stood still."""
+  """The average still moves towards the parameters, which did not change."""
   good = toy_batch()
   bad = good | {'y': good['y'].at[0].set(jnp.nan)}
   tx, track = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()), make_track(Ema(decay=0.75))
