@@ -46,7 +46,6 @@ def run_steps(run: Run, interrupt: Interrupt) -> None:
     saving.report_saves(run)
     batch = next_batch(run, batches, watch)
     metrics = take_step(run, batch)  # from here on `run.step` is the step that was just begun
-    watch.started(batch, metrics)
     evaluates = run.due(cfg.evaluation.every) or (cfg.evaluation.every > 0 and run.is_last())
     saves = run.due(cfg.checkpoint.every) or run.is_last()
     pauses = evaluates or saves  # then the numbers of this step are read before the next one begins
@@ -54,6 +53,7 @@ def run_steps(run: Run, interrupt: Interrupt) -> None:
       saving.take_snapshot(run)
     if pending is not None:
       step_numbers.log(run, run.step - 1, pending, watch)
+    watch.count(batch)  # after the row of the step before it
     pending = step_numbers.numbers_of(run, metrics, batch)
     if pauses:
       step_numbers.log(run, run.step, pending, watch)

@@ -33,7 +33,7 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
   ends = run.judge.is_end(values)
   if ends or step % run.cfg.train.log_every == 0 or step == run.cfg.train.steps:
     phase = {'phase': run.phase.index} if run.cfg.phases else {}
-    run.metrics.write(step, shown(values) | watch.report() | phase)
+    run.metrics.write(step, shown(values) | watch.report(last=step == run.step) | phase)
   if digests is not None:
     run.judge.check_replicas(run.replicas, digests, step)
   elif ends:

@@ -137,6 +137,46 @@ def test_a_trace_to_the_last_step_is_written_too(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
+@pytest.mark.parametrize('steps', [2, 4])
+def test_a_run_with_no_step_left_prints_at_which_step_it_is(tmp_path, capsys, steps):
+  """Finished, or told to train for fewer steps than it has made: the exit code is 0 and no step changes."""
+  assert train(tiny.decoder('train.steps=4'), tmp_path) == 0
+  assert 'already at step' not in capsys.readouterr().err
+  saved = {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()}
+  assert train(tiny.decoder(f'train.steps={steps}'), tmp_path) == 0
+  text = (
+    f'DONE: already at step 4, and train.steps={steps}: no step is left to train. To train longer, set train.steps to '
+    'more than 4.'
+  )
+  assert text in capsys.readouterr().err.splitlines()
+  assert {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()} == saved
+  assert [row['step'] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+  'error', [ValueError('\n$x_{$\n     ^\nexpected "}"'), OSError(28, 'No space left'), KeyError()]
+)
+def test_a_report_that_cannot_be_drawn_is_a_warning_of_a_finished_run(tmp_path, monkeypatch, capsys, error):
+  def fail(workdir):
+    raise error
+
+  monkeypatch.setattr('pretrain.run.train.write_report', fail)
+  assert train(tiny.decoder('train.steps=2'), tmp_path) == 0
+  warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith('REPORT: ')]
+  assert len(warned) == 1
+  assert warned[0].startswith(f'REPORT: {tmp_path}/report.html could not be drawn ({type(error).__name__}: ')
+  assert warned[0].endswith(f'The run is complete and saved; draw it again with pretrain report {tmp_path}.')
+  assert json.loads((tmp_path / 'timeline.jsonl').read_text().splitlines()[-1])['phase'] == 'done'
+
+
+def test_a_source_may_have_any_name(text_store, tmp_path):
+  """Names are text: matplotlib would read this one as mathematics that it cannot parse."""
+  sources = [{'path': str(text_store), 'name': name} for name in ('$x_{$', 'plain')]
+  keys = ("data.name='store'", f'data.sources={sources}', 'data.sentinels=32', 'train.steps=2')
+  assert train(tiny.decoder(*keys), tmp_path) == 0
+  assert any('/$x_{$' in key for key in rows(tmp_path)[-1])
+
+
 def test_signals_are_given_back(tmp_path):
   before = signal.getsignal(signal.SIGTERM)
   train(tiny.decoder('train.steps=1'), tmp_path)
