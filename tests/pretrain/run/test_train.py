@@ -1,4 +1,4 @@
-"""The loop end to end: it learns, resumes bit for bit, refuses what is another run, and writes what it says."""
+"""A training end to end: it learns, resumes bit for bit, refuses the workdir of another run, and writes its files."""
 
 import dataclasses
 import json
@@ -22,13 +22,13 @@ def rows(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_a_resumed_run_is_bit_equal_to_one_left_alone(text_store, tmp_path):
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path):
   cfg = tiny.ul2(text_store, 'checkpoint.every=2', 'model.dropout=0.1', 'mesh.fsdp=2')
   assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
 
 
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
-  """The mutation: a restore that forgets where the data was must be caught."""
+  """A mutation: the check must notice a restore that loses the position in the data."""
   restore = starting.restore_or_initialise
   forget = lambda *args: dataclasses.replace(restore(*args), position={'examples': 0})
   monkeypatch.setattr(starting, 'restore_or_initialise', forget)
@@ -56,7 +56,7 @@ def test_only_the_last_checkpoints_and_the_multiples_are_kept(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 8, 9, 10]
 
 
-def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
+def test_a_checkpoint_resumes_on_another_mesh(tmp_path):
   cfg = tiny.decoder('train.steps=4', 'checkpoint.every=2', 'mesh.fsdp=4', 'mesh.tensor=2')
   train(cfg, tmp_path / 'moved')
   longer = tiny.decoder('train.steps=8', 'checkpoint.every=2', 'mesh.data=8')
@@ -74,7 +74,7 @@ def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
     ('seed=3', 'seed is 0 in .*config.gin, 3 in this command'),
   ],
 )
-def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path, override, message):
+def test_the_workdir_of_another_run_is_refused_and_not_changed(tmp_path, override, message):
   train(tiny.decoder('train.steps=2'), tmp_path)
   before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
   with pytest.raises(ConfigError, match=message):
@@ -104,7 +104,7 @@ def test_nonfinite_gradients_name_the_step_that_is_saved(tmp_path):
     train(dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=2)), tmp_path)
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
+def test_a_run_whose_checkpoints_are_missing_does_not_start_again_at_step_0(tmp_path):
   cfg = tiny.decoder('train.steps=6', 'checkpoint.every=2')
   train(cfg, tmp_path)
   record = (tmp_path / 'metrics.jsonl').read_bytes()
@@ -114,7 +114,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_bytes() == record
 
 
-def test_a_run_that_never_began_does_not_bind_the_next_one(tmp_path):
+def test_the_config_of_a_run_without_a_step_does_not_restrict_the_next_one(tmp_path):
   (tmp_path / 'config.gin').write_text(bindings.render(tiny.decoder('model.mlp.hidden=128')))
   assert train(tiny.decoder('train.steps=1'), tmp_path) == 0
 
@@ -177,7 +177,7 @@ def test_a_source_may_have_any_name(text_store, tmp_path):
   assert any('/$x_{$' in key for key in rows(tmp_path)[-1])
 
 
-def test_signals_are_given_back(tmp_path):
+def test_signal_handlers_are_restored(tmp_path):
   before = signal.getsignal(signal.SIGTERM)
   train(tiny.decoder('train.steps=1'), tmp_path)
   assert signal.getsignal(signal.SIGTERM) is before
@@ -185,7 +185,7 @@ def test_signals_are_given_back(tmp_path):
 
 @pytest.mark.parametrize('log_every', [1, 1000])
 def test_sigterm_saves_and_exits_75(tmp_path, log_every):
-  """A run told to stop keeps the step it is at, and goes on from there; also where it has not logged anything yet."""
+  """A run that is interrupted saves its step and can resume from it, also before its first row of metrics."""
   code = (
     'import os, sys, pretrain.run.train as t; from pretrain.run import step_numbers; from tests.pretrain import tiny\n'
     'log = step_numbers.log\n'
