@@ -1,1 +1,1 @@
-"""Descriptions of models and pure functions of (params, batch). Must not know data, configs of a run or devices."""
+"""Descriptions of models and pure functions of (params, batch). Must not import data, a run's config or devices."""

@@ -22,10 +22,10 @@ ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-  """Implementation of each op: 'auto' chooses by platform, a name that cannot run here fails.
+  """Implementation of each op: 'auto' chooses by platform; a name that cannot run here fails.
 
-  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter, slow, on any platform), 'triton',
-  'mosaic_gpu' or 'cudnn' (GPU; untried there). Decoding with a cache uses the reference.
+  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
+  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there). Decoding with a cache uses the reference.
   """
 
   attention: str = 'auto'
@@ -64,7 +64,7 @@ class Model:
 
 
 def check_model(cfg: ModelConfig) -> None:
-  """Raises ValueError for sizes that do not fit each other; ranges stand at the fields."""
+  """Raises ValueError for sizes that do not fit each other; the fields themselves state their ranges."""
   match cfg:
     case EncoderDecoderConfig():
       check_encoder_decoder(cfg)
@@ -77,7 +77,7 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def check_kernels(cfg: KernelsConfig) -> None:
-  """Raises ValueError for an implementation that does not exist. Whether it can run here, its call says."""
+  """Raises ValueError for an implementation that does not exist; one that cannot run here fails when called."""
   ops = {'attention': attention, 'linear_cross_entropy': linear_cross_entropy}
   for name, op in ops.items():
     given, known = getattr(cfg, name), ('auto', *op.IMPLEMENTATIONS)

@@ -1,6 +1,7 @@
-"""FLOPs of a training step, from the description alone."""
+"""FLOPs of a training step, computed from the parameter descriptions alone."""
 
 import math
+from collections.abc import Mapping
 
 from models.build import ModelConfig, build
 from models.families.encoder import EncoderConfig
@@ -11,35 +12,58 @@ FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of
 
 
 def _matrix_parameters(tree: Tree) -> int:
-  """Parameters that every token is multiplied with: all but norms and biases (lookups are left out by the caller)."""
+  """How many parameters every token is multiplied with: no norms, no biases (the caller leaves out lookups)."""
   if is_spec(tree):
     return math.prod(tree.shape) if is_matrix(tree) else 0
   return sum(_matrix_parameters(branch) for branch in tree.values())
 
 
 def _cross_keys_values(decoder: Tree) -> int:
-  """Of the decoder's parameters, those multiplied with encoder tokens."""
+  """The number of the decoder's parameters that are multiplied with encoder tokens."""
   cross: dict[str, ParamSpec] = decoder['blocks']['cross_attention']
   return math.prod(cross['key'].shape) + math.prod(cross['value'].shape)
 
 
-def flops_per_step(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> float:
-  """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, nothing recomputed."""
+def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
+  """FLOPs at one position of each side (encoder, decoder) of a row of these lengths, forward and backward.
+
+  Products with parameters, and the position's own queries against all keys, whether these are padding or not; two FLOPs
+  for each multiply-add, nothing recomputed. Positions of one side cost the same, padding or not.
+  """
   specs = build(cfg).specs
   head = cfg.embed * cfg.vocab_size  # tied or not
-  one_stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
-  decoder = _matrix_parameters(specs[one_stack])
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
+  cost = lambda parameters, pairs: FORWARD_AND_BACKWARD * (2 * parameters + attention * pairs)
   if isinstance(cfg, EncoderDecoderConfig):
     cross = _cross_keys_values(specs['decoder'])
-    products = (_matrix_parameters(specs['encoder']) + cross) * inputs_length + (
-      decoder - cross + head
-    ) * targets_length
-    pairs = cfg.encoder_layers * inputs_length**2
-    pairs += cfg.decoder_layers * (targets_length**2 + inputs_length * targets_length)
-  else:
-    products, pairs = (decoder + head) * targets_length, cfg.layers * targets_length**2
-  return float(FORWARD_AND_BACKWARD * (2 * products + attention * pairs))
+    encoder, decoder = _matrix_parameters(specs['encoder']) + cross, _matrix_parameters(specs['decoder']) - cross + head
+    return {
+      'encoder': cost(encoder, cfg.encoder_layers * inputs_length),
+      'decoder': cost(decoder, cfg.decoder_layers * (targets_length + inputs_length)),
+    }
+  stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
+  return {stack: cost(_matrix_parameters(specs[stack]) + head, cfg.layers * targets_length)}
+
+
+def flops_by_side(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
+  """FLOPs of one row at the positions of each side; their sum is `flops_per_step`."""
+  each = flops_per_position(cfg, inputs_length=inputs_length, targets_length=targets_length)
+  lengths = (
+    {'encoder': inputs_length, 'decoder': targets_length} if len(each) > 1 else dict.fromkeys(each, targets_length)
+  )
+  return {side: flops * lengths[side] for side, flops in each.items()}
+
+
+def flops_per_step(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> float:
+  """FLOPs of one row, forward and backward: two for each multiply-add, attention over all pairs, nothing recomputed."""
+  return float(sum(flops_by_side(cfg, inputs_length=inputs_length, targets_length=targets_length).values()))
+
+
+def padding_flops(cfg: ModelConfig, used: Mapping[str, float], *, inputs_length: int, targets_length: int) -> float:
+  """The share of a step's FLOPs spent at positions that are padding; `used` is the share of each side that is not."""
+  sides = flops_by_side(cfg, inputs_length=inputs_length, targets_length=targets_length)
+  total = sum(sides.values())
+  return sum((1 - used[side]) * (flops / total) for side, flops in sides.items())
 
 
 def flops_per_token(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, float]:

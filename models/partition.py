@@ -61,7 +61,7 @@ def shardings(specs: Tree, mesh: Mesh) -> Tree:
 
 @contextlib.contextmanager
 def on(mesh: Mesh | AbstractMesh | None):
-  """Inside, `constrain` speaks of this mesh; without one it does nothing."""
+  """Inside, `constrain` shards over this mesh; without a mesh it does nothing."""
   if mesh is None:
     yield
     return
@@ -70,7 +70,7 @@ def on(mesh: Mesh | AbstractMesh | None):
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-  """Places an activation; without it the partitioner guesses, and replicates."""
+  """Shards an activation; without this the partitioner guesses, and replicates."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
@@ -83,16 +83,16 @@ def divides(axis: str) -> bool:
 
 
 def per_shard(kernel, in_axes, out_axes: Sequence[str | None]):
-  """`kernel` on each device's part of arrays with these logical axes; axes that are None are whole on each.
+  """`kernel` on each device's part of arrays with these logical axes; axes that are None are not divided.
 
-  What cannot be partitioned automatically (a Pallas call) is called through this. Without a mesh it is `kernel`.
-  `in_axes`: for each argument a tuple of axes, or a dict of them.
+  For what cannot be partitioned automatically (a Pallas call). Without a mesh it returns `kernel`. `in_axes` has a
+  tuple of axes for each argument, or a dict of tuples.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return kernel
   spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
   in_specs = jax.tree.map(spec, in_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
-  # A kernel does not say along which axes its outputs vary: the check of that is off.
+  # A kernel does not declare along which axes its outputs vary, so that check is off.
   return jax.shard_map(kernel, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
 
 

@@ -61,7 +61,7 @@ class Zeros:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """What is known of a parameter before it exists."""
+  """Describes a parameter that has no values yet."""
 
   shape: tuple[int, ...]
   dtype: Any
@@ -92,7 +92,7 @@ def is_spec(x) -> bool:
 def stack(module: nnx.Module, num: int) -> nnx.Module:
   """The same module, each parameter with a leading `layers` axis of size `num`; scan over it."""
 
-  def grow(v):  # `layers` is in no fan_in, so every layer is drawn as it would be alone
+  def grow(v):  # `layers` is in no fan_in, so each layer is drawn as without stacking
     spec = v.get_value()
     axes = ('layers', *v.get_metadata()['axes'])
     return v.replace(jax.ShapeDtypeStruct((num, *spec.shape), spec.dtype), axes=axes)
@@ -112,7 +112,7 @@ def param_specs(module: nnx.Module) -> Tree:
 
 
 def initialize(specs: Tree, key: Array) -> Tree:
-  """Draws each parameter from a key folded from its own path, so that adding one moves no other."""
+  """Draws each parameter from a key folded from its own path: adding a parameter changes no other."""
 
   def draw(path, spec: ParamSpec):
     own = zlib.crc32('/'.join(str(p.key) for p in path).encode())
@@ -122,9 +122,9 @@ def initialize(specs: Tree, key: Array) -> Tree:
 
 
 def is_matrix(spec: ParamSpec) -> bool:
-  """Whether the parameter maps one space of features to another; norm scales, biases and bias tables do not.
+  """Whether the parameter maps one feature space to another; norm scales, biases and bias tables do not.
 
-  `head_dim` stands beside `heads`: both are one space.
+  `heads` and `head_dim` together are one space.
 
   >>> is_matrix(ParamSpec((8, 2, 4), None, ('embed', 'heads', 'head_dim'), None))
   True

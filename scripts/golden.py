@@ -1,13 +1,13 @@
-"""Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before a commit.
+"""Writes tests/golden/ again: the output of `pretrain config` for each shipped config. Read the diff before a commit.
 
-A golden holds the resolved text, the parameter table with shardings and init, and FLOPs: a change of any of them that
-nobody meant shows up in tests/pretrain/tools/test_golden.py.
+A golden file holds the resolved text, the parameter table with shardings and init, and FLOPs. An unintended change of
+any of them fails tests/pretrain/tools/test_golden.py.
 """
 
 import pathlib
 
 from pretrain.config import bindings
-from pretrain.experiment import experiment
+from pretrain.experiment import checks, experiment
 from pretrain.tools import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,7 @@ def shipped() -> list[str]:
 
 def described(name: str) -> str:
   cfg = bindings.load(experiment.Experiment, [str(CONFIGS / f'{name}.gin')])
-  experiment.check(cfg)
+  checks.check(cfg)
   return describe.describe(cfg) + '\n'
 
 

@@ -14,7 +14,7 @@ from data.mixing.mixture import Mixture
 from data.objectives.features import Batch
 from data.packing.plan import Pieces
 from data.prepare.messages import ROLES as ROLE_NAMES
-from data.stores.store import ROLES, Kind
+from data.stores.store import ROLES, Kind, Store
 from data.stores.vocabulary import Tokenizer, Vocabulary
 
 
@@ -173,6 +173,10 @@ class DataSource:
     """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
     size = self.cfg.batch_size
     return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
+
+  def heldout_stores(self) -> dict[str, Store]:
+    """The store of each evaluation set."""
+    return {name: own.store for name, own in self._heldout.items()}
 
   def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
     """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""

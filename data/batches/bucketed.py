@@ -47,12 +47,10 @@ class BucketRows:
           self._plans.popitem(last=False)
       return self._plans[window]
 
-  def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
-    """See `rows.StoreRows.fill`; rows are of all lengths."""
-    plans = decompose(text_of(self.store, self._spec, shard), self.lengths)
-    places = sum(len(plan.tasks) * length for plan, length in zip(plans, self.lengths, strict=True))
-    whole = joined_plans(plans)
-    return len(whole.tasks), whole.pieces(np.arange(len(whole.tasks))), [(int(whole.listed.lengths.sum()), places)]
+  def planned(self, shard: int, epoch: int) -> tuple[int, Pieces]:
+    """(rows of all lengths, their pieces) of a shard; the same in every epoch."""
+    whole = joined_plans(decompose(text_of(self.store, self._spec, shard), self.lengths))
+    return len(whole.tasks), whole.pieces(np.arange(len(whole.tasks)))
 
   @property
   def variants(self) -> int:

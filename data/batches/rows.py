@@ -56,7 +56,7 @@ class StoreRows:
     plans: pathlib.Path | None = None,
     order: Order = RANDOM,
   ):
-    self.store, self._seed, self._purpose, self._budget = store, seed, purpose, spec.budget
+    self.store, self._seed, self._purpose = store, seed, purpose
     self._order_cfg = order
     if isinstance(order, Curriculum):
       store.check_score(order.score)
@@ -188,19 +188,10 @@ class StoreRows:
       parts.append((own, self._plan(shard, epoch % self._planner.variants).plan.pieces(rows[own])))
     return joined(parts)
 
-  def fill(self, shard: int, epoch: int) -> tuple[int, Pieces, list[tuple[int, int]]]:
-    """(rows, pieces, (places used, places) of each side of a row: encoder and decoder) of all rows of a shard."""
+  def planned(self, shard: int, epoch: int) -> tuple[int, Pieces]:
+    """(rows, pieces) of the plan that an epoch uses for a shard."""
     plan = self._plan(shard, epoch % self._planner.variants).plan
-    number, budget = len(plan.tasks), self._budget
-    pieces = plan.pieces(np.arange(number))
-    if self._units:
-      parts = [pieces.lengths[::2], pieces.lengths[1::2]] if budget.inputs_length else [[], pieces.lengths]
-      taken = [np.sum(part) for part in parts]
-    else:
-      tables = [np.stack(side) for side in zip(*(budget.costs(task) for task in self._tasks), strict=True)]
-      taken = [table[plan.tasks[pieces.rows], pieces.lengths].sum() for table in tables]
-    rooms = (budget.inputs_length, budget.targets_length)
-    return number, pieces, [(int(used), room * number) for used, room in zip(taken, rooms, strict=True) if room]
+    return len(plan.tasks), plan.pieces(np.arange(len(plan.tasks)))
 
   @property
   def losses(self) -> Losses | None:

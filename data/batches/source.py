@@ -32,7 +32,7 @@ from data.stores.vocabulary import MODES, Vocabulary
 class Source:
   """A token store and its relative share of the rows. Metrics call it `name`: by default the last part of its path."""
 
-  path: str
+  path: Annotated[str, 'path']
   weight: float = 1.0
   name: str | None = dataclasses.field(default=None, metadata={'rendered': 'if set'})
 

@@ -16,6 +16,7 @@ import sentencepiece
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data import arguments
 from data.errors import DataError
 from data.prepare.encode import Encoder, Recipe, batches, encode_all
 from data.prepare.inputs import Meter, Records, check_file
@@ -37,26 +38,36 @@ TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of `pretrain data prepare`."""
-  parser.add_argument('inputs', nargs='+', type=pathlib.Path, help=FORMATS)
-  parser.add_argument('--out', required=True, help='the store: a path or a URL (gs://, s3://)')
+  parser.add_argument('inputs', nargs='+', type=arguments.path, help=FORMATS)
+  parser.add_argument(
+    '--out', required=True, type=arguments.expand_user, help='the store: a path or a URL (gs://, s3://)'
+  )
   parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
   parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
-  parser.add_argument('--tokenizer', type=pathlib.Path, help='a SentencePiece model to use; otherwise one is trained')
+  parser.add_argument('--tokenizer', type=arguments.path, help='a SentencePiece model to use; otherwise one is trained')
   parser.add_argument('--documents', choices=get_args(Documents), default='file', help='what a document is in a text')
   parser.add_argument('--records', choices=get_args(Records), default='text', help='what a record of .arrayrecord is')
-  parser.add_argument('--field', default='text', help='the field of a JSONL line, or the column, that holds the text')
-  parser.add_argument('--inputs_field', help='with --targets_field: make pairs, of these two fields')
-  parser.add_argument('--targets_field', help='the field of what is to be written for the inputs')
-  parser.add_argument('--messages_field', help='make conversations, of the lists of messages in this field')
+  parser.add_argument(
+    '--field', type=arguments.text, default='text', help='the field of a JSONL line, or the column, that holds the text'
+  )
+  parser.add_argument(
+    '--inputs_field', type=arguments.text, help='with --targets_field: make pairs, of these two fields'
+  )
+  parser.add_argument('--targets_field', type=arguments.text, help='the field of what is to be written for the inputs')
+  parser.add_argument(
+    '--messages_field', type=arguments.text, help='make conversations, of the lists of messages in this field'
+  )
   parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
   parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
-  parser.add_argument('--score_field', help='a field that holds a number, kept as a score of each document')
+  parser.add_argument(
+    '--score_field', type=arguments.text, help='a field that holds a number, kept as a score of each document'
+  )
   parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
   parser.add_argument('--workers', type=int, help='processes (default: as many as cores for large inputs)')
 
 
-def _names(text: str) -> tuple[str, ...]:
-  return tuple(filter(None, text.split(',')))
+def _names(value: str) -> tuple[str, ...]:
+  return tuple(filter(None, arguments.text(value).split(',')))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -13,8 +14,9 @@ from data.errors import DataError
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 MODES = ('[NLU]', '[NLG]', '[S2S]')
-SPECIAL = re.compile(r'(<extra_id_\d+>|' + '|'.join(re.escape(mode) for mode in MODES) + ')')
-ALONE = '\ue000'  # for private use, so that no piece of text holds it
+SPECIAL = re.compile(r'(<extra_id_[0-9]+>|' + '|'.join(re.escape(mode) for mode in MODES) + ')')
+PRIVATE_USE = tuple(map(chr, range(0xE000, 0xF900)))
+SPACE = '▁'  # SentencePiece's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +65,12 @@ class Vocabulary:
     """The id of <extra_id_k> or of a mode token. Raises DataError for a sentinel that does not exist."""
     if text in MODES:
       return self.mode_ids[MODES.index(text)]
-    k = int(text.removeprefix('<extra_id_').removesuffix('>'))
-    if k >= self.sentinels:
+    digits = text.removeprefix('<extra_id_').removesuffix('>').lstrip('0') or '0'
+    if len(digits) > 9 or int(digits) >= self.sentinels:  # int() refuses thousands of digits
       fix = f'use <extra_id_0> to <extra_id_{self.sentinels - 1}>' if self.sentinels else 'it has none'
-      raise DataError(f'{text} is beyond the {self.sentinels} sentinels of this vocabulary (data.sentinels); {fix}.')
-    return self.sentinel(k)
+      shown = text if len(text) < 40 else f'{text[:30]}…>'
+      raise DataError(f'{shown} is beyond the {self.sentinels} sentinels of this vocabulary (data.sentinels); {fix}.')
+    return self.sentinel(int(digits))
 
 
 class Tokenizer:
@@ -113,23 +116,62 @@ class Tokenizer:
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
 
-    The ids of text around a sentinel are those of training, where a sentinel stands for pieces of one text: a space
-    belongs to the word after it, and `con<extra_id_0>tion` has no space at all. Raises DataError for a sentinel that
-    does not exist.
+    The ids of text around a sentinel are those of training, where a sentinel replaces pieces of one text: a space
+    belongs to the word after it (to the word before it where the tokenizer has spaces as suffixes), and
+    `con<extra_id_0>tion` has no space at all. Raises DataError for a sentinel that does not exist.
     """
     parts, ids = SPECIAL.split(text), []
     is_sentinel = lambda i: 0 < i < len(parts) and i % 2 == 1 and parts[i] not in MODES
     for i, part in enumerate(parts):
       if i % 2:
         ids.append(self.vocabulary.special_id(part))
-        continue
-      part = part.removesuffix(' ') if is_sentinel(i + 1) else part
-      ids += self._encode_inside(part) if is_sentinel(i - 1) else self.encode(part.removeprefix(' ') if i else part)
+      else:
+        after, before = is_sentinel(i - 1), is_sentinel(i + 1)
+        part = part.removeprefix(' ') if i and not after else part
+        ids += self._encode_part(part, after, before)
     return ids
 
-  def _encode_inside(self, text: str) -> list[int]:
-    """The ids of text that goes on after other text: SentencePiece puts a space only before the first of a text."""
-    return self.encode(ALONE + text)[len(self.encode(ALONE)) :]
+  def _encode_part(self, text: str, after: bool, before: bool) -> list[int]:
+    """The ids of text that stands `after` or `before` a sentinel, without the space that belongs to the sentinel."""
+    if self._spaces_are_suffixes:
+      text = text.removeprefix(' ') if after else text
+    else:
+      text = text.removesuffix(' ') if before else text
+    # SentencePiece adds a space at one end of a whole text: a guard there makes `text` a part of a longer one.
+    left = self._guard if after else ''
+    right = self._guard if before and self._spaces_are_suffixes else ''
+    return self._encode_between(left, text, right) if text else []
+
+  def _encode_between(self, left: str, text: str, right: str) -> list[int]:
+    """The ids of `text` in left + text + right, cut by SentencePiece's offsets in the UTF-8 bytes."""
+    begin = len(left.encode())
+    end = begin + len(text.encode()) if right else math.inf
+    pieces = self._processor.encode(left + text + right, return_type='proto').pieces
+    # Without byte fallback, unknown characters in sequence are one piece: `left` may share it with `text`.
+    shared = lambda piece: piece.id == UNKNOWN and piece.begin < begin < piece.end
+    return [piece.id for piece in pieces if begin <= piece.begin < end or shared(piece)]
+
+  @functools.cached_property
+  def _guard(self) -> str:
+    """A character that no piece contains, so that none joins it with text."""
+    used = set().union(*self._names)
+    return next(character for character in PRIVATE_USE if character not in used)
+
+  @functools.cached_property
+  def _spaces_are_suffixes(self) -> bool:
+    """Whether pieces end with the space after them (treat_whitespace_as_suffix), as far as pieces show it."""
+    words = [name for name in self._names if len(name) > 1]
+    return sum(name.endswith(SPACE) for name in words) > sum(name.startswith(SPACE) for name in words)
+
+  @functools.cached_property
+  def _names(self) -> list[str]:
+    return self._processor.id_to_piece(list(range(self.vocabulary.pieces)))
+
+  def decode_after(self, before: Sequence[int], ids: Iterable[int]) -> str:
+    """The text that `ids` add behind the ids `before`: with the space between two words, where `ids` have one."""
+    before, ids = [int(i) for i in before], [int(i) for i in ids]
+    whole, known = self.decode([*before, *ids]), self.decode(before)
+    return whole[len(known) :] if whole.startswith(known) else self.decode(ids)
 
   def piece(self, token: int) -> str:
     """A piece of text as SentencePiece spells it: ▁the, <0x0A>."""

@@ -1,4 +1,4 @@
-"""Whole models: config keys all share, and how each family puts the layers together.
+"""Whole models: the config keys that all share, and how each family combines the layers.
 
-Knows layers; must not know losses, optimizers or meshes.
+Imports layers; must not import losses, optimizers or meshes.
 """

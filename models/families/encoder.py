@@ -1,4 +1,4 @@
-"""An encoder-only model for masked language modelling: every token sees all others of its segment."""
+"""An encoder-only model for masked language modelling: every token sees the whole of its segment."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ from models.layers.norm import make_norm
 class EncoderConfig(Parts):
   """`embedding_norm` normalises embeddings, as BERT does; other keys: models/families/parts.py.
 
-  Of BERT's parts there are no token types, no pooler, no transform before the head and no bias of logits.
+  It has no token types, no pooler, no transform before the head and no bias of the logits, which BERT has.
   """
 
   name: Literal['encoder'] = 'encoder'

@@ -16,15 +16,16 @@ Positions = Literal['relative', 'rotary', 'learned', 'alibi']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-  """`dtype` is that of activations; parameters, softmax and loss are f32.
+  """`dtype` is the dtype of activations; parameters, softmax and loss are f32.
 
   `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et al.
-  2020; T5X examples/t5/network.py, logits_via_embedding). `bias` is of all projections, not of norms. `init_std` None
-  draws projections by fan-in; `scale_residual_init` as GPT-2 (layers/linear.py). Caps bend to cap * tanh(x / cap)
-  (Gemma 2, arXiv:2408.00118, §2). `positions` picks which of the keys under it count.
+  2020; T5X examples/t5/network.py, logits_via_embedding). `bias` gives a bias to all projections, not to norms.
+  `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
+  replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). `positions` picks which of the keys below it are
+  used.
   """
 
-  name: str  # each model's own
+  name: str  # each family sets it
   vocab_size: Annotated[int, '>= 1']
   embed: Annotated[int, '>= 1']
   heads: Annotated[int, '>= 1']
@@ -40,7 +41,7 @@ class Parts:
   relative_buckets: Annotated[int, '>= 4'] = 32  # an encoder has one near and one far bucket on each side
   relative_max_distance: Annotated[int, '>= 1'] = 128
   rope_theta: Annotated[float, '> 0'] = 10_000.0
-  max_positions: Annotated[int, '>= 1'] | None = None  # of learned positions
+  max_positions: Annotated[int, '>= 1'] | None = None  # for learned positions
   head: Literal['untied', 'tied', 'tied_scaled'] = 'untied'
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
@@ -60,12 +61,12 @@ KEYS_OF_POSITIONS: dict[str, Positions] = {
 
 
 def check_parts(cfg: Parts) -> None:
-  """Raises ValueError for values that do not fit each other, or that nothing would read."""
+  """Raises ValueError for values that do not fit each other, or that would have no effect."""
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
     if cfg.positions != positions and (given := getattr(cfg, key)) != defaults[key]:
       raise ValueError(
-        f"model.{key}={given} with model.positions='{cfg.positions}'; it is of '{positions}', remove it."
+        f"model.{key}={given} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
       )
   if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
     raise ValueError(
@@ -77,10 +78,10 @@ def check_parts(cfg: Parts) -> None:
 
 def _check_positions(cfg: Parts) -> None:
   if cfg.positions == 'rotary' and cfg.head_dim % 2:
-    raise ValueError(f'model.head_dim={cfg.head_dim} is odd; rotary positions turn pairs, use {cfg.head_dim + 1}.')
+    raise ValueError(f'model.head_dim={cfg.head_dim} is odd; rotary positions rotate pairs, use {cfg.head_dim + 1}.')
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
-  exact = cfg.relative_buckets // 2  # of a decoder, which looks to one side
+  exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
   if cfg.positions == 'relative' and cfg.relative_max_distance <= exact:
     raise ValueError(
       f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
@@ -92,7 +93,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
     rope_theta=cfg.rope_theta if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
-    softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
+    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
   )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
 
 
 def make_bias(cfg: Parts, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
-  """What a stack adds to its attention scores; call it for arguments of `Visibility`."""
+  """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
       buckets, distance = cfg.relative_buckets, cfg.relative_max_distance

@@ -23,7 +23,8 @@ WEIGHTS_SITE = 20
 class AttentionConfig:
   """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
 
-  `qk_norm` normalises each query and key head before positions enter; the scores are then scaled in any case.
+  `qk_norm` normalises each query and key head before positions enter, as an RMS norm whatever `model.norm.name`, with
+  `qk_norm_eps` = `model.norm.eps` (Qwen3, OLMo 2 and Gemma 3 do the same); the scores are then scaled in any case.
   `softcap` bends scores to softcap * tanh(scores / softcap).
   """
 
@@ -33,6 +34,7 @@ class AttentionConfig:
   t5_scale: bool
   rope_theta: float | None
   qk_norm: bool
+  qk_norm_eps: float
   softcap: float | None
   dropout: float
   implementation: str
@@ -59,9 +61,9 @@ VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
 class Visibility(api.Visibility):
   """Which keys a query sees, once for all layers.
 
-  Rows are packed with contiguous segments, so that inside a segment a difference of indices is one of positions:
-  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, longer than the
-  queries; there the reference is as good as a kernel.
+  Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
+  positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
+  of them than queries; there the reference is as fast as a kernel.
   """
 
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
@@ -91,26 +93,26 @@ class Attention(nnx.Module):
     out = projections.init_residual('heads', 'head_dim')
     self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
     self.out_bias = projections.make_bias((embed,), ('embed',))
-    self.query_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
-    self.key_norm = RmsNorm(head_dim, axis='head_dim') if cfg.qk_norm else None
+    head_norm = lambda: RmsNorm(head_dim, cfg.qk_norm_eps, axis='head_dim') if cfg.qk_norm else None
+    self.query_norm, self.key_norm = head_norm(), head_norm()
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array) -> Array:
     """[batch, length, heads, head_dim]."""
     q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
-    return self._place(q if self.query_norm is None else self.query_norm(q), positions)
+    return self._rotate(q if self.query_norm is None else self.query_norm(q), positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
     k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
     v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
-    return self._place(k if self.key_norm is None else self.key_norm(k), positions), v
+    return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
 
-  def _place(self, x: Array, positions: Array) -> Array:
+  def _rotate(self, x: Array, positions: Array) -> Array:
     return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
 
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
-    """Values mixed and projected back: [batch, length, embed]."""
+    """The values, mixed by attention and projected back: [batch, length, embed]."""
     dropped = None
     if keys is not None and self.cfg.dropout:
       dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
@@ -140,10 +142,10 @@ class Cache:
     return cls(zeros, zeros, jnp.zeros((), jnp.int32))
 
   def write(self, layer: Array, k: Array, v: Array) -> tuple['Cache', Array, Array]:
-    """(the cache with k, v in `layer` at `index`, that layer's keys, its values)."""
-    place = (layer, 0, self.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(self.keys, k[None], place)
-    values = jax.lax.dynamic_update_slice(self.values, v[None], place)
+    """(the cache with k and v written at `index` of `layer`, that layer's keys, that layer's values)."""
+    start = (layer, 0, self.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(self.keys, k[None], start)
+    values = jax.lax.dynamic_update_slice(self.values, v[None], start)
     own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     return Cache(keys, values, self.index), own(keys), own(values)
 

@@ -24,7 +24,7 @@ CROSS_KEYS_SITE = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cross:
-  """What cross-attention reads: the encoder's output (or each layer's keys and values of it), and who sees what."""
+  """What cross-attention reads: the encoder's output (or each layer's keys and values of it), and the visibility."""
 
   see: Visibility
   memory: Array | None = None
@@ -50,7 +50,7 @@ class BlockConfig:
 
 
 class Sublayer(NamedTuple):
-  """Where one layer of a block stands: the norm of `BlockConfig.placement`, the second one of a sandwich, its site."""
+  """One layer in a block: its norm, the second norm of a sandwich, the number that its dropout keys fold in."""
 
   norm: RmsNorm | LayerNorm
   out_norm: RmsNorm | LayerNorm | None
@@ -67,7 +67,7 @@ class Block(nnx.Module):
     self.self_attention = Attention(cfg.embed, cfg.attention, cfg.projections)
     if cfg.cross:
       self.cross_norm, self.cross_out_norm = norm(), out_norm()
-      # An encoder's positions and a decoder's have no distance.
+      # There is no distance between an encoder's position and a decoder's.
       across = dataclasses.replace(cfg.attention, rope_theta=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
     self.mlp_norm, self.mlp_out_norm = norm(), out_norm()
@@ -109,7 +109,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-  """`layers` equal blocks, scanned, then a norm, unless blocks end with one. The compiled program holds one block."""
+  """`layers` blocks of one shape, scanned, then a norm unless blocks end with one. One block is compiled."""
 
   def __init__(self, cfg: BlockConfig, layers: int, *, remat: Remat):
     self.blocks = stack(Block(cfg), layers)

@@ -11,7 +11,7 @@ def example_keys(key: Array | None, example_index: Array) -> Array | None:
 
 
 def fold(keys: Array | None, data) -> Array | None:
-  """Each key folded with `data` (a scalar, or one number for each)."""
+  """Each key folded with `data` (a scalar, or one number for each key)."""
   if keys is None:
     return None
   return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape))

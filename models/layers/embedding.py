@@ -12,11 +12,11 @@ EMBEDDING_SITE = 30
 
 
 class Embedding(nnx.Module):
-  """A row of `table` for each token. T5X draws it at `std` 1.0, for Adafactor, whose updates grow with a parameter.
+  """A row of `table` for each token. T5X draws it at `std` 1.0, for Adafactor, whose updates grow with the parameter.
 
-  A norm follows, so the first output is the same at any `std`; Adam, whose updates have one size, moves a small table
+  A norm follows, so the first output is the same at any `std`. Adam's updates have one size, so it moves a small table
   faster. With `max_positions`, a learned vector for each position is added (Gehring et al. 2017, arXiv:1705.03122;
-  GPT-2, BERT), one table for encoder and decoder as there is one for tokens; a position beyond gives NaN.
+  GPT-2, BERT). Encoder and decoder share this table, as they share that of tokens; a position beyond it gives NaN.
   """
 
   def __init__(self, vocab: int, embed: int, *, rate: float, std: float, max_positions: int | None = None):
@@ -35,9 +35,10 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-  """The projection to logits, of its own (untied), as in T5 v1.1 and Llama.
+  """The projection to logits where it is not the embedding's table (untied), as in T5 v1.1 and Llama.
 
-  At `scale` 1.0 (T5X's) first logits have unit variance and the first loss is ln(vocabulary) + 0.5; less is nearer.
+  At `scale` 1.0 (T5X's) the first logits have unit variance and the first loss is ln(vocabulary) + 0.5; a smaller scale
+  brings it nearer to ln(vocabulary).
   """
 
   def __init__(self, embed: int, vocab: int, init: Normal):

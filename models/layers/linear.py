@@ -1,4 +1,4 @@
-"""The one matrix product of the models: quantisation and low-rank adapters enter here and nowhere else."""
+"""The one matrix product of the models: the only place for quantisation and low-rank adapters."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from models.specs import Normal, Zeros, cast, weight
 class Projections:
   """What the matrices of a stack have in common.
 
-  `std` None draws each at 1/sqrt(fan-in) (T5X examples/t5/layers.py), a number all at that std (0.02 in GPT-2, BERT).
-  `residual` multiplies the std of those that write to the residual stream: 1/sqrt(additions to it) in GPT-2 (Radford et
-  al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product.
+  `std` None draws each at 1/sqrt(fan-in) (T5X examples/t5/layers.py); a number draws all at that std (0.02 in GPT-2 and
+  BERT). `residual` multiplies the std of the matrices that write to the residual stream: 1/sqrt(number of additions to
+  it) in GPT-2 (Radford et al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product.
   """
 
   std: float | None = None

@@ -26,7 +26,7 @@ HIDDEN_SITE = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-  """`activation` is of the gate, or of the hidden layer where `gated` is False.
+  """`activation` is applied to the gate, or to the hidden layer where `gated` is False.
 
   T5 v1.1 and UL2-style models: gated gelu_tanh; Llama: gated silu (SwiGLU); T5 1.0: relu, not gated; GPT-2: gelu_tanh,
   not gated; BERT: gelu_exact (the erf form), not gated.

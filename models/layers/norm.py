@@ -34,7 +34,7 @@ NormConfig = RmsNormConfig | LayerNormConfig
 class RmsNorm(nnx.Module):
   """x / rms(x) * scale, statistics in f32. Source: Zhang and Sennrich 2019, arXiv:1910.07467; T5's layer norm."""
 
-  def __init__(self, dim: int, eps: float = 1e-6, axis: str = 'embed'):
+  def __init__(self, dim: int, eps: float, axis: str = 'embed'):
     self.scale = weight((dim,), (axis,), Ones())
     self.eps = eps
 
@@ -47,7 +47,7 @@ class RmsNorm(nnx.Module):
 class LayerNorm(nnx.Module):
   """(x - mean(x)) / std(x) * scale (+ bias), statistics in f32. Source: Ba et al. 2016, arXiv:1607.06450."""
 
-  def __init__(self, dim: int, eps: float = 1e-5, *, bias: bool = True):
+  def __init__(self, dim: int, eps: float, *, bias: bool):
     self.scale = weight((dim,), ('embed',), Ones())
     self.bias = weight((dim,), ('embed',), Zeros()) if bias else None
     self.eps = eps

@@ -1,4 +1,4 @@
-"""Where a token is: T5's relative position buckets and ALiBi (in the attention op), and rotary embedding."""
+"""Positions of tokens: T5's relative buckets and ALiBi (biases in the attention op), and rotary embedding."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ class RelativePositionBias(nnx.Module):
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-  """float32[heads]: 2^(-8 i / n) for i = 1 … n = heads; where n is no power of two, those of the power below, then
-  every other one of the power above.
+  """float32[heads]: 2^(-8 i / n) for i = 1 … n = heads. Where n is not a power of two: the slopes of the power below,
+  then every other slope of the power above.
 
   Source: Press et al. 2022, arXiv:2108.12409, §3; attention_with_linear_biases get_slopes.
 
@@ -41,7 +41,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 class Alibi(nnx.Module):
-  """-slope * |distance| on the scores, without parameters; to both sides in an encoder."""
+  """-slope * |distance| added to the scores, without parameters; an encoder has it on both sides."""
 
   def __init__(self, heads: int):
     self.heads = heads

@@ -20,4 +20,4 @@ class CheckpointConfig:
   keep_best: Annotated[int, '>= 0'] = 0
   best_of: str | None = None
   retries: Annotated[int, '>= 0'] = 3
-  initial: str | None = None
+  initial: Annotated[str, 'path'] | None = None

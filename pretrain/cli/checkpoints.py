@@ -1,59 +1,61 @@
 """`pretrain checkpoints`: its flags, and each action as one call of `pretrain.tools.weights`."""
 
 import argparse
-import pathlib
 
+from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
-# What says of an average of which weights it is.
+# The flags that identify the weights which an average was made of.
 SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'input', 'inputs', 'coefficients', 'gin_file', 'metric', 'ema')
 
 
 def checkpoints_flags(command: argparse.ArgumentParser) -> None:
-  from pretrain.cli import main
-
   actions = command.add_subparsers(required=True, metavar='ACTION')
   added = {name: actions.add_parser(name, help=f.__doc__) for name, f in WAYS.items()}
   for name, action in added.items():
     action.set_defaults(command=WAYS[name])
   average, soup, merge, restore = (added[name] for name in ('average', 'soup', 'merge', 'restore-as'))
-  main.config_flags(soup)
+  shared.config_flags(soup)
   for action in (added['list'], added['verify'], average):
-    action.add_argument('--workdir', required=True, type=pathlib.Path)
+    action.add_argument('--workdir', required=True, type=shared.path)
   average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
   average.add_argument('--weights', type=float_list, metavar='1,2', help='one for each step; without them, equal')
-  merge.add_argument('--base', required=True, metavar='RUN[/STEP]', help='what the inputs started from')
+  merge.add_argument(
+    '--base', required=True, type=shared.location, metavar='RUN[/STEP]', help='what the inputs started from'
+  )
   added['verify'].add_argument('--steps', type=int_list, default=[], metavar='100,200', help='without them, all')
-  restore.add_argument('--input', required=True, metavar='RUN[/STEP]', help='RUN: its newest step')
-  restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='what is to be another')
+  restore.add_argument(
+    '--input', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest step'
+  )
+  restore.add_argument('--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='a key to change')
   for action in (soup, merge, added['diff']):
-    action.add_argument('--inputs', required=True, type=text_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
+    action.add_argument('--inputs', required=True, type=path_list, metavar='RUN[/STEP],…', help='RUN: its newest step')
   merge.add_argument('--coefficients', required=True, type=float_list, metavar='0.5,0.5', help='one for each input')
-  soup.add_argument('--metric', required=True, help='eval/<set>/loss, text_loss or accuracy')
+  soup.add_argument('--metric', required=True, type=shared.text, help='eval/<set>/loss, text_loss or accuracy')
   for action in (average, soup, merge):
-    action.add_argument('--ema', action='store_true', help='of the moving averages (averaging.name) of the steps')
+    action.add_argument('--ema', action='store_true', help='use the moving averages (averaging.name) of the steps')
   for action in (average, soup, merge, restore):
-    action.add_argument('--output', required=True, type=pathlib.Path, help='a new workdir, to generate or start from')
+    action.add_argument('--output', required=True, type=shared.path, help='a new workdir, to generate or start from')
 
 
-def text_list(text: str) -> list[str]:
-  return text.split(',')
+def path_list(value: str) -> list[str]:
+  return [shared.location(part) for part in value.split(',')]
 
 
-def int_list(text: str) -> list[int]:
-  return number_list(text, int)
+def int_list(value: str) -> list[int]:
+  return number_list(value, int)
 
 
-def float_list(text: str) -> list[float]:
-  return number_list(text, float)
+def float_list(value: str) -> list[float]:
+  return number_list(value, float)
 
 
-def number_list(text: str, kind: type) -> list:
+def number_list(value: str, kind: type) -> list:
   try:
-    return [kind(part) for part in text.split(',')]
+    return [kind(part) for part in value.split(',')]
   except ValueError as error:
     numbers = 'whole numbers' if kind is int else 'numbers'
-    raise argparse.ArgumentTypeError(f"'{text}' is no list of {numbers}; write e.g. 1,2") from error
+    raise argparse.ArgumentTypeError(f"'{value}' is no list of {numbers}; write e.g. 1,2") from error
 
 
 def checkpoints_command(options, overrides) -> None:
@@ -62,7 +64,7 @@ def checkpoints_command(options, overrides) -> None:
 
 
 def list_command(options, overrides) -> None:
-  """Print the checkpoints of a run: size, and the losses at each; and its snapshots in the memory of this host."""
+  """Print the checkpoints of a run, with size and losses, and its snapshots in the RAM of this host."""
   weights = on_the_host()
   try:
     print(weights.list_steps(options.workdir))
@@ -73,22 +75,19 @@ def list_command(options, overrides) -> None:
 
 def average_command(options, overrides) -> None:
   """Write the mean of several steps of a run."""
-  from pretrain.cli import main
-
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   steps = [weights.find_step(options.workdir, step, ema=options.ema) for step in options.steps]
   weights.average(steps, options.weights, options.output, source_of(options))
   print(options.output)
 
 
 def soup_command(options, overrides) -> None:
-  """Write the mean of those runs that together are better on held-out text than without."""
-  from pretrain.cli import main
+  """Write the mean of the runs that improve it on held-out text (greedy soup)."""
   from pretrain.devices import mesh
 
-  cfg = main.load(options, overrides)
-  main.check_workdir(options.output, '--output')
+  cfg = shared.load(options, overrides)
+  shared.check_workdir(options.output, '--output')
   mesh.prepare_platform(cfg.mesh)
   from pretrain.tools import weights
 
@@ -99,17 +98,15 @@ def soup_command(options, overrides) -> None:
 
 def merge_command(options, overrides) -> None:
   """Write base + sum of coefficient * (input - base)."""
-  from pretrain.cli import main
-
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   base, *inputs = (weights.find(text, ema=options.ema) for text in (options.base, *options.inputs))
   weights.merge(base, inputs, options.coefficients, options.output, source_of(options))
   print(options.output)
 
 
 def verify_command(options, overrides) -> int:
-  """Compare files and arrays with what was written; exit code 66 where a step is damaged."""
+  """Compare files and arrays with the hashes from when they were saved; exit code 66 if a step is damaged."""
   on_the_host()
   from pretrain.errors import CheckpointError
   from pretrain.tools.verify import verify
@@ -128,16 +125,14 @@ def diff_command(options, overrides) -> None:
 
 
 def restore_as_command(options, overrides) -> None:
-  """Write a step for a run with another optimizer, moving average or mesh to go on from."""
-  from pretrain.cli import main
-
+  """Write a step from which a run with another optimizer, moving average or mesh can resume."""
   weights = on_the_host()
-  main.check_workdir(options.output, '--output')
+  shared.check_workdir(options.output, '--output')
   from pretrain.tools.rewrite import restore_as
 
   flags = ' '.join(f'--gin.{override}' for override in overrides)
   anew = restore_as(weights.find(options.input), overrides, options.output, f'{source_of(options)} {flags}')
-  print(options.output, *(f'({part} begins anew)' for part in anew))
+  print(options.output, *(f'({part} starts from its initial state)' for part in anew))
 
 
 WAYS = {
@@ -147,7 +142,7 @@ WAYS = {
 
 
 def on_the_host():
-  """`pretrain.tools.weights`, with JAX on the CPU: sums of parameters belong into the larger memory."""
+  """`pretrain.tools.weights`, with JAX on the CPU: parameters are summed in host RAM, the larger memory."""
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
@@ -157,7 +152,7 @@ def on_the_host():
 
 
 def source_of(options) -> str:
-  """What made a workdir, in one line."""
+  """The command that made a workdir, in one line."""
   name = next(name for name, function in WAYS.items() if function is options.command)
   return f'pretrain checkpoints {name} ' + ' '.join(
     f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'

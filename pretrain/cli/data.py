@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import pathlib
 
+from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def _prepare_flags(action: argparse.ArgumentParser) -> None:
 
 
 def _store_flags(action: argparse.ArgumentParser) -> None:
-  action.add_argument('path', help='a token store: a path or a URL (gs://, s3://)')
+  action.add_argument('path', type=shared.location, help='a token store: a path or a URL (gs://, s3://)')
 
 
 def _inspect_flags(action: argparse.ArgumentParser) -> None:
@@ -45,19 +45,17 @@ def _inspect_flags(action: argparse.ArgumentParser) -> None:
 
 def _stats_flags(action: argparse.ArgumentParser) -> None:
   _store_flags(action)
-  action.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='gets stats.json and stats.png')
+  action.add_argument('--out', type=shared.path, required=True, metavar='DIR', help='gets stats.json and stats.png')
 
 
 def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> None:
-  from pretrain.cli import main
-
-  main.config_flags(action, required)
+  shared.config_flags(action, required)
 
 
 def _row_flags(action: argparse.ArgumentParser) -> None:
   _config_flags(action, required=False)
   action.add_argument(
-    '--workdir', type=pathlib.Path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
+    '--workdir', type=shared.path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
   )
   action.add_argument('--step', type=int, default=0)
   action.add_argument('--row', type=int, default=0)
@@ -99,10 +97,9 @@ def inspect_command(options, overrides) -> None:
 def stats_command(options, overrides) -> None:
   """Measure a token store: lengths of documents, frequent tokens, duplicates (stats.json, stats.png)."""
   from data.stores.stats import store_stats
-  from pretrain.cli.main import check_workdir
   from pretrain.records.plots import draw_stats
 
-  check_workdir(options.out, '--out')
+  shared.check_writable(options.out, '--out')
   found = store_stats(options.path)
   options.out.mkdir(parents=True, exist_ok=True)
   values = found.to_json()
@@ -131,16 +128,19 @@ def explain_command(options, overrides) -> None:
 
 
 def plan_command(options, overrides) -> None:
-  """Make the plans of large stores ahead; print how full the rows of an epoch are, how many documents are cut."""
-  from data.batches.plan_report import keep_plans, report
-  from pretrain.cli import main
-  from pretrain.experiment.phases import phase_at
+  """Make the plans of large stores before a run; print how full rows are, and what padding costs, phase by phase."""
+  from data.batches.plan_report import keep_plans
+  from pretrain.experiment.phases import phases_of
+  from pretrain.tools.data_plan import report
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  source = _open(phase_at(main.load(options, overrides), 0).cfg)
-  keep_plans(source, options.workers)
-  print(report(source))
+  for phase in (parts := phases_of(shared.load(options, overrides))):
+    source = _open(phase.cfg)
+    keep_plans(source, options.workers)
+    if len(parts) > 1:
+      print(f'{"" if phase.index == 0 else chr(10)}phase {phase.index}, from step {phase.start:,}:')
+    print(report(phase, source))
 
 
 def _open(cfg):
@@ -153,21 +153,22 @@ def _open(cfg):
 
 def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
-  from pretrain.cli import main
+  from pretrain.experiment import same_stores
+  from pretrain.experiment import saved as saved_config
   from pretrain.experiment.phases import phase_at
   from pretrain.experiment.resume import check_same_run
-  from pretrain.experiment.same_stores import as_begun
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
   if not (saved or options.gin_file):
     raise ConfigError('nothing says which rows; give --gin_file=F, or --workdir=RUN.')
   options.gin_file = options.gin_file or [str(saved)]
-  cfg = main.load(options, overrides)
+  cfg = shared.load(options, overrides)
+  cfg = saved_config.as_begun(cfg, saved) if saved else cfg
   phase = phase_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)
     return _open(phase.cfg), phase.example(options.step)
-  cfg = as_begun(options.workdir, cfg)
+  cfg = same_stores.as_begun(options.workdir, cfg)
   check_same_run(saved, cfg)
   import jax
 

@@ -1,4 +1,5 @@
 """Gin text to frozen dataclasses and back.
 
-Knows gin's notation and dataclass fields; must not know any particular key.
+Contains gin's notation and the rules for dataclass fields; must not contain any particular key, except those that
+messages suggest (other_stacks.py).
 """

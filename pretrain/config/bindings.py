@@ -1,50 +1,35 @@
-"""Gin's notation -> frozen dataclasses. Configs hold values, code holds code. The only gin and ml_collections import.
-
-`.gin` files are read by gin-config's own parser: `key = value` bindings, `include`, macros (`WIDTH = 8`, then
-`%WIDTH`), comments. References (`@f`), scopes (`a/b.c`) and `import` are refused.
-"""
+"""Gin's notation -> frozen dataclasses, and back to text. Configs hold values, code holds code."""
 
 import dataclasses
-import io
 import pathlib
-import tokenize
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from gin import config_parser
 from ml_collections import ConfigDict
 
+from pretrain.config.gin_text import Binding, read_file, read_text
+from pretrain.config.macros import check_used, expand, is_macro
 from pretrain.config.schema import Builder
 from pretrain.errors import ConfigError
 
 T = TypeVar('T')
 
 
-class Macro(NamedTuple):
-  name: str
-
-
-class Reference(NamedTuple):
-  name: str
-
-
-class Binding(NamedTuple):
-  """`key = value`, and where it was written: 'file:line' or '--gin.key'."""
-
-  key: str
-  value: Any
-  place: str
-
-
-def load(schema: type[T], files: Sequence[str], overrides: Sequence[str] = ()) -> T:
+def load(
+  schema: type[T], files: Sequence[str], overrides: Sequence[str] = (), *, absent: Mapping[str, Any] | None = None
+) -> T:
   """An instance of `schema` from gin files, then `key=value` overrides; the last binding of a key wins.
 
-  Raises ConfigError, naming file and line, for syntax, unknown, missing or mistyped keys, and what is no value.
+  `absent` has values for keys that neither binds, in place of the defaults of their classes.
+
+  Raises ConfigError, naming file and line, for syntax errors and unknown, missing or mistyped keys.
   """
-  bindings = [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
+  bindings = [Binding(key, value, 'default') for key, value in (absent or {}).items()]
+  bindings += [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
   for override in overrides:
     name = '--gin.' + override.split('=', 1)[0].strip()
     bindings += read_text(override, pathlib.Path(), name, ())
+  check_used(bindings)
   # A name without a dot in capitals is a macro; anything else is a key. Macros may be overridden, so they come first.
   macros = {b.key: b for b in bindings if is_macro(b.key)}
   keys = {b.key: b._replace(value=expand(b.value, macros, b.place)) for b in bindings if not is_macro(b.key)}
@@ -54,7 +39,7 @@ def load(schema: type[T], files: Sequence[str], overrides: Sequence[str] = ()) -
 
 
 def outdated(bindings: Sequence[Binding]) -> frozenset[str]:
-  """Keys of a section that were all written before another `name` was chosen for it: they may be of the first choice.
+  """Keys of a section written only before another `name` was chosen for it: they may belong to the first choice.
 
   >>> b = lambda key, value: Binding(key, value, '')
   >>> sorted(outdated([b('a.name', 'x'), b('a.p', 1), b('a.q', 1), b('a.name', 'y'), b('a.q', 2)]))
@@ -110,94 +95,6 @@ def plain(value: Any) -> Any:
 
 def _is_rendered(field: dataclasses.Field, value: Any) -> bool:
   return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != field.default
-
-
-class Delegate(config_parser.ParserDelegate):
-  """Keeps macros and references as they are written; both are dealt with where the line is known."""
-
-  def configurable_reference(self, scoped_configurable_name, evaluate):
-    return Reference(scoped_configurable_name)
-
-  def macro(self, macro_name):
-    return Macro(macro_name)
-
-
-def read_file(path: pathlib.Path, blame: str, including: tuple[pathlib.Path, ...]) -> Iterator[Binding]:
-  """The bindings of a file and of what it includes. `blame` begins the sentence when it cannot be read."""
-  if path.resolve() in including:
-    raise ConfigError(f'{blame}{path} includes itself; remove one of the includes.')
-  try:
-    text = path.read_text(encoding='utf-8')
-  except OSError as error:
-    raise ConfigError(f'{blame}{path} cannot be read ({error.strerror}); check the path.') from error
-  except UnicodeDecodeError as error:
-    raise ConfigError(f'{blame}{path} is not UTF-8 text (byte {error.start}); is it a gin file?') from error
-  yield from read_text(text, path, None, (*including, path.resolve()))
-
-
-def read_text(text: str, path: pathlib.Path, name: str | None, including: tuple) -> Iterator[Binding]:
-  """The bindings of `text`, which stands in `path`, or is the flag `name`."""
-  for statement in parse(text, path, name):
-    place = name or f'{path}:{statement.location.line_num}'
-    match statement:
-      case config_parser.IncludeStatement():
-        yield from read_file(path.parent / statement.filename, f'{place}: ', including)
-      case config_parser.ImportStatement():
-        raise ConfigError(f'{place}: import {statement.module}: configs hold values, code holds code. Remove the line.')
-      case config_parser.BindingStatement():
-        key = '.'.join(part for part in (statement.selector, statement.arg_name) if part)
-        if statement.scope:
-          raise ConfigError(f'{place}: {statement.scope}/ is a scope; give each section its own key, e.g. {key} = …')
-        refuse_references(statement.value, place)
-        yield Binding(key, statement.value, place)
-
-
-def parse(text: str, path: pathlib.Path, name: str | None) -> list[Any]:
-  """gin's statements; raises ConfigError naming the line where gin's parser gave up."""
-  try:
-    return list(config_parser.ConfigParser(io.StringIO(text + '\n'), Delegate()))
-  except (SyntaxError, ValueError, tokenize.TokenError) as error:
-    line = error.args[1][0] if isinstance(error, tokenize.TokenError) else getattr(error, 'lineno', None)
-    # A bracket that is never closed is noticed behind the end.
-    place = name or (f'{path}:{min(line, len(text.splitlines()))}' if line else str(path))
-    raise ConfigError(f'{place}: syntax error; write one `key = value` to a line, strings in quotes.') from error
-
-
-def is_macro(key: str) -> bool:
-  return '.' not in key and key.isupper()
-
-
-def inside(value: Any) -> Iterator[Any]:
-  """`value` and everything in it."""
-  yield value
-  if isinstance(value, Mapping):
-    value = list(value.values())
-  if isinstance(value, list | tuple):
-    for each in value:
-      yield from inside(each)
-
-
-def refuse_references(value: Any, place: str) -> None:
-  for found in inside(value):
-    if isinstance(found, Reference):
-      raise ConfigError(
-        f"{place}: @{found.name} is a reference; configs hold values. Name the choice: optimizer.name = 'adamw'."
-      )
-
-
-def expand(value: Any, macros: Mapping[str, Binding], place: str, open_macros: tuple[str, ...] = ()) -> Any:
-  """`value` with each %NAME replaced."""
-  if isinstance(value, Macro):
-    if value.name not in macros or value.name in open_macros:
-      what = 'is defined by itself; give' if value.name in macros else 'is not defined; add'
-      raise ConfigError(f'{place}: %{value.name} {what} {value.name} = … (macros are written in capitals).')
-    found = macros[value.name]
-    return expand(found.value, macros, found.place, (*open_macros, value.name))
-  if isinstance(value, Mapping):
-    return {k: expand(v, macros, place, open_macros) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return type(value)(expand(v, macros, place, open_macros) for v in value)
-  return value
 
 
 def nest(keys: Mapping[str, Binding]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Nested values -> frozen dataclasses, checked against their annotations. Knows nothing of files but where keys stand.
+"""Nested values -> frozen dataclasses, checked against their annotations. Of files it uses only the places of keys.
 
 Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tuple[X, Y], Mapping (names to any values),
 a dataclass, or a union of dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only
 coercion. A range stands next to its field, in words that need no import: `Annotated[int, '>= 1']`,
-`Annotated[float, '[0, 1)']`.
+`Annotated[float, '[0, 1)']`; so does `Annotated[str, 'path']`, which expands `~` and may have bytes that are not UTF-8.
 """
 
 import dataclasses
@@ -16,14 +16,16 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from data.arguments import expand_user, is_text
+from pretrain.config.other_stacks import instead_of
 from pretrain.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-  """Builds dataclasses from nested dicts. `places` says where each dotted key was written, `file` where to add more.
+  """Builds dataclasses from nested dicts. `places` has the file and line of each dotted key; a new key goes in `file`.
 
-  Keys in `outdated` were written before another choice was made for their section, and go where it does not have them.
+  Keys in `outdated` were written before another choice was made for their section; those that it lacks are dropped.
   """
 
   places: Mapping[str, str]
@@ -31,7 +33,7 @@ class Builder:
   outdated: frozenset[str] = frozenset()
 
   def build(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A dataclass from its keys in `tree`; what they leave out comes from `default`, then from the class."""
+    """A dataclass from its keys in `tree`; missing keys get their values from `default`, then from the class."""
     schema = self.pick(hint, tree, key, default)
     hints = typing.get_type_hints(schema, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(schema)}
@@ -50,12 +52,12 @@ class Builder:
     return schema(**values)
 
   def is_outdated(self, key: str) -> bool:
-    """Whether all that was written at `key` or under it was written for another choice."""
+    """Whether every binding at `key` or under it was written for another choice."""
     written = {known for known in self.places if known == key or known.startswith(key + '.')}
     return bool(written) and written <= self.outdated
 
   def pick(self, hint: Any, tree: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The member of a union of dataclasses that `name` in `tree` says; a lone dataclass is itself."""
+    """The member of a union of dataclasses that `name` in `tree` picks; a lone dataclass is returned."""
     members = sections(hint)
     if len(members) == 1:
       return members[0]
@@ -67,7 +69,7 @@ class Builder:
     return names[self.literal(tuple(names), tree['name'], f'{key}.name')]
 
   def missing(self, hint: Any, key: str) -> Any:
-    """A section can be made of defaults alone; anything else is an error."""
+    """A section may be built from defaults alone; any other missing key is an error."""
     if is_section(hint):
       return self.build(hint, {}, key)
     raise ConfigError(self.unset(key) + '.')
@@ -82,6 +84,8 @@ class Builder:
     name = str(given)
     fields = [f.name for f in dataclasses.fields(schema)]
     text = f'{self.where(key)}unknown key {key}; '
+    if known := instead_of(key):
+      return f'{text}{known}.'
     if close := difflib.get_close_matches(name, fields, 1):
       return text + f'did you mean {key.removesuffix(name)}{close[0]}?'
     if len(sections(hint)) == 1:
@@ -99,7 +103,7 @@ class Builder:
     if is_section(hint):
       return self.section(hint, given, key, default)
     if origin is Annotated:
-      return self.bounded(args[0], args[1], given, key)
+      return self.path(given, key) if args[1] == 'path' else self.bounded(args[0], args[1], given, key)
     if origin is tuple:
       return self.sequence(args, given, key)
     if origin is Literal:
@@ -130,16 +134,23 @@ class Builder:
     return dict(given)
 
   def bounded(self, hint: Any, allowed: str, given: Any, key: str) -> Any:
-    value = self.value(hint, given, key)
+    # A closed range is the only limit of its key; seeds have 32 bits without a sign.
+    closed = hint is int and type(given) is int and allowed[0] in '[('
+    value = given if closed else self.value(hint, given, key)
     if not within(value, allowed):
       raise ConfigError(f'{self.where(key)}{key}={given!r}; it must be {"in " * (allowed[0] in "[(")}{allowed}.')
     return value
+
+  def path(self, given: Any, key: str) -> str:
+    if type(given) is not str:
+      raise ConfigError(f'{self.mistyped(given, key)} str.')
+    return expand_user(given)
 
   def literal(self, allowed: Sequence[Any], given: Any, key: str) -> Any:
     if given in allowed:
       return given
     words = [str(a) for a in allowed]
-    # What begins as the given word is meant before what resembles it: 'gelu' is 'gelu_tanh', not 'relu'.
+    # Names that start with the given word are suggested before similar ones: for 'gelu' 'gelu_tanh', not 'relu'.
     close = [w for w in words if given and w.startswith(str(given))] or difflib.get_close_matches(str(given), words, 1)
     hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else '.'
     raise ConfigError(f'{self.where(key)}{key}={given!r} is not one of {choices(allowed)}{hint}')
@@ -149,6 +160,10 @@ class Builder:
       return float(given)
     if type(given) is not hint:
       raise ConfigError(f'{self.mistyped(given, key)} {hint.__name__}.')
+    if hint is int and given not in INTEGERS:
+      raise ConfigError(f'{self.where(key)}{key}={given} does not fit in 32 bits; the largest is {INTEGERS[-1]}.')
+    if hint is str and not is_text(given):
+      raise ConfigError(f'{self.where(key)}{key}={given!r} has bytes that are not UTF-8; write the text in UTF-8.')
     if hint is float and not math.isfinite(given):
       raise ConfigError(f'{self.where(key)}{key} is {given}, expected a finite number.')
     return given
@@ -168,6 +183,7 @@ class Builder:
 
 
 UNIONS = (types.UnionType, typing.Union)
+INTEGERS = range(-(2**31), 2**31)  # steps and sizes are int32 in JAX
 
 
 def within(value: float, allowed: str) -> bool:
@@ -184,7 +200,7 @@ def within(value: float, allowed: str) -> bool:
 
 
 def without_none(args: tuple[Any, ...]) -> Any:
-  """The union of `args` but None."""
+  """The union of `args` without None."""
   return functools.reduce(operator.or_, (a for a in args if a is not type(None)))
 
 

@@ -7,10 +7,12 @@ import pathlib
 import jax
 from jax._src import compilation_cache, compiler, distributed  # the choice of who writes the cache is not public
 
+from data.arguments import expand_user
+
 
 def cache_dir() -> pathlib.Path:
   """The folder of built corpora and compiled programs: $PRETRAIN_CACHE, else ~/.cache/pretrain."""
-  return pathlib.Path(os.environ.get('PRETRAIN_CACHE', pathlib.Path.home() / '.cache' / 'pretrain'))
+  return pathlib.Path(expand_user(os.environ.get('PRETRAIN_CACHE', '~/.cache/pretrain')))
 
 
 def use_compilation_cache() -> None:

@@ -11,11 +11,13 @@ import models.build
 from models import partition, specs
 from pretrain.devices.mesh import batch_shards, make_mesh, replicated
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import Experiment, check_batch
+from pretrain.experiment.checks import check_batch
+from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import make_track, track_shardings
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
+from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
 from pretrain.step.train_step import TrainState, init_state, make_train_step, start_state
 
@@ -50,7 +52,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh)
   check_divisible(model.specs, mesh)
-  schedule = make_schedule(cfg.schedule, schedule_start)
+  schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
   track = make_track(cfg.averaging)
   init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
@@ -62,7 +64,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
-    track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+    fill=make_fill(cfg.model), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
   start = functools.partial(start_state, tx=tx, track=track)
   return Program(

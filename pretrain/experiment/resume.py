@@ -13,6 +13,7 @@ from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.same_stores import Recorded, by_contents
+from pretrain.experiment.saved import load_saved
 from pretrain.hosts.skipping import Ranges
 
 
@@ -49,7 +50,7 @@ def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: b
 
   With `allow_data_change` keys of `data` may differ, but for `_is_fixed`: a line for each is returned.
   """
-  before = bindings.load(Experiment, [str(saved)], [])
+  before = load_saved(saved)
   unequal = _unequal(by_contents(before, Recorded(saved.parent)), by_contents(cfg))
   changed = [item for item in differences(before, cfg) if item[0] in unequal]
   data_keys = [key for key, _, _ in changed if key.startswith('data.') and not _is_fixed(key, before, cfg)]

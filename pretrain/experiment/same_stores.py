@@ -18,6 +18,7 @@ from data.stores.store import open_store
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.saved import load_saved
 
 FILE = 'stores.json'
 _LISTS = ('data.sources', 'data.heldout')
@@ -69,7 +70,7 @@ def as_begun(workdir: pathlib.Path, cfg: Experiment) -> Experiment:
   Metrics, and positions in mixtures, are kept by these names.
   """
   try:
-    before = bindings.load(Experiment, [str(workdir / 'config.gin')], [])
+    before = load_saved(workdir / 'config.gin')
   except (OSError, ConfigError):  # a new run; or check_same_run refuses it
     return cfg
   recorded = Recorded(workdir)

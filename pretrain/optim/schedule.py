@@ -1,5 +1,9 @@
 """Learning rate as a function of the step: linear warm-up, then a shape. All are continuous but multistep's drops and
 the restarts of cyclic's cosine.
+
+With a warm-up the formulas count steps from 1: step 1 has the rate peak / warmup_steps, step `warmup_steps` the peak,
+the next step the first lower rate, and step `steps` the final rate. Without a warm-up they count from 0: the first step
+has the peak.
 """
 
 import dataclasses
@@ -175,6 +179,7 @@ def _decay(cfg: Schedule, step: Array) -> Array:
     case Cyclic():
       return _cycle(cfg, step)
     case Multistep():
+      # Counted from 0: the first lower rate is that of the step after `drops`, as everywhere.
       reached = jnp.searchsorted(jnp.asarray(_drops(cfg), jnp.float32), step, side='right')
       return jnp.asarray((1.0, *cfg.factors), jnp.float32)[reached]
     case _:
@@ -216,12 +221,28 @@ def _warmup(cfg: Schedule, step: Array) -> Array | float:
   return floor + (1 - floor) * jnp.clip((step - begin + 1) / cfg.warmup_steps, 0.0, 1.0)
 
 
-def make_schedule(cfg: Schedule, start: int = 0) -> Callable[[Array], Array]:
-  """`schedule(step)` -> learning rate, f32, counted from step `start`, whose update already moves in a warm-up."""
+def _first_step(cfg: Schedule) -> int:
+  """The number that the formula of the decay gives the first step.
+
+  T5 counts the updates that were made (`warmup='constant'`: 1 / sqrt(max(n, k))).
+  """
+  match cfg:
+    case Multistep() | Rsqrt(warmup='constant'):
+      return 0
+    case _:
+      return 1 if cfg.warmup_steps else 0
+
+
+def make_schedule(cfg: Schedule, start: int = 0, *, decay_delay: Literal[0, 1] = 0) -> Callable[[Array], Array]:
+  """`schedule(step)` -> learning rate, f32, of the update after `step` updates; `start` of them are not counted.
+
+  The peak comes once. With `decay_delay` = 1 it comes twice, as before version 0.1.0: the decay counts from 0.
+  """
+  first = 0 if decay_delay else _first_step(cfg)
 
   def schedule(step: Array) -> Array:
     step = jnp.asarray(step, jnp.float32) - start
-    return cfg.peak * _warmup(cfg, step) * _decay(cfg, step)
+    return cfg.peak * _warmup(cfg, step) * _decay(cfg, step + first)
 
   return schedule
 

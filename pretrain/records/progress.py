@@ -9,6 +9,8 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pretrain.records.names import one_line
+
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -67,7 +69,8 @@ class LiveLine:
   """One rich progress line; whatever else is printed scrolls above it."""
 
   def __init__(self, clock: Clock, stream: TextIO):
-    columns = (TextColumn('step {task.completed}/{task.total}'), BarColumn(24), TextColumn('{task.description}'))
+    text = lambda form: TextColumn(form, markup=False)
+    columns = text('step {task.completed}/{task.total}'), BarColumn(24), text('{task.description}')
     self._clock = clock
     self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
     self._task = self._progress.add_task('starting', total=clock.total)
@@ -77,13 +80,17 @@ class LiveLine:
     self._progress.update(self._task, completed=step, description=self._clock.describe(step, values))
 
   def print(self, text: str) -> None:
-    self._progress.console.print(text, markup=False, highlight=False)
+    self._print(text)
 
   def warn(self, text: str) -> None:
-    self._progress.console.print(text, style='bold yellow', markup=False, highlight=False)
+    self._print(text, 'bold yellow')
 
   def close(self) -> None:
     self._progress.stop()
+
+  def _print(self, text: str, style: str | None = None) -> None:
+    """As it stands: names in it are no markup, `:fire:` is no emoji."""
+    self._progress.console.print(one_line(text), style=style, markup=False, emoji=False, highlight=False)
 
 
 class PlainLines:
@@ -99,7 +106,7 @@ class PlainLines:
       self.print(f'step {step}/{self._clock.total}  {self._clock.describe(step, values)}')
 
   def print(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    print(one_line(text), file=self._stream, flush=True)
 
   warn = print
 

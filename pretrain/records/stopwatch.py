@@ -1,20 +1,23 @@
-"""How fast a run is: seconds and tokens of the steps between two rows of metrics."""
+"""How fast a run is, and how full its rows are: means over the steps between two rows of metrics."""
 
+import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
+MEANS = ('fill/encoder', 'fill/decoder', 'padding_flops')  # metrics of a step that a row has the mean of
 WHOLE = 0.5  # of the seconds of the steps before it; a step that seems faster was not timed as a whole
 
 
 class Stopwatch:
-  """Seconds, tokens and seconds waited for data since the last report."""
+  """Seconds, tokens, seconds waited for data and sums of step metrics since the last report."""
 
   def __init__(self):
     self._rates: dict[str, float] = {}
+    self._values: dict[str, list[float]] = collections.defaultdict(list)
     self._restart()
 
   def _restart(self) -> None:
@@ -28,16 +31,27 @@ class Stopwatch:
     self._waited += time.perf_counter() - start
 
   def count(self, batch) -> None:
-    """The next row of metrics belongs to a step with `batch`."""
+    """Adds a step with `batch`. Its tokens are those of this process's rows."""
     self._tokens += sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.endswith('_segment_ids'))
     self._steps += 1
 
+  def add(self, values: Mapping[str, float]) -> None:
+    """Adds the metrics of a step that a row has the mean of: of the global batch, the same in all processes."""
+    for key in MEANS:
+      if key in values:
+        self._values[key].append(values[key])
+
   def report(self, *, last: bool = False) -> dict[str, float]:
-    """The rates since the last report.
+    """The rates and means since the last report. Tokens are taken to be as many in every process.
 
     The row of a step is written while the next step runs. `last`: no step follows, so that the time of this step may
     have been spent before the last report. Then the rates are those of the last report: only whole steps count.
     """
+    means = {key: sum(values) / len(values) for key, values in self._values.items()}
+    self._values.clear()
+    return self._measure(last) | means
+
+  def _measure(self, last: bool) -> dict[str, float]:
     seconds = time.perf_counter() - self._start
     step_seconds = seconds / max(self._steps, 1)
     if last and self._rates and step_seconds < WHOLE * self._rates['step_seconds']:

@@ -28,6 +28,7 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
   by_source = found.pop('source_loss', None), found.pop('source_weight', None)
   digests = found.pop('replicas', None)
   values = {k: float(v) for k, v in found.items()} | source_metrics(run, examples, *by_source)
+  watch.add(values)
   if run.mixing is not None:
     weigh_sources(run, examples, *by_source)
   ends = run.judge.is_end(values)

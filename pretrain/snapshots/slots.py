@@ -36,7 +36,7 @@ class SnapshotConfig:
   """
 
   every: Annotated[int, '>= 0'] = 0
-  folder: str | None = None
+  folder: Annotated[str, 'path'] | None = None
   group: Annotated[int, '>= 0'] = 0
   timeout: Annotated[float, '> 0'] = 60.0
 
@@ -59,7 +59,7 @@ def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.
       f'snapshot.folder={cfg.folder!r}: no folder {parent} that can be written; name one in RAM (a tmpfs), or set '
       'snapshot.every=0.'
     )
-  name = hashlib.sha256(str(pathlib.Path(workdir).resolve()).encode()).hexdigest()[:12]
+  name = hashlib.sha256(os.fsencode(pathlib.Path(workdir).resolve())).hexdigest()[:12]
   folder = parent / f'pretrain-{name}-{host}'
   if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
     raise ConfigError(f'{folder} does not belong to this user; remove it, or set snapshot.folder.')

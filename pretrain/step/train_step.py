@@ -72,8 +72,9 @@ def checksum(batch: Batch) -> Array:
 
 
 def make_train_step(
-  loss: LossFn, tx, schedule, skipped, seed: int, *, track: Track = NOTHING, num_microbatches: int = 1, shardings=None
-):
+  loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics], track: Track = NOTHING,
+  num_microbatches: int = 1, shardings=None,
+):  # fmt: skip
   """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters.
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
@@ -87,12 +88,16 @@ def make_train_step(
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])
-    metrics |= {
-      'grad_norm': optax.tree.norm(grads),
-      'learning_rate': schedule(state.step),
-      'loss_weight': weight,
-      'batch_checksum': checksum(batch),
-    } | skipped(opt_state)
+    metrics |= (
+      {
+        'grad_norm': optax.tree.norm(grads),
+        'learning_rate': schedule(state.step),
+        'loss_weight': weight,
+        'batch_checksum': checksum(batch),
+      }
+      | fill(batch)
+      | skipped(opt_state)
+    )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     return TrainState(step, params, opt_state, track.update(state.extra, params, step)), metrics

@@ -1,4 +1,4 @@
-"""What is done with a config or a finished run outside the loop: generate, evaluate, report, plan, merge, verify.
+"""What works on a config or a finished run, outside the loop: generate, evaluate, report, plan, merge, verify.
 
-Knows the whole Experiment; must not know the training loop.
+Uses the whole Experiment; must not import the training loop.
 """

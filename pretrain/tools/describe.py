@@ -69,5 +69,6 @@ def learning_rates(cfg: Experiment, steps: np.ndarray) -> np.ndarray:
   rates = np.zeros(len(steps))
   for phase in phases_of(cfg):
     own = (steps >= phase.start) & (steps < (np.inf if phase.end is None else phase.end))
-    rates[own] = make_schedule(phase.cfg.schedule, phase.schedule_start)(steps[own])
+    schedule = make_schedule(phase.cfg.schedule, phase.schedule_start, decay_delay=cfg.train.decay_delay)
+    rates[own] = schedule(steps[own])
   return rates

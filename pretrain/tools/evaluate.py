@@ -1,4 +1,4 @@
-"""Held-out loss, set by set."""
+"""Losses on held-out data, for each evaluation set."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from pretrain.devices.mesh import to_global
 from pretrain.errors import ConfigError
 
-KINDS = ('loss', 'text_loss', 'perplexity', 'accuracy', 'exact_match')  # of a set, by which steps can be judged
+KINDS = ('loss', 'text_loss', 'perplexity', 'accuracy', 'exact_match')  # metrics for `checkpoint.best_of`
 
 
 def evaluate(eval_step, params, batches: Iterable[Mapping[str, np.ndarray]], mesh) -> dict[str, float]:
@@ -46,7 +46,7 @@ def check_best_of(key: str | None, sets: Iterable[str]) -> None:
 
 
 def series(name: str, average: str) -> str:
-  """What the names of a set's metrics begin with.
+  """The prefix of the names of a set's metrics.
 
   >>> series('builtin', ''), series('builtin', 'ema')
   ('eval/builtin', 'eval/builtin/ema')

@@ -1,4 +1,4 @@
-"""How often a run that learns from pairs writes the whole targets of held-out inputs."""
+"""Exact match: the share of held-out pairs for which a run writes the whole targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,8 @@ from pretrain.devices.mesh import host_rows, replicated, to_global
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import Program
 from pretrain.tools.evaluate import series
-from pretrain.tools.generate import prompt_batch, until_eos
+from pretrain.tools.generate import until_eos
+from pretrain.tools.prompts import prompt_batch
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 ExactMatch = Callable[[Any, Pairs], float]
@@ -26,10 +27,10 @@ def matches(exact_match: ExactMatch, params, sets: Mapping[str, Pairs], average:
 
 
 def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> ExactMatch:
-  """`exact_match(params, pairs)`: the share of greedy outputs whose text is that of the targets.
+  """`exact_match(params, pairs)`: the share of greedy outputs whose text equals the text of the targets.
 
-  Pairs are those of `DataSource.heldout_pairs`: targets longer than a row has room for are never reached, and count as
-  misses. Every process decodes its rows and sees all outputs.
+  `pairs` come from `DataSource.heldout_pairs`. Targets that do not fit a row count as misses. Every process decodes its
+  own rows and sees all outputs.
   """
   assert isinstance(cfg.objective, Supervised)
   longest, room = pair_lengths(cfg.objective, cfg.data.budget)
@@ -42,7 +43,7 @@ def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> Exa
   decode = jax.jit(decode, out_shardings=replicated(mesh))
 
   def hits(params, pairs: Pairs) -> int:
-    """Of at most a batch of pairs; its other rows repeat the first."""
+    """The number of matches in at most a batch of pairs; unused rows repeat the first pair."""
     prompts = [inputs for inputs, _ in pairs] + [pairs[0][0]] * (size - len(pairs))
     outputs = np.asarray(decode(params, to_global(prompt_batch(prompts[rows], cfg, longest), mesh))).tolist()
     answered = zip(outputs[: len(pairs)], pairs, strict=True)

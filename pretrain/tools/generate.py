@@ -1,56 +1,149 @@
-"""`pretrain generate`: fills blanks or continues text, greedily, from the newest checkpoint of a run."""
+"""`pretrain generate`: fills blanks or continues text from the newest checkpoint of a run, greedily or by a beam."""
 
 import dataclasses
+import math
 import pathlib
 import reprlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data.batches.batches import DataSource
 from data.batches.source import open_data
-from data.objectives.features import Batch, decoder_features, encoder_decoder_features
+from data.errors import DataError
 from data.objectives.fim import fim_ids
-from data.objectives.objectives import Instruction, OfUnits, Supervised, pair_lengths, tasks_of
-from data.objectives.tasks import LEFT_TO_RIGHT
-from data.prepare.messages import marker
-from data.ragged import interleave, join
-from data.stores.vocabulary import EOS, Vocabulary
+from data.objectives.objectives import OfUnits, tasks_of
+from data.stores.vocabulary import EOS, MODES, SPECIAL, UNKNOWN, Tokenizer
 from models.build import Model
-from models.decode import greedy
+from models.decode import Sequences, beam, greedy
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
+from pretrain.redact import redact
+from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
+
+MOST_TOP = 64
+LEAST_WIDTH = 8
+PADDED = 32  # prompts of a beam search are padded to a multiple of it: one compilation serves many lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A filling or a continuation, and the probability that the model writes it: exp(sum of its tokens' log-probs).
+
+  Where it has `ended`, the probability includes that of ending there (`models.decode.beam`).
+  """
+
+  text: str
+  probability: float
+  ended: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
   """`output` is what the decoder wrote; `text` is the prompt with its blanks filled, or continued, or its answer.
 
-  `text` is spelt as the tokenizer spells the prompt: T5's makes one space of several.
+  A blank that `output` does not fill stays in `text`; spaces around a blank are those of the prompt. `top` holds the
+  best candidates for each blank, by its name in the prompt; candidates for the whole output have the name ''.
   """
 
   prompt: str
   output: str
   text: str
+  top: dict[str, tuple[Candidate, ...]] = dataclasses.field(default_factory=dict)
 
 
-def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64) -> list[Generated]:
-  """Greedy outputs for each prompt: at most `max_tokens` tokens, and no more than rows of training held.
+@dataclasses.dataclass(frozen=True)
+class Refused:
+  """A prompt that cannot be answered, and why."""
 
-  Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Raises ConfigError for a run without text
-  or of an encoder, a prompt longer than the rows of training or one the objective cannot answer; DataError for a
-  sentinel that does not exist; CheckpointError where `workdir` holds no checkpoint. All of them before a parameter is
-  read.
+  prompt: str
+  error: UserError | DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """A trained model, its config and its data: all that reads a prompt and writes an answer."""
+
+  cfg: Experiment
+  data: DataSource
+  model: Model
+  params: Any
+
+
+def show_generated(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None) -> int:
+  """Prints each answer as soon as it is written, and a line on stderr for each refused prompt.
+
+  Returns 0, or the exit code of the first refused prompt. Characters that the encoding of stdout lacks are escaped.
   """
+  code, encoding = 0, sys.stdout.encoding or 'utf-8'
+  for result in answers(workdir, prompts, max_tokens, top):
+    if isinstance(result, Refused):
+      code = code or result.error.exit_code
+      print(redact(str(result.error)), file=sys.stderr)
+    else:
+      print('\n'.join(_lines(result)).encode(encoding, 'backslashreplace').decode(encoding), end='\n\n', flush=True)
+  return code
+
+
+def _lines(result: Generated) -> Iterator[str]:
+  yield from (f'prompt  {result.prompt}', f'output  {result.output}')
+  for name, candidates in result.top.items():
+    yield f'top     {name or "of the output"}'
+    yield from (f'{c.probability:>14.2%}  {c.text or "(nothing)"}{"" if c.ended else " …"}' for c in candidates)
+  yield f'text    {result.text}'
+
+
+def generate(
+  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None
+) -> list[Generated | Refused]:
+  """All of `answers`."""
+  return list(answers(workdir, prompts, max_tokens, top))
+
+
+def answers(
+  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None
+) -> Iterator[Generated | Refused]:
+  """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held.
+
+  Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Outputs are greedy; with `top` they are
+  the best of a beam search, and come with the `top` best candidates. Raises ConfigError for a run without text or of an
+  encoder, CheckpointError where `workdir` holds no checkpoint. A prompt longer than the rows of training, one that the
+  objective cannot answer, and one with a sentinel that does not exist are `Refused`; the others are answered. All of
+  them are checked before a parameter is read.
+  """
+  _check_counts(max_tokens, top)
+  cfg, data, checkpoints, step = _open(workdir)
+  inputs = [_read_prompt(prompt, cfg, data) for prompt in prompts]
+  if all(isinstance(own, Refused) for own in inputs):
+    return (own for own in inputs if isinstance(own, Refused))
+  writer = _writer(cfg, data, checkpoints, step)
+  return (_answer(writer, *each, max_tokens, top) for each in zip(prompts, inputs, strict=True))
+
+
+def _check_counts(max_tokens: int, top: int | None) -> None:
   if max_tokens < 1:
     raise ConfigError(f'--max_tokens={max_tokens}; it must be at least 1.')
+  if top is not None and not 1 <= top <= MOST_TOP:
+    raise ConfigError(f'--top={top}; it must be from 1 to {MOST_TOP}.')
+
+
+def open_writer(workdir: pathlib.Path) -> Writer:
+  """The newest checkpoint of a run. Raises the errors of `answers` that concern the run."""
+  return _writer(*_open(workdir))
+
+
+def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, int]:
+  """(config, data, checkpoints, newest step) of a run that writes text."""
   whole = _config_of(workdir)
   checkpoints = Checkpoints(workdir, whole.checkpoint, read_only=True)
   step = checkpoints.latest()
@@ -58,14 +151,36 @@ def generate(workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as the phase did that saved the step
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  inputs = [prompt_inputs(prompt, cfg, data) for prompt in prompts]
-  rooms = [min(max_tokens, _room(prompt, own, cfg)) for prompt, own in zip(prompts, inputs, strict=True)]
+  return cfg, data, checkpoints, step
+
+
+def _writer(cfg: Experiment, data: DataSource, checkpoints: Checkpoints, step: int) -> Writer:
   program = build_program(cfg, jax.devices()[:1])
-  params = checkpoints.restore_params(program.abstract.params, step)
-  outputs = [_decode(program.model, params, own, room, cfg, data) for own, room in zip(inputs, rooms, strict=True)]
-  return [_result(*each, cfg, data) for each in zip(prompts, inputs, outputs, strict=True)]
+  return Writer(cfg, data, program.model, checkpoints.restore_params(program.abstract.params, step))
+
+
+def _read_prompt(prompt: str, cfg: Experiment, data: DataSource) -> list[int] | Refused:
+  try:
+    inputs = prompt_inputs(prompt, cfg, data)
+    room_for(prompt, inputs, cfg)
+  except DataError as error:
+    return Refused(prompt, DataError(f'{error.message} (--text={reprlib.repr(prompt)})', error.code))
+  except UserError as error:
+    return Refused(prompt, error)
+  return inputs
+
+
+def _answer(writer: Writer, prompt: str, inputs: list[int] | Refused, max_tokens: int, top: int | None):
+  if isinstance(inputs, Refused):
+    return inputs
+  room = min(max_tokens, room_for(prompt, inputs, writer.cfg))
+  if top is None:
+    output = _decode(writer.model, writer.params, inputs, room, writer.cfg, writer.data)
+    return _result(prompt, inputs, output, writer.cfg, writer.data)
+  output, found = best_outputs(writer, prompt, inputs, room, top)
+  return dataclasses.replace(_result(prompt, inputs, output, writer.cfg, writer.data), top=found)
 
 
 def _config_of(workdir: pathlib.Path) -> Experiment:
@@ -90,106 +205,64 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
   return cfg
 
 
-def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
-  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective, of a run
-  with fill-in-the-middle (PSM) what stands around the one blank.
+def _answers_whole(cfg: Experiment) -> bool:
+  """Whether outputs are texts of their own: targets of pairs, turns of a conversation, full targets of noise."""
+  return isinstance(cfg.objective, OfUnits) or all(task.full for task in tasks_of(cfg.objective))
 
-  Inputs of pairs are plain text, in which nothing is special; so is what a user says, which the assistant answers.
-  The mode token, where the objective has them and the prompt begins with none, is that of the task that the prompt
-  asks for: [NLU] (of the R denoiser, [NLG] where there are only X) for a prompt with blanks, [S2S] for one without.
-  Raises ConfigError where the objective trains no such task; DataError for a sentinel that does not exist.
+
+def _fills_middle(inputs: list[int], tokenizer: Tokenizer) -> bool:
+  """Whether `inputs` are those of fill-in-the-middle, whose output is the middle, without a sentinel before it."""
+  pre, _, mid = fim_ids(tokenizer.vocabulary)
+  return inputs[:1] == [pre] and inputs[-1:] == [mid]
+
+
+def _result(prompt: str, inputs: list[int], output: list[int], cfg: Experiment, data: DataSource) -> Generated:
+  written = data.tokenizer.render(output)
+  text = written if _answers_whole(cfg) else filled(prompt, inputs, output, data.tokenizer)
+  return Generated(prompt, written, text)
+
+
+def filled(prompt: str, inputs: list[int], output: list[int], tokenizer: Tokenizer) -> str:
+  """`prompt` with each sentinel replaced by what follows it in `output`; without sentinels, both.
+
+  `inputs` are the ids of the prompt. Every character of the prompt outside its sentinels stays; mode tokens go. The one
+  blank of fill-in-the-middle is replaced by all of `output`. A sentinel that `output` does not hold stays.
   """
-  if isinstance(cfg.objective, Supervised):
-    return [*data.tokenizer.encode(prompt), EOS]
-  if isinstance(cfg.objective, Instruction):
-    encode = data.tokenizer.encode
-    return [*encode(marker('user')), *encode(prompt), EOS, *encode(marker('assistant'))]
-  ids = data.tokenizer.encode_prompt(prompt)
-  vocabulary, objective = data.vocabulary, cfg.objective
-  blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
-  tasks = [task for task in tasks_of(objective) if task.shows_blanks == bool(blanks)]
-  if not tasks and len(blanks) == 1 and any(task.kind == 'fim' for task in tasks_of(objective)):
-    (blank,), (pre, suf, mid) = blanks, fim_ids(vocabulary)
-    return [pre, *ids[:blank], suf, *ids[blank + 1 :], mid]
-  if not tasks:
-    fix = 'leave out <extra_id_k>, the text is continued' if blanks else 'mark one, e.g. with <extra_id_0> at the end'
-    trained = 'to fill blanks' if blanks else 'to do anything but fill blanks'
-    raise ConfigError(
-      f"--text={reprlib.repr(prompt)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
-    )
-  if tasks[0].kind in LEFT_TO_RIGHT:
-    return ids
-  if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
-    ids = [vocabulary.mode_ids[min(task.mode for task in tasks if task.mode is not None)], *ids]
-  return [*ids, EOS]
+  parts = SPECIAL.split(prompt)
+  blanks = [part for part in parts[1::2] if part not in MODES]
+  for i, part in enumerate(parts):
+    if part in MODES and i % 2:
+      parts[i], parts[i + 1] = '', parts[i + 1].removeprefix(' ')
+  if not blanks:
+    return _continued(''.join(parts), inputs, output, tokenizer)
+  found = {blanks[0]: output} if _fills_middle(inputs, tokenizer) else _by_blank(blanks, output, tokenizer)
+  words = {blank: _words(ids, tokenizer) for blank, ids in found.items()}
+  return ''.join(words.get(part, part) if i % 2 else part for i, part in enumerate(parts))
 
 
-def _room(prompt: str, inputs: list[int], cfg: Experiment) -> int:
-  """How many tokens of output a training row would hold after `inputs`. Raises ConfigError where there is none."""
-  data, objective = cfg.data, cfg.objective
-  if data.inputs_length:
-    key, length, most, room = 'data.inputs_length', data.inputs_length, data.inputs_length, data.targets_length
-  elif isinstance(objective, Supervised):
-    most, room = pair_lengths(objective, data.budget)
-    key, length = 'objective.inputs_length', most
-  else:
-    key, length, most = 'data.targets_length', data.targets_length, data.targets_length - 1
-    room = length - len(inputs)
-  if len(inputs) > most:
-    raise ConfigError(
-      f'--text={reprlib.repr(prompt)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
-      f'({key}={length}); shorten the prompt.'
-    )
-  return room
+def _words(ids: list[int], tokenizer: Tokenizer) -> str:
+  """The text of a filling. Spaces around a blank are those of the prompt, so a filling has none at its ends."""
+  return tokenizer.render(ids).strip(' ')
 
 
-def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
-  """A row of each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
-
-  They have `length` places, and one more in a decoder, where each prompt stands at the end of its row. Inputs that are
-  read from left to right have no EOS behind (`prompt_inputs`); all prompts are of one kind.
-  """
-  inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
-  target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
-  if cfg.data.inputs_length:
-    return encoder_decoder_features(inputs, target, rows, number, length, 1)
-  match cfg.objective:
-    case Instruction(prefix_attention=prefix):
-      causal = not prefix
-    case objective:
-      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [EOS]
-  if causal:
-    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
-  else:
-    fields = decoder_features(inputs, target, rows, number, length + 1)
-  places = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
-  return {name: np.take_along_axis(values, places, 1) for name, values in fields.items()}
-
-
-def fill(inputs: list[int], output: list[int], vocabulary: Vocabulary) -> list[int]:
-  """Ids of the text of `inputs`: each sentinel replaced by what follows it in `output`; without sentinels, both.
-
-  Inputs of fill-in-the-middle get `output` in their middle. A sentinel that `output` does not hold stays. Joined as
-  ids, the parts have spaces where the text had them.
-
-  >>> vocabulary = Vocabulary(100, 4)  # <extra_id_0> is 103, [NLU] 104
-  >>> fill([104, 10, 103, 12, 102, 1], [103, 20, 21, 102, 22], vocabulary)
-  [10, 20, 21, 12, 22]
-  >>> fill([10, 11], [12], vocabulary)
-  [10, 11, 12]
-  """
-  pre, suf, mid = fim_ids(vocabulary)
-  if inputs[:1] == [pre] and inputs[-1:] == [mid]:
-    cut = inputs.index(suf)
-    return inputs[1:cut] + output + inputs[cut + 1 : -1]
-  text = [token for token in inputs if token != EOS and token not in vocabulary.mode_ids]
-  if not any(map(vocabulary.is_sentinel, text)):
-    return text + output
+def _by_blank(blanks: list[str], output: list[int], tokenizer: Tokenizer) -> dict[str, list[int]]:
+  """blank -> the ids behind its first sentinel in `output` (models repeat themselves); a missing one is left out."""
+  vocabulary = tokenizer.vocabulary
   marks = [i for i, token in enumerate(output) if vocabulary.is_sentinel(token)]
-  ends = [*marks[1:], len(output)]
-  # The first answer to a blank counts: models repeat themselves.
-  found = {output[i]: output[i + 1 : end] for i, end in reversed(list(zip(marks, ends, strict=True)))}
-  return [token for hidden in text for token in found.get(hidden, [hidden])]
+  found: dict[int, list[int]] = {}
+  for i, mark in enumerate(marks):
+    found.setdefault(output[mark], output[mark + 1 : (*marks, len(output))[i + 1]])
+  ids = {blank: vocabulary.special_id(blank) for blank in blanks}
+  return {blank: found[token] for blank, token in ids.items() if token in found}
+
+
+def _continued(text: str, inputs: list[int], output: list[int], tokenizer: Tokenizer) -> str:
+  """`text`, whose ids are `inputs`, and the text of `output` behind it, with one space between two words."""
+  special = tokenizer.vocabulary.special
+  cut = next((i for i, token in enumerate(output) if special(token) is not None), len(output))
+  more = tokenizer.decode_after([token for token in inputs if special(token) is None], output[:cut])
+  rest = tokenizer.render(output[cut:])
+  return text + (more.removeprefix(' ') if text.endswith(' ') else more) + (f' {rest}' if rest else '')
 
 
 def _decode(model: Model, params, inputs: list[int], max_tokens: int, cfg: Experiment, data: DataSource) -> list[int]:
@@ -202,8 +275,63 @@ def until_eos(output: list[int]) -> list[int]:
   return output[: output.index(EOS)] if EOS in output else output
 
 
-def _result(prompt: str, inputs: list[int], output: list[int], cfg: Experiment, data: DataSource) -> Generated:
-  # Targets of pairs, turns of a conversation, and full targets of noise, are an answer of their own.
-  answers = isinstance(cfg.objective, OfUnits) or all(task.full for task in tasks_of(cfg.objective))
-  render = data.tokenizer.render
-  return Generated(prompt, render(output), render(output if answers else fill(inputs, output, data.vocabulary)))
+def best_outputs(
+  writer: Writer, prompt: str, inputs: list[int], room: int, top: int
+) -> tuple[list[int], dict[str, tuple[Candidate, ...]]]:
+  """(the best output, the `top` best candidates for each blank, or for the whole output under the name '').
+
+  The decoder reads a blank's sentinel and writes text up to another sentinel or EOS. For later blanks it has also read
+  the best filling of each earlier one, as in training, where fillings follow each other. A text that
+  several tokenizations spell is listed once, with the probability of the most likely one.
+  """
+  tokenizer, vocabulary = writer.data.tokenizer, writer.data.vocabulary
+  blanks = [part for part in SPECIAL.split(prompt)[1::2] if part not in MODES]
+  if _answers_whole(writer.cfg) or _fills_middle(inputs, tokenizer) or not blanks:
+    name = blanks[0] if _fills_middle(inputs, tokenizer) else ''
+    found = search(writer, inputs, [], room, top, whole=not name)
+    return found[0][0] if found else [], {name: _candidates(found, tokenizer, top)}
+  output, fillings = [], {}
+  for blank in dict.fromkeys(blanks):
+    output = [*output, vocabulary.special_id(blank)]
+    found = search(writer, inputs, output, room - len(output), top)
+    fillings[blank] = _candidates(found, tokenizer, top)
+    output = [*output, *(found[0][0] if found else [])]
+  return output, fillings
+
+
+def search(
+  writer: Writer, inputs: list[int], forced: list[int], max_tokens: int, top: int, whole: bool = False
+) -> list[tuple[list[int], float, bool]]:
+  """(ids of text, log-probability, whether it ended) by `models.decode.beam` after `inputs` and `forced`, best first.
+
+  A filling ends at EOS or at a sentinel. A `whole` output ends at EOS; those cut off at `max_tokens` are listed too.
+  """
+  if max_tokens < 1:
+    return []
+  vocabulary, ids = writer.data.vocabulary, np.arange(writer.cfg.model.vocab_size)
+  sentinels = (ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel)
+  ends = (ids == EOS) | (sentinels & (not whole))
+  allowed = (ids >= UNKNOWN) & (ids < vocabulary.pieces)
+  batch = prompt_batch([inputs], writer.cfg, -(-max(len(inputs), 1) // PADDED) * PADDED)
+  width = max(LEAST_WIDTH, 2 * top)
+  ended, unfinished = beam(
+    writer.model, writer.params, batch, jnp.asarray(forced, jnp.int32), allowed, ends, max_tokens, width
+  )
+  found = [(*each, True) for each in _listed(ended)]
+  found += [(*each, False) for each in _listed(unfinished) if whole]
+  return sorted(found, key=lambda each: -each[1])
+
+
+def _listed(sequences: Sequences) -> Iterator[tuple[list[int], float]]:
+  log_probs, tokens, lengths = (np.asarray(values) for values in sequences)
+  for log_prob, row, length in zip(log_probs.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
+    if log_prob > -math.inf:
+      yield row[:length], log_prob
+
+
+def _candidates(found: list[tuple[list[int], float, bool]], tokenizer: Tokenizer, top: int) -> tuple[Candidate, ...]:
+  texts: dict[str, Candidate] = {}
+  for ids, log_prob, ended in found:
+    text = _words(ids, tokenizer)
+    texts.setdefault(text, Candidate(text, math.exp(log_prob), ended))
+  return tuple(texts.values())[:top]

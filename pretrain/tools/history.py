@@ -1,4 +1,4 @@
-"""Which rows a run has read: those of its config, but for what its newest checkpoint knows and a config does not."""
+"""Which rows a run has read: those of its config, corrected by what only its newest checkpoint records."""
 
 import pathlib
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from pretrain.hosts.skipping import behind
 def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: int) -> tuple[DataSource, int]:
   """(`data` as the run in `workdir` had it at `step`, the first example of that step).
 
-  Sources may have been changed (--allow_data_change), weights decided by losses (data.online). Raises CheckpointError
-  where there is no checkpoint, or one of other data than that of `cfg`; ConfigError for a step of which nothing is
-  known any more, or yet.
+  Sources may have been changed (--allow_data_change), weights set from losses (data.online). Raises CheckpointError
+  where there is no checkpoint, or its data is not that of `cfg`; ConfigError for a step whose rows the checkpoint no
+  longer records, or does not record yet.
   """
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
   latest = checkpoints.latest()
@@ -49,6 +49,6 @@ def _check_known(
   if example < began['start'] or (end is not None and step >= end):
     until = f' to {end - 1}' if end else ''
     raise ConfigError(
-      f'--step={step}: step {latest} of {workdir} knows the sources and weights of the steps from {first}{until} '
-      '(--allow_data_change or data.online gave others); give one of those.'
+      f'--step={step}: step {latest} of {workdir} records the sources and weights of the steps from {first}{until} '
+      '(--allow_data_change or data.online changed them); give one of these steps.'
     )

@@ -1,4 +1,4 @@
-"""Compiles a step for TPUs that are not there, and says what it needs on each. The only user of topologies (libtpu)."""
+"""Compiles a step for TPUs without having one, and prints its memory per device. The only user of libtpu topologies."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
 from pretrain.experiment.program import Program, build_program
 
-# Without these libtpu looks for a TPU machine around it, and refuses to be loaded by two processes at a time.
+# Without these libtpu looks for a TPU on this machine, and refuses to be loaded by two processes at a time.
 ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -33,7 +33,7 @@ class Memory:
 
   arguments: int
   outputs: int
-  donated: int  # arguments whose memory the outputs take over
+  donated: int  # arguments whose memory the outputs reuse
   temporaries: int
   code: int
 
@@ -80,7 +80,7 @@ def compile_for(function, abstract_args) -> tuple[Memory, Any]:
 
 
 def abstract_batch(cfg: Experiment, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and places of a global batch of `cfg`, from one synthetic row: no store is opened."""
+  """Shapes and shardings of a global batch of `cfg`, from one synthetic row: no store is opened."""
   data = cfg.data
   synthetic = Synthetic(
     batch_size=data.batch_size, inputs_length=data.inputs_length, targets_length=data.targets_length,
@@ -88,13 +88,13 @@ def abstract_batch(cfg: Experiment, program: Program) -> dict[str, jax.ShapeDtyp
   )  # fmt: skip
   source = open_data(synthetic, _of_text(cfg.objective), seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   row = source.batch(0, slice(0, 1))
-  place = batch_sharding(program.mesh)
-  shape = lambda x: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
+  sharding = batch_sharding(program.mesh)
+  shape = lambda x: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=sharding)
   return {name: shape(x) for name, x in row.items()}
 
 
 def _of_text(objective: Objective) -> Objective:
-  """An objective whose rows have the same fields: random tokens are no pairs, and no conversations."""
+  """An objective on text whose rows have the same fields; random tokens have no pairs or conversations."""
   match objective:
     case Supervised() | Instruction(prefix_attention=True):
       return PrefixLm()
@@ -105,7 +105,7 @@ def _of_text(objective: Objective) -> Objective:
 
 
 def compile_train_step(cfg: Experiment, topology: str) -> tuple[Memory, Any]:
-  """`compile_for` of the train step of `cfg`, on a slice whose size is that of its mesh."""
+  """`compile_for` of the train step of `cfg`, on a slice as large as its mesh."""
   program = build_program(cfg, tpu_devices(topology))
   return compile_for(program.train_step, (program.abstract, abstract_batch(cfg, program)))
 

@@ -1,8 +1,8 @@
-"""`pretrain checkpoints restore-as`: a step of a run as the step of another one, with another optimizer or average.
+"""`pretrain checkpoints restore-as`: a step of one run as a step of another, with another optimizer or average.
 
-Parameters, step and position in the data are kept to the bit. So is the optimizer's state where no key of `optimizer`
-differs, and `extra` (moving averages) where none of `averaging` does; otherwise they begin anew from the parameters.
-Losses that spikes are judged by are kept where no key of `spikes` differs.
+Parameters, step and position in the data are kept bit for bit. So are the optimizer's state if no key of `optimizer`
+differs, and `extra` (moving averages) if no key of `averaging` does; otherwise they start fresh from the parameters.
+The losses that spikes are measured against are kept if no key of `spikes` differs.
 """
 
 import contextlib
@@ -18,10 +18,12 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import MAY_CHANGE, Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
+from pretrain.experiment.saved import load_saved
 from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of
 
@@ -29,7 +31,7 @@ FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
 
 
 def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, source: str) -> list[str]:
-  """Writes a new workdir that a run goes on from; returns the parts of the state that begin anew."""
+  """Writes a new workdir that a run can resume from; returns the parts of the state that start fresh."""
   check_new(output)
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
   own = phase_at(new, max(step.number - 1, 0)).cfg
@@ -55,21 +57,21 @@ def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
 def _state(program: Program, parts: dict[str, Any], same_spikes: bool):
   fresh = program.start(parts['params'])
   fresh = dataclasses.replace(fresh, opt_state=_at(parts['step'], fresh.opt_state))
-  if 'opt_state' in parts and not same_spikes:  # the optimizer's comes first in that of a guarded one
+  if 'opt_state' in parts and not same_spikes:  # a guarded state begins with the optimizer's own
     parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}
   return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
 
 
 def _at(step: jax.Array, opt_state):
-  """What counts steps in an optimizer's state that begins anew: the schedule, and phases for spikes, go on."""
+  """A fresh optimizer state whose step counters continue from `step`: the schedule's, and the spikes' for phases."""
   first, rate, *spikes = opt_state
   return first, rate._replace(count=step), *(state._replace(updates=step) for state in spikes)
 
 
 def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
-  """The config of a run with `overrides`. Raises ConfigError for a key that would make another model, or other data."""
-  saved = str(workdir / 'config.gin')
-  old, new = bindings.load(Experiment, [saved], []), bindings.load(Experiment, [saved], overrides)
+  """The config of a run with `overrides`. Raises ConfigError for a key that changes the model or the data."""
+  saved = workdir / 'config.gin'
+  old, new = load_saved(saved), load_saved(saved, overrides)
   check(new)
   refused = [item for item in differences(old, new) if not item[0].startswith(FREE)]
   if refused:
@@ -83,7 +85,7 @@ def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
 
 
 def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
-  """The config is written last: without it `output` is no run."""
+  """The config is written last: a folder without it is not a run."""
   with owned(output, '--output'):
     checkpoints = Checkpoints(output, CheckpointConfig())
     checkpoints.save(step, state, position, text)

@@ -1,6 +1,6 @@
 """Checkpoints compared with what was written (`pretrain checkpoints verify`) and with each other (`… diff`).
 
-Neither takes more memory than a few arrays: they are read in groups.
+Arrays are read in groups, so neither needs memory for more than a few.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from pretrain.replicas import digest
 from pretrain.tools.describe import table
 from pretrain.tools.weights import Step
 
-GROUP_BYTES = 2**28  # what is read at once
+GROUP_BYTES = 2**28  # read at a time
 
 
 def verify(workdir: pathlib.Path, steps: Collection[int], tell: Callable[[str], None]) -> list[int]:
-  """The steps that are damaged, of `steps` or without any of all; `tell` is given a line for each step."""
+  """The damaged steps among `steps`, or among all if it is empty; calls `tell` with a line for each step."""
   directory = workdir.resolve() / 'checkpoints'
   there = step_folders.folders(directory)
   if not there or not set(steps) <= there.keys():
@@ -34,7 +34,7 @@ def verify(workdir: pathlib.Path, steps: Collection[int], tell: Callable[[str], 
       damaged += [step] if word == 'DAMAGED' else []
       tell(f'step {step}  {word:<10}  {text}')
   for name in step_folders.quarantined(directory):
-    tell(f'{name}  was put aside by a run that found it damaged')
+    tell(f'{name}  was set aside by a run that found it damaged')
   return damaged
 
 
@@ -85,7 +85,7 @@ def _groups(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 
 
 def diff(first: Step, second: Step) -> str:
-  """A table of the arrays that differ: shape, and the largest absolute difference; then how many do not."""
+  """A table of the arrays that differ (shape, largest absolute difference), then the number of those that do not."""
   with contextlib.ExitStack() as stack:
     a, b = (
       stack.enter_context(contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)))
@@ -109,7 +109,7 @@ def _unlike(left: Mapping[str, jax.ShapeDtypeStruct], right) -> list[tuple[str, 
 
 
 def _equal_by_digest(first: Step, second: Step, keys: Sequence[str]) -> set[str]:
-  """What need not be read: the manifests have the same digest."""
+  """The arrays that need not be read, because both manifests have the same digest."""
   try:
     a, b = (manifest.read(s.workdir.resolve() / 'checkpoints' / str(s.number)).leaves for s in (first, second))
   except ValueError:

@@ -1,7 +1,7 @@
 """Parameters of finished steps, read from one run and written as another: `pretrain checkpoints`, `checkpoint.initial`.
 
-What average, soup and merge write is a workdir with a config and one step, 0, that holds parameters alone: it can be
-generated from and evaluated, and a run can start from it (`checkpoint.initial`), but none can go on from it.
+average, soup and merge write a workdir with a config and one step, 0, which holds parameters alone: `generate` and
+evaluation read it, and a run can start from it (`checkpoint.initial`), but no run can resume from it.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
+from pretrain.experiment.saved import load_saved
 from pretrain.hosts.ownership import owned
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
@@ -32,12 +33,12 @@ from pretrain.step.loss import make_eval_step
 from pretrain.tools.describe import table
 from pretrain.tools.evaluate import evaluate_sets
 
-# Keys of model.* that change neither the shapes of weights nor what is computed of them.
+# Keys of model.* that change neither the shapes of weights nor what is computed from them.
 NOT_ARCHITECTURE = (
   'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
   'model.scale_residual_init',
 )  # fmt: skip
-# What a run that starts from another may change as well: how far apart positions are, for longer rows.
+# Keys that a run that starts from another may change too: the scale of positions, for longer rows.
 MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
 
 
@@ -53,7 +54,7 @@ class Step:
     return f'{self.workdir}/{self.number}{" (ema)" * self.ema}'
 
   def read(self, abstract: Any) -> Any:
-    """Its parameters, placed as in `abstract`. Raises CKPT-MISMATCH where those have other shapes."""
+    """Its parameters, sharded as in `abstract`. Raises CKPT-MISMATCH where the shapes differ."""
     with _opened(self.workdir) as checkpoints:
       return checkpoints.restore_params(abstract, self.number, ema=self.ema)
 
@@ -64,7 +65,7 @@ class Step:
 
 
 def find(text: str, *, ema: bool = False) -> Step:
-  """The step that RUN or RUN/<step> means; RUN alone is its newest. Raises CKPT-NONE where it does not exist."""
+  """The step that RUN/<step> names; RUN alone names its newest. Raises CKPT-NONE where it does not exist."""
   path = pathlib.Path(text)
   if path.name.isdecimal() and not (path / 'checkpoints').exists():
     return find_step(path.parent, int(path.name), ema=ema)
@@ -72,7 +73,7 @@ def find(text: str, *, ema: bool = False) -> Step:
 
 
 def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
-  """A step of a run. Raises CKPT-NONE, with those that exist, where it has no such step."""
+  """A step of a run. Raises CKPT-NONE, with the list of those that exist, where it has no such step."""
   there = _steps(workdir)
   if number not in there:
     raise CheckpointError(
@@ -83,7 +84,7 @@ def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
 
 
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
-  """The parameters that `checkpoint.initial` names, placed for `program`, whose data have `tokenizer`.
+  """The parameters that `checkpoint.initial` names, sharded for `program`, whose data have `tokenizer`.
 
   Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
   """
@@ -121,17 +122,17 @@ def list_steps(workdir: pathlib.Path) -> str:
 
 
 def in_memory(workdir: pathlib.Path) -> str:
-  """The snapshots of a run in the memory of this host, in a line; '' where there are none."""
+  """One line about the snapshots of a run in this host's RAM; '' where there are none."""
   try:
     return remembered(folder_of(config_of(workdir).snapshot, workdir, 0), time.time())
-  except UserError:  # it has no config, or this machine no such memory
+  except UserError:  # the run has no config, or this machine has no such memory
     return ''
 
 
 def average(steps: Sequence[Step], weights: Sequence[float] | None, output: pathlib.Path, source: str) -> None:
   """Writes the mean of `steps`, uniform or weighted, to a new workdir.
 
-  Holds two copies of the parameters, and the buffers of the files while one is read (a third), for any number of steps.
+  Needs memory for two copies of the parameters, and a third while a file is read, for any number of steps.
   """
   weights = [1.0] * len(steps) if weights is None else weights
   if len(weights) != len(steps):
@@ -163,9 +164,9 @@ def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: pathl
 def soup(
   cfg: Experiment, steps: Sequence[Step], metric: str, output: pathlib.Path, source: str, tell: Callable
 ) -> None:
-  """Writes the greedy soup of `steps`, judged by `metric` on the held-out sets of `cfg`, to a new workdir.
+  """Writes the greedy soup of `steps`, scored by `metric` on the held-out sets of `cfg`, to a new workdir.
 
-  `tell` is given a line for each decision. Memory as for `average`; each input is read twice.
+  Calls `tell` with a line for each decision. Memory as for `average`; each input is read twice.
   """
   check_new(output)
   saved = _one_architecture(steps)
@@ -188,7 +189,7 @@ def _decision(tasted: Tasted, step: Step, metric: str) -> str:
 
 
 def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], float]]:
-  """(program, score(params)): the held-out metric, negated where more is better."""
+  """(program, score(params)): the held-out metric, negated where higher is better."""
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   program = build_program(cfg)
   sets = data.heldout(cfg.evaluation.batches, host_rows(program.mesh, cfg.data.batch_size))
@@ -205,7 +206,7 @@ def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], floa
 
 def _check_metric(metric: str, there: Sequence[str]) -> None:
   if not there:
-    raise ConfigError('--gin_file has no held-out set to judge a soup on; set data.heldout.')
+    raise ConfigError('--gin_file has no held-out set to score a soup on; set data.heldout.')
   if metric not in there:
     raise ConfigError(f"--metric='{metric}' is not one of {', '.join(there)}.")
 
@@ -238,7 +239,7 @@ def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> 
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Sequence[str], *others: str) -> list[str]:
-  """The keys of the model, but those in `free`, and of `others` that differ."""
+  """The keys that differ, among those of the model (without those in `free`) and `others`."""
   keys = [key for key in dict.fromkeys([*ours, *theirs]) if key.startswith('model.') and key not in free]
   return [key for key in [*keys, *others] if ours.get(key) != theirs.get(key)]
 
@@ -248,7 +249,7 @@ def config_of(workdir: pathlib.Path) -> Experiment:
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError('CKPT-NONE', f'no run in {workdir} (config.gin is missing); check the path.')
-  return bindings.load(Experiment, [str(saved)], [])
+  return load_saved(saved)
 
 
 def check_new(output: pathlib.Path) -> None:
@@ -274,7 +275,7 @@ def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
 
 
 def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
-  """The config is written last: without it `output` is no run."""
+  """The config is written last: a folder without it is not a run."""
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
   with owned(output, '--output'):
     checkpoints = Checkpoints(output, CheckpointConfig())

@@ -102,10 +102,10 @@ def collectives(text: str) -> dict[str, int]:
 def config(flags, name: str):
   """The checked experiment with this attention. Raises ConfigError."""
   from pretrain.config import bindings
-  from pretrain.experiment import experiment
+  from pretrain.experiment import checks, experiment
 
   cfg = bindings.load(experiment.Experiment, flags.gin_file, [*flags.overrides, f"kernels.attention='{name}'"])
-  experiment.check(cfg)
+  checks.check(cfg)
   return cfg
 
 

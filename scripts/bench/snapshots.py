@@ -33,7 +33,8 @@ class Bench:
     from pretrain.config import bindings
     from pretrain.devices.compilation_cache import cache_dir, use_compilation_cache
     from pretrain.devices.mesh import host_rows, prepare_platform
-    from pretrain.experiment.experiment import Experiment, check
+    from pretrain.experiment.checks import check
+    from pretrain.experiment.experiment import Experiment
     from pretrain.experiment.program import build_program
     from pretrain.experiment.resume import identity
     from pretrain.snapshots.slots import SnapshotConfig

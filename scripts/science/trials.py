@@ -52,11 +52,11 @@ def _run(job) -> dict[str, float]:
     return json.loads(result.read_text())
   from pretrain.config import bindings
   from pretrain.devices.compilation_cache import use_compilation_cache
-  from pretrain.experiment import experiment
+  from pretrain.experiment import checks, experiment
   from pretrain.run import train
 
   cfg = bindings.load(experiment.Experiment, [str(ROOT / trial.gin_file)], trial.overrides)
-  experiment.check(cfg)
+  checks.check(cfg)
   use_compilation_cache()
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):

@@ -1,4 +1,4 @@
-"""A decoder in float64 numpy, one document at a time, from the papers: what the tests hold the models against."""
+"""A decoder in float64 numpy, one document at a time, written from the papers: the oracle for the models."""
 
 import math
 
@@ -25,8 +25,9 @@ def norm(cfg: DecoderConfig, p, x):
   return y + p['bias'] if cfg.norm.bias else y
 
 
-def head_norm(p, x):
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p['scale']
+def head_norm(cfg: DecoderConfig, p, x):
+  """x_i / sqrt(mean_j x_j^2 + eps) * scale_i, Zhang and Sennrich 2019, equation 4, for one head; eps is the model's."""
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm.eps) * p['scale']
 
 
 def rotate(x, theta):
@@ -49,7 +50,7 @@ def attention(cfg: DecoderConfig, p, x):
     q = biased('query', x @ p['query'][:, h], h)
     k, v = (biased(name, x @ p[name][:, h // group], h // group) for name in ('key', 'value'))
     if cfg.qk_norm:
-      q, k = head_norm(p['query_norm'], q), head_norm(p['key_norm'], k)
+      q, k = head_norm(cfg, p['query_norm'], q), head_norm(cfg, p['key_norm'], k)
     if cfg.positions == 'rotary':
       q, k = rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta)
     scores = cap(q @ k.T / np.sqrt(cfg.head_dim), cfg.attention_softcap)

@@ -22,7 +22,7 @@ LLAMA = DecoderConfig(
 )
 ENCODER = EncoderConfig(vocab_size=VOCAB, embed=32, layers=2, heads=4, head_dim=8, mlp=MlpConfig(hidden=48))
 
-# Every part that is not T5 v1.1's or Llama's, in combinations that occur together.
+# Every part that neither T5 v1.1 nor Llama has, in combinations that occur together.
 T5_1_0 = dataclasses.replace(
   T5, mlp=MlpConfig(hidden=48, activation='relu', gated=False), head='tied_scaled', bias=True, qk_norm=True,
   norm=LayerNormConfig(bias=False), norm_placement='sandwich', attention_softcap=2.0, logit_softcap=3.0,
@@ -44,7 +44,7 @@ BERT = dataclasses.replace(
 
 
 def shaken(params):
-  """`params` with noise on all that is drawn as ones or zeros: biases and norm scales that do nothing hide mistakes."""
+  """`params` with noise on everything initialised to ones or zeros: biases and scales without effect hide mistakes."""
   rng = np.random.default_rng(0)
   shake = lambda x: x if np.std(x) else x + rng.normal(0, 0.3, x.shape).astype(x.dtype)
   return jax.tree.map(shake, params)

@@ -1,4 +1,4 @@
-"""An encoder with BERT's parts is BERT, by another hand."""
+"""An encoder with BERT's parts equals an independent implementation of BERT."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ def layer_norm(x, own):
 
 
 def attention(x, own):
-  """Of one segment: x[length, embed] -> the same."""
+  """Attention over one segment: x[length, embed] -> [length, embed]."""
   q, k, v = (
     np.einsum('le,ehd->hld', x, own[name]) + own[f'{name}_bias'][:, None] for name in ('query', 'key', 'value')
   )
@@ -27,7 +27,7 @@ def mlp(x, own):
   return hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))) @ own['down'] + own['down_bias']
 
 
-def test_berts_parts_make_berts_forward_pass():
+def test_an_encoder_with_berts_parts_computes_berts_forward_pass():
   """Devlin et al. 2019, §3, and google-research/bert modeling.py: norms after additions, and after the embedding."""
   model, params = model_and_params(BERT)
   params = shaken(params)

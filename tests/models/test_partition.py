@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes: total, and never two dims on one mesh axis."""
+"""Logical axes to mesh axes: every axis has a rule, and no two dims of an array share a mesh axis."""
 
 import pytest
 from jax.sharding import PartitionSpec
@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from models.partition import ACTIVATION_RULES, PARAMETER_RULES, spec_for
 
 
-def test_parameters_and_activations_use_the_same_words_differently():
+def test_an_axis_may_be_sharded_differently_in_parameters_and_activations():
   assert spec_for(('embed', 'mlp'), PARAMETER_RULES) == PartitionSpec('fsdp', 'tensor')
   assert spec_for(('batch', 'length', 'embed'), ACTIVATION_RULES) == PartitionSpec(
     ('replica', 'data', 'fsdp'), 'sequence', None

@@ -3,7 +3,8 @@
 import pathlib
 
 from pretrain.config import bindings
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 UL2 = ROOT / 'configs/ul2/tiny.gin'

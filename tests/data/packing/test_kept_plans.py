@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from data.batches.plan_report import fill_of, keep_plans
+from data.batches.plan_report import keep_plans
 from data.batches.source import Source, StoreData, open_data
 from data.errors import DataError
 from data.examples import makers
@@ -88,15 +88,6 @@ def test_all_plans_can_be_made_ahead(sharded, tmp_path, workers):  # noqa: F811
   (folder,) = (tmp_path / 'plans').iterdir()
   assert len(list(folder.glob('*-0*.npz'))) == shards * 8
   assert not list(folder.glob('*.tmp'))
-
-
-def test_the_fill_of_an_epoch_is_counted_over_its_shards(sharded, tmp_path):  # noqa: F811
-  source = opened(sharded, tmp_path, CausalLm(), 0)
-  fill = fill_of(source.sources[0])
-  assert fill.rows == source.sources[0].num_rows(0)
-  assert fill.tokens == source.sources[0].store.num_tokens
-  batch = source.global_rows(0, fill.rows)
-  assert fill.padding == pytest.approx(np.mean(batch['decoder_segment_ids'] == 0))
 
 
 def test_other_plans_have_another_version(tokenizer_model, tmp_path):

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from models.build import KernelsConfig
+from models.decode import teacher_forced
 from models.families.decoder import DecoderMlpConfig
 from models.families.parts import check_parts
 from models.layers.mlp import ACTIVATIONS
-from models.layers.norm import LayerNormConfig
+from models.layers.norm import LayerNormConfig, RmsNormConfig
 from models.layers.positions import alibi_slopes
+from models.partition import shardings
+from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.step.loss import LossConfig, make_loss
 from tests.models import plain
-from tests.models.small import ALIBI, LEARNED, LLAMA, T5, T5_1_0, batch, model_and_params, shaken
+from tests.models.small import ALIBI, ENCODER, LEARNED, LLAMA, T5, T5_1_0, batch, model_and_params, shaken
 
 ROTARY = dataclasses.replace(
   LLAMA,
@@ -31,7 +34,7 @@ UNGATED = dataclasses.replace(ALIBI, mlp=DecoderMlpConfig(hidden=48, activation=
 @pytest.mark.parametrize(
   'cfg', [LLAMA, ROTARY, ALIBI, UNGATED, LEARNED], ids=['llama', 'rotary', 'alibi', 'ungated', 'learned']
 )
-def test_a_decoder_is_that_of_the_papers(cfg):
+def test_a_decoder_equals_a_plain_one_written_from_the_papers(cfg):
   """Softmax with float32 logits within 1e-4 of an implementation that shares no line."""
   model, params = model_and_params(cfg)
   params, data = shaken(params), batch(((9,),), 9)
@@ -40,8 +43,56 @@ def test_a_decoder_is_that_of_the_papers(cfg):
   np.testing.assert_allclose(found, plain.logits(cfg, wide, data['decoder_input_tokens'][0]), atol=1e-4)
 
 
+def small_heads(params):
+  """`params` whose query and key heads have a mean square near 1e-2: an epsilon of that size halves them."""
+  shrink = lambda path, x: x * 0.1 if path[-1].key.removesuffix('_bias') in ('query', 'key') else x
+  return jax.tree_util.tree_map_with_path(shrink, params)
+
+
+@pytest.mark.parametrize('norm', [RmsNormConfig(eps=1e-2), LayerNormConfig(eps=1e-2)], ids=['rmsnorm', 'layernorm'])
+@pytest.mark.parametrize('how', ['one device', 'sharded', 'cached'])
+def test_query_and_key_norms_use_the_epsilon_of_the_model(norm, how):
+  """They are RMS norms with `model.norm.eps`; the oracle is the formula in float64."""
+  cfg = dataclasses.replace(ROTARY, norm=norm)
+  mesh = make_mesh(MeshConfig(fsdp=2, tensor=2)) if how == 'sharded' else None
+  model, params = model_and_params(cfg, mesh=mesh)
+  params, data = small_heads(shaken(params)), batch(((9,), (9,), (9,), (9,)), 9)
+  wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  if how == 'cached':
+    found = teacher_forced(model, params, data, jnp.asarray(data['decoder_input_tokens']), at_once=4)
+  else:
+    params = params if mesh is None else jax.device_put(params, shardings(model.specs, mesh))
+    found = jax.jit(lambda p: model.logits(p, model.apply(p, data)[0]))(params)
+  for row, tokens in enumerate(data['decoder_input_tokens']):
+    np.testing.assert_allclose(found[row], plain.logits(cfg, wide, tokens), atol=1e-4)
+  default = plain.logits(dataclasses.replace(cfg, norm=dataclasses.replace(norm, eps=1e-6)), wide, tokens)
+  assert np.abs(found[-1] - default).max() > 1e-2, 'the epsilon must matter here'
+
+
+@pytest.mark.parametrize('cfg', [T5_1_0, LLAMA, ENCODER], ids=['encoder_decoder', 'decoder', 'encoder'])
+def test_the_epsilon_reaches_every_attention_of_every_family(cfg):
+  """Queries and keys of each self- and cross-attention are x w / sqrt(mean((x w)^2) + eps) * scale."""
+  plain_heads = {'positions': 'alibi', 'bias': False, 'qk_norm': True, 'norm': RmsNormConfig(eps=1e-2)}
+  model, params = model_and_params(cfg, **plain_heads)
+  params = small_heads(shaken(params))
+  module, x = model.bind(params), jax.random.normal(jax.random.key(0), (1, 5, cfg.embed))
+  found = 0
+  for stack in ('encoder', 'decoder'):
+    for name, own in params.get(stack, {'blocks': {}})['blocks'].items():
+      if not name.endswith('_attention'):
+        continue
+      attention = getattr(jax.tree.map(lambda a: a[0], getattr(module, stack).blocks), name)
+      queries, (keys, _) = attention.queries(x, jnp.arange(5)[None]), attention.keys_values(x, jnp.arange(5)[None])
+      for side, got in (('query', queries), ('key', keys)):
+        weight, scale = np.float64(own[side][0]), np.float64(own[f'{side}_norm']['scale'][0])
+        y = np.einsum('ble,ehd->blhd', np.float64(x), weight)
+        np.testing.assert_allclose(got, y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-2) * scale, atol=1e-5)
+        found += 1
+  assert found == (6 if cfg is T5_1_0 else 2)
+
+
 @pytest.mark.parametrize('cfg', [T5_1_0, ALIBI, LEARNED], ids=['t5_1_0', 'alibi', 'learned'])
-def test_the_loss_is_that_of_the_logits(cfg):
+def test_the_loss_equals_the_loss_of_the_logits(cfg):
   """Caps and tied heads reach `linear_cross_entropy` as they reach `Model.logits`."""
   model, params = model_and_params(cfg)
   data = batch(((9,),), 9)
@@ -59,13 +110,13 @@ def test_the_two_gelus_are_two_functions():
   assert float(ACTIVATIONS['gelu_tanh'](1.0)) == pytest.approx(0.8411920, abs=1e-6)
 
 
-def test_alibi_slopes_are_press_et_als():
+def test_alibi_slopes_equal_those_of_press_et_al():
   np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
   between = 2.0 ** -np.array([1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5])
   np.testing.assert_allclose(alibi_slopes(12), between, rtol=1e-6)
 
 
-def test_what_gpt2_draws_has_its_std():
+def test_initial_weights_have_the_std_of_gpt2():
   """0.02, and 0.02 / sqrt(2 * layers) into the residual stream: Radford et al. 2019, §2.3; biases are 0."""
   cfg = dataclasses.replace(LEARNED, embed=128, init_std=0.02, embedding_init_std=0.02, scale_residual_init=True)
   _, params = model_and_params(cfg)
@@ -80,7 +131,7 @@ def test_what_gpt2_draws_has_its_std():
   assert params['embedding']['positions'].std() == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
+def test_query_norms_remove_the_folded_scale_from_the_query_init():
   """T5's 1/sqrt(head_dim) would be divided away; the scores are scaled instead."""
   _, normed = model_and_params(T5_1_0)
   _, folded = model_and_params(T5)
@@ -92,14 +143,14 @@ def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'max_positions': 8}, "model.max_positions=8 with model.positions='rotary'; it is of 'learned', remove it."),
+    ({'max_positions': 8}, "model.max_positions=8 with model.positions='rotary'; it belongs to 'learned', remove it."),
     (
       {'positions': 'alibi', 'rope_theta': 5e5},
-      "model.rope_theta=500000.0 with model.positions='alibi'; it is of 'rotary', remove it.",
+      "model.rope_theta=500000.0 with model.positions='alibi'; it belongs to 'rotary', remove it.",
     ),
     (
       {'relative_buckets': 16},
-      "model.relative_buckets=16 with model.positions='rotary'; it is of 'relative', remove it.",
+      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative', remove it.",
     ),
     (
       {'positions': 'learned'},
@@ -112,6 +163,6 @@ def test_the_norm_of_queries_takes_the_folded_scale_out_of_their_init():
     ),
   ],
 )
-def test_what_nothing_would_read_is_refused(changes, message):
+def test_a_key_without_effect_is_refused(changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     check_parts(dataclasses.replace(LLAMA, **changes))

@@ -3,7 +3,8 @@
 from models.build import build
 from models.specs import count
 from pretrain.config import bindings
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 from tests.pretrain import tiny
 
 

@@ -38,7 +38,7 @@ def test_the_verbs_are_these():
 
 def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
   code = (
-    'import sys; from pretrain.cli import main; code = main(sys.argv[1:]); '
+    'import sys; from pretrain.cli.main import main; code = main(sys.argv[1:]); '
     'import jax; assert not jax._src.xla_bridge._backends, "a device was touched"; sys.exit(code)'
   )
   command = [sys.executable, '-c', code, 'config', f'--gin_file={tiny.UL2}', '--gin.train.steps=7']
@@ -50,7 +50,7 @@ def test_config_prints_values_parameters_and_flops_without_a_device(tmp_path):
 
 def test_plot_draws_the_schedule_without_an_accelerator_or_a_display(tmp_path):
   code = (
-    'import sys; from pretrain.cli import main; code = main(sys.argv[1:]); '
+    'import sys; from pretrain.cli.main import main; code = main(sys.argv[1:]); '
     'import jax; assert jax.config.jax_platforms == "cpu"; assert set(jax._src.xla_bridge._backends) == {"cpu"}'
   )
   env = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'DISPLAY')}
@@ -199,7 +199,7 @@ def test_a_mistake_in_an_objective_is_one_line(file, name, override, message, ca
 def test_documents_that_fim_takes_apart_must_be_known(capsys):
   flags = ["--gin.objective.name='fim'", '--gin.data.attend_across_documents=True']
   assert main(['config', f'--gin_file={tiny.DECODER}', *flags]) == 64
-  assert "data.attend_across_documents=True hides the documents that 'fim' takes apart" in capsys.readouterr().err
+  assert "data.attend_across_documents=True hides the documents that 'fim' splits" in capsys.readouterr().err
 
 
 def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
@@ -214,7 +214,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
   ('file', 'override', 'message'),
   [
     (tiny.DECODER, 'model.kv_heads=3', 'model.kv_heads=3 does not divide model.heads=4; each serves equally many.'),
-    (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.DECODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions rotate pairs, use 8.'),
     (
       tiny.DECODER,
       "objective.name='mlm'",
@@ -269,7 +269,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       'optimizer.momentum=0.0 has none; remove it.',
     ),
     (tiny.UL2, 'evaluation.generate=-1', '--gin.evaluation.generate: evaluation.generate=-1; it must be >= 0.'),
-    (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions turn pairs, use 8.'),
+    (tiny.ENCODER, 'model.head_dim=7', 'model.head_dim=7 is odd; rotary positions rotate pairs, use 8.'),
     (tiny.ENCODER, 'objective.rate=1.0', '--gin.objective.rate: objective.rate=1.0; it must be in (0, 1).'),
     (tiny.ENCODER, 'objective.mask=1.1', '--gin.objective.mask: objective.mask=1.1; it must be in [0, 1].'),
     (tiny.ENCODER, 'objective.random=-0.1', '--gin.objective.random: objective.random=-0.1; it must be in [0, 1].'),
@@ -298,7 +298,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (
       tiny.DECODER,
       'model.max_positions=9',
-      "model.max_positions=9 with model.positions='rotary'; it is of 'learned', remove it.",
+      "model.max_positions=9 with model.positions='rotary'; it belongs to 'learned', remove it.",
     ),
     (
       tiny.UL2,
@@ -335,7 +335,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (
       tiny.UL2,
       'checkpoint.keep_best=2',
-      "checkpoint.keep_best=2 and no metric says which are best; set checkpoint.best_of, e.g. 'eval/<set>/loss'.",
+      "checkpoint.keep_best=2 and no metric to compare them by; set checkpoint.best_of, e.g. 'eval/<set>/loss'.",
     ),
     (
       tiny.UL2,
@@ -355,7 +355,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (
       tiny.UL2,
       "checkpoint.initial='RUN'",
-      "checkpoint.initial='RUN' names no step; write 'RUN/<step>', one of `pretrain checkpoints list --workdir=RUN`.",
+      "checkpoint.initial='RUN' has no step number; write 'RUN/<step>', one of `pretrain checkpoints list",
     ),
     (
       tiny.UL2,
@@ -462,7 +462,7 @@ def test_the_command_takes_its_own_packages_in_any_folder(tmp_path):
   """Also after it has started itself again, and in the processes of `pretrain run`."""
   script = tmp_path / 'bin' / 'pretrain'
   script.parent.mkdir()
-  script.write_text('import sys; from pretrain.cli import main; sys.exit(main())')
+  script.write_text('import sys; from pretrain.cli.main import main; sys.exit(main())')
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data/__init__.py').write_text('raise RuntimeError("not ours")')
   done = in_folder(tmp_path, str(script), 'train', f'--gin_file={tiny.UL2}', '--workdir=bin/pretrain')
@@ -471,7 +471,7 @@ def test_the_command_takes_its_own_packages_in_any_folder(tmp_path):
   assert (done.returncode, done.stdout.splitlines()[0]) == (0, "[0] model.name = 'encoder_decoder'"), done.stdout
 
 
-def test_output_that_nobody_reads_ends_quietly(tmp_path):
+def test_output_into_a_closed_pipe_ends_without_an_error(tmp_path):
   command = f'{sys.executable} -m pretrain config --gin_file={tiny.UL2} | true; exit ${{PIPESTATUS[0]}}'
   done = subprocess.run(['bash', '-c', command], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (141, '')

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models import partition
 from models.specs import Normal, ParamSpec
@@ -32,9 +33,9 @@ def draw(specs, seed: int, scale: float = 1.0):
   """Values of each parameter, layer l of a stack `1 + 2 l` times as large: a mean over layers would show."""
 
   def one(path, spec):
-    x = scale * jax.random.normal(jax.random.fold_in(jax.random.key(seed), len(str(path)) * spec.shape[-1]), spec.shape)
-    sizes = 1 + 2 * jnp.arange(spec.shape[0]).reshape(-1, *(1 for _ in spec.shape[1:]))
-    return x * sizes if spec.axes[0] == 'layers' else x
+    x = scale * np.random.default_rng([seed, len(str(path)) * spec.shape[-1]]).standard_normal(spec.shape)
+    sizes = 1 + 2 * np.arange(spec.shape[0]).reshape(-1, *(1 for _ in spec.shape[1:]))
+    return jnp.float32(x * sizes if spec.axes[0] == 'layers' else x)
 
   return jax.tree_util.tree_map_with_path(one, specs)
 

@@ -56,7 +56,7 @@ def test_hidden_matrices_are_muons_and_the_rest_adams():
 
   def update(cfg):
     tx = make_optimizer(cfg, lambda step: 1.0, SPECS)
-    return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
+    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params)
 
   muon, adam = update(Muon()), update(AdamW(b2=0.95, weight_decay=0.1))
   for name in ('embedding', 'head', 'bias', 'norm'):

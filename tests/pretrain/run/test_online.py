@@ -147,7 +147,7 @@ def test_phases_may_change_the_objective_but_not_the_data(stores, tmp_path, monk
   train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=7)), tmp_path)
   weights = rows_of(tmp_path, ('weight/a', 'weight/b', 'weight/c'))
   assert weights[3] == weights[4] == weights[5] != weights[6], 'the decided weights stay in the next phase'
-  with pytest.raises(ConfigError, match=r'from step 4 on data is another, by data.batch_size, and data.online decides'):
+  with pytest.raises(ConfigError, match=r'from step 4 on data.batch_size changes the data, and data.online decides'):
     configured(stores, phase % ('data.batch_size', '16'))
 
 

@@ -12,7 +12,8 @@ from data.prepare.prepare import prepare
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at, phases_of
 from pretrain.records.metrics import read_metrics
 from pretrain.run.phase_program import PhaseProgram

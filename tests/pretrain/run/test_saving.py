@@ -221,7 +221,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_the_run_begins(text_s
 
 
 def test_a_best_step_that_is_never_evaluated_is_refused():
-  with pytest.raises(ConfigError, match=r"best_of='eval/a/loss' with evaluation.every=0 is never known; set evalua"):
+  with pytest.raises(ConfigError, match=r"best_of='eval/a/loss' with evaluation.every=0 is never computed; set eva"):
     tiny.decoder('checkpoint.keep_best=1', "checkpoint.best_of='eval/a/loss'")
 
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from data.batches.source import open_data
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
 from pretrain.run import starting
@@ -125,6 +126,18 @@ def test_throughput_and_data_wait_are_logged(tmp_path):
   assert last['tokens_per_second'] > 0
   assert 0 <= last['data_wait'] < 1
   assert last['learning_rate'] == pytest.approx(1e-3)
+
+
+def test_rows_have_the_mean_fill_of_the_steps_since_the_row_before(text_store, tmp_path):
+  cfg = tiny.ul2(text_store, 'train.steps=5', 'train.log_every=2')
+  train(cfg, tmp_path)
+  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir='unused')
+  batches = [data.batch(step, slice(0, 8)) for step in range(5)]
+  for side in ('encoder', 'decoder'):
+    used = [np.mean(batch[f'{side}_segment_ids'] != 0) for batch in batches]
+    wanted = [np.mean(used[:2]), np.mean(used[2:4]), used[4]]
+    assert [row[f'fill/{side}'] for row in rows(tmp_path)] == pytest.approx(wanted, rel=1e-6)
+  assert all(0 < row['padding_flops'] < 1 for row in rows(tmp_path))
 
 
 def test_profile_steps_write_a_trace(tmp_path):

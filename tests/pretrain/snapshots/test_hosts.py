@@ -1,4 +1,4 @@
-"""Three real processes: one is killed and what its host had is gone; the others have it, and all go on."""
+"""Three real processes: one is killed and its host's snapshots are lost; the others rebuild them, and all resume."""
 
 import io
 import os
@@ -35,7 +35,7 @@ sys.exit(main(['train', *sys.argv[2:]]))
 
 
 def supervised(workdir, lost: int | str, *overrides: str) -> tuple[int, str]:
-  """(exit code, what was printed) of a run of three processes that loses host `lost`."""
+  """(exit code, output) of a run of three processes that loses host `lost`."""
   (workdir.parent / 'memory').mkdir(exist_ok=True)
   keys = (
     *tiny.SMALL_DECODER, 'model.embed=48', 'train.steps=20', 'checkpoint.every=1000', 'data.batch_size=6',
@@ -49,8 +49,8 @@ def supervised(workdir, lost: int | str, *overrides: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('lost', 'mesh'), [(1, 'mesh.data=3'), (0, 'mesh.fsdp=3')])
-def test_a_host_that_is_lost_with_its_memory_is_made_again_from_the_others(tmp_path, monkeypatch, lost, mesh):
-  """By data every host has all of the state and keeps a third of it; by fsdp it has no more than that third."""
+def test_a_host_that_is_lost_with_its_ram_is_rebuilt_from_the_others(tmp_path, monkeypatch, lost, mesh):
+  """With data parallelism every host has the whole state and keeps a third of it; with fsdp it has only its third."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
   monkeypatch.setenv('LOST', '')

@@ -11,6 +11,10 @@ from pretrain.optim.optimizer import skip_nonfinite, skipped
 from pretrain.step.train_step import TrainState, init_state, make_train_step
 
 
+def no_fill(batch):
+  return {}
+
+
 def toy_loss(params, batch, key, weight):
   noise = (
     0.0 if key is None else jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i)))(batch['example_index'])
@@ -33,7 +37,9 @@ def toy_batch(rows=8):
 def run(batch, num_microbatches=1, steps=3, tx=None):
   tx = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()) if tx is None else tx
   state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, 0)
-  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, num_microbatches=num_microbatches))
+  step = jax.jit(
+    make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, fill=no_fill, num_microbatches=num_microbatches)
+  )
   out = []
   for _ in range(steps):
     state, metrics = step(state, batch)
@@ -60,7 +66,7 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_counted():
   bad = good | {'y': good['y'].at[0].set(jnp.nan)}
   tx = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity())
   state, _ = run(good, tx=tx)
-  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1))
+  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, fill=no_fill))
   after, metrics = step(state, bad)
   np.testing.assert_array_equal(after.params['w'], state.params['w'])
   for a, b in zip(jax.tree.leaves(after.opt_state[0].inner), jax.tree.leaves(state.opt_state[0].inner), strict=True):
@@ -83,7 +89,7 @@ def test_a_nonfinite_gradient_does_not_reach_the_average():
   bad = good | {'y': good['y'].at[0].set(jnp.nan)}
   tx, track = optax.chain(skip_nonfinite(optax.adam(0.1)), optax.identity()), make_track(Ema(decay=0.75))
   state = init_state(lambda key: {'w': jax.random.normal(key, (3,))}, tx, 0, track)
-  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, track=track))
+  step = jax.jit(make_train_step(toy_loss, tx, lambda s: 0.1, skipped, 1, fill=no_fill, track=track))
   state, _ = step(state, good)
   after, _ = step(state, bad)
   expected = 0.75 * state.extra['ema']['w'] + 0.25 * state.params['w']

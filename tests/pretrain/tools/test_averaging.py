@@ -1,4 +1,4 @@
-"""Averages of weights: what a run keeps and evaluates, and what `pretrain checkpoints` makes of finished steps."""
+"""Averages of weights: those that a run keeps and evaluates, and those that `pretrain checkpoints` writes."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ def run(text_store, tmp_path_factory):
 
 @contextlib.contextmanager
 def without_report():
-  """The report is a third of the time, and tested elsewhere."""
+  """No report is drawn: it takes a third of the time and has its own tests."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pretrain.run.train, 'write_report', lambda _: None)
     yield
@@ -89,14 +89,14 @@ def test_decay_grows_to_its_value_after_the_start():
   assert ema_decay(Ema(decay=0.5), jnp.int32(1)) == 0.5
 
 
-def test_ema_lies_where_its_parameter_lies(program):
+def test_ema_is_sharded_like_its_parameter(program):
   placed = jax.tree.map(lambda e, p: (e.sharding == p.sharding, e.dtype), program.abstract.extra['ema'],
                         program.abstract.params)  # fmt: skip
   assert set(jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, tuple))) == {(True, np.dtype(np.float32))}
   assert any('fsdp' in leaf.sharding.spec for leaf in jax.tree.leaves(program.abstract.extra))
 
 
-def test_a_resumed_run_has_the_averages_of_one_left_alone(text_store, tmp_path, program):
+def test_a_resumed_run_has_the_averages_of_an_uninterrupted_run(text_store, tmp_path, program):
   """Bit for bit. The step that was saved because the run was stopped, 3, is not one that LAWA takes."""
   keys = ('checkpoint.every=2', 'evaluation.lawa_checkpoints=2')
   with without_report():
@@ -112,7 +112,7 @@ def test_a_resumed_run_has_the_averages_of_one_left_alone(text_store, tmp_path, 
     assert len(whole) == steps
 
 
-def test_ema_goes_to_another_mesh(run, text_store, program):
+def test_ema_is_restored_on_another_mesh(run, text_store, program):
   moved = build_program(config_of(text_store, 'mesh.fsdp=4', 'mesh.tensor=2'))
   with contextlib.closing(Checkpoints(run, config_of(text_store).checkpoint, read_only=True)) as checkpoints:
     state = checkpoints.restore(moved.abstract, STEPS).state
@@ -126,7 +126,7 @@ def test_averages_are_evaluated_beside_the_weights(run):
   assert len({last[f'eval/license/{average}loss'] for average in ('', 'ema/', 'lawa/')}) == 3
 
 
-def test_lawa_is_the_evaluation_of_the_averaged_checkpoints(run, text_store, tmp_path):
+def test_lawa_evaluates_the_averaged_checkpoints(run, text_store, tmp_path):
   """A run that starts from the average and learns nothing evaluates it."""
   assert main(['checkpoints', 'average', f'--workdir={run}', '--steps=2,3,4', f'--output={tmp_path / "mean"}']) == 0
   keys = (
@@ -158,7 +158,7 @@ def test_the_average_of_one_is_itself(run, tmp_path, program, flag, ema):
   assert_trees_equal(params_of(tmp_path / 'out', 0, program), params_of(run, 5, program, ema))
 
 
-def test_a_merge_of_one_input_by_one_is_it_and_task_vectors_add(run, tmp_path, program):
+def test_a_merge_of_one_input_with_coefficient_one_is_that_input_and_task_vectors_add(run, tmp_path, program):
   merge = ['checkpoints', 'merge', f'--base={run}/1']
   assert main([*merge, f'--inputs={run}/4', '--coefficients=1', f'--output={tmp_path / "one"}']) == 0
   assert_trees_equal(params_of(tmp_path / 'one', 0, program), params_of(run, 4, program))
@@ -169,7 +169,7 @@ def test_a_merge_of_one_input_by_one_is_it_and_task_vectors_add(run, tmp_path, p
   jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def test_what_is_written_generates_lists_and_says_where_it_is_from(run, tmp_path, capsys):
+def test_averaged_weights_generate_are_listed_and_record_their_source(run, tmp_path, capsys):
   out = tmp_path / 'out'
   assert main(['checkpoints', 'average', f'--workdir={run}', '--steps=2,6', f'--output={out}']) == 0
   first = (out / 'config.gin').read_text().splitlines()[0]
@@ -203,7 +203,7 @@ def damaged(run, tmp_path, program):
   return tmp_path / 'damaged'
 
 
-def test_a_greedy_soup_leaves_out_what_is_damaged(run, damaged, tmp_path, program, capsys):
+def test_a_greedy_soup_leaves_out_damaged_weights(run, damaged, tmp_path, program, capsys):
   flags = [f'--gin_file={run}/config.gin', '--metric=eval/license/loss', f'--output={tmp_path / "out"}']
   assert main(['checkpoints', 'soup', f'--inputs={damaged},{run}/5,{run}/6', *flags]) == 0
   decisions = [line for line in capsys.readouterr().out.splitlines() if line.startswith('+')]
@@ -216,7 +216,7 @@ def test_a_greedy_soup_leaves_out_what_is_damaged(run, damaged, tmp_path, progra
   jax.tree.map(lambda g, m: np.testing.assert_allclose(g, m, rtol=1e-5, atol=1e-7), got, mean)
 
 
-def test_a_soup_keeps_what_helps_and_what_does_no_harm():
+def test_a_soup_keeps_inputs_that_do_not_raise_the_loss():
   """One number as weights, its distance to 1 as the score; NaN is never kept, and is tried last."""
   numbers, order = [4.0, 0.5, float('nan'), 1.5, 1.0], []
   read = lambda i: {'w': jnp.float32(numbers[i])}
@@ -235,7 +235,7 @@ def test_a_soup_keeps_what_helps_and_what_does_no_harm():
 
 
 def test_only_one_tree_is_read_at_a_time():
-  """At each read nothing but the sum is alive: two copies in all."""
+  """At each read only the sum is in memory: two copies in all."""
   size = 50_000
   held = lambda: sum(x.size for x in jax.live_arrays() if x.size == size) // size
   before, alive = held(), []
@@ -287,7 +287,7 @@ def test_only_one_tree_is_read_at_a_time():
      'eval/license/accuracy.'),
     ('soup', '--gin_file={run}/config.gin --gin.data.heldout=[] --gin.evaluation.every=0 '
      '--gin.evaluation.lawa_checkpoints=0 --inputs={run} --metric=loss --output={new}', 64,
-     'CONFIG: --gin_file has no held-out set to judge a soup on; set data.heldout.'),
+     'CONFIG: --gin_file has no held-out set to score a soup on; set data.heldout.'),
     ('soup', '--gin_file={run}/config.gin --gin.model.embed=64 --inputs={run} --metric=loss --output={new}', 66,
      'CKPT-MISMATCH: model.embed is 64 in --gin_file, 32 in {run}/config.gin (first of 1); '
      'only weights of one architecture can be mixed. Nothing was written.'),
@@ -333,7 +333,7 @@ def test_a_run_starts_from_parameters_alone(run, text_store, tmp_path, program):
   assert series(tmp_path, 'batch_checksum') == {1: fresh}, 'its data begin anew'
 
 
-def test_where_a_run_began_is_part_of_it(run, text_store, tmp_path):
+def test_the_initial_checkpoint_of_a_run_cannot_change(run, text_store, tmp_path):
   (tmp_path / 'run').mkdir()
   for name in ('config.gin', 'metrics.jsonl'):
     shutil.copy(run / name, tmp_path / 'run')
@@ -381,6 +381,6 @@ def test_parameters_that_do_not_fit_are_refused(run, others, text_store, tmp_pat
   assert not (tmp_path / 'config.gin').exists()
 
 
-def test_no_run_goes_on_from_parameters_alone(run, others, text_store):
+def test_no_run_resumes_from_parameters_alone(run, others, text_store):
   with pytest.raises(CheckpointError, match=r'CKPT-PARAMS: step 0 of .* --gin.checkpoint.initial="\'.*/mean/0\'"'):
     train(config_of(text_store), others['mean'])

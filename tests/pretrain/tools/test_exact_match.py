@@ -20,15 +20,15 @@ OBJECTIVES = ['supervised', pytest.param('supervised+encoder', marks=pytest.mark
 
 
 def opened(cfg):
-  """(data, program, parameters as they are drawn)."""
+  """(data, program, initial parameters)."""
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   program = build_program(cfg)
   return data, program, program.init().params
 
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
-def test_it_counts_the_outputs_that_each_prompt_has_alone(pair_store, objective):
-  """Six pairs in batches of four: the targets of two are what the model writes, of others that and a word more."""
+def test_exact_match_counts_the_outputs_of_each_prompt_decoded_alone(pair_store, objective):
+  """Six pairs in batches of four: two have the model's own output as targets, the others have one more word."""
   cfg = config_of(pair_store, objective, 'mesh.data=1', 'data.batch_size=4')
   data, program, params = opened(cfg)
   (pairs,) = data.heldout_pairs(6).values()
@@ -49,7 +49,7 @@ def test_it_counts_the_outputs_that_each_prompt_has_alone(pair_store, objective)
   assert make_exact_match(placed, program, data)(params, mixed) == 2 / 6
 
 
-def test_a_run_writes_it_beside_its_losses(pair_store, tmp_path):
+def test_a_run_logs_exact_match_beside_its_losses(pair_store, tmp_path):
   more = ('train.steps=1', 'evaluation.every=1', 'evaluation.batches=1', 'evaluation.generate=3')
   train(config_of(pair_store, 'supervised', *more), tmp_path)
   (row,) = read_metrics(tmp_path)
@@ -77,9 +77,7 @@ def make_stores(folder, tokenizer_model, shift: int = 0):
 @pytest.mark.parametrize(
   ('objective', 'shift'), [('supervised', 0), ('supervised+encoder', 0), ('supervised+encoder', 1)]
 )
-def test_words_are_turned_round_and_not_where_targets_are_those_of_the_next_pair(
-  tokenizer_model, tmp_path, objective, shift
-):
+def test_reversing_words_is_learned_and_shifted_targets_are_not(tokenizer_model, tmp_path, objective, shift):
   make_stores(tmp_path, tokenizer_model, shift)
   steps = 100 if objective == 'supervised' else 200
   cfg = config_of(

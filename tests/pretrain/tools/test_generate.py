@@ -1,4 +1,4 @@
-"""A prompt is to the model what a training row was, and people read whole words and one-line errors."""
+"""Prompts are read as training rows are, and a mistake is a one-line error."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
 from pretrain.run.train import train
-from pretrain.tools.generate import _config_of, _result, _room, fill, generate, prompt_batch, prompt_inputs
+from pretrain.tools.generate import _result, filled
+from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 from tests.pretrain import tiny
-
-LONG = 'the Licensor ' * 40
 
 
 def config_of(store, objective: str, *overrides: str):
@@ -70,8 +69,8 @@ OBJECTIVES = ['causal_lm', 'prefix_lm', 'ul2r', 'ul2', 'span_corruption', 'ul2+e
     pytest.param('instruction', marks=pytest.mark.slow),
   ],
 )  # fmt: skip
-def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective):
-  """What a real packed row's targets are predicted with is what decoding from its inputs alone computes."""
+def test_cached_decoding_has_the_logits_of_the_training_row(store_for, objective):
+  """Decoding from the inputs of a packed training row computes the logits of its targets."""
   cfg = config_of(store_for(objective), objective)
   model = build(cfg.model)
   params, data = initialize(model.specs, jax.random.key(0)), opened(cfg)
@@ -89,7 +88,7 @@ def test_a_cached_prompt_has_the_logits_of_its_training_row(store_for, objective
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_prompts_are_framed_as_the_inputs_of_training(text_store, objective):
-  """The ids of `prompt_inputs` are those of `Recipes`, given what a task left of a text as a prompt."""
+  """`prompt_inputs` gives the ids that `Recipes` gives, for the prompt that a task leaves of a text."""
   cfg = config_of(text_store, objective)
   data, text = opened(cfg), 'the Work and the Derivative Works of any Contribution are in the License'
   encode, v = data.tokenizer.encode, data.vocabulary
@@ -116,8 +115,8 @@ def test_prompts_are_framed_as_the_inputs_of_training(text_store, objective):
 
 
 @pytest.mark.parametrize('objective', ['supervised', 'supervised+encoder'])
-def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, objective):
-  """The ids of a prompt are those that its text has in the store; in it nothing is special."""
+def test_a_prompt_of_a_run_on_pairs_is_its_inputs_and_the_output_is_the_text(pair_store, objective):
+  """A prompt has the ids that its text has in the store; no token in it is special."""
   cfg = config_of(pair_store, objective)
   data, store = opened(cfg), open_store(pair_store)
   for k in range(5):
@@ -130,8 +129,8 @@ def test_inputs_of_pairs_are_prompts_and_their_answer_is_the_text(pair_store, ob
 
 
 @pytest.mark.parametrize('prefix', [True, False])
-def test_a_prompt_is_what_a_user_says_and_the_assistant_speaks_next(chat_store, prefix):
-  """A conversation begins with the ids of its prompt, and is seen as its prompt is."""
+def test_a_prompt_of_a_chat_run_is_the_message_of_a_user(chat_store, prefix):
+  """A conversation begins with the ids of its prompt, and the prompt is as visible as in training."""
   cfg = config_of(chat_store, 'instruction', f'objective.prefix_attention={prefix}')
   data, store = opened(cfg), open_store(chat_store)
   first = next(
@@ -176,8 +175,8 @@ def test_text_around_a_sentinel_has_the_pieces_of_training(text_store, tokenizer
 def test_filled_and_continued_text_has_the_spaces_of_the_text(text_store):
   tokenizer = opened(config_of(text_store, 'ul2')).tokenizer
   v = tokenizer.vocabulary
-  read = lambda prompt, *output: tokenizer.render(
-    fill([v.mode_ids[0], *tokenizer.encode_prompt(prompt), EOS], list(output), v)
+  read = lambda prompt, *output: filled(
+    prompt, [v.mode_ids[0], *tokenizer.encode_prompt(prompt), EOS], list(output), tokenizer
   )
   work, tion = tokenizer.encode('work'), tokenizer.encode_prompt('<extra_id_0>tion')[1:]
   assert read('the', *work) == 'the work'
@@ -216,70 +215,11 @@ def test_one_blank_is_filled_in_the_middle_and_the_text_is_whole(text_store):
     prompt_inputs('<extra_id_0> and <extra_id_1>', cfg, data)
 
 
-def test_an_answer_that_is_all_the_text_is_the_text(text_store):
+def test_the_output_of_a_full_target_objective_is_the_text(text_store):
   cfg = config_of(text_store, 'bart+encoder')
   data = opened(cfg)
   inputs = prompt_inputs('the <extra_id_0> Work', cfg, data)
   assert _result('', inputs, data.tokenizer.encode('the whole Work'), cfg, data).text == 'the whole Work'
-
-
-@pytest.fixture(scope='module')
-def run_dir(text_store, tmp_path_factory):
-  """A decoder on ul2r after one step; its model has 64 ids more than its tokenizer."""
-  workdir = tmp_path_factory.mktemp('runs') / 'ul2r'
-  cfg = config_of(text_store, 'ul2r', 'train.steps=1', 'checkpoint.every=1', 'model.vocab_size=1024')
-  train(cfg, workdir)
-  return workdir
-
-
-def test_a_run_generates_no_more_than_a_row_holds(run_dir, monkeypatch):
-  import pretrain.tools.generate as module
-
-  rooms = []
-  monkeypatch.setattr(module, 'greedy', lambda *given: rooms.append(given[3]) or greedy(*given))
-  prompts = ['the <extra_id_0> of', 'the License', '[S2S] the License']
-  filled, went_on, same = generate(run_dir, prompts, 1000)
-  cfg = _config_of(run_dir)
-  assert rooms == [64 - len(prompt_inputs(prompt, cfg, opened(cfg))) for prompt in prompts]
-  assert '<extra_id_0>' not in filled.text or '<extra_id_0>' not in filled.output
-  assert went_on.text.startswith('the License')
-  assert (went_on.output, went_on.text) == (same.output, same.text), 'the mode token of a prompt is not doubled'
-
-
-def test_ids_that_the_tokenizer_lacks_are_never_chosen(run_dir, monkeypatch):
-  """Their logits are made the greatest."""
-  import pretrain.tools.generate as module
-
-  seen = []
-
-  def spoilt(model, params, batch, max_tokens, vocab_size):
-    kernel = params['head']['kernel']
-    params = params | {'head': {'kernel': kernel.at[:, vocab_size:].set(100 * kernel[:, :1])}}
-    both = greedy(model, params, batch, max_tokens), greedy(model, params, batch, max_tokens, vocab_size)
-    seen.append((vocab_size, int(both[0].max()), int(both[1].max())))
-    return both[1]
-
-  monkeypatch.setattr(module, 'greedy', spoilt)
-  generate(run_dir, ['the', 'License', 'of any Work'], 8)
-  assert {size for size, _, _ in seen} == {448 + 32 + 3}
-  assert max(top for _, top, _ in seen) >= 483, 'the mutation: without the bound they are chosen'
-  assert max(top for _, _, top in seen) < 483
-
-
-@pytest.mark.parametrize(
-  ('flags', 'code', 'message'),
-  [
-    (['--text=<extra_id_999>'], 65, 'DATA: <extra_id_999> is beyond the 32 sentinels of this vocabulary (data.sent'),
-    (['--text=a', '--max_tokens=0'], 64, 'CONFIG: --max_tokens=0; it must be at least 1.'),
-    (['--text=a', '--max_tokens=-1'], 64, 'CONFIG: --max_tokens=-1; it must be at least 1.'),
-    ([f'--text={LONG}'], 64, "CONFIG: --text='the Licensor...the Licensor ' is "),
-  ],
-)
-def test_a_mistake_is_one_line(run_dir, capsys, flags, code, message):
-  assert main(['generate', f'--workdir={run_dir}', *flags]) == code
-  err = capsys.readouterr().err
-  assert err.startswith(message), err
-  assert len(err.splitlines()) == 1
 
 
 def test_random_tokens_have_no_prompts(tmp_path, capsys):
@@ -308,21 +248,21 @@ def test_an_encoder_writes_no_text(text_store, tmp_path, capsys):
     ('span_corruption', 'the', 'is not trained to do anything but fill blanks; mark one'),
   ],
 )
-def test_what_the_run_was_never_asked_is_refused(text_store, objective, prompt, message):
+def test_a_task_that_was_not_trained_is_refused(text_store, objective, prompt, message):
   cfg = config_of(text_store, objective)
   with pytest.raises(ConfigError, match=message):
     prompt_inputs(prompt, cfg, opened(cfg))
 
 
-def test_the_longest_prompt_leaves_room_for_what_training_had(store_for):
+def test_the_longest_prompt_leaves_the_room_that_training_had(store_for):
   cases = (('prefix_lm', 63, 1), ('causal_lm', 63, 1), ('ul2+encoder', 64, 64), ('supervised', 24, 40))
   for objective, longest, room in cases:
     cfg = config_of(store_for(objective), objective)
-    assert _room('', [3] * longest, cfg) == room
+    assert room_for('', [3] * longest, cfg) == room
     with pytest.raises(ConfigError, match=f'is {longest + 1} tokens, at most {longest} fit'):
-      _room('', [3] * (longest + 1), cfg)
+      room_for('', [3] * (longest + 1), cfg)
 
 
-def test_a_vocabulary_knows_its_sentinels():
+def test_a_vocabulary_finds_its_sentinels():
   v = Vocabulary(100, 4)
   assert [t for t in range(v.size) if v.is_sentinel(t)] == [100, 101, 102, 103]

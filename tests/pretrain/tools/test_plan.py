@@ -1,4 +1,4 @@
-"""Compiling for a TPU that is not there. A missing libtpu fails these tests: `./scripts/setup.sh --dev` installs it."""
+"""Compiling for a TPU without one. A missing libtpu fails these tests: `./scripts/setup.sh --dev` installs it."""
 
 import importlib.util
 import subprocess
@@ -29,7 +29,7 @@ def matrix(mesh, spec, dim=1024):
   return jax.ShapeDtypeStruct((dim, dim), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def test_memory_is_that_of_one_device(mesh):
+def test_memory_is_counted_per_device(mesh):
   product = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, PartitionSpec('fsdp')))
   whole, shard = 1024 * 1024 * 4, 1024 * 1024 * 4 // 8
   memory, compiled = compile_for(product, (matrix(mesh, ('fsdp',)), matrix(mesh, ())))
@@ -45,7 +45,7 @@ def test_a_donated_argument_is_counted_once(mesh):
   assert memory.total == memory.arguments + memory.temporaries + memory.code
 
 
-def test_what_does_not_fit_says_so(mesh):
+def test_a_program_that_does_not_fit_is_refused(mesh):
   with pytest.raises(ConfigError, match=r'^CONFIG: RESOURCE_EXHAUSTED: .* Use more devices'):
     compile_for(jax.jit(lambda x: x @ x), (matrix(mesh, (), dim=2**16),))
 
@@ -57,7 +57,7 @@ def test_what_does_not_fit_says_so(mesh):
     ('instruction', ('objective.prefix_attention=False',)),
   ],
 )  # fmt: skip
-def test_a_planned_batch_is_one_of_training(store_for, objective, overrides):  # noqa: F811
+def test_a_planned_batch_has_the_shapes_of_training(store_for, objective, overrides):  # noqa: F811
   cfg = config_of(store_for(objective), objective, *overrides)
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   shapes = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}
@@ -78,7 +78,7 @@ def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
 
 @pytest.mark.parametrize('file', [tiny.UL2, pytest.param(tiny.ENCODER, marks=pytest.mark.slow)], ids=['ul2', 'encoder'])
 def test_the_train_step_compiles_for_eight_tpus(file):
-  """In a process of its own, as people run it: the mesh of a program is global to a process."""
+  """In a process of its own, as users run it: the mesh of a program is global to a process."""
   flags = [f'--gin_file={file}', '--topology=v5e:2x4']
   done = subprocess.run(
     [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False

@@ -13,6 +13,7 @@ import pytest
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
+from pretrain.records import plots
 from pretrain.records.metrics import Metrics
 from pretrain.records.plots import PLOTS, SOURCE_PLOTS, curve, draw, evaluations
 from pretrain.tools.report import shares_of, write_report
@@ -80,7 +81,7 @@ def test_baselines_are_listed_and_drawn(run, tmp_path_factory):
 
 
 def test_every_plot_shows_its_numbers(run, tmp_path_factory):
-  """A plot of other numbers is another picture: none is drawn from the wrong key."""
+  """Other numbers give another picture: no plot reads the wrong key."""
   rows = [{'step': s, 'loss': 5.0, 'learning_rate': 1.0, 'grad_norm': 1.0, 'tokens_per_second': 1.0, 'data_wait': 0.1}
           for s in range(5)]  # fmt: skip
   keys = dict(zip(PLOTS, ('loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'data_wait'), strict=True))
@@ -91,6 +92,17 @@ def test_every_plot_shows_its_numbers(run, tmp_path_factory):
     assert [a != b for a, b in zip(after, before, strict=True)] == [j == i for j in range(5)], key
 
 
+def test_used_positions_and_padding_are_drawn_where_they_are_logged(monkeypatch, tmp_path):
+  monkeypatch.setattr(plots, 'PLOTS', {})
+  rows = [{'step': s, 'fill/encoder': 0.9, 'fill/decoder': 0.5, 'padding_flops': 0.3} for s in range(5)]
+  (before,) = (path.read_bytes() for path in draw(rows, {}, tmp_path))
+  for key in ('fill/encoder', 'fill/decoder', 'padding_flops'):
+    (after,) = draw([row | {key: row[key] + 0.02 * row['step']} for row in rows], {}, tmp_path)
+    assert after.read_bytes() != before, key
+    draw([{k: v for k, v in row.items() if k in (key, 'step', 'padding_flops')} for row in rows], {}, tmp_path)
+  assert draw([{'step': 1, 'loss': 2.0}], {}, tmp_path) == []
+
+
 MIXTURE = 'configs/ul2/tiny_mixture.gin'
 TWO_SOURCES = [
   {'step': s, 'loss': 5.0, 'share/a': 0.5, 'share/b': 0.5, 'loss/a': 5.0, 'loss/b': 6.0} for s in range(1, 6)
@@ -99,11 +111,11 @@ TWO_SOURCES = [
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
-  """The plots of TWO_SOURCES where nothing is known of what was wanted."""
+  """The plots of TWO_SOURCES without wanted shares."""
   return [path.read_bytes() for path in draw(TWO_SOURCES, {}, tmp_path_factory.mktemp('plots'))]
 
 
-def test_a_mixture_has_two_plots_more_and_a_run_of_one_source_has_not(tmp_path):
+def test_a_mixture_has_two_more_plots_than_a_run_of_one_source(tmp_path):
   metrics = Metrics(tmp_path, resume_step=0, total_steps=5)
   for row in TWO_SOURCES:
     metrics.write(row['step'], {k: v for k, v in row.items() if k != 'step'})
@@ -139,14 +151,14 @@ def test_the_plots_of_a_mixture_show_their_numbers(plain, tmp_path, key, wanted,
      [(0, (0.5, 0.3, 0.2)), (150, (0.5, 0.3, 0.2)), (275, (0.1, 0.7, 0.2))]),
   ],
 )  # fmt: skip
-def test_the_wanted_shares_are_those_of_stages_and_phases(overrides, wanted):
+def test_the_wanted_shares_follow_stages_and_phases(overrides, wanted):
   found = shares_of(bindings.load(Experiment, [MIXTURE], overrides))
   assert [step for step, _ in found] == [step for step, _ in wanted]
   for (_, shares), (_, own) in zip(found, wanted, strict=True):
     assert shares == pytest.approx(dict(zip(('python', 'arrays', 'tools'), own, strict=True)))
 
 
-def test_averages_follow_the_weights_and_no_curve_hides_another():
+def test_averages_come_after_the_weights_and_no_curve_hides_another():
   near, far = ({f'eval/{name}loss': 4.0, f'eval/{name}text_loss': loss} for name, loss in (('a/', 4.03), ('b/', 4.1)))
   rows = [near | far | {'step': 1}, far | {'eval/b/lawa/loss': 4.0, 'eval/b/ema/loss': 4.0, 'loss': 4.0, 'step': 2}]
   assert list(evaluations(rows).items()) == [
@@ -156,7 +168,7 @@ def test_averages_follow_the_weights_and_no_curve_hides_another():
   ]  # fmt: skip
 
 
-def test_what_is_not_finite_is_left_out_of_curves():
+def test_values_that_are_not_finite_are_left_out_of_curves():
   steps, values = curve([{'step': 1, 'x': 1.0}, {'step': 2, 'x': math.nan}, {'step': 3}, {'step': 4, 'x': 2.0}], 'x')
   assert (steps.tolist(), values.tolist()) == ([1, 4], [1.0, 2.0])
 
@@ -168,7 +180,7 @@ def test_a_run_of_one_step_has_a_report(tmp_path):
   assert write_report(tmp_path).exists()
 
 
-def test_a_folder_without_a_run_is_refused_and_left_alone(tmp_path):
+def test_a_folder_without_a_run_is_refused_and_unchanged(tmp_path):
   with pytest.raises(CheckpointError, match=r'CKPT-NONE: no metrics of a run in .*; nothing was written'):
     write_report(tmp_path)
   assert list(tmp_path.iterdir()) == []

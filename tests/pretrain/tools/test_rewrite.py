@@ -1,4 +1,4 @@
-"""Steps compared with each other, and written for another run to go on from."""
+"""Steps are compared with each other, and written for another run to resume from."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ def without_report(monkeypatch):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """Steps 2 and 4, which differ, and a config, as of a run."""
+  """A workdir with a config and steps 2 and 4, which differ."""
   workdir, cfg = tmp_path_factory.mktemp('runs') / 'run', tiny.decoder(*KEYS)
   state = build_program(cfg).init()
   moved = state.replace(params=jax.tree.map(lambda x: x * 1.5, state.params))
@@ -83,12 +83,12 @@ def test_other_shapes_are_named(run, tmp_path, capsys):
   assert any(line.startswith('extra/ema/') and '/ absent' in line for line in lines)
 
 
-def test_another_optimizer_begins_anew_from_the_same_parameters(run, tmp_path, capsys):
+def test_another_optimizer_starts_fresh_from_the_same_parameters(run, tmp_path, capsys):
   new = tmp_path / 'new'
   keys = ("optimizer.name='lion'", "optimizer.state_dtype='bfloat16'", 'schedule.peak=1e-4')
   flags = [f'--gin.{key}' for key in keys]
   assert main(['checkpoints', 'restore-as', f'--input={run}/2', f'--output={new}', *flags]) == 0
-  assert capsys.readouterr().out == f'{new} (opt_state begins anew)\n'
+  assert capsys.readouterr().out == f'{new} (opt_state starts from its initial state)\n'
   old, moved = state_of(run, 2), state_of(new, 2, *keys)
   assert moved.position == old.position
   for part in ('params', 'extra'):
@@ -100,7 +100,7 @@ def test_another_optimizer_begins_anew_from_the_same_parameters(run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_optimizer_and_mesh(trained, tmp_path):
+def test_a_run_resumes_with_another_optimizer_and_mesh(trained, tmp_path):
   new = tmp_path / 'new'
   flags = ["--gin.optimizer.name='lion'", '--gin.schedule.peak=1e-4', f'--output={new}']
   assert main(['checkpoints', 'restore-as', f'--input={trained}/2', *flags]) == 0
@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_another_optimizer_and_mesh(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_does_not_change_is_kept_and_the_run_goes_on_to_the_bit(trained, tmp_path, capsys):
+def test_unchanged_parts_are_kept_and_the_run_resumes_bit_for_bit(trained, tmp_path, capsys):
   new = tmp_path / 'new'
   assert main(['checkpoints', 'restore-as', f'--input={trained}/2', f'--output={new}']) == 0
   assert capsys.readouterr().out == f'{new}\n'
@@ -120,11 +120,11 @@ def test_what_does_not_change_is_kept_and_the_run_goes_on_to_the_bit(trained, tm
   assert main(['checkpoints', 'verify', f'--workdir={new}']) == 0
 
 
-def test_an_average_that_changes_begins_from_the_parameters(run, tmp_path, capsys):
+def test_a_changed_average_starts_from_the_parameters(run, tmp_path, capsys):
   new = tmp_path / 'new'
   flags = ['--gin.averaging.decay=0.9', f'--output={new}']
   assert main(['checkpoints', 'restore-as', f'--input={run}/4', *flags]) == 0
-  assert capsys.readouterr().out == f'{new} (extra begins anew)\n'
+  assert capsys.readouterr().out == f'{new} (extra starts from its initial state)\n'
   moved, old = state_of(new, 4, 'averaging.decay=0.9').state, state_of(run, 4).state
   jax.tree.map(np.testing.assert_array_equal, moved.extra['ema'], old.params)
   jax.tree.map(np.testing.assert_array_equal, moved.opt_state, old.opt_state)
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line(run, tmp_path, capsys, action, flags, code, messa
   assert not (tmp_path / 'new').exists()
 
 
-def test_a_run_that_judges_spikes_from_now_on_keeps_its_moments(trained, tmp_path):
+def test_a_run_that_starts_to_watch_for_spikes_keeps_its_moments(trained, tmp_path):
   new = tmp_path / 'new'
   flags = ["--gin.spikes.name='skip'", '--gin.spikes.window=8']
   assert main(['checkpoints', 'restore-as', f'--input={trained}/4', f'--output={new}', *flags]) == 0

@@ -1,4 +1,4 @@
-"""Shipped configs have the published sizes: by the checkpoints' own counts, and by sums that no model code makes."""
+"""Shipped configs have the published sizes: equal to the checkpoints' counts, and to sums made without model code."""
 
 import dataclasses
 import os
@@ -10,7 +10,8 @@ import pytest
 from models.build import build
 from models.specs import count
 from pretrain.config import bindings
-from pretrain.experiment.experiment import Experiment, check
+from pretrain.experiment.checks import check
+from pretrain.experiment.experiment import Experiment
 from tests.pretrain import tiny
 
 
@@ -109,7 +110,7 @@ def test_a_config_leaves_ids_for_its_sentinels_and_modes(name):
 
 
 def test_the_config_of_20b_is_printed_without_a_device():
-  """JAX_PLATFORMS names nothing that exists: whoever asks for a device fails."""
+  """JAX_PLATFORMS names a platform that does not exist, so that code that asks for a device fails."""
   done = subprocess.run(
     [sys.executable, '-m', 'pretrain', 'config', '--gin_file=configs/ul2/20b.gin'],
     cwd=tiny.ROOT, env=os.environ | {'JAX_PLATFORMS': 'none'}, capture_output=True, text=True, check=False,

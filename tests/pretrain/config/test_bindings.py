@@ -177,6 +177,11 @@ def test_the_resolved_text_is_one_line_a_key_grouped_by_section():
     ('model.mlp.scale = 1', 'x.gin:3: model.mlp.scale=1; it must be in [0, 1).'),
     ('model.mlp.scale = -0.5', 'x.gin:3: model.mlp.scale=-0.5; it must be in [0, 1).'),
     ('model.mlp.sinks = 0', 'x.gin:3: model.mlp.sinks=0; it must be >= 1.'),
+    (
+      'model.mlp.sinks = 2147483648',
+      'x.gin:3: model.mlp.sinks=2147483648 does not fit in 32 bits; the largest is 2147483647.',
+    ),
+    ('seed = -2147483649', 'x.gin:3: seed=-2147483649 does not fit in 32 bits; the largest is 2147483647.'),
     ("model.mlp.sinks = 'a'", "x.gin:3: model.mlp.sinks='a' is str, expected int."),
     (
       "data.sources = [{'weight': 2}]",

@@ -1,0 +1,46 @@
+"""`pretrain config`: the resolved config, or a plot of its learning rate."""
+
+import argparse
+import pathlib
+
+from pretrain.cli import shared
+from pretrain.errors import ConfigError
+
+
+def describe_flags(command: argparse.ArgumentParser) -> None:
+  shared.config_flags(command)
+  command.add_argument(
+    '--plot',
+    nargs='?',
+    const=pathlib.Path('learning_rate.png'),
+    type=shared.path,
+    metavar='FILE.png',
+    help='draw the learning rate of every step instead (default: learning_rate.png); print the path',
+  )
+
+
+def config_command(options, overrides) -> None:
+  """Print the resolved config, the parameters and FLOPs per token; touches no device."""
+  from pretrain.tools import describe
+
+  cfg = shared.load(options, overrides)
+  print(describe.describe(cfg) if options.plot is None else plot_schedule(cfg, options.plot))
+
+
+def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
+  """Draws the learning rate of a run to `path`, on the CPU; raises ConfigError if it cannot write a PNG file there."""
+  if path.suffix.lower() != '.png':
+    raise ConfigError(f'--plot={path} is no PNG; name a file that ends in .png.')
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # an accelerator is not needed, and may be in use
+  from pretrain.experiment.phases import phases_of
+  from pretrain.records.plots import draw_schedule
+  from pretrain.tools.describe import learning_rates
+
+  names = ', '.join(dict.fromkeys(phase.cfg.schedule.name for phase in phases_of(cfg)))
+  try:
+    draw_schedule(lambda steps: learning_rates(cfg, steps), cfg.train.steps, names, path)
+  except OSError as error:
+    raise ConfigError(f'--plot={path} cannot be written ({error.strerror}); choose another place.') from error
+  return path

@@ -1,0 +1,120 @@
+"""What several commands share: the parser, the flags and loading of a config, the check of a new workdir."""
+
+import argparse
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pretrain.errors import ConfigError
+
+# The name, the function of (options, overrides), and the function that adds the flags.
+Command = tuple[str, Callable, Callable[[argparse.ArgumentParser], None]]
+
+EXIT_CODES = (
+  'exit codes: 0 done, 64 config, 65 data, 66 checkpoint, 70 hang, 71 non-finite, '
+  '72 back to a step before a loss spike, 74 replicas differ, 75 interrupted; '
+  'after 70, 72, 74 and 75 the same command resumes the run'
+)
+
+
+class Parser(argparse.ArgumentParser):
+  """Reports errors as config errors: one line, exit code 64."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f'{message}; see {self.prog} --help.')
+
+
+def parse(argv: list[str], commands: Sequence[Command]) -> tuple[argparse.Namespace, list[str]]:
+  """(options, overrides): `--gin.KEY=VALUE` becomes the override 'KEY=VALUE'; options.rest is what follows `--`."""
+  cut = argv.index('--') if '--' in argv else len(argv)
+  ours, rest = argv[:cut], argv[cut + 1 :]
+  overrides = [arg.removeprefix('--gin.') for arg in ours if arg.startswith('--gin.')]
+  if bad := [o for o in overrides if '=' not in o]:
+    raise ConfigError(f'--gin.{bad[0]} has no value; write --gin.{bad[0]}=VALUE.')
+  options = parser(commands).parse_args([arg for arg in ours if not arg.startswith('--gin.')])
+  options.rest = rest
+  return options, overrides
+
+
+def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+  root = Parser('pretrain', description='Pretrain T5, UL2 and decoder models.', epilog=EXIT_CODES)
+  actions = root.add_subparsers(required=True, metavar='COMMAND')
+  for name, function, add_flags in commands:
+    summary = function.__doc__.splitlines()[0]
+    command = actions.add_parser(name, help=summary, description=function.__doc__, epilog=EXIT_CODES)
+    command.add_argument('--traceback', action='store_true', help='show the Python traceback of an error')
+    command.set_defaults(command=function)
+    add_flags(command)
+  return root
+
+
+def path(value: str) -> pathlib.Path:
+  """A flag that is a path. `data` is imported late, here and below: `main` checks first that it is ours."""
+  from data import arguments
+
+  return arguments.path(value)
+
+
+def location(value: str) -> str:
+  """A flag that is a path or a URL."""
+  from data import arguments
+
+  return arguments.expand_user(value)
+
+
+def text(value: str) -> str:
+  """A flag that is text."""
+  from data import arguments
+
+  return arguments.text(value)
+
+
+def config_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
+  command.add_argument(
+    '--gin_file',
+    action='append',
+    type=location,
+    required=required,
+    metavar='F',
+    help='a .gin file; repeatable, the last binding wins',
+  )
+  command.add_argument(
+    '--gin.KEY', metavar='VALUE', dest='_shown_in_help_only', help='one binding, e.g. --gin.train.steps=20'
+  )
+
+
+def load(options, overrides, saved: pathlib.Path | None = None):
+  """The checked config of a command, from --gin_file or from the config.gin of a run."""
+  from pretrain.config import bindings
+  from pretrain.experiment import checks, experiment
+  from pretrain.experiment.saved import load_saved
+
+  own = saved is not None
+  cfg = load_saved(saved, overrides) if own else bindings.load(experiment.Experiment, options.gin_file, overrides)
+  checks.check(cfg)
+  return cfg
+
+
+def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
+  """Raises ConfigError where no run can be written; leaves nothing behind."""
+  from data.arguments import is_text
+
+  if not is_text(str(workdir.absolute())):
+    raise ConfigError(
+      f'{flag}={workdir} is the folder {workdir.absolute()}, whose name has bytes that are not UTF-8: checkpoints '
+      'cannot be written there. Nothing was changed; choose another folder.'
+    )
+  check_writable(workdir, flag)
+
+
+def check_writable(workdir: pathlib.Path, flag: str) -> None:
+  """Raises ConfigError where a folder cannot be written; leaves nothing behind."""
+  try:
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'{flag}={workdir} cannot be written ({error.strerror}). Nothing was changed; choose another folder.'
+    ) from error

@@ -1,0 +1,105 @@
+"""Prompts as a run reads them: the ids of its training inputs, the row they make, and the room they leave."""
+
+import reprlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.batches.batches import DataSource
+from data.objectives.features import Batch, decoder_features, encoder_decoder_features
+from data.objectives.fim import fim_ids
+from data.objectives.objectives import Instruction, Supervised, pair_lengths, tasks_of
+from data.objectives.tasks import LEFT_TO_RIGHT
+from data.prepare.messages import marker
+from data.ragged import interleave, join
+from data.stores.vocabulary import EOS
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import Experiment
+
+
+def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
+  """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective. For
+  fill-in-the-middle with one blank: the text before and after it, between its marks (PSM).
+
+  Inputs of pairs and messages of a user are plain text, in which no token is special. Where the objective has mode
+  tokens and the prompt begins without one, it gets that of its task: [NLU] for a prompt with blanks (the R denoiser;
+  [NLG] where there are only X denoisers), [S2S] for a prompt without.
+  Raises ConfigError where the objective trains no such task, or for text with lone surrogates (bytes of a command line
+  that are not UTF-8); DataError for a sentinel that does not exist.
+  """
+  _check_unicode(prompt)
+  if isinstance(cfg.objective, Supervised):
+    return [*data.tokenizer.encode(prompt), EOS]
+  if isinstance(cfg.objective, Instruction):
+    encode = data.tokenizer.encode
+    return [*encode(marker('user')), *encode(prompt), EOS, *encode(marker('assistant'))]
+  ids = data.tokenizer.encode_prompt(prompt)
+  vocabulary, objective = data.vocabulary, cfg.objective
+  blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
+  tasks = [task for task in tasks_of(objective) if task.shows_blanks == bool(blanks)]
+  if not tasks and len(blanks) == 1 and any(task.kind == 'fim' for task in tasks_of(objective)):
+    (blank,), (pre, suf, mid) = blanks, fim_ids(vocabulary)
+    return [pre, *ids[:blank], suf, *ids[blank + 1 :], mid]
+  if not tasks:
+    fix = 'leave out <extra_id_k>, the text is continued' if blanks else 'mark one, e.g. with <extra_id_0> at the end'
+    trained = 'to fill blanks' if blanks else 'to do anything but fill blanks'
+    raise ConfigError(
+      f"--text={reprlib.repr(prompt)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
+    )
+  if tasks[0].kind in LEFT_TO_RIGHT:
+    return ids
+  if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
+    ids = [vocabulary.mode_ids[min(task.mode for task in tasks if task.mode is not None)], *ids]
+  return [*ids, EOS]
+
+
+def _check_unicode(prompt: str) -> None:
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise ConfigError(
+      f'--text={reprlib.repr(prompt)}: character {error.start + 1} is a byte that is not UTF-8 (a lone surrogate); '
+      'give the text in UTF-8.'
+    ) from error
+
+
+def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:
+  """How many tokens of output a training row would hold after `inputs`. Raises ConfigError where there is none."""
+  data, objective = cfg.data, cfg.objective
+  if data.inputs_length:
+    key, length, most, room = 'data.inputs_length', data.inputs_length, data.inputs_length, data.targets_length
+  elif isinstance(objective, Supervised):
+    most, room = pair_lengths(objective, data.budget)
+    key, length = 'objective.inputs_length', most
+  else:
+    key, length, most = 'data.targets_length', data.targets_length, data.targets_length - 1
+    room = length - len(inputs)
+  if len(inputs) > most:
+    raise ConfigError(
+      f'--text={reprlib.repr(prompt)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
+      f'({key}={length}); shorten the prompt.'
+    )
+  return room
+
+
+def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
+  """One row for each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
+
+  Rows have `length` tokens; in a decoder one more, and each prompt stands at the end of its row. Prompts that are read
+  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind.
+  """
+  inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
+  target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
+  if cfg.data.inputs_length:
+    return encoder_decoder_features(inputs, target, rows, number, length, 1)
+  match cfg.objective:
+    case Instruction(prefix_attention=prefix):
+      causal = not prefix
+    case objective:
+      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [EOS]
+  if causal:
+    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
+  else:
+    fields = decoder_features(inputs, target, rows, number, length + 1)
+  order = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
+  return {name: np.take_along_axis(values, order, 1) for name, values in fields.items()}

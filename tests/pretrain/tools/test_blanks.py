@@ -1,0 +1,85 @@
+"""Held-out sentences with hidden words: readable, the same for everyone, and filled by the run's own probabilities."""
+
+import pytest
+
+from pretrain.errors import ConfigError
+from pretrain.run.train import train
+from pretrain.tools import blanks as module
+from pretrain.tools.blanks import choose, frequent_words, hide_words, sentences, show_blanks
+from pretrain.tools.generate import generate
+from tests.pretrain import tiny
+
+PLAIN = [
+  'The object must be a mapping from names to values.',
+  'A package may provide any set of files, including those that are not listed here.',
+  'It does not alter the encoding of any text provided in later operations.',
+]
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    'Too short to read here.',
+    'The words of this sentence go on ' + 'and on ' * 20 + 'until it is longer than a line.',
+    'See Also Parameters None Transpose each matrix in a stack.',
+    'The `axis` argument of this function is the one to sum over here.',
+    'The value x[3] is returned in case that nothing else was ever found.',
+    'without a capital it is the end of a sentence that was cut somewhere.',
+    'Is this a question that somebody asks about the state of the object?',
+  ],
+)
+def test_only_plain_sentences_are_taken(other):
+  assert list(sentences(other)) == []
+  assert list(sentences(f'{PLAIN[0]} {other} {PLAIN[1]}\n\n  {PLAIN[2]}')) == PLAIN
+
+
+def test_hidden_words_are_one_to_three_whole_words_inside():
+  sizes = set()
+  for k in range(200):
+    sentence = f'This is sentence {"x" * (k % 7 + 1)} of {"y" * (k // 7 + 1)} words, and it goes on like that.'
+    blank = hide_words(sentence)
+    assert blank.filled(blank.truth) == sentence
+    assert f' {blank.truth}' in sentence
+    assert sentence[blank.end] in ' ,'
+    assert blank.start > 0
+    assert blank.end <= sentence.rindex(' ')
+    assert ',' not in blank.truth
+    sizes.add(len(blank.truth.split()))
+  assert sizes == {1, 2, 3}
+  assert hide_words('Nothing inside.') is None
+
+
+def test_the_choice_is_by_hash_whatever_the_order_and_leaves_out_training_text():
+  chosen = choose(PLAIN, 2)
+  assert len(chosen) == 2
+  assert choose(PLAIN[::-1], 2) == chosen
+  left = choose(PLAIN, 3, seen=f'before {chosen[0].sentence} behind')
+  assert chosen[0].sentence not in [blank.sentence for blank in left]
+  assert len(left) == 2
+  assert len(choose([' '.join(PLAIN)], 3)) == 1, 'one of each document'
+
+
+def test_frequent_words_have_their_share():
+  found = frequent_words(['the work of the day', 'Work'], 2)
+  assert [(c.text, c.probability) for c in found] == [('the', 2 / 6), ('Work', 1 / 6)]
+
+
+def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path, monkeypatch):
+  cfg = tiny.ul2(text_store, 'train.steps=1', 'checkpoint.every=1')
+  train(cfg, tmp_path)
+  monkeypatch.setattr(module, 'choose', lambda texts, number, seen: [hide_words(PLAIN[0])][:number])
+  lines = list(show_blanks(tmp_path, number=1))
+  blank = hide_words(PLAIN[0])
+  (result,) = generate(tmp_path, [blank.filled('<extra_id_0>')], module.MOST_TOKENS, top=3)
+  assert lines[2:4] == [f'  {blank.filled("______")}', f'  true words: {blank.truth}']
+  assert lines[4].split() == ['this', 'run', 'most', 'frequent', 'words']
+  for line, candidate in zip(lines[5:], result.top['<extra_id_0>'], strict=True):
+    assert line.lstrip().startswith(f'{candidate.probability:.2%}  {candidate.text or "(nothing)"}')
+  assert lines[5].split()[-1] == 'the'
+  assert len({line.rindex('%') for line in lines[5:]}) == 1, 'aligned'
+
+
+def test_a_run_without_heldout_text_is_refused(pair_store, tmp_path):
+  train(tiny.ul2(pair_store, "objective.name='supervised'", 'train.steps=1', 'checkpoint.every=1'), tmp_path)
+  with pytest.raises(ConfigError, match=r'has no held-out text to hide words in; set data\.heldout'):
+    list(show_blanks(tmp_path))
