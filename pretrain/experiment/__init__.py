@@ -1,5 +1,5 @@
-"""The whole config: checks that span its sections, its phases, what a resumed run may change, the program it makes,
-how its objective reads a prompt.
+"""The whole config: facts that span its sections, its phases, what a resume may change, the program it makes, and how
+its objective reads a prompt.
 
-Imports the config sections of every folder below; must not import the loop, nor hold arrays.
+Knows the sections of every folder below; must not know the loop, nor hold arrays.
 """

@@ -27,7 +27,7 @@ from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
 from pretrain.experiment.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.redact import redact
@@ -154,7 +154,7 @@ def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, i
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = stretch_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   return cfg, data, checkpoints, step
 
