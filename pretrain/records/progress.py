@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: one live line in a terminal, plain lines now and then elsewhere."""
+"""What a person sees during a run: one live line in a terminal, else plain lines now and then."""
 
 import datetime
 import sys
@@ -32,7 +32,7 @@ def make_display(total_steps: int, stream: TextIO | None = None) -> Display:
 
 
 class Clock:
-  """Turns steps into rates, counted from the first step shown: what came before it was compiling."""
+  """Turns steps into rates, counted from the first step shown: before it, the program was compiled."""
 
   def __init__(self, total_steps: int):
     self.total = total_steps
@@ -56,7 +56,7 @@ class Clock:
 
 
 class LiveLine:
-  """One rich progress line; whatever else is printed scrolls above it."""
+  """One rich progress line; other output scrolls above it."""
 
   def __init__(self, clock: Clock, stream: TextIO):
     text = lambda form: TextColumn(form, markup=False)

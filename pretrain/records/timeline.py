@@ -1,7 +1,7 @@
 """What a process was doing, second by second: lines of RUN/timeline.jsonl, from which goodput is counted.
 
 A line is complete in itself and is appended in one write, so that kill -9 loses at most what came after the last one:
-{"t": end of the stretch of time, "began": start of the process, "phase": what it does now, "step": steps completed,
+{"t": end of the interval, "began": start of the process, "phase": what it does now, "step": steps completed,
 "examples": used by them, "resumed": the step it began from, "seconds": {phase: seconds since the line before}}.
 `t` and `began` are seconds since 1970. Lines of the supervisor have an event: {"t": …, "started": …, "event": "exit",
 "failed": …, "code": …, "host": …, "hosts": …}.
@@ -48,7 +48,7 @@ class Timeline:
     self.flush()
 
   def enter(self, phase: Phase) -> None:
-    """The process does `phase` now, and gets on: to enter the phase it is in begins its time anew."""
+    """The process is in `phase` from now on. Entering the present phase again restarts its clock."""
     with self._lock:
       self._account()
       if self.phase == 'step':
@@ -57,7 +57,7 @@ class Timeline:
 
   @contextlib.contextmanager
   def during(self, phase: Phase) -> Iterator[None]:
-    """Inside the block the process does `phase`; its record is on disk before and after it."""
+    """The process is in `phase` inside the block; the record is on disk before and after it."""
     before = self.phase
     self.enter(phase)
     self.flush()
@@ -68,14 +68,14 @@ class Timeline:
       self.flush()
 
   def moved(self, phase: Phase, seconds: float) -> None:
-    """Of the present phase, `seconds` were spent on another one, too short to be entered."""
+    """Counts `seconds` of the present phase for another phase, which was too short to enter."""
     with self._lock:
       self._account()
       self._seconds[self.phase] -= seconds
       self._seconds[phase] += seconds
 
   def completed(self, step: int, examples: int = 0) -> None:
-    """`step` is done, and `examples` are used. The first one of a process is written at once: it has recovered."""
+    """`step` is done, and `examples` are used. The first step of a process is written at once."""
     first = self.step == self.resumed
     self.step, self.examples = step, examples
     if first or self.due():
@@ -115,7 +115,7 @@ class Timeline:
 
 
 def process_start() -> float:
-  """When this process was started, in seconds since 1970; where the kernel does not say it (no Linux), now."""
+  """When this process was started, in seconds since 1970; on systems other than Linux, now."""
   try:
     ticks = int(pathlib.Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK'))
@@ -124,7 +124,7 @@ def process_start() -> float:
 
 
 def append(path: pathlib.Path, line: dict[str, Any]) -> None:
-  """One line in one write at the end of the file, whoever else writes to it."""
+  """Appends one line in one write; other processes may append to the same file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('ab', buffering=0) as file:
     file.write(json.dumps(line).encode() + b'\n')

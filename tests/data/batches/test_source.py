@@ -102,7 +102,7 @@ def two_stores(tokenizer_model, tmp_path_factory):
 
 @pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS + CONVERSATIONS)
 @pytest.mark.parametrize('hosts', [2, 8])
-def test_hosts_together_have_the_batch_of_one(store_for, objective, inputs, targets, hosts):
+def test_hosts_together_have_the_batch_of_a_single_host(store_for, objective, inputs, targets, hosts):
   own, store = 8 // hosts, store_for(objective)
   for step in (0, 3, 11):  # the last one crosses an epoch for some
     whole = opened(store, objective, inputs, targets).batch(step, slice(0, 8))
