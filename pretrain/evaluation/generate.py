@@ -25,11 +25,11 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.prompts import prompt_batch, prompt_inputs, room_for
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
 from pretrain.redact import redact
-from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 
 MOST_TOP = 64
 LEAST_WIDTH = 8
