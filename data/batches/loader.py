@@ -1,6 +1,6 @@
 """Batches for this host, ahead of time, from any position. The only import of Grain, which imports JAX.
 
-Grain runs the work (a thread, or processes); its own state is never saved. A run's place in the data is
+Grain runs the work (a thread, or processes); its own state is never saved. A run's position in the data is
 {'version', 'examples'}, the same on every host, and any number of hosts and workers may go on from it.
 """
 

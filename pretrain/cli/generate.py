@@ -25,6 +25,6 @@ def generate_command(options, overrides) -> int:
   from pretrain.devices import mesh
 
   mesh.prepare_platform(mesh.MeshConfig())
-  from pretrain.tools.generate import show_generated
+  from pretrain.evaluation.generate import show_generated
 
   return show_generated(options.workdir, options.text, options.max_tokens, options.top)
