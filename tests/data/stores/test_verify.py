@@ -86,7 +86,7 @@ def test_inspect_shows_the_manifest_and_documents_with_their_positions(path):
   for part in ('in 200 documents, each ends with EOS', 'scores/quality (float32), tag_lengths (int32)', 'a.txt'):
     assert part in text
   first, second = store.offsets[1:3].tolist()
-  assert f'document 1: tokens {first} to {second - 1} ({second - first}, quality 1, 1 of tags)' in text
+  assert f'document 1: tokens {first} to {second - 1} ({second - first}, quality 1, 1 tag tokens)' in text
 
 
 def test_inspect_labels_the_two_documents_of_a_pair(pair_store):
