@@ -101,7 +101,7 @@ BAD = {
   LONG: (64, "CONFIG: --text='the Licensor"),
   'a <extra_id_32>': (65, 'DATA: <extra_id_32> is beyond the 32 sentinels'),
   'a <extra_id_' + '9' * 5000 + '>': (65, 'DATA: <extra_id_9999'),
-  'caf\udce9 <extra_id_0>': (64, "CONFIG: --text='caf\\udce9 <extra_id_0>': character 4 is a byte that is not UTF-8"),
+  'caf\udce9 <extra_id_0>': (64, "CONFIG: argument --text: 'caf\\udce9 <extra_id_0>' has bytes that are not UTF-8"),
 }
 GOOD = [
   'the <extra_id_0> of',
