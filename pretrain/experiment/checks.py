@@ -241,7 +241,7 @@ def _check_lawa(cfg: Experiment) -> None:
 def _check_initial(initial: str | None) -> None:
   if initial is not None and not pathlib.PurePath(initial).name.isdecimal():
     raise ConfigError(
-      f"checkpoint.initial='{initial}' has no step number; write 'RUN/<step>', one of `pretrain checkpoints list "
+      f"checkpoint.initial='{initial}' has no step; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
     )
 

@@ -10,6 +10,7 @@ import jax
 from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
+from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
@@ -26,7 +27,6 @@ from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
 from pretrain.step.train_step import TrainState
-from pretrain.tools.evaluate import check_best_of
 from pretrain.tools.weights import initial_params
 
 Rows = Sequence[Mapping[str, float]]

@@ -71,9 +71,7 @@ def test_a_flipped_bit_in_any_copy_is_found_and_its_device_named(checked, device
   """A digest of the whole array would read only one copy of each part."""
   for key in ('w', 'scale'):
     said = judged(checked, **{key: changed(checked[1][key], device, flip(3, 0))})
-    assert said.startswith(
-      f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) is not that of its'
-    )
+    assert said.startswith(f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) differs from its')
     assert 'all were equal at step 5.' in said
 
 
