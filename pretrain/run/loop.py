@@ -1,4 +1,7 @@
-"""The loop: what happens in a step, in order. A thing that happens every k steps goes into `run_steps`: `if run.due(k): …`."""
+"""The loop: what happens in a step, in order.
+
+A thing that happens every k steps goes into `run_steps`, as `if run.due(k): …`.
+"""
 
 from collections.abc import Iterator
 
