@@ -1,4 +1,4 @@
 """Fast implementations of operations. Each operation is a folder; its reference.py is the specification.
 
-Imports nothing from the other packages of this repository.
+Must not import any other package of this repository.
 """

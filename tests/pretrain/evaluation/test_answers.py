@@ -14,11 +14,11 @@ from data.ragged import join
 from data.stores.vocabulary import EOS
 from models.decode import greedy
 from pretrain.cli.main import main
+from pretrain.evaluation import generate as module
+from pretrain.evaluation.generate import Refused, _config_of, generate, open_writer
+from pretrain.evaluation.prompts import prompt_inputs
 from pretrain.run.train import train
-from pretrain.tools import generate as module
-from pretrain.tools.generate import Refused, _config_of, generate, open_writer
-from pretrain.tools.prompts import prompt_inputs
-from tests.pretrain.tools.test_generate import config_of, opened
+from tests.pretrain.evaluation.test_generate import config_of, opened
 
 LONG = 'the Licensor ' * 40
 
@@ -101,7 +101,7 @@ BAD = {
   LONG: (64, "CONFIG: --text='the Licensor"),
   'a <extra_id_32>': (65, 'DATA: <extra_id_32> is beyond the 32 sentinels'),
   'a <extra_id_' + '9' * 5000 + '>': (65, 'DATA: <extra_id_9999'),
-  'caf\udce9 <extra_id_0>': (64, "CONFIG: --text='caf\\udce9 <extra_id_0>': character 4 is a byte that is not UTF-8"),
+  'caf\udce9 <extra_id_0>': (64, "CONFIG: argument --text: 'caf\\udce9 <extra_id_0>' has bytes that are not UTF-8"),
 }
 GOOD = [
   'the <extra_id_0> of',

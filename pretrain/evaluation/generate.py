@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.arguments import is_text
 from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.errors import DataError
@@ -25,11 +26,11 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
 from pretrain.redact import redact
-from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 
 MOST_TOP = 64
 LEAST_WIDTH = 8
@@ -122,6 +123,8 @@ def answers(
   them are checked before a parameter is read.
   """
   _check_counts(max_tokens, top)
+  if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
+    return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
   cfg, data, checkpoints, step = _open(workdir)
   inputs = [_read_prompt(prompt, cfg, data) for prompt in prompts]
   if all(isinstance(own, Refused) for own in inputs):
@@ -151,7 +154,7 @@ def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, i
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = stretch_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   return cfg, data, checkpoints, step
 
