@@ -15,7 +15,7 @@ report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 workers=$(nproc)
 status=0
-step "$bin/python" -m pytest -q -n "$workers" --dist=worksteal --junit-xml="$report" "$@" || status=$?
+step "$bin/python" -m pytest -q -n "$workers" --dist=worksteal --durations=20 --junit-xml="$report" "$@" || status=$?
 "$bin/python" - "$report" <<'PY'
 import sys
 import xml.etree.ElementTree as xml

@@ -54,9 +54,11 @@ def strict_dtypes(request):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
+def own_cache(tmp_path_factory):
   """No test reads or writes the user's cache."""
-  monkeypatch.setenv('PRETRAIN_CACHE', str(tmp_path_factory.getbasetemp() / 'cache'))
+  with pytest.MonkeyPatch.context() as patch:  # the fixture would make every test one that has changed something
+    patch.setenv('PRETRAIN_CACHE', str(tmp_path_factory.getbasetemp() / 'cache'))
+    yield
 
 
 @pytest.fixture(scope='session')

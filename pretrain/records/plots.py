@@ -60,6 +60,8 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wante
     for name, title in plots_of(rows).items():
       with figure(plt, folder / f'{name}.png', (9.6, 4.2) if name == 'loss' else (4.8, 2.9)) as axes:
         axes.set(title=title, xlabel='step', ylabel=LABELS[name])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter('{x:,.0f}')
         plot(axes, name, rows, baselines, wanted)
       paths.append(folder / f'{name}.png')
   return paths
@@ -179,6 +181,7 @@ def plot_log(axes) -> None:
   from matplotlib.ticker import FuncFormatter, LogFormatter
 
   axes.set_yscale('log')
+  axes.grid(which='both', axis='y')
   axes.yaxis.set_major_formatter('{x:g}')
   chosen = LogFormatter(minor_thresholds=(1, 0.4))  # which of the marks between powers of ten have a number
   chosen.set_axis(axes.yaxis)
@@ -202,12 +205,45 @@ def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
   for key, text in found.items():
     color = EVALUATION[colors.index(raw_of(key)) % len(EVALUATION)]
     axes.plot(*curve(rows, key), STYLES[average_of(key)], markersize=3.5, color=color, label=text)
-  for name, value in baselines.items():
+  for value in baselines.values():
     axes.axhline(value, color='#777', linestyle=(0, (5, 3)), linewidth=1)
-    text = f'{label(name)} {value:.2f}'
-    axes.annotate(text, (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
-                  va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
+  note_baselines(axes, baselines)
   legend(axes)
+
+
+def note_baselines(axes, baselines: Mapping[str, float]) -> None:
+  """The name and the value of each line, right of the plot; apart from each other where lines are close."""
+  names = sorted((name for name, value in baselines.items() if math.isfinite(value)), key=lambda name: baselines[name])
+  low, high = axes.get_ylim()
+  axes.set_ylim(low, high)  # it stays what the places are counted in
+  places = apart([(baselines[name] - low) / (high - low) for name in names], 0.055)
+  for name, place in zip(names, places, strict=True):
+    text = f'{label(name)} {baselines[name]:.2f}'
+    axes.annotate(text, (1, place), xycoords='axes fraction', fontsize=9, color='#555', va='center', xytext=(5, 0),
+                  textcoords='offset points', annotation_clip=False)  # fmt: skip
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+  """Ascending places, moved up or down together until neighbours are at least `least` apart.
+
+  >>> [round(x, 2) for x in apart([0.1, 0.5, 0.5, 0.52], 0.1)]
+  [0.1, 0.41, 0.51, 0.61]
+  """
+  groups: list[list[float]] = []
+  for place in places:
+    groups.append([place])
+    while len(groups) > 1 and bottom(groups[-1], least) - top(groups[-2], least) < least:
+      groups[-2:] = [groups[-2] + groups[-1]]
+  return [bottom(group, least) + k * least for group in groups for k in range(len(group))]
+
+
+def bottom(group: Sequence[float], least: float) -> float:
+  """The lowest place of a group whose places stand `least` apart around their mean."""
+  return sum(group) / len(group) - (len(group) - 1) / 2 * least
+
+
+def top(group: Sequence[float], least: float) -> float:
+  return bottom(group, least) + (len(group) - 1) * least
 
 
 def plot_shares(axes, rows: Rows, wanted: Shares) -> None:

@@ -12,7 +12,7 @@ from data.batches.source import wanted_shares
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretches
+from pretrain.experiment.phases import phases_of
 from pretrain.hosts.skipping import read_rewinds
 from pretrain.records.goodput import KINDS, write_goodput
 from pretrain.records.metrics import read_metrics
@@ -70,10 +70,10 @@ def read_shares(workdir: pathlib.Path) -> Shares:
 def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
   """(step, share of each source from that step on), phase by phase. Stages count rows from the start of the run."""
   found = []
-  for stretch in stretches(cfg):
-    for row, shares in wanted_shares(stretch.cfg.data):
-      step = stretch.start + max(row - stretch.first_example, 0) / stretch.cfg.data.batch_size
-      if stretch.end is None or step < stretch.end:
+  for phase in phases_of(cfg):
+    for row, shares in wanted_shares(phase.cfg.data):
+      step = phase.start + max(row - phase.first_example, 0) / phase.cfg.data.batch_size
+      if phase.end is None or step < phase.end:
         found.append((step, shares))
   return found
 

@@ -49,18 +49,19 @@ def test_a_barrier_ends_in_time_and_names_the_missing_process():
 
 # One process or several, with their pids in files; the losses of two starts are compared bit for bit.
 TRAIN = """
-import os, pathlib, signal, sys, time, pretrain.run.train as t
+import os, pathlib, signal, sys, time
+from pretrain.run import step_numbers
 notes = pathlib.Path(sys.argv[1] + '.notes')
 notes.mkdir(exist_ok=True)
 (notes / os.environ['PRETRAIN_HOST']).write_text(str(os.getpid()))
-log = t.Run._log
-def killed(self, step, *rest):
-  log(self, step, *rest)
+log = step_numbers.log
+def killed(run, step, *rest):
+  log(run, step, *rest)
   if step == 15 and os.environ['PRETRAIN_HOST'] == os.environ.get('KILL') and not (notes / 'killed').exists():
-    while not (self.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
+    while not (run.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
     (notes / 'killed').touch()
     os.kill(os.getpid(), int(os.environ['SIGNAL']))
-t.Run._log = killed
+step_numbers.log = killed
 from pretrain.cli.main import main
 sys.exit(main(['train', *sys.argv[2:]]))
 """

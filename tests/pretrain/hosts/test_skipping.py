@@ -11,6 +11,7 @@ from pretrain.hosts.skipping import add_skip, check_skips, read_rewinds
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline
 from pretrain.run import rewinding
+from pretrain.run.starting import start
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
@@ -53,7 +54,7 @@ def test_a_resume_of_a_run_with_skipped_examples_is_exact(tmp_path, monkeypatch)
 def test_ranges_that_cannot_be_left_out_are_refused_before_the_run_waits_for_them(tmp_path, text, message):
   (tmp_path / 'skipped.json').write_text(text)
   with pytest.raises(ConfigError, match=message):
-    pretrain.run.train.Run(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
+    start(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
   assert [path.name for path in tmp_path.iterdir()] == ['skipped.json']
 
 

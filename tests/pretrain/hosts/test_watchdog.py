@@ -112,11 +112,12 @@ def test_the_median_is_over_whole_steps_for_any_number_of_timeline_lines(tmp_pat
 
 HANGS = """
 import sys, time, pretrain.run.train as t
+from pretrain.run import loop
 from tests.pretrain import tiny
 def a_loader_that_never_answers(*args):
   time.sleep(600)
   yield
-t.loader = a_loader_that_never_answers
+loop.loader = a_loader_that_never_answers
 t.train(tiny.decoder('train.steps=3', 'watchdog.data=1.0'), sys.argv[1])
 """
 

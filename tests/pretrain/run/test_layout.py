@@ -1,4 +1,4 @@
-"""A run's losses do not depend on its mesh, its microbatches or its dropout's place."""
+"""A run's losses do not depend on its mesh, its microbatches or its dropout."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ def test_layout_does_not_change_the_answer_of_ul2_with_dropout(text_store):
 
 def test_layout_does_not_change_the_answer_of_a_decoder():
   cfg = tiny.decoder('model.dropout=0.1', 'model.kv_heads=2')
-  assert_layout_invariant(cfg, LAYOUTS[:4], steps=4)
+  assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[3]), steps=4)
 
 
 def test_layout_does_not_change_the_answer_of_an_encoder(text_store):
@@ -69,7 +69,7 @@ def test_accumulation_with_dropout_does_not_change_the_answer(text_store, accumu
 def test_microbatches_have_the_gradient_of_the_whole_batch_every_time(text_store):
   """Four devices and four cores: without more threads (platform.py) the head's gradient is off by percents."""
   env = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'NPROC')}
-  command = [sys.executable, '-m', 'tests.pretrain.repeat_step', str(text_store)]
+  command = [sys.executable, '-m', 'tests.pretrain.step.repeat_step', str(text_store)]
   done = subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=True)
   norms = np.array([line.split() for line in done.stdout.splitlines()], float)
   np.testing.assert_allclose(norms, norms[0, 0], rtol=2e-6)

@@ -1,4 +1,4 @@
-"""Shipped configs learn what they say. Minutes to an hour: `make test-all`."""
+"""Shipped configs learn what they say. Minutes: `make test-all`; hours: `make test-configs`."""
 
 import json
 import math
@@ -11,8 +11,6 @@ import pytest
 from pretrain.records.metrics import read_metrics
 from tests.pretrain import tiny
 
-pytestmark = pytest.mark.slow
-
 
 def run(name, workdir):
   """(metrics, baselines) of configs/NAME trained to its end, as a user would; on the user's cache."""
@@ -23,6 +21,7 @@ def run(name, workdir):
   return read_metrics(workdir), json.loads((workdir / 'baselines.json').read_text())
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_a_nat_below_the_unigram(tmp_path):
   rows, baselines = run('ul2/quickstart', tmp_path)
   assert rows[0]['step'] == 1
@@ -33,11 +32,13 @@ def test_the_quickstart_is_a_nat_below_the_unigram(tmp_path):
   assert waited < 0.02 * sum(seconds)
 
 
+@pytest.mark.hours
 def test_tiny_beats_the_bigram(tmp_path):
   rows, baselines = run('ul2/tiny', tmp_path)
   assert rows[-1]['eval/builtin/text_loss'] < baselines['bigram']
 
 
+@pytest.mark.slow
 def test_an_encoder_is_a_nat_and_a_half_below_the_unigram(tmp_path):
   rows, baselines = run('encoder/tiny', tmp_path)
   assert rows[-1]['eval/builtin/text_loss'] < baselines['unigram'] - 1.5

@@ -13,21 +13,22 @@ from tests.pretrain.fleet.test_supervise import incidents
 
 # At step 13 process 1 removes its host's memory and dies: step 10 was in it.
 TRAIN = """
-import os, pathlib, shutil, signal, sys, pretrain.run.train as t
+import os, pathlib, shutil, signal, sys
+from pretrain.run import step_numbers
 notes = pathlib.Path(sys.argv[1] + '.notes')
 notes.mkdir(exist_ok=True)
-log = t.Run._log
-def killed(self, step, *rest):
-  log(self, step, *rest)
-  taking = self.snapshots._taking
+log = step_numbers.log
+def killed(run, step, *rest):
+  log(run, step, *rest)
+  taking = run.snapshots._taking
   if step % 5 == 0 and taking is not None:  # else a slow machine leaves step 10 out: 5 is still being written
     taking._thread.join()
   lost = int(os.environ['LOST'] or -1)
-  if step == 13 and self.snapshots._host == lost and not (notes / 'lost').exists():
+  if step == 13 and run.snapshots._host == lost and not (notes / 'lost').exists():
     (notes / 'lost').touch()
-    shutil.rmtree(self.snapshots._slots.folder)
+    shutil.rmtree(run.snapshots._slots.folder)
     os.kill(os.getpid(), signal.SIGKILL)
-t.Run._log = killed
+step_numbers.log = killed
 from pretrain.cli.main import main
 sys.exit(main(['train', *sys.argv[2:]]))
 """

@@ -24,7 +24,9 @@ from pretrain.hosts.coordination import Interrupt
 from pretrain.records.goodput import goodput
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline, read_timeline
-from pretrain.run.train import Run, train
+from pretrain.run import step_numbers
+from pretrain.run.starting import start
+from pretrain.run.train import train
 from pretrain.snapshots import layout as snapshot_layout
 from pretrain.snapshots import parity as snapshot_parity
 from pretrain.snapshots import slots as snapshot_slots
@@ -372,7 +374,7 @@ def alone(tmp_path_factory):
 
 def kill(workdir, memory, *overrides, step=13):
   """A run that ends at `step` like a killed process: its snapshots stay as they are."""
-  log = Run._log
+  log = step_numbers.log
 
   def dying(run, at, *rest):
     if at == step:
@@ -385,7 +387,7 @@ def kill(workdir, memory, *overrides, step=13):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(snapshot_slots, 'MEMORY', memory)
-    patch.setattr(Run, '_log', dying)
+    patch.setattr(step_numbers, 'log', dying)
     with pytest.raises(RuntimeError, match='killed'):
       train(tiny.decoder(*KEYS, *overrides), workdir)
 
@@ -479,7 +481,7 @@ def test_the_disk_is_used_if_it_is_newer(run, capsys):
   for path in folder_at(run).glob('*.block.json'):
     if snapshot_slots.read_header(path).step == 10:
       path.unlink()
-  run_ = Run(tiny.decoder(*KEYS, 'checkpoint.every=8'), run, Timeline())
+  run_ = start(tiny.decoder(*KEYS, 'checkpoint.every=8'), run, Timeline())
   run_.metrics.close()
   assert 'SNAPSHOT: resuming from step 8 on disk; host RAM has step 5.' in capsys.readouterr().err
   assert run_.step == run_.saved_step == 8

@@ -1,6 +1,6 @@
 """Prints the gradient norm of the first step four times, on one line for each of 1, 2 and 4 microbatches.
 
-python -m tests.pretrain.repeat_step STORE
+python -m tests.pretrain.step.repeat_step STORE
 """
 
 import sys
