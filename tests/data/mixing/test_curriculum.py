@@ -152,7 +152,7 @@ def test_several_tasks_keep_their_rates_and_each_is_in_order(scored):
 
 
 def test_each_window_of_shards_has_its_own_curriculum(scored, monkeypatch):
-  monkeypatch.setattr(data.rows, 'EpochOrder', functools.partial(EpochOrder, window=1))
+  monkeypatch.setattr(data.batches.rows, 'EpochOrder', functools.partial(EpochOrder, window=1))
   source = ordered(scored, Curriculum(pacing='strict'))
   count = source.sources[0].num_rows(0)
   rows = [(origin.shard, origin.row) for origin in map(source.describe_row, range(count))]
@@ -174,7 +174,7 @@ def test_a_store_without_the_score_is_refused_before_the_first_batch(text_store)
       Builtin(batch_size=2, targets_length=8),
       r"data.name='builtin' has none; make a store with: pretrain data prepare",
     ),
-    (Synthetic(batch_size=2, targets_length=8), r"needs scores, which data.name='synthetic' has not"),
+    (Synthetic(batch_size=2, targets_length=8), r"needs scores, but data.name='synthetic' has none"),
     (StoreData(batch_size=2, targets_length=8, sources=(Source(path='a'),), packing=LengthBuckets()), 'its own order'),
     (
       StoreData(batch_size=2, targets_length=8, sources=(Source(path='a'),), attend_across_documents=True),
