@@ -1,7 +1,7 @@
 """Runs of one config share their compiled programs, and draw no report: two thirds of the time of a tiny run.
 
-A test that takes `monkeypatch` gets programs of its own: what it has changed may be part of them. A test that takes
-`reports` gets reports. Processes that a test starts are as they always are.
+A test that takes `monkeypatch` gets programs of its own: what it has changed may be part of them. Where it is not,
+`shared_programs` says so. A test that takes `reports` gets reports. Processes that a test starts are unchanged.
 """
 
 import dataclasses
@@ -75,10 +75,15 @@ def reports():
   drawing = False
 
 
+@pytest.fixture
+def shared_programs():
+  """The test takes `monkeypatch` and changes nothing that is part of a program."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
   global sharing
-  sharing = 'monkeypatch' not in item.fixturenames
+  sharing = 'monkeypatch' not in item.fixturenames or 'shared_programs' in item.fixturenames
   try:
     return (yield)
   finally:
