@@ -1,9 +1,9 @@
-"""What n-grams reach on the held-out text of a run: python scripts/baselines.py WORKDIR.
+"""The losses of n-gram models on the held-out text of a run: python scripts/baselines.py WORKDIR.
 
 Counts a unigram, a Kneser-Ney bigram and trigram on the run's training store, prints their losses beside the model's
-`text_loss` (all in nats per text token) and leaves them in WORKDIR/baselines.json, for `pretrain report`. N-grams
-predict every text token of the held-out store; a run those that its objective asks for, in the first
-`evaluation.batches` batches. What is printed says how many.
+`text_loss` (all in nats per text token) and writes them to WORKDIR/baselines.json, for `pretrain report`. N-grams
+predict every text token of the held-out store; a run predicts the targets of its objective in the first
+`evaluation.batches` batches. The output gives both numbers.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Writes tests/golden/ again: what `pretrain config` prints for each shipped config. Read the diff before a commit.
+"""Writes tests/golden/ again: the output of `pretrain config` for each shipped config. Read the diff before a commit.
 
-A golden holds the resolved text, the parameter table with shardings and init, and FLOPs: a change of any of them that
-nobody meant shows up in tests/pretrain/tools/test_golden.py.
+A golden file holds the resolved text, the parameter table with shardings and init, and FLOPs. An unintended change of
+any of them fails tests/pretrain/tools/test_golden.py.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
-"""Shows that a run does not depend on its layout: meshes, microbatches, hosts, in f32 and bf16.
+"""Shows that the losses of a run do not depend on its layout: meshes, microbatches, hosts, in f32 and bf16.
 
 python scripts/layouts.py --gin_file=configs/ul2/tiny.gin [--steps 20] [--workdir DIR]
 
-Each line: a layout, its largest relative loss difference to one device, whether its batches are those of one device
-(by checksum), and how many "Involuntary full rematerialization" lines the compiler wrote. Exit code 1 over a bar.
+Each line: a layout, its largest relative loss difference to one device, whether its batches equal those of one device
+(by checksum), and the number of "Involuntary full rematerialization" lines of the compiler. Exit code 1 above a bar.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BARS = {'float32': 1e-5, 'bfloat16': 1e-3}
 
 
 def train(options, dtype: str, name: str, overrides: dict, hosts: int) -> tuple[list[dict], int]:
-  """(metrics rows, rematerialization lines) of one layout, in processes of its own."""
+  """Trains one layout in separate processes; returns (metrics rows, number of rematerialization lines)."""
   workdir = options.workdir / dtype / name.replace(' ', '_').replace('=', '')
   launch = ['run', f'--hosts={hosts}', '--'] if hosts > 1 else []
   values = {

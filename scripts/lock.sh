@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves the dependencies of setup.cfg anew: two files, one resolution, hashes, for every Python >= 3.11. Needs uv.
+# Resolves the dependencies of setup.cfg again: two files from one resolution, with hashes, for Python >= 3.11. Needs uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 compile=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A UL2 model learns from real English on eight simulated devices: about six minutes on four cores.
+# Trains a UL2 model on real English, on eight simulated devices: about six minutes on four cores.
 # Run it again and it resumes from its last checkpoint; RUN=folder chooses another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv from the lock where it is missing or out of date; does nothing (in milliseconds) where it is not.
-#   ./scripts/setup.sh          what training needs
+# Makes .venv from the lock if it is missing or out of date; otherwise does nothing (in milliseconds).
+#   ./scripts/setup.sh          packages for training
 #   ./scripts/setup.sh --dev    also the test tools and libtpu, which compiles for TPUs without one
-# Uses uv where it exists (SETUP_WITHOUT_UV=1: not even then), otherwise python3 -m venv and pip.
+# Uses uv if it is installed (unless SETUP_WITHOUT_UV=1), otherwise python3 -m venv and pip.
 # PYTHON=/path/to/python3.12 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,7 @@ case "${1:-}" in
   *) die "unknown argument $1; write ./scripts/setup.sh or ./scripts/setup.sh --dev." ;;
 esac
 
-# The lock files, and what setup.cfg says about the package (not about tests).
+# The lock files, and the part of setup.cfg about the package (not about tests).
 hash_of() { { cat "$@"; sed '/^\[tool:pytest\]/,$d' setup.cfg; } | cksum | cut -d' ' -f1; }
 runtime=$(hash_of requirements.lock) dev=$(hash_of requirements.lock requirements-dev.lock)
 stamp=.venv/.installed      # what is installed: 'runtime HASH' or 'dev HASH'
@@ -68,7 +68,7 @@ install() {
   fi
 }
 
-# Two scripts at once: the second waits, then finds everything done. (The lock is on this file; nothing is left.)
+# If two scripts run at once, the second waits, then finds everything done. (The lock is on this file; no lock file.)
 exec 9<scripts/setup.sh
 if command -v flock >/dev/null; then flock 9; fi
 

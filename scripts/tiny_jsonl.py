@@ -1,7 +1,7 @@
-"""Small JSONL files of the built-in corpus for configs/decoder/tiny_chat.gin and tiny_tags.gin: their headers say how.
+"""Small JSONL files of the built-in corpus for configs/decoder/tiny_chat.gin and tiny_tags.gin (see their headers).
 
-`python scripts/tiny_jsonl.py FOLDER` writes chat.jsonl, conversations about each file of the corpus (its first
-sentences are the answers), and docs.jsonl, its text with the package that it is of; of each a part is held out, in
+`python scripts/tiny_jsonl.py FOLDER` writes chat.jsonl (conversations about each file of the corpus, whose first
+sentences are the answers) and docs.jsonl (the text with the name of its package). A part of each is held out, in
 *_heldout.jsonl.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from data.prepare.builtin import documents, is_heldout
 
-ANSWERS, SENTENCES = 4, 2  # of a conversation, of an answer
+ANSWERS, SENTENCES = 4, 2  # answers per conversation, sentences per answer
 
 
 def chat(name: str, text: str) -> dict[str, Any]:

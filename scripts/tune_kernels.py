@@ -1,4 +1,4 @@
-"""Finds the blocks of attention's kernels, for pallas_kernels/tuning/CHIP.json.
+"""Finds the block sizes of the attention kernels, for pallas_kernels/tuning/CHIP.json.
 
   python scripts/tune_kernels.py --aot [--chips v5e:2x4] [--shapes d128_causal,d128_full]   any TPU
   python scripts/tune_kernels.py --gpu                                                      the GPU of this machine

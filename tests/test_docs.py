@@ -1,7 +1,7 @@
-"""What documents name is there: files, commands, flags, config keys, and the values that pick a part.
+"""What documents name exists: files, links, commands, flags, config keys, and the values that pick a part.
 
-Whatever stands in backticks or in a code block is read. Not read: blocks marked `t5x` or `wrong`, the first column of
-tables in docs/from_*.md (other programs' words), and docs/LOG.md, which says what was.
+Text in backticks and code blocks is checked. Not checked: blocks marked `t5x` or `wrong`, the first column of
+tables in docs/from_*.md (names of other programs), and docs/LOG.md, which records the past.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ARCHITECTURE = ROOT / 'docs/design/ARCHITECTURE.md'
 DOCUMENTS = [
   ROOT / 'README.md',
   ROOT / 'CONTRIBUTING.md',
-  ARCHITECTURE,
+  *sorted((ROOT / 'docs/design').glob('*.md')),
   *(path for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'LOG.md'),
 ]
 PACKAGES = ('pretrain', 'models', 'data', 'pallas_kernels')
@@ -38,7 +38,8 @@ ASSIGNED = re.compile(r"""(?:^|--gin\.|['"])([a-z]\w*(?:\.[a-z]\w*)+)['"]?\s*[=:
 PICK = re.compile(rf'{START}((?:{SECTIONS})(?:\.\w+)*\.name)[\'"]?\s*[=:]\s*[\'"]*(\w+)')
 FILE = re.compile(rf'(?<![\w./-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)(?![\w.-]*[*{{…])')
 FLAG = re.compile(r'(?<![\w-])--[a-z]\w*')
-LINK = re.compile(r'\]\(([^)#:]+)\)')
+LINK = re.compile(r'\]\(([^)#:]+)(?:#[^)]+)?\)')
+ANCHOR = re.compile(r'\]\(([^)#:]*)#([^)]+)\)')
 BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -112,10 +113,27 @@ def all_flags(parser: argparse.ArgumentParser) -> set[str]:
   return found
 
 
+def anchors_of(text: str) -> set[str]:
+  """The anchors of a document's headings, as GitHub makes them."""
+  headings = re.findall(r'^#+ (.+)$', BLOCK.sub('', text), re.MULTILINE)
+  return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def wrong_anchors(path: pathlib.Path, text: str) -> Iterator[str]:
+  for page, anchor in ANCHOR.findall(text):
+    target = path.parent / page
+    if page and not target.exists():
+      continue  # a wrong link, reported as such
+    if anchor not in anchors_of(target.read_text() if page else text):
+      yield f'anchor {page}#{anchor}'
+
+
 def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
-  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on'}  # setup.sh, faults.py
+  found += wrong_anchors(path, text)
+  # Flags of setup.sh, faults.py, pytest (--import-mode) and pip (--no-deps).
+  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no'}
   known = all_flags(shared.parser(main.COMMANDS)) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
@@ -128,7 +146,7 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_what_a_document_names_is_there(path):
+def test_everything_that_a_document_names_exists(path):
   assert mistakes(path, path.read_text()) == []
 
 
@@ -158,6 +176,8 @@ def test_configs_in_documents_load(path, tmp_path):
     ('```\npretrain run --hosts=2 -- train --workdri=RUN\n```', 'flag --workdri of pretrain train'),
     ('`--workdri`', 'flag --workdri'),
     ('[page](nowhere.md)', 'link nowhere.md'),
+    ('[page](nowhere.md#part)', 'link nowhere.md'),
+    ('[page](concepts.md#nothing-here)', 'anchor concepts.md#nothing-here'),
     ('| `model.num_heads` | ours `model.num_layers` |', 'key model.num_layers'),
   ],
 )
@@ -165,7 +185,7 @@ def test_a_misspelt_word_is_found(text, mistake):
   assert mistake in mistakes(ROOT / 'docs' / 'from_x.md', text)
 
 
-def test_words_of_other_programs_are_left_alone():
+def test_names_of_other_programs_are_not_checked():
   text = (
     '| `model.num_heads`, `--gin_search_paths` | no |\n```t5x\nmodel.num_heads = 3\n```\n`t5.data.mixtures` `train/x.y`'
   )
@@ -234,7 +254,7 @@ def test_a_row_of_the_architecture_table_agrees_with_setup_cfg_and_the_folder(fo
     assert sorted(re.findall(r'`\w+`', imports)) == sorted(re.findall(r'`\w+`', may_import(folder)))
     assert imports.endswith(' and below')
     words = ' '.join(ast.get_docstring(ast.parse((ROOT / folder / '__init__.py').read_text())).split())
-    assert f'Knows {knows}' in words
+    assert knows in words
     assert must_not_know in words
   else:
     assert imports == ('all packages' if package == 'scripts' else 'nothing')

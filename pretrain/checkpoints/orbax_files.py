@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args
 
+from data.stores.paths import plain_path
 from pretrain.checkpoints import manifest
 
 
@@ -61,7 +62,7 @@ class Files:
         'position': ocp.JsonCheckpointHandler(),
         'config': ocp.JsonCheckpointHandler(),
       }
-      self._opened = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+      self._opened = ocp.CheckpointManager(plain_path(str(self._directory)), options=options, item_handlers=handlers)
     return self._opened
 
   def begin(self, step: int, tree: Any, position: dict[str, Any], config: str) -> None:

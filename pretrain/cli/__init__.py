@@ -1,4 +1,4 @@
-"""The command line: one file a command, which parses flags and calls one function below.
+"""The words of the command line: one file a command, which parses flags and calls one function below.
 
-Imports every folder below; nothing imports it.
+Knows every folder below; nothing imports it.
 """

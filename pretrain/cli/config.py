@@ -34,11 +34,11 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # an accelerator is not needed, and may be in use
-  from pretrain.experiment.phases import stretches
+  from pretrain.experiment.phases import phases_of
   from pretrain.records.plots import draw_schedule
   from pretrain.tools.describe import learning_rates
 
-  names = ', '.join(dict.fromkeys(stretch.cfg.schedule.name for stretch in stretches(cfg)))
+  names = ', '.join(dict.fromkeys(phase.cfg.schedule.name for phase in phases_of(cfg)))
   try:
     draw_schedule(lambda steps: learning_rates(cfg, steps), cfg.train.steps, names, path)
   except OSError as error:

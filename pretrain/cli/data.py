@@ -130,17 +130,17 @@ def explain_command(options, overrides) -> None:
 def plan_command(options, overrides) -> None:
   """Make the plans of large stores before a run; print how full rows are, and what padding costs, phase by phase."""
   from data.batches.plan_report import keep_plans
-  from pretrain.experiment.phases import stretches
+  from pretrain.experiment.phases import phases_of
   from pretrain.tools.data_plan import report
 
   if options.workers < 1:
     raise ConfigError(f'--workers={options.workers}; it must be >= 1.')
-  for stretch in (phases := stretches(shared.load(options, overrides))):
-    source = _open(stretch.cfg)
+  for phase in (parts := phases_of(shared.load(options, overrides))):
+    source = _open(phase.cfg)
     keep_plans(source, options.workers)
-    if len(phases) > 1:
-      print(f'{"" if stretch.index == 0 else chr(10)}phase {stretch.index}, from step {stretch.start:,}:')
-    print(report(stretch, source))
+    if len(parts) > 1:
+      print(f'{"" if phase.index == 0 else chr(10)}phase {phase.index}, from step {phase.start:,}:')
+    print(report(phase, source))
 
 
 def _open(cfg):
@@ -155,7 +155,7 @@ def _open_row(options, overrides):
   """(data, first example) of --step: of the run in --workdir, or of any run of the config."""
   from pretrain.experiment import same_stores
   from pretrain.experiment import saved as saved_config
-  from pretrain.experiment.phases import stretch_at
+  from pretrain.experiment.phases import phase_at
   from pretrain.experiment.resume import check_same_run
 
   saved, step = options.workdir and options.workdir / 'config.gin', max(options.step, 0)
@@ -164,10 +164,10 @@ def _open_row(options, overrides):
   options.gin_file = options.gin_file or [str(saved)]
   cfg = shared.load(options, overrides)
   cfg = saved_config.as_begun(cfg, saved) if saved else cfg
-  stretch = stretch_at(cfg, step)
+  phase = phase_at(cfg, step)
   if saved is None:
     _check_decided(cfg.data.online, step)
-    return _open(stretch.cfg), stretch.example(options.step)
+    return _open(phase.cfg), phase.example(options.step)
   cfg = same_stores.as_begun(options.workdir, cfg)
   check_same_run(saved, cfg)
   import jax
@@ -175,7 +175,7 @@ def _open_row(options, overrides):
   jax.config.update('jax_platforms', 'cpu')
   from pretrain.tools.history import data_of_run
 
-  return data_of_run(options.workdir, cfg, _open(stretch_at(cfg, step).cfg), step)
+  return data_of_run(options.workdir, cfg, _open(phase_at(cfg, step).cfg), step)
 
 
 def _check_decided(online, step: int) -> None:

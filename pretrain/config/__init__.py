@@ -1,5 +1,5 @@
 """Gin text to frozen dataclasses and back.
 
-Contains gin's notation and the rules for dataclass fields; must not contain any particular key, except those that
-messages suggest (other_stacks.py).
+Knows gin's notation and the rules for dataclass fields; must not know any particular key (other_stacks.py
+has other programs' keys, for messages only).
 """

@@ -27,7 +27,7 @@ from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretches
+from pretrain.experiment.phases import phases_of
 from pretrain.optim.optimizer import check_optimizer
 from pretrain.optim.schedule import check_schedule
 from pretrain.optim.spikes import RewindSpikes
@@ -44,14 +44,14 @@ def check(cfg: Experiment) -> None:
   _check_stages(cfg)
   _check_online(cfg)
   _check_rewinds(cfg)
-  for stretch in stretches(cfg):
-    place = f'phases[{stretch.index - 1}]: ' if stretch.index else ''
+  for phase in phases_of(cfg):
+    where = f'phases[{phase.index - 1}]: ' if phase.index else ''
     try:
-      _check_one(stretch.cfg)
+      _check_one(phase.cfg)
     except ValueError as error:
-      raise ConfigError(f'{place}{error}') from error
+      raise ConfigError(f'{where}{error}') from error
     except ConfigError as error:
-      raise ConfigError(place + str(error).removeprefix('CONFIG: ')) from error
+      raise ConfigError(where + str(error).removeprefix('CONFIG: ')) from error
 
 
 def _check_secrets(cfg: Experiment) -> None:
@@ -67,7 +67,7 @@ def _check_secrets(cfg: Experiment) -> None:
 
 def _check_sentinels(cfg: Experiment) -> None:
   """Sentinels and modes are the last ids, counted from the end: with more sentinels, each of them gets another id."""
-  marked = [stretch for stretch in stretches(cfg) if any(map(has_marks, tasks_of(stretch.cfg.objective)))]
+  marked = [phase for phase in phases_of(cfg) if any(map(has_marks, tasks_of(phase.cfg.objective)))]
   for before, after in itertools.pairwise(marked):
     old, new = before.cfg.data.sentinels, after.cfg.data.sentinels
     if old != new:
@@ -103,8 +103,8 @@ def _check_one(cfg: Experiment) -> None:
 
 def _check_buckets(cfg: Experiment) -> None:
   """Each step takes `batch_size` rows of one length: another batch size would group other rows into steps."""
-  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
-  if len(sizes) > 1 and any(isinstance(stretch.cfg.data.packing, LengthBuckets) for stretch in stretches(cfg)):
+  sizes = {phase.cfg.data.batch_size for phase in phases_of(cfg)}
+  if len(sizes) > 1 and any(isinstance(phase.cfg.data.packing, LengthBuckets) for phase in phases_of(cfg)):
     raise ConfigError(
       f"data.batch_size is {sorted(sizes)} in the phases of a run with data.packing.name='length_buckets', whose steps "
       'depend on it; give all phases one size.'
@@ -113,8 +113,8 @@ def _check_buckets(cfg: Experiment) -> None:
 
 def _check_stages(cfg: Experiment) -> None:
   """The start steps of data.stages are converted to rows with one batch size."""
-  sizes = {stretch.cfg.data.batch_size for stretch in stretches(cfg)}
-  if len(sizes) > 1 and any(getattr(stretch.cfg.data, 'stages', ()) for stretch in stretches(cfg)):
+  sizes = {phase.cfg.data.batch_size for phase in phases_of(cfg)}
+  if len(sizes) > 1 and any(getattr(phase.cfg.data, 'stages', ()) for phase in phases_of(cfg)):
     raise ConfigError(
       f'data.stages start at steps of one data.batch_size, the phases of this run have {sorted(sizes)}; set one size '
       'in all phases, or remove data.stages.'
@@ -123,11 +123,11 @@ def _check_stages(cfg: Experiment) -> None:
 
 def _check_online(cfg: Experiment) -> None:
   """Online decisions refer to the sources and batches of the whole run: no phase may change them."""
-  for phase, stretch in zip(cfg.phases, stretches(cfg)[1:], strict=True):
-    if (cfg.data.online or stretch.cfg.data.online) and stretch.cfg.data != cfg.data:
+  for phase in phases_of(cfg)[1:]:
+    if (cfg.data.online or phase.cfg.data.online) and phase.cfg.data != cfg.data:
       key = next(key for other in cfg.phases for key in other.set if key.startswith('data.'))
       raise ConfigError(
-        f'phases: from step {phase.start_step} on {key} changes the data, and data.online decides for the data of '
+        f'phases: from step {phase.start} on {key} changes the data, and data.online decides for the data of '
         'the whole run; let no phase set data.*, or remove data.online.'
       )
 
@@ -150,7 +150,7 @@ def check_skippable(cfg: Experiment, what: str) -> None:
   """Raises ConfigError where the examples of a step cannot be skipped, as the setting `what` requires."""
   if cfg.data.online is not None:
     raise ConfigError(f'{what} with data.online, whose weights come from the losses of all examples; remove one.')
-  if len(sizes := {stretch.cfg.data.batch_size for stretch in stretches(cfg)}) > 1:
+  if len(sizes := {phase.cfg.data.batch_size for phase in phases_of(cfg)}) > 1:
     raise ConfigError(f'{what} with data.batch_size={sorted(sizes)} in phases; give all one size, or remove it.')
 
 
@@ -193,7 +193,7 @@ def _check_documents(cfg: Experiment) -> None:
 
 def _check_evaluation(cfg: Experiment) -> None:
   """An evaluation needs held-out data, and generation needs pairs, in at least one phase."""
-  own, parts = cfg.evaluation, [stretch.cfg for stretch in stretches(cfg)]
+  own, parts = cfg.evaluation, [phase.cfg for phase in phases_of(cfg)]
   if own.every and not any(has_heldout(part.data) for part in parts):
     fix = 'set it to 0' if cfg.data.name == 'synthetic' else 'set data.heldout, or evaluation.every=0'
     raise ConfigError(f"evaluation.every={own.every} with data.name='{cfg.data.name}' and nothing held out; {fix}.")
@@ -241,7 +241,7 @@ def _check_lawa(cfg: Experiment) -> None:
 def _check_initial(initial: str | None) -> None:
   if initial is not None and not pathlib.PurePath(initial).name.isdecimal():
     raise ConfigError(
-      f"checkpoint.initial='{initial}' has no step number; write 'RUN/<step>', one of `pretrain checkpoints list "
+      f"checkpoint.initial='{initial}' has no step; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
     )
 

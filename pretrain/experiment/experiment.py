@@ -8,7 +8,7 @@ from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.devices.mesh import MeshConfig
-from pretrain.experiment.phases import Phase
+from pretrain.experiment.phases import PhaseConfig
 from pretrain.fleet.surviving import ElasticConfig
 from pretrain.hosts.watchdog import WatchdogConfig
 from pretrain.optim.averaging import Averaging, NoAveraging
@@ -71,7 +71,7 @@ class Experiment:
   elastic: ElasticConfig = ElasticConfig()
   replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
-  phases: tuple[Phase, ...] = ()
+  phases: tuple[PhaseConfig, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
 

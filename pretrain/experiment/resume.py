@@ -104,7 +104,7 @@ def check_same_data(
   keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
   lines = [f'{key} was {_short(before.get(key))}, is {_short(after.get(key))}' for key in keys]
   if keys and not (allow_data_change and 'tokenizer' not in keys):
-    add = '' if 'tokenizer' in keys else ', or add --allow_data_change to go on with it from the same place'
+    add = '' if 'tokenizer' in keys else ', or add --allow_data_change to continue with it from the same position'
     raise CheckpointError(
       'CKPT-DATA',
       f'step {step} in {workdir} was trained on other data: {", ".join(lines)}. '

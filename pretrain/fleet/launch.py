@@ -21,6 +21,7 @@ from typing import TextIO
 
 from pretrain import errors
 from pretrain.errors import ConfigError, HostError
+from pretrain.hosts.ownership import INHERITED
 from pretrain.redact import redact
 
 COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
@@ -209,15 +210,18 @@ class Member:
 class Group:
   """Local processes that end together. `env` names an external coordinator; None: process 0 runs the coordinator."""
 
-  def __init__(self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None):
-    self._command, self._stream = command, stream
+  def __init__(
+    self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None,
+    lock: int | None = None,
+  ):  # fmt: skip
+    self._command, self._stream, self._lock = command, stream, lock
     env = env or {COORDINATOR: f'127.0.0.1:{free_port()}'}
     self._members = [self._start(host, hosts, env) for host in range(hosts)]
 
   def _start(self, host: int, hosts: int, env: Mapping[str, str]) -> Member:
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get('PYTHONPATH'))))
     # Our packages come before any other package named `data`; -P leaves out the current folder.
-    process = start(self._command, {**env, 'PYTHONPATH': path, NUM_HOSTS: str(hosts), HOST: str(host)})
+    process = start(self._command, {**env, 'PYTHONPATH': path, NUM_HOSTS: str(hosts), HOST: str(host)}, self._lock)
     member = Member(host, process, threading.Thread())
     member.reader = threading.Thread(target=prefix_lines, args=(process.stdout, member, self._stream), daemon=True)
     member.reader.start()
@@ -317,13 +321,15 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
-  """Starts a process that the kernel kills if this one dies, also by kill -9 (Linux)."""
+def start(command: Sequence[str], env: dict[str, str], lock: int | None = None) -> subprocess.Popen:
+  """Starts a process that inherits `lock`, and that the kernel kills if this one dies, also by kill -9 (Linux)."""
+  if lock is not None:
+    env = env | {INHERITED: str(lock)}
   wrapped = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
   # In its own process group, because Ctrl-C in a terminal goes to the whole group and would arrive twice.
   return subprocess.Popen(
     wrapped, env=os.environ | env | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    text=True, errors='replace', process_group=0,
+    text=True, errors='replace', process_group=0, pass_fds=[] if lock is None else [lock],
   )  # fmt: skip
 
 

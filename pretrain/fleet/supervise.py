@@ -25,6 +25,7 @@ from pretrain.fleet.launch import (
   Outcome,
 )
 from pretrain.fleet.surviving import MEMBERS, Coordinator, announce
+from pretrain.hosts.ownership import owned
 from pretrain.hosts.skipping import add_skip, leave_out, read_skips
 from pretrain.records.goodput import CLOCK_TICK, processes, spent_in, write_goodput
 from pretrain.records.metrics import read_metrics
@@ -62,7 +63,6 @@ class Supervisor:
   ):  # fmt: skip
     self._hosts, self._command, self._workdir, self._policy, self._fits = hosts, command, workdir, policy, fits
     self._log, self._batch_size = Log(stream or sys.stdout), batch_size
-    self._tail = Tail(workdir / FILE)
     self._incident: dict[str, Any] | None = None  # an incident from which the run has not recovered yet
     self._group: Group | None = None
     self._told: Group | None = None  # the group that was told to end
@@ -72,7 +72,15 @@ class Supervisor:
     self._restarts, self._furthest = 0, 0
 
   def run(self) -> int:
-    """The exit code of the run: 0, 75 if it was told to stop, otherwise the code of the process that failed."""
+    """The exit code of the run: 0, 75 if it was told to stop, otherwise the code of the process that failed.
+
+    Owns the workdir until the end. Raises ConfigError where another run owns it.
+    """
+    with owned(self._workdir) as self._lock:
+      self._tail = Tail(self._workdir / FILE)
+      return self._run()
+
+  def _run(self) -> int:
     history: list[Failure] = []
     with ForwardedSignals(self._stop):
       while True:
@@ -115,7 +123,7 @@ class Supervisor:
   def _start(self) -> Group:
     """The processes of the run: new ones, or the survivors with replacements."""
     if self._policy.survive is None:
-      return Group(self._hosts, self._command, self._log)
+      return Group(self._hosts, self._command, self._log, lock=self._lock)
     if not self._lived_on:
       self._close()
     self._coordinators.append(Coordinator(self._hosts))
@@ -123,7 +131,7 @@ class Supervisor:
     env = {COORDINATOR: address, SERVED: str(path)}
     if not self._lived_on:
       self._until = math.inf
-      return Group(self._hosts, self._command, self._log, env)
+      return Group(self._hosts, self._command, self._log, env, self._lock)
     self._until = time.monotonic() + self._policy.survive
     announce(path, self._coordinators[-2].address, address, self._hosts, self._group.regroup(self._hosts, env))
     return self._group
@@ -314,10 +322,10 @@ class Tail:
   """Follows the timeline for lines of the current processes."""
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._place = path, 0
+    self._path, self._offset = path, 0
     if path.exists():
       end_line(path)
-      self._place = path.stat().st_size
+      self._offset = path.stat().st_size
     self.forget(-math.inf)
 
   def forget(self, since: float) -> None:
@@ -331,16 +339,16 @@ class Tail:
 
   def read_away(self) -> None:
     if self._path.exists():
-      self._place = self._path.stat().st_size
+      self._offset = self._path.stat().st_size
 
   def read(self) -> None:
-    if not self._path.exists() or self._path.stat().st_size == self._place:
+    if not self._path.exists() or self._path.stat().st_size == self._offset:
       return
     with self._path.open('rb') as file:
-      file.seek(self._place)
+      file.seek(self._offset)
       data = file.read()
     whole = data[: data.rfind(b'\n') + 1]
-    self._place += len(whole)
+    self._offset += len(whole)
     for line in parse(whole):
       if line.get('began', -math.inf) >= self._since:
         self.reached, self.resumed, self.examples = line['step'], line['resumed'], line['examples']

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from pretrain.errors import HostError
 
-SECONDS_BEFORE_TELLING = 2.0  # a longer phase is reported to the other processes, which may be waiting
+SECONDS_BEFORE_TELLING = 2.0  # a longer activity is reported to the other processes, which may be waiting
 SECONDS_TO_ANSWER = 600.0  # the slowest process may still write or hash its files
 A_DAY = 86_400.0  # the longest that a barrier waits
 FOLDER = 'pretrain/doing'
@@ -55,20 +55,20 @@ def missing_hosts(text: str) -> list[int]:
   return sorted(map(int, listed[1].split())) if listed else []
 
 
-def tell(phase: str, step: int, serial: int) -> None:
-  """Reports to the other processes what this one is doing; once for each time it entered the phase."""
+def tell(activity: str, step: int, serial: int) -> None:
+  """Reports to the other processes what this one is doing; once for each time it began the activity."""
   client = distributed.global_state.client
   if client is None or _told.get('serial') == serial:
     return
   _told['serial'] = serial
-  client.key_value_set(f'{FOLDER}/{host()}', f'{phase} {step}', allow_overwrite=True)
+  client.key_value_set(f'{FOLDER}/{host()}', f'{activity} {step}', allow_overwrite=True)
 
 
 _told: dict[str, int] = {}
 
 
 def doing() -> dict[int, tuple[str, int]]:
-  """process -> (phase, steps completed) of the other processes, as they last reported."""
+  """process -> (activity, steps completed) of the other processes, as they last reported."""
   client = distributed.global_state.client
   if client is None:
     return {}
@@ -77,12 +77,12 @@ def doing() -> dict[int, tuple[str, int]]:
   except jax.errors.JaxRuntimeError:  # the coordinator has ended, and this process soon will
     return {}
   told = {int(key.rpartition('/')[2]): value.split() for key, value in found}
-  return {other: (phase, int(step)) for other, (phase, step) in sorted(told.items()) if other != host()}
+  return {other: (activity, int(step)) for other, (activity, step) in sorted(told.items()) if other != host()}
 
 
 def others() -> str:
   """What the other processes are doing, as the end of a sentence."""
-  listed = [f'{other}: {phase} since step {step}' for other, (phase, step) in doing().items()]
+  listed = [f'{other}: {activity} since step {step}' for other, (activity, step) in doing().items()]
   return f'; other processes: {", ".join(listed)}' if listed else ''
 
 

@@ -20,7 +20,7 @@ GRACE_SECONDS = 5.0  # processes that wait for another one give it this much lon
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-  """The longest time in seconds that a phase may take without progress; 0 = no limit.
+  """The longest time in seconds that an activity may take without progress; 0 = no limit.
 
   `step` = None means 10 times the median step, at least 60 s. The first step compiles, and has the limit of `compile`.
   """
@@ -35,20 +35,20 @@ class WatchdogConfig:
   close: Annotated[float, '>= 0'] = 1800.0
 
 
-def limit_of(cfg: WatchdogConfig, phase: str, median_step: float | None) -> float:
-  """Seconds that `phase` may take; 0 = no limit.
+def limit_of(cfg: WatchdogConfig, activity: str, median_step: float | None) -> float:
+  """Seconds that `activity` may take; 0 = no limit.
 
   >>> cfg = WatchdogConfig()
   >>> limit_of(cfg, 'step', 0.5), limit_of(cfg, 'step', 30.0), limit_of(cfg, 'step', None), limit_of(cfg, 'data', 0.5)
   (60.0, 300.0, 3600.0, 1800.0)
   """
-  if phase == 'step' and cfg.step is None:
+  if activity == 'step' and cfg.step is None:
     return cfg.compile if median_step is None else max(60.0, 10 * median_step)
-  return getattr(cfg, phase, 0.0)  # 'done' has none
+  return getattr(cfg, activity, 0.0)  # 'done' has none
 
 
 class Watchdog:
-  """Inside the block, a phase of `timeline` that takes longer than its limit ends the process with code 70.
+  """Inside the block, an activity of `timeline` that takes longer than its limit ends the process with code 70.
 
   It also writes the timeline while the main thread does not. Time in which the whole process stood still (a stopped or
   sleeping machine) does not count: only time that this thread has measured counts.
@@ -85,17 +85,17 @@ class Watchdog:
       return
     self._stuck += seconds
     if self._stuck >= coordination.SECONDS_BEFORE_TELLING:
-      coordination.tell(timeline.phase, timeline.step, timeline.serial)
-    limit = limit_of(self._cfg, timeline.phase, timeline.median_step())
+      coordination.tell(timeline.activity, timeline.step, timeline.serial)
+    limit = limit_of(self._cfg, timeline.activity, timeline.median_step())
     if limit and self._stuck > limit and self._stuck > self._longest_of_others():
       self._expire(limit)
 
   def _longest_of_others(self) -> float:
-    """The longest limit of the phases of other processes: a process that waits in a step for them ends after them."""
-    if self._timeline.phase != 'step':
+    """The longest limit of what other processes do: a process that waits in a step for them ends after them."""
+    if self._timeline.activity != 'step':
       return 0.0
-    phases = [phase for phase, _ in coordination.doing().values() if phase != 'step']
-    limits = [limit_of(self._cfg, phase, None) or math.inf for phase in phases]
+    activities = [activity for activity, _ in coordination.doing().values() if activity != 'step']
+    limits = [limit_of(self._cfg, activity, None) or math.inf for activity in activities]
     return max(limits, default=0.0) + (GRACE_SECONDS if limits else 0.0)
 
   def _expire(self, limit: float) -> None:
@@ -108,13 +108,13 @@ class Watchdog:
     median = timeline.median_step()
     usual = f' (median step {median:.2g} s)' if median is not None else ''
     print(
-      f'HANG: process {coordination.host()} in phase {timeline.phase} '
+      f'HANG: process {coordination.host()} in phase {timeline.activity} '
       f'for {self._stuck:.0f} s since step {timeline.step}, '
-      f'watchdog.{timeline.phase} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {path}. '
+      f'watchdog.{timeline.activity} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {path}. '
       'Saved steps are intact; the same command resumes.',
       file=sys.stderr,
       flush=True,
     )
     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-    timeline.flush(**{timeline.phase: -self._stuck, 'hang': self._stuck})
+    timeline.flush(**{timeline.activity: -self._stuck, 'hang': self._stuck})
     os._exit(EXIT_CODE)

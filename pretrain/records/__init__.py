@@ -1,4 +1,4 @@
 """What a run writes about itself: metrics, timeline, goodput, progress, plots.
 
-Knows numbers and files; must not know what they are of.
+Knows numbers and files; must not know what the numbers mean.
 """

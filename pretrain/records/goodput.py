@@ -106,30 +106,30 @@ def spent_in(process: Process) -> Iterable[tuple[str, float]]:
   before, step = process.began, process.resumed
   for line in process.lines:
     length, left = line['t'] - before, min(line['t'], process.end) - before
-    for phase, seconds in line['seconds'].items():
+    for activity, seconds in line['seconds'].items():
       seconds *= max(left, 0.0) / length if length > 0 else 1.0
-      yield from split(phase, seconds, step, line['step'], process.boundary)
+      yield from split(activity, seconds, step, line['step'], process.boundary)
     before, step = line['t'], line['step']
   if (tail := process.end - before) > 0:  # nobody wrote it down
     yield from split(process.lines[-1]['phase'], tail, step, step, process.boundary)
 
 
-def split(phase: str, seconds: float, first: int, last: int, boundary: float) -> Iterable[tuple[str, float]]:
-  """(kind, seconds) of a phase from step `first` to `last`; what was for steps after `boundary` is lost.
+def split(activity: str, seconds: float, first: int, last: int, boundary: float) -> Iterable[tuple[str, float]]:
+  """(kind, seconds) of an activity from step `first` to `last`; what was for steps after `boundary` is lost.
 
   >>> list(split('step', 10.0, 20, 30, 28)), list(split('save', 1.0, 20, 20, 28))
   ([('lost', 2.0), ('productive', 8.0)], [('save', 1.0)])
   """
-  if phase not in REDONE:
-    yield {'done': 'close'}.get(phase, phase), seconds
+  if activity not in REDONE:
+    yield {'done': 'close'}.get(activity, activity), seconds
     return
   steps = max(last - first, 1)
   lost = seconds * min(max(max(last, first + 1) - boundary, 0), steps) / steps if boundary < math.inf else 0.0
-  if phase == 'eval':
+  if activity == 'eval':
     lost = seconds if last > boundary else 0.0
   if lost:
     yield 'lost', lost
-  yield 'productive' if phase == 'step' else phase, seconds - lost
+  yield 'productive' if activity == 'step' else activity, seconds - lost
 
 
 def failures_in(lines: Iterable[Mapping[str, Any]], found: Sequence[Process]) -> list[float]:

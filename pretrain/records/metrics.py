@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping
 
 from pretrain.errors import ConfigError
+from pretrain.records.names import one_line
 from pretrain.records.progress import make_display
 
 FILE = 'metrics.jsonl'
@@ -175,7 +176,7 @@ def is_row(line: bytes) -> bool:
 
 
 class Events:
-  """TensorBoard's copy. Steps after `resume_step` that an earlier start wrote are hidden by TensorBoard."""
+  """TensorBoard's copy, under the same names. It hides steps after `resume_step` that an earlier start wrote."""
 
   def __init__(self, folder: pathlib.Path, resume_step: int):
     self._folder, self._purge_step, self._writer = folder, resume_step + 1, None
@@ -185,8 +186,12 @@ class Events:
       from tensorboardX import SummaryWriter  # half a second, which a mistake in a config need not cost
 
       self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+    from tensorboardX.proto.summary_pb2 import Summary
+
     for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+      # Not `add_scalar`: it puts _ in place of most characters, and two sources could become one.
+      scalar = Summary.Value(tag=one_line(name), simple_value=float(value))
+      self._writer.file_writer.add_summary(Summary(value=[scalar]), step)
 
   def close(self) -> None:
     if self._writer is not None:

@@ -1,12 +1,15 @@
 """The plots of a run and of a schedule. matplotlib is imported when they are drawn: it takes a second."""
 
 import contextlib
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from pretrain.records.names import one_line, shortened
 
 Rows = Sequence[Mapping[str, float]]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -20,6 +23,7 @@ PLOTS = {
   'throughput': 'Throughput',
   'data_wait': 'Waiting for data',
 }
+FILL_PLOTS = {'fill': 'Positions used, and padding'}  # where they are logged
 SOURCE_PLOTS = {'shares': 'Shares of the sources', 'source_loss': 'Loss of each source'}  # where there are several
 LABELS = {
   'loss': 'nats per target',
@@ -27,15 +31,22 @@ LABELS = {
   'grad_norm': 'global norm before clipping',
   'throughput': 'thousand tokens/s',
   'data_wait': '% of step time',
+  'fill': '% of positions, of FLOPs',
   'shares': "% of the stage's rows",
   'source_loss': 'nats per target',
 }
 LOOK = {
   'figure.dpi': 110, 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
   'grid.color': '#e8e8e8', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False,
-  'lines.linewidth': 1.6, 'axes.axisbelow': True,
+  'lines.linewidth': 1.6, 'axes.axisbelow': True, 'text.parse_math': False, 'text.usetex': False,
 }  # fmt: skip
 BLUE, PALE = '#2563a8', '#a9c6e8'
+NAME = 28  # characters of a name in a plot
+FILL = {
+  'fill/encoder': ('encoder positions used', BLUE, '-'),
+  'fill/decoder': ('decoder positions used', '#3a8f4d', '-'),
+  'padding_flops': ('FLOPs of padding', '#d1492e', '--'),
+}
 STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averages have the colour of the weights themselves
 EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
@@ -49,6 +60,8 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wante
     for name, title in plots_of(rows).items():
       with figure(plt, folder / f'{name}.png', (9.6, 4.2) if name == 'loss' else (4.8, 2.9)) as axes:
         axes.set(title=title, xlabel='step', ylabel=LABELS[name])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter('{x:,.0f}')
         plot(axes, name, rows, baselines, wanted)
       paths.append(folder / f'{name}.png')
   return paths
@@ -56,7 +69,8 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wante
 
 def plots_of(rows: Rows) -> dict[str, str]:
   """Which plots a run has, and their titles."""
-  return PLOTS | SOURCE_PLOTS if sources_of(rows) else PLOTS
+  logged = any('padding_flops' in row for row in rows)
+  return PLOTS | (FILL_PLOTS if logged else {}) | (SOURCE_PLOTS if sources_of(rows) else {})
 
 
 def sources_of(rows: Rows) -> list[str]:
@@ -72,6 +86,36 @@ def pyplot():
   import matplotlib.pyplot as plt
 
   return plt
+
+
+def label(name: str) -> str:
+  """A name as a plot can show it: one short line, and the code of each character that the font does not have.
+
+  It is drawn as it stands: LOOK turns mathematics off. A legend leaves out what begins with an underscore: a space goes
+  before it.
+  """
+  known = glyphs()
+  text = ''.join(c if ord(c) in known else f'U+{ord(c):04X} ' for c in one_line(name))
+  return ' ' * (not name or name.startswith('_')) + shortened(text.strip(), NAME)
+
+
+@functools.cache
+def glyphs() -> frozenset[int]:
+  """The characters that the font of plots has."""
+  from matplotlib import font_manager
+
+  return frozenset(font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
+
+
+def legend(axes) -> None:
+  """The names of the curves below the plot, where they hide none: in as many columns as fit, the figure grows."""
+  lengths = [len(text) for text in axes.get_legend_handles_labels()[1]]
+  if lengths:
+    # In inches: a letter is at most 1/13 wide, a line's sample as wide as 6 letters, a row 0.2 high.
+    columns = min(max(int(axes.figure.get_figwidth() * 13 // (max(lengths) + 6)), 1), 4)
+    rows = -(-len(lengths) // columns)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 * (rows - 1))
+    axes.figure.legend(loc='outside lower center', ncols=columns, fontsize=9)
 
 
 def draw_schedule(schedule: Callable[[np.ndarray], Any], num_steps: int, name: str, path: pathlib.Path) -> None:
@@ -121,7 +165,9 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float], wanted: Sh
       axes.set_ylim(bottom=0)
     case 'grad_norm':
       plot_smoothed(axes, curve(rows, 'grad_norm'))
-      axes.set_yscale('log')
+      plot_log(axes)
+    case 'fill':
+      plot_fill(axes, rows)
     case 'shares':
       plot_shares(axes, rows, wanted)
     case 'source_loss':
@@ -130,34 +176,90 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float], wanted: Sh
       axes.plot(*curve(rows, name), color=BLUE)
 
 
+def plot_log(axes) -> None:
+  """A logarithmic axis whose numbers are plain text: the formatter of matplotlib writes them as mathematics."""
+  from matplotlib.ticker import FuncFormatter, LogFormatter
+
+  axes.set_yscale('log')
+  axes.grid(which='both', axis='y')
+  axes.yaxis.set_major_formatter('{x:g}')
+  chosen = LogFormatter(minor_thresholds=(1, 0.4))  # which of the marks between powers of ten have a number
+  chosen.set_axis(axes.yaxis)
+  axes.yaxis.set_minor_formatter(FuncFormatter(lambda x, place: f'{x:g}' if chosen(x, place) else ''))
+
+
+def plot_fill(axes, rows: Rows) -> None:
+  """The share of positions that hold tokens on each side, and the share of FLOPs that padding takes."""
+  for key, (name, color, style) in FILL.items():
+    if any(key in row for row in rows):
+      plot_smoothed(axes, scaled(curve(rows, key), 100), name, color, style)
+  axes.set_ylim(0, 102)
+  legend(axes)
+
+
 def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
   """Training loss, held-out losses, and the baselines as lines across; n-grams are comparable with text loss only."""
   plot_smoothed(axes, curve(rows, 'loss'), 'training')
   found = evaluations(rows)
   colors = list(dict.fromkeys(map(raw_of, found)))
-  for key, label in found.items():
+  for key, text in found.items():
     color = EVALUATION[colors.index(raw_of(key)) % len(EVALUATION)]
-    axes.plot(*curve(rows, key), STYLES[average_of(key)], markersize=3.5, color=color, label=label)
-  for name, value in baselines.items():
+    axes.plot(*curve(rows, key), STYLES[average_of(key)], markersize=3.5, color=color, label=text)
+  for value in baselines.values():
     axes.axhline(value, color='#777', linestyle=(0, (5, 3)), linewidth=1)
-    axes.annotate(f'{name} {value:.2f}', (1, value), xycoords=axes.get_yaxis_transform(), fontsize=9, color='#555',
-                  va='center', xytext=(5, 0), textcoords='offset points', annotation_clip=False)  # fmt: skip
-  axes.figure.legend(loc='outside lower center', ncols=4)  # inside it would hide curves
+  note_baselines(axes, baselines)
+  legend(axes)
+
+
+def note_baselines(axes, baselines: Mapping[str, float]) -> None:
+  """The name and the value of each line, right of the plot; apart from each other where lines are close."""
+  names = sorted((name for name, value in baselines.items() if math.isfinite(value)), key=lambda name: baselines[name])
+  low, high = axes.get_ylim()
+  axes.set_ylim(low, high)  # it stays what the places are counted in
+  places = apart([(baselines[name] - low) / (high - low) for name in names], 0.055)
+  for name, place in zip(names, places, strict=True):
+    text = f'{label(name)} {baselines[name]:.2f}'
+    axes.annotate(text, (1, place), xycoords='axes fraction', fontsize=9, color='#555', va='center', xytext=(5, 0),
+                  textcoords='offset points', annotation_clip=False)  # fmt: skip
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+  """Ascending places, moved up or down together until neighbours are at least `least` apart.
+
+  >>> [round(x, 2) for x in apart([0.1, 0.5, 0.5, 0.52], 0.1)]
+  [0.1, 0.41, 0.51, 0.61]
+  """
+  groups: list[list[float]] = []
+  for place in places:
+    groups.append([place])
+    while len(groups) > 1 and bottom(groups[-1], least) - top(groups[-2], least) < least:
+      groups[-2:] = [groups[-2] + groups[-1]]
+  return [bottom(group, least) + k * least for group in groups for k in range(len(group))]
+
+
+def bottom(group: Sequence[float], least: float) -> float:
+  """The lowest place of a group whose places stand `least` apart around their mean."""
+  return sum(group) / len(group) - (len(group) - 1) / 2 * least
+
+
+def top(group: Sequence[float], least: float) -> float:
+  return bottom(group, least) + (len(group) - 1) * least
 
 
 def plot_shares(axes, rows: Rows, wanted: Shares) -> None:
   """What part of each stage so far was of each source; dashed, what part was to be."""
   colors, last = source_colors(rows), rows[-1]['step']
-  for source, color in colors.items():
-    # A row tells of the steps up to it: a border of stages is a jump.
-    axes.plot(*scaled(curve(rows, f'share/{source}'), 100), color=color, label=source, drawstyle='steps-pre')
-  label = {'label': 'wanted'}
+  for source, (color, style) in colors.items():
+    # A row counts the steps up to it: a border of stages is a jump.
+    points = scaled(curve(rows, f'share/{source}'), 100)
+    axes.plot(*points, style, color=color, label=label(source), drawstyle='steps-pre')
+  named = {'label': 'wanted'}
   for start, end, source, share in lines_of(wanted, last):
     if source in colors:
-      axes.plot([start, end], [100 * share] * 2, color='#222', linestyle=(0, (4, 3)), linewidth=1, zorder=3, **label)
-      label = {}
+      axes.plot([start, end], [100 * share] * 2, color='#222', linestyle=(0, (4, 3)), linewidth=1, zorder=3, **named)
+      named = {}
   axes.set_ylim(bottom=0)
-  axes.figure.legend(loc='outside lower center', ncols=4)
+  legend(axes)
 
 
 def lines_of(wanted: Shares, last: float) -> list[tuple[float, float, str, float]]:
@@ -173,18 +275,19 @@ def lines_of(wanted: Shares, last: float) -> list[tuple[float, float, str, float
 
 def plot_source_loss(axes, rows: Rows, borders: Sequence[float]) -> None:
   """The training loss on each source; where the shares change, a line upwards."""
-  for source, color in source_colors(rows).items():
-    plot_smoothed(axes, curve(rows, f'loss/{source}'), source, color)
+  for source, (color, style) in source_colors(rows).items():
+    plot_smoothed(axes, curve(rows, f'loss/{source}'), label(source), color, style)
   for step in borders:
     if 0 < step < rows[-1]['step']:
       axes.axvline(step, color='#777', linestyle=(0, (4, 3)), linewidth=1)
-  axes.figure.legend(loc='outside lower center', ncols=4)
+  legend(axes)
 
 
-def source_colors(rows: Rows) -> dict[str, str]:
-  """The colour of each source, the same in all plots."""
-  palette = (BLUE, *EVALUATION)
-  return {source: palette[i % len(palette)] for i, source in enumerate(sources_of(rows))}
+def source_colors(rows: Rows) -> dict[str, tuple[str, str]]:
+  """The colour and the style of line of each source, the same in all plots."""
+  palette, styles = (BLUE, *EVALUATION), ('-', '--', '-.', ':')
+  place = lambda i: (palette[i % len(palette)], styles[i // len(palette) % len(styles)])
+  return {source: place(i) for i, source in enumerate(sources_of(rows))}
 
 
 def evaluations(rows: Rows) -> dict[str, str]:
@@ -196,14 +299,26 @@ def evaluations(rows: Rows) -> dict[str, str]:
     {key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')},
     key=lambda key: (raw_of(key), average_of(key)),
   )
-  same = {text.replace('/text_loss', '/loss'): text for text in keys if hides(rows, text)}
-  label = lambda key: key.removeprefix('eval/').replace('/text_loss', ', text only').removesuffix('/loss')
-  return {key: label(key) + ', text only within 1%' * (key in same) for key in keys if key not in same.values()}
+  same = {whole_of(text): text for text in keys if hides(rows, text)}
+  return {
+    key: evaluation_label(key) + ', text only within 1%' * (key in same) for key in keys if key not in same.values()
+  }
+
+
+def evaluation_label(key: str) -> str:
+  """The set and the average of `eval/SET/loss` or `eval/SET/AVERAGE/text_loss`, for a legend."""
+  average, text = average_of(key), key.endswith('/text_loss')
+  return label(set_of(key)) + f'/{average}' * bool(average) + ', text only' * text
+
+
+def whole_of(key: str) -> str:
+  """The key of the loss of all targets that stands beside that of text alone."""
+  return key.removesuffix('/text_loss') + '/loss' if key.endswith('/text_loss') else key
 
 
 def hides(rows: Rows, text: str) -> bool:
   """Whether `text`, the key of a loss of text alone, is everywhere within 1% of that of all targets."""
-  whole = text.replace('/text_loss', '/loss')
+  whole = whole_of(text)
   pairs = [(row[text], row[whole]) for row in rows if text in row and whole in row]
   return whole != text and bool(pairs) and all(abs(a - b) <= 0.01 * abs(b) for a, b in pairs)
 
@@ -214,23 +329,29 @@ def raw_of(key: str) -> str:
   >>> raw_of('eval/books/ema/loss'), raw_of('eval/books/loss')
   ('eval/books/loss', 'eval/books/loss')
   """
-  return key.replace(f'/{average_of(key)}/', '/') if average_of(key) else key
+  return f'eval/{set_of(key)}/{key.rpartition("/")[2]}'
+
+
+def set_of(key: str) -> str:
+  """The evaluation set of a key: 'books' of eval/books/loss and of eval/books/ema/loss."""
+  name, average = key.removeprefix('eval/').rpartition('/')[0], average_of(key)
+  return name.removesuffix(f'/{average}') if average else name
 
 
 def average_of(key: str) -> str:
   """'ema' of eval/<set>/ema/loss, '' of eval/<set>/loss."""
-  parts = key.split('/')
-  return parts[2] if len(parts) == 4 else ''
+  *name, last = key.removeprefix('eval/').split('/')[:-1]
+  return last if name and last in STYLES else ''
 
 
-def plot_smoothed(axes, points: Curve, label: str | None = None, color: str = BLUE) -> None:
+def plot_smoothed(axes, points: Curve, name: str | None = None, color: str = BLUE, style: str = '-') -> None:
   """The points pale, their running mean strong."""
   steps, values = points
   if len(values) < 40:
-    axes.plot(steps, values, color=color, label=label)
+    axes.plot(steps, values, style, color=color, label=name)
     return
   axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
-  axes.plot(steps, running_mean(values, len(values) // 80), color=color, label=label)
+  axes.plot(steps, running_mean(values, len(values) // 80), style, color=color, label=name)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -270,8 +391,8 @@ def draw_stats(values: Mapping[str, Any], path: pathlib.Path) -> None:
     left.tick_params('x', rotation=45)
     left.legend()
     common = values['frequent_tokens'][:20][::-1]
-    pieces = [token['piece'].replace('\u2581', '_').replace('$', r'\$') for token in common]
-    labels = [f'"{p}"' if p.isascii() else f'id {token["id"]}' for p, token in zip(pieces, common, strict=True)]
+    pieces = [token['piece'].replace('\u2581', '_') for token in common]
+    labels = [f'"{label(p)}"' if p.isascii() else f'id {token["id"]}' for p, token in zip(pieces, common, strict=True)]
     right.barh(range(len(common)), [token['count'] / values['num_tokens'] * 100 for token in common], color=PALE)
     right.set_yticks(range(len(common)), labels)
     right.set(title='Most frequent tokens', xlabel='% of all tokens')

@@ -9,6 +9,8 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pretrain.records.names import one_line
+
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -30,34 +32,45 @@ def make_display(total_steps: int, stream: TextIO | None = None) -> Display:
 
 
 class Clock:
-  """Turns steps into rates, counted from the first step shown: what came before it was compiling."""
+  """Turns steps into rates, counted from the first step shown: the time before it was spent compiling.
+
+  Steps may be shown later than they were finished, several at once. So the time between two of them is at least
+  `step_seconds`, which counts whole steps.
+  """
 
   def __init__(self, total_steps: int):
     self.total = total_steps
     self._first: tuple[int, float] | None = None
+    self._last, self._busy = 0, 0.0  # the last step shown; seconds of the steps shown after the first one
 
   def describe(self, step: int, values: Mapping[str, float]) -> str:
     """For example `loss 4.3210  12.3k tokens/s  2.50 steps/s  ETA 0:03:21`; each part only where it is known."""
     parts = [f'loss {values["loss"]:.4f}'] if 'loss' in values else []
     if 'tokens_per_second' in values:
       parts.append(f'{values["tokens_per_second"] / 1e3:.1f}k tokens/s')
-    if rate := self._rate(step):
+    if rate := self._rate(step, values.get('step_seconds', 0.0)):
       remaining = datetime.timedelta(seconds=round((self.total - step) / rate))
       parts.append(f'{rate:.2f} steps/s  ETA {remaining}')
     return '  '.join(parts)
 
-  def _rate(self, step: int) -> float:
+  def _rate(self, step: int, step_seconds: float) -> float:
+    """Steps per second since the first step shown; 0 for that one."""
     now = time.monotonic()
-    self._first = self._first or (step, now)
+    if self._first is None:
+      self._first = step, now
+    else:
+      self._busy += (step - self._last) * step_seconds
+    self._last = step
     first, start = self._first
-    return (step - first) / max(now - start, 1e-9)
+    return (step - first) / max(now - start, self._busy, 1e-9)
 
 
 class LiveLine:
   """One rich progress line; whatever else is printed scrolls above it."""
 
   def __init__(self, clock: Clock, stream: TextIO):
-    columns = (TextColumn('step {task.completed}/{task.total}'), BarColumn(24), TextColumn('{task.description}'))
+    text = lambda form: TextColumn(form, markup=False)
+    columns = text('step {task.completed}/{task.total}'), BarColumn(24), text('{task.description}')
     self._clock = clock
     self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
     self._task = self._progress.add_task('starting', total=clock.total)
@@ -67,13 +80,17 @@ class LiveLine:
     self._progress.update(self._task, completed=step, description=self._clock.describe(step, values))
 
   def print(self, text: str) -> None:
-    self._progress.console.print(text, markup=False, highlight=False)
+    self._print(text)
 
   def warn(self, text: str) -> None:
-    self._progress.console.print(text, style='bold yellow', markup=False, highlight=False)
+    self._print(text, 'bold yellow')
 
   def close(self) -> None:
     self._progress.stop()
+
+  def _print(self, text: str, style: str | None = None) -> None:
+    """As it stands: names in it are no markup, `:fire:` is no emoji."""
+    self._progress.console.print(one_line(text), style=style, markup=False, emoji=False, highlight=False)
 
 
 class PlainLines:
@@ -89,7 +106,7 @@ class PlainLines:
       self.print(f'step {step}/{self._clock.total}  {self._clock.describe(step, values)}')
 
   def print(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    print(one_line(text), file=self._stream, flush=True)
 
   warn = print
 

@@ -1,26 +1,38 @@
 """How fast a run is, and how full its rows are: means over the steps between two rows of metrics."""
 
 import collections
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
 MEANS = ('fill/encoder', 'fill/decoder', 'padding_flops')  # metrics of a step that a row has the mean of
+WHOLE = 0.5  # of the seconds of the steps before it; a step that seems faster was not timed as a whole
 
 
 class Stopwatch:
   """Seconds, tokens, seconds waited for data and sums of step metrics since the last report."""
 
   def __init__(self):
-    self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+    self._rates: dict[str, float] = {}
     self._values: dict[str, list[float]] = collections.defaultdict(list)
+    self._restart()
 
-  def count(self, batch, waited: float) -> None:
-    """Adds a step. Its tokens are those of this process's rows."""
+  def _restart(self) -> None:
+    self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """The time inside the block is spent waiting for data."""
+    start = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - start
+
+  def count(self, batch) -> None:
+    """Adds a step with `batch`. Its tokens are those of this process's rows."""
     self._tokens += sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.endswith('_segment_ids'))
-    self._waited += waited
     self._steps += 1
 
   def add(self, values: Mapping[str, float]) -> None:
@@ -29,14 +41,25 @@ class Stopwatch:
       if key in values:
         self._values[key].append(values[key])
 
-  def report(self) -> dict[str, float]:
-    """The means since the last report, which begin anew. Tokens are taken to be as many in every process."""
+  def report(self, *, last: bool = False) -> dict[str, float]:
+    """The rates and means since the last report. Tokens are taken to be as many in every process.
+
+    The row of a step is written while the next step runs. `last`: no step follows, so that the time of this step may
+    have been spent before the last report. Then the rates are those of the last report: only whole steps count.
+    """
+    means = {key: sum(values) / len(values) for key, values in self._values.items()}
+    self._values.clear()
+    return self._measure(last) | means
+
+  def _measure(self, last: bool) -> dict[str, float]:
     seconds = time.perf_counter() - self._start
-    rates = {
-      'step_seconds': seconds / max(self._steps, 1),
+    step_seconds = seconds / max(self._steps, 1)
+    if last and self._rates and step_seconds < WHOLE * self._rates['step_seconds']:
+      return self._rates
+    self._rates = {
+      'step_seconds': step_seconds,
       'tokens_per_second': self._tokens * jax.process_count() / seconds,
       'data_wait': self._waited / seconds,
     }
-    means = {key: sum(values) / len(values) for key, values in self._values.items()}
-    self.__init__()
-    return rates | means
+    self._restart()
+    return self._rates

@@ -1,8 +1,8 @@
 """What a process was doing, second by second: lines of RUN/timeline.jsonl, from which goodput is counted.
 
 A line is complete in itself and is appended in one write, so that kill -9 loses at most what came after the last one:
-{"t": end of the stretch of time, "began": start of the process, "phase": what it does now, "step": steps completed,
-"examples": used by them, "resumed": the step it began from, "seconds": {phase: seconds since the line before}}.
+{"t": when it was written, "began": start of the process, "phase": its activity now, "step": steps completed,
+"examples": used by them, "resumed": the step it began from, "seconds": {activity: seconds since the line before}}.
 `t` and `began` are seconds since 1970. Lines of the supervisor have an event: {"t": …, "started": …, "event": "exit",
 "failed": …, "code": …, "host": …, "hosts": …}.
 """
@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 FILE = 'timeline.jsonl'
-Phase = Literal['init', 'compile', 'restore', 'data', 'step', 'save', 'eval', 'close', 'done']
+Activity = Literal['init', 'compile', 'restore', 'data', 'step', 'save', 'eval', 'close', 'done']
 SECONDS_BETWEEN_LINES = 1.0
 SHARE_BETWEEN_LINES = 1e-3  # of the age of the process: a month makes 20,000 lines
 STEPS_OF_MEDIAN = 101
 
 
 class Timeline:
-  """The present phase of this process, and its record on disk once `open` was called. Threads may share it.
+  """The present activity of this process, and its record on disk once `open` was called. Threads may share it.
 
   `began`: when, in seconds since 1970, a process began anew that has survived others; None: when it was started.
   """
@@ -38,7 +38,7 @@ class Timeline:
     self._lock, self._path = threading.Lock(), None
     self._seconds: dict[str, float] = collections.defaultdict(float)
     self._steps: collections.deque[float] = collections.deque(maxlen=STEPS_OF_MEDIAN)
-    self.phase: Phase = 'init'
+    self.activity: Activity = 'init'
     self.step, self.resumed, self.examples, self.serial = 0, None, 0, 0
 
   def open(self, workdir: pathlib.Path, resumed: int, examples: int = 0) -> None:
@@ -47,19 +47,19 @@ class Timeline:
     end_line(self._path)
     self.flush()
 
-  def enter(self, phase: Phase) -> None:
-    """The process does `phase` now, and gets on: to enter the phase it is in begins its time anew."""
+  def enter(self, activity: Activity) -> None:
+    """The process does `activity` now, and makes progress: to enter the same activity again restarts its time."""
     with self._lock:
       self._account()
-      if self.phase == 'step':
+      if self.activity == 'step':
         self._steps.append(self._mark - self._entered)
-      self.phase, self.serial, self._entered = phase, self.serial + 1, self._mark
+      self.activity, self.serial, self._entered = activity, self.serial + 1, self._mark
 
   @contextlib.contextmanager
-  def during(self, phase: Phase) -> Iterator[None]:
-    """Inside the block the process does `phase`; its record is on disk before and after it."""
-    before = self.phase
-    self.enter(phase)
+  def during(self, activity: Activity) -> Iterator[None]:
+    """Inside the block the process does `activity`; its record is on disk before and after it."""
+    before = self.activity
+    self.enter(activity)
     self.flush()
     try:
       yield
@@ -67,12 +67,12 @@ class Timeline:
       self.enter(before)
       self.flush()
 
-  def moved(self, phase: Phase, seconds: float) -> None:
-    """Of the present phase, `seconds` were spent on another one, too short to be entered."""
+  def moved(self, activity: Activity, seconds: float) -> None:
+    """`seconds` of the present activity were spent on `activity`, which was too short to be entered."""
     with self._lock:
       self._account()
-      self._seconds[self.phase] -= seconds
-      self._seconds[phase] += seconds
+      self._seconds[self.activity] -= seconds
+      self._seconds[activity] += seconds
 
   def completed(self, step: int, examples: int = 0) -> None:
     """`step` is done, and `examples` are used. The first one of a process is written at once: it has recovered."""
@@ -92,25 +92,25 @@ class Timeline:
     return now - self._written >= max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * age)
 
   def flush(self, **moved: float) -> None:
-    """Writes what has passed since the last line; `moved` is added to the seconds of phases."""
+    """Writes what has passed since the last line; `moved` is added to the seconds of activities."""
     with self._lock:
       self._account()
       if self._path is not None:
-        for phase, seconds in moved.items():
-          self._seconds[phase] += seconds
+        for activity, seconds in moved.items():
+          self._seconds[activity] += seconds
         append(self._path, self._line())
         self._seconds.clear()
         self._written = self._mark
 
   def _account(self) -> None:
     now = time.monotonic()
-    self._seconds[self.phase] += now - self._mark
+    self._seconds[self.activity] += now - self._mark
     self._mark = now
 
   def _line(self) -> dict[str, Any]:
-    seconds = {phase: round(s, 6) for phase, s in self._seconds.items() if s}
+    seconds = {activity: round(s, 6) for activity, s in self._seconds.items() if s}
     now = round(self._mark + self._origin, 6)
-    state = {'phase': self.phase, 'step': self.step, 'examples': self.examples, 'resumed': self.resumed}
+    state = {'phase': self.activity, 'step': self.step, 'examples': self.examples, 'resumed': self.resumed}
     return {'t': now, 'began': round(self.began, 6), **state, 'seconds': seconds}
 
 

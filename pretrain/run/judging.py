@@ -1,4 +1,4 @@
-"""What the numbers of a step mean for a run: a warning, its end, or a way back."""
+"""Checks the numbers of a step: a warning, the end of the run, or a rewind to an older checkpoint."""
 
 import pathlib
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from pretrain.run.rewinding import rewind
 
 
 class Judge:
-  """Of one process; all of them have the same numbers, and come to the same judgement at the same step."""
+  """Checks the numbers of each step. All processes have the same numbers, and decide the same at the same step."""
 
   def __init__(self, cfg: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints, metrics: Metrics, resumed: int):
     self._cfg, self._workdir, self._checkpoints, self._metrics = cfg, workdir, checkpoints, metrics
-    self._alike = resumed  # the last step at which all replicas were: what is restored has been verified
+    self._alike = resumed  # the last step with equal replicas: a restored state has been verified
 
   def is_end(self, values: Mapping[str, float]) -> bool:
-    """Whether the run ends, or goes back, at a step with these metrics."""
+    """Whether the run ends or rewinds at a step with these metrics."""
     return self._is_last_nonfinite(values) or self._is_last_spike(values)
 
   def check(self, step: int, examples: range, values: Mapping[str, float]) -> None:
-    """Warns of an update that was not applied; raises NonFiniteError where there were too many, or SpikeError."""
+    """Warns of an update that was skipped; raises NonFiniteError after too many of them, SpikeError for a rewind."""
     if consecutive := int(values['skipped_consecutive']):
       limit = self._cfg.optimizer.max_consecutive_nonfinite
       text = (
@@ -52,16 +52,16 @@ class Judge:
       self._metrics.warn(f'SPIKE: {text}. Update skipped {count}.')
       return
     raise NonFiniteError(
-      f'{text}. Update skipped {count}. Stopped; {self._kept()}. Losses have another level, or the run has diverged: '
-      'raise spikes.sigmas, or lower schedule.peak, in another --workdir.'
+      f'{text}. Update skipped {count}. Stopped; {self._kept()}. The level of the losses has changed, or the run has '
+      'diverged: raise spikes.sigmas, or lower schedule.peak, in another --workdir.'
     )
 
   def check_replicas(self, replicas: Replicas, found: np.ndarray, step: int) -> None:
-    """Raises ReplicaError where copies of an array are not alike at `step`."""
+    """Raises ReplicaError where copies of an array differ at `step`."""
     try:
       replicas.check(found, step, self._alike)
     except ReplicaError:
-      self._checkpoints.finished()  # the step that the run will go on from may still be written; if not, an older one
+      self._checkpoints.finished()  # waits for the save under way: the run may resume from that step
       raise
     self._alike = step
 
@@ -80,7 +80,7 @@ class Judge:
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:
-  """What of the numbers of a step is for people: no counts in a row, no limits before there are any."""
+  """The numbers of a step that are logged: without counts of consecutive skips, and without infinite limits."""
   return {k: v for k, v in values.items() if not k.endswith('_consecutive') and not (k.endswith('_limit') and v == inf)}
 
 

@@ -6,30 +6,30 @@ from data.batches.source import open_data
 from data.objectives.objectives import Supervised
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import host_rows
-from pretrain.experiment.phases import Stretch
+from pretrain.evaluation.exact_match import make_exact_match
+from pretrain.experiment.phases import Phase
 from pretrain.experiment.program import build_program
-from pretrain.records.timeline import Phase
+from pretrain.records.timeline import Activity
 from pretrain.step.loss import make_eval_step
-from pretrain.tools.exact_match import make_exact_match
 
 
-class Stage:
-  """What one phase works with: its data, compiled functions, and this host's rows of its batches."""
+class PhaseProgram:
+  """What one phase works with: its data, compiled functions, and the rows of its batches that this host reads."""
 
-  def __init__(self, stretch: Stretch):
-    self.stretch, self.cfg = stretch, stretch.cfg
+  def __init__(self, phase: Phase):
+    self.index, self.cfg, self.holds = phase.index, phase.cfg, phase.holds
     vocab_size = self.cfg.model.vocab_size
     self.data = open_data(
       self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
     )
-    self.program = build_program(self.cfg, schedule_start=stretch.schedule_start, start=stretch.start)
+    self.program = build_program(self.cfg, schedule_start=phase.schedule_start, start=phase.start)
     self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
     self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
 
-  def phase_of(self, batch) -> Phase:
-    """What a step with this batch is: one of new shapes compiles."""
+  def activity_of(self, batch) -> Activity:
+    """'compile' for the first batch of its shapes, 'step' for the others."""
     shapes = tuple(values.shape for values in batch.values())
     known = shapes in self._compiled
     self._compiled.add(shapes)

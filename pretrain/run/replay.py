@@ -1,36 +1,41 @@
-"""`pretrain replay`: steps of a run are made again from a checkpoint before them, and compared with what was recorded.
+"""`pretrain replay`: steps of a run are computed again from an earlier checkpoint, and compared with their records.
 
-What a run has computed once it computes again, bit for bit, on the same mesh. A step that comes out otherwise was
-computed wrongly one of the two times. Nothing is written. Source: Google 2023, arXiv:2312.11805 (Gemini), §3:
+On the same mesh a run computes the same bits again. A step that differs was computed wrongly one of the two times.
+Nothing is written. Source: Google 2023, arXiv:2312.11805 (Gemini), §3:
 deterministic replay finds the incorrect computations of hardware.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.checkpoints import Checkpoints, first_of
+from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.hosts.coordination import Interrupt
+from pretrain.hosts.skipping import Ranges
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline
 from pretrain.replicas import digest
 from pretrain.replicas.compare import ReplicasConfig
-from pretrain.run.train import Run
+from pretrain.run.loop import loop
+from pretrain.run.starting import Files, start
 from pretrain.snapshots.snapshots import Snapshots
+from pretrain.step.train_step import TrainState
 
 COMPARED = ('loss', 'grad_norm', 'batch_checksum')
 Tell = Callable[[str], None]
 
 
 def replay(cfg: Experiment, workdir: pathlib.Path, step: int, tell: Tell, *, rtol: float | None = None) -> bool:
-  """Whether the steps after the newest whole checkpoint before `step`, up to it, come out as they are recorded.
+  """Whether the steps from the newest whole checkpoint before `step` up to `step` are equal to their records.
 
-  `cfg` is that of the run. Losses and gradient norms may differ by `rtol`; without it not by a bit, nor may arrays
-  where there is a checkpoint to compare them with. `tell` is given a line for each step. Raises ConfigError where
-  nothing is recorded of `step`.
+  `cfg` is the config of the run. Losses and gradient norms may differ by `rtol`. Without `rtol` all bits are compared,
+  also those of the arrays at each step that has a checkpoint. `tell` receives a line for each step. Raises ConfigError
+  where nothing is recorded of `step`.
   """
   record = Record(workdir, tell, rtol)
   if not record.knows(step):
@@ -39,14 +44,16 @@ def replay(cfg: Experiment, workdir: pathlib.Path, step: int, tell: Tell, *, rto
       f'{max(record.rows, default=0)}.'
     )
   with Interrupt() as interrupt:
-    run = Replay(_as_replayed(cfg, step), workdir, record)
+    cfg = _as_replayed(cfg, step)
+    run = start(cfg, workdir, Timeline(), open_files=functools.partial(ReplayFiles, record))
+    run.judge = Unjudged()
     tell(f'replaying steps {run.step + 1} to {step} from {f"step {run.step}" if run.step else "the beginning"}')
-    run.loop(interrupt)
+    loop(run, interrupt)
   return not record.differing
 
 
 def _as_replayed(cfg: Experiment, step: int) -> Experiment:
-  """Every step is asked for its numbers and arrays; nothing else is done beside them."""
+  """The config of the replay: every step is logged and "saved", that is compared; nothing else happens."""
   return dataclasses.replace(
     cfg,
     train=dataclasses.replace(cfg.train, steps=step, log_every=1, profile_steps=None),
@@ -58,7 +65,7 @@ def _as_replayed(cfg: Experiment, step: int) -> Experiment:
 
 
 class Record:
-  """What a run has written down of its steps. It stands where a run has its metrics, and compares instead."""
+  """What a run has recorded of its steps. It takes the place of the replay's metrics, and compares with them."""
 
   def __init__(self, workdir: pathlib.Path, tell: Tell, rtol: float | None):
     self.rows = {row['step']: row for row in read_metrics(workdir) if COMPARED[0] in row}
@@ -82,7 +89,7 @@ class Record:
       return
     leaves = manifest.read(self._folder / str(step)).leaves
     wrong = digest.differing({key: leaf.digest for key, leaf in leaves.items()}, state)
-    text = [f'{key} is not that of checkpoints/{step}' for key in sorted(wrong, key=_place)]
+    text = [f'{key} is not that of checkpoints/{step}' for key in sorted(wrong, key=_parameters_first)]
     self._say(step, text and [first_of(text)], f'{len(leaves)} arrays of checkpoints/{step}')
 
   def _is_saved(self, step: int) -> bool:
@@ -99,62 +106,63 @@ class Record:
     self._tell(f'step {step}  DIFFERS  {"; ".join(wrong)}' if wrong else f'step {step}  equal    {equal}')
 
   def warn(self, text: str) -> None:
-    """The run has said it."""
+    """Prints nothing: the run itself has printed it."""
 
   def add(self, values: Mapping[str, float]) -> None:
-    """Nothing is saved."""
+    """Records nothing: a replay has no costs of saves."""
 
 
-def _place(key: str) -> tuple[bool, str]:
-  """Parameters before what is made from them."""
+def _parameters_first(key: str) -> tuple[bool, str]:
+  """Sorts parameters before the moments and averages that are computed from them."""
   return not key.startswith('params/'), key
 
 
 class Earlier(Checkpoints):
-  """The checkpoints of a run before a step, to be read."""
+  """The checkpoints of a run before a step, for reading. A save compares the arrays with what is on disk."""
 
-  def __init__(self, workdir: pathlib.Path, cfg, before: int):
+  def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, before: int, record: Record | None = None):
     super().__init__(workdir, cfg, read_only=True)
-    self._before = before
+    self._before, self._record = before, record
 
   def damage(self, step: int) -> str:
-    """As all processes have found it: each reads its share of the files, and all begin at the same step."""
+    """The damage that any process has found: each reads its share of the files, and all begin at the same step."""
     return next(filter(None, self._agreement.gather(super().damage(step))), '')
 
-  def newest_whole(self) -> int | None:
+  def newest_whole(self, after: int | None = None) -> int | None:
+    """The newest whole step before the one that is replayed; None where there is none."""
     steps = [step for step in reversed(step_folders.finished(self.directory)) if step < self._before]
     return next((step for step in steps if not self.damage(step)), None)
 
+  def save(self, step: int, state: TrainState, *_) -> None:
+    """Compares the arrays of `step` with those that were saved; writes nothing."""
+    self._record.arrays(step, vars(state))
+
+
+class ReplayFiles(Files):
+  """The files of a replay: it reads the checkpoints and the metrics of the run, and writes nothing."""
+
+  def __init__(self, record: Record, cfg: Experiment, workdir: pathlib.Path):
+    super().__init__(cfg, workdir)
+    self._record = record
+
+  def checkpoints(self) -> Checkpoints:
+    return Earlier(self.workdir, self.cfg.checkpoint, self.cfg.train.steps, self._record)
+
+  def snapshots(self, skips: Ranges) -> Snapshots:
+    return Snapshots(self.cfg.snapshot, self.workdir, {}, read_only=True)
+
+  def check_not_lost(self, latest: int | None, recorded) -> None:
+    """Old checkpoints may be gone: a replay can always begin at step 0."""
+
+  def metrics(self, timeline: Timeline, text: str, step: int, examples: int) -> Record:
+    return self._record
+
 
 class Unjudged:
-  """Replayed, a spike is one step like others: nobody warns, stops or goes back."""
+  """In a replay a spike is a step like any other: no warning, no end, no rewind."""
 
   def is_end(self, values: Mapping[str, float]) -> bool:
     return False
 
   def check(self, step: int, examples: range, values: Mapping[str, float]) -> None:
     pass
-
-
-class Replay(Run):
-  """A run that writes nothing: each step is compared with what is recorded of it."""
-
-  def __init__(self, cfg: Experiment, workdir: pathlib.Path, record: Record):
-    self._record = record
-    super().__init__(cfg, workdir, Timeline())
-    self.judge = Unjudged()
-
-  def _open_checkpoints(self) -> Checkpoints:
-    return Earlier(self.workdir, self.cfg.checkpoint, self.cfg.train.steps)
-
-  def _open_snapshots(self) -> Snapshots:
-    return Snapshots(self.cfg.snapshot, self.workdir, {}, read_only=True)
-
-  def _open_metrics(self) -> Record:
-    return self._record
-
-  def _restore_or_initialise(self, recorded):
-    return super()._restore_or_initialise([])  # old checkpoints may be gone: the beginning is always there
-
-  def _evaluate_and_save(self) -> None:
-    self._record.arrays(self.step, vars(self.state))

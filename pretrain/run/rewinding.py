@@ -1,7 +1,7 @@
-"""The way back before a loss spike: to an older checkpoint, and past the examples from there to the spike.
+"""Rewinding after a loss spike: the run returns to an older checkpoint and skips the examples from there to the spike.
 
-A rewind is a restart (docs/design/0013): the run leaves with code 72, and whoever starts it again finds an older newest
-step and one more range in skipped.json. RUN/rewinds.jsonl has a line for each: it is what the limit counts.
+A rewind is a restart (docs/design/0013): the run exits with code 72. The next start finds an older newest step and one
+more range in skipped.json. RUN/rewinds.jsonl has a line for each rewind; `spikes.max_rewinds` limits their number.
 """
 
 import json
@@ -23,12 +23,12 @@ from pretrain.records.timeline import append, end_line
 def rewind(
   workdir: pathlib.Path, checkpoints: Checkpoints, cfg: RewindSpikes, step: int, end: int, text: str
 ) -> NoReturn:
-  """Raises SpikeError once the next start will begin before the spike of `step` and leave out what led to it.
+  """Raises SpikeError when the next start will resume before the spike of `step` and skip the examples that led to it.
 
-  `end` is the first example behind the spike. Raises NonFiniteError where `cfg.max_rewinds` were made already. All
-  processes call it at the same step.
+  `end` is the first example after the spike. Raises NonFiniteError after `cfg.max_rewinds` rewinds. All processes call
+  it at the same step.
   """
-  checkpoints.finished()  # a save may be under way; one that fails is no reason not to go back
+  checkpoints.finished()  # waits for the save under way; the rewind happens also where that save fails
   agreement = Agreement.about('rewind')
   made = int(agreement.first(str(len(read_rewinds(workdir)))))
   if made >= cfg.max_rewinds:
@@ -45,21 +45,23 @@ def rewind(
     _leave(workdir, checkpoints, step, to, (first, end))
   agreement.gather('left')
   raise SpikeError(
-    f'{text}. Gone back to step {to}; examples {first}..{end - 1} are left out from now on (rewind {made + 1} of '
-    f'{cfg.max_rewinds}). Nothing was deleted; the same command goes on from there.'
+    f'{text}. Returned to step {to}; examples {first}..{end - 1} are skipped from now on (rewind {made + 1} of '
+    f'{cfg.max_rewinds}). Nothing was deleted; the same command resumes from there.'
   )
 
 
 def _target(checkpoints: Checkpoints, before: int, agreement: Agreement) -> int:
-  """The newest whole step up to `before`; else the oldest there is; 0, the beginning, where there is none."""
+  """The newest whole step up to `before`, else the oldest whole step, else 0: the beginning."""
   steps = json.loads(agreement.first(json.dumps(step_folders.finished(checkpoints.directory))))
   old = [step for step in reversed(steps) if step <= before]
   return next((step for step in [*old, *steps] if not checkpoints.damage(step)), 0)
 
 
 def _leave(workdir: pathlib.Path, checkpoints: Checkpoints, step: int, to: int, examples: tuple[int, int]) -> None:
-  """Puts later steps aside, newest first, then notes what is left out. A run that is killed in between goes on from a
-  step before the spike, meets it again, and does the rest."""
+  """Sets later steps aside, newest first, then records which examples are skipped.
+
+  A run that is killed in between resumes before the spike, reaches it again, and completes the rewind.
+  """
   for later in reversed(step_folders.finished(checkpoints.directory)):
     if later > to:
       step_folders.put_aside(checkpoints.directory, later, 'undone')

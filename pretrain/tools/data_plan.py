@@ -7,7 +7,7 @@ from data.batches.batches import DataSource
 from data.batches.plan_report import Used, is_ordered, packed, used_positions
 from models.build import ModelConfig
 from models.flops import flops_by_side
-from pretrain.experiment.phases import Stretch
+from pretrain.experiment.phases import Phase
 from pretrain.records.names import one_line
 
 SIDES = ('encoder', 'decoder')
@@ -68,15 +68,15 @@ def _add(to: Filling, batch: Used, rows, flops: Mapping[str, int]) -> None:
   to.add(len(batch.sources[rows]), used, batch.lengths, flops)
 
 
-def report(stretch: Stretch, source: DataSource) -> str:
+def report(phase: Phase, source: DataSource) -> str:
   """What `pretrain data plan` prints for one phase."""
-  end = None if stretch.end is None else stretch.example(stretch.end)
-  all_rows, *by_source = fillings(source, stretch.cfg.model, stretch.first_example, end)
+  end = None if phase.end is None else phase.example(phase.end)
+  all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end)
   paths = [one_line(rows.store.path) for rows in source.sources]
   named = list(zip(by_source, paths, strict=True))
   if len(named) > 1:
     named.insert(0, (all_rows, 'all sources'))
-  where = 'spread over an epoch' if is_ordered(source) else f'the first from example {stretch.first_example:,} on'
+  where = 'spread over an epoch' if is_ordered(source) else f'the first from example {phase.first_example:,} on'
   return '\n'.join([
     *_packing_lines(source, paths), '',
     f'positions used, counted in {all_rows.rows:,} rows ({where}):',

@@ -13,7 +13,7 @@ from models.specs import ParamSpec
 from pretrain.config import bindings
 from pretrain.devices.mesh import AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretches
+from pretrain.experiment.phases import phases_of
 from pretrain.experiment.program import check_divisible
 from pretrain.optim.schedule import make_schedule
 
@@ -67,8 +67,8 @@ def describe(cfg: Experiment) -> str:
 def learning_rates(cfg: Experiment, steps: np.ndarray) -> np.ndarray:
   """float64: the learning rate of the update at each of `steps`, by the schedule of its phase."""
   rates = np.zeros(len(steps))
-  for stretch in stretches(cfg):
-    own = (steps >= stretch.start) & (steps < (np.inf if stretch.end is None else stretch.end))
-    schedule = make_schedule(stretch.cfg.schedule, stretch.schedule_start, decay_delay=cfg.train.decay_delay)
+  for phase in phases_of(cfg):
+    own = (steps >= phase.start) & (steps < (np.inf if phase.end is None else phase.end))
+    schedule = make_schedule(phase.cfg.schedule, phase.schedule_start, decay_delay=cfg.train.decay_delay)
     rates[own] = schedule(steps[own])
   return rates

@@ -8,7 +8,7 @@ from data.batches.batches import DataSource
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_same_data
 from pretrain.hosts.skipping import behind
 
@@ -25,7 +25,7 @@ def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: 
   if latest is None:
     raise CheckpointError('CKPT-NONE', f'no checkpoint in {workdir}; leave out --workdir, and give --gin_file.')
   saved = checkpoints.position(latest)
-  own, last = stretch_at(cfg, step), stretch_at(cfg, max(latest - 1, 0))
+  own, last = phase_at(cfg, step), phase_at(cfg, max(latest - 1, 0))
   if own.index == last.index:
     check_same_data(saved['data'], data.fingerprint(), latest, workdir)
   position = saved['loader']

@@ -14,7 +14,7 @@ from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import batch_sharding
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretches
+from pretrain.experiment.phases import phases_of
 from pretrain.experiment.program import Program, build_program
 
 # Without these libtpu looks for a TPU on this machine, and refuses to be loaded by two processes at a time.
@@ -113,10 +113,10 @@ def compile_train_step(cfg: Experiment, topology: str) -> tuple[Memory, Any]:
 def plan(cfg: Experiment, topology: str) -> str:
   """What `pretrain plan` prints: the memory of the train step of each phase."""
   lines = []
-  for stretch in stretches(cfg):
-    memory, _ = compile_train_step(stretch.cfg, topology)
-    phase = f' from step {stretch.start}' if cfg.phases else ''
-    lines.append(f'train step on {topology}{phase}, MiB per device:')
+  for phase in phases_of(cfg):
+    memory, _ = compile_train_step(phase.cfg, topology)
+    since = f' from step {phase.start}' if cfg.phases else ''
+    lines.append(f'train step on {topology}{since}, MiB per device:')
     for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):
       lines.append(f'  {name:<12}{getattr(memory, name) / MIB:>10,.1f}')
   return '\n'.join(lines)

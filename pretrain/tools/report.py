@@ -12,10 +12,11 @@ from data.batches.source import wanted_shares
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretches
+from pretrain.experiment.phases import phases_of
 from pretrain.hosts.skipping import read_rewinds
 from pretrain.records.goodput import KINDS, write_goodput
 from pretrain.records.metrics import read_metrics
+from pretrain.records.names import one_line
 from pretrain.records.plots import Shares, draw, plots_of, sources_of
 
 Rows = Sequence[Mapping[str, float]]
@@ -69,10 +70,10 @@ def read_shares(workdir: pathlib.Path) -> Shares:
 def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
   """(step, share of each source from that step on), phase by phase. Stages count rows from the start of the run."""
   found = []
-  for stretch in stretches(cfg):
-    for row, shares in wanted_shares(stretch.cfg.data):
-      step = stretch.start + max(row - stretch.first_example, 0) / stretch.cfg.data.batch_size
-      if stretch.end is None or step < stretch.end:
+  for phase in phases_of(cfg):
+    for row, shares in wanted_shares(phase.cfg.data):
+      step = phase.start + max(row - phase.first_example, 0) / phase.cfg.data.batch_size
+      if phase.end is None or step < phase.end:
         found.append((step, shares))
   return found
 
@@ -80,7 +81,7 @@ def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
 def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path]) -> str:
   """The whole report as HTML, with the images embedded."""
   saved = workdir / 'config.gin'
-  name = html.escape(workdir.resolve().name)
+  name = text_of(workdir.resolve().name)
   titles = plots_of(rows)
   pictures = '\n'.join(embedded(image, titles[image.stem]) for image in images)
   numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
@@ -90,7 +91,7 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
     losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
     sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
   if saved.exists():
-    sections.append(f'<h2>Config</h2><pre>{html.escape(saved.read_text())}</pre>')
+    sections.append(f'<h2>Config</h2><pre>{html.escape(saved.read_text(encoding="utf-8", errors="replace"))}</pre>')
   return (
     f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n'
     f'<body><h1>{name}</h1><p class="path">{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}</p>\n'
@@ -143,15 +144,32 @@ def summary(rows: Rows) -> list[tuple[str, float, str]]:
   for row in rows:
     last |= row
   names = sorted(last, key=lambda name: (name != 'step', name.startswith('eval/')))
-  return [(name, last[name], UNITS.get(name.rsplit('/', 1)[-1], '')) for name in names]
+  return [(name, last[name], unit_of(name)) for name in names]
 
 
+def unit_of(key: str) -> str:
+  """The unit of a metric. In PREFIX/NAME the name is the user's: `share/loss` is a share.
+
+  >>> unit_of('share/loss'), unit_of('eval/web/ema/loss'), unit_of('step')
+  ('share of rows', 'nats per target', '')
+  """
+  group, slash, _ = key.partition('/')
+  if slash and group != 'eval':
+    return GROUP_UNITS.get(group, '')
+  return UNITS.get(key.rpartition('/')[2], '')
+
+
+GROUP_UNITS = {
+  'loss': 'nats per target', 'share': 'share of rows', 'weight': 'share of rows wanted', 'epochs': 'epochs',
+  'fill': 'share of positions',
+}  # fmt: skip
 UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
+  'padding_flops': 'share of FLOPs', 'grad_norm': 'global norm', 'learning_rate': 'of the last update',
   'perplexity': 'per target', 'exact_match': 'share of outputs',
 }  # fmt: skip
 
@@ -170,11 +188,16 @@ def show(value: float) -> str:
 def table(header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> str:
   head = ''.join(f'<th>{cell}</th>' for cell in header)
   body = ''.join(
-    f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td><td>{unit}</td></tr>' for name, value, unit in rows
+    f'<tr><td>{text_of(name)}</td><td class="number">{value}</td><td>{unit}</td></tr>' for name, value, unit in rows
   )
   return f'<table><tr>{head}</tr>{body}</table>'
 
 
+def text_of(name: str) -> str:
+  """A name as HTML: one line of it, no markup."""
+  return html.escape(one_line(name))
+
+
 def embedded(image: pathlib.Path, title: str) -> str:
   data = base64.b64encode(image.read_bytes()).decode()
-  return f'<img alt="{title}" src="data:image/png;base64,{data}">'
+  return f'<img alt="{text_of(title)}" src="data:image/png;base64,{data}">'

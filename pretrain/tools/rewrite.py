@@ -20,10 +20,11 @@ from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import MAY_CHANGE, Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
 from pretrain.experiment.saved import load_saved
+from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of
 
 FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
@@ -33,9 +34,9 @@ def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, sourc
   """Writes a new workdir that a run can resume from; returns the parts of the state that start fresh."""
   check_new(output)
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
-  stretch = stretch_at(new, max(step.number - 1, 0)).cfg
-  program = _program(stretch)
-  stored = _program(dataclasses.replace(stretch, spikes=old.spikes))
+  own = phase_at(new, max(step.number - 1, 0)).cfg
+  program = _program(own)
+  stored = _program(dataclasses.replace(own, spikes=old.spikes))
   kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     position = checkpoints.position(step.number)
@@ -85,7 +86,8 @@ def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
 
 def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
   """The config is written last: a folder without it is not a run."""
-  checkpoints = Checkpoints(output, CheckpointConfig())
-  checkpoints.save(step, state, position, text)
-  checkpoints.close()
-  (output / 'config.gin').write_text(text)
+  with owned(output, '--output'):
+    checkpoints = Checkpoints(output, CheckpointConfig())
+    checkpoints.save(step, state, position, text)
+    checkpoints.close()
+    (output / 'config.gin').write_text(text)

@@ -21,16 +21,17 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig, host_rows
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.losses import evaluate_sets
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.saved import load_saved
+from pretrain.hosts.ownership import owned
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
 from pretrain.snapshots.slots import folder_of, remembered
 from pretrain.step.loss import make_eval_step
 from pretrain.tools.describe import table
-from pretrain.tools.evaluate import evaluate_sets
 
 # Keys of model.* that change neither the shapes of weights nor what is computed from them.
 NOT_ARCHITECTURE = (
@@ -224,7 +225,7 @@ def _one_architecture(steps: Sequence[Step]) -> Experiment:
         'CKPT-MISMATCH',
         f'{steps[0]} and {step} have different tokenizers: an id is not the same text in both.',
       )
-  return stretch_at(config_of(steps[-1].workdir), max(steps[-1].number - 1, 0)).cfg
+  return phase_at(config_of(steps[-1].workdir), max(steps[-1].number - 1, 0)).cfg
 
 
 def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> None:
@@ -276,10 +277,11 @@ def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
 def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
   """The config is written last: a folder without it is not a run."""
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
-  checkpoints = Checkpoints(output, CheckpointConfig())
-  checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
-  checkpoints.close()
-  (output / 'config.gin').write_text(text)
+  with owned(output, '--output'):
+    checkpoints = Checkpoints(output, CheckpointConfig())
+    checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
+    checkpoints.close()
+    (output / 'config.gin').write_text(text)
 
 
 def _list(values: Sequence[float]) -> str:

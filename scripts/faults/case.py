@@ -99,8 +99,8 @@ class Case:
   def pid(self, host: int = 0) -> int:
     return int(self.note(f'pid{host}') or 0)
 
-  def phase(self, host: int = 0) -> str:
-    return self.note(f'phase{host}')
+  def activity(self, host: int = 0) -> str:
+    return self.note(f'activity{host}')
 
   def note(self, name: str) -> str:
     path = self.notes / name
@@ -109,7 +109,7 @@ class Case:
   def saving(self) -> bool:
     """Whether the current process has started a save that has no manifest yet."""
     marked = any((self.workdir / 'checkpoints').glob('*.saving'))
-    return marked and self.phase() in ('save', 'step', 'data', 'close')
+    return marked and self.activity() in ('save', 'step', 'data', 'close')
 
   def step(self) -> int:
     lines = [line for line in read_timeline(self.workdir)[-5:] if 'began' in line]

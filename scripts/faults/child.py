@@ -19,21 +19,21 @@ def child(argv: list[str]) -> int:
   spec = json.loads(os.environ[INJECT])
   host, notes = int(os.environ.get('PRETRAIN_HOST', 0)), pathlib.Path(spec['notes'])
   notes.mkdir(parents=True, exist_ok=True)
-  note(notes, f'phase{host}', 'start')
+  note(notes, f'activity{host}', 'start')
   note(notes, f'pid{host}', str(os.getpid()))
   sys.modules['boto3'] = None  # otherwise TensorBoard's writer imports it (0.7 s)
   if host == spec.get('away'):
     return 1
   import pretrain.records.timeline as timeline
-  import pretrain.run.train as train
   from pretrain.cli import main
   from pretrain.fleet import launch
+  from pretrain.run import train
 
   enter = timeline.Timeline.enter
-  timeline.Timeline.enter = lambda self, phase: (note(notes, f'phase{host}', phase), enter(self, phase))[1]
+  timeline.Timeline.enter = lambda self, activity: (note(notes, f'activity{host}', activity), enter(self, activity))[1]
   if spec.get('host', host) == host:
-    inject(spec, train, notes)
-    inject_flips(spec, train, notes)
+    inject(spec, notes)
+    inject_flips(spec, notes)
   inject_losses(spec)
   if 'slow_save' in spec:
     tell_saves(notes, spec['slow_save'])
@@ -51,11 +51,13 @@ def note(notes: pathlib.Path, name: str, text: str) -> None:
   (notes / f'.{name}').replace(notes / name)
 
 
-def inject(spec: dict, train, notes: pathlib.Path) -> None:
+def inject(spec: dict, notes: pathlib.Path) -> None:
   """Makes this process sleep once, before step `at`: while it waits for data, or in the step."""
   if spec.get('sleep') is None:
     return
-  done, loader, seen = notes / 'done', train.loader, [0]
+  from pretrain.run import loop, step_numbers
+
+  done, loader, log, seen = notes / 'done', loop.loader, step_numbers.log, [0]
 
   def once(step: int) -> None:
     if step == spec['at'] and not done.exists():
@@ -68,16 +70,14 @@ def inject(spec: dict, train, notes: pathlib.Path) -> None:
         once(i)
       yield element
 
-  log = train.Run._log
-
-  def slow_log(self, step, *rest):
+  def slow_log(run, step, *rest):
     seen[0] += 1
     once(seen[0])
-    return log(self, step, *rest)
+    return log(run, step, *rest)
 
-  train.loader = slow_loader
+  loop.loader = slow_loader
   if spec['sleep'] == 'step':
-    train.Run._log = slow_log
+    step_numbers.log = slow_log
 
 
 def tell_saves(notes: pathlib.Path, seconds: float) -> None:

@@ -1,10 +1,10 @@
-"""Damages the files of a checkpoint in every way and shows that none of it is ever loaded (fault F5).
+"""Damages the files of a checkpoint in many ways and shows that no damaged file is ever loaded (fault F5).
 
 python scripts/faults/files.py [--trials 40] [--seed 0] [--workdir DIR]
 
-Each trial draws a file (in turn by its class and by its size) and a fault, asks a run where it would go on from, and
-repairs the file. The same damage is read by Orbax alone. Prints a line per kind of fault; exit code 1 where damage was
-not noticed.
+Each trial draws a file (in turn by its class and by its size) and a fault, checks which step a run would resume from,
+and repairs the file. Orbax alone reads the same damage. Prints a line per kind of fault; exit code 1 if damage was not
+noticed.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def flip(data: bytearray, draw: random.Random, other: bytes) -> None:
 
 
 def zero(data: bytearray, draw: random.Random, other: bytes) -> None:
-  """Up to 4 KiB; at least one byte changes."""
+  """Zeroes up to 4 KiB; at least one byte changes."""
   start = draw.choice([i for i, byte in enumerate(data) if byte] or [0])
   data[start : start + 4096] = bytes(len(data[start : start + 4096]))
 
@@ -61,7 +61,7 @@ def append(data: bytearray, draw: random.Random, other: bytes) -> None:
 
 
 def swap(data: bytearray, draw: random.Random, other: bytes) -> None:
-  """The file of the other step; one that has the same bytes is flipped instead."""
+  """Takes the file of the other step; if it has the same bytes, flips a bit instead."""
   if other == bytes(data):
     return flip(data, draw, other)
   data[:] = other
@@ -74,7 +74,7 @@ WEIGHTS = (10, 2, 3, 1, 2, 3)
 
 @dataclasses.dataclass
 class Tally:
-  """Trials, those that a run did not notice, and what Orbax alone made of them."""
+  """The number of trials, of trials that a run did not notice, and how Orbax alone reacted."""
 
   trials: int = 0
   missed: int = 0
@@ -96,7 +96,7 @@ def write_run(workdir: pathlib.Path) -> None:
 
 
 def damage(step: pathlib.Path, draw: random.Random, kind: str | None) -> tuple[str, Callable[[], None]]:
-  """(the fault, what repairs it): one file of `step` is another, or gone; of a class, or any by its size."""
+  """Changes or removes one file of `step`, of a class or drawn by size; returns (the fault, a function to undo it)."""
   pattern, by_size = CLASSES[kind] if kind else '**/*', kind is None
   paths = sorted(p for p in step.glob(pattern) if p.is_file() and p.stat().st_size)
   (path,) = draw.choices(paths, [p.stat().st_size if by_size else 1 for p in paths])
@@ -112,7 +112,7 @@ def damage(step: pathlib.Path, draw: random.Random, kind: str | None) -> tuple[s
 
 
 def noticed(workdir: pathlib.Path) -> bool:
-  """Whether a run goes on from step 1, each bit of it, and has put step 2 aside; it is brought back."""
+  """Whether a run resumes from step 1, bit for bit, and has set step 2 aside; step 2 is then restored."""
   checkpoints = Checkpoints(workdir, CheckpointConfig())
   if checkpoints.newest_whole() != 1:
     return False
@@ -126,7 +126,7 @@ def noticed(workdir: pathlib.Path) -> bool:
 
 
 def orbax_alone(workdir: pathlib.Path, wanted: TrainState) -> str:
-  """What Orbax's manager makes of step 2: 'silent' is another value, and no word about it."""
+  """How Orbax's manager reads step 2; 'silent' means another value without an error."""
   mode = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
   options = ocp.CheckpointManagerOptions(read_only=True, atomicity_options=mode)
   handlers = {'state': ocp.PyTreeCheckpointHandler(), 'position': ocp.JsonCheckpointHandler()}
@@ -144,7 +144,7 @@ def orbax_alone(workdir: pathlib.Path, wanted: TrainState) -> str:
 
 
 def same(found, wanted) -> bool:
-  """To the bit."""
+  """Equal, bit for bit."""
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
   return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
@@ -155,7 +155,7 @@ def run_trials(workdir: pathlib.Path, trials: int, seed: int) -> dict[str, Tally
     logging.getLogger(name).setLevel(logging.CRITICAL)
   write_run(workdir)
   draw, wanted, tallies = random.Random(seed), state(2), {fault: Tally() for fault in FAULTS}
-  kinds = [kind for each in sorted(CLASSES) for kind in (each, None)]  # 22 trials are of every class
+  kinds = [kind for each in sorted(CLASSES) for kind in (each, None)]  # 22 trials cover every class
   for trial in range(trials):
     fault, repair = damage(workdir / 'checkpoints/2', draw, kinds[trial % len(kinds)])
     tally = tallies[fault]
@@ -173,7 +173,7 @@ def main() -> int:
   flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--workdir', type=pathlib.Path)
   options = flags.parse_args()
-  sys.unraisablehook = lambda _: None  # of reads that Orbax has left behind
+  sys.unraisablehook = lambda _: None  # for reads that Orbax left pending
   with tempfile.TemporaryDirectory() as folder:
     workdir = options.workdir or pathlib.Path(folder)
     shutil.rmtree(workdir, ignore_errors=True)

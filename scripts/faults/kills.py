@@ -35,7 +35,7 @@ def killed(options, alone, name: str, kills: int) -> Line:
         return
       time.sleep(draw.random() * DELAYS.get(wanted, DELAY))
       before = case.pid()
-      hit['save' if wanted == 'save' and case.saving() else case.phase()] += 1
+      hit['save' if wanted == 'save' and case.saving() else case.activity()] += 1
       case.send(signal.SIGKILL)
 
   line = verdict(case, alone(1, steps), case.run(fault), kills)
@@ -52,8 +52,8 @@ def in_phase(case: Case, wanted: str, share: int) -> bool:
   if wanted == 'save':
     return case.saving() and case.logged() >= share - 5
   if wanted in ('step', 'data'):
-    return case.phase() == wanted and case.logged() >= share
-  return case.phase() == wanted or (wanted != 'close' and case.phase() == 'step' and case.logged() >= share)
+    return case.activity() == wanted and case.logged() >= share
+  return case.activity() == wanted or (wanted != 'close' and case.activity() == 'step' and case.logged() >= share)
 
 
 def f2(options, alone) -> Line:
@@ -96,7 +96,7 @@ def f3(options, alone) -> Line:
 
   def fault(case: Case) -> None:
     for i, (host, number) in enumerate(plan):
-      if not case.wait_for(lambda i=i: case.logged() >= gap * i + 12 and case.phase() in ('step', 'data')):
+      if not case.wait_for(lambda i=i: case.logged() >= gap * i + 12 and case.activity() in ('step', 'data')):
         return
       time.sleep(draw.random())
       case.send(number, host)
@@ -122,7 +122,7 @@ def f7(options, alone) -> Line:
 
 
 def stop_in(phase: str):
-  return lambda case: case.wait_for(lambda: case.phase() == phase) and case.send(signal.SIGTERM)
+  return lambda case: case.wait_for(lambda: case.activity() == phase) and case.send(signal.SIGTERM)
 
 
 def stop_in_save(case: Case) -> None:

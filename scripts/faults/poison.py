@@ -10,10 +10,10 @@ def inject_losses(spec: dict) -> None:
     poison(spec['poison'], spec['batch_size'])
 
 
-def inject_flips(spec: dict, train, notes: pathlib.Path) -> None:
+def inject_flips(spec: dict, notes: pathlib.Path) -> None:
   """Flips bits, in the process that has the device."""
   if spec.get('flips'):
-    flip_bits(spec, train, notes)
+    flip_bits(spec, notes)
 
 
 def poison(factors: dict[str, float], batch_size: int) -> None:
@@ -39,19 +39,21 @@ def poison(factors: dict[str, float], batch_size: int) -> None:
   program.make_loss = make
 
 
-def flip_bits(spec: dict, train, notes: pathlib.Path) -> None:
+def flip_bits(spec: dict, notes: pathlib.Path) -> None:
   """Applies each of `spec['flips']` = [step, leaf, local device, place, bit] once in the life of a run."""
-  after = train.Run._row_length  # called after each step
+  from pretrain.run import step_numbers
 
-  def flipping(run, batch):
+  after = step_numbers.numbers_of  # called after each step
+
+  def flipping(run, *rest):
     for i, (at, *where) in enumerate(spec['flips']):
       done = notes / f'flipped{i}'
       if run.step == at and not done.exists():
         done.touch()
         run.state = flipped(run.state, *where)
-    return after(run, batch)
+    return after(run, *rest)
 
-  train.Run._row_length = flipping
+  step_numbers.numbers_of = flipping
 
 
 def flipped(state, leaf: int, device: int, place: int, bit: int):

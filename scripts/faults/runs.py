@@ -90,7 +90,7 @@ def misnamed(case: Case, where: str, host: int) -> str:
 
 
 def f11(options, alone) -> Line:
-  """a data worker is killed; and none is left when the run is"""
+  """a data worker is killed; no worker outlives a killed run"""
   tried, survived, worst, times = 0, 0, '', []
   for i in range(count(options, 1, 5)):
     case, left = Case(f'f11_{i}', options, steps=40, keys={'data.workers': 2}), list[int]()
@@ -104,7 +104,7 @@ def f11(options, alone) -> Line:
 
 
 def kill_workers(case: Case, left: list[int]) -> None:
-  """Of the first start a worker, then the second start itself; `left` are its workers."""
+  """Kills a worker of the first start, then the second start itself; `left` gets its workers."""
   if case.wait_for(lambda: case.logged() >= 12 and len(children(case.pid())) >= 2):
     os.kill(children(case.pid())[-1], signal.SIGKILL)
   if case.wait_for(lambda: len(case.incidents()) > 0 and case.logged() >= 22 and len(children(case.pid())) >= 2):

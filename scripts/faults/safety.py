@@ -12,7 +12,7 @@ from faults.refusals import Trial, copied, line_of, pretrain, training
 
 
 class Canary:
-  """Unpickled, it leaves a file."""
+  """Creates a file when it is unpickled."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -22,7 +22,7 @@ class Canary:
 
 
 def f18(options, alone) -> Line:
-  """code in place of data, paths that lead out, secrets: refused, never run, never shown"""
+  """code instead of data, paths that lead out, secrets: refused, never run, never printed"""
   run, canary = alone(1, 120).workdir, options.workdir / 'canary'
   code = f"__import__('pathlib').Path('{canary}').touch()"
   trials = [*planted(options, run, canary), *led_out(options, run), *secret(options)]
@@ -41,7 +41,7 @@ def f18(options, alone) -> Line:
 
 
 def planted(options, run: pathlib.Path, canary: pathlib.Path) -> list[Trial]:
-  """Pickles under the names of files: of a checkpoint, with hashes that are right, of a kept plan, of a store."""
+  """Pickles in place of files of a checkpoint (with correct hashes), of a kept plan, and of a store."""
   from pretrain.checkpoints import manifest
 
   trials, code = [], pickle.dumps(Canary(canary))
@@ -68,7 +68,7 @@ def planted(options, run: pathlib.Path, canary: pathlib.Path) -> list[Trial]:
 
 
 def read_plan(options, code: bytes) -> tuple[int, str]:
-  """numpy reads pickles where it is told to."""
+  """Reads a kept plan; numpy can read pickles if it is allowed to."""
   from data.errors import DataError
   from data.packing.kept_plans import _read
 
@@ -81,7 +81,7 @@ def read_plan(options, code: bytes) -> tuple[int, str]:
 
 
 def led_out(options, run: pathlib.Path) -> list[Trial]:
-  """Names with ../ and symbolic links: a file in a manifest, a step, a folder in it, a column of a store."""
+  """Names with ../ and symbolic links: for a file in a manifest, a step, a folder in it, a column of a store."""
   from pretrain.checkpoints import manifest
 
   def one_step(name: str) -> pathlib.Path:
@@ -110,11 +110,11 @@ def led_out(options, run: pathlib.Path) -> list[Trial]:
   found['columns'] = {'scores/../../outside': 'float32'}
   (store / 'manifest.json').write_text(json.dumps(found))
   act = lambda: training(options.workdir / 'f18_c', **over(store))
-  return [*trials, Trial('a column leads out', act, 65, ['DATA-CORRUPT', 'is no name of a part'], store)]
+  return [*trials, Trial('a column leads out', act, 65, ['DATA-CORRUPT', 'is not a valid name inside'], store)]
 
 
 def secret(options) -> list[Trial]:
-  """Of a URL with a password: not in what is said, not in a file."""
+  """Passwords in URLs must not appear in the output or in a file."""
   hidden, workdir = 'hunter2', options.workdir / 'f18_secret'
 
   def shown(url: str) -> tuple[int, str]:

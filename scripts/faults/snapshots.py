@@ -99,4 +99,4 @@ def flip(path: pathlib.Path, draw: random.Random) -> None:
 
 
 def in_step(case: Case) -> bool:
-  return case.phase() in ('step', 'data')
+  return case.activity() in ('step', 'data')

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from data.batches.source import StoreData
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.experiment import program
 from pretrain.experiment.experiment import EvaluationConfig, Experiment
@@ -26,7 +27,7 @@ sharing = drawing = False
 def of_program(cfg: Experiment) -> Experiment:
   """`cfg` without what is no part of a program. It is built from this: were any of it part of one, tests would fail."""
   data = cfg.data
-  if hasattr(data, 'sources'):
+  if isinstance(data, StoreData):
     sources = tuple(dataclasses.replace(source, path=str(i)) for i, source in enumerate(data.sources))
     data = dataclasses.replace(data, sources=sources, heldout=())
   return dataclasses.replace(

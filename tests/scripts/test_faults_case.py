@@ -1,7 +1,8 @@
-"""What judges the runs of scripts/faults.py sees a run that is not as it should be."""
+"""The checks of scripts/faults.py detect a run that is wrong."""
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -29,7 +30,7 @@ def module(monkeypatch):
 
 
 def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=(2,)):
-  """A run of three steps, as a Case sees it."""
+  """A run of three steps, as a Case reads it."""
   case = case_module.Known('run', argparse.Namespace(workdir=folder), steps=3)
   step = case.workdir / 'checkpoints/3'
   step.mkdir(parents=True)
@@ -39,7 +40,7 @@ def run(case_module, folder: pathlib.Path, rows=ROWS, digest: str = 'a1', shape=
 
 
 def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
-  """A row to which values are added may become shorter: for a moment the end of what it was stands behind it."""
+  """A row to which values are added may become shorter: for a moment the end of its old text follows it."""
   case = run(module('faults.case'), tmp_path)
   assert case.logged() == 3
   with (case.workdir / 'metrics.jsonl').open('a') as file:
@@ -49,7 +50,7 @@ def test_the_last_step_is_read_while_its_row_is_written_again(module, tmp_path):
   assert case.logged() == 0
 
 
-def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
+def test_an_equal_run_does_not_differ(module, tmp_path):
   found = module('faults.case')
   assert run(found, tmp_path / 'a').differs(run(found, tmp_path / 'b')) == ''
 
@@ -66,13 +67,13 @@ def test_a_run_that_is_the_same_does_not_differ(module, tmp_path):
     (lambda rows: rows.pop(), 'steps [1, 2] of 2'),
   ],
 )
-def test_a_loss_a_batch_or_a_step_that_is_another_is_seen(module, tmp_path, change, said):
+def test_another_loss_batch_or_step_is_detected(module, tmp_path, change, said):
   found, rows = module('faults.case'), [dict(row) for row in ROWS]
   change(rows)
   assert run(found, tmp_path / 'a', rows).differs(run(found, tmp_path / 'b')) == said
 
 
-def test_an_array_that_is_another_in_the_end_is_seen(module, tmp_path):
+def test_another_final_array_is_detected(module, tmp_path):
   found = module('faults.case')
   wrong = run(found, tmp_path / 'a', digest='a2').differs(run(found, tmp_path / 'b'))
   assert wrong == 'params/w of step 3 is another array (first of 1)'
@@ -86,7 +87,7 @@ def test_the_parts_of_a_fault_are_all_of_its_trials(module):
   assert count(argparse.Namespace(times=20, full=True, part=0, parts=4), 6, 200) == 5
 
 
-def test_a_part_that_was_not_survived_shows_in_the_line(module):
+def test_a_failed_part_shows_in_the_line(module):
   found = module('faults.case')
   line = found.joined([found.Line(2, 2, 'fine', [1.0, 2.0], {'save': 2}), found.Line(3, 0, 'lost', [9.0], {'save': 1})])
   assert (line.tried, line.survived, line.worst, line.whole) == (5, 2, 'lost', False)
@@ -116,7 +117,7 @@ def test_a_refusal_has_a_code_and_words_and_changes_nothing(module, tmp_path, ac
   assert trial.problem() == said.format(path=path, new=path.with_name('new'))
 
 
-def test_a_save_is_hit_in_the_part_that_was_wanted(module):
+def test_a_kill_hits_the_planned_part_of_a_save(module):
   kills = module('faults.kills')
   at = lambda note: types.SimpleNamespace(note=lambda name: note)
   assert kills.in_save(at('2 hash'), 2, 'hash')
@@ -126,8 +127,11 @@ def test_a_save_is_hit_in_the_part_that_was_wanted(module):
   assert not kills.in_save(at(''), 1, 'files')
 
 
-def test_every_fault_of_the_matrix_is_there_once(module):
-  faults = module('faults')
+def test_every_fault_of_the_matrix_exists_once(module, monkeypatch):
+  spec = importlib.util.spec_from_file_location('faults_script', SCRIPTS / 'faults.py')  # not the package beside it
+  faults = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, spec.name, faults)
+  spec.loader.exec_module(faults)
   assert {f'F{n}' for n in range(1, 22)} | {'MTTR'} == faults.FAULTS.keys()
   assert all(fault.__doc__ and '\n' not in fault.__doc__ for fault in faults.FAULTS.values())
 
@@ -143,7 +147,7 @@ def test_what_is_refused_in_a_run_of_120_steps_names_step_120(module, tmp_path, 
   assert alone(3, 620).workdir.name == 'alone_3_620'
 
 
-def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_not_a_reference(module, tmp_path, monkeypatch):
   case = module('faults.case')
   monkeypatch.setattr(case.Case, 'command', lambda self: [sys.executable, '-c', 'import sys; sys.exit(1)'])
   with pytest.raises(SystemExit, match='the uninterrupted run ended with 1'):
@@ -151,7 +155,7 @@ def test_a_run_that_was_not_left_alone_is_no_reference(module, tmp_path, monkeyp
   assert not (tmp_path / 'alone_1_120.done').exists()
 
 
-def test_how_far_losses_are_apart(module, tmp_path):
+def test_the_largest_loss_difference_is_measured(module, tmp_path):
   found, rows = module('faults.case'), [dict(row) for row in ROWS]
   rows[1]['loss'] *= 1 + 2e-6
   own, other = run(found, tmp_path / 'a', rows), run(found, tmp_path / 'b')
@@ -160,7 +164,7 @@ def test_how_far_losses_are_apart(module, tmp_path):
 
 
 def broken(module, folder: pathlib.Path, *incidents, fault=None):
-  """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` sees it."""
+  """A run of three steps with these incidents [(step reached, step resumed), …], as `verdict` reads it."""
   found = run(module('faults.case'), folder)
   keys = ('step_reached', 'step_resumed')
   lines = [dict(zip(keys, incident, strict=True), seconds_lost=None) for incident in incidents]
@@ -185,7 +189,7 @@ def test_a_fault_that_ended_nothing_and_a_start_from_0_are_not_survived(module, 
   assert (line.tried, line.survived) == (3, 0 if said else 3)
 
 
-def test_a_fault_that_fails_itself_is_seen(module, tmp_path):
+def test_a_fault_that_fails_itself_is_reported(module, tmp_path):
   own, other = (
     broken(module, tmp_path / 'a', (2, 1), fault=lambda case: 1 // 0),
     run(module('faults.case'), tmp_path / 'b'),
@@ -196,14 +200,14 @@ def test_a_fault_that_fails_itself_is_seen(module, tmp_path):
 
 
 def with_this(word: str) -> list[str]:
-  """The processes that have it in their command."""
+  """The processes with this text in their command."""
   found = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True, check=True).stdout
   return [line for line in found.splitlines() if word in line]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_who_is_interrupted_leaves_no_process_and_no_memory(tmp_path, number):
+def test_an_interrupted_series_leaves_no_process_and_no_snapshot(tmp_path, number):
   program = [sys.executable, str(SCRIPTS / 'faults.py'), 'F20', '--jobs=1', f'--workdir={tmp_path}']
   # A shell starts what runs behind it deaf to Ctrl-C, and so may be what runs this test.
   hearing = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])'
@@ -218,7 +222,7 @@ def test_who_is_interrupted_leaves_no_process_and_no_memory(tmp_path, number):
 
 
 def interrupted(process: subprocess.Popen, word: str, number: int) -> pathlib.Path:
-  """Once a run has begun, it is; the folder of its memory."""
+  """Waits until a run has begun; returns the folder of its snapshots."""
   while not any('faults.child train' in line for line in with_this(word)):
     assert process.poll() is None
     time.sleep(0.05)

@@ -12,7 +12,7 @@ from tests.pretrain import tiny
 
 @pytest.fixture(autouse=True)
 def without_orbax_alone(monkeypatch):
-  """Reads that fail leave others behind, for whichever test collects garbage next."""
+  """Failed reads leave pending ones behind, which the garbage collection of a later test would report."""
   monkeypatch.setattr('scripts.faults.files.orbax_alone', lambda workdir, wanted: 'not asked')
 
 
@@ -26,20 +26,20 @@ def test_no_damaged_file_is_loaded(tmp_path):
   assert missed(tallies) == 0
 
 
-def test_every_file_of_a_step_is_of_a_class(tmp_path):
+def test_every_file_of_a_step_belongs_to_a_class(tmp_path):
   write_run(tmp_path)
   step = tmp_path / 'checkpoints/2'
   files = {path for path in step.rglob('*') if path.is_file()}
   assert files == {path for pattern in CLASSES.values() for path in step.glob(pattern) if path.is_file()}
 
 
-def test_a_run_that_gets_other_values_of_the_older_step_is_seen(tmp_path, monkeypatch):
+def test_other_values_of_the_older_step_are_detected(tmp_path, monkeypatch):
   monkeypatch.setattr('scripts.faults.files.same', lambda found, wanted: False)
   assert missed(run_trials(tmp_path, trials=2, seed=0)) == 2
 
 
 @pytest.mark.parametrize('skipped', ['ocdbt.process_0', pytest.param('metadata', marks=pytest.mark.slow)])
-def test_the_trials_see_a_class_of_files_that_is_not_compared(tmp_path, monkeypatch, skipped):
+def test_the_trials_detect_a_class_of_files_that_is_not_compared(tmp_path, monkeypatch, skipped):
   compare = manifest.damage
   keep = lambda names: [name for name in names if skipped not in name]
   monkeypatch.setattr(manifest, 'damage', lambda folder, written, names: compare(folder, written, keep(names)))

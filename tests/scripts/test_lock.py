@@ -1,4 +1,4 @@
-"""The locks: every package by one version and its hashes, and all that setup.cfg asks for."""
+"""The locks: one version and hashes for every package, and everything that setup.cfg requires."""
 
 import configparser
 import pathlib
@@ -49,7 +49,7 @@ def test_each_package_has_a_version_and_hashes(name):
 
 
 @pytest.mark.parametrize('name', LOCKS)
-def test_the_lock_is_of_what_the_package_asks_for(name):
+def test_the_lock_satisfies_setup_cfg(name):
   found = entries((ROOT / name).read_text())
   for package, least in asked(LOCKS[name]).items():
     assert package in found, f'{package} is not in {name}; run make lock'
@@ -64,12 +64,12 @@ def test_both_locks_have_the_same_versions():
   } == {}
 
 
-def test_a_package_without_a_hash_is_seen():
+def test_a_package_without_a_hash_is_detected():
   text = f'a==1 \\\n    --hash=sha256:{"0" * 64}\n    # via b\nb[x]==2 ; python_version < "3.12"\n'
   assert entries(text) == {'a': (['1'], 1), 'b': (['2'], 0)}
 
 
-def test_what_is_installed_is_installed_by_its_hashes():
+def test_everything_is_installed_by_its_hashes():
   text = (ROOT / 'scripts/setup.sh').read_text()
   installs = re.findall(r'^.*(?:pip install|pip\[@\]).*$', text, re.MULTILINE)
   assert len(installs) == 4

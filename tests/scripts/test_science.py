@@ -16,7 +16,7 @@ def on_path(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT / 'scripts/science'))
 
 
-def test_an_empty_prefix_stands_once_for_each_document(text_store):
+def test_each_document_gets_one_empty_prefix(text_store):
   from score import with_empty_inputs
 
   batch = opened(text_store, CausalLm(), 0, 64).batch(0, slice(0, 8))
@@ -43,7 +43,7 @@ def test_trials_have_equal_tokens_and_shares_of_steps(monkeypatch):
   }  # fmt: skip
 
 
-def test_what_is_written_by_hand_is_kept(tmp_path):
+def test_text_written_by_hand_is_kept(tmp_path):
   from study import READING, reading
 
   document = tmp_path / 'doc.md'
@@ -67,7 +67,7 @@ def steps_of(*lengths):
   return [{'step': i, 'step_seconds': float(i)} | ({'row_length': n} if n else {}) for i, n in enumerate(lengths, 1)]
 
 
-def test_a_loss_stands_at_what_the_steps_before_it_cost():
+def test_a_loss_is_plotted_at_the_cost_of_the_steps_before_it():
   from steps import LOSS, curve
 
   rows = steps_of(64, 512, 64, 512)
@@ -80,14 +80,14 @@ def test_a_loss_stands_at_what_the_steps_before_it_cost():
   assert curve(plain, {64: 1.0, 512: 3.0})[0].tolist() == [6.0], 'a run of one length has the longest'
 
 
-def test_steps_that_were_not_logged_are_noticed():
+def test_steps_that_were_not_logged_are_reported():
   from steps import row_lengths
 
   with pytest.raises(ValueError, match=r'1 rows do not cover all of 2 steps; set train.log_every=1'):
     row_lengths(steps_of(64, 64)[1:], 512)
 
 
-def test_step_seconds_are_told_apart_by_length_without_those_of_compilation():
+def test_step_seconds_are_grouped_by_length_without_compilation():
   from steps import logged_seconds
 
   found = logged_seconds(steps_of(512, 512, 64, 512, 64, 512, 128), 512)

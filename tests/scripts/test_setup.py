@@ -1,4 +1,4 @@
-"""scripts/setup.sh, against a stand-in for python3 that records what it is asked to install."""
+"""scripts/setup.sh, with a stand-in for python3 that records what it is told to install."""
 
 import os
 import pathlib
@@ -79,7 +79,7 @@ def test_an_installation_that_was_cut_off_starts_again(checkout):
   assert not (checkout / '.venv/leftover').exists()
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(checkout):
+def test_a_folder_that_is_not_an_environment_is_not_touched(checkout):
   (checkout / '.venv').mkdir()
   (checkout / '.venv/thesis.txt').touch()
   done = setup(checkout)
@@ -98,7 +98,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(checkout):
     ({'PYTHON': '/no/python'}, 'setup: PYTHON=/no/python is not Python >= 3.11.'),
   ],
 )
-def test_what_is_missing_is_said_with_its_remedy(checkout, env, message):
+def test_a_missing_tool_is_reported_with_the_fix(checkout, env, message):
   done = setup(checkout, **env)
   assert done.returncode == 1
   assert done.stderr.startswith(message), done.stderr

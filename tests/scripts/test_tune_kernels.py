@@ -44,11 +44,11 @@ def test_every_candidate_for_hopper_fits_it():
     assert all(gpu_mosaic.shared_bytes(blocks, head_dim) <= gpu_mosaic.SHARED_BYTES for blocks in found)
 
 
-def test_another_gpu_has_nothing_of_hoppers(sweep):
+def test_another_gpu_does_not_use_hoppers_entries(sweep):
   chip, entries = sweep('NVIDIA A100-SXM4-80GB', 0)
   assert (chip, set(entries)) == ('a100', {'d64_bfloat16', 'd128_bfloat16'})
 
 
-def test_a_machine_without_a_gpu_says_so():
+def test_a_machine_without_a_gpu_is_reported():
   with pytest.raises(SystemExit, match='--gpu tunes the GPU of this machine, which has cpu; use --aot'):
     tune_kernels.by_time()

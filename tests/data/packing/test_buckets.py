@@ -105,7 +105,7 @@ def test_a_row_of_a_batch_that_is_shorter_is_explained(text_store):
     for row in range(source.batch_rows(step * 4))
     if source.row(step * 4, row)[0].row < 0
   )
-  assert 'shard 0, an empty row: its batch is shorter' in explain_row(source, 0, row, place)
+  assert 'shard 0, padding: the batch has fewer rows' in explain_row(source, 0, row, place)
   assert 'row 0 of its plan' in next(
     text for step in range(100) if 'row 0 of' in (text := explain_row(source, step, 0, step * 4))
   )

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that lies: what is damaged is named, put aside and never loaded; what was cut off never was."""
+"""Checkpoints on a faulty disk: a damaged step is named, set aside and never loaded; a cut-off save is no step."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def run(saved, tmp_path):
 
 
 def go_on(run: pathlib.Path, program, cfg=CFG) -> int:
-  """The step that a run goes on from."""
+  """The step that a run resumes from."""
   with contextlib.closing(Checkpoints(run, cfg)) as checkpoints:
     step = checkpoints.newest_whole()
     assert checkpoints.restore(program.abstract, step).position == POSITION
@@ -107,7 +107,9 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(('pattern', 'damage', 'what'), DAMAGE)
-def test_a_damaged_step_is_put_aside_and_the_one_before_it_is_taken(run, program, capsys, pattern, damage, what):
+def test_a_damaged_step_is_set_aside_and_the_run_resumes_from_the_one_before(
+  run, program, capsys, pattern, damage, what
+):
   damage(some_file(run / 'checkpoints/2', pattern))
   assert go_on(run, program) == 1
   err = capsys.readouterr().err
@@ -124,7 +126,7 @@ def resign(folder: pathlib.Path, key: str) -> None:
   manifest.write(folder, dataclasses.replace(written, leaves={**written.leaves, key: leaf}))
 
 
-def test_what_a_user_has_put_beside_the_steps_is_left_alone(run, program):
+def test_other_files_beside_the_steps_are_not_touched(run, program):
   names = ['notes.saving', 'old.deleting', '03']
   for name in names:
     (run / 'checkpoints' / name).mkdir()
@@ -136,8 +138,8 @@ def test_what_a_user_has_put_beside_the_steps_is_left_alone(run, program):
 @pytest.mark.parametrize(
   ('part', 'what'), [('2', 'its folder is'), ('2/state', 'lies behind one'), ('2/MANIFEST.json', 'MANIFEST.json is')]
 )
-def test_a_step_that_lies_behind_a_symbolic_link_is_not_taken(run, program, capsys, part, what):
-  """Whoever may write where it leads to could exchange it between the comparison and the reading."""
+def test_a_step_behind_a_symbolic_link_is_not_used(run, program, capsys, part, what):
+  """Anybody who can write the target could exchange it between the comparison and the reading."""
   place = run / 'checkpoints' / part
   place.rename(run / 'elsewhere')
   place.symlink_to(run / 'elsewhere')
@@ -147,7 +149,7 @@ def test_a_step_that_lies_behind_a_symbolic_link_is_not_taken(run, program, caps
   assert (run / 'elsewhere').exists()
 
 
-def test_verify_sees_wrong_values_in_whole_files(run, capsys):
+def test_verify_detects_wrong_values_in_intact_files(run, capsys):
   key = max(manifest.read(run / 'checkpoints/1').leaves)
   resign(run / 'checkpoints/1', key)
   before_manifests(run / 'checkpoints/2')
@@ -169,7 +171,7 @@ def test_no_reader_loads_a_damaged_step_and_none_renames_it(run, program, patter
   assert (run / 'checkpoints/2').exists()
 
 
-def test_where_no_step_is_whole_none_is_renamed_and_no_run_begins_anew(run):
+def test_if_no_step_is_intact_none_is_renamed_and_no_run_starts_at_step_0(run):
   for step in (1, 2):
     flip(some_file(run / f'checkpoints/{step}', FILES['arrays']))
   for _ in range(2):
@@ -180,14 +182,14 @@ def test_where_no_step_is_whole_none_is_renamed_and_no_run_begins_anew(run):
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['1', '2']
 
 
-def test_what_was_put_aside_still_keeps_a_run_from_beginning_anew(run):
+def test_a_step_that_was_set_aside_still_prevents_a_start_at_step_0(run):
   for step in (1, 2):
     step_folders.quarantine(run / 'checkpoints', step)
   with pytest.raises(CheckpointError, match=r'2 checkpoints in .*2.corrupt: quarantined\). Not starting from step 0'):
     Checkpoints(run, CFG).newest_whole()
 
 
-def test_a_second_step_of_one_number_is_put_aside_beside_the_first(run):
+def test_a_second_damaged_step_with_the_same_number_gets_another_name(run):
   directory = run / 'checkpoints'
   names = [step_folders.quarantine(directory, 1)]
   (directory / '1').mkdir()
@@ -196,8 +198,8 @@ def test_a_second_step_of_one_number_is_put_aside_beside_the_first(run):
   assert (directory / '1.corrupt' / manifest.FILE).exists()
 
 
-def test_wrong_values_in_whole_files_are_seen(run, program, capsys):
-  """Damage on the way to the disk: the files are hashed as they were written, and are not the state."""
+def test_wrong_values_in_intact_files_are_detected(run, program, capsys):
+  """Damage on the way to the disk: the hashes match the files, but the files differ from the state."""
   key = max(manifest.read(run / 'checkpoints/2').leaves)
   resign(run / 'checkpoints/2', key)
   checkpoints = Checkpoints(run, CFG)
@@ -211,8 +213,8 @@ def test_wrong_values_in_whole_files_are_seen(run, program, capsys):
   assert not (run / 'checkpoints/2').exists()
 
 
-def test_where_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch):
-  """It may be the program that is wrong."""
+def test_if_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch):
+  """The fault may be in the program."""
   mix = digest.mix
   monkeypatch.setattr(digest, 'mix', lambda x, constants: mix(x, constants) + jax.numpy.uint32(1))
   jax.clear_caches()
@@ -230,7 +232,7 @@ def test_where_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['1', '2']
 
 
-def test_a_step_can_be_saved_again_after_it_was_put_aside(run, program, state):
+def test_a_step_can_be_saved_again_after_it_was_set_aside(run, program, state):
   flip(some_file(run / 'checkpoints/2', FILES['arrays']))
   checkpoints = Checkpoints(run, CFG)
   checkpoints.restore(program.abstract, checkpoints.newest_whole())
@@ -244,7 +246,7 @@ def before_manifests(step: pathlib.Path) -> None:
   (step / FILES['config']).write_text(json.dumps({'text': ''}))
 
 
-def test_a_step_from_before_manifests_is_read_and_said_to_be_unverified(run, program, capsys):
+def test_a_step_from_before_manifests_is_read_with_a_warning(run, program, capsys):
   before_manifests(run / 'checkpoints/2')
   checkpoints = Checkpoints(run, CFG)
   assert checkpoints.newest_whole() == 2
@@ -306,7 +308,7 @@ def test_a_removal_that_was_cut_off_is_finished_at_the_next_start(run):
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2']
 
 
-def test_the_best_steps_are_kept_and_the_newest_is_gone_on_from(state, tmp_path):
+def test_the_best_steps_are_kept_and_the_newest_is_resumed_from(state, tmp_path):
   cfg = CheckpointConfig(keep=1, keep_best=2, best_of='eval/a/loss')
   with contextlib.closing(Checkpoints(tmp_path, cfg)) as checkpoints:
     for step, loss in enumerate((3.0, 1.0, float('nan'), 2.0, 5.0), 1):
@@ -315,7 +317,7 @@ def test_the_best_steps_are_kept_and_the_newest_is_gone_on_from(state, tmp_path)
   assert Checkpoints(tmp_path, cfg).newest_whole() == 5
 
 
-def test_of_an_accuracy_the_highest_is_the_best(state, tmp_path):
+def test_the_highest_accuracy_is_the_best(state, tmp_path):
   cfg = CheckpointConfig(keep=1, keep_best=1, best_of='eval/a/accuracy')
   with contextlib.closing(Checkpoints(tmp_path, cfg)) as checkpoints:
     for step, accuracy in enumerate((0.1, 0.9, 0.2), 1):
@@ -323,7 +325,7 @@ def test_of_an_accuracy_the_highest_is_the_best(state, tmp_path):
   assert step_folders.finished(tmp_path / 'checkpoints') == [2, 3]
 
 
-def test_verify_prints_a_line_for_each_step_and_its_exit_code_is_that_of_the_worst(run, capsys, monkeypatch):
+def test_verify_prints_a_line_for_each_step_and_exits_with_the_worst_code(run, capsys, monkeypatch):
   monkeypatch.setattr('pretrain.tools.verify.GROUP_BYTES', 300_000)  # several reads
   assert main(['checkpoints', 'verify', f'--workdir={run}', '--steps=2']) == 0
   assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [['step', '2', 'whole']]

@@ -355,7 +355,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (
       tiny.UL2,
       "checkpoint.initial='RUN'",
-      "checkpoint.initial='RUN' has no step number; write 'RUN/<step>', one of `pretrain checkpoints list",
+      "checkpoint.initial='RUN' has no step; write 'RUN/<step>', one of `pretrain checkpoints list --workdir=RUN`.",
     ),
     (
       tiny.UL2,

@@ -101,9 +101,9 @@ def test_every_path_of_a_config_is_expanded(home):
   assert [s.path for s in cfg.data.sources] == [f'{home}/a', 'b~/c', 's3://b/~x']
   assert [s.path for s in cfg.data.heldout] == [f'{home}/h', BAD]
   assert (cfg.checkpoint.initial, cfg.snapshot.folder) == (f'{home}/r/5', f'{home}/s')
-  from pretrain.experiment.phases import stretch_at
+  from pretrain.experiment.phases import phase_at
 
-  assert [s.path for s in stretch_at(cfg, 2).cfg.data.sources] == [f'{home}/p']
+  assert [s.path for s in phase_at(cfg, 2).cfg.data.sources] == [f'{home}/p']
 
 
 def test_included_files_and_the_cache_are_expanded(home, monkeypatch):

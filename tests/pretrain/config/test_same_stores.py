@@ -157,7 +157,7 @@ def test_a_path_that_is_not_found_names_the_folder_it_was_looked_for_in(folder, 
   assert main.main(['data', 'verify', 'stores/a']) == 65
   assert f'stores/a (looked for in {folder}/elsewhere)' in capsys.readouterr().err
   assert main.main(['data', 'prepare', 'none.txt', '--out=x']) == 65
-  assert f'none.txt (looked for in {folder}/elsewhere) is no file' in capsys.readouterr().err
+  assert f'none.txt (looked for in {folder}/elsewhere) is not a file' in capsys.readouterr().err
 
 
 def test_a_config_without_names_is_rendered_as_ever(folder):

@@ -1,4 +1,4 @@
-"""Real processes that are killed, told to stop, or do not come. More of them, and more often: scripts/faults.py."""
+"""Real processes that are killed, told to stop, or do not start. scripts/faults.py tries more of this, more often."""
 
 import io
 import os
@@ -35,7 +35,7 @@ os._exit(70)
 """
 
 
-def test_a_barrier_ends_in_time_and_names_who_is_missing():
+def test_a_barrier_ends_in_time_and_names_the_missing_process():
   stream = io.StringIO()
   assert launch.Group(3, [sys.executable, '-c', LATE], stream).wait().code == 70
   said = [line for line in stream.getvalue().splitlines() if 'HANG' in line]
@@ -49,18 +49,19 @@ def test_a_barrier_ends_in_time_and_names_who_is_missing():
 
 # One process or several, with their pids in files; the losses of two starts are compared bit for bit.
 TRAIN = """
-import os, pathlib, signal, sys, time, pretrain.run.train as t
+import os, pathlib, signal, sys, time
+from pretrain.run import step_numbers
 notes = pathlib.Path(sys.argv[1] + '.notes')
 notes.mkdir(exist_ok=True)
 (notes / os.environ['PRETRAIN_HOST']).write_text(str(os.getpid()))
-log = t.Run._log
-def killed(self, step, *rest):
-  log(self, step, *rest)
+log = step_numbers.log
+def killed(run, step, *rest):
+  log(run, step, *rest)
   if step == 15 and os.environ['PRETRAIN_HOST'] == os.environ.get('KILL') and not (notes / 'killed').exists():
-    while not (self.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
+    while not (run.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
     (notes / 'killed').touch()
     os.kill(os.getpid(), int(os.environ['SIGNAL']))
-t.Run._log = killed
+step_numbers.log = killed
 from pretrain.cli.main import main
 sys.exit(main(['train', *sys.argv[2:]]))
 """
@@ -88,7 +89,7 @@ def own_devices(monkeypatch):
     monkeypatch.setenv(name, '')
 
 
-def test_a_killed_run_goes_on_by_itself_to_the_losses_of_one_left_alone(tmp_path):
+def test_a_killed_run_resumes_by_itself_with_the_losses_of_an_uninterrupted_run(tmp_path):
   assert supervised(tmp_path / 'killed', 1, 30, signal.SIGKILL, host=0) == 0
   assert supervised(tmp_path / 'alone', 1, 30) == 0
   assert numbers(tmp_path / 'killed') == numbers(tmp_path / 'alone')
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on_by_itself_to_the_losses_of_one_left_alone(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize('host', [0, 2])
-def test_one_of_three_is_killed_and_all_go_on(tmp_path, host):
+def test_one_of_three_is_killed_and_all_resume(tmp_path, host):
   assert supervised(tmp_path / 'killed', 3, 30, signal.SIGKILL, host=host) == 0
   assert supervised(tmp_path / 'alone', 3, 30) == 0
   assert numbers(tmp_path / 'killed') == numbers(tmp_path / 'alone')

@@ -1,4 +1,4 @@
-"""`pretrain run`: several local processes that are one run, and end together."""
+"""`pretrain run`: several local processes that form one run, and end together."""
 
 import io
 import re
@@ -43,7 +43,7 @@ def test_three_processes_are_one_run():
   assert sorted(lines) == [f'[{host}] sum 33 3 6 2' for host in range(3)]
 
 
-def test_one_that_crashes_a_blink_before_another_is_seen_to_be_killed_is_not_blamed(monkeypatch, tmp_path):
+def test_a_crash_just_before_a_kill_is_seen_is_not_taken_for_the_cause(monkeypatch, tmp_path):
   monkeypatch.setattr(launch, 'GRACE_AFTER_KILL', 20.0)
   code = f"""
 import os, pathlib, time
@@ -60,8 +60,8 @@ os.kill(os.getpid(), 9)
   assert (outcome.host, outcome.code) == (1, 137)
 
 
-def test_no_connection_takes_the_port_that_the_first_process_will_listen_at():
-  """It starts seconds later; a port that is taken then is code 64, and ends a run that would only have restarted."""
+def test_no_connection_takes_the_port_of_the_coordinator():
+  """It listens seconds later; if the port is taken then, code 64 would end a run that only needed a restart."""
   first = launch.first_connection_port()
   ports = {launch.free_port() for _ in range(50)}
   assert len(ports) > 40, 'two runs that start at once have different ones'
@@ -74,21 +74,21 @@ def test_when_one_fails_all_end_with_its_code():
   assert time.monotonic() - start < 20
 
 
-def test_one_that_was_interrupted_and_has_saved_does_not_end_the_others():
+def test_an_interrupted_process_that_saved_does_not_end_the_others():
   code = "import os, sys, time; host = int(os.environ['PRETRAIN_HOST']); time.sleep(host); print('saved'); sys.exit(75)"
   stream = io.StringIO()
   assert group(2, code, stream).wait().code == 75
   assert sorted(stream.getvalue().splitlines()) == ['[0] saved', '[1] saved']
 
 
-def test_of_those_that_fail_together_the_one_to_blame_is_named():
+def test_if_several_fail_together_the_cause_is_named():
   blamed = lambda codes: launch.first_cause(codes).host
   assert blamed({0: 134, 1: 137, 2: 1}) == 1, 'a killed one, not those that JAX aborts for it'
   assert blamed({0: 137, 1: 70, 2: 134}) == 1, 'a hang'
   assert blamed({0: 70, 1: 1, 2: 64}) == 2, 'what a user can mend'
 
 
-def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
+def test_a_process_that_ignores_sigterm_is_killed(monkeypatch):
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
   deaf = 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); import time; time.sleep(2); '
   start = time.monotonic()
@@ -96,8 +96,8 @@ def test_a_process_that_does_not_listen_is_ended_all_the_same(monkeypatch):
   assert time.monotonic() - start < 30
 
 
-def test_what_a_process_leaves_behind_is_not_waited_for(monkeypatch):
-  """It holds the pipe that the lines come from."""
+def test_a_child_that_outlives_its_process_is_not_waited_for(monkeypatch):
+  """The child holds the pipe from which lines are read."""
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 0.5)
   code = "import subprocess, sys; print('said', flush=True); subprocess.Popen(['sleep', '30']); sys.exit(3)"
   stream, start = io.StringIO(), time.monotonic()
@@ -106,8 +106,8 @@ def test_what_a_process_leaves_behind_is_not_waited_for(monkeypatch):
   assert stream.getvalue() == '[0] said\n'
 
 
-def test_who_waits_for_one_that_was_killed_is_ended_at_once(monkeypatch):
-  """In a collective nothing is left to be said, and every second is one of the restart."""
+def test_processes_that_wait_for_a_killed_one_are_ended_at_once(monkeypatch):
+  """In a collective they have nothing to save, and every second delays the restart."""
   monkeypatch.setattr(launch, 'GRACE_SECONDS', 60)
   code = """
 import os, signal, time
@@ -158,7 +158,7 @@ def alive(pid: int) -> bool:
     return False
 
 
-def test_the_coordinator_listens_on_loopback_alone():
+def test_the_coordinator_listens_only_on_loopback():
   code = f"""{SUM}
 tables = open('/proc/self/net/tcp').read() + open('/proc/self/net/tcp6').read()
 print(os.environ['PRETRAIN_COORDINATOR'], tables)
@@ -192,7 +192,7 @@ print('seen', sorted(set(seen)))
 
 @pytest.mark.slow
 def test_every_process_finds_its_compiled_programs_again(tmp_path, monkeypatch):
-  """JAX writes those of process 0 alone; the others would compile at each restart."""
+  """JAX writes only those of process 0; the others would compile at each restart."""
   for name in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR'):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('PRETRAIN_CACHE', str(tmp_path))
@@ -204,7 +204,7 @@ def test_every_process_finds_its_compiled_programs_again(tmp_path, monkeypatch):
   assert seen == [[f"[{host}] seen ['{what}']" for host in range(2)] for what in ('miss', 'hit')]
 
 
-def test_output_comes_line_by_line_behind_the_host():
+def test_output_lines_have_the_host_as_prefix():
   stream = io.StringIO()
   code = "import sys; print('out'); print('err', file=sys.stderr); sys.stdout.buffer.write(b'\\xff\\n')"
   assert group(1, code, stream).wait().code == 0

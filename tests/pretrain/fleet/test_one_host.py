@@ -1,4 +1,4 @@
-"""`pretrain run --hosts=1` is `pretrain train`, and begins again by itself."""
+"""`pretrain run --hosts=1` trains like `pretrain train`, and restarts by itself."""
 
 import io
 import subprocess
@@ -15,7 +15,7 @@ KEYS = (*tiny.SMALL_DECODER, 'train.steps=6', 'checkpoint.every=1000', 'data.bat
 
 @pytest.mark.slow
 def test_one_process_under_the_supervisor_has_the_losses_of_plain_train(tmp_path, monkeypatch):
-  """JAX's default for processes that are told of each other adds in another order, over sockets, also for one."""
+  """JAX's default for processes with a coordinator adds in another order, over sockets, even for a single process."""
   monkeypatch.setenv('XLA_FLAGS', '')
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
   found = []

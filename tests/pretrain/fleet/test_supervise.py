@@ -1,4 +1,4 @@
-"""`pretrain run -- train`: what fails is started again, what cannot go on stops with its reason.
+"""`pretrain run -- train`: restarts processes that fail, and stops with the reason if a restart cannot help.
 
 Here the processes are scripts that tell what they have done as a run does; test_faults.py has real ones.
 """
@@ -72,7 +72,7 @@ def no_delay(monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
 
 
-def test_a_killed_process_is_started_again_and_the_incident_is_written(tmp_path, capsys):
+def test_a_killed_process_is_restarted_and_the_incident_is_written(tmp_path, capsys):
   assert run(tmp_path, {'0': [(7, -9)]}) == 0
   assert starts(tmp_path) == 2
   (incident,) = incidents(tmp_path)
@@ -90,20 +90,20 @@ def test_a_killed_process_is_started_again_and_the_incident_is_written(tmp_path,
 
 
 @pytest.mark.parametrize('code', [75, 64])
-def test_an_incident_that_no_step_came_after_is_written_too(tmp_path, code):
+def test_an_incident_without_a_later_step_is_written_too(tmp_path, code):
   assert run(tmp_path, {'0': [(7, -9), (None, code)]}) == code
   incident = incidents(tmp_path)[0]
   assert (incident['cause'], incident['step_resumed'], incident['seconds_down']) == ('killed', None, None)
 
 
-def test_going_back_before_a_spike_is_no_failure_of_a_step(tmp_path):
-  """However often: the run itself counts how often it may. The next failure is not the fourth at one step."""
+def test_a_rewind_does_not_count_as_a_failure_of_a_step(tmp_path):
+  """For any number of rewinds: the run itself limits them. The next failure is not the fourth at one step."""
   assert run(tmp_path, {'0': [(7, 72)] * 4 + [(6, 1), (6, 1)]}) == 0
   found = [(i['cause'], i['action']) for i in incidents(tmp_path)]
   assert found == [('spike', 'rewind')] * 4 + [('crash', 'restart')] * 2
 
 
-def test_an_incident_has_the_reason_that_the_process_gave(tmp_path):
+def test_an_incident_has_the_message_of_the_process(tmp_path):
   script = "import sys; print('REPLICAS: at step 7\\nCKPT-X no code\\nother'); sys.exit(74)"
   command = [sys.executable, '-c', f'import pathlib\n{script}']
   assert Supervisor(1, command, tmp_path, Policy(max_restarts=1), stream=io.StringIO()).run() == 74
@@ -113,20 +113,20 @@ def test_an_incident_has_the_reason_that_the_process_gave(tmp_path):
 
 
 @pytest.mark.parametrize(('code', 'cause'), [(70, 'hang'), (1, 'crash'), (-11, 'SIGSEGV'), (-6, 'SIGABRT')])
-def test_hangs_and_crashes_are_started_again(tmp_path, code, cause):
+def test_hangs_and_crashes_are_restarted(tmp_path, code, cause):
   assert run(tmp_path, {'0': [(7, code)]}) == 0
   assert [(i['cause'], i['action']) for i in incidents(tmp_path)] == [(cause, 'restart')]
 
 
 @pytest.mark.parametrize(('code', 'cause'), [(64, 'config'), (65, 'data'), (66, 'checkpoint'), (71, 'non-finite')])
-def test_what_a_restart_would_find_again_is_not_retried(tmp_path, capsys, code, cause):
+def test_an_error_that_a_restart_would_repeat_is_not_retried(tmp_path, capsys, code, cause):
   assert run(tmp_path, {'0': [(7, code)]}) == code
   assert starts(tmp_path) == 1
   assert [(i['cause'], i['action'], i['step_resumed']) for i in incidents(tmp_path)] == [(cause, 'stop', None)]
   assert 'not restarted: it would fail the same way' in capsys.readouterr().err
 
 
-def test_a_refused_workdir_is_left_alone(tmp_path):
+def test_a_refused_workdir_is_not_touched(tmp_path):
   assert run(tmp_path, {'0': [(None, 64)]}) == 64
   assert [p.name for p in tmp_path.iterdir()] == ['start_0_0']
 
@@ -147,40 +147,40 @@ def test_failures_at_one_step_end_the_run_and_name_step_and_log(tmp_path, capsys
   assert said in capsys.readouterr().err
 
 
-def test_a_run_that_gets_on_is_never_given_up(tmp_path):
+def test_a_run_that_makes_progress_is_always_restarted(tmp_path):
   assert run(tmp_path, {'0': [(2, 1), (2, 1), (3, 1), (3, 1), (6, -9), (7, -9), (8, 1)]}) == 0
   assert starts(tmp_path) == 8
   assert [i['step_resumed'] for i in incidents(tmp_path)] == [0, 0, 0, 0, 5, 5, 5]
 
 
-def test_examples_of_a_step_that_fails_again_and_again_are_left_out(tmp_path):
+def test_examples_of_a_step_that_fails_repeatedly_are_left_out(tmp_path):
   assert run(tmp_path, {'0': [(7, 1)] * 3}, skip_poisoned=True) == 0
   assert incidents(tmp_path)[-1]['action'] == 'restart without examples 56..71'
   assert read_skips(tmp_path) == [(56, 72)]
 
 
-def test_a_step_that_fails_behind_examples_that_are_left_out_is_left_out_too(tmp_path):
-  """The run is where the range begins until a step behind it is done: the same range again would not help."""
+def test_a_step_that_fails_after_skipped_examples_is_skipped_too(tmp_path):
+  """The run stays at the start of the range until a step after it is done: the same range again would not help."""
   assert run(tmp_path, {'0': [(7, 1)] * 6}, skip_poisoned=True) == 0
   assert read_skips(tmp_path) == [(56, 72), (72, 88)]
 
 
-def test_steps_that_only_the_rows_tell_of_are_not_left_out(tmp_path):
-  """A timeline has a line a second; one that is killed in its hundredth step of a second has written a hundred rows."""
+def test_steps_that_are_only_in_the_metrics_are_not_left_out(tmp_path):
+  """A timeline has a line per second; a process killed in its hundredth step of a second has written 100 rows."""
   (tmp_path / 'metrics.jsonl').write_text('{"step": 9, "loss": 2.0}\n{"step": 10, "loss": 2.0}\n')
   add_skip(tmp_path, 64, 80)  # 7 steps are 56 examples, 8 are 64, 9 are 88
   assert run(tmp_path, {'0': [(7, 1)] * 3}, skip_poisoned=True) == 0
   assert read_skips(tmp_path) == [(64, 80), (96, 112)]
 
 
-def test_a_signal_that_comes_while_processes_are_started_is_for_them(tmp_path, monkeypatch):
-  """Otherwise they would train on, and never save because of it."""
+def test_a_signal_during_the_start_reaches_the_processes(tmp_path, monkeypatch):
+  """Otherwise they would continue to train and would not save."""
   script = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(75)); time.sleep(60)'
   supervisor = Supervisor(1, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO())
 
   class Slow(supervise.Group):
-    def __init__(self, *args):
-      super().__init__(*args)
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
       supervisor._stop(signal.SIGTERM)  # the group is not known to it yet
 
   monkeypatch.setattr(supervise, 'Group', Slow)
@@ -194,8 +194,8 @@ def test_without_restarts_the_first_failure_is_the_last(tmp_path):
   assert starts(tmp_path) == 1
 
 
-def test_a_host_that_stays_away_is_left_out(tmp_path):
-  """Not for dying once, and not below --min_hosts; the count is the next that fits the batch."""
+def test_a_run_continues_without_a_host_that_does_not_come_back(tmp_path):
+  """Not after one death, and not below --min_hosts; the new count is the next one that divides the batch."""
   plan = {'3': [(None, 1)] * 9}
   for name in ('all', 'fewer', 'once'):
     (tmp_path / name).mkdir()
@@ -223,7 +223,7 @@ sys.exit(Supervisor(2, [sys.executable, '-c', child], pathlib.Path(sys.argv[1]),
 @pytest.mark.parametrize(
   ('number', 'deaf', 'code'), [(signal.SIGTERM, 0, 75), (signal.SIGINT, 0, 75), (signal.SIGTERM, 1, 137)]
 )
-def test_a_signal_asks_all_to_save_and_a_second_one_ends_them(tmp_path, number, deaf, code):
+def test_a_signal_makes_all_save_and_a_second_one_ends_them(tmp_path, number, deaf, code):
   command = [sys.executable, '-c', STUBBORN % deaf, tmp_path]
   with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True) as process:
     assert {process.stdout.readline(), process.stdout.readline()} == {'[0] up\n', '[1] up\n'}
@@ -243,7 +243,7 @@ def test_a_signal_asks_all_to_save_and_a_second_one_ends_them(tmp_path, number, 
     (['--hosts=2', '--min_hosts=3'], '--min_hosts=3 with --hosts=2; it must be 1 to --hosts.'),
   ],
 )
-def test_numbers_that_cannot_be_are_refused(capsys, flags, message):
+def test_impossible_numbers_are_refused(capsys, flags, message):
   assert main(['run', *flags, '--', 'train', '--gin_file=x', '--workdir=y']) == 64
   assert capsys.readouterr().err == f'CONFIG: {message}\n'
 
@@ -258,7 +258,7 @@ def test_numbers_that_cannot_be_are_refused(capsys, flags, message):
     ),
   ],
 )  # fmt: skip
-def test_where_examples_cannot_be_left_out_it_is_said(capsys, tmp_path, file, key, message):
+def test_skipping_is_refused_if_examples_cannot_be_left_out(capsys, tmp_path, file, key, message):
   flags = [f'--gin_file={tiny.ROOT / "configs" / file}', f'--workdir={tmp_path}', f'--gin.{key}']
   assert main(['run', '--hosts=1', '--skip_poisoned', '--', 'train', *flags]) == 64
   assert message in capsys.readouterr().err

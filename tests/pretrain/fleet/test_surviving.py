@@ -1,4 +1,4 @@
-"""Processes that survive another one: they go on as they are, or all are started again; nobody waits for ever."""
+"""Processes that survive another one: they continue, or all are restarted; none waits for ever."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize('host', [0, 2])
-def test_the_others_keep_their_pids_and_numbers_and_one_takes_the_place_of_the_dead(tmp_path, capsys, host):
+def test_survivors_keep_their_pids_and_numbers_and_a_new_process_replaces_the_dead_one(tmp_path, capsys, host):
   assert run(tmp_path, {0: {host: (3, 9)}}) == 0
   before, after = map(dict, ups(tmp_path))
   assert [before[i] == after[i] for i in range(3)] == [i != host for i in range(3)]
@@ -99,7 +99,7 @@ def test_the_others_keep_their_pids_and_numbers_and_one_takes_the_place_of_the_d
   assert (found['processes'], found['failures']) == (2, 1)
 
 
-def test_where_fewer_may_they_are_numbered_anew_and_nobody_is_started(tmp_path):
+def test_if_fewer_are_allowed_survivors_are_renumbered_and_none_is_started(tmp_path):
   assert run(tmp_path, {0: {0: (3, 9)}, 1: {0: (3, 9)}}, min_hosts=1) == 0
   first, second, third = ups(tmp_path)
   assert [pid for _, pid in second] == [pid for _, pid in first[1:]]
@@ -108,7 +108,7 @@ def test_where_fewer_may_they_are_numbered_anew_and_nobody_is_started(tmp_path):
 
 
 @pytest.mark.parametrize('what', [int(signal.SIGSTOP), 'deaf'])
-def test_those_that_do_not_survive_in_time_are_ended_and_all_are_started_again(tmp_path, what):
+def test_if_survival_takes_too_long_all_are_ended_and_restarted(tmp_path, what):
   plan = {0: {1: (3, 9)}} if what == 'deaf' else {0: {1: (3, 9), 0: (2, what), 2: (2, what)}}
   assert run(tmp_path, plan, mode=str(what), survive=1.0, max_restarts=3) == 0
   found = [(i['cause'], i['action']) for i in incidents(tmp_path)]
@@ -116,24 +116,24 @@ def test_those_that_do_not_survive_in_time_are_ended_and_all_are_started_again(t
   assert not {pid for _, pid in ups(tmp_path)[0]} & {pid for _, pid in ups(tmp_path)[-1]}
 
 
-def test_a_death_before_there_is_a_state_again_starts_all_again(tmp_path):
+def test_a_death_before_there_is_a_state_again_restarts_all(tmp_path):
   assert run(tmp_path, {0: {1: (3, 9)}, 1: {2: (None, 9)}}) == 0
   assert [i['action'] for i in incidents(tmp_path)] == ['survival', 'restart']
 
 
 @pytest.mark.parametrize(('code', 'wanted'), [(71, 'stop'), (74, 'restart'), (72, 'rewind'), (1, 'survival')])
-def test_what_all_would_find_is_not_survived(tmp_path, code, wanted):
-  """Of an exit by itself, too, there are survivors, where it was of that process alone."""
+def test_an_error_that_all_share_is_not_survived(tmp_path, code, wanted):
+  """A process that exits by itself can be survived too, if the error is its own."""
   assert run(tmp_path, {0: {1: (3, -code)}}) == (code if wanted == 'stop' else 0)
   assert [i['action'] for i in incidents(tmp_path)] == [wanted]
 
 
-def test_without_the_key_nobody_survives(tmp_path):
+def test_without_the_key_all_are_restarted(tmp_path):
   script = "import os, sys; sys.exit('PRETRAIN_MEMBERS' in os.environ)"
   assert Supervisor(2, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO()).run() == 0
 
 
-def test_the_key_is_refused_where_there_is_an_accelerator(tmp_path, monkeypatch, capsys):
+def test_the_key_is_refused_with_an_accelerator(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('pretrain.cli.run.has_accelerator', lambda: True)
   monkeypatch.delenv('JAX_PLATFORMS', raising=False)
   flags = [f'--gin_file={tiny.DECODER}', f'--workdir={tmp_path}', '--gin.elastic.survive=True']
@@ -156,8 +156,8 @@ def test_hanging_up_ends_connections_to_peers_but_not_to_the_coordinator():
       stays.sendall(b'x')
 
 
-def test_the_private_names_that_survival_needs_are_there():
-  """Of JAX and Orbax: a version without them, or with others, shows here."""
+def test_the_private_names_that_survival_needs_exist():
+  """Names of JAX and Orbax: a version without them fails here."""
   coordinator = Coordinator(1)
   with socket.create_connection(coordinator.address.split(':')):
     pass
@@ -172,7 +172,7 @@ def test_the_private_names_that_survival_needs_are_there():
 
 
 def trained(workdir, hosts: int, policy: Policy, kill: int, at: int, *keys: str) -> list[str]:
-  """Trains a decoder, whose process `kill` dies at step `at` if a checkpoint is there; returns what was said."""
+  """Trains a decoder, whose process `kill` dies at step `at` if there is a checkpoint; returns the output."""
   keys = (*tiny.SMALL_DECODER, 'train.steps=30', 'checkpoint.every=10', 'data.batch_size=6', 'mesh.data=6', *keys)
   flags = [f'--gin_file={tiny.DECODER}', f'--workdir={workdir}', *(f'--gin.{key}' for key in keys)]
   script = TRAIN.replace('step == 15', f'step == {at}')
@@ -191,7 +191,7 @@ def trained(workdir, hosts: int, policy: Policy, kill: int, at: int, *keys: str)
   ('kill', 'fewer', 'keys'),
   [(0, False, ()), (1, True, ()), (2, False, ('snapshot.every=3', 'snapshot.group=3'))],
 )
-def test_losses_are_those_of_a_run_that_was_started_again_on_that_many_processes(tmp_path, kill, fewer, keys):
+def test_losses_equal_those_of_a_run_restarted_with_that_many_processes(tmp_path, kill, fewer, keys):
   at = random.Random(kill).randrange(12, 28)
   policy = Policy(survive=120.0, min_hosts=2 if fewer else None)
   said = trained(tmp_path / 'survived', 3, policy, kill, at, 'elastic.survive=True', *keys)

@@ -1,4 +1,4 @@
-"""What processes tell each other: everybody's answer, or the name of the one who gave none."""
+"""What processes exchange: the answers of all, or the name of the process without an answer."""
 
 import jax
 import pytest
@@ -54,7 +54,7 @@ def test_all_answers_come_in_the_order_of_the_processes(service, monkeypatch):
   assert numbers == ['0', '1'], 'no question has the key of another, of another object neither'
 
 
-def test_who_does_not_answer_is_named(service):
+def test_a_process_that_does_not_answer_is_named(service):
   with pytest.raises(
     HostError, match=r'HANG: process 1 of 2 did not answer within 0.5 s \(pretrain/c/0/1\); .*1: save since step 20'
   ) as caught:
@@ -62,8 +62,8 @@ def test_who_does_not_answer_is_named(service):
   assert caught.value.exit_code == 70
 
 
-def test_who_gave_up_a_save_is_in_step_again_with_the_next_one(service):
-  """One question of the first save was not asked by this process; the second one's are its own."""
+def test_a_process_that_gave_up_a_save_takes_part_in_the_next_one(service):
+  """This process missed one question of the first save; the second save has questions of its own."""
   keys = []
   service.blocking_key_value_get = lambda key, _: keys.append(key) or '='
   Agreement.about('d').gather('x')

@@ -48,7 +48,7 @@ def series(workdir, key: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize('model', [*SLOW, 'decoder'])
-def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_path, monkeypatch, capfd):
+def test_two_hosts_train_like_one_and_one_host_resumes(model, text_store, tmp_path, monkeypatch, capfd):
   command = flags(model, text_store, tmp_path / 'two', *RUN, 'train.steps=4')
   with monkeypatch.context() as patch:
     patch.setenv('XLA_FLAGS', XLA_FLAGS)
@@ -64,7 +64,7 @@ def test_two_hosts_train_what_one_does_and_one_goes_on(model, text_store, tmp_pa
 
 
 def assert_alike(folder, steps: int) -> None:
-  """The first steps of the runs `two` and `one` have the bits of their batches in common, and all losses."""
+  """The first steps of the runs `two` and `one` have equal batches, bit for bit, and equal losses."""
   bars = {'batch_checksum': 0, 'loss': 1e-5, 'grad_norm': 1e-5, 'eval/license/loss': 1e-5, 'eval/license/targets': 0}
   bars['eval/license/ema/loss'] = 1e-5
   for key, rtol in bars.items():
@@ -75,8 +75,10 @@ def assert_alike(folder, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('process', [0, 1])
-def test_two_hosts_leave_a_damaged_step_and_go_on_from_the_same_one(process, text_store, tmp_path, monkeypatch, capfd):
-  """Whoever of them reads the damage: the losses are those of the run before."""
+def test_two_hosts_reject_a_damaged_step_and_resume_from_the_same_one(
+  process, text_store, tmp_path, monkeypatch, capfd
+):
+  """Whichever process reads the damage: the losses equal those of the run before."""
   monkeypatch.setenv('XLA_FLAGS', XLA_FLAGS)
   command = flags('decoder', text_store, tmp_path, *RUN, 'checkpoint.every=2', 'train.steps=4')
   assert main.main(['run', '--hosts=2', '--', *command]) == 0, capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Examples that are left out: the same ones however often the run is resumed, and nothing else moves."""
+"""Skipped examples: the same ones after any number of resumes, and no other example changes."""
 
 import json
 import types
@@ -11,6 +11,7 @@ from pretrain.hosts.skipping import add_skip, check_skips, read_rewinds
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline
 from pretrain.run import rewinding
+from pretrain.run.starting import start
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
@@ -53,11 +54,11 @@ def test_a_resume_of_a_run_with_skipped_examples_is_exact(tmp_path, monkeypatch)
 def test_ranges_that_cannot_be_left_out_are_refused_before_the_run_waits_for_them(tmp_path, text, message):
   (tmp_path / 'skipped.json').write_text(text)
   with pytest.raises(ConfigError, match=message):
-    pretrain.run.train.Run(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
+    start(tiny.decoder('train.steps=8', 'mesh.data=1'), tmp_path, Timeline())
   assert [path.name for path in tmp_path.iterdir()] == ['skipped.json']
 
 
-def test_a_line_that_a_dying_machine_cut_off_is_no_rewind_and_spoils_none(tmp_path):
+def test_a_cut_off_line_of_rewinds_is_ignored(tmp_path):
   rewound = lambda end: rewinding._leave(tmp_path, types.SimpleNamespace(directory=tmp_path), 9, 4, (end - 8, end))
   rewound(48)
   with (tmp_path / 'rewinds.jsonl').open('a') as file:
@@ -66,8 +67,8 @@ def test_a_line_that_a_dying_machine_cut_off_is_no_rewind_and_spoils_none(tmp_pa
   assert [line['examples'] for line in read_rewinds(tmp_path)] == [[40, 48], [56, 64]]
 
 
-def test_ranges_that_a_rewind_has_made_are_never_refused():
-  """One around an older one, one behind it, one that lies behind the run."""
+def test_ranges_written_by_a_rewind_are_never_refused():
+  """A range that contains an older one, a range after it, and a range before the current position."""
   check_skips([(32, 120), (48, 80), (120, 128)], 0, 8)
   check_skips([(3, 5), (32, 48)], 8, 8)
   with pytest.raises(ConfigError, match=r'examples from 61 on, .* one begins at 56'):

@@ -18,7 +18,7 @@ class Expired(Exception):
 
 @pytest.fixture
 def dog(tmp_path, monkeypatch):
-  """(timeline, watchdog) that raises instead of ending the process; time passes by `tick` alone."""
+  """(timeline, watchdog) that raises instead of ending the process; time passes only by `tick`."""
 
   def leave(code):
     raise Expired(code)
@@ -45,7 +45,7 @@ def test_a_phase_longer_than_its_limit_ends_the_process_with_all_stacks(dog, tmp
   assert read_timeline(tmp_path)[-1]['seconds']['hang'] == pytest.approx(10.5)
 
 
-def test_a_process_that_gets_on_is_left_alone(dog, tmp_path):
+def test_a_process_that_makes_progress_is_not_ended(dog, tmp_path):
   timeline, watch = dog
   for _ in range(5):
     watch.tick(9.0)
@@ -57,7 +57,7 @@ def test_a_process_that_gets_on_is_left_alone(dog, tmp_path):
     watch.tick(0.5)
 
 
-def test_a_limit_of_zero_is_none(dog, tmp_path):
+def test_a_limit_of_zero_means_no_limit(dog, tmp_path):
   timeline, watch = dog
   timeline.enter('save')
   watch.tick(0.0)
@@ -65,7 +65,7 @@ def test_a_limit_of_zero_is_none(dog, tmp_path):
   assert not list(tmp_path.glob('hang_*'))
 
 
-def test_who_waits_in_a_step_ends_after_the_one_it_waits_for(dog, monkeypatch):
+def test_a_process_that_waits_in_a_step_ends_after_the_one_it_waits_for(dog, monkeypatch):
   timeline, watch = dog
   monkeypatch.setattr(coordination, 'doing', lambda: {1: ('data', 7)})
   monkeypatch.setattr(watchdog, 'limit_of', lambda cfg, phase, median: {'step': 3.0, 'data': 10.0}[phase])
@@ -77,7 +77,7 @@ def test_who_waits_in_a_step_ends_after_the_one_it_waits_for(dog, monkeypatch):
 
 
 def test_time_in_which_the_machine_stood_still_does_not_count(dog, monkeypatch):
-  """The watching thread stands still with it: what it has not seen pass is not held against the run."""
+  """The watchdog's thread stands still too: time that it did not measure does not count."""
   _, watch = dog
   seen = []
   monkeypatch.setattr(watch, 'tick', seen.append)
@@ -96,7 +96,7 @@ def test_the_limit_of_a_step_follows_its_median():
   assert limit_of(WatchdogConfig(step=5.0), 'step', 20.0) == 5.0
 
 
-def test_the_median_is_of_whole_steps_however_often_lines_are_written(tmp_path, monkeypatch):
+def test_the_median_is_over_whole_steps_for_any_number_of_timeline_lines(tmp_path, monkeypatch):
   now = [0.0]
   monkeypatch.setattr('pretrain.records.timeline.time.monotonic', lambda: now[0])
   timeline = Timeline()
@@ -112,11 +112,12 @@ def test_the_median_is_of_whole_steps_however_often_lines_are_written(tmp_path, 
 
 HANGS = """
 import sys, time, pretrain.run.train as t
+from pretrain.run import loop
 from tests.pretrain import tiny
 def a_loader_that_never_answers(*args):
   time.sleep(600)
   yield
-t.loader = a_loader_that_never_answers
+loop.loader = a_loader_that_never_answers
 t.train(tiny.decoder('train.steps=3', 'watchdog.data=1.0'), sys.argv[1])
 """
 

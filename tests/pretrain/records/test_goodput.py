@@ -109,13 +109,14 @@ def test_lines_get_fewer_as_a_process_grows_old(tmp_path, monkeypatch):
 
 RUN = """
 import os, pathlib, signal, sys, time, pretrain.run.train as t
+from pretrain.run import step_numbers
 from tests.pretrain import tiny
-t.write_report, log = lambda _: None, t.Run._log
-def kill(self, step, *rest):
-  log(self, step, *rest)
-  while step == 15 and not (self.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
+t.write_report, log = lambda _: None, step_numbers.log
+def kill(run, step, *rest):
+  log(run, step, *rest)
+  while step == 15 and not (run.workdir / 'checkpoints/10/MANIFEST.json').exists(): time.sleep(0.01)
   if step == 15: os.kill(os.getpid(), signal.SIGKILL)
-if not (pathlib.Path(sys.argv[1]) / 'timeline.jsonl').exists(): t.Run._log = kill
+if not (pathlib.Path(sys.argv[1]) / 'timeline.jsonl').exists(): step_numbers.log = kill
 t.train(tiny.decoder('train.steps=30', 'checkpoint.every=10', 'mesh.data=1'), sys.argv[1])
 """
 

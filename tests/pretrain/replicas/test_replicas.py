@@ -15,6 +15,7 @@ from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.errors import ReplicaError
 from pretrain.records.metrics import read_metrics
 from pretrain.replicas.compare import Replicas
+from pretrain.run import step_numbers
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
@@ -72,9 +73,7 @@ def test_a_flipped_bit_in_any_copy_is_found_and_its_device_named(checked, device
   """A digest of the whole array would read only one copy of each part."""
   for key in ('w', 'scale'):
     said = judged(checked, **{key: changed(checked[1][key], device, flip(3, 0))})
-    assert said.startswith(
-      f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) is not that of its'
-    )
+    assert said.startswith(f'REPLICAS: at step 7 the copy of {key} on device cpu:{device} (process 0) differs from its')
     assert 'all were equal at step 5.' in said
 
 
@@ -105,16 +104,16 @@ KEYS = ('train.steps=12', 'checkpoint.every=4', 'mesh.data=4', 'replicas.every=3
 def flips(monkeypatch):
   """`flips(step, change)`: once, after that step, a parameter changes on device 3."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
-  after, left = pretrain.run.train.Run._row_length, []  # what is called after each step
+  after, left = step_numbers.numbers_of, []  # what is called after each step
 
-  def flipping(self, batch):
-    if left and left[0][0] == self.step:
-      table = changed(self.state.params['embedding']['table'], 3, left.pop()[1])
-      params = self.state.params | {'embedding': {'table': table}}
-      self.state = dataclasses.replace(self.state, params=params)
-    return after(self, batch)
+  def flipping(run, *rest):
+    if left and left[0][0] == run.step:
+      table = changed(run.state.params['embedding']['table'], 3, left.pop()[1])
+      params = run.state.params | {'embedding': {'table': table}}
+      run.state = dataclasses.replace(run.state, params=params)
+    return after(run, *rest)
 
-  monkeypatch.setattr(pretrain.run.train.Run, '_row_length', flipping)
+  monkeypatch.setattr(step_numbers, 'numbers_of', flipping)
   return lambda step, change: left.append((step, change))
 
 

@@ -1,4 +1,4 @@
-"""Data that changes at a resume: refused with both values, or gone on with from the same row of each source."""
+"""Data that changes at a resume: refused with both values, or, with a flag, continued from the same row."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def checksums(workdir) -> list[int]:
   return [int(row['batch_checksum']) for row in read_metrics(workdir)]
 
 
-def test_other_weights_are_refused_or_go_on_with_the_next_row_of_each_source(stores, tmp_path, capsys):
+def test_other_weights_are_refused_or_continue_with_the_next_row_of_each_source(stores, tmp_path, capsys):
   run = tmp_path / 'run'
   before = configured(stores, 'ab', (3.0, 1.0), 'train.steps=4')
   train(before, run)
@@ -88,7 +88,7 @@ def test_a_run_whose_data_has_changed_resumes_without_the_flag_and_exactly_and_s
 
 
 def shown_checksums(workdir, steps) -> list[int]:
-  """Of the batches that `pretrain data show --workdir` takes its rows from."""
+  """The checksums of the batches from which `pretrain data show --workdir` takes its rows."""
   cfg = bindings.load(Experiment, [str(workdir / 'config.gin')], [])
   found = []
   for step in steps:
@@ -98,19 +98,19 @@ def shown_checksums(workdir, steps) -> list[int]:
   return found
 
 
-def test_a_store_that_grew_goes_on_from_the_same_row(stores, tokenizer_model, tmp_path):
+def test_a_store_that_grew_continues_from_the_same_row(stores, tokenizer_model, tmp_path):
   train(configured(stores, 'a', (1.0,), 'train.steps=4'), tmp_path / 'run')
   (stores / 'a').rename(stores / 'old')
   write_store(stores / 'a', tokenizer_model, 0, documents=260)
   longer = configured(stores, 'a', (1.0,), 'train.steps=5')
-  with pytest.raises(CheckpointError, match=r'stores\[0\] was .*add --allow_data_change to go on with it'):
+  with pytest.raises(CheckpointError, match=r'stores\[0\] was .*add --allow_data_change to continue with it'):
     train(longer, tmp_path / 'run')
   train(longer, tmp_path / 'run', allow_data_change=True)
   data = open_data(longer.data, longer.objective, seed=0, vocab_size=512, cache_dir=tmp_path)
   assert checksums(tmp_path / 'run')[4] == int(checksum(data.batch(4, slice(0, longer.data.batch_size))))
 
 
-def test_a_batch_of_another_size_goes_on_with_the_next_row(stores, tmp_path):
+def test_a_batch_of_another_size_continues_with_the_next_row(stores, tmp_path):
   train(configured(stores, 'a', (1.0,), 'train.steps=4'), tmp_path / 'run')
   larger = configured(stores, 'a', (1.0,), 'train.steps=6', 'data.batch_size=16')
   with pytest.raises(ConfigError, match=r'data.batch_size is 8 in .*, 16 in this command'):

@@ -1,4 +1,4 @@
-"""A run's losses do not depend on its mesh, its microbatches or its dropout's place."""
+"""A run's losses do not depend on its mesh, its microbatches or its dropout."""
 
 import dataclasses
 import os

@@ -94,7 +94,7 @@ def killed_at(cfg, workdir, step: int, monkeypatch) -> None:
       train(cfg, workdir)
 
 
-def test_a_run_that_is_killed_goes_on_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch):
   """From steps 4 (between two decisions), 6 (at one) and 8 (beyond another), with decisions after 3, 6 and 9."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   killed_at(configured(stores), tmp_path, 5, monkeypatch)
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_goes_on_bit_exactly_across_decisions(stores, whole
   assert mixture_of(tmp_path, 11) == mixture_of(whole, 11), 'to the last bit of what later decisions hang on'
 
 
-def test_a_run_goes_on_from_memory_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_from_host_ram_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch, capsys):
   """From step 5, whose losses count for the next decision, and are known when step 6 is under way."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   own = ('checkpoint.every=1000', 'snapshot.every=5', f"snapshot.folder='{tmp_path}'")
@@ -148,7 +148,7 @@ def test_phases_may_change_the_objective_but_not_the_data(stores, tmp_path, monk
   cfg = configured(stores, phase % ('loss.z_loss', '1e-3'))
   train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=7)), tmp_path)
   weights = rows_of(tmp_path, ('weight/a', 'weight/b', 'weight/c'))
-  assert weights[3] == weights[4] == weights[5] != weights[6], 'what was decided goes on in the next phase'
+  assert weights[3] == weights[4] == weights[5] != weights[6], 'the decided weights stay in the next phase'
   with pytest.raises(ConfigError, match=r'from step 4 on data.batch_size changes the data, and data.online decides'):
     configured(stores, phase % ('data.batch_size', '16'))
 
@@ -161,7 +161,7 @@ def test_rows_that_a_run_decides_are_not_shown_without_it(stores, capsys):
   assert 'give a step before 3' in capsys.readouterr().err
 
 
-def test_a_position_is_json_that_says_what_was_decided(whole):
+def test_a_position_is_json_with_the_decided_weights(whole):
   mixture = mixture_of(whole, 8)
   assert mixture['start'] == 48
   assert mixture['steps'] == 6

@@ -1,4 +1,4 @@
-"""A run in phases is the runs of its phases, one after the other, over one state and one count of examples."""
+"""Phases: their steps follow each other with one state and one count of examples."""
 
 import dataclasses
 import re
@@ -14,9 +14,9 @@ from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at, stretches
+from pretrain.experiment.phases import phase_at, phases_of
 from pretrain.records.metrics import read_metrics
-from pretrain.run.phase_program import Stage
+from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.train import DONE, PREEMPTED, train
 from pretrain.step.train_step import checksum
 from pretrain.testing import assert_resumes_exactly
@@ -35,10 +35,10 @@ def column(workdir, key):
   return [row[key] for row in read_metrics(workdir) if key in row]
 
 
-def test_examples_go_on_where_a_phase_ends(tmp_path):
+def test_a_phase_begins_with_the_example_after_the_last_one(tmp_path):
   """Three batches of 8, then examples 24 to 39."""
   cfg = tiny.decoder('train.steps=6', RAMP)
-  assert [s.first_example for s in stretches(cfg)] == [0, 24, 56]
+  assert [s.first_example for s in phases_of(cfg)] == [0, 24, 56]
   train(cfg, tmp_path / 'ramp')
   assert column(tmp_path / 'ramp', 'phase') == [0, 0, 0, 1, 1, 2]
   assert column(tmp_path / 'ramp', 'loss_weight') == [256.0] * 3 + [512.0] * 3
@@ -67,12 +67,12 @@ def test_a_run_in_phases_resumes_exactly(text_store, tmp_path):
   assert len({row['batch_checksum'] for row in rows}) == 6
 
 
-def test_a_run_stopped_at_the_border_of_two_phases_goes_on_in_the_second(text_store, tmp_path):
+def test_a_run_stopped_at_the_border_of_two_phases_resumes_in_the_second(text_store, tmp_path):
   assert_resumes_exactly(adapted(text_store, 'checkpoint.every=4'), tmp_path, steps=5, stop_at=4)
   assert column(tmp_path / 'resumed', 'phase') == [0, 0, 1, 1, 2]
 
 
-def test_a_run_stopped_while_the_next_phase_opens_its_data_goes_on(text_store, tokenizer_model, tmp_path, monkeypatch):
+def test_a_run_stopped_while_the_next_phase_opens_its_data_resumes(text_store, tokenizer_model, tmp_path, monkeypatch):
   (tmp_path / 'other.txt').write_text('Another store, of the same tokenizer.\n' * 99)
   (tmp_path / 'm').write_bytes(tokenizer_model)
   prepare([tmp_path / 'other.txt'], tmp_path / 'other', tokenizer=tmp_path / 'm', sentinels=32)
@@ -80,14 +80,14 @@ def test_a_run_stopped_while_the_next_phase_opens_its_data_goes_on(text_store, t
   source = ("data.name='store'", f"data.sources=[{{'path': '{text_store}'}}]", 'data.sentinels=32', other)
   cfg = tiny.decoder(*source, 'train.steps=2')
 
-  class Stopped(Stage):
-    def __init__(self, stretch):
-      super().__init__(stretch)
-      if stretch.index:
+  class Stopped(PhaseProgram):
+    def __init__(self, phase):
+      super().__init__(phase)
+      if phase.index:
         signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr('pretrain.run.train.Stage', Stopped)
+    patch.setattr('pretrain.run.loop.PhaseProgram', Stopped)
     assert train(cfg, tmp_path / 'run') == PREEMPTED
   assert column(tmp_path / 'run', 'phase') == [0]
   assert train(cfg, tmp_path / 'run') == DONE
@@ -114,7 +114,7 @@ def test_show_prints_rows_of_the_phase_of_their_step(text_store, capsys, tmp_pat
 
 def test_the_resolved_config_reads_back():
   cfg = tiny.decoder('train.steps=6', RAMP)
-  assert [stretch_at(cfg, step).index for step in range(6)] == [0, 0, 0, 1, 1, 2]
+  assert [phase_at(cfg, step).index for step in range(6)] == [0, 0, 0, 1, 1, 2]
   again = tiny.decoder(*bindings.render(cfg).splitlines())
   assert again == cfg
 
@@ -135,12 +135,12 @@ def test_the_resolved_config_reads_back():
     ("[{'start_step': 9, 'set': 3}]", r'phases\[0\].set=3 is int, expected a dict of keys and values'),
   ],
 )
-def test_a_phase_that_cannot_be_is_one_sentence(phases, message):
+def test_an_impossible_phase_is_refused_in_one_sentence(phases, message):
   with pytest.raises(ConfigError, match=message):
     check(tiny.decoder('mesh.data=2', f'phases={phases}'))
 
 
-def test_sentinels_keep_their_ids_in_all_phases_that_have_any():
+def test_sentinels_have_the_same_ids_in_all_phases():
   causal, ul2r = "'objective.name': 'causal_lm'", "'objective.name': 'ul2r', 'data.sentinels': 64"
   first, back = f"{{'start_step': 3, 'set': {{{ul2r}}}}}", f"{{'start_step': 5, 'set': {{{causal}}}}}"
   check(tiny.decoder(f'phases=[{first}, {back}]'))  # none before it

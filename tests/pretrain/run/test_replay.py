@@ -1,4 +1,4 @@
-"""Steps that are made again: equal where the run was sound, and where it was not, the step and the array are named."""
+"""Replayed steps are equal to the record of a sound run; where they differ, the step and the array are named."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import pretrain.run.train
 from pretrain.checkpoints import manifest
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.cli.main import main
+from pretrain.run import step_numbers
 from pretrain.run.replay import Earlier
 from pretrain.run.train import train
 from tests.pretrain import tiny
@@ -22,21 +23,21 @@ KEYS = ('train.steps=9', 'checkpoint.every=3', 'checkpoint.keep=2', 'mesh.data=2
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """'sound', and 'flipped': one bit of a parameter changed after step 7, and nobody saw it."""
+  """'sound', and 'flipped': one bit of a parameter changed after step 7, undetected."""
   folder = tmp_path_factory.mktemp('runs')
-  after = pretrain.run.train.Run._row_length  # what is called after each step
+  after = step_numbers.numbers_of  # what is called after each step
 
-  def flipping(self, batch):
-    if self.step == 7 and self.workdir.name == 'flipped':
-      params = self.state.params
+  def flipping(run, *rest):
+    if run.step == 7 and run.workdir.name == 'flipped':
+      params = run.state.params
       bits = params['head']['kernel'].view(jnp.uint32).at[3, 5].add(1)
       params = params | {'head': {'kernel': bits.view(jnp.float32)}}
-      self.state = dataclasses.replace(self.state, params=params)
-    return after(self, batch)
+      run.state = dataclasses.replace(run.state, params=params)
+    return after(run, *rest)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pretrain.run.train, 'write_report', lambda _: None)
-    patch.setattr(pretrain.run.train.Run, '_row_length', flipping)
+    patch.setattr(step_numbers, 'numbers_of', flipping)
     for name in ('sound', 'flipped'):
       train(tiny.decoder(*KEYS), folder / name)
   return folder
@@ -63,12 +64,12 @@ def test_steps_of_a_sound_run_are_equal_and_nothing_is_written(runs, capsys):
   assert contents(runs / 'sound') == before
 
 
-def test_a_run_keeps_what_its_hosts_remember(tmp_path, monkeypatch, capsys):
-  """A run that was killed, and replayed before it goes on, goes on from memory."""
+def test_a_replay_keeps_the_snapshots_of_the_run(tmp_path, monkeypatch, capsys):
+  """A run that was killed and then replayed can still resume from host RAM."""
   (tmp_path / 'memory').mkdir()
   keys = ('snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
-  monkeypatch.setattr(pretrain.run.train.Run, 'finish', lambda run: run.checkpoints.close())  # nothing is tidied
+  monkeypatch.setattr(pretrain.run.train, 'finish', lambda run: run.checkpoints.close())  # nothing is tidied
   train(tiny.decoder(*KEYS, *keys), tmp_path / 'run')
   before = contents(tmp_path / 'memory')
   assert before
@@ -76,8 +77,8 @@ def test_a_run_keeps_what_its_hosts_remember(tmp_path, monkeypatch, capsys):
   assert contents(tmp_path / 'memory') == before
 
 
-def test_without_an_older_checkpoint_it_begins_at_the_beginning(runs, capsys):
-  """Step 3 has been let go; 6, which is compared, is not where it starts from."""
+def test_without_an_older_checkpoint_it_starts_at_step_0(runs, capsys):
+  """Step 3 has been removed. Step 6 is compared, so the replay cannot start from it."""
   code, lines, _ = replay(capsys, runs / 'sound', '--step=6')
   assert (code, lines[0]) == (0, 'replaying steps 1 to 6 from the beginning')
   assert lines[-2] == 'step 6  equal    41 arrays of checkpoints/6'
@@ -100,7 +101,7 @@ def copy(runs, tmp_path):
   return tmp_path / 'run'
 
 
-def test_it_is_the_record_that_is_compared(copy, capsys):
+def test_the_record_is_compared(copy, capsys):
   """One number of step 8, one array of step 9."""
   path = copy / 'metrics.jsonl'
   rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -122,8 +123,8 @@ def test_it_is_the_record_that_is_compared(copy, capsys):
   assert code == 0, 'within the tolerance, and no array is compared'
 
 
-def test_all_processes_begin_at_a_step_that_is_whole_for_all(runs, monkeypatch):
-  """Each reads its share of the files: what another one finds damaged is no step for this one either."""
+def test_all_processes_start_from_a_step_that_is_whole_for_all(runs, monkeypatch):
+  """Each process reads its share of the files; damage that one of them finds counts for all."""
   earlier = Earlier(runs / 'sound', CheckpointConfig(), 9)
   assert earlier.newest_whole() == 6
   monkeypatch.setattr(earlier._agreement, 'gather', lambda own: [own, 'a flipped bit'])
@@ -148,7 +149,7 @@ def test_another_mesh_is_compared_within_a_tolerance(runs, capsys):
     (['--step=9', '--workdir=nowhere'], '--workdir=nowhere is no run: it has no config.gin.'),
   ],
 )
-def test_what_cannot_be_replayed_is_refused(runs, capsys, flags, message):
+def test_a_step_that_cannot_be_replayed_is_refused(runs, capsys, flags, message):
   code, _, said = replay(capsys, runs / 'sound', *flags)
   assert code == 64
   assert message in said

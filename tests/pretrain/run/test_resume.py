@@ -29,7 +29,7 @@ def test_only_what_differs_is_shown(found, changed):
   assert str(caught.value) == (
     f'CKPT-DATA: step 4 in RUN was trained on other data: {changed}. '
     'Nothing was changed; bring the data back, or use another --workdir'
-    + ('.' if 'tokenizer' in changed else ', or add --allow_data_change to go on with it from the same place.')
+    + ('.' if 'tokenizer' in changed else ', or add --allow_data_change to continue with it from the same position.')
   )
   assert caught.value.exit_code == 66
 

@@ -1,4 +1,4 @@
-"""Saves that fail: nothing of the run is lost, the next save makes good for them, and too many of them end the run."""
+"""Failed saves lose nothing, the next save is their retry, and too many in a row end the run."""
 
 import contextlib
 import errno
@@ -17,7 +17,8 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.checkpoints.orbax_files import Files
 from pretrain.checkpoints.saving import owner
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.run.train import Run, train
+from pretrain.run import saving
+from pretrain.run.train import train
 from pretrain.step.train_step import TrainState
 from tests.pretrain import tiny
 
@@ -52,7 +53,7 @@ def ended(checkpoints: Checkpoints, step: int) -> list[Saved]:
   return checkpoints.poll(wait=True)
 
 
-def test_a_save_tells_what_it_cost(tmp_path):
+def test_a_save_reports_its_cost(tmp_path):
   with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
     assert checkpoints.poll() == []
     (saved,) = ended(checkpoints, 1)
@@ -78,7 +79,7 @@ def test_the_manifest_is_of_the_files_when_orbax_has_ended(tmp_path, monkeypatch
   assert manifest.read(tmp_path / 'checkpoints/1').files['state/late'].size == len('the last file')
 
 
-def test_a_failed_save_is_said_once_and_leaves_nothing(tmp_path, failing):
+def test_a_failed_save_is_reported_once_and_leaves_no_files(tmp_path, failing):
   failing.add(1)
   with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig(keep=9))) as checkpoints:
     ended(checkpoints, 1)
@@ -111,7 +112,7 @@ def test_where_no_retry_is_left_no_save_is_begun(tmp_path, failing):
   assert list(checkpoints.directory.iterdir()) == []
 
 
-def test_a_save_that_python_leaves_behind_keeps_its_mark(tmp_path, failing, monkeypatch):
+def test_a_save_that_is_cut_off_by_the_exit_keeps_its_mark(tmp_path, failing, monkeypatch):
   """Orbax may be writing still; the next start removes what it has written."""
   failing.add(0)
   monkeypatch.setattr('pretrain.checkpoints.saving.threading.main_thread', lambda: threading.Thread())
@@ -122,7 +123,7 @@ def test_a_save_that_python_leaves_behind_keeps_its_mark(tmp_path, failing, monk
   assert list(checkpoints.directory.iterdir()) == []
 
 
-def test_the_last_failure_is_raised_by_close_where_nobody_asked(tmp_path, failing):
+def test_close_raises_a_failure_that_was_not_polled(tmp_path, failing):
   failing.add(0)
   checkpoints = Checkpoints(tmp_path, CheckpointConfig())
   checkpoints.save(1, state(), POSITION, '')
@@ -146,7 +147,7 @@ def test_a_step_is_kept_until_the_next_one_has_its_manifest(tmp_path, monkeypatc
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3']
 
 
-def test_a_full_disk_costs_a_run_a_save_and_nothing_else(tmp_path, failing, monkeypatch, capsys):
+def test_a_full_disk_costs_a_run_one_save_and_nothing_else(tmp_path, failing, monkeypatch, capsys):
   """The save of step 4 fails, and so does the first of the last step, which is done again at once."""
   failing |= {1, 3}
   monkeypatch.setattr('pretrain.run.train.write_report', lambda _: None)
@@ -162,11 +163,11 @@ def test_a_full_disk_costs_a_run_a_save_and_nothing_else(tmp_path, failing, monk
   assert {'save_stall', 'save_seconds', 'save_mib'} <= rows[-1].keys()
 
 
-def test_a_failure_that_is_heard_of_after_the_next_save_began_repeats_nothing(tmp_path, failing, monkeypatch):
+def test_a_failure_that_is_reported_after_the_next_save_began_repeats_nothing(tmp_path, failing, monkeypatch):
   """A slow disk: how the save of step 2 ended is known when that of step 4, the last one, has succeeded."""
   failing |= {0}
-  hear = Run._hear_of_saves
-  monkeypatch.setattr(Run, '_hear_of_saves', lambda run, *, wait=False: hear(run, wait=wait) if wait else None)
+  report = saving.report_saves
+  monkeypatch.setattr(saving, 'report_saves', lambda run, *, wait=False: report(run, wait=wait) if wait else None)
   monkeypatch.setattr('pretrain.run.train.write_report', lambda _: None)
   assert train(tiny.decoder('train.steps=4', 'checkpoint.every=2'), tmp_path) == 0
   assert step_folders.finished(tmp_path / 'checkpoints') == [4]
@@ -228,10 +229,10 @@ def test_a_best_step_that_is_never_evaluated_is_refused():
 
 @pytest.mark.slow
 def test_a_run_keeps_its_best_step_by_what_it_has_evaluated(text_store, tmp_path, monkeypatch):
-  """The second of four, and the last to go on from."""
+  """It keeps the second of four, which is the best, and the last one to resume from."""
   monkeypatch.setattr('pretrain.run.train.write_report', lambda _: None)
   losses = iter((2.0, 1.0, 3.0, 4.0))
-  monkeypatch.setattr('pretrain.run.train.evaluate_sets', lambda *_: {'eval/license/loss': next(losses)})
+  monkeypatch.setattr('pretrain.run.evaluating.evaluate_sets', lambda *_: {'eval/license/loss': next(losses)})
   keys = ('checkpoint.every=1', 'evaluation.every=1', 'checkpoint.keep=1', 'checkpoint.keep_best=1', 'train.steps=4')
   train(tiny.ul2(text_store, *keys, "checkpoint.best_of='eval/license/loss'"), tmp_path)
   assert step_folders.finished(tmp_path / 'checkpoints') == [2, 4]

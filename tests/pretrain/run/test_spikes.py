@@ -1,4 +1,4 @@
-"""Updates that are not applied: what they leave as it was, what they are judged by, and how a run goes back."""
+"""Skipped updates: they change no parameter, how a spike is detected, and how a run rewinds."""
 
 import json
 import time
@@ -71,7 +71,7 @@ def judge(values, window=8, sigmas=6.0, since=0):
 NORMAL = [(2 + 0.1 * np.sin(7 * i), 1 + 0.1 * np.cos(5 * i)) for i in range(30)]
 
 
-def test_the_limit_is_that_of_the_last_updates_that_were_no_spike():
+def test_the_limit_comes_from_the_last_updates_that_were_not_spikes():
   values = [*NORMAL[:20], (9.0, 1.0), (9.0, 1.0), NORMAL[20]]
   out, state = judge(values)
   assert [i for i, (spike, _) in enumerate(out) if spike] == [20, 21], 'a spike does not hide the next one'
@@ -82,7 +82,7 @@ def test_the_limit_is_that_of_the_last_updates_that_were_no_spike():
   assert (int(state.total), int(state.consecutive), int(state.updates)) == (2, 0, 23)
 
 
-def test_nothing_is_judged_before_half_of_the_window_is_there():
+def test_no_spike_is_detected_before_half_of_the_window_is_full():
   out, _ = judge([*NORMAL[:3], (99.0, 1.0)])
   assert not any(spike for spike, _ in out)
   assert np.isinf(out[-1][1]).all()
@@ -138,8 +138,8 @@ SKIP = (*KEYS, "spikes.name='skip'", 'spikes.sigmas=20.0')
 REWIND = (*KEYS, "spikes.name='rewind'", 'spikes.sigmas=20.0', 'spikes.steps=3')
 
 
-def test_a_resume_knows_the_losses_before_it(poison, tmp_path):
-  """The spike is the first step after the resume: without the window nothing would be judged."""
+def test_a_resumed_run_keeps_the_losses_of_the_window(poison, tmp_path):
+  """The spike is the first step after the resume: it is detected only if the window was restored."""
   poison({6: 100.0})
   assert_resumes_exactly(tiny.decoder(*SKIP), tmp_path, steps=10, stop_at=6)
   rows = read_metrics(tmp_path / 'resumed')
@@ -166,11 +166,11 @@ def numbers(workdir) -> list[tuple]:
   return [tuple(row[key] for key in ('step', 'loss', 'grad_norm', 'batch_checksum')) for row in read_metrics(workdir)]
 
 
-def test_a_run_that_goes_back_is_one_that_was_told_to_leave_the_examples_out(poison, tmp_path):
+def test_a_run_that_rewinds_equals_a_run_that_skips_the_same_examples(poison, tmp_path):
   poison({9: 100.0})
   cfg = tiny.decoder(*REWIND, 'train.steps=14', 'checkpoint.every=2')
   with pytest.raises(
-    SpikeError, match=r'at step 10 \(examples 72..79\). Gone back to step 6; examples 48..79 are left'
+    SpikeError, match=r'at step 10 \(examples 72..79\). Returned to step 6; examples 48..79 are skipped'
   ):
     train(cfg, tmp_path / 'back')
   checkpoints = tmp_path / 'back/checkpoints'
@@ -188,7 +188,7 @@ def test_a_run_that_goes_back_is_one_that_was_told_to_leave_the_examples_out(poi
   assert place['skipped'] == [[48, 80]]
 
 
-def test_a_second_spike_goes_back_once_more_and_a_third_stops_the_run(poison, tmp_path):
+def test_a_second_spike_rewinds_again_and_a_third_stops_the_run(poison, tmp_path):
   """What was left out before stays out, and the next range begins behind it."""
   poison({5: 100.0, 8: 100.0, 11: 100.0})
   cfg = tiny.decoder(*REWIND, 'train.steps=14', 'spikes.max_rewinds=2', 'spikes.window=5', 'spikes.steps=1')
@@ -208,7 +208,7 @@ def test_a_second_spike_goes_back_once_more_and_a_third_stops_the_run(poison, tm
   assert 'spike at step 7</td><td class="number">4</td><td>48 to 71</td>' in text
 
 
-def test_a_save_that_fails_meanwhile_does_not_keep_a_run_from_going_back(poison, tmp_path, monkeypatch):
+def test_a_save_that_fails_at_the_same_time_does_not_prevent_a_rewind(poison, tmp_path, monkeypatch):
   """It is one that would have been tried again: code 66 would end the run."""
   poison({9: 100.0})
   wait, number = Files.wait, iter(range(9))
@@ -221,12 +221,12 @@ def test_a_save_that_fails_meanwhile_does_not_keep_a_run_from_going_back(poison,
 
   monkeypatch.setattr(Files, 'wait', slow_then_fails)
   cfg = tiny.decoder(*REWIND, 'train.steps=12', 'checkpoint.every=2')
-  with pytest.raises(SpikeError, match=r'at step 10 .* Gone back to step 6; examples 48\.\.79'):
+  with pytest.raises(SpikeError, match=r'at step 10 .* Returned to step 6; examples 48\.\.79'):
     train(cfg, tmp_path)
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4', '6']
 
 
-def test_a_rewind_that_is_cut_off_is_made_again(poison, tmp_path, monkeypatch):
+def test_an_interrupted_rewind_is_completed_by_the_next_start(poison, tmp_path, monkeypatch):
   """Killed before the later steps are put aside, and after: nothing is left out before they are."""
   poison({9: 100.0})
   cfg = tiny.decoder(*REWIND, 'train.steps=12', 'checkpoint.every=2')
@@ -236,7 +236,7 @@ def test_a_rewind_that_is_cut_off_is_made_again(poison, tmp_path, monkeypatch):
       with pytest.raises(KeyboardInterrupt):
         train(cfg, tmp_path)
     assert read_skips(tmp_path) == []
-  with pytest.raises(SpikeError, match=r'Gone back to step 6; examples 48\.\.79'):
+  with pytest.raises(SpikeError, match=r'Returned to step 6; examples 48\.\.79'):
     train(cfg, tmp_path)
   assert train(cfg, tmp_path) == 0
 
@@ -255,7 +255,7 @@ def test_a_rewind_that_is_cut_off_is_made_again(poison, tmp_path, monkeypatch):
     (['replicas.every=5'], 'replicas.every compares copies, and on 1 devices with this mesh no array has two; set'),
   ],
 )  # fmt: skip
-def test_keys_that_cannot_be_are_refused(keys, message, capsys, tmp_path):
+def test_impossible_keys_are_refused(keys, message, capsys, tmp_path):
   flags = [f'--gin_file={tiny.DECODER}', f'--workdir={tmp_path / "run"}', *(f'--gin.{key}' for key in keys)]
   assert main(['train', *flags]) == 64
   assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The loop end to end: it learns, resumes bit for bit, refuses what is another run, and writes what it says."""
+"""A training end to end: it learns, resumes bit for bit, refuses the workdir of another run, and writes its files."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import pytest
 from data.batches.source import open_data
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError, NonFiniteError
+from pretrain.run import starting
 from pretrain.run.train import train
 from pretrain.testing import assert_resumes_exactly, logged_losses
 from tests.pretrain import tiny
@@ -22,19 +23,16 @@ def rows(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_a_resumed_run_is_bit_equal_to_one_left_alone(text_store, tmp_path):
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path):
   cfg = tiny.ul2(text_store, 'checkpoint.every=2', 'model.dropout=0.1', 'mesh.fsdp=2')
   assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
 
 
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
-  """The mutation: a restore that forgets where the data was must be caught."""
-  import pretrain.run.train as module
-
-  restore = module.Run._restore_or_initialise
-  monkeypatch.setattr(
-    module.Run, '_restore_or_initialise', lambda self, recorded: (restore(self, recorded)[0], {'examples': 0})
-  )
+  """A mutation: the check must notice a restore that loses the position in the data."""
+  restore = starting.restore_or_initialise
+  forget = lambda *args: dataclasses.replace(restore(*args), position={'examples': 0})
+  monkeypatch.setattr(starting, 'restore_or_initialise', forget)
   with pytest.raises(AssertionError, match='first difference'):
     assert_resumes_exactly(tiny.decoder('checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
 
@@ -59,7 +57,7 @@ def test_only_the_last_checkpoints_and_the_multiples_are_kept(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 8, 9, 10]
 
 
-def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
+def test_a_checkpoint_resumes_on_another_mesh(tmp_path):
   cfg = tiny.decoder('train.steps=4', 'checkpoint.every=2', 'mesh.fsdp=4', 'mesh.tensor=2')
   train(cfg, tmp_path / 'moved')
   longer = tiny.decoder('train.steps=8', 'checkpoint.every=2', 'mesh.data=8')
@@ -77,7 +75,7 @@ def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
     ('seed=3', 'seed is 0 in .*config.gin, 3 in this command'),
   ],
 )
-def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path, override, message):
+def test_the_workdir_of_another_run_is_refused_and_not_changed(tmp_path, override, message):
   train(tiny.decoder('train.steps=2'), tmp_path)
   before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
   with pytest.raises(ConfigError, match=message):
@@ -107,7 +105,7 @@ def test_nonfinite_gradients_name_the_step_that_is_saved(tmp_path):
     train(dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=2)), tmp_path)
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
+def test_a_run_whose_checkpoints_are_missing_does_not_start_again_at_step_0(tmp_path):
   cfg = tiny.decoder('train.steps=6', 'checkpoint.every=2')
   train(cfg, tmp_path)
   record = (tmp_path / 'metrics.jsonl').read_bytes()
@@ -117,7 +115,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_bytes() == record
 
 
-def test_a_run_that_never_began_does_not_bind_the_next_one(tmp_path):
+def test_the_config_of_a_run_without_a_step_does_not_restrict_the_next_one(tmp_path):
   (tmp_path / 'config.gin').write_text(bindings.render(tiny.decoder('model.mlp.hidden=128')))
   assert train(tiny.decoder('train.steps=1'), tmp_path) == 0
 
@@ -152,7 +150,47 @@ def test_a_trace_to_the_last_step_is_written_too(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
-def test_signals_are_given_back(tmp_path):
+@pytest.mark.parametrize('steps', [2, 4])
+def test_a_run_with_no_step_left_prints_at_which_step_it_is(tmp_path, capsys, steps):
+  """Finished, or told to train for fewer steps than it has made: the exit code is 0 and no step changes."""
+  assert train(tiny.decoder('train.steps=4'), tmp_path) == 0
+  assert 'already at step' not in capsys.readouterr().err
+  saved = {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()}
+  assert train(tiny.decoder(f'train.steps={steps}'), tmp_path) == 0
+  text = (
+    f'DONE: already at step 4, and train.steps={steps}: no step is left to train. To train longer, set train.steps to '
+    'more than 4.'
+  )
+  assert text in capsys.readouterr().err.splitlines()
+  assert {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()} == saved
+  assert [row['step'] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+  'error', [ValueError('\n$x_{$\n     ^\nexpected "}"'), OSError(28, 'No space left'), KeyError()]
+)
+def test_a_report_that_cannot_be_drawn_is_a_warning_of_a_finished_run(tmp_path, monkeypatch, capsys, error):
+  def fail(workdir):
+    raise error
+
+  monkeypatch.setattr('pretrain.run.train.write_report', fail)
+  assert train(tiny.decoder('train.steps=2'), tmp_path) == 0
+  warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith('REPORT: ')]
+  assert len(warned) == 1
+  assert warned[0].startswith(f'REPORT: {tmp_path}/report.html could not be drawn ({type(error).__name__}: ')
+  assert warned[0].endswith(f'The run is complete and saved; draw it again with pretrain report {tmp_path}.')
+  assert json.loads((tmp_path / 'timeline.jsonl').read_text().splitlines()[-1])['phase'] == 'done'
+
+
+def test_a_source_may_have_any_name(text_store, tmp_path):
+  """Names are text: matplotlib would read this one as mathematics that it cannot parse."""
+  sources = [{'path': str(text_store), 'name': name} for name in ('$x_{$', 'plain')]
+  keys = ("data.name='store'", f'data.sources={sources}', 'data.sentinels=32', 'train.steps=2')
+  assert train(tiny.decoder(*keys), tmp_path) == 0
+  assert any('/$x_{$' in key for key in rows(tmp_path)[-1])
+
+
+def test_signal_handlers_are_restored(tmp_path):
   before = signal.getsignal(signal.SIGTERM)
   train(tiny.decoder('train.steps=1'), tmp_path)
   assert signal.getsignal(signal.SIGTERM) is before
@@ -160,14 +198,14 @@ def test_signals_are_given_back(tmp_path):
 
 @pytest.mark.parametrize('log_every', [1, 1000])
 def test_sigterm_saves_and_exits_75(tmp_path, log_every):
-  """A run told to stop keeps the step it is at, and goes on from there; also where it has not logged anything yet."""
+  """A run that is interrupted saves its step and can resume from it, also before its first row of metrics."""
   code = (
-    'import os, sys, pretrain.run.train as t; from tests.pretrain import tiny\n'
-    'log = t.Run._log\n'
-    'def stop(self, step, *rest):\n'
-    '  log(self, step, *rest)\n'
+    'import os, sys, pretrain.run.train as t; from pretrain.run import step_numbers; from tests.pretrain import tiny\n'
+    'log = step_numbers.log\n'
+    'def stop(run, step, *rest):\n'
+    '  log(run, step, *rest)\n'
     '  if step == 3: os.kill(os.getpid(), 15)\n'
-    't.Run._log = stop\n'
+    'step_numbers.log = stop\n'
     f'sys.exit(t.train(tiny.decoder("train.steps=500", "train.log_every={log_every}"), {str(tmp_path)!r}))'
   )
   done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True, text=True, check=False)

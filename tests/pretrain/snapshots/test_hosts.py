@@ -1,4 +1,4 @@
-"""Three real processes: one is killed and what its host had is gone; the others have it, and all go on."""
+"""Three real processes: one is killed and its host's snapshots are lost; the others rebuild them, and all resume."""
 
 import io
 import os
@@ -13,28 +13,29 @@ from tests.pretrain.fleet.test_supervise import incidents
 
 # At step 13 process 1 removes its host's memory and dies: step 10 was in it.
 TRAIN = """
-import os, pathlib, shutil, signal, sys, pretrain.run.train as t
+import os, pathlib, shutil, signal, sys
+from pretrain.run import step_numbers
 notes = pathlib.Path(sys.argv[1] + '.notes')
 notes.mkdir(exist_ok=True)
-log = t.Run._log
-def killed(self, step, *rest):
-  log(self, step, *rest)
-  taking = self.snapshots._taking
+log = step_numbers.log
+def killed(run, step, *rest):
+  log(run, step, *rest)
+  taking = run.snapshots._taking
   if step % 5 == 0 and taking is not None:  # else a slow machine leaves step 10 out: 5 is still being written
     taking._thread.join()
   lost = int(os.environ['LOST'] or -1)
-  if step == 13 and self.snapshots._host == lost and not (notes / 'lost').exists():
+  if step == 13 and run.snapshots._host == lost and not (notes / 'lost').exists():
     (notes / 'lost').touch()
-    shutil.rmtree(self.snapshots._slots.folder)
+    shutil.rmtree(run.snapshots._slots.folder)
     os.kill(os.getpid(), signal.SIGKILL)
-t.Run._log = killed
+step_numbers.log = killed
 from pretrain.cli.main import main
 sys.exit(main(['train', *sys.argv[2:]]))
 """
 
 
 def supervised(workdir, lost: int | str, *overrides: str) -> tuple[int, str]:
-  """(exit code, what was printed) of a run of three processes that loses host `lost`."""
+  """(exit code, output) of a run of three processes that loses host `lost`."""
   (workdir.parent / 'memory').mkdir(exist_ok=True)
   keys = (
     *tiny.SMALL_DECODER, 'model.embed=48', 'train.steps=20', 'checkpoint.every=1000', 'data.batch_size=6',
@@ -48,8 +49,8 @@ def supervised(workdir, lost: int | str, *overrides: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('lost', 'mesh'), [(1, 'mesh.data=3'), (0, 'mesh.fsdp=3')])
-def test_a_host_that_is_lost_with_its_memory_is_made_again_from_the_others(tmp_path, monkeypatch, lost, mesh):
-  """By data every host has all of the state and keeps a third of it; by fsdp it has no more than that third."""
+def test_a_host_that_is_lost_with_its_ram_is_rebuilt_from_the_others(tmp_path, monkeypatch, lost, mesh):
+  """With data parallelism every host has the whole state and keeps a third of it; with fsdp it has only its third."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
   monkeypatch.setenv('PYTHONPATH', str(tiny.ROOT))
   monkeypatch.setenv('LOST', '')

@@ -24,7 +24,9 @@ from pretrain.hosts.coordination import Interrupt
 from pretrain.records.goodput import goodput
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline, read_timeline
-from pretrain.run.train import Run, train
+from pretrain.run import step_numbers
+from pretrain.run.starting import start
+from pretrain.run.train import train
 from pretrain.snapshots import layout as snapshot_layout
 from pretrain.snapshots import parity as snapshot_parity
 from pretrain.snapshots import slots as snapshot_slots
@@ -41,7 +43,7 @@ EXACT = ('step', 'loss', 'grad_norm', 'batch_checksum')
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch, tmp_path):
-  """No test takes the machine's memory; what is left behind is seen."""
+  """Tests use a folder of their own instead of /dev/shm, and fail if they leave something in it."""
   folder = tmp_path / 'memory'
   folder.mkdir()
   monkeypatch.setattr(snapshot_slots, 'MEMORY', folder)
@@ -52,7 +54,7 @@ def memory(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('hosts', [2, 3, 4, 7])
-def test_the_block_of_any_one_host_is_made_again_from_the_others(hosts):
+def test_the_block_of_any_host_is_rebuilt_from_the_others(hosts):
   draw, group = np.random.default_rng(hosts), list(range(10, 10 + hosts))
   sizes = draw.integers(64, 400, hosts) * 8
   chunk = snapshot_parity.chunk_size(sizes.tolist())
@@ -96,12 +98,12 @@ def hosts_of(count: int, devices: int = 2):
 
 
 def leaf(shape, index_of, devices):
-  """An array of a mesh that is not here."""
+  """An array on a mesh of devices that do not exist."""
   sharding = types.SimpleNamespace(devices_indices_map=lambda shape: {d: index_of(d) for d in devices})
   return types.SimpleNamespace(shape=shape, dtype=np.dtype(np.float32), sharding=sharding)
 
 
-def test_hosts_that_all_have_everything_keep_equal_shares():
+def test_replicated_hosts_keep_equal_shares():
   devices = hosts_of(3)
   abstract = [leaf((90, 4, 7), lambda d: (slice(None),) * 3, devices), leaf((), lambda d: (), devices)]
   layout = snapshot_layout.Layout(abstract)
@@ -109,7 +111,7 @@ def test_hosts_that_all_have_everything_keep_equal_shares():
   assert {host: sum(p.size for p in layout.of(host)) // 100 for host in range(3)} == {0: 33, 1: 33, 2: 33}
 
 
-def test_hosts_that_have_parts_keep_those():
+def test_sharded_hosts_keep_their_own_parts():
   devices = hosts_of(2)
   parts = {0: slice(0, 5), 1: slice(5, 10), 2: slice(10, 15), 3: slice(15, 20)}
   layout = snapshot_layout.Layout([leaf((20, 3), lambda d: (parts[d.id], slice(None)), devices)])
@@ -133,7 +135,7 @@ def bits_of(tree):
   return {key: (np.asarray(x).tobytes(), x.sharding) for key, x in tree.items()}
 
 
-def test_a_state_comes_back_bit_for_bit_where_it_lay_though_the_step_has_taken_its_memory():
+def test_a_state_is_restored_bit_for_bit_after_the_step_reused_its_buffers():
   state = some_state()
   wanted = bits_of(state)
   layout = snapshot_layout.Layout(state)
@@ -180,7 +182,7 @@ def found(folder, identity=IDENTITY):
   return {step: whole for step, (_, whole) in steps.items()}, reasons
 
 
-def test_the_last_two_steps_are_there_and_one_while_the_next_is_written(tmp_path):
+def test_two_steps_are_kept_and_one_while_the_next_is_written(tmp_path):
   slots = filled(tmp_path / 's', (5, 10, 15))
   assert found(tmp_path / 's') == ({10: True, 15: True}, [])
   slots.open(older := slots.slot_of(10))
@@ -188,7 +190,7 @@ def test_the_last_two_steps_are_there_and_one_while_the_next_is_written(tmp_path
   assert found(tmp_path / 's') == ({15: True}, [])
 
 
-def test_a_slot_that_was_torn_behind_its_header_is_not_whole(tmp_path):
+def test_a_slot_changed_after_its_header_was_written_is_not_used(tmp_path):
   slots = filled(tmp_path / 's', (5, 10))
   slots.array(slots.slot_of(5), 'block')[:40] = 20
   steps, (reason,) = found(tmp_path / 's')
@@ -197,7 +199,7 @@ def test_a_slot_that_was_torn_behind_its_header_is_not_whole(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['block', 'parity', 'header'])
-def test_every_flipped_bit_is_seen(tmp_path, kind):
+def test_every_flipped_bit_is_detected(tmp_path, kind):
   filled(tmp_path / 's', (5,))
   path = tmp_path / 's' / {'block': 'slot_0.block', 'parity': 'slot_0.parity', 'header': 'slot_0.block.json'}[kind]
   whole = path.read_bytes()
@@ -210,14 +212,14 @@ def test_every_flipped_bit_is_seen(tmp_path, kind):
   assert found(tmp_path / 's')[0] == {5: True}
 
 
-def test_what_another_run_has_left_is_refused_and_says_so(tmp_path):
+def test_snapshots_of_another_run_are_refused_with_the_reason(tmp_path):
   filled(tmp_path / 's', (5,))
   steps, (reason,) = found(tmp_path / 's', IDENTITY | {'config': 'c'})
   assert steps == {}
   assert reason.endswith('slot_0.block.json has another config (b, not c)')
 
 
-def test_memory_that_is_not_there_is_known_before_it_is_written_to(tmp_path, monkeypatch):
+def test_missing_ram_is_detected_before_it_is_written_to(tmp_path, monkeypatch):
   def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -257,14 +259,14 @@ NONE, GROUP = [], [[0, 1, 2]]
     ([report()] * 3, GROUP, None, (), ''),
   ],
 )
-def test_the_newest_step_is_taken_that_is_whole_or_can_be_made_again(reports, groups, step, lost, why):
+def test_the_newest_step_that_is_complete_or_can_be_rebuilt_is_used(reports, groups, step, lost, why):
   choice = choose(reports, groups)
   assert (choice.step, choice.lost) == (step, lost)
   assert why in choice.why if why else not choice.why
 
 
-def test_shares_that_do_not_belong_together_are_no_step():
-  """A host that was away has a step that the others have made again since, on a device whose sums are not the same."""
+def test_shares_from_different_attempts_are_not_combined():
+  """A host that was away has a step that the others have computed again since, with other bits."""
   made = lambda crcs: Report({step: (Header(step, 8, 1, crcs, {}, {}), True) for step in (5, 10)}, ())
   for others, whole in (([1, 2, 3], 10), ([1, 2, 4], None)):
     choice = choose([made([1, 2, 3]), made(others), report()], GROUP)
@@ -272,7 +274,7 @@ def test_shares_that_do_not_belong_together_are_no_step():
     assert choice.why == ('' if whole else 'the shares of step 10 were written in different attempts')
 
 
-def test_one_line_says_where_a_run_goes_on_from_and_why():
+def test_one_line_tells_what_a_run_resumes_from_and_why():
   choice = choose([report(10), report(), report(10)], GROUP)
   assert said(choice, None, 8) == (
     'SNAPSHOT: resuming from step 10 in host RAM, the newest checkpoint is step 8; the share of process 1 is rebuilt '
@@ -287,7 +289,7 @@ def test_one_line_says_where_a_run_goes_on_from_and_why():
 
 
 class Known:
-  """Answers that tell where a server is."""
+  """Answers with the address of a server."""
 
   def __init__(self, place):
     self.place = place
@@ -321,7 +323,7 @@ def check_reads(peers):
       peers.read(1, kind, step, 0, end)
 
 
-def test_whoever_does_not_know_the_token_gets_nothing(server):
+def test_a_connection_without_the_token_gets_nothing(server):
   address, port, token = server.place.split()
   assert len(token) == 32
   with asking(f'{address} {port} {"00" * 16}') as peers, pytest.raises(PeerError, match='did not send'):
@@ -343,7 +345,7 @@ def test_a_peer_that_does_not_answer_is_not_waited_for(server):
     peers.read(1, 'block', 5, 0, 8)
 
 
-def test_what_is_damaged_on_its_way_is_refused(server, monkeypatch):
+def test_bytes_damaged_during_the_transfer_are_refused(server, monkeypatch):
   monkeypatch.setattr('pretrain.snapshots.peers.REPLY', types.SimpleNamespace(size=5, pack=_wrong_crc, unpack=_unpack))
   with asking(server.place) as peers, pytest.raises(PeerError, match='damaged during the transfer'):
     peers.read(1, 'block', 5, 0, 8)
@@ -366,15 +368,15 @@ def numbers(workdir):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """A run that takes no snapshots."""
+  """A run without snapshots."""
   workdir = tmp_path_factory.mktemp('runs') / 'alone'
   assert train(tiny.decoder(*KEYS, 'snapshot.every=0'), workdir) == 0
   return workdir
 
 
 def kill(workdir, memory, *overrides, step=13):
-  """A run that ends at `step` as a process does that is killed: its memory stays as it is."""
-  log = Run._log
+  """A run that ends at `step` like a killed process: its snapshots stay as they are."""
+  log = step_numbers.log
 
   def dying(run, at, *rest):
     if at == step:
@@ -387,14 +389,14 @@ def kill(workdir, memory, *overrides, step=13):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(snapshot_slots, 'MEMORY', memory)
-    patch.setattr(Run, '_log', dying)
+    patch.setattr(step_numbers, 'log', dying)
     with pytest.raises(RuntimeError, match='killed'):
       train(tiny.decoder(*KEYS, *overrides), workdir)
 
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory):
-  """A run that was killed in step 13, with step 8 on disk, steps 5 and 10 in memory."""
+  """A run that was killed in step 13, with step 8 on disk, steps 5 and 10 in host RAM."""
   workdir = tmp_path_factory.mktemp('runs') / 'run'
   workdir.with_name('memory').mkdir()
   kill(workdir, workdir.with_name('memory'), 'checkpoint.every=8')
@@ -403,7 +405,7 @@ def killed(tmp_path_factory):
 
 @pytest.fixture
 def run(killed, memory, tmp_path):
-  """A copy of `killed`, and of its memory."""
+  """A copy of `killed` and of its snapshots."""
   workdir = tmp_path / 'run'
   shutil.copytree(killed, workdir)
   shutil.copytree(folder_of(SnapshotConfig(folder=str(killed.with_name('memory'))), killed, 0), folder_at(workdir))
@@ -414,7 +416,7 @@ def folder_at(workdir):
   return folder_of(SnapshotConfig(), workdir, 0)
 
 
-def test_a_run_goes_on_from_memory_where_there_is_no_checkpoint(alone, run, monkeypatch, capsys, memory):
+def test_a_run_resumes_from_host_ram_if_there_is_no_checkpoint(alone, run, monkeypatch, capsys, memory):
   shutil.rmtree(run / 'checkpoints')
   began, restored = [], Run._restore_or_initialise
 
@@ -437,7 +439,7 @@ def leaves(workdir):
 
 
 @pytest.mark.slow
-def test_what_lay_in_parts_on_a_mesh_goes_on_bit_for_bit(tmp_path, memory):
+def test_a_sharded_state_resumes_bit_for_bit(tmp_path, memory):
   mesh = ('mesh.data=2', 'mesh.fsdp=2')
   kill(tmp_path / 'run', memory, *mesh)
   for workdir in (tmp_path / 'run', tmp_path / 'left'):
@@ -465,7 +467,9 @@ def of_another_run(run):
     pytest.param(lambda run: None, ('mesh.data=2',), 'has another mesh (', marks=pytest.mark.slow),
   ],
 )
-def test_what_memory_has_is_refused_with_the_reason_and_the_disk_has_it(alone, run, capsys, harm, overrides, reason):
+def test_an_unusable_snapshot_is_refused_with_the_reason_and_the_disk_is_used(
+  alone, run, capsys, harm, overrides, reason
+):
   harm(run)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8', *overrides), run) == 0
   said = capsys.readouterr().err
@@ -475,18 +479,18 @@ def test_what_memory_has_is_refused_with_the_reason_and_the_disk_has_it(alone, r
     assert numbers(run) == numbers(alone)
 
 
-def test_the_disk_is_taken_where_it_is_newer(run, capsys):
+def test_the_disk_is_used_if_it_is_newer(run, capsys):
   for path in folder_at(run).glob('*.block.json'):
     if snapshot_slots.read_header(path).step == 10:
       path.unlink()
-  run_ = Run(tiny.decoder(*KEYS, 'checkpoint.every=8'), run, Timeline())
+  run_ = start(tiny.decoder(*KEYS, 'checkpoint.every=8'), run, Timeline())
   run_.metrics.close()
   assert 'SNAPSHOT: resuming from step 8 on disk; host RAM has step 5.' in capsys.readouterr().err
   assert run_.step == run_.saved_step == 8
 
 
-def test_memory_is_read_without_the_disk_where_it_is_newer_and_the_disk_gets_it(run, monkeypatch, capsys):
-  """What is damaged there is not even seen. A run that is told to stop before its first step saves what it has."""
+def test_host_ram_is_used_without_reading_the_disk_if_it_is_newer_and_then_saved(run, monkeypatch, capsys):
+  """Damage on the disk is not even noticed. A run that is told to stop before its first step saves its state."""
   monkeypatch.setattr(Checkpoints, 'damage', lambda *_: pytest.fail('it was read'))
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8'), run) == 75
@@ -494,7 +498,7 @@ def test_memory_is_read_without_the_disk_where_it_is_newer_and_the_disk_gets_it(
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['10', '8']
 
 
-def test_a_snapshot_that_cannot_be_read_after_all_gives_way_to_the_disk(run, monkeypatch, capsys):
+def test_if_a_snapshot_cannot_be_read_the_disk_is_used(run, monkeypatch, capsys):
   def fail(*_):
     raise ValueError('no such bytes')
 
@@ -507,7 +511,7 @@ def test_a_snapshot_that_cannot_be_read_after_all_gives_way_to_the_disk(run, mon
   )
 
 
-def test_a_step_that_is_not_in_the_metrics_yet_is_not_gone_on_from(tmp_path, memory, capsys):
+def test_a_step_without_its_metrics_row_is_not_resumed_from(tmp_path, memory, capsys):
   kill(tmp_path / 'run', memory, step=10)
   assert [row['step'] for row in read_metrics(tmp_path / 'run')][-1] == 9
   assert train(tiny.decoder(*KEYS), tmp_path / 'run') == 0
@@ -515,7 +519,7 @@ def test_a_step_that_is_not_in_the_metrics_yet_is_not_gone_on_from(tmp_path, mem
   assert [row['step'] for row in read_metrics(tmp_path / 'run')] == list(range(1, 21))
 
 
-def test_memory_that_is_full_costs_one_warning(alone, tmp_path, monkeypatch, capfd):
+def test_full_ram_costs_one_warning(alone, tmp_path, monkeypatch, capfd):
   def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -527,7 +531,7 @@ def test_memory_that_is_full_costs_one_warning(alone, tmp_path, monkeypatch, cap
   assert numbers(tmp_path / 'run') == numbers(alone)[:6]
 
 
-def test_a_snapshot_that_fails_is_said_once_and_training_goes_on(alone, tmp_path, monkeypatch, capfd, memory):
+def test_a_failed_snapshot_is_reported_once_and_training_continues(alone, tmp_path, monkeypatch, capfd, memory):
   monkeypatch.setattr(snapshot_layout, 'write', lambda *_: (_ for _ in ()).throw(OSError('gone')))
   assert train(tiny.decoder(*KEYS, 'train.steps=11'), tmp_path / 'run') == 0
   assert ''.join(capfd.readouterr()).count('SNAPSHOT: step 5 was left out: process 0: gone.') == 1
@@ -535,7 +539,7 @@ def test_a_snapshot_that_fails_is_said_once_and_training_goes_on(alone, tmp_path
   assert list(memory.iterdir()) == []
 
 
-def test_snapshots_tell_what_they_cost_and_the_wait_counts_as_saving(killed):
+def test_snapshot_costs_are_logged_and_the_stall_counts_as_saving(killed):
   rows = [row for row in read_metrics(killed) if 'snapshot_stall' in row]
   assert [row['snapshot_step'] for row in rows] == [5, 10]
   state = sum(4 * np.prod(leaf.shape) for leaf in manifest.read(killed / 'checkpoints/8').leaves.values())
@@ -546,7 +550,7 @@ def test_snapshots_tell_what_they_cost_and_the_wait_counts_as_saving(killed):
   assert goodput(read_timeline(killed))['seconds']['save'] >= waited, 'up to step 8, which is in the timeline for sure'
 
 
-def test_what_is_moved_from_one_phase_to_another_is_counted_once(tmp_path):
+def test_seconds_moved_between_phases_are_counted_once(tmp_path):
   timeline = Timeline()
   timeline.open(tmp_path, 0)
   timeline.enter('step')
@@ -560,7 +564,7 @@ def test_what_is_moved_from_one_phase_to_another_is_counted_once(tmp_path):
   assert goodput(read_timeline(tmp_path))['seconds']['save'] == 0.03
 
 
-def test_a_list_names_what_is_in_memory_and_says_nothing_where_nothing_is(run, monkeypatch, capsys):
+def test_a_list_names_the_snapshots_in_host_ram_if_there_are_any(run, monkeypatch, capsys):
   monkeypatch.setattr('pretrain.tools.weights.time', types.SimpleNamespace(time=lambda: 100.0))
   for path in folder_at(run).glob('slot_?.block.json'):
     os.utime(path, (100 - snapshot_slots.read_header(path).step,) * 2)
@@ -577,7 +581,7 @@ def test_a_list_names_what_is_in_memory_and_says_nothing_where_nothing_is(run, m
   assert capsys.readouterr().out == ''
 
 
-def test_switched_off_it_removes_what_it_has_left(run, monkeypatch, memory, capsys):
+def test_switched_off_snapshots_remove_earlier_ones(run, monkeypatch, memory, capsys):
   assert [path for path in memory.iterdir()] == [folder_at(run)]
   monkeypatch.setattr(Interrupt, 'at', lambda *_: True)
   assert train(tiny.decoder(*KEYS, 'checkpoint.every=8', 'snapshot.every=0'), run) == 75
@@ -595,19 +599,19 @@ def test_switched_off_it_removes_what_it_has_left(run, monkeypatch, memory, caps
     (['snapshot.timeout=0.0'], 'snapshot.timeout=0.0.*must be > 0'),
   ],
 )
-def test_what_a_user_can_get_wrong_is_said_with_the_fix(overrides, message):
+def test_a_users_mistake_is_reported_with_the_fix(overrides, message):
   with pytest.raises(ConfigError, match=message):
     tiny.decoder(*overrides)
 
 
-def test_a_folder_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+def test_a_missing_folder_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ConfigError, match=r"snapshot.folder='.*/nowhere': no folder .*/nowhere that can be written"):
     train(tiny.decoder(*KEYS, f"snapshot.folder='{tmp_path}/nowhere'"), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_folder_that_another_user_has_made_there_is_not_used(tmp_path, memory, monkeypatch):
-  """Everybody may write to /dev/shm: who has made the folder can write what a run would go on from."""
+def test_a_folder_of_another_user_is_not_used(tmp_path, memory, monkeypatch):
+  """Every user may write to /dev/shm: the owner of the folder can write what a run would resume from."""
   folder = folder_of(SnapshotConfig(), tmp_path / 'run', 0)
   folder.symlink_to(tmp_path)
   with pytest.raises(ConfigError, match=f'{folder} does not belong to this user; remove it, or set snapshot.folder.'):
@@ -620,7 +624,7 @@ def test_a_folder_that_another_user_has_made_there_is_not_used(tmp_path, memory,
     folder_of(SnapshotConfig(), tmp_path / 'run', 0)
 
 
-def test_headers_have_no_more_and_no_less_than_is_read(tmp_path):
+def test_headers_have_exactly_the_fields_that_are_read(tmp_path):
   slots = filled(tmp_path / 's', (5,))
   header = snapshot_slots.read_header(slots._header(0, 'block'))
   assert dataclasses.asdict(header) == {

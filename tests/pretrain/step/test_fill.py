@@ -39,7 +39,7 @@ def test_one_stack_has_one_side(base, overrides, side):
 def test_a_row_has_the_mean_since_the_row_before():
   watch = Stopwatch()
   for share in (0.5, 0.25, 1.0):
-    watch.count({}, 0.0)
+    watch.count({})
     watch.add({'loss': 3.0, 'fill/decoder': share})
   assert watch.report()['fill/decoder'] == pytest.approx(1.75 / 3)
   watch.add({'fill/decoder': 0.5})

@@ -18,6 +18,7 @@ from pretrain.experiment.program import build_program
 from pretrain.optim.averaging import Ema, ema_decay, greedy_soup, linear_combination
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline
+from pretrain.run.starting import start
 from pretrain.run.train import train
 from pretrain.tools import weights
 from tests.pretrain import tiny
@@ -345,7 +346,7 @@ def test_the_initial_checkpoint_of_a_run_cannot_change(run, text_store, tmp_path
 def test_lawa_in_several_processes_is_refused(text_store, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with pytest.raises(ConfigError, match=r'evaluation.lawa_checkpoints=3 with 2 processes: one process alone can read'):
-    pretrain.run.train.Run(config_of(text_store), tmp_path / 'run', Timeline())
+    start(config_of(text_store), tmp_path / 'run', Timeline())
   assert not (tmp_path / 'run').exists()
 
 

@@ -13,6 +13,7 @@ import pytest
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
+from pretrain.records import plots
 from pretrain.records.metrics import Metrics
 from pretrain.records.plots import PLOTS, SOURCE_PLOTS, curve, draw, evaluations
 from pretrain.tools.report import shares_of, write_report
@@ -89,6 +90,17 @@ def test_every_plot_shows_its_numbers(run, tmp_path_factory):
     other = [row | {key: row[key] * (1 + row['step'])} for row in rows]
     after = [path.read_bytes() for path in draw(other, {}, tmp_path_factory.mktemp('plots'))]
     assert [a != b for a, b in zip(after, before, strict=True)] == [j == i for j in range(5)], key
+
+
+def test_used_positions_and_padding_are_drawn_where_they_are_logged(monkeypatch, tmp_path):
+  monkeypatch.setattr(plots, 'PLOTS', {})
+  rows = [{'step': s, 'fill/encoder': 0.9, 'fill/decoder': 0.5, 'padding_flops': 0.3} for s in range(5)]
+  (before,) = (path.read_bytes() for path in draw(rows, {}, tmp_path))
+  for key in ('fill/encoder', 'fill/decoder', 'padding_flops'):
+    (after,) = draw([row | {key: row[key] + 0.02 * row['step']} for row in rows], {}, tmp_path)
+    assert after.read_bytes() != before, key
+    draw([{k: v for k, v in row.items() if k in (key, 'step', 'padding_flops')} for row in rows], {}, tmp_path)
+  assert draw([{'step': 1, 'loss': 2.0}], {}, tmp_path) == []
 
 
 MIXTURE = 'configs/ul2/tiny_mixture.gin'

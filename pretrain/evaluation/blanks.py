@@ -3,14 +3,16 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
 from data.stores.store import Store
 from pretrain.errors import ConfigError
-from pretrain.tools.generate import Candidate, Writer, best_outputs, open_writer
-from pretrain.tools.prompts import prompt_inputs, room_for
+from pretrain.evaluation.generate import Candidate, Writer, best_outputs, fills_middle, log_prob, open_writer
+from pretrain.evaluation.prompts import prompt_inputs, room_for
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
 SENTENCE = re.compile(r"(?<![^.!?] )(?<!\S)[A-Z][a-z]*(?: [a-z][a-z'-]*,?)+\.(?!\S)")
@@ -81,12 +83,11 @@ def _hash(text: str) -> int:
   return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
 
-def frequent_words(texts: Iterable[str], number: int) -> list[Candidate]:
-  """The most frequent words of `texts`, each with its share of all of them: a unigram's fillings."""
+def word_shares(texts: Iterable[str]) -> dict[str, float]:
+  """Each word's share of all words of `texts`, the most frequent first: a unigram."""
   counts = collections.Counter(word for text in texts for word in WORD.findall(text))
   total = sum(counts.values())
-  ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  return [Candidate(word, count / total, True) for word, count in ranked[:number]]
+  return {word: count / total for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
 
 
 def texts_of(store: Store) -> list[str]:
@@ -108,10 +109,13 @@ def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3) -> Iterato
     raise ConfigError(f'{workdir} has no held-out text to hide words in; set data.heldout to stores of text.')
   seen = [text for rows in writer.data.sources for text in texts_of(rows.store)]
   chosen = choose((text for store in heldout for text in texts_of(store)), number, ' '.join(seen))
-  unigram = frequent_words(seen, top)
+  shares = word_shares(seen)
+  unigram = [Candidate(word, share, True) for word, share in itertools.islice(shares.items(), top)]
   yield f'{len(chosen)} sentences of held-out documents, picked by their hash; the run never saw their words:'
   for blank in chosen:
-    yield from ('', f'  {blank.filled("_" * 6)}', f'  true words: {blank.truth}')
+    by_count = math.prod(shares.get(word, 0.0) for word in WORD.findall(blank.truth))
+    yield from ('', f'  {blank.filled("_" * 6)}')
+    yield f'  true words: {blank.truth} (this run {truth_probability(writer, blank):.2g}, word counts {by_count:.2g})'
     yield from _table(fillings(writer, blank, top), unigram)
 
 
@@ -121,6 +125,14 @@ def fillings(writer: Writer, blank: Blank, top: int) -> tuple[Candidate, ...]:
   inputs = prompt_inputs(prompt, writer.cfg, writer.data)
   room = min(MOST_TOKENS, room_for(prompt, inputs, writer.cfg))
   return best_outputs(writer, prompt, inputs, room, top)[1]['<extra_id_0>']
+
+
+def truth_probability(writer: Writer, blank: Blank) -> float:
+  """The probability that the run fills a blank with its true words, in the tokenizer's own spelling."""
+  prompt, tokenizer = blank.filled('<extra_id_0>'), writer.data.tokenizer
+  inputs = prompt_inputs(prompt, writer.cfg, writer.data)
+  forced = [] if fills_middle(inputs, tokenizer) else [writer.data.vocabulary.first_sentinel]
+  return math.exp(log_prob(writer, inputs, forced, tokenizer.encode(blank.truth)))
 
 
 def _table(run: Iterable[Candidate], unigram: Iterable[Candidate]) -> Iterator[str]:

@@ -14,11 +14,11 @@ from data.ragged import join
 from data.stores.vocabulary import EOS
 from models.decode import greedy
 from pretrain.cli.main import main
+from pretrain.evaluation import generate as module
+from pretrain.evaluation.generate import Refused, _config_of, generate, open_writer
+from pretrain.evaluation.prompts import prompt_inputs
 from pretrain.run.train import train
-from pretrain.tools import generate as module
-from pretrain.tools.generate import Refused, _config_of, generate, open_writer
-from pretrain.tools.prompts import prompt_inputs
-from tests.pretrain.tools.test_generate import config_of, opened
+from tests.pretrain.evaluation.test_generate import config_of, opened
 
 LONG = 'the Licensor ' * 40
 
@@ -101,7 +101,7 @@ BAD = {
   LONG: (64, "CONFIG: --text='the Licensor"),
   'a <extra_id_32>': (65, 'DATA: <extra_id_32> is beyond the 32 sentinels'),
   'a <extra_id_' + '9' * 5000 + '>': (65, 'DATA: <extra_id_9999'),
-  'caf\udce9 <extra_id_0>': (64, "CONFIG: --text='caf\\udce9 <extra_id_0>': character 4 is a byte that is not UTF-8"),
+  'caf\udce9 <extra_id_0>': (64, "CONFIG: argument --text: 'caf\\udce9 <extra_id_0>' has bytes that are not UTF-8"),
 }
 GOOD = [
   'the <extra_id_0> of',
@@ -171,9 +171,11 @@ def test_top_lists_the_best_fillings_of_each_blank_with_their_probabilities(run_
     assert [c.probability for c in candidates] == sorted((c.probability for c in candidates), reverse=True)
     assert candidates[0].probability == pytest.approx(math.exp(found[0][1]), rel=1e-5)
     before = log_prob_of(writer, inputs, forced, list(range(writer.cfg.model.vocab_size)))
+    assert all(ids for ids, _, _ in found), 'no empty filling'
     for ids, log_prob, _ in found[:4]:
       assert log_prob == pytest.approx(log_prob_of(writer, inputs, [*forced, *ids], ends) - before, abs=2e-4)
       assert all(token < v.pieces for token in ids)
+      assert module.log_prob(writer, inputs, forced, ids) == pytest.approx(log_prob, abs=2e-4)
     forced += found[0][0]
   words = {name: candidates[0].text for name, candidates in result.top.items()}
   assert result.text == f'the {words["<extra_id_0>"]} of any {words["<extra_id_1>"]} Work'

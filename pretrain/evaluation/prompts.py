@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.arguments import is_text
 from data.batches.batches import DataSource
 from data.objectives.features import Batch, decoder_features, encoder_decoder_features
 from data.objectives.fim import fim_ids
@@ -24,10 +25,11 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   Inputs of pairs and messages of a user are plain text, in which no token is special. Where the objective has mode
   tokens and the prompt begins without one, it gets that of its task: [NLU] for a prompt with blanks (the R denoiser;
   [NLG] where there are only X denoisers), [S2S] for a prompt without.
-  Raises ConfigError where the objective trains no such task, or for text with lone surrogates (bytes of a command line
-  that are not UTF-8); DataError for a sentinel that does not exist.
+  Raises ConfigError where the objective trains no such task, or for bytes that are not UTF-8; DataError for a sentinel
+  that does not exist.
   """
-  _check_unicode(prompt)
+  if not is_text(prompt):
+    raise not_utf8(prompt)
   if isinstance(cfg.objective, Supervised):
     return [*data.tokenizer.encode(prompt), EOS]
   if isinstance(cfg.objective, Instruction):
@@ -53,14 +55,8 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   return [*ids, EOS]
 
 
-def _check_unicode(prompt: str) -> None:
-  try:
-    prompt.encode()
-  except UnicodeEncodeError as error:
-    raise ConfigError(
-      f'--text={reprlib.repr(prompt)}: character {error.start + 1} is a byte that is not UTF-8 (a lone surrogate); '
-      'give the text in UTF-8.'
-    ) from error
+def not_utf8(prompt: str) -> ConfigError:
+  return ConfigError(f'argument --text: {reprlib.repr(prompt)} has bytes that are not UTF-8; write the text in UTF-8.')
 
 
 def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:

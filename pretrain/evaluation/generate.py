@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.arguments import is_text
 from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.errors import DataError
@@ -19,17 +20,17 @@ from data.objectives.fim import fim_ids
 from data.objectives.objectives import OfUnits, tasks_of
 from data.stores.vocabulary import EOS, MODES, SPECIAL, UNKNOWN, Tokenizer
 from models.build import Model
-from models.decode import Sequences, beam, greedy
+from models.decode import Sequences, beam, greedy, teacher_forced
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.phases import stretch_at
+from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
 from pretrain.redact import redact
-from pretrain.tools.prompts import prompt_batch, prompt_inputs, room_for
 
 MOST_TOP = 64
 LEAST_WIDTH = 8
@@ -122,6 +123,8 @@ def answers(
   them are checked before a parameter is read.
   """
   _check_counts(max_tokens, top)
+  if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
+    return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
   cfg, data, checkpoints, step = _open(workdir)
   inputs = [_read_prompt(prompt, cfg, data) for prompt in prompts]
   if all(isinstance(own, Refused) for own in inputs):
@@ -151,7 +154,7 @@ def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, i
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = stretch_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   return cfg, data, checkpoints, step
 
@@ -210,7 +213,7 @@ def _answers_whole(cfg: Experiment) -> bool:
   return isinstance(cfg.objective, OfUnits) or all(task.full for task in tasks_of(cfg.objective))
 
 
-def _fills_middle(inputs: list[int], tokenizer: Tokenizer) -> bool:
+def fills_middle(inputs: list[int], tokenizer: Tokenizer) -> bool:
   """Whether `inputs` are those of fill-in-the-middle, whose output is the middle, without a sentinel before it."""
   pre, _, mid = fim_ids(tokenizer.vocabulary)
   return inputs[:1] == [pre] and inputs[-1:] == [mid]
@@ -235,7 +238,7 @@ def filled(prompt: str, inputs: list[int], output: list[int], tokenizer: Tokeniz
       parts[i], parts[i + 1] = '', parts[i + 1].removeprefix(' ')
   if not blanks:
     return _continued(''.join(parts), inputs, output, tokenizer)
-  found = {blanks[0]: output} if _fills_middle(inputs, tokenizer) else _by_blank(blanks, output, tokenizer)
+  found = {blanks[0]: output} if fills_middle(inputs, tokenizer) else _by_blank(blanks, output, tokenizer)
   words = {blank: _words(ids, tokenizer) for blank, ids in found.items()}
   return ''.join(words.get(part, part) if i % 2 else part for i, part in enumerate(parts))
 
@@ -286,8 +289,8 @@ def best_outputs(
   """
   tokenizer, vocabulary = writer.data.tokenizer, writer.data.vocabulary
   blanks = [part for part in SPECIAL.split(prompt)[1::2] if part not in MODES]
-  if _answers_whole(writer.cfg) or _fills_middle(inputs, tokenizer) or not blanks:
-    name = blanks[0] if _fills_middle(inputs, tokenizer) else ''
+  if _answers_whole(writer.cfg) or fills_middle(inputs, tokenizer) or not blanks:
+    name = blanks[0] if fills_middle(inputs, tokenizer) else ''
     found = search(writer, inputs, [], room, top, whole=not name)
     return found[0][0] if found else [], {name: _candidates(found, tokenizer, top)}
   output, fillings = [], {}
@@ -304,22 +307,45 @@ def search(
 ) -> list[tuple[list[int], float, bool]]:
   """(ids of text, log-probability, whether it ended) by `models.decode.beam` after `inputs` and `forced`, best first.
 
-  A filling ends at EOS or at a sentinel. A `whole` output ends at EOS; those cut off at `max_tokens` are listed too.
+  A filling ends at EOS or at a sentinel, and behind a sentinel it has at least one token, as every span of training
+  has. A `whole` output ends at EOS; those cut off at `max_tokens` are listed too.
   """
   if max_tokens < 1:
     return []
-  vocabulary, ids = writer.data.vocabulary, np.arange(writer.cfg.model.vocab_size)
-  sentinels = (ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel)
-  ends = (ids == EOS) | (sentinels & (not whole))
-  allowed = (ids >= UNKNOWN) & (ids < vocabulary.pieces)
-  batch = prompt_batch([inputs], writer.cfg, -(-max(len(inputs), 1) // PADDED) * PADDED)
+  ids, ends = np.arange(writer.cfg.model.vocab_size), _ends(writer, whole)
+  allowed = (ids >= UNKNOWN) & (ids < writer.data.vocabulary.pieces)
+  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)))
   width = max(LEAST_WIDTH, 2 * top)
   ended, unfinished = beam(
     writer.model, writer.params, batch, jnp.asarray(forced, jnp.int32), allowed, ends, max_tokens, width
   )
-  found = [(*each, True) for each in _listed(ended)]
+  found = [(*each, True) for each in _listed(ended) if each[0] or not forced]
   found += [(*each, False) for each in _listed(unfinished) if whole]
   return sorted(found, key=lambda each: -each[1])
+
+
+def log_prob(writer: Writer, inputs: list[int], forced: list[int], ids: list[int]) -> float:
+  """The log-probability of the filling `ids` after `inputs` and `forced`, and of ending there, as in `search`."""
+  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)))
+  begun = batch['decoder_input_tokens']
+  written = [*forced, *ids]
+  row = np.zeros((1, _padded(len(written))), np.int32)
+  row[0, : len(written)] = written
+  tokens = np.concatenate([begun, row], 1)
+  logits = teacher_forced(writer.model, writer.params, batch, jnp.asarray(tokens), at_once=begun.shape[1])
+  log_probs = np.asarray(jax.nn.log_softmax(logits[0, begun.shape[1] - 1 :]))[len(forced) :]
+  end = np.logaddexp.reduce(log_probs[len(ids), _ends(writer)])
+  return float(sum(log_probs[i, token] for i, token in enumerate(ids)) + end)
+
+
+def _ends(writer: Writer, whole: bool = False) -> np.ndarray:
+  """bool[vocab]: the tokens behind a filling, or behind a `whole` output."""
+  vocabulary, ids = writer.data.vocabulary, np.arange(writer.cfg.model.vocab_size)
+  return (ids == EOS) | ((ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel) & (not whole))
+
+
+def _padded(length: int) -> int:
+  return -(-max(length, 1) // PADDED) * PADDED
 
 
 def _listed(sequences: Sequences) -> Iterator[tuple[list[int], float]]:

@@ -1,12 +1,16 @@
 """Held-out sentences with hidden words: readable, the same for everyone, and filled by the run's own probabilities."""
 
+import math
+import re
+
 import pytest
 
 from pretrain.errors import ConfigError
+from pretrain.evaluation import blanks as module
+from pretrain.evaluation.blanks import choose, hide_words, sentences, show_blanks, word_shares
+from pretrain.evaluation.generate import generate
 from pretrain.run.train import train
-from pretrain.tools import blanks as module
-from pretrain.tools.blanks import choose, frequent_words, hide_words, sentences, show_blanks
-from pretrain.tools.generate import generate
+from tests.conftest import paragraphs
 from tests.pretrain import tiny
 
 PLAIN = [
@@ -60,8 +64,9 @@ def test_the_choice_is_by_hash_whatever_the_order_and_leaves_out_training_text()
 
 
 def test_frequent_words_have_their_share():
-  found = frequent_words(['the work of the day', 'Work'], 2)
-  assert [(c.text, c.probability) for c in found] == [('the', 2 / 6), ('Work', 1 / 6)]
+  found = word_shares(['the work of the day', 'Work'])
+  assert list(found.items())[:2] == [('the', 2 / 6), ('Work', 1 / 6)]
+  assert sum(found.values()) == pytest.approx(1)
 
 
 def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path, monkeypatch):
@@ -71,7 +76,11 @@ def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path
   lines = list(show_blanks(tmp_path, number=1))
   blank = hide_words(PLAIN[0])
   (result,) = generate(tmp_path, [blank.filled('<extra_id_0>')], module.MOST_TOKENS, top=3)
-  assert lines[2:4] == [f'  {blank.filled("______")}', f'  true words: {blank.truth}']
+  assert lines[2] == f'  {blank.filled("______")}'
+  assert lines[3].startswith(f'  true words: {blank.truth} (this run ')
+  words = re.findall(r"[A-Za-z]+(?:['-][A-Za-z]+)*", ' '.join(paragraphs()))
+  by_count = math.prod(words.count(word) / len(words) for word in blank.truth.split())
+  assert lines[3].endswith(f', word counts {by_count:.2g})')
   assert lines[4].split() == ['this', 'run', 'most', 'frequent', 'words']
   for line, candidate in zip(lines[5:], result.top['<extra_id_0>'], strict=True):
     assert line.lstrip().startswith(f'{candidate.probability:.2%}  {candidate.text or "(nothing)"}')

@@ -1,0 +1,192 @@
+"""How a run starts: from which state, at which position in its data, with which files."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from data.mixing.online import Mixing, begin
+from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
+from pretrain.config import bindings
+from pretrain.evaluation.losses import check_best_of
+from pretrain.experiment import same_stores
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.phases import phase_at
+from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
+from pretrain.experiment.same_stores import as_begun
+from pretrain.hosts.skipping import Ranges, check_skips, read_skips
+from pretrain.records.metrics import Metrics, read_metrics
+from pretrain.records.profile import Profile
+from pretrain.records.timeline import Timeline
+from pretrain.replicas.compare import Replicas
+from pretrain.run.evaluating import check_lawa_processes
+from pretrain.run.judging import Judge
+from pretrain.run.phase_program import PhaseProgram
+from pretrain.run.run import Run
+from pretrain.snapshots.snapshots import Snapshots, freshest
+from pretrain.step.train_step import TrainState
+from pretrain.tools.weights import initial_params
+
+Rows = Sequence[Mapping[str, float]]
+
+
+class Files:
+  """The files of a run in `workdir`: what it restores from, and what it writes."""
+
+  def __init__(self, cfg: Experiment, workdir: pathlib.Path):
+    self.cfg, self.workdir = cfg, workdir
+
+  def checkpoints(self) -> Checkpoints:
+    return Checkpoints(self.workdir, self.cfg.checkpoint)
+
+  def snapshots(self, skips: Ranges) -> Snapshots:
+    return Snapshots(self.cfg.snapshot, self.workdir, identity(self.cfg, skips))
+
+  def check_not_lost(self, latest: int | None, recorded: Rows) -> None:
+    """Raises CheckpointError where the run had checkpoints and none is left."""
+    check_not_lost(latest, recorded, self.cfg.checkpoint.every, self.workdir)
+
+  def metrics(self, timeline: Timeline, text: str, step: int, examples: int) -> Metrics:
+    """Opens the files that a run at `step` writes to. From here on the run is on the disk."""
+    writes = jax.process_index() == 0
+    if writes:
+      write_atomically(self.workdir / 'config.gin', text)
+      write_atomically(self.workdir / same_stores.FILE, same_stores.record(self.cfg))
+      timeline.open(self.workdir, step, examples)
+    return Metrics(self.workdir, resume_step=step, total_steps=self.cfg.train.steps, write=writes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+  """Where a run begins: its first phase, the state, the position in the data, and how the data has changed."""
+
+  phase: PhaseProgram
+  state: TrainState
+  position: dict[str, Any]
+  changes: list[str]
+
+
+def start(
+  cfg: Experiment,
+  workdir: pathlib.Path,
+  timeline: Timeline,
+  *,
+  allow_data_change: bool = False,
+  open_files: Callable[[Experiment, pathlib.Path], Files] = Files,
+) -> Run:
+  """A run that is ready for its next step: restored from its newest whole step, or new.
+
+  Everything that can be refused is refused before a file is written.
+  """
+  cfg = as_begun(workdir, cfg)
+  files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
+  check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
+  recorded = read_metrics(workdir)
+  changes = check_config(cfg, workdir, recorded, allow_data_change)
+  checkpoints, snapshots = files.checkpoints(), files.snapshots(skips)
+  found = restore_or_initialise(files, timeline, checkpoints, snapshots, recorded, changes, allow_data_change)
+  phase, step, examples = found.phase, int(found.state.step), found.position['examples']
+  mixing = begin_mixing(cfg, found, skips)
+  saved_step = min(step, checkpoints.latest() or 0)
+  replicas = Replicas(phase.program.abstract, phase.program.mesh) if cfg.replicas.every else None
+  metrics = files.metrics(timeline, text, step, examples)
+  run = Run(
+    cfg=cfg, text=text, workdir=workdir, skips=skips, timeline=timeline, checkpoints=checkpoints, snapshots=snapshots,
+    metrics=metrics, judge=Judge(cfg, workdir, checkpoints, metrics, step), replicas=replicas,
+    profile=Profile(workdir, cfg.train.profile_steps), phase=phase, data=phase.data, state=found.state,
+    position=found.position, mixing=mixing, step=step, saved_step=saved_step,
+  )  # fmt: skip
+  announce(run, found.changes)
+  return run
+
+
+def check_config(cfg: Experiment, workdir: pathlib.Path, recorded: Rows, allow_data_change: bool) -> list[str]:
+  """How the data of the config has changed since the run was saved. Raises ConfigError where it is another run."""
+  saved = workdir / 'config.gin'
+  if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it belongs to a run that never began
+    return check_same_run(saved, cfg, allow_data_change=allow_data_change)
+  return []
+
+
+def restore_or_initialise(
+  files: Files,
+  timeline: Timeline,
+  checkpoints: Checkpoints,
+  snapshots: Snapshots,
+  recorded: Rows,
+  changes: list[str],
+  allow_data_change: bool,
+) -> Beginning:
+  """The newest step whose files and values are those that were saved; step 0 where there is none."""
+  cfg = files.cfg
+  with timeline.during('restore'):
+    source, latest = freshest(snapshots, checkpoints)
+  files.check_not_lost(latest, recorded)
+  # At the border of two phases the one that ended has saved the step. Its mistakes show before a file is written.
+  phase = PhaseProgram(phase_at(cfg, max(latest - 1, 0) if latest else 0))
+  check_best_of(cfg.checkpoint.best_of, phase.data.heldout(cfg.evaluation.batches, phase.rows))
+  fingerprint = phase.data.fingerprint()
+  if latest is None:
+    with timeline.during('compile'):
+      return Beginning(
+        phase, initialise(phase, cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}, changes
+      )
+  try:
+    with timeline.during('restore'):
+      restored = source.restore(phase.program.abstract, latest)
+  except DamagedError:  # try an older one
+    return restore_or_initialise(files, timeline, checkpoints, snapshots, recorded, changes, allow_data_change)
+  changes = changes + check_same_data(
+    restored.position['data'], fingerprint, latest, files.workdir, allow_data_change=allow_data_change
+  )
+  position = restored.position['loader']
+  if changes:
+    position = phase.data.after_change(position, restored.position['used'], latest)
+  phase.data = phase.data.at(position)
+  return Beginning(phase, restored.state, position, changes)
+
+
+def initialise(phase: PhaseProgram, initial: str | None, tokenizer: str | None) -> TrainState:
+  """The state of step 0, with the parameters of the checkpoint `initial` if there is one."""
+  if initial is None:
+    return phase.program.init()
+  return phase.program.start(initial_params(initial, phase.program, tokenizer))
+
+
+def begin_mixing(cfg: Experiment, found: Beginning, skips: Ranges) -> Mixing | None:
+  """The weights of sources that losses decide; None without data.online. Raises ConfigError for impossible skips."""
+  examples = found.position['examples']
+  if cfg.data.online is not None:
+    return begin(found.position, found.phase.data.used(examples))
+  check_skips(skips, examples, found.phase.cfg.data.batch_size)
+  return None
+
+
+def announce(run: Run, changes: Sequence[str]) -> None:
+  """Prints what is special about this start."""
+  if warning := run.snapshots.start(run.phase.program.abstract):
+    run.metrics.warn(warning)
+  if changes and run.step:
+    run.metrics.warn(f'DATA-CHANGE: from step {run.step} on {"; ".join(changes)}.')
+  if run.step >= run.cfg.train.steps:
+    run.metrics.warn(
+      f'DONE: already at step {run.step}, and train.steps={run.cfg.train.steps}: no step is left to train. To train '
+      f'longer, set train.steps to more than {run.step}.'
+    )
+  announce_cuts(run)
+
+
+def announce_cuts(run: Run) -> None:
+  """Prints which parts of pairs and conversations of this phase do not fit into a row."""
+  for line in run.phase.data.losses():
+    run.metrics.warn(f'DATA-CUT: {line}.')
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """The whole text or nothing, under a name that appears at once."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(path.suffix + '.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)
