@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import pretrain.run.train  # before its names are replaced below
 from data.batches.source import StoreData
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.experiment import program
@@ -65,6 +66,7 @@ for module in list(sys.modules.values()):  # those that have taken the names fro
       module.build_program = build_program
     if module.__name__.startswith('pretrain.run') and vars(module).get('write_report') is WRITE_REPORT:
       module.write_report = write_report
+assert pretrain.run.train.write_report is write_report
 
 
 @pytest.fixture
