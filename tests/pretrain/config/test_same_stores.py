@@ -17,6 +17,8 @@ from pretrain.records.metrics import read_metrics
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 def write_store(path, tokenizer_model, seed: int) -> None:
   rng = np.random.default_rng(seed)
