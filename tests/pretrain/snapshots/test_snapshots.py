@@ -35,6 +35,8 @@ from pretrain.snapshots.peers import PeerError, Peers, Server
 from pretrain.snapshots.slots import Header, Slots, SnapshotConfig, folder_of
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 KEYS = ('train.steps=20', 'checkpoint.every=1000', 'snapshot.every=5', 'data.batch_size=8')
 EXACT = ('step', 'loss', 'grad_norm', 'batch_checksum')
 
