@@ -1,1 +1,1 @@
-"""Bytes to batches, in numpy: no JAX. Its folders are layers: each imports only those below it (setup.cfg)."""
+"""From bytes to batches, in NumPy, without JAX. Folders are layers: each imports only those below it (setup.cfg)."""

@@ -1,4 +1,4 @@
 """Fast implementations of operations. Each operation is a folder; its reference.py is the specification.
 
-Imports no other package of this repository.
+Must not import any other package of this repository.
 """

@@ -12,7 +12,7 @@ from pretrain.devices import mesh
 
 def main(workdir: pathlib.Path) -> None:
   mesh.prepare_platform(mesh.MeshConfig())
-  from pretrain.tools.blanks import show_blanks
+  from pretrain.evaluation.blanks import show_blanks
 
   for line in show_blanks(workdir):
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""The batch of any step as a pure function of (config, seed, position), and the loader that makes it ahead of time.
+"""The batch of any step as a pure function of (config, seed, position), and the loader that prefetches batches.
 
-Knows every folder below; nothing in `data` imports it. Grain is imported in one file here.
+May import every other folder of `data`, and nothing in `data` imports it. Only loader.py imports Grain.
 """

@@ -22,9 +22,10 @@ from data.stores.vocabulary import Tokenizer, Vocabulary
 class RowDescription:
   """Where a row came from.
 
-  `pieces` are (document, first token in the store, length): inputs and targets of pairs, turns of conversations.
-  `segments` (counted from 1) says which each is in; `asked` how many of its tokens carry loss, where its document says;
-  `roles` whose turn it is. `losses` is what the store loses to the length of rows.
+  `pieces` are (document, first token in the store, length): inputs and targets of pairs, turns of conversations, or
+  parts of text. For each piece, `segments` has its segment (counted from 1), `asked` the number of its tokens that
+  carry loss (None if the objective decides that), and `roles` the role of its turn. `losses` says how much of the store
+  is cut or left out because rows are too short.
   """
 
   path: str
@@ -41,7 +42,7 @@ class RowDescription:
 
 
 class DataSource:
-  """The rows of a run: position p in the run always holds the same row, whoever asks. Picklable."""
+  """The rows of a run: position p of the run always has the same row, on any host and in any process. Picklable."""
 
   def __init__(
     self,
@@ -53,17 +54,17 @@ class DataSource:
     heldout: Mapping[str, StoreRows],
     renumbered: Callable[[str, int], StoreRows] | None = None,
   ):
-    self._renumbered = renumbered  # the rows of a source in the order that the source of another number has
+    self._renumbered = renumbered  # (name, number) -> the rows of a source in the order that belongs to the number
     self.cfg, self.vocabulary, self.tokenizer, self.mixture = cfg, vocabulary, tokenizer, mixture
     self.names, self.sources, self._heldout = tuple(sources), tuple(sources.values()), heldout
 
   def fingerprint(self) -> dict:
-    """What a resumed run must find again (JSON): the stores' contents and the tokenizer."""
+    """Identifies the data that a resumed run must find again (JSON): the stores' contents and the tokenizer."""
     stores = [rows.store.fingerprint for rows in self.sources]
     return {'stores': stores, 'tokenizer': self.tokenizer.fingerprint if self.tokenizer else None}
 
   def at(self, position: Mapping[str, Any]) -> 'DataSource':
-    """This data as a run at `position` has it: one that went on with other sources or weights knows from where."""
+    """This data for a run at `position`, which records since when the run has used other sources or weights."""
     began, changed = position.get('mixture'), position.get('changed')
     if not began:
       return self
@@ -80,10 +81,10 @@ class DataSource:
     return self.sources[place] if same else self._renumbered(self.names[place], number)
 
   def after_change(self, position: Mapping[str, Any], used: Mapping[str, int], step: int) -> dict[str, Any]:
-    """The position of a run that goes on with this data from `step` on, where it had other data until then.
+    """The position of a run that continues with this data from `step` on and used other data before.
 
-    `position` and `used` are those that were saved with the step. Each source keeps its number, by which its rows are
-    ordered, and the rows that were used of it; so does one that is left out for a while.
+    `position` and `used` were saved with the step. Each source keeps its number, which determines the order of its
+    rows, and its count of used rows, even if it is left out for a while.
     """
     before = position.get('changed', {})
     numbers = {name: i for i, name in enumerate(used)} | before.get('numbers', {})
@@ -101,13 +102,13 @@ class DataSource:
     }
 
   def used(self, examples: int) -> dict[str, int]:
-    """How many rows of each source the first `examples` of the run were."""
+    """The number of rows of each source among the first `examples` rows of the run."""
     return dict(zip(self.names, self.mixture.used(examples).tolist(), strict=True))
 
   def global_rows(self, start: int, count: int) -> Batch:
     """Rows start … start + count - 1 of the run, as fields [count, length] and `example_index` [count].
 
-    Of several sources there is a `source_index` [count] too.
+    With several sources there is also a `source_index` [count].
     """
     source, own = self.mixture.at(start, count)
     parts = [(place, rows.batch(epoch, places)) for place, rows, epoch, places in self._locate(source, own)]
@@ -118,11 +119,11 @@ class DataSource:
     return batch
 
   def batch(self, step: int, rows: slice) -> Batch:
-    """These rows of the global batch of a step that begins at `step * batch_size`."""
+    """These rows of the global batch of a step, which begins at row `step * batch_size` of the run."""
     return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
 
   def _locate(self, source: np.ndarray, own: np.ndarray) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
-    """(rows of the answer, source, epoch, places in it) for each source and epoch of what a mixture gave."""
+    """Yields (rows of the result, source, epoch, positions in the epoch) for each source and epoch of mixed rows."""
     for i, rows in enumerate(self.sources):
       mine = np.flatnonzero(source == i)
       for epoch, places in rows.epochs(own[mine]):
@@ -130,8 +131,8 @@ class DataSource:
         mine = mine[len(places) :]
 
   def progress(self, position: int) -> dict[str, dict[str, float]]:
-    """For each source, of the row before `position`: its `weight`, its `share` of the rows of this stage until there,
-    and how many `epochs` were seen."""
+    """For each source, at the row before `position`: its `weight`, its `share` of the rows of this stage so far, and
+    the number of `epochs` seen."""
     mixture = self.mixture
     known = zip(mixture.used(position), mixture.shares(position), mixture.weights(position), strict=True)
     return {
@@ -152,15 +153,15 @@ class DataSource:
     )  # fmt: skip
 
   def losses(self) -> list[str]:
-    """A line for each source of which no row has room for something."""
+    """A line for each source of which something is cut or left out because rows are too short."""
     return [f'{rows.store.path}: {rows.losses}' for rows in self.sources if rows.losses and rows.losses.any]
 
   def batch_rows(self, start: int) -> int:
-    """How many rows the global batch has that begins at this position."""
+    """The number of rows of the global batch that begins at this position."""
     return self.cfg.batch_size
 
   def row(self, start: int, row: int) -> tuple[RowDescription, Batch]:
-    """(where row `row` of the batch that begins at this position came from, its fields, int32[length])."""
+    """(origin, fields as int32[length]) of row `row` of the batch that begins at this position."""
     fields = {name: values[0] for name, values in self.global_rows(start + row, 1).items()}
     return self.describe_row(start + row), fields
 
@@ -170,7 +171,7 @@ class DataSource:
     return int(store.offsets_of(origin.shard)[document - store.shards[origin.shard].documents.start])
 
   def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
-    """At most `num_batches` batches of each evaluation set: the same ones whenever asked."""
+    """At most `num_batches` batches of each evaluation set, the same ones in every call."""
     size = self.cfg.batch_size
     return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
 
@@ -179,17 +180,17 @@ class DataSource:
     return {name: own.store for name, own in self._heldout.items()}
 
   def heldout_pairs(self, count: int) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """At most `count` pairs of each evaluation set (`pairs.sample_pairs`): the same ones whenever asked."""
+    """At most `count` pairs of each evaluation set (`pairs.sample_pairs`), the same ones in every call."""
     return {name: own.sample_pairs(count) for name, own in self._heldout.items()}
 
 
 def listed(pieces: Pieces) -> tuple[tuple[int, int, int], ...]:
-  """(document, first token in the store, length) of each."""
+  """(document, first token in the store, length) of each piece."""
   return tuple(zip(pieces.documents.tolist(), pieces.places.tolist(), pieces.lengths.tolist(), strict=True))
 
 
 def _roles(store, shard: int, documents: np.ndarray) -> tuple[str, ...] | None:
-  """Whose turn each document of a shard is; None where they are none."""
+  """The role of the turn that each document of a shard is; None if the store has no conversations."""
   if store.kind != 'conversations':
     return None
   own = store.column(ROLES, shard)[documents - store.shards[shard].documents.start]
@@ -197,14 +198,14 @@ def _roles(store, shard: int, documents: np.ndarray) -> tuple[str, ...] | None:
 
 
 def _in_order(used: Mapping[str, int], names: Sequence[str]) -> list[int]:
-  """Rows used of each source now, by its name; one that had another name, if it is the only one."""
+  """The used rows of each source of `names`. A single source is matched even if its name has changed."""
   if len(used) == len(names) == 1:
     return list(used.values())
   return [used.get(name, 0) for name in names]
 
 
 def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
-  """One batch of `count` rows from parts and the rows that each fills."""
+  """One batch of `count` rows from (rows to fill, fields) of each part."""
   batch = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in parts[0][1].items()}
   for place, part in parts:
     for name, values in part.items():
@@ -214,7 +215,7 @@ def _merge(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutSet:
-  """A fixed set of batches to iterate over; rows beyond the last are padding, whose loss weights are 0."""
+  """A fixed set of batches to iterate over. The last batch is filled up with padding rows, whose loss weights are 0."""
 
   source: StoreRows
   batch_size: int
@@ -230,7 +231,7 @@ class HeldoutSet:
 
   def _batch(self, start: int, count: int) -> Batch:
     present = np.arange(start, start + count) < self.source.num_rows(0)
-    # Padding needs the shapes of a real row: the first is made and blanked.
+    # A padding row needs the shapes of a real row: row 0 is made and set to zero.
     part = self.source.batch(0, np.where(present, np.arange(start, start + count), 0))
     blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
     return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}

@@ -1,4 +1,4 @@
-"""Batches of rows of several lengths, one length to a step (packing/buckets.py), in place of `batches.DataSource`'s."""
+"""Batches of rows of several lengths, one length per step (packing/buckets.py); replaces `batches.DataSource`."""
 
 import collections
 import threading
@@ -18,7 +18,7 @@ from data.stores.vocabulary import Tokenizer, Vocabulary
 
 
 class BucketRows:
-  """The rows of one store by length. Picklable; threads may share one. Plans of two windows of shards are kept."""
+  """The rows of one store by length. Picklable; threads may share one. Plans of two windows of shards are cached."""
 
   def __init__(self, store, spec: RowSpec, cfg, *, seed: int):
     self.store, self._spec = store, spec
@@ -48,7 +48,7 @@ class BucketRows:
       return self._plans[window]
 
   def planned(self, shard: int, epoch: int) -> tuple[int, Pieces]:
-    """(rows of all lengths, their pieces) of a shard; the same in every epoch."""
+    """(number of rows of all lengths, their pieces) of a shard; the same in every epoch."""
     whole = joined_plans(decompose(text_of(self.store, self._spec, shard), self.lengths))
     return len(whole.tasks), whole.pieces(np.arange(len(whole.tasks)))
 
@@ -58,19 +58,19 @@ class BucketRows:
 
   @property
   def losses(self) -> None:
-    """Text loses nothing."""
+    """None: rows of text cut nothing off."""
 
   def keep_plan(self, shard: int, variant: int) -> None:
-    """Nothing: such plans are made in less time than a file is read."""
+    """Does nothing: making such a plan takes less time than reading it from a file."""
 
   def pieces(self, place: Place, rows: np.ndarray) -> Pieces:
-    """The pieces of rows of a length; `rows` of -1 have none."""
+    """The pieces of rows of one length; a row of -1 is padding and has none."""
     present = np.flatnonzero(rows >= 0)
     found = self.plans(place.window)[place.bucket].pieces(rows[present])
     return Pieces(present[found.rows], *found[1:])
 
   def batch(self, place: Place, first: int, count: int) -> Batch:
-    """Fields int32[count, length] of rows `first` … of a step; rows that its length no longer has are padding."""
+    """Fields int32[count, length] of rows `first` … of a step. Once its length has no rows left, rows are padding."""
     pieces = self.pieces(place, self.order.rows(place, first, count))
     ranges, places = runs_of(pieces, GAP)
     tokens = cut_out(join(self.store.read(ranges)).values, places, pieces.lengths)
@@ -78,7 +78,7 @@ class BucketRows:
 
 
 class BucketedSource(DataSource):
-  """A position counts rows of the full length; a step of shorter rows has so many more of them."""
+  """Positions count rows of the full length. A step of rows of 1/n of that length has n times as many rows."""
 
   def __init__(
     self,
@@ -93,7 +93,7 @@ class BucketedSource(DataSource):
     self._rows = rows
 
   def global_rows(self, start: int, count: int) -> Batch:
-    """The rows in place of full rows start … start + count - 1, all of one step: fields [more than count, length]."""
+    """The rows that replace the full rows start … start + count - 1, all of one step: fields [>= count, length]."""
     step, first = divmod(start, self.cfg.batch_size)
     place = self._rows.order.place(step)
     factor = self.cfg.targets_length // self._rows.lengths[place.bucket]

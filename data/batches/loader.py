@@ -1,7 +1,7 @@
-"""Batches for this host, ahead of time, from any position. The only import of Grain, which imports JAX.
+"""Prefetched batches for this host, from any position. The only module that imports Grain, which imports JAX.
 
-Grain runs the work (a thread, or processes); its own state is never saved. A run's position in the data is
-{'version', 'examples'}, the same on every host, and any number of hosts and workers may go on from it.
+Grain runs the work in a thread or in processes; its own state is never saved. A run's position in the data is
+{'version', 'examples'}. It is the same on every host, and any number of hosts and workers can resume from it.
 """
 
 import math
@@ -31,7 +31,7 @@ class _Steps:
     self._source, self._examples, self._rows = source, examples, rows
 
   def __len__(self) -> int:
-    return 2**62 // self._source.cfg.batch_size  # a run ends by its own count
+    return 2**62 // self._source.cfg.batch_size  # in effect endless: the run stops at its own number of steps
 
   def __getitem__(self, index: int) -> Batch:
     start = self._examples + int(index) * self._source.cfg.batch_size
@@ -39,18 +39,19 @@ class _Steps:
 
 
 def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iterator[tuple[dict[str, Any], Batch]]:
-  """(position after the batch, this host's `rows` of the global batch) for each step from `position` on.
+  """Yields (position after the batch, this host's `rows` of the global batch) for each step from `position` on.
 
-  `position` is {'examples': 0} at the beginning, later what came with the last batch that was used. What else stands
-  in it (`DataSource.at`) is kept. Raises DataError for a position of another version.
+  `position` is {'examples': 0} at the beginning, and later the position that came with the last used batch. Its other
+  keys (`DataSource.at`) are kept. Raises DataError for a position of another version.
   """
   if position.get('version', VERSION) != VERSION:
-    raise DataError(f'position of data version {position["version"]}, this version reads {VERSION}; use its release.')
+    found = position['version']
+    raise DataError(f'position has data version {found}, but this release reads {VERSION}; use the one that wrote it.')
   return _Batches(_ahead(source.at(position), position['examples'], rows), position, source.cfg)
 
 
 class _Batches(Iterator):
-  """Counts examples along Grain's iterator, and closes it when nobody iterates any more or at exit."""
+  """Counts examples along Grain's iterator, and closes that when this object is garbage collected or at exit."""
 
   def __init__(self, batches: grain.DatasetIterator[Batch], position: Mapping[str, Any], cfg: Data):
     self._position, self._size, self._held = {**position, 'version': VERSION}, cfg.batch_size, [batches]
@@ -64,13 +65,13 @@ class _Batches(Iterator):
 
 
 def _packed(batch: Batch) -> dict[str, Any]:
-  """A batch as one array: Grain hands each to another process in a piece of shared memory of its own, at 0.4 ms."""
+  """A batch as one array: Grain passes every array in its own block of shared memory, which costs 0.4 ms each."""
   layout = [[name, values.dtype.str, *values.shape] for name, values in batch.items()]
   return {'layout': layout, 'values': np.concatenate([values.ravel().view(np.int32) for values in batch.values()])}
 
 
 def _unpacked(packed: dict[str, Any]) -> Batch:
-  """`_packed`, undone, in memory of this process: what is shared is taken for as long as the batch lives."""
+  """The inverse of `_packed`, copied to this process's memory: shared memory would stay in use as long as the batch."""
   values, end, batch = np.array(packed.pop('values')), 0, {}
   for name, dtype, *shape in packed['layout']:
     begin, end = end, end + math.prod(shape)
@@ -79,14 +80,14 @@ def _unpacked(packed: dict[str, Any]) -> Batch:
 
 
 def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
-  """Stops threads and processes; Grain's own clean-up at exit comes too late for them, and is noisy."""
+  """Stops threads and processes; Grain's own clean-up at exit comes too late for them and prints errors."""
   held.pop().close()
 
 
 def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetIterator[Batch]:
   workers, prefetch = source.cfg.workers, source.cfg.prefetch
   steps = grain.MapDataset.source(_Steps(source, examples, rows))
-  # Reader threads contend for the interpreter: several are slower than none.
+  # Reader threads contend for the interpreter lock: several are slower than none.
   batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   if workers:
     if not flags.FLAGS.is_parsed():
@@ -99,9 +100,10 @@ def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetItera
 
 
 def _die_with_parent(_index: int, _count: int) -> None:
-  """Ends this worker when the run is killed; otherwise it would wait for ever.
+  """Ends this worker when its parent process is killed; otherwise it would wait for ever.
 
-  Not by PR_SET_PDEATHSIG: that is the death of the *thread* that started the worker, which Grain ends before it.
+  PR_SET_PDEATHSIG does not work here: it reacts to the end of the *thread* that started the worker, which Grain ends
+  earlier.
   """
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""The rows of one store, epoch after epoch: plan, order, tokens, random bits and objective put together."""
+"""The rows of one store, epoch after epoch: combines plan, order, tokens, random bits and objective."""
 
 import collections
 import functools
@@ -23,11 +23,11 @@ from data.packing.plan import Pieces, Plan, cut_out, joined, runs_of
 from data.ragged import Ragged, join, starts
 
 RANDOM = Random()
-GAP = 64  # tokens between two pieces of a row that are read along rather than read around
+GAP = 64  # two pieces of a row with at most so many tokens between them are read in one range
 
 
 class _Shard(NamedTuple):
-  """A plan, its rows of each task one after another (int64[rows], in order of the plan), and how many each has."""
+  """A plan, its rows grouped by task (int64[rows], in the order of the plan), and the number of rows of each task."""
 
   plan: Plan
   by_task: np.ndarray
@@ -41,8 +41,8 @@ class _Shard(NamedTuple):
 class StoreRows:
   """Row k of an endless sequence over one store: epoch 0 in its order, then epoch 1, … Picklable.
 
-  Threads may share one; a plan is made once, and those who want another meanwhile wait. The plans of a window of
-  shards are kept, and the row counts of all that were ever made.
+  Threads may share one; while a plan is made, other threads wait. The plans of two windows of shards are cached, and
+  the row counts of all plans made so far.
   """
 
   def __init__(
@@ -64,7 +64,7 @@ class StoreRows:
     rates = [task.rate for task in self._tasks]
     self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')
     self._planner, self._maker, self._units = makers_of(store, spec, packing, seed=seed, purpose=purpose, plans=plans)
-    self._counts: dict[int, np.ndarray] = {}  # of each variant: int64[shards, tasks]
+    self._counts: dict[int, np.ndarray] = {}  # variant -> number of rows: int64[shards, tasks]
     self._plans: collections.OrderedDict[tuple[int, int], _Shard] = collections.OrderedDict()
     self._orders: collections.OrderedDict[int, EpochOrder] = collections.OrderedDict()
     self._arranged: collections.OrderedDict[tuple[int, int], list[np.ndarray]] = collections.OrderedDict()
@@ -100,11 +100,11 @@ class StoreRows:
 
   @property
   def variants(self) -> int:
-    """How many different plans a shard has: one for each of so many epochs, then the first again."""
+    """The number of different plans of a shard: epoch e uses plan e % variants."""
     return self._planner.variants
 
   def keep_plan(self, shard: int, variant: int) -> None:
-    """Makes a plan, unless it is kept in a file already."""
+    """Makes a plan, unless a file of it exists already."""
     self._planner.plan(shard, variant)
 
   def _order(self, epoch: int) -> EpochOrder:
@@ -121,7 +121,7 @@ class StoreRows:
       return self._orders[epoch]
 
   def _in_order(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray, task: int) -> np.ndarray:
-    """The rows of a task in a window of shards, in the order of the curriculum; those of two windows are kept."""
+    """The rows of a task in a window of shards, in the curriculum's order; the orders of two windows are cached."""
     with self._lock:
       if (epoch, window) not in self._arranged:
         self._arranged[epoch, window] = self._arrange(cfg, epoch, window, shards)
@@ -145,7 +145,7 @@ class StoreRows:
     return int(self._counts_of(epoch % self._planner.variants).sum())
 
   def epoch_of(self, row: int) -> tuple[int, int]:
-    """(epoch, the first row of that epoch) of a row of the sequence. Plans no epoch twice, however far the row."""
+    """(epoch, first row of that epoch) for a row of the sequence. Plans at most `variants` epochs, for any row."""
     first = 0
     for epoch in range(self._planner.variants):
       end = first + self.num_rows(epoch)
@@ -157,12 +157,12 @@ class StoreRows:
     return cycles * self._planner.variants + epoch, cycles * first + start
 
   def epochs_in(self, count: int) -> float:
-    """How many epochs the first `count` rows of the sequence are."""
+    """The number of epochs (with a fraction) in the first `count` rows of the sequence."""
     epoch, first = self.epoch_of(count)
     return epoch + (count - first) / self.num_rows(epoch)
 
   def epochs(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(epoch, places in it) for ascending rows of the sequence."""
+    """(epoch, positions in the epoch) for ascending rows of the sequence."""
     groups = []
     while len(rows):
       epoch, first = self.epoch_of(int(rows[0]))
@@ -172,7 +172,7 @@ class StoreRows:
     return groups
 
   def locate(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(shard, row of the shard's plan, task) at each place of an epoch."""
+    """(shard, row of the shard's plan, task) at each of these positions of an epoch."""
     shards, tasks, ranks = self._order(epoch).locate(places)
     rows = np.empty_like(ranks)
     for shard in np.unique(shards).tolist():
@@ -181,7 +181,7 @@ class StoreRows:
     return shards, rows, tasks
 
   def pieces(self, epoch: int, shards: np.ndarray, rows: np.ndarray) -> Pieces:
-    """The pieces of rows of plans of an epoch."""
+    """The pieces of these rows of an epoch's plans."""
     parts = []
     for shard in np.unique(shards).tolist():
       own = np.flatnonzero(shards == shard)
@@ -195,11 +195,11 @@ class StoreRows:
 
   @property
   def losses(self) -> Losses | None:
-    """What pairs or conversations lose to the length of rows; None where the store holds text."""
+    """How many pairs or conversations are cut or left out because rows are too short; None if the store has text."""
     return self._units and self._units.losses
 
   def sample_pairs(self, count: int) -> list[tuple[list[int], list[int]]]:
-    """See `pairs.sample_pairs`; none where the store holds no pairs."""
+    """See `pairs.sample_pairs`; [] if the store has no pairs."""
     units = self._units
     return sample_pairs(self.store, units.losses.longest, count) if isinstance(units, PairStream) else []
 
@@ -207,14 +207,14 @@ class StoreRows:
     return self._tasks[task].label
 
   def parts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of the pieces of a row: (the segment that each is in, from 1; how many of its tokens carry loss, where its
-    document says)."""
+    """(the segment of each piece of a row, counted from 1; the number of its tokens that carry loss, None if the
+    objective decides that)."""
     asked = self._maker.asked(pieces)
     counts = None if asked is None else np.add.reduceat(asked, starts(pieces.lengths), dtype=np.int64)
     return self._maker.segments(pieces), counts
 
   def batch(self, epoch: int, places: np.ndarray) -> Batch:
-    """The fields of the rows at these places of an epoch."""
+    """The fields of the rows at these positions of an epoch."""
     shards, rows, tasks = self.locate(epoch, places)
     pieces = self.pieces(epoch, shards, rows)
     bits = lambda: self._bits(epoch, shards, rows, pieces)
@@ -225,7 +225,7 @@ class StoreRows:
     return cut_out(join(self.store.read(ranges)).values, places, pieces.lengths)
 
   def _bits(self, epoch: int, shards: np.ndarray, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
-    """For each row its own stream: a number for each token and each piece."""
+    """Random numbers from a stream of its own for each row: one per token and one per piece."""
     counts = np.bincount(pieces.rows, pieces.lengths + 1, len(rows)).astype(np.int64)
     counters = [(epoch, shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
     return draws(self._seed, self._purpose + ' noise', counters, counts.tolist())

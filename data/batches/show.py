@@ -1,4 +1,4 @@
-"""A training row as a person reads it: `pretrain data show`."""
+"""A training row in readable form: `pretrain data show`."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ from data.errors import DataError
 from data.objectives.features import Batch
 
 FIRST_IDS = 12
-MOST_EXAMPLES = 2**53  # what is multiplied with it stays an int64
-MASK = '[MASK]'  # as papers write it; in a prompt it is <extra_id_0>
+MOST_EXAMPLES = 2**53  # so that products with it fit in an int64
+MASK = '[MASK]'  # the notation of papers; in a prompt it is <extra_id_0>
 
 
 def show_row(source: DataSource, step: int, row: int, first_example: int | None = None) -> str:
-  """Where row `row` of the global batch of `step` came from, its segments with every special token written out.
+  """The origin of row `row` of the global batch of `step`, and its segments with every special token written out.
 
-  The batch begins at `first_example` of the run (None: after `step` batches of the same size).
-  Raises DataError where the batch has no such row.
+  The batch begins at example `first_example` of the run (None: after `step` batches of the same size).
+  Raises DataError if the batch has no such row.
   """
   origin, fields = source.row(_check_place(source, step, row, first_example), row)
   lines = [
@@ -51,11 +51,11 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
 
 
 def _planned(origin: RowDescription) -> str:
-  return f'row {origin.row} of its plan' if origin.row >= 0 else 'an empty row: its batch is shorter'
+  return f'row {origin.row} of its plan' if origin.row >= 0 else 'padding: the batch has fewer rows'
 
 
 def _origins(origin: RowDescription) -> Iterator[str]:
-  """Where each segment came from."""
+  """Yields the origin of each segment."""
   places = [f'tokens {start} to {start + length - 1}' for _, start, length in origin.pieces]
   for _, group in itertools.groupby(range(len(places)), key=lambda i: origin.segments[i]):
     first, *others = own = list(group)
@@ -72,10 +72,10 @@ def _origins(origin: RowDescription) -> Iterator[str]:
 
 
 def _check_place(source: DataSource, step: int, row: int, first_example: int | None) -> int:
-  """The position at which the batch of `step` begins. Raises DataError where it has no such row."""
+  """The position at which the batch of `step` begins. Raises DataError if it has no such row."""
   start = step * source.cfg.batch_size if first_example is None else first_example
   if start > MOST_EXAMPLES:
-    raise DataError(f'step {step} begins at example {start}; the last one that has a number is {MOST_EXAMPLES}.')
+    raise DataError(f'step {step} begins at example {start}; the largest example number is {MOST_EXAMPLES}.')
   size = source.batch_rows(start) if step >= 0 else source.cfg.batch_size
   if step < 0 or not 0 <= row < size:
     known = f' (data.batch_size={size})' if size == source.cfg.batch_size else ''
@@ -84,7 +84,7 @@ def _check_place(source: DataSource, step: int, row: int, first_example: int | N
 
 
 def _segment(source: DataSource, origin: RowDescription, fields: Batch, k: int) -> list[str]:
-  """The parts of segment `k`: what is read, what is to be written, what is written without loss."""
+  """The parts of segment `k`: inputs or prefix (read, no loss) and targets (with loss)."""
   if 'decoder_segment_ids' not in fields:
     return _masked_segment(source, fields, k)
   mine = fields['decoder_segment_ids'] == k
@@ -100,14 +100,14 @@ def _segment(source: DataSource, origin: RowDescription, fields: Batch, k: int) 
 
 
 def _stretches(source: DataSource, targets: np.ndarray, weights: np.ndarray) -> list[str]:
-  """What is read and what is written, in turn."""
+  """The parts with and without loss, in order."""
   borders = np.flatnonzero(np.diff(weights)) + 1
   parts = zip(np.split(targets, borders), np.split(weights, borders), strict=True)
   return [f'  {"with loss" if own[0] else "read"} ({len(ids)}): {_render(source, ids)}' for ids, own in parts]
 
 
 def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:
-  """What an encoder reads in segment `k`, then the answer to each place with loss, in order, and how it is asked."""
+  """The encoder's inputs in segment `k`, then the answer at each position with loss, and what the input has there."""
   names = ('encoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
   inputs, targets, weights = (fields[name][fields['encoder_segment_ids'] == k] for name in names)
   mask, answers = source.vocabulary.first_sentinel, []
@@ -119,7 +119,7 @@ def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:
 
 
 def _render(source: DataSource, ids: Sequence[int] | np.ndarray) -> str:
-  """Text, or the first ids where there is no tokenizer (synthetic data)."""
+  """Text, or the first ids if there is no tokenizer (synthetic data)."""
   if source.tokenizer is not None:
     return source.tokenizer.render(ids)
   named = [source.vocabulary.special(int(i)) or str(i) for i in ids[:FIRST_IDS]]
@@ -127,14 +127,14 @@ def _render(source: DataSource, ids: Sequence[int] | np.ndarray) -> str:
 
 
 def _summary(fields: Batch) -> list[str]:
-  """How full the row is, and how much of it is learnt from."""
+  """How full the row is, and how many of its targets carry loss."""
   lines = []
   for side in ('encoder', 'decoder'):
     if f'{side}_segment_ids' in fields:
       segments = fields[f'{side}_segment_ids']
       used = np.count_nonzero(segments)
       lines.append(
-        f'{side}: {used} of {len(segments)} places used ({used / len(segments):.0%}), {segments.max()} segments'
+        f'{side}: {used} of {len(segments)} positions used ({used / len(segments):.0%}), {segments.max()} segments'
       )
   weights = fields['decoder_loss_weights']
   return [*lines, f'loss on {np.count_nonzero(weights)} targets']

@@ -1,4 +1,4 @@
-"""Where batches come from: the data section of a config, and what it opens."""
+"""The data section of a config, and opening the stores that it names."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from data.stores.vocabulary import MODES, Vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-  """A token store and its relative share of the rows. Metrics call it `name`: by default the last part of its path."""
+  """A token store and its relative share of the rows. Metrics use its `name`, by default the last part of its path."""
 
   path: Annotated[str, 'path']
   weight: float = 1.0
@@ -39,7 +39,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureStage:
-  """From step `start_step` on sources have these relative weights, in the order of their list; 0 leaves one out."""
+  """From step `start_step` on, the sources have these relative weights, in the order of `sources`; 0 leaves one out."""
 
   start_step: Annotated[int, '>= 0']
   weights: tuple[float, ...]
@@ -47,9 +47,9 @@ class MixtureStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
-  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a model of one stack, decoder or encoder, whose
-  rows then have `targets_length` tokens in all. `workers` processes make batches, 0 a thread; `prefetch` batches wait
-  (for each)."""
+  """`batch_size` counts the rows of all hosts. `inputs_length` is 0 for a decoder-only or encoder-only model, whose
+  rows have `targets_length` tokens in total. Batches are made by `workers` processes, or by a thread if 0; `prefetch`
+  batches are held ready (per worker)."""
 
   batch_size: Annotated[int, '>= 1']
   inputs_length: Annotated[int, '>= 0'] = 0
@@ -65,7 +65,7 @@ class _Common:
 
   @property
   def weights(self) -> tuple[float, ...]:
-    """Relative shares of the sources."""
+    """The relative shares of the sources."""
     return (1.0,)
 
   @property
@@ -79,7 +79,7 @@ class _Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Mixed(_Common):
-  """Shares of sources are their weights; with `temperature` times tokens ** (1 / temperature); or what `stages` say."""
+  """A source's share is its weight; with `temperature`, weight * tokens ** (1 / temperature); or set by `stages`."""
 
   stages: tuple[MixtureStage, ...] = ()
   temperature: Annotated[float, '> 0'] | None = None
@@ -89,7 +89,7 @@ class _Mixed(_Common):
 class Builtin(_Mixed):
   """Documentation strings of this Python installation, made into a store on first use; see data/prepare/builtin.py.
 
-  With `groups` they are three sources: python (the standard library), arrays (packages about arrays) and tools.
+  With `groups` there are three sources: python (the standard library), arrays (packages about arrays) and tools.
   """
 
   name: Literal['builtin'] = 'builtin'
@@ -102,7 +102,7 @@ class Builtin(_Mixed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreData(_Mixed):
-  """Token stores made by `pretrain data prepare`. Each store of `heldout` is an evaluation set of its own."""
+  """Token stores made by `pretrain data prepare`. Each store in `heldout` is a separate evaluation set."""
 
   name: Literal['store'] = 'store'
   sources: tuple[Source, ...]
@@ -115,7 +115,7 @@ class StoreData(_Mixed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Synthetic(_Common):
-  """Random tokens, no disk."""
+  """Random tokens that need no files."""
 
   name: Literal['synthetic'] = 'synthetic'
 
@@ -131,10 +131,10 @@ def has_heldout(cfg: Data) -> bool:
 def open_data(
   cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
 ) -> DataSource:
-  """The batches of a config. `vocab_size` is the model's; the built-in corpus is made in `cache_dir` when missing.
+  """The batches of a config. `vocab_size` is the model's. The built-in corpus is made in `cache_dir` if missing.
 
-  Raises DataError for stores that are missing, damaged or of different tokenizers, and for a model whose vocabulary is
-  too small; ValueError where the objective does not fit (`check_objective`).
+  Raises DataError for stores that are missing, damaged or made with different tokenizers, and for a model vocabulary
+  that is too small; ValueError if the objective does not fit (`check_objective`).
   """
   check_objective(objective, cfg.inputs_length, cfg.targets_length, cfg.sentinels)
   check_packing(cfg, objective)
@@ -164,15 +164,15 @@ def open_data(
 
 
 def names_of(sources: tuple[Source, ...]) -> tuple[str, ...]:
-  """What metrics call each store: its `name`, or the last part of its path, numbered where two would be the same.
+  """The name of each store in metrics: its `name`, or the last part of its path, with a number if that is taken.
 
-  Raises ValueError for a name that is given twice, or empty.
+  Raises ValueError for a name that is given twice or empty.
   """
   given = [source.name for source in sources if source.name is not None]
   if '' in given:
-    raise ValueError("data.sources or data.heldout: a name is empty; write one, or leave out 'name'.")
+    raise ValueError("data.sources or data.heldout: a name is empty; set one, or leave out 'name'.")
   if twice := [name for name in given if given.count(name) > 1]:
-    raise ValueError(f'data.sources or data.heldout: two stores of one list have the name {twice[0]!r}; rename one.')
+    raise ValueError(f'data.sources or data.heldout: two stores in one list have the name {twice[0]!r}; rename one.')
   names: list[str] = []
   for source in sources:
     stem = pathlib.PurePath(source.path.rstrip('/')).name
@@ -208,7 +208,7 @@ def _open_stores(
 
 
 def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
-  """The stages of the mixture, counted in rows. `sizes` are tokens of the sources."""
+  """The stages of the mixture, with starts counted in rows. `sizes` are the sources' numbers of tokens."""
   if cfg.stages:
     return [Stage(stage.start_step * cfg.batch_size, stage.weights) for stage in cfg.stages]
   if cfg.temperature is not None:
@@ -222,7 +222,8 @@ def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
 
 
 def wanted_shares(cfg: Data) -> list[tuple[int, dict[str, float]]]:
-  """(row of the run, share of each source from there on), stage by stage; none where sizes decide (`temperature`)."""
+  """(row of the run, share of each source from there on) for each stage; [] if the shares depend on the stores' sizes
+  (`temperature`)."""
   if isinstance(cfg, Synthetic) or cfg.temperature is not None:
     return []
   names = _names(cfg.sources) if isinstance(cfg, StoreData) else GROUPS if cfg.groups else ('builtin',)
@@ -231,26 +232,24 @@ def wanted_shares(cfg: Data) -> list[tuple[int, dict[str, float]]]:
 
 
 def check_mixture(cfg: Data) -> None:
-  """Raises ValueError where weights, temperature and stages of the sources do not go together."""
+  """Raises ValueError if the sources' weights, temperature and stages are invalid or contradict each other."""
   if isinstance(cfg, Synthetic):
     return
   _check_names(cfg)
   number, weights = cfg.num_sources, list(cfg.weights)
   if any(not 0 < weight < math.inf for weight in weights):
-    raise ValueError(f'data.sources have the weights {weights}; each must be greater than 0. Leave out what has none.')
+    raise ValueError(f'data.sources have the weights {weights}; each must be finite and > 0. Remove unused sources.')
   if cfg.stages and (cfg.temperature is not None or len(set(weights)) > 1):
     other = 'data.temperature' if cfg.temperature is not None else 'the weights of data.sources'
-    raise ValueError(f'data.stages say what the shares are, and so do {other}; remove one of them.')
+    raise ValueError(f'both data.stages and {other} set the shares of the sources; remove one of them.')
   starts = [stage.start_step for stage in cfg.stages]
   if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
-    raise ValueError(f'data.stages start at the steps {starts}; the first must start at 0, each later one after it.')
+    raise ValueError(f'data.stages start at steps {starts}; the first must be 0, and they must increase.')
   for i, stage in enumerate(cfg.stages):
     if len(stage.weights) != number:
-      raise ValueError(f'data.stages[{i}].weights has {len(stage.weights)} values for {number} sources; give each one.')
+      raise ValueError(f'data.stages[{i}].weights has {len(stage.weights)} values for {number} sources; give one each.')
     if not all(0 <= weight < math.inf for weight in stage.weights) or not sum(stage.weights):
-      raise ValueError(
-        f'data.stages[{i}].weights={list(stage.weights)}; none may be negative or infinite, not all of them 0.'
-      )
+      raise ValueError(f'data.stages[{i}].weights={list(stage.weights)}; they must be finite, >= 0, and not all 0.')
     check_seen(stage.weights, f'data.stages[{i}].weights')
   if weights and cfg.temperature is None:
     check_seen(weights, 'the weights of data.sources')
@@ -276,7 +275,7 @@ def _check_same_tokenizer(stores: list[Store]) -> None:
       )
 
 
-KIND_OF = {'supervised': 'pairs', 'instruction': 'conversations'}  # objective -> what it learns from; others: text
+KIND_OF = {'supervised': 'pairs', 'instruction': 'conversations'}  # objective -> kind of store; all others use text
 PREPARED = {
   'pairs': '--inputs_field=inputs --targets_field=targets',
   'conversations': '--messages_field=messages',
@@ -285,25 +284,25 @@ PREPARED = {
 
 
 def _check_kind(store, objective: Objective) -> None:
-  """Raises DataError for a store of another kind than `objective` learns from."""
+  """Raises DataError if the store is not of the kind that `objective` learns from."""
   wanted = KIND_OF.get(objective.name, 'text')
   if store.kind == wanted:
     return
   others = {kind: name for name, kind in KIND_OF.items()}
   fix = f"set objective.name='{others[store.kind]}', or " if store.kind in others else ''
   raise DataError(
-    f"{store.path} holds {store.kind}, objective.name='{objective.name}' learns from {wanted}; {fix}make a store of "
-    f'{wanted} with: pretrain data prepare {PREPARED[wanted]} …'
+    f"{store.path} holds {store.kind}, but objective.name='{objective.name}' learns from {wanted}; {fix}make a store "
+    f'of {wanted} with: pretrain data prepare {PREPARED[wanted]} …'
   )
 
 
 def _check_tagged(cfg, stores) -> None:
-  """Raises DataError where `data.tags` would have nothing to work on."""
+  """Raises DataError if `data.tags` is set but no source has tags."""
   if cfg.tags is not None and not any(TAG_LENGTHS in store.column_names for store in stores.values()):
     paths = ', '.join(store.path for store in stores.values())
     raise DataError(
       f'data.tags.drop_rate={cfg.tags.drop_rate:g} but no source has tags ({paths}); '
-      'make one with: pretrain data prepare --tag_fields=url …, or remove data.tags.'
+      'make one with tags: pretrain data prepare --tag_fields=url …, or remove data.tags.'
     )
 
 
@@ -315,7 +314,8 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
     objective=objective, budget=cfg.budget, vocabulary=vocabulary, tokenizer=tokenizer,
     attend_across_documents=cfg.attend_across_documents, tags=cfg.tags,
   )  # fmt: skip
-  # Evaluation sets have a seed and a packing of their own: runs that differ in theirs are judged on the same rows.
+  # Evaluation sets have a fixed seed and packing, so that runs with other seeds or packings are evaluated on the same
+  # rows.
   sets = {name: StoreRows(store, spec, ConcatSplit(), seed=0, purpose='heldout') for name, store in heldout.items()}
   if isinstance(cfg.packing, LengthBuckets):
     ((name, store),) = stores.items()
@@ -326,6 +326,6 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
 
 
 def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path, name: str, number: int) -> StoreRows:
-  """The rows of a source, in the order that the source of this number has."""
+  """The rows of a source, in the order that belongs to this source number."""
   purpose = f'source {number}'
   return StoreRows(stores[name], spec, cfg.packing, seed=seed, purpose=purpose, plans=plans, order=cfg.order)

@@ -1,4 +1,4 @@
-"""Random tokens in place of a store: for benchmarks and tests that must not depend on a disk."""
+"""Random tokens in place of a store, for benchmarks and tests that must not depend on a disk."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _DOCUMENT, _NUM_DOCUMENTS = 4096, 1024
 
 
 class SyntheticStore:
-  """Uniformly random pieces in 1024 documents of 4096 tokens; reads as a `Store` does."""
+  """Uniformly random pieces in 1024 documents of 4096 tokens, with the reading interface of `Store`."""
 
   append_eos, kind = False, 'text'
 
@@ -23,7 +23,7 @@ class SyntheticStore:
     self._tokens = (bits % np.uint32(pieces - UNKNOWN - 1) + np.uint32(UNKNOWN + 1)).astype(np.int32)
 
   def offsets_of(self, shard: int) -> np.ndarray:
-    """int64[documents + 1]: where each document of the (only) shard begins, and the last one ends."""
+    """int64[documents + 1]: where each document of the (only) shard begins, and where the last one ends."""
     return self.offsets
 
   def read(self, ranges) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Files of text to a token store.
+"""From files of text to a token store.
 
 Knows file formats and tokenizers; must not know objectives or rows.
 """

@@ -1,8 +1,8 @@
-"""The built-in corpus: real English that every installation has, without a hub and without a download.
+"""The built-in corpus: real English text that every installation contains; nothing is downloaded.
 
-It is the documentation of the Python standard library and of the packages that Pretrain installs. A document is what
-one file says about itself; a string that stands in several files is kept once. One file in twenty, by the hash of its
-name, is held out. The stores are made once for each set of package versions and vocabulary.
+It is the documentation of the Python standard library and of the packages that Pretrain installs. A document is all the
+documentation strings of one file; a string that occurs in several files is kept once. One file in twenty, chosen by the
+hash of its name, is held out. The stores are made once for each combination of package versions and vocabulary.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ ARRAYS = {
   'treescope',
 }  # fmt: skip
 GROUPS = ('python', 'arrays', 'tools')  # the standard library; packages about arrays; the others
-RECIPE = 1  # raise when the text that comes out changes
+RECIPE = 1  # increase when a change of this module changes the text
 HELDOUT_PERCENT = 5
 MIN_DOCUMENT_CHARACTERS = 200
 SAMPLE_BYTES = 4_000_000
@@ -48,8 +48,8 @@ def builtin_store(
 ) -> tuple[pathlib.Path, pathlib.Path]:
   """(training store, held-out store) under `cache_dir`, made on first use (about half a minute), then reused.
 
-  `vocab_size` counts everything: pieces, sentinels and mode tokens. Processes that want it at once wait for the one
-  that makes it. Raises DataError where `vocab_size` leaves too few pieces.
+  `vocab_size` counts all ids: pieces, sentinels and mode tokens. If several processes need the stores, one makes them
+  and the others wait. Raises DataError if `vocab_size` leaves too few pieces.
   """
   folder = pathlib.Path(cache_dir) / 'builtin' / _key(vocab_size - sentinels - len(MODES))
   train, heldout = folder / 'train', folder / 'heldout'
@@ -63,7 +63,7 @@ def builtin_store(
 def builtin_groups(
   cache_dir: str | os.PathLike[str], vocab_size: int, sentinels: int
 ) -> tuple[dict[str, pathlib.Path], pathlib.Path]:
-  """({group: store}, held-out store): the training store of `builtin_store`, apart by `GROUPS`; one tokenizer."""
+  """({group: store}, held-out store): the training text of `builtin_store` split by `GROUPS`, with its tokenizer."""
   train, heldout = builtin_store(cache_dir, vocab_size, sentinels)
   groups = {name: train.with_name(f'train-{name}') for name in GROUPS}
   with _exclusive(train.with_name('lock')):
@@ -74,7 +74,7 @@ def builtin_groups(
 
 @contextlib.contextmanager
 def _exclusive(path: pathlib.Path) -> Iterator[None]:
-  """Only one process of this machine is inside; the lock goes with a process that is killed."""
+  """Only one process of this machine is inside at a time. The kernel frees the lock of a killed process."""
   with path.open('w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
@@ -88,13 +88,13 @@ def versions() -> dict[str, str]:
 
 
 def _key(pieces: int) -> str:
-  """Names a corpus by all that goes into it."""
+  """The name of a corpus, derived from everything that its contents depend on."""
   inputs = json.dumps([RECIPE, FORMAT, versions(), importlib.metadata.version('sentencepiece')], sort_keys=True)
   return f'{pieces}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}'
 
 
 def roots() -> dict[str, pathlib.Path]:
-  """The folder of the standard library and of each package that is present, by name."""
+  """The folders of the standard library and of each installed package, by name."""
   found = {'python': pathlib.Path(sysconfig.get_paths()['stdlib'])}
   for package in PACKAGES:
     spec = importlib.util.find_spec(package)
@@ -115,7 +115,7 @@ def files() -> list[tuple[str, pathlib.Path]]:
 
 
 def documents() -> Iterator[tuple[str, str]]:
-  """(file name, text) of each document, in an order that mixes packages; no string occurs twice."""
+  """Yields (file name, text) of each document, sorted by file name; no documentation string occurs twice."""
   found = files()
   seen: set[bytes] = set()
   for (name, _), texts in zip(found, _extract_all([str(path) for _, path in found]), strict=True):
@@ -130,14 +130,14 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def _extract_all(paths: list[str]) -> Iterator[list[str]]:
-  """The strings of each file, in order, from one process for each core."""
+  """The documentation strings of each file, in order, extracted by one process per core."""
   count = min(len(os.sched_getaffinity(0)), 8)
   command = [sys.executable, '-I', docstrings.__file__]
   workers = [
     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding='utf-8') for _ in range(count)
   ]
   try:
-    # Turn by turn: a worker answers one path while the others parse theirs. The window keeps pipes from filling up.
+    # Round robin: all workers parse at the same time. The window of pending paths keeps the pipes from filling up.
     window = 8 * count
     for i in range(len(paths) + window):
       if i < len(paths):
@@ -151,7 +151,7 @@ def _extract_all(paths: list[str]) -> Iterator[list[str]]:
 
 
 def _send(worker: subprocess.Popen, path: str) -> None:
-  worker.stdin.write(json.dumps(path) + '\n')  # a path may hold a newline
+  worker.stdin.write(json.dumps(path) + '\n')  # JSON, because a path may contain a newline
   worker.stdin.flush()
 
 
@@ -166,7 +166,7 @@ def group_of(name: str) -> str:
 
 
 def _read() -> dict[str, str]:
-  """name -> text of each document, ordered by hash: neighbouring rows come from different packages."""
+  """name -> text of each document, ordered by hash, so that neighbouring rows come from different packages."""
   found = dict(_track(documents(), 'reading', len(files())))
   return {name: found[name] for name in sorted(found, key=lambda n: hashlib.sha256(b'order ' + n.encode()).digest())}
 
@@ -194,7 +194,7 @@ def _build(train: pathlib.Path, heldout: pathlib.Path, vocab_size: int, sentinel
 
 
 def _write(path: pathlib.Path, texts: list[str], tokenizer: Tokenizer) -> None:
-  if path.exists():  # a build that was cut off between the two stores
+  if path.exists():  # an earlier build was interrupted between the two stores
     return
   digest = hashlib.sha256('\n'.join(texts).encode('utf-8', 'replace')).hexdigest()
   with StoreWriter(path, tokenizer) as writer:

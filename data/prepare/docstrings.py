@@ -1,7 +1,8 @@
-"""English out of Python files: the documentation strings of modules, classes and functions.
+"""English text from Python files: the documentation strings of modules, classes and functions.
 
-Also a program, `python docstrings.py < paths`: for each line, a path as a JSON string, it prints a JSON list of
-strings. builtin.py runs several: parsing is slow, and a process started this way imports nothing of the caller's.
+This is also a program, `python docstrings.py < paths`: for each input line, a path as a JSON string, it prints a JSON
+list of strings. builtin.py runs several, because parsing is slow and such a process starts without the caller's
+imports.
 """
 
 import ast
@@ -18,7 +19,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def extract(source: str) -> list[str]:
-  """The documentation strings of a Python source as prose, in its order; those that are mostly no words are left out.
+  """The documentation strings of a Python source as prose, in source order, without those that are mostly not words.
 
   >>> extract('def f():\\n  "Returns the number of apples\\\\n  that fit into a basket."')
   ['Returns the number of apples that fit into a basket.']
@@ -40,7 +41,7 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def prose(docstring: str) -> str:
-  """Paragraphs without examples (>>>), directives and rulers, on one line."""
+  """The docstring's paragraphs on one line, without examples (>>>), directives and rulers."""
   paragraphs = re.split(r'\n\s*\n', inspect.cleandoc(docstring))
   kept = [p for p in paragraphs if '>>>' not in p and not p.lstrip().startswith(('..', '::'))]
   text = re.sub(r'[-=~^*#]{3,}', ' ', '\n'.join(kept))
@@ -52,7 +53,7 @@ def _letters(text: str) -> float:
 
 
 def extract_file(path: str) -> list[str]:
-  """`extract` of a file; [] for one that this Python cannot parse, as templates and tests of other versions."""
+  """`extract` for a file; [] if this Python cannot parse it, e.g. a template or a test of another version."""
   try:
     return extract(pathlib.Path(path).read_text(encoding='utf-8'))
   except (SyntaxError, ValueError, RecursionError):

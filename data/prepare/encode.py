@@ -1,6 +1,6 @@
-"""Segments -> tokens and what else a store keeps of their documents: in several processes, in order.
+"""Segments -> tokens and the other columns that a store keeps for each document: in several processes, in order.
 
-What comes out is a function of the segments alone: batches are cut by size, and taken in their order.
+The result depends only on the segments, not on the number of processes: batches are cut by size and kept in order.
 """
 
 import collections
@@ -29,8 +29,8 @@ BATCH_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a store keeps of each document beside its tokens: scores that are computed, a given one, tags; of a turn,
-  whose it is and how many follow."""
+  """What a store keeps for each document in addition to its tokens: computed `scores`, a score from `score_field`,
+  tags; for each turn of a conversation, its role and the number of turns that follow."""
 
   scores: tuple[Score, ...] = ()
   score_field: str | None = None
@@ -39,7 +39,7 @@ class Recipe:
 
   @property
   def columns(self) -> dict[str, str]:
-    """The names of the store's arrays, and their types."""
+    """The names and dtypes of the store's additional arrays."""
     names = [f'scores/{name}' for name in (*self.scores, *filter(None, [self.score_field]))]
     tags = {TAG_LENGTHS: 'int32'} if self.tags or self.turns else {}
     return dict.fromkeys(names, 'float32') | tags | ({ROLES: 'int8', TURNS_LEFT: 'int32'} if self.turns else {})
@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """A batch of segments: their tokens, which of them end a document, and a value of each column for those that do."""
+  """A batch of segments: their tokens, which of them end a document, and the columns' values for those documents."""
 
   tokens: Ragged
   last: np.ndarray
@@ -56,14 +56,14 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Segments that are encoded together; `head` is the beginning of the document that the first of them goes on with."""
+  """Segments that are encoded together. If the first one continues a document, `head` is that document's beginning."""
 
   segments: list[Segment]
   head: str
 
 
 def batches(segments: Iterable[Segment]) -> Iterator[Batch]:
-  """Batches of about BATCH_BYTES."""
+  """Yields the segments in batches of about BATCH_BYTES."""
   found, size, head, next_head = [], 0, '', ''
   for segment in segments:
     found.append(segment)
@@ -77,7 +77,7 @@ def batches(segments: Iterable[Segment]) -> Iterator[Batch]:
 
 
 class Encoder:
-  """Encodes batches. Picklable: each process has one."""
+  """Encodes batches. Picklable: each process receives a copy."""
 
   def __init__(self, tokenizer: Tokenizer, recipe: Recipe):
     self._tokenizer, self._recipe = tokenizer, recipe
@@ -91,7 +91,7 @@ class Encoder:
     if TAG_LENGTHS in columns:
       tags = encode([segment.tags for segment in batch.segments])
       if not self._recipe.turns:
-        tags = [tag if len(ids) else tag[:0] for tag, ids in zip(tags, parts, strict=True)]  # tags alone are none
+        tags = [tag if len(ids) else tag[:0] for tag, ids in zip(tags, parts, strict=True)]  # no tags without text
       parts = [np.concatenate(own) for own in zip(tags, parts, strict=True)]
       columns[TAG_LENGTHS][:] = [len(tags[i]) for i in ends]
     if self._recipe.turns:
@@ -107,14 +107,14 @@ class Encoder:
 
 
 def _check_required(segments: list[Segment], parts: list[np.ndarray]) -> None:
-  """Raises DataError where a text that must not be empty has no tokens: a model would learn to answer with EOS."""
+  """Raises DataError if a text that must not be empty has no tokens: the model would learn to write only EOS."""
   for segment, ids in zip(segments, parts, strict=True):
     if segment.required and not len(ids):
       raise empty_error(f'{segment.required}: {segment.text!a:.40}')
 
 
 def _beginnings(batch: Batch) -> Iterator[str]:
-  """The first SCORED characters of each document that ends in a batch."""
+  """Yields the first SCORED characters of each document that ends in a batch."""
   held = batch.head
   for segment in batch.segments:
     held = (held + segment.text)[:SCORED]
@@ -124,14 +124,14 @@ def _beginnings(batch: Batch) -> Iterator[str]:
 
 
 def encode_all(found: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[Encoded]:
-  """`encoder` of each batch, in order. Few batches are held at a time. With one worker no process is started.
+  """Yields `encoder(batch)` for each batch, in order; few are held at a time. One worker starts no extra process.
 
-  Raises DataError where a process dies.
+  Raises DataError if a process dies.
   """
   if workers == 1:
     yield from map(encoder, found)
     return
-  context = multiprocessing.get_context('spawn')  # TensorStore's threads do not live through a fork
+  context = multiprocessing.get_context('spawn')  # TensorStore's threads do not survive a fork
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (encoder,))
   waiting: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
   try:
@@ -142,17 +142,17 @@ def encode_all(found: Iterable[Batch], encoder: Encoder, workers: int) -> Iterat
     while waiting:
       yield waiting.popleft().result()
   except BrokenProcessPool as error:
-    raise DataError('a process of prepare was ended from outside (out of memory?); try fewer --workers.') from error
+    raise DataError('a worker process of prepare was killed (out of memory?); try fewer --workers.') from error
   finally:
     with contextlib.suppress(BrokenProcessPool):
       pool.shutdown(wait=True, cancel_futures=True)
 
 
-_own: list[Encoder] = []  # of a process that encodes
+_own: list[Encoder] = []  # in a worker process: its encoder
 
 
 def _start(encoder: Encoder) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent ends this process
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
   _own.append(encoder)

@@ -1,7 +1,7 @@
-"""Files of input as bytes (unpacked) and as records, streaming: no more than a block or a group of rows is in memory.
+"""Input files as streams of unpacked bytes or of records; at most a block or a group of rows is in memory.
 
-kinds.py says what a file is: gzip and zstd are unpacked; Parquet and ArrayRecord hold records; what is left is text or
-JSONL (`text.py`). Libraries that a plain installation lacks are imported where they are needed.
+kinds.py decides what a file is. gzip and zstd are unpacked; Parquet and ArrayRecord contain records; other files are
+text or JSONL (`text.py`). Libraries that are not part of a plain installation are imported only when needed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _ROWS = 256
 
 @dataclasses.dataclass
 class Meter:
-  """How much of `total` bytes of files was read."""
+  """How many of the `total` bytes of the input files have been read."""
 
   total: int
   read: int = 0
@@ -38,7 +38,7 @@ class Meter:
 
 
 def optional(name: str, path: pathlib.Path) -> types.ModuleType:
-  """A module of the extra `data`. Raises DataError where it is not installed."""
+  """A module from the optional dependencies `data`. Raises DataError if it is not installed."""
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -47,7 +47,7 @@ def optional(name: str, path: pathlib.Path) -> types.ModuleType:
 
 
 class _Metered(io.RawIOBase):
-  """A file; tells a meter what is read of it."""
+  """A file that adds the number of bytes read to a meter."""
 
   def __init__(self, path: pathlib.Path, meter: Meter):
     self._file, self._meter = path.open('rb', buffering=0), meter
@@ -66,12 +66,12 @@ class _Metered(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-  """A compressed file (of one or several members) as what it holds. Raises DataError where it is damaged or cut off."""
+  """The unpacked bytes of a compressed file of one or more members. Raises DataError if it is damaged or truncated."""
 
   def __init__(self, path: pathlib.Path, packed: io.RawIOBase, start: Callable[[], Any], errors: type[Exception]):
     self._path, self._packed, self._start, self._errors = path, packed, start, errors
     self._member: Any = None  # a decompressor, None between members
-    self._rest = self._out = b''  # packed bytes, and unpacked ones, that were not used yet
+    self._rest = self._out = b''  # compressed and unpacked bytes that have not been used yet
 
   def readable(self) -> bool:
     return True
@@ -101,7 +101,7 @@ class _Unpacked(io.RawIOBase):
     return True
 
   def _has_more(self) -> bool:
-    """Whether the file may go on behind the end of a member."""
+    """Whether the file may continue after the end of a member."""
     return True
 
   def _cut_off(self) -> DataError:
@@ -113,7 +113,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Gzip(_Unpacked):
-  """A gzip file, read as `gzip -dc` reads it: zeros behind the last member are padding, other bytes are ignored with a
+  """A gzip file, read as `gzip -dc` reads it: zeros after the last member are padding, other bytes are ignored with a
   warning."""
 
   def __init__(self, path: pathlib.Path, packed: io.RawIOBase):
@@ -124,28 +124,28 @@ class _Gzip(_Unpacked):
       self._rest += block
     if not self._rest or self._rest.startswith(b'\x1f\x8b'):
       return True
-    if len(self._rest) == 1 and self._rest != b'\0':  # gzip looks at two bytes before it says what they are
+    if len(self._rest) == 1 and self._rest != b'\0':  # gzip reads two bytes here and reports a single one as cut off
       raise self._cut_off()
     self._skip()
     return True
 
   def _skip(self) -> None:
-    """Reads to the end of the file, whose rest is no member."""
+    """Reads the rest of the file, which is not a gzip member."""
     count, padding = 0, self._rest.startswith(b'\0')
     while block := self._rest or self._packed.read(BLOCK_BYTES):
       count, padding, self._rest = count + len(block), padding and not block.strip(b'\0'), b''
     if not padding:
-      _warn(f'{self._path}: {count} bytes behind its compressed data are ignored, as gzip -dc does.')
+      _warn(f'{self._path}: {count} bytes after its compressed data are ignored, as gzip -dc does.')
 
 
 @functools.cache
 def _warn(line: str) -> None:
-  """A line for the user, once: files are read twice where a tokenizer is trained."""
+  """Prints a warning once: files are read twice if a tokenizer is trained."""
   print(f'warning: {line}', file=sys.stderr)
 
 
 def open_bytes(path: pathlib.Path, meter: Meter) -> io.BufferedReader:
-  """A file, unpacked where its name says that it is packed. Raises DataError where it cannot be read."""
+  """Opens a file, unpacking it if its name says that it is compressed. Raises DataError if it cannot be read."""
   packing = kind_of(path).packing
   zstandard = optional('zstandard', path) if packing == 'zstd' else None
   try:
@@ -160,7 +160,7 @@ def open_bytes(path: pathlib.Path, meter: Meter) -> io.BufferedReader:
 
 
 def check_file(path: pathlib.Path) -> None:
-  """Raises DataError, with the cure, where a file is not of the kind that its name says, or of none that is read."""
+  """Raises DataError, with the fix, if a file's contents do not match its name or its kind is not supported."""
   try:
     with path.open('rb') as file:
       head = file.read(HEAD_BYTES)
@@ -179,7 +179,7 @@ def not_text(where: str, place: int) -> DataError:
 
 
 def array_records(path: pathlib.Path, records: Records, meter: Meter) -> Iterator[tuple[str, Any]]:
-  """(where, text or JSON value) of each record. Raises DataError for a file, and for a record, that is none."""
+  """Yields (where, text or JSON value) of each record. Raises DataError for an invalid file or record."""
   reader = _array_record_reader(path)
   size, count = path.stat().st_size, reader.num_records()
   for first in range(0, count, _ROWS):
@@ -211,7 +211,7 @@ def _record(where: str, raw: bytes, records: Records) -> Any:
 
 
 def decode(where: str, raw: bytes, offset: int) -> str:
-  """UTF-8 -> text; `raw` stands at `offset` of its file. Raises DataError at the first byte that is no text."""
+  """UTF-8 bytes -> text. `raw` begins at byte `offset` of its file. Raises DataError, naming the first invalid byte."""
   try:
     text = raw.decode('utf-8')
   except UnicodeDecodeError as error:
@@ -222,7 +222,7 @@ def decode(where: str, raw: bytes, offset: int) -> str:
 
 
 def check_text(what: str, text: str) -> None:
-  """Raises DataError for a NUL, and for half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+  """Raises DataError for a NUL or half of a surrogate pair, which JSON can escape but UTF-8 cannot encode."""
   if '\0' in text:
     raise DataError(f'{what} has a NUL (character {text.index(chr(0))}); correct its text.')
   try:
@@ -230,14 +230,14 @@ def check_text(what: str, text: str) -> None:
   except UnicodeEncodeError as error:
     half = ascii(text[error.start])[1:-1]
     raise DataError(
-      f'{what} has half of a surrogate pair ({half}), which is no character; correct its text.'
+      f'{what} has half of a surrogate pair ({half}), which is not a character; correct its text.'
     ) from error
 
 
 def parse_json(where: str, text: str) -> Any:
   try:
     return json.loads(text)
-  except (ValueError, RecursionError) as error:  # a value that is nested too deeply
+  except (ValueError, RecursionError) as error:  # RecursionError: a value that is nested too deeply
     raise DataError(f'{where}: not JSON ({error}); each line must be one object.') from error
 
 

@@ -1,4 +1,4 @@
-"""What an input file is: its name says it, in upper or lower case, and its first bytes must agree."""
+"""The kind of an input file: its name decides, in upper or lower case, and its first bytes must agree."""
 
 import dataclasses
 import pathlib
@@ -23,7 +23,7 @@ HEAD_BYTES = 512  # tar has its signature at byte 257
 _UNPACK, _LEAVE = 'unpack it first', 'leave it out'
 _TO_TEXT, _TO_RECORDS = 'convert it to text', 'convert it to .jsonl or .parquet'
 _TABLE = 'convert it to .jsonl, or rename it to .txt to read it as text (--documents=line: each line is a document)'
-# Suffixes of files that are not text, or not meant as text, and that are not read here: (what they are, the cure).
+# Suffixes of unsupported files, which are not text or not meant as text: (what they are, how to fix it).
 _REFUSED: dict[str, tuple[str, str]] = {
   suffix: (what, cure)
   for suffixes, what, cure in (
@@ -33,9 +33,9 @@ _REFUSED: dict[str, tuple[str, str]] = {
     ('.zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .jar .whl .cpio', 'an archive', _UNPACK),
     ('.pdf .doc .docx .odt .rtf .epub .mobi .ppt .pptx .odp', 'a formatted document', _TO_TEXT),
     ('.arrow .feather .avro .orc .tfrecord .tfrecords .npy .npz .pkl .pickle .h5 .hdf5 .sqlite .sqlite3 .msgpack '
-     '.safetensors', 'a data file of a kind that is not read', _TO_RECORDS),
+     '.safetensors', 'a data file of an unsupported kind', _TO_RECORDS),
     ('.png .jpg .jpeg .gif .webp .bmp .tif .tiff .ico .mp3 .mp4 .wav .flac .ogg .avi .mov .mkv .exe .dll .so .o .pyc '
-     '.class .wasm', 'no text', _LEAVE),
+     '.class .wasm', 'a file without text', _LEAVE),
   )
   for suffix in suffixes.split()
 }  # fmt: skip
@@ -62,7 +62,7 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 )
 _READ: dict[str, bytes] = {
   'gzip': rb'\x1f\x8b',
-  'zstd': rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18',  # RFC 8878: a frame, or one that is skipped
+  'zstd': rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18',  # RFC 8878: a frame, or a skippable frame
   'parquet': rb'PAR1\x15',  # 0x15: both a page header and a footer begin with an i32 field
   'arrayrecord': rb'\x83\xaf\x70\xd1\x0d\x88\x4a\x3f',  # the signature of Riegeli
 }
@@ -70,14 +70,14 @@ _READ: dict[str, bytes] = {
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """How a file is compressed (None: not at all), and what it holds once it is unpacked."""
+  """How a file is compressed (None: not compressed), and what it contains after unpacking."""
 
   packing: Packing | None
   holds: Holds
 
 
 def kind_of(path: pathlib.Path) -> Kind:
-  """The kind that the name says.
+  """The kind that the file's name indicates.
 
   >>> kind_of(pathlib.Path('c4/train.00001.JSON.gz')), kind_of(pathlib.Path('LICENSE'))
   (Kind(packing='gzip', holds='json'), Kind(packing=None, holds='text'))
@@ -91,16 +91,17 @@ def _inner(path: pathlib.Path) -> pathlib.Path:
 
 
 def check_kind(path: pathlib.Path, head: bytes, unpacked_head: Callable[[], bytes]) -> None:
-  """Raises DataError, with the cure, where a name says a kind that is not read, or one that the content is not.
+  """Raises DataError, with the fix, if the name indicates an unsupported kind or does not match the contents.
 
-  `head` are the first HEAD_BYTES of the file, `unpacked_head()` those of what a compressed one holds.
+  `head` is the first HEAD_BYTES of the file; `unpacked_head()` gives the first HEAD_BYTES of a compressed file's
+  unpacked contents.
   """
   kind, suffix = kind_of(path), _inner(path).suffix.lower()
-  if not head:  # of an empty file nothing can be wrong but that it is empty
+  if not head:  # that a file is empty is reported when it is read
     return
   if suffix in _REFUSED:
     what, cure = _REFUSED[suffix]
-    raise DataError(f'{path} is named as {what} ({suffix}), which cannot be read; {cure}.')
+    raise DataError(f'{path} has the name of {what} ({suffix}), which cannot be read; {cure}.')
   if kind.packing and kind.holds in ('parquet', 'arrayrecord'):
     label = LABELS[kind.holds]
     raise DataError(f'{path}: {label} in {kind.packing} cannot be read ({label} compresses its own data); {_UNPACK}.')
@@ -111,12 +112,12 @@ def check_kind(path: pathlib.Path, head: bytes, unpacked_head: Callable[[], byte
 
 
 def _found(head: bytes) -> str:
-  """A kind that is read, by its first bytes; 'text' for others."""
+  """The supported kind whose signature `head` begins with; 'text' if there is none."""
   return next((kind for kind, signature in _READ.items() if re.match(signature, head)), 'text')
 
 
 def _check_content(path: pathlib.Path, head: bytes, wanted: str, subject: str = '') -> None:
-  """Raises DataError where the first bytes are not those of `wanted`."""
+  """Raises DataError if the first bytes do not match the kind `wanted`."""
   found, subject = _found(head), subject or f'{path} is'
   if found == wanted != 'text':
     return
@@ -131,7 +132,7 @@ def _check_content(path: pathlib.Path, head: bytes, wanted: str, subject: str = 
 
 def _refuse_other(path: pathlib.Path, subject: str, found: str, wanted: str) -> NoReturn:
   if ' holds' in subject[len(str(path)) :]:
-    raise DataError(f'{subject} {LABELS[found]} by its first bytes; unpack it, and rename what comes out.')
+    raise DataError(f'{subject} {LABELS[found]} by its first bytes; unpack it, and rename the result.')
   if wanted == 'text':
     replaced = found not in PACKED.values() or path.suffix.lower() in ('.gzip', '.zstd')
     better = f'{path.stem if replaced else path.name}{SUFFIXES[found]}'
@@ -139,13 +140,13 @@ def _refuse_other(path: pathlib.Path, subject: str, found: str, wanted: str) -> 
   better = path.with_suffix('').name if wanted in PACKED.values() else f'{path.stem}{SUFFIXES.get(found, ".txt")}'
   what = 'something else' if found == 'text' else LABELS[found]
   raise DataError(
-    f'{path} is not {LABELS[wanted]}: its first bytes are those of {what}; rename it to {better} if that is what it '
-    'is, otherwise copy it again.'
+    f'{path} is not {LABELS[wanted]}: its first bytes are those of {what}; rename it to {better} if that is correct, '
+    'otherwise copy it again.'
   )
 
 
 def _wide(head: bytes) -> str | None:
-  """UTF-16 or UTF-32, by a byte order mark or by the zeros that it puts beside ASCII characters; None otherwise."""
+  """UTF-16 or UTF-32, recognised by a byte order mark or by the zero bytes of ASCII characters; None otherwise."""
   for name, *marks in (('UTF-32', b'\xff\xfe\0\0', b'\0\0\xfe\xff'), ('UTF-16', b'\xff\xfe', b'\xfe\xff')):
     if head.startswith(tuple(marks)):
       return name

@@ -1,7 +1,7 @@
-"""Conversations as records have them: a list of messages, each with the role of who speaks and what is said.
+"""Conversations in records: a list of messages, each with the role of the speaker and the text.
 
-[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], or ShareGPT's spelling of it, "from" and
-"value" with human and gpt.
+[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], or ShareGPT's keys "from" and "value" with
+the roles human and gpt.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from data.prepare.inputs import check_text
 from data.prepare.parquet import type_name
 
 Role = Literal['system', 'user', 'assistant', 'tool']
-ROLES: tuple[Role, ...] = get_args(Role)  # stores hold places in it: only ever add at its end
+ROLES: tuple[Role, ...] = get_args(Role)  # stores contain indices into it: add new roles only at the end
 SHAREGPT = {'human': 'user', 'gpt': 'assistant'}
 
 
@@ -22,21 +22,21 @@ class Turn(NamedTuple):
 
 
 def empty_error(where: str) -> DataError:
-  """For a text, at `where`, that a model should learn to write and that has no tokens."""
-  return DataError(f'{where} is empty; write what is to be learnt, or leave out the record.')
+  """The error for a text, at `where`, that the model should learn to write but that has no tokens."""
+  return DataError(f'{where} is empty; write the text to be learnt, or leave out the record.')
 
 
 def marker(role: Role) -> str:
-  """What stands in front of a turn and says whose it is. It is plain text: nothing has to be added to a vocabulary.
+  """The text in front of a turn that names its role. It is plain text, so the vocabulary needs no extra tokens.
 
-  Text may say the same, but nobody takes it for a turn: a turn begins where a conversation does, or behind an EOS,
-  which no text holds.
+  The same characters inside a text cannot be mistaken for a new turn: a turn begins only at the beginning of a
+  conversation or after an EOS, and text never contains an EOS.
   """
   return f'{role}:'
 
 
 def turns_of(where: str, record: Any, field: str) -> list[Turn]:
-  """The turns in `field` of a record. Raises DataError, with the place of the message, for what is no conversation."""
+  """The turns in `field` of a record. Raises DataError, naming the message, if they are not a valid conversation."""
   messages = record.get(field) if isinstance(record, Mapping) else None
   if not isinstance(messages, list):
     found = ', '.join(record) if isinstance(record, Mapping) else type(record).__name__
@@ -46,7 +46,7 @@ def turns_of(where: str, record: Any, field: str) -> list[Turn]:
   turns = [_turn(f'{where}: {field}[{i}]', message) for i, message in enumerate(messages)]
   if not any(turn.role == 'assistant' for turn in turns):
     what = 'has no turn of the assistant' if turns else 'is empty'
-    raise DataError(f'{where}: field {field!r} {what}, nothing would be learnt from it; leave out the record.')
+    raise DataError(f'{where}: field {field!r} {what}, so nothing would be learnt from it; leave out the record.')
   return turns
 
 
@@ -60,7 +60,7 @@ def _turn(where: str, message: Any) -> Turn:
   if role not in ROLES:
     raise DataError(f'{where}.{names[0]} is {given!r}; rename it: roles are {", ".join(ROLES)} (or human, gpt).')
   if not isinstance(text, str):
-    raise DataError(f'{where}.{names[1]} is no text ({type_name(text)}); write it as one, or leave out the record.')
+    raise DataError(f'{where}.{names[1]} is not text ({type_name(text)}); make it a string, or leave out the record.')
   if role == 'assistant' and not text.strip():
     raise empty_error(f'{where}.{names[1]}')
   check_text(f'{where}.{names[1]}', text)

@@ -1,6 +1,6 @@
-"""Rows of Parquet files: only the columns that are asked for are read, and each value as text or a number.
+"""Rows of Parquet files. Only the requested columns are read, and their values are converted to text or numbers.
 
-pyarrow is imported where it is needed: a plain installation lacks it.
+pyarrow is imported only when needed, because it is not part of a plain installation.
 """
 
 import collections
@@ -18,7 +18,7 @@ _ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-  """Stands for a value of a type that is neither text nor a number, such as timestamp[ns]: it is never decoded."""
+  """Stands for a value whose type is neither text nor a number, such as timestamp[ns]. It is never decoded."""
 
   type: str
 
@@ -27,19 +27,19 @@ class Unread:
 
 
 def type_name(value: Any) -> str:
-  """The type of a field of a record, as its file names it."""
+  """The name of the type of a field's value: Parquet's name for an unread value, otherwise Python's."""
   return value.type if isinstance(value, Unread) else type(value).__name__
 
 
 def parquet_rows(path: pathlib.Path, columns: list[str], meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(where, those columns) of each row; bytes are decoded as UTF-8. Raises DataError for a damaged file, for a column
-  that is missing, and for text that is not UTF-8."""
+  """Yields (where, {column: value}) for each row; bytes are decoded as UTF-8. Raises DataError for a damaged file, a
+  missing column, or text that is not UTF-8."""
   arrow, parquet = optional('pyarrow', path), optional('pyarrow.parquet', path)
   number, size = 0, path.stat().st_size
   try:
     with contextlib.ExitStack() as opened:
-      raw = opened.enter_context(path.open('rb'))  # pyarrow takes some paths for URLs
-      # Pages are checked where the writer of the file has put checksums.
+      raw = opened.enter_context(path.open('rb'))  # an open file, because pyarrow mistakes some paths for URLs
+      # Pages are checked if the program that wrote the file added checksums.
       file = opened.enter_context(parquet.ParquetFile(raw, page_checksum_verification=True))
       _check_columns(path, columns, file.schema_arrow.names)
       for batch in file.iter_batches(_ROWS, columns=columns):
@@ -65,13 +65,13 @@ def _check_columns(path: pathlib.Path, columns: list[str], names: list[str]) -> 
 def _values(path: pathlib.Path, arrow, column, name: str, first: int) -> list[Any]:
   """The values of a column of a batch, whose first row is `first`."""
   if _is_plain(arrow.types, column.type):
-    with contextlib.suppress(UnicodeDecodeError):  # the slow way says where
+    with contextlib.suppress(UnicodeDecodeError):  # the slow path below reports the row
       return column.to_pylist()
   return [_value(f'{path}: row {first + i}, column {name!r}', arrow, scalar) for i, scalar in enumerate(column)]
 
 
 def _is_plain(types, kind) -> bool:
-  """Whether to_pylist makes text and numbers of a type, and nothing else."""
+  """Whether to_pylist converts this type to text or numbers only."""
   if types.is_dictionary(kind):
     return _is_plain(types, kind.value_type)
   return (
@@ -87,7 +87,7 @@ def _is_plain(types, kind) -> bool:
 
 
 def _value(where: str, arrow, scalar) -> Any:
-  """A value as JSON would hold it: text, a number, a list or a dictionary; `Unread` for one of another type."""
+  """A value as a JSON type: text, a number, a list or a dictionary; `Unread` for any other type."""
   types, kind = arrow.types, scalar.type
   if not scalar.is_valid:
     return None
@@ -97,7 +97,7 @@ def _value(where: str, arrow, scalar) -> Any:
     return {field.name: _value(where, arrow, scalar[i]) for i, field in enumerate(kind)}
   if isinstance(scalar, arrow.ListScalar) and not types.is_map(kind):
     return [_value(where, arrow, item) for item in scalar.values]
-  if isinstance(scalar, arrow.BinaryScalar) or types.is_string_view(kind):  # text is one of them
+  if isinstance(scalar, arrow.BinaryScalar) or types.is_string_view(kind):  # text scalars are BinaryScalar too
     return _decoded(where, scalar.as_buffer().to_pybytes())
   if types.is_float16(kind):
     return float(scalar.as_py())

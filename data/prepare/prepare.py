@@ -1,4 +1,4 @@
-"""`pretrain data prepare`: files of text -> a token store, with a SentencePiece model of its own when none is given."""
+"""`pretrain data prepare`: files of text -> a token store. A SentencePiece model is trained unless one is given."""
 
 import argparse
 import contextlib
@@ -30,10 +30,10 @@ from data.stores.vocabulary import EOS, MODES, PAD, UNKNOWN, Tokenizer
 
 FORMATS = 'text, .jsonl (either may be .gz or .zst), .parquet, .arrayrecord'
 SAMPLE_BYTES = 20_000_000
-WORKER_BYTES = 16_000_000  # of input: less is done before another process has started
-FEWEST_PIECES = 3 + 256 + 100  # special pieces, bytes, and something to say with them
-MAX_SENTENCE = 4096  # characters; SentencePiece passes over longer ones
-TRAINING_THREADS = 4  # sums of floats depend on it, and with them the model
+WORKER_BYTES = 16_000_000  # input bytes per process; smaller inputs are done before another process has started
+FEWEST_PIECES = 3 + 256 + 100  # special pieces, bytes, and at least 100 pieces of text
+MAX_SENTENCE = 4096  # characters; SentencePiece skips longer sentences
+TRAINING_THREADS = 4  # fixed: the order of float sums, and so the model, depends on the number of threads
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,28 +42,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--out', required=True, type=arguments.expand_user, help='the store: a path or a URL (gs://, s3://)'
   )
-  parser.add_argument('--vocab_size', type=int, default=32_768, help='ids in all: pieces, sentinels and modes')
-  parser.add_argument('--sentinels', type=int, default=100, help='ids kept for sentinels (data.sentinels)')
+  parser.add_argument('--vocab_size', type=int, default=32_768, help='total ids: pieces, sentinels and mode tokens')
+  parser.add_argument('--sentinels', type=int, default=100, help='ids reserved for sentinels (data.sentinels)')
   parser.add_argument('--tokenizer', type=arguments.path, help='a SentencePiece model to use; otherwise one is trained')
-  parser.add_argument('--documents', choices=get_args(Documents), default='file', help='what a document is in a text')
-  parser.add_argument('--records', choices=get_args(Records), default='text', help='what a record of .arrayrecord is')
   parser.add_argument(
-    '--field', type=arguments.text, default='text', help='the field of a JSONL line, or the column, that holds the text'
+    '--documents', choices=get_args(Documents), default='file', help='the part of a text file that becomes one document'
   )
   parser.add_argument(
-    '--inputs_field', type=arguments.text, help='with --targets_field: make pairs, of these two fields'
+    '--records', choices=get_args(Records), default='text', help='the type of the records of .arrayrecord files'
   )
-  parser.add_argument('--targets_field', type=arguments.text, help='the field of what is to be written for the inputs')
   parser.add_argument(
-    '--messages_field', type=arguments.text, help='make conversations, of the lists of messages in this field'
+    '--field', type=arguments.text, default='text', help='the JSONL field or the column that contains the text'
+  )
+  parser.add_argument(
+    '--inputs_field', type=arguments.text, help='with --targets_field: make pairs from these two fields'
+  )
+  parser.add_argument('--targets_field', type=arguments.text, help='the field of the text to write for the inputs')
+  parser.add_argument(
+    '--messages_field', type=arguments.text, help='make conversations from the lists of messages in this field'
   )
   parser.add_argument('--tag_fields', type=_names, default=(), help='fields put in front of each text, e.g. url,lang')
   parser.add_argument('--scores', type=_names, default=(), help=f'computed for each document: {",".join(SCORES)}')
   parser.add_argument(
-    '--score_field', type=arguments.text, help='a field that holds a number, kept as a score of each document'
+    '--score_field', type=arguments.text, help='a field that contains a number, kept as a score of each document'
   )
-  parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (T5 did not)')
-  parser.add_argument('--workers', type=int, help='processes (default: as many as cores for large inputs)')
+  parser.add_argument('--no_eos', action='store_true', help='do not end documents with EOS (as T5)')
+  parser.add_argument('--workers', type=int, help='processes (default: one per core for large inputs)')
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Prepares a store as the flags say and prints what it holds."""
+  """Prepares a store as set by the flags and prints its size."""
   reading = Reading(
     documents=options.documents, field=options.field, pair=_pair(options.inputs_field, options.targets_field),
     messages=options.messages_field, tag_fields=options.tag_fields, score_field=options.score_field,
@@ -87,17 +91,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _pair(inputs_field: str | None, targets_field: str | None) -> tuple[str, str] | None:
-  """The fields of pairs; None where neither is given. Raises DataError for one without the other."""
+  """The fields of pairs; None if neither is given. Raises DataError for one without the other."""
   if inputs_field is None or targets_field is None:
     if inputs_field is None and targets_field is None:
       return None
     given, missing = ('targets', 'inputs') if inputs_field is None else ('inputs', 'targets')
-    raise DataError(f'--{given}_field is given without --{missing}_field; a pair has both.')
+    raise DataError(f'--{given}_field is given without --{missing}_field; give both.')
   return inputs_field, targets_field
 
 
 def _units_of(store: Store) -> str:
-  """How many there are, and how long: of pairs and conversations what has no room in a row of training is cut there."""
+  """The number of units and their lengths, which matter for pairs and conversations: training cuts those that do not
+  fit in a row."""
   sizes = np.diff(store.offsets)
   match store.kind:
     case 'text':
@@ -131,19 +136,19 @@ def prepare(
   scores: tuple[Score, ...] = (),
   workers: int | None = None,
 ) -> None:
-  """Makes the store `out` from files, streaming: memory does not grow with them.
+  """Makes the store `out` from files as a stream: memory does not grow with their size.
 
-  `reading` says what is taken of them, `scores` what is computed for each document. With `tokenizer` (a SentencePiece
-  model file) `vocab_size` is not used. The store is the same for any number of `workers` (processes); by default it is
-  one for each WORKER_BYTES, at most one for each core. Raises DataError for bad input, for an `out` that exists, and
-  for a vocabulary that the text cannot fill; then nothing is left behind.
+  `reading` selects what is read from the files, `scores` what is computed for each document. With `tokenizer` (a
+  SentencePiece model file) `vocab_size` is ignored. The store is the same for any number of `workers` (processes); the
+  default is one per WORKER_BYTES of input, at most one per core. Raises DataError for bad input, an `out` that exists,
+  and a vocabulary that the text cannot fill; then nothing is left behind.
   """
   paths, reading = [pathlib.Path(path) for path in inputs], reading or Reading()
   missing = [str(path) for path in paths if not path.is_file()]
   if missing:
-    raise DataError(f'{missing[0]}{looked_in(missing[0])} is no file; check the path.')
+    raise DataError(f'{missing[0]}{looked_in(missing[0])} is not a file; check the path.')
   _check(reading, scores, append_eos, sentinels, workers)
-  for path in paths:  # all of them, before the first is read
+  for path in paths:  # check all of them before reading the first
     check_file(path)
   refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
@@ -167,37 +172,37 @@ def _provenance(reading: Reading) -> dict[str, Any]:
 
 
 def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentinels: int, workers: int | None) -> None:
-  """Raises DataError for values, and for flags, that cannot be or do not go together."""
+  """Raises DataError for flags that are invalid or cannot be combined."""
   if sentinels < 0:
     raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
   if workers is not None and workers < 1:
     raise DataError(f'--workers={workers}; it must be >= 1.')
   if unknown := [name for name in scores if name not in SCORES]:
-    raise DataError(f'--scores={unknown[0]} is no score; choose of {", ".join(SCORES)}.')
+    raise DataError(f'--scores={unknown[0]} is not a score; choose from {", ".join(SCORES)}.')
   if reading.score_field and not is_inside(reading.score_field):
-    raise DataError(f'--score_field={reading.score_field} is no name of a folder; rename the field.')
+    raise DataError(f'--score_field={reading.score_field} cannot be used as a folder name; rename the field.')
   if reading.score_field in scores:
-    raise DataError(f'--score_field={reading.score_field} is one of --scores too; leave one out.')
+    raise DataError(f'--score_field={reading.score_field} is also given in --scores; remove one of them.')
   if reading.units:
     _check_units(reading, scores, append_eos)
 
 
 def _check_units(reading: Reading, scores: tuple[Score, ...], append_eos: bool) -> None:
-  """`_check`, where documents are sides of pairs or turns of conversations."""
+  """`_check` for pairs and conversations."""
   kind = 'pairs' if reading.pair else 'conversations'
   if reading.pair and reading.messages:
-    raise DataError('--inputs_field and --targets_field make pairs, --messages_field conversations; give one kind.')
+    raise DataError('--inputs_field and --targets_field make pairs, --messages_field makes conversations; give one.')
   if reading.field != 'text':
     flags = '--inputs_field and --targets_field are' if reading.pair else '--messages_field is'
     raise DataError(f'--field={reading.field} is for text, {flags} for {kind}; give one kind.')
   if not append_eos:
-    raise DataError(f'--no_eos cannot go with {kind}, in which EOS says where an output ends; leave it out.')
+    raise DataError(f'--no_eos cannot be used with {kind}, in which EOS marks the end of an output; leave it out.')
   if reading.tag_fields or reading.score_field or scores:
     raise DataError(f'--tag_fields, --scores and --score_field are for text, not for {kind}; leave them out.')
 
 
 def _read(paths: list[pathlib.Path], reading: Reading, total: int, tokenizer: Tokenizer) -> Iterator[Segment]:
-  """The segments of all files, with a bar in a terminal. A text without tokens is empty."""
+  """The segments of all files, with a progress bar in a terminal. A text without tokens counts as empty."""
   is_empty = lambda text: is_blank(text) or not tokenizer.encode(text)
   return (segment for segment, _ in _metered(paths, reading, total, 'tokenising', is_empty))
 
@@ -205,7 +210,7 @@ def _read(paths: list[pathlib.Path], reading: Reading, total: int, tokenizer: To
 def _metered(
   paths: list[pathlib.Path], reading: Reading, total: int, label: str, is_empty: Callable[[str], bool] = is_blank
 ) -> Iterator[tuple[Segment, float]]:
-  """Segments, and the fraction of all files that was read when each came."""
+  """Yields each segment with the fraction of all files read so far."""
   columns = (
     TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
   )  # fmt: skip
@@ -227,18 +232,19 @@ def _hashed(segments: Iterable[Segment], digest: 'hashlib._Hash') -> Iterator[Se
 
 
 def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: int, sentinels: int) -> bytes:
-  head = lambda found: f'{found.tags} ' if reading.messages else ''  # each turn has one: they are to be few tokens
+  head = lambda found: f'{found.tags} ' if reading.messages else ''  # every turn has a marker, so it should be short
   texts = ((head(found) + found.text, part) for found, part in _metered(paths, reading, total, 'reading a sample'))
   return train_sentencepiece(sample(texts, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
 
 
 def load_model(path: str | os.PathLike[str]) -> bytes:
-  """A SentencePiece model file with T5's special ids. Raises DataError otherwise."""
+  """The bytes of a SentencePiece model file. Raises DataError if it is invalid or lacks T5's special ids."""
   try:
     model = pathlib.Path(path).read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   except (OSError, RuntimeError) as error:
-    raise DataError(f'{path} is no SentencePiece model ({str(error).splitlines()[0]}); check --tokenizer.') from error
+    reason = str(error).splitlines()[0]
+    raise DataError(f'{path} is not a SentencePiece model ({reason}); check --tokenizer.') from error
   found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
   if found != (PAD, EOS, UNKNOWN):
     raise DataError(f'{path} has pad, EOS, unknown = {found}, not {(PAD, EOS, UNKNOWN)}; train it with these ids.')
@@ -253,15 +259,15 @@ def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: i
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, other_ids: int = 0) -> bytes:
-  """A unigram model with byte fallback whose pieces and `other_ids` are `vocab_size`; the same for the same text.
+  """A unigram model with byte fallback that has `vocab_size - other_ids` pieces; the same text gives the same model.
 
-  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as T5's. Raises DataError, with a size
-  that will do, where the text does not allow this one. Source: Kudo 2018, arXiv:1804.10959.
+  Pad 0, EOS 1, unknown 2, no BOS; NFKC normalisation and collapsed white space, as in T5. If the text does not allow
+  this size, raises DataError with a size that works. Source: Kudo 2018, arXiv:1804.10959.
   """
   pieces = vocab_size - other_ids
   if pieces < FEWEST_PIECES:
     raise DataError(
-      f'{pieces} pieces are left for text, at least {FEWEST_PIECES} are needed; '
+      f'{pieces} pieces are left for text, but at least {FEWEST_PIECES} are needed; '
       f'set the vocabulary size >= {FEWEST_PIECES + other_ids}.'
     )
   model, failures = io.BytesIO(), []
@@ -279,7 +285,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, other_ids: int = 
 
 
 def _remember(failures: list[DataError], parts: Iterator[str]) -> Iterator[str]:
-  """`parts`; an error among them is kept, because SentencePiece makes another one of it."""
+  """Yields `parts`. A DataError is also kept in `failures`, because SentencePiece replaces it with its own error."""
   try:
     yield from parts
   except DataError as error:
@@ -288,21 +294,21 @@ def _remember(failures: list[DataError], parts: Iterator[str]) -> Iterator[str]:
 
 
 def _advice(error: str, pieces: int, other_ids: int) -> str:
-  """SentencePiece's error as a sentence that speaks of the vocabulary size, of which pieces are a part."""
+  """SentencePiece's error in terms of the vocabulary size, which includes the pieces."""
   if most := re.search(r'too high .*value <= (\d+)', error):
-    found = f'{pieces} pieces are left for text, this text has no more than {most[1]}'
+    found = f'{pieces} pieces are left for text, but this text has no more than {most[1]}'
     if int(most[1]) < FEWEST_PIECES:
-      return f'{found}, at least {FEWEST_PIECES} are needed; give more text, or --tokenizer of another store.'
+      return f'{found}, and at least {FEWEST_PIECES} are needed; give more text, or the --tokenizer of another store.'
     return f'{found}; set the vocabulary size <= {int(most[1]) + other_ids}, or give more text.'
   if fewest := re.search(r'smaller than required_chars. \d+ vs (\d+)', error):
     needed = f'the characters of this text need {fewest[1]}'
-    return f'{pieces} pieces are left for text, {needed}; set the vocabulary size >= {int(fewest[1]) + other_ids}.'
+    return f'{pieces} pieces are left for text, but {needed}; set the vocabulary size >= {int(fewest[1]) + other_ids}.'
   reason = re.sub(r'^.*\]\s*', '', error.splitlines()[-1]).strip() or 'too little text. Give more, or fewer pieces.'
   return f'SentencePiece cannot make {pieces} pieces of this text: {reason}'
 
 
 def sentences(text: str) -> Iterator[str]:
-  """Lines of at most MAX_SENTENCE characters, long ones cut between words where there are any."""
+  """Yields lines of at most MAX_SENTENCE characters; longer lines are cut between words if possible."""
   for line in text.splitlines():
     line = line.replace('\0', ' ').strip()
     while len(line) > MAX_SENTENCE:

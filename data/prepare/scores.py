@@ -1,6 +1,7 @@
-"""Scores of documents for curricula (data/packing/plan.py): cheap numbers that tell plain text from rich text.
+"""Scores of documents for curricula (data/mixing/curriculum.py): cheap measures of how simple or rich a text is.
 
-The three that helped most in Zhang et al. 2025, arXiv:2506.11300 (compression ratio, lexical diversity, readability).
+These are the three that helped most in Zhang et al. 2025, arXiv:2506.11300 (compression ratio, lexical diversity,
+readability).
 """
 
 import re
@@ -10,8 +11,8 @@ from typing import Literal, assert_never, get_args
 
 Score = Literal['compression', 'lexical_diversity', 'readability']
 SCORES: tuple[Score, ...] = get_args(Score)
-SCORED = 2**16  # characters: what lies behind them in a document is not looked at
-FACTOR = 0.72  # where McCarthy & Jarvis end a stretch
+SCORED = 2**16  # characters at the beginning of a document; the rest does not affect its score
+FACTOR = 0.72  # McCarthy & Jarvis end a factor when the share of different words falls to this
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE = re.compile(r'[.!?]+(?=\s|$)')
@@ -19,7 +20,7 @@ _VOWELS = re.compile(r'[aeiouy]+')
 
 
 def score(name: Score, text: str) -> float:
-  """A score of a document, of which `text` is the beginning."""
+  """A score of a document that begins with `text`."""
   match name:
     case 'compression':
       return compression(text)
@@ -32,7 +33,7 @@ def score(name: Score, text: str) -> float:
 
 
 def compression(text: str) -> float:
-  """Bytes of the text over bytes of it compressed (zlib, level 6): high where it repeats itself.
+  """The size of the text divided by its compressed size (zlib, level 6): high for repetitive text.
 
   >>> compression('the same words, ' * 50) > 10 > compression('a few words that come once')
   True
@@ -42,10 +43,10 @@ def compression(text: str) -> float:
 
 
 def lexical_diversity(words: Sequence[str]) -> float:
-  """MTLD: how many words go by, on average, until the share of different ones falls to 0.72. High where words differ.
+  """MTLD: the mean number of words until the share of different words falls to 0.72. High for varied words.
 
-  Source: McCarthy & Jarvis 2010, Behavior Research Methods 42, 381-392: the mean of both directions; the last stretch
-  counts by how far it fell. 0 for no words.
+  Source: McCarthy & Jarvis 2010, Behavior Research Methods 42, 381-392: the mean of both reading directions; the last,
+  incomplete factor counts in proportion to how far the share has fallen. 0 for text without words.
 
   >>> lexical_diversity('a b a b a b a b a b a b'.split())
   3.0
@@ -66,10 +67,10 @@ def _mtld(words: Sequence[str]) -> float:
 
 
 def readability(text: str) -> float:
-  """Flesch reading ease: high where words and sentences are short. 0 for no words.
+  """Flesch reading ease: high for short words and sentences. 0 for text without words.
 
   Source: Flesch 1948, A new readability yardstick: 206.835 - 1.015 words/sentence - 84.6 syllables/word. Syllables are
-  groups of vowels, a final silent e not counted: right for English, and at least comparable elsewhere.
+  groups of vowels, without a final silent e: accurate for English, and still comparable within other languages.
 
   >>> round(readability('The cat sat on the mat. It was warm.'), 1)
   117.7

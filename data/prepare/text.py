@@ -1,6 +1,6 @@
-"""Input files -> documents, as a stream: no more than a few segments are in memory at once.
+"""Input files -> documents, as a stream: at most a few segments are in memory at once.
 
-A line of JSONL is the exception: it is one JSON value, and held whole. So is a record.
+The exceptions are a line of JSONL and a record, which are held in memory whole.
 """
 
 import codecs
@@ -27,16 +27,17 @@ from data.prepare.parquet import parquet_rows, type_name
 
 Documents = Literal['file', 'paragraph', 'line']
 SEGMENT_BYTES = 2**18
-LARGEST_SCORE = 3e38  # of a float32, as which it is kept
+LARGEST_SCORE = 3e38  # scores are stored as float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-  """What is taken of files: what a document is in a text, and which fields of records (JSONL, Parquet, …) it has.
+  """What is read from files: how text is split into `documents`, and which fields of records (JSONL, Parquet, …).
 
-  `pair` are the fields of inputs and targets, in place of `field`; `messages` is the field of a conversation
-  (data/prepare/messages.py), whose turns are a document each. `tag_fields` are put in front of the text as tags;
-  `score_field` is a number that is kept for each document. Records of ArrayRecord files are `records`.
+  `field` is the text of a record. In its place, `pair` names the fields of inputs and targets, or `messages` the field
+  of a conversation (data/prepare/messages.py), each of whose turns becomes a document. `tag_fields` are put in front of
+  the text as tags; `score_field` is a number that is kept for each document. `records` is the type of the records in
+  ArrayRecord files.
   """
 
   documents: Documents = 'file'
@@ -49,22 +50,23 @@ class Reading:
 
   @property
   def columns(self) -> list[str]:
-    """All fields that are read of a record."""
+    """All fields that are read from a record."""
     scores = [self.score_field] if self.score_field else []
     return [*dict.fromkeys([*(self.units or (self.field,)), *self.tag_fields, *scores])]
 
   @property
   def units(self) -> tuple[str, ...]:
-    """The fields of a pair or of a conversation; none where documents are text."""
+    """The fields of a pair or of a conversation; empty if documents are text."""
     return self.pair or ((self.messages,) if self.messages else ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A stretch of a document, ended where `last`; `num_bytes` of the (unpacked) file were read for it.
+  """A part of a document; `last` marks the document's end. `num_bytes` of the (unpacked) file were read for it.
 
-  `tags` stand in front of its text, `score` is what its record gives. A turn is of `role` (a place in messages.ROLES),
-  and `turns_left` follow it. `required` says where it stands if it must have tokens: a target, or an assistant's turn.
+  `tags` are put in front of the text; `score` comes from the record. A turn has a `role` (an index into
+  messages.ROLES), and `turns_left` turns follow it. A text that must have tokens (a target, or an assistant's turn) has
+  its location in `required`.
   """
 
   text: str
@@ -84,15 +86,15 @@ def is_blank(text: str) -> bool:
 def read_segments(
   path: pathlib.Path, reading: Reading, meter: Meter | None = None, is_empty: Callable[[str], bool] = is_blank
 ) -> Iterator[Segment]:
-  """The documents of a file, long ones in several segments; two documents, inputs and targets, for each pair; one for
-  each turn of a conversation.
+  """The documents of a file; long ones come in several segments. A pair is two documents, inputs and targets; each turn
+  of a conversation is one document.
 
-  JSONL and files of records (by suffix) have one document to a line or record. In a text a document is the file, or
-  what lies between blank lines, or a line. A segment of it ends at the end of a line where one comes within
-  SEGMENT_BYTES, otherwise at white space (or, in as long a stretch without any, between two characters): however it is
-  cut, it is one document. Raises DataError for a file that is missing, empty, damaged, no UTF-8 (with the byte), or a
-  record that lacks a field (with its line or number). Inputs of pairs may be empty, targets not. A file is empty where
-  each of its texts `is_empty`.
+  JSONL and files of records (recognised by suffix) have one document per line or record. In a text file, a document is
+  the whole file, a paragraph between blank lines, or a line. A segment of it ends at the end of a line if there is one
+  within SEGMENT_BYTES, otherwise at white space, otherwise between two characters; the segments form one document.
+  Raises DataError for a file that is missing, empty, damaged or not UTF-8 (with the byte), and for a record that lacks
+  a field (with its line or number). The inputs of a pair may be empty, its targets may not. A file is empty if all of
+  its texts are (`is_empty`).
   """
   meter = meter or Meter(0)
   check_file(path)
@@ -116,7 +118,7 @@ def read_segments(
 
 
 class _Record(NamedTuple):
-  """A JSON value or row: `where` it stands, and of how many bytes."""
+  """A JSON value or row, its location `where`, and its size in bytes."""
 
   where: str
   value: Any
@@ -124,7 +126,7 @@ class _Record(NamedTuple):
 
 
 def _records(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[_Record] | None:
-  """The records of a file; None where it is text."""
+  """The records of a file; None if it is text."""
   match kind_of(path).holds:
     case 'json':
       return _lines(path, meter)
@@ -146,12 +148,12 @@ def _document(record: _Record, reading: Reading) -> Iterator[Segment]:
 
 
 def _tag(record: _Record, field: str) -> str:
-  """A field as the line of a tag, after Gao et al. 2025, arXiv:2501.01956 (`URL: …`); nothing where it is not there."""
+  """A field as a tag line, as in Gao et al. 2025, arXiv:2501.01956 (`URL: …`); '' if the record lacks the field."""
   value = record.value.get(field)
   if value is None:
     return ''
   if not isinstance(value, str | int | float):
-    raise DataError(f'{record.where}: field {field!r} is no text ({type_name(value)}); leave it out of --tag_fields.')
+    raise DataError(f'{record.where}: field {field!r} is not text ({type_name(value)}); leave it out of --tag_fields.')
   check_text(f'{record.where}: field {field!r}', str(value))
   return f'{field}: {value}\n'
 
@@ -160,7 +162,7 @@ def _score(record: _Record, field: str) -> float:
   value = record.value.get(field)
   if type(value) not in (int, float) or not abs(value) <= LARGEST_SCORE:
     raise DataError(
-      f'{record.where}: field {field!r} is {value!r:.40}, no number of a float32; name another one with --score_field=.'
+      f'{record.where}: field {field!r} is {value!r:.40}, not a float32 number; name another field with --score_field=.'
     )
   return float(value)
 
@@ -195,7 +197,7 @@ def _not_empty(path: pathlib.Path, segments: Iterable[Segment], is_empty: Callab
 
 
 class _Piece(NamedTuple):
-  """A line, or a part of a long one, of `num_bytes`; `ends` says that the line does."""
+  """A line, or a part of a long line, of `num_bytes`; `ends` is True if the line ends here."""
 
   text: str
   num_bytes: int
@@ -203,12 +205,12 @@ class _Piece(NamedTuple):
 
 
 def _pieces(path: pathlib.Path, longest: int, meter: Meter) -> Iterator[_Piece]:
-  """The lines of a file, in pieces of at most `longest` bytes. Raises DataError at the first byte that is no text."""
+  """The lines of a file, in pieces of at most `longest` bytes. Raises DataError at the first byte that is not UTF-8."""
   offset, rest = 0, b''
   try:
     with open_bytes(path, meter) as file:
       while block := rest + file.readline(longest - len(rest)):
-        if not offset and block.startswith(codecs.BOM_UTF8):  # some editors write it; it is no text
+        if not offset and block.startswith(codecs.BOM_UTF8):  # some editors write it; it is not part of the text
           offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
         ends = len(block) < longest or block.endswith(b'\n')
         cut = len(block) if ends else _place_to_cut(block)
@@ -219,11 +221,11 @@ def _pieces(path: pathlib.Path, longest: int, meter: Meter) -> Iterator[_Piece]:
 
 
 def _place_to_cut(block: bytes) -> int:
-  """Behind the last white space; where there is none, before the last character (it may be cut off)."""
+  """The position after the last white space; without any, before the last character, which may be incomplete."""
   if (space := max(block.rfind(white) for white in b' \t\r')) >= 0:
     return space + 1
   for place in range(len(block) - 1, max(len(block) - 5, 0), -1):
-    if block[place] & 0xC0 != 0x80:  # no continuation byte: a character begins
+    if block[place] & 0xC0 != 0x80:  # not a continuation byte: a character begins here
       return place
   return len(block)
 
@@ -236,7 +238,7 @@ def _lines(path: pathlib.Path, meter: Meter) -> Iterator[_Record]:
 
 
 def _text(record: _Record, field: str, flag: str) -> str:
-  """The text of a field. Raises DataError where there is none, or one that `check_text` refuses."""
+  """The text of a field. Raises DataError if there is none or if `check_text` refuses it."""
   where, value = record.where, record.value
   text = value.get(field) if isinstance(value, dict) else None
   if not isinstance(text, str):
@@ -259,7 +261,7 @@ def _whole_file(path: pathlib.Path, meter: Meter) -> Iterator[Segment]:
 
 
 def _parts(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[Segment]:
-  held, size, blank = [], 0, True  # blank: nothing yet on this line
+  held, size, blank = [], 0, True  # blank: this line has only white space so far
   for text, count, ends in _pieces(path, SEGMENT_BYTES, meter):
     blank = blank and not text.strip()
     if held and not blank and size >= SEGMENT_BYTES:
@@ -277,7 +279,7 @@ def _parts(path: pathlib.Path, reading: Reading, meter: Meter) -> Iterator[Segme
 
 
 def sample(texts: Iterable[tuple[str, float]], budget: int) -> Iterator[str]:
-  """About `budget` characters of texts, taken evenly all along; each comes with the fraction of all that is read."""
+  """Yields an even sample of the texts, about `budget` characters; each input is (text, fraction of all text read)."""
   taken = 0
   for text, fraction in texts:
     if taken + len(text) / 2 <= budget * fraction:

@@ -1,4 +1,4 @@
-"""Token stores: written once, hashed, read at random; the vocabulary; counts over a store.
+"""Token stores: written once, hashed, read in any order; the vocabulary; statistics of a store.
 
-Knows arrays on disks and object stores; must not know where text came from or what is done with it.
+Knows arrays on disks and object stores; must not know where the text came from or how it is used.
 """

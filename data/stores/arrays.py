@@ -1,7 +1,7 @@
-"""Arrays of a store, through TensorStore: appended to, read in chunks that are checked, on disks and object stores.
+"""The arrays of a store, through TensorStore, on disks and object stores: append, and read in checksummed chunks.
 
-Arrays are zarr3, `sharding_indexed`: files of 8 Mi elements, chunks of 64 Ki, each with zstd and crc32c, so that a
-flipped bit is an error when it is read.
+Arrays are zarr3, `sharding_indexed`: files of 8 Mi elements in chunks of 64 Ki, each chunk with zstd and crc32c, so
+that reading a flipped bit is an error.
 """
 
 import collections
@@ -18,11 +18,11 @@ import tensorstore
 from data.errors import DataError
 from data.stores.paths import absolute, is_local, local_path, plain_path, with_names
 
-FILE, CHUNK = 2**23, 2**16  # a file is in memory while it is written
+FILE, CHUNK = 2**23, 2**16  # elements; a file is held in memory while it is written
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
 RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
-# The pool holds the files' indexes; decoded chunks are kept by each array, where a read costs no call into TensorStore.
-# Up to 32 s each: two minutes without a network are lived through, a wrong address is not waited for all day.
+# The pool holds only the files' indexes. Each array keeps its decoded chunks, so reading one calls no TensorStore code.
+# A retry waits up to 32 s: eight survive two minutes without a network, and a wrong address still fails soon.
 _RETRIES = {'max_retries': 8}
 _CONTEXT = tensorstore.Context(
   {'cache_pool': {'total_bytes_limit': 2**24}, 's3_request_retries': _RETRIES, 'gcs_request_retries': _RETRIES}
@@ -30,7 +30,7 @@ _CONTEXT = tensorstore.Context(
 
 
 def place_of(path: str | os.PathLike[str], name: str) -> str:
-  """Where `name` of a store is, for messages: a URL, or an absolute path on a local disk.
+  """The location of the file `name` of a store, for messages: a URL, or an absolute path on a local disk.
 
   >>> place_of('gs://bucket/store/', 'manifest.json'), place_of('/a%20b', 'manifest.json')
   ('gs://bucket/store/manifest.json', '/a%20b/manifest.json')
@@ -40,7 +40,7 @@ def place_of(path: str | os.PathLike[str], name: str) -> str:
 
 
 def is_inside(name: str) -> bool:
-  """Whether a part of a store, '' for all of it, lies in its folder.
+  """Whether `name`, a file or folder of a store ('' is the store itself), lies inside the store's folder.
 
   >>> [is_inside(name) for name in ('', 'tokens/', 'scores/my-score.2/', 'scores/../../x', '/etc', 'a//b')]
   [True, True, True, False, False, False]
@@ -49,14 +49,14 @@ def is_inside(name: str) -> bool:
 
 
 def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, Any]:
-  """TensorStore's spec of a store, or of a folder in it.
+  """TensorStore's spec for a store, or for a folder in it.
 
-  A local path is passed as a path: in a URL `%`, `#` and `?` would mean something. An s3:// URL is completed from the
-  environment (AWS_ENDPOINT_URL, AWS_REGION, keys). Raises DataError for a name that leads out of the store: a manifest
-  may hold one.
+  A local path is passed as a path, because `%`, `#` and `?` have a meaning in a URL. An s3:// URL is completed from
+  the environment (AWS_ENDPOINT_URL, AWS_REGION, keys). Raises DataError for a name that leads out of the store, which
+  a damaged manifest may contain.
   """
   if not is_inside(name):
-    raise DataError(f'{name!r} is no name of a part of {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
+    raise DataError(f'{name!r} is not a valid name inside {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
   if is_local(path):
     return {'driver': 'file', 'path': f'{plain_path(local_path(path)).rstrip("/")}/{name}'}
   url, endpoint = place_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
@@ -66,7 +66,7 @@ def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, An
   spec: dict[str, Any] = {'driver': 's3', 'bucket': bucket, 'path': folder}
   if endpoint:
     spec |= {'endpoint': endpoint.rstrip('/'), 'aws_region': os.environ.get('AWS_REGION', 'us-east-1')}
-  if 'AWS_ACCESS_KEY_ID' in os.environ:  # otherwise wherever AWS keeps them; the search is slow, and noisy
+  if 'AWS_ACCESS_KEY_ID' in os.environ:  # otherwise TensorStore searches all of AWS's places, slowly and noisily
     spec['aws_credentials'] = {'type': 'environment'}
   return spec
 
@@ -76,7 +76,7 @@ def _open_files(path: str | os.PathLike[str]) -> tensorstore.KvStore:
 
 
 def _written(path: str | os.PathLike[str], write: Callable):
-  """`write()`; what keeps it from being done as a DataError."""
+  """The result of `write()`; an error of the disk or bucket is raised as a DataError."""
   try:
     return write()
   except (ValueError, OSError) as error:
@@ -89,15 +89,15 @@ def write_file(path: str | os.PathLike[str], name: str, value: bytes) -> None:
 
 
 def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
-  """Deletes those files of a store; a name that ends with / is a folder."""
+  """Deletes these files of a store; a name that ends with / is a folder."""
   store = _open_files(path)
   for name in names:
-    end = name[:-1] + '0' if name.endswith('/') else name + '\0'  # '0' comes right after '/'
+    end = name[:-1] + '0' if name.endswith('/') else name + '\0'  # '0' follows '/' in ASCII
     store.delete_range(tensorstore.KvStore.KeyRange(name, end)).result()
 
 
 def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
-  """The contents, or None where there is no such file."""
+  """The contents, or None if there is no such file."""
   found = _read(path, name, lambda: _open_files(path).read(name).result())
   return found.value if found.state == 'value' else None
 
@@ -112,7 +112,7 @@ def _read(path: str | os.PathLike[str], name: str, read: Callable):
 
 
 class Watch:
-  """Whether a file is still the one that it was when this was made: one small request, 0.1 ms on a disk."""
+  """Detects that a file has changed since this object was made: one small request, 0.1 ms on a disk."""
 
   def __init__(self, path: str | os.PathLike[str], name: str):
     self._path, self._name = path, name
@@ -131,7 +131,7 @@ def _first_line(error: Exception) -> str:
 
 
 def little(values: np.ndarray, dtype: str) -> np.ndarray:
-  """`values` as their bytes are hashed and stored."""
+  """`values` in little-endian byte order, as they are hashed and stored."""
   return np.ascontiguousarray(values, np.dtype(dtype).newbyteorder('<'))
 
 
@@ -144,10 +144,10 @@ class Appender:
 
   def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
     spec = _array_spec(path, name, dtype)
-    # What an attempt that was killed has left on an object store is no store.
+    # A writer that was killed may have left files on an object store; without a manifest they are not a store.
     create = lambda: tensorstore.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
     self._path, self._array = path, _written(path, create)
-    self._buffer = np.empty(FILE, np.dtype(dtype).newbyteorder('<'))  # pages that are not reached take no memory
+    self._buffer = np.empty(FILE, np.dtype(dtype).newbyteorder('<'))  # pages that are never touched take no memory
     self._num_pending, self.length = 0, 0
     self.dtype = dtype
 
@@ -164,7 +164,8 @@ class Appender:
     end = self.length + self._num_pending
     array = _written(self._path, self._array.resize(exclusive_max=[end], resize_metadata_only=True).result)
     values = self._buffer[: self._num_pending]
-    write = array[self.length : end].write(values, can_reference_source_data_indefinitely=True)  # it is waited for
+    # The next line waits for the write, so the buffer is not reused before it ends.
+    write = array[self.length : end].write(values, can_reference_source_data_indefinitely=True)
     _written(self._path, write.result)
     self.length, self._num_pending = end, 0
 
@@ -192,7 +193,7 @@ def _array_spec(path, name: str, dtype: str) -> dict[str, Any]:
 
 
 class Column(Appender):
-  """A value for each document; those that have come since `take_sha256` are held."""
+  """An array with one value per document. Values appended since the last `take_sha256` are held in memory."""
 
   def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
     super().__init__(path, name, dtype)
@@ -203,15 +204,15 @@ class Column(Appender):
     self._held = np.concatenate([self._held, little(values, self.dtype)])
 
   def take_sha256(self, count: int) -> str:
-    """The hash of the next `count` values."""
+    """The hash of the next `count` held values, which are released."""
     taken, self._held = self._held[:count], self._held[count:]
     return sha256(taken, self.dtype)
 
 
 class Array:
-  """Reads an array; keeps the chunks that were read last, CACHE_BYTES of them. Picklable; threads may share one.
+  """Reads an array and caches the most recently used chunks (CACHE_BYTES). Picklable; threads may share one.
 
-  Raises DataError (DATA-CORRUPT), with the file that TensorStore names, where one is missing or a checksum fails.
+  Raises DataError (DATA-CORRUPT), naming the file, if a file is missing or a checksum fails.
   """
 
   def __init__(self, path: str, name: str):
@@ -221,7 +222,7 @@ class Array:
   def _reopen(self) -> None:
     spec = {
       'driver': 'zarr3', 'kvstore': _kvstore(self.path, self.name + '/'), 'recheck_cached_data': 'open',
-      'fill_missing_data_reads': False,  # a file that is gone is an error, not zeros
+      'fill_missing_data_reads': False,  # a missing file is an error, not zeros
     }  # fmt: skip
     self._array = self._checked(lambda: tensorstore.open(spec, read=True, context=_CONTEXT).result())
     self._chunks: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
@@ -249,11 +250,11 @@ class Array:
       raise DataError(f'{self.path}: {_first_line(error)}. {RESTORE}', 'DATA-CORRUPT') from error
 
   def whole(self, places: range) -> np.ndarray:
-    """The values at `places`, past the cache: for what is read once."""
+    """The values at these positions, without the cache: for data that is read once."""
     return self._checked(self._array[places.start : places.stop].read().result)
 
   def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """The values of each (start, length); every chunk that is not at hand is asked for before any is waited for."""
+    """The values of each (start, length). Missing chunks are fetched concurrently."""
     firsts = [start // CHUNK for start, _ in ranges]
     lasts = [max(start + length - 1, start) // CHUNK for start, length in ranges]
     with self._lock:

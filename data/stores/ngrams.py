@@ -1,4 +1,4 @@
-"""What counting can do: interpolated Kneser-Ney models, the bars that a trained model must pass.
+"""Interpolated Kneser-Ney n-gram models: baselines that a trained model must beat.
 
 Source: Chen and Goodman 1999, "An empirical study of smoothing techniques for language modeling", §2.7 (interpolated
 Kneser-Ney, one discount for each order, D = n1 / (n1 + 2 n2)).
@@ -16,7 +16,7 @@ _READ = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class NgramLoss:
-  """Mean nats per text token of the held-out store, and how many there are."""
+  """Mean loss (nats per text token) of each model on the held-out store, and the number of those tokens."""
 
   unigram: float
   bigram: float
@@ -25,10 +25,10 @@ class NgramLoss:
 
 
 def ngram_loss(train: Store, heldout: Store) -> NgramLoss:
-  """How well models counted on `train` predict `heldout`.
+  """The losses on `heldout` of n-gram models counted on `train`.
 
-  Predicted tokens are text alone: an EOS is context at most. Context begins anew with each document. A text token that
-  the training text lacks has the probability that the unigram spreads over all pieces (add one).
+  Only text tokens are predicted; EOS can only be context. Context starts anew at each document. A text token that does
+  not occur in the training text has the probability that the unigram model spreads over all pieces (add-one).
   """
   pieces = train.manifest['pieces']
   models = _count(_histories(train), pieces)
@@ -54,12 +54,12 @@ def _histories(store: Store) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Order:
-  """Discounted probabilities of one order: `keys` are sorted n-grams, `contexts` sorted beginnings of n-grams."""
+  """Discounted probabilities of one n-gram order: `keys` are sorted n-grams, `contexts` their sorted prefixes."""
 
   keys: np.ndarray
   shares: np.ndarray  # (count - D) / count of the context
   contexts: np.ndarray
-  backoff: np.ndarray  # what the discounts leave for the lower order
+  backoff: np.ndarray  # probability that the discounts leave for the lower order
 
   def interpolate(self, keys: np.ndarray, contexts: np.ndarray, lower: np.ndarray) -> np.ndarray:
     share, _ = _look_up(self.keys, self.shares, keys)
@@ -68,14 +68,14 @@ class _Order:
 
 
 def _look_up(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(the value of each key, 0 where it is unknown; whether it is known)."""
+  """(the value of each key, 0 for unknown keys; bool: whether each key is known)."""
   at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
   known = table[at] == keys
   return np.where(known, values[at], 0.0), known
 
 
 def _order(keys: np.ndarray, counts: np.ndarray, base: int) -> _Order:
-  """The model of n-grams `keys` (sorted; the last token is `key % base`) that were counted `counts` times."""
+  """The model of the n-grams `keys` (sorted; the last token is `key % base`), which occurred `counts` times."""
   discount = _discount(counts)
   contexts, begins = np.unique(keys // base, return_index=True)
   totals = np.add.reduceat(counts, begins)
@@ -92,7 +92,7 @@ def _discount(counts: np.ndarray) -> float:
 def _count(histories: np.ndarray, base: int):
   """(unigram, continuation unigram, (bigram, continuation bigram), trigram): arrays over pieces, then orders.
 
-  Lower orders of a Kneser-Ney model count the distinct contexts of a token, not how often it stands.
+  Lower orders of a Kneser-Ney model count the distinct contexts of a token, not its occurrences.
   """
   a, b, c = histories
   trigrams, counts = np.unique((a * base + b) * base + c, return_counts=True)
@@ -100,17 +100,18 @@ def _count(histories: np.ndarray, base: int):
   unigram = np.bincount(c, minlength=base) + 1.0
   continuation = np.bincount(pairs % base, minlength=base).astype(float)
   spread = _discount(continuation[continuation > 0])
-  # The lowest order: discounted numbers of contexts, and what that leaves spread over all pieces.
+  # The lowest order: discounted numbers of contexts; the remaining probability is spread over all pieces.
   lowest = np.maximum(continuation - spread, 0) / continuation.sum()
   lowest += (1 - lowest.sum()) / base
-  # Below the trigram, a pair counts once for each token that precedes it; at the top of a bigram model, each time.
+  # As the lower order of the trigram model, a pair counts once for each distinct token before it; in the bigram model,
+  # where it is the highest order, it counts each time.
   middle = _order(*np.unique(trigrams % (base * base), return_counts=True), base)
   bigram = _order(*np.unique(b * base + c, return_counts=True), base)
   return unigram / unigram.sum(), lowest, (bigram, middle), _order(trigrams, counts, base)
 
 
 def _probabilities(models, histories: np.ndarray, base: int):
-  """The unigram's, bigram's and trigram's probability of each token."""
+  """Yields the probabilities of all tokens under the unigram, the bigram and the trigram model."""
   unigram, lowest, (bigram, middle), trigram = models
   a, b, c = histories
   yield unigram[c]

@@ -1,6 +1,6 @@
-"""Paths of stores: a path on a local disk is never read as a URL, whatever characters its name has.
+"""Paths of stores: a path on a local disk is never read as a URL, whatever characters it contains.
 
-Only a text that begins with a scheme and `://` is a URL (`gs://bucket/x`). `./s3://x`, `file:x` and `a%20b` are paths.
+Only text that begins with a scheme and `://` is a URL (`gs://bucket/x`). `./s3://x`, `file:x` and `a%20b` are paths.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import urllib.parse
 from data.errors import DataError
 
 _URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*)://')
-_LOCK = '.__lock'  # TensorStore keeps this suffix for itself
+_LOCK = '.__lock'  # TensorStore reserves this suffix
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -29,10 +29,10 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-  """A local path or file:// URL as the file system has it, without a trailing slash.
+  """A local path or file:// URL as a file system path, without a trailing slash.
 
   A file:// URL is decoded as in RFC 8089: `%20` is a space, and `%`, `?`, `#` must be written as `%25`, `%3F`, `%23`.
-  Raises DataError for an empty path, a NUL, and a file:// URL that is not one.
+  Raises DataError for an empty path, a NUL, and an invalid file:// URL.
 
   >>> local_path('a%20b/'), local_path('file:///a%20b'), local_path('file:x')
   ('a%20b', '/a b', 'file:x')
@@ -40,7 +40,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
   text = os.fspath(path)
   text = _decoded(text) if _URL.match(text) else text
   if not text or '\0' in text:
-    raise DataError(f'the path {text!r} cannot be that of a store; give a folder, e.g. stores/mine.')
+    raise DataError(f'the path {text!r} is not valid for a store; give a folder, e.g. stores/mine.')
   return text.rstrip('/') or '/'
 
 
@@ -48,20 +48,20 @@ def _decoded(url: str) -> str:
   host, slash, name = url.partition('://')[2].partition('/')
   fix = 'write file:///absolute/path, or the path itself'
   if host not in ('', 'localhost'):
-    raise DataError(f'{url} names the host {host!r}, and a file:// URL must be on this one; {fix}.')
+    raise DataError(f'{url} names the host {host!r}, but a file:// URL must be on this host; {fix}.')
   if found := re.search(r'[?#]|%(?![0-9A-Fa-f]{2})', name):
     raise DataError(f'{url} has a {found[0]} that is not written as %{ord(found[0]):02X}; {fix}.')
   return slash + urllib.parse.unquote(name, errors='surrogateescape')
 
 
 def looked_in(path: str | os.PathLike[str]) -> str:
-  """For messages about a path that is not there: the folder that a relative path was looked for in."""
+  """For messages about a missing relative path: the folder in which it was looked for. '' for any other path."""
   relative = is_local(path) and not os.path.isabs(local_path(path))
   return f' (looked for in {os.getcwd()})' if relative else ''
 
 
 def absolute(path: str) -> str:
-  """A local path from the root on; `..` is the parent that the file system finds, behind a symbolic link too."""
+  """The absolute form of a local path. As in the kernel, `..` after a symbolic link is the parent of its target."""
   parts = os.path.join(os.getcwd(), path).split('/')
   if '..' not in parts:
     return os.path.abspath(path)
@@ -70,11 +70,11 @@ def absolute(path: str) -> str:
 
 
 def plain_path(path: str) -> str:
-  """An absolute path of a local file or folder that C++ libraries take.
+  """An absolute path of a local file or folder that C++ libraries accept.
 
-  TensorStore's file driver refuses names that hold a backslash or end in `.__lock`, and names that are not UTF-8 cannot
-  be passed at all: they are reached through a symbolic link in a temporary folder, which is removed when the process
-  ends.
+  TensorStore's file driver refuses names that contain a backslash or end in `.__lock`, and names that are not UTF-8
+  cannot be passed at all. Such a path is replaced by a symbolic link to it in a temporary folder, which is removed when
+  the process ends.
   """
   full = absolute(path)
   return _link(full) if _is_awkward(full) else full
@@ -101,7 +101,7 @@ def _link(target: str) -> str:
   except FileExistsError:  # another thread was faster
     pass
   except OSError as error:
-    raise DataError(f'{target} cannot be opened: no symbolic link to it at {link} ({error.strerror}).') from error
+    raise DataError(f'{target} cannot be opened through a symbolic link at {link} ({error.strerror}).') from error
   return link
 
 
@@ -110,13 +110,13 @@ def _links() -> str:
   if _is_awkward(tempfile.gettempdir()):
     raise DataError(f'{tempfile.gettempdir()} cannot hold links to stores; set TMPDIR to a folder with a plain name.')
   folder, owner = tempfile.mkdtemp(prefix='pretrain-paths-'), os.getpid()
-  # A process that was forked from this one shares the folder, and must leave it when it ends.
+  # A process forked from this one shares the folder, and must not remove it when it ends.
   atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
   return folder
 
 
 def with_names(text: str) -> str:
-  """A message of TensorStore with real paths in the place of links of `plain_path`."""
+  """A message of TensorStore with the links of `plain_path` replaced by the real paths."""
   folder = _links() if _links.cache_info().currsize else None
   if folder is None or folder not in text:
     return text

@@ -1,4 +1,4 @@
-"""The shards of a store: whole documents, at most so many tokens. They are cut, and hashed, as the store is written."""
+"""The shards of a store: whole documents, at most a given number of tokens. They are cut and hashed during writing."""
 
 import dataclasses
 import hashlib
@@ -14,34 +14,35 @@ _COUNTS, _HASHES = ('documents', 'tokens'), ('offsets_sha256', 'tokens_sha256')
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Whole documents of a store that are planned together, and the tokens that they have."""
+  """Whole documents of a store that are planned together, and their tokens, as ranges of positions in the store."""
 
   documents: range
   tokens: range
 
 
 class ShardCutter:
-  """Cuts a stream of documents in shards of at most `limit` tokens; a unit that is longer is a shard of its own.
+  """Cuts a stream of documents into shards of at most `limit` tokens; a longer unit becomes a shard of its own.
 
-  A unit is what stays together: a document, a pair or a conversation. `entries` are the shards so far, as the manifest
-  has them. How documents come in (in which calls of `add`) changes nothing.
+  A unit is never split between shards: a document, a pair or a conversation. `entries` are the manifest's entries of
+  the shards cut so far. The result does not depend on how the documents are divided among calls of `add`.
   """
 
   def __init__(self, dtype: str, limit: int):
     self.entries: list[dict[str, Any]] = []
     self._dtype, self._limit = dtype, limit
-    self._num_tokens = 0  # of all calls
-    self._start = self._boundary = 0  # where the shard begins; where its last unit ends
-    self._ends: list[np.ndarray] = []  # of the shard's documents
-    self._open_ends = np.zeros(0, np.int64)  # of documents of a unit that is not whole
-    # Of the shard up to its last unit; of all that came; of what came after the last unit, which may begin a shard.
+    self._num_tokens = 0  # in all calls so far
+    self._start = self._boundary = 0  # where the current shard begins; where its last complete unit ends
+    self._ends: list[np.ndarray] = []  # where the current shard's documents end
+    self._open_ends = np.zeros(0, np.int64)  # where the documents of the last, still incomplete unit end
+    # Hashes of the shard up to its last complete unit; of all its tokens; of the tokens after that unit, which may
+    # begin the next shard.
     self._closed, self._all, self._alone = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
 
   def add(self, tokens: np.ndarray, ends: np.ndarray, closes: np.ndarray) -> None:
-    """Tokens of documents; where in the store documents end that end among them (int64, ascending); which of these
-    end a unit (bool)."""
+    """Adds `tokens`. `ends` (int64, ascending) are the positions in the store at which documents end among them;
+    `closes` (bool) says which of these documents end a unit."""
     first, tokens = self._num_tokens, little(tokens, self._dtype)
-    units = len(self._open_ends) + np.flatnonzero(closes) + 1  # how many documents there are up to the end of each
+    units = len(self._open_ends) + np.flatnonzero(closes) + 1  # number of documents up to the end of each unit
     ends = np.concatenate([self._open_ends, ends])
     while len(units):
       fit = int(np.searchsorted(ends[units - 1], self._start + self._limit, 'right'))
@@ -67,7 +68,7 @@ class ShardCutter:
     self._closed, self._alone = self._all.copy(), hashlib.sha256()
 
   def _cut(self) -> None:
-    """Ends a shard with its last unit; what came after it begins the next one."""
+    """Ends the shard after its last complete unit; the tokens after that begin the next shard."""
     ends = np.concatenate([np.array([self._start]), *self._ends])
     digest = hashlib.sha256(little(ends, 'int64')).hexdigest()
     counts = dict(zip(_COUNTS, (len(ends) - 1, self._boundary - self._start), strict=True))
@@ -81,7 +82,7 @@ class ShardCutter:
 
 
 def parse_shards(where: str, entries: list[Any]) -> tuple[Shard, ...]:
-  """The shards that a manifest lists. Raises DataError where an entry is none."""
+  """The shards that a manifest lists. Raises DataError for an invalid entry."""
   shards, documents, tokens = [], 0, 0
   for i, entry in enumerate(entries):
     kinds = dict.fromkeys(_COUNTS, int) | dict.fromkeys(_HASHES, str)

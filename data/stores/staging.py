@@ -1,4 +1,4 @@
-"""A store on a local disk is built in a folder beside its own, and moved there when it is complete."""
+"""A store on a local disk is built in a temporary folder beside its path, and moved to its path when complete."""
 
 import contextlib
 import hashlib
@@ -14,23 +14,23 @@ _LONGEST = 200  # bytes of a name, so that the name of the staging folder fits i
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
-  """Raises DataError where a store would be written over something."""
+  """Raises DataError if something already exists at the path of a new store."""
   exists = os.path.lexists(local_path(path)) if is_local(path) else read_file(path, 'manifest.json') is not None
   if exists:
     raise DataError(f'{os.fspath(path)} already exists. Nothing was changed; choose another --out, or remove it.')
 
 
 class Staging:
-  """A new folder beside `path`, with the parents that were missing. `remove` leaves the disk as it was before."""
+  """A new folder beside `path`, and any missing parent folders. `remove` restores the disk to its earlier state."""
 
   def __init__(self, path: str | os.PathLike[str]):
     self._path = path
     self._target = pathlib.Path(absolute(local_path(path)))
-    self._parents: list[pathlib.Path] = []  # those that were made here, the outermost first
+    self._parents: list[pathlib.Path] = []  # parent folders created here, outermost first
     self.folder: str | None = None
 
   def make(self) -> str:
-    """The folder. Raises DataError where it cannot be made."""
+    """Creates the folder and returns its path. Raises DataError if it cannot be created."""
     try:
       for parent in reversed(self._target.parents):
         if not parent.exists():
@@ -47,7 +47,7 @@ class Staging:
       self._parents.append(parent)
 
   def _new_folder(self) -> str:
-    """A folder whose name nothing else has: a file of the user may be named like it."""
+    """Creates a folder under a name that is not taken: the user may have a file of the same name."""
     name, count = self._target.name, 0
     if len(os.fsencode(name)) > _LONGEST:
       name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -61,7 +61,7 @@ class Staging:
         return str(folder)
 
   def move(self) -> None:
-    """The folder is at its path. Raises DataError where something has come there meanwhile."""
+    """Moves the folder to its final path. Raises DataError if something has appeared there meanwhile."""
     refuse_existing(self._path)
     try:
       os.rename(self.folder, self._target)
@@ -70,12 +70,12 @@ class Staging:
     self.folder, self._parents = None, []
 
   def remove(self) -> None:
-    """What was made and not moved is gone."""
+    """Deletes everything that was created and not moved."""
     if self.folder is not None:
       shutil.rmtree(self.folder, ignore_errors=True)
     for parent in reversed(self._parents):
       try:
         parent.rmdir()
-      except OSError:  # something else is there by now
+      except OSError:  # it contains something else by now
         break
     self.folder, self._parents = None, []

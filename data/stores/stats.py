@@ -1,6 +1,6 @@
-"""`pretrain data stats`: lengths of documents, frequent tokens and exact duplicates of a store, read from end to end.
+"""`pretrain data stats`: document lengths, frequent tokens and exact duplicates, from one pass over a store.
 
-It holds a piece of the tokens, the offsets of a shard, and 8 bytes for each document.
+Memory holds one block of tokens, the offsets of one shard, and 8 bytes per document.
 """
 
 import collections
@@ -22,7 +22,7 @@ MOST_FREQUENT = 50
 @dataclasses.dataclass(frozen=True)
 class StoreStats:
   """`lengths[n]` documents have n tokens (EOS included); token t occurs `frequencies[t]` times; `num_duplicates`
-  documents have the tokens of one before them."""
+  documents repeat the tokens of an earlier document."""
 
   store: Store
   lengths: dict[int, int]
@@ -30,7 +30,7 @@ class StoreStats:
   num_duplicates: int
 
   def percentile(self, percent: float) -> int:
-    """The length that `percent` of the documents do not exceed."""
+    """The smallest length that at least `percent` of the documents do not exceed."""
     sizes = sorted(self.lengths)
     reached = np.cumsum([self.lengths[size] for size in sizes])
     return sizes[int(np.searchsorted(reached, percent / 100 * reached[-1]))]
@@ -55,7 +55,7 @@ class StoreStats:
     }  # fmt: skip
 
   def histogram(self) -> list[dict[str, int]]:
-    """How many documents have `from` … `to` tokens, and how many tokens those have: by powers of two."""
+    """The number of documents with `from` … `to` tokens, and of their tokens; the bins are powers of two."""
     found: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
     for size, count in self.lengths.items():
       found[size.bit_length()][0] += count
@@ -67,7 +67,7 @@ class StoreStats:
 
 
 def store_stats(path: str) -> StoreStats:
-  """Reads a store from end to end. Raises DataError where it is damaged."""
+  """The statistics of a store, read from end to end. Raises DataError if it is damaged."""
   store = open_store(path)
   lengths: collections.Counter[int] = collections.Counter()
   frequencies = np.zeros(store.manifest['pieces'], np.int64)
@@ -82,7 +82,7 @@ def store_stats(path: str) -> StoreStats:
 
 
 def _digests(store: Store, offsets: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-  """uint64 of each document's tokens; adds them to `frequencies`."""
+  """uint64 hash of each document's tokens; the tokens are counted into `frequencies`."""
   found, digest = [], _new()
   for first, tokens in _pieces(store, range(int(offsets[0]), int(offsets[-1]))):
     frequencies += np.bincount(tokens, minlength=len(frequencies))

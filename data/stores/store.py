@@ -1,21 +1,22 @@
-"""The token store: a text, once tokenised, as checksummed arrays on a disk or in an object store.
+"""The token store: tokenised text as checksummed arrays on a disk or in an object store.
 
-A store is a folder, at a path or URL that TensorStore knows (file://, gs://, s3://, …):
+A store is a folder, at a path or a URL that TensorStore supports (file://, gs://, s3://, …):
 
-  manifest.json        counts, hashes and where the text came from; written last, so half a store is no store
+  manifest.json        counts, hashes and provenance; written last, so an unfinished store cannot be opened
   tokenizer.model      the SentencePiece model
-  tokens/              uint16 or uint32: the documents' ids one after another, each document ending with EOS
-  document_offsets/    int64[num_documents + 1]: where each document begins
+  tokens/              uint16 or uint32: the ids of all documents, one after another; each document ends with EOS
+  document_offsets/    int64[num_documents + 1]: the position at which each document begins
   scores/NAME/         float32[num_documents]: a score of each document
-  tag_lengths/         int32[num_documents]: how many tokens at the beginning of each document are its tags
-  roles/               int8[num_documents]: whose turn each document is (a place in messages.ROLES)
-  turns_left/          int32[num_documents]: how many turns of its conversation follow each document
+  tag_lengths/         int32[num_documents]: the number of tokens at the beginning of each document that are tags
+  roles/               int8[num_documents]: the role of each turn (an index into messages.ROLES)
+  turns_left/          int32[num_documents]: the number of turns that follow in the same conversation
 
-In a store of pairs ("pairs": true in the manifest) documents 2k and 2k + 1 are the inputs and the targets of pair k. In
-one of conversations, which has `roles` and `turns_left`, each document is a turn, and its tag says whose.
+In a store of pairs ("pairs": true in the manifest), documents 2k and 2k + 1 are the inputs and the targets of pair k.
+In a store of conversations, which has `roles` and `turns_left`, each document is a turn and its tag names the role.
 
-Documents are counted in shards of at most SHARD_TOKENS tokens: what is planned at a time (plan.py). The manifest
-has a hash of each shard's tokens and offsets; to open a store reads the manifest, and no array before it is asked for.
+Documents are grouped into shards of at most SHARD_TOKENS tokens; rows are planned one shard at a time (plan.py). The
+manifest has a hash of each shard's tokens and offsets. Opening a store reads only the manifest; arrays are read on
+demand.
 """
 
 import contextlib
@@ -60,10 +61,10 @@ Kind = Literal['text', 'pairs', 'conversations']
 
 
 class StoreWriter:
-  """Builds a store next to its place and moves it there when it is whole: `with StoreWriter(...) as w: w.add(...)`.
+  """Builds a store beside its path and moves it there when complete: `with StoreWriter(...) as w: w.add(...)`.
 
-  On an object store, which cannot move folders, the manifest is written last and there is no store before it. An
-  exception inside the `with` leaves nothing at the path. Raises DataError where something is at `path` already.
+  An object store cannot move folders: there the manifest is written last, and without it the store cannot be opened.
+  An exception inside the `with` leaves nothing at the path. Raises DataError if something exists at `path`.
   """
 
   def __init__(
@@ -88,7 +89,7 @@ class StoreWriter:
   def __enter__(self):
     try:
       self._start()
-    except BaseException:  # an interrupt too
+    except BaseException:  # including an interrupt
       self.__exit__(None, None, None)
       raise
     return self
@@ -106,18 +107,18 @@ class StoreWriter:
     last: Sequence[bool] | None = None,
     columns: Mapping[str, np.ndarray] = MappingProxyType({}),
   ) -> None:
-    """Appends ids without EOS. A document is all segments up to one that is `last`; by default each is one.
+    """Appends ids, given without EOS. A document is all segments up to one marked `last`; by default, each segment.
 
-    `columns` has a value for each document that ends, of each column. Documents without a token are left out, but not
-    of pairs.
+    `columns` has, for each column, one value per document that ends here. Documents without tokens are left out,
+    except in pairs.
     """
     parts = [np.asarray(ids, np.int64) for ids in segments]
     self.add_joined(join(parts, np.int64), np.array([True] * len(segments) if last is None else last, bool), columns)
 
   def add_joined(self, segments: Ragged, last: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-    """`add`, of segments that lie in one array; `last` is bool[segments]."""
+    """`add` for segments concatenated in one array; `last` is bool[segments]."""
     closing = np.flatnonzero(last)
-    stops = np.cumsum(segments.lengths)[closing]  # where documents end among these tokens
+    stops = np.cumsum(segments.lengths)[closing]  # the positions in these tokens at which documents end
     sizes = np.diff(stops, prepend=-self._open_tokens)
     self._open_tokens = (
       len(segments.values) - int(stops[-1]) if len(stops) else self._open_tokens + len(segments.values)
@@ -138,23 +139,23 @@ class StoreWriter:
     self._hash_columns()
 
   def _closes(self, kept: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """bool for each kept one of the next documents: whether a shard may end behind it."""
+    """bool for each of the next documents that is kept: whether a shard may end after it."""
     if TURNS_LEFT in columns:
       return columns[TURNS_LEFT][kept] == 0
     numbers = self.num_documents + np.arange(kept.sum())
     return numbers % 2 == 1 if self._pairs else np.ones(len(numbers), bool)
 
   def _hash_columns(self) -> None:
-    """Puts the hashes of columns in the entries of shards that are whole."""
+    """Adds the columns' hashes to the manifest's entries of the shards completed since the last call."""
     for entry in self._shards.entries[self._num_hashed :]:
       if self._columns:
         entry['columns_sha256'] = {name: own.take_sha256(entry['documents']) for name, own in self._columns.items()}
       self._num_hashed += 1
 
   def finish(self, **provenance: Any) -> None:
-    """Makes the store appear. `provenance` (JSON) goes in its manifest. Raises DataError where it would be empty."""
+    """Completes the store. `provenance` (JSON) is put in its manifest. Raises DataError if the store would be empty."""
     if not self.num_tokens or self._open_tokens:
-      raise DataError(f'{self.path} would hold no whole document; give text.')
+      raise DataError(f'{self.path} would not contain a complete document; give text.')
     self._tokens.close()
     self._offsets.close()
     self._shards.close()
@@ -185,12 +186,12 @@ class StoreWriter:
       self._staging.remove()
     elif not self._finished:
       columns = [f'{name}/' for name in self._kinds]
-      with contextlib.suppress(ValueError):  # what went wrong first is to be said
+      with contextlib.suppress(ValueError):  # report the first error, not a failed clean-up
         delete_files(self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *columns])
 
 
 def open_store(path: str | os.PathLike[str]) -> 'Store':
-  """The store at a path or URL. Raises DataError where there is none, or one of another format, or a damaged one."""
+  """The store at a path or URL. Raises DataError if it is missing, damaged or in another format."""
   raw = read_file(path, 'manifest.json')
   if raw is None:
     name, where = os.fspath(path), looked_in(path)
@@ -199,10 +200,10 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
     manifest = json.loads(raw)
     found = manifest['format']
   except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f'{place_of(path, "manifest.json")} is no manifest of a token store.', 'DATA-CORRUPT') from error
+    raise DataError(f'{place_of(path, "manifest.json")} is not a manifest of a token store.', 'DATA-CORRUPT') from error
   if found != FORMAT:
     raise DataError(
-      f'{os.fspath(path)} is a token store of format {found}, this version reads format {FORMAT}. '
+      f'{os.fspath(path)} is a token store of format {found}, but this version reads format {FORMAT}. '
       'Nothing was changed; prepare it again with pretrain data prepare.'
     )
   manifest.setdefault('pairs', False)
@@ -211,7 +212,7 @@ def open_store(path: str | os.PathLike[str]) -> 'Store':
 
 
 def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
-  """Raises DataError where it lacks what a Store reads of it."""
+  """Raises DataError if a key that Store reads is missing or has the wrong type."""
   bad = [key for key, kind in REQUIRED.items() if type(manifest.get(key)) is not kind]
   if bad:
     raise DataError(
@@ -221,7 +222,7 @@ def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> N
 
 
 class Store:
-  """Reads a token store. Picklable; threads may share one. `manifest` is what its file says."""
+  """Reads a token store. Picklable; threads may share one. `manifest` is the parsed manifest.json."""
 
   def __init__(self, path: str, manifest: dict[str, Any]):
     self.path, self.manifest = path, manifest
@@ -239,18 +240,18 @@ class Store:
     self._manifest, self._num_checked = Watch(self.path, 'manifest.json'), 0
 
   def _check_counts(self) -> None:
-    """Raises DataError where the manifest does not speak of these arrays."""
+    """Raises DataError if the manifest's counts differ from the arrays or from its list of shards."""
     said = self.num_tokens, self.num_documents
     listed = sum(len(shard.tokens) for shard in self.shards), sum(len(shard.documents) for shard in self.shards)
     for where, found in ('', (len(self._tokens), len(self._offsets) - 1)), (' in shards', listed):
       if found != said:
         raise DataError(
-          f'{self.path} has {found[0]} tokens in {found[1]} documents{where}, its manifest.json says {said[0]} in '
+          f'{self.path} has {found[0]} tokens in {found[1]} documents{where}, but its manifest.json says {said[0]} in '
           f'{said[1]}. {RESTORE}', 'DATA-CORRUPT',
         )  # fmt: skip
     if self.pairs and self.num_documents % 2:
       raise DataError(
-        f'{self.path} has {self.num_documents} documents, its manifest.json says that they are pairs. {RESTORE}',
+        f'{self.path} has {self.num_documents} documents, but its manifest.json says that they are pairs. {RESTORE}',
         'DATA-CORRUPT',
       )
 
@@ -258,7 +259,7 @@ class Store:
     return {k: v for k, v in self.__dict__.items() if k not in ('offsets', '_manifest')}
 
   def __setstate__(self, state):
-    """Raises DataError where the store is another one by now: a process that starts later has to see the same."""
+    """Raises DataError if the store has changed since: a process that starts later must read the same data."""
     self.__dict__.update(state)
     self._watch()
     self._check_same()
@@ -273,9 +274,9 @@ class Store:
       )  # fmt: skip
 
   def offsets_of(self, shard: int) -> np.ndarray:
-    """int64[documents + 1]: where each document of a shard begins in the store, and the last one ends; read anew.
+    """int64[documents + 1]: where each document of a shard begins in the store, and where the last one ends.
 
-    Raises DataError (DATA-CORRUPT) where they are not those of the manifest.
+    Read from the store at each call. Raises DataError (DATA-CORRUPT) if they do not match the manifest's hash.
     """
     documents = self.shards[shard].documents
     offsets = self._offsets.whole(range(documents.start, documents.stop + 1))
@@ -284,48 +285,48 @@ class Store:
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
-    """int64[num_documents + 1]: `offsets_of` all shards, read when first asked for and kept."""
+    """int64[num_documents + 1]: `offsets_of` for all shards, read at first use and kept in memory."""
     parts = [self.offsets_of(i)[:-1] for i in range(len(self.shards))]
     return np.concatenate([*parts, np.array([self.num_tokens])])
 
   @property
   def kind(self) -> Kind:
-    """What a unit of it is: a document of text, a pair, or a conversation."""
+    """The kind of unit that the store contains: documents of text, pairs, or conversations."""
     return 'pairs' if self.pairs else 'conversations' if TURNS_LEFT in self._columns else 'text'
 
   @property
   def column_names(self) -> tuple[str, ...]:
-    """What `column` can be asked for."""
+    """The names that `column` accepts."""
     return tuple(self._columns)
 
   @property
   def score_names(self) -> tuple[str, ...]:
-    """What `scores` can be asked for."""
+    """The names that `scores` accepts."""
     return tuple(name.removeprefix('scores/') for name in self._columns if name.startswith('scores/'))
 
   def scores(self, name: str, shard: int) -> np.ndarray:
-    """float32[documents]: a score of each document of a shard. Raises DataError where the store has no such score."""
+    """float32[documents]: a score of each document of a shard. Raises DataError if the store has no such score."""
     self.check_score(name)
     return self.column(f'scores/{name}', shard)
 
   def check_score(self, name: str) -> None:
-    """Raises DataError where the store has no such score."""
+    """Raises DataError if the store has no such score."""
     if f'scores/{name}' not in self._columns:
       raise DataError(
         f'{self.path} has no score {name!r} (it has: {", ".join(self.score_names) or "none"}); prepare it with '
-        f'pretrain data prepare --scores={name} …, or --score_field={name} where its records have it.'
+        f'pretrain data prepare --scores={name} …, or with --score_field={name} if its records have such a field.'
       )
 
   def tag_lengths(self, shard: int) -> np.ndarray:
-    """int32[documents]: how many tokens at the beginning of each document of a shard are tags; 0 in a store without."""
+    """int32[documents]: the number of tag tokens at the beginning of each document of a shard; 0 without tags."""
     if TAG_LENGTHS not in self._columns:
       return np.zeros(len(self.shards[shard].documents), np.int32)
     return self.column(TAG_LENGTHS, shard)
 
   def column(self, name: str, shard: int) -> np.ndarray:
-    """A value for each document of a shard, of a column that the store has; read anew.
+    """The values of a column for the documents of a shard, read from the store at each call.
 
-    Raises DataError (DATA-CORRUPT) where they are not those of the manifest.
+    Raises DataError (DATA-CORRUPT) if they do not match the manifest's hash.
     """
     values = self._columns[name].whole(self.shards[shard].documents)
     wanted = self.manifest['shards'][shard]['columns_sha256'][name]
@@ -342,31 +343,32 @@ class Store:
 
   @property
   def fingerprint(self) -> str:
-    """Equal for stores with the same tokens, documents (or pairs), shards and tokenizer."""
+    """A hash that is equal for stores with the same tokens, documents (or pairs), shards and tokenizer."""
     contents = [self.manifest['shards'], self.manifest['tokenizer_sha256'], self.pairs]
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
   def tokenizer(self, sentinels: int) -> Tokenizer:
-    """The tokenizer of the text, with `sentinels` sentinels. Raises DataError where its file is not the manifest's."""
+    """The store's tokenizer, with `sentinels` sentinels. Raises DataError if its file does not match the manifest."""
     model = read_file(self.path, 'tokenizer.model')
     if model is None or hashlib.sha256(model).hexdigest() != self.manifest['tokenizer_sha256']:
-      raise DataError(f'{place_of(self.path, "tokenizer.model")} is not the file of manifest.json.', 'DATA-CORRUPT')
+      where = place_of(self.path, 'tokenizer.model')
+      raise DataError(f'{where} does not match manifest.json. {RESTORE}', 'DATA-CORRUPT')
     return Tokenizer(model, sentinels)
 
   def tokens(self, places: range) -> np.ndarray:
-    """uint16 or uint32, as they are stored; past what is kept of `read`: for what reads a store from end to end."""
+    """The tokens at these positions, uint16 or uint32 as stored. Bypasses the cache of `read`: for full scans."""
     return self._tokens.whole(places)
 
   def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """int32 tokens of each (start, length); the store keeps what it read last (arrays.CACHE_BYTES).
+    """int32 tokens of each (start, length). Recently read chunks are cached (arrays.CACHE_BYTES).
 
-    Raises DataError (DATA-CORRUPT) where a checksum fails, and where what was fetched is of another store, which was
-    put in the place of this one: its chunks may have right checksums too.
+    Raises DataError (DATA-CORRUPT) if a checksum fails, or if the store was replaced by another one since it was
+    opened: the chunks of the other store have valid checksums too.
     """
     found, number = self._tokens.read(ranges), self._tokens.num_fetched
     if number != self._num_checked:
       if self._manifest.changed():
         self._check_same()
-        self._watch()  # it was restored from a copy, and is the same
+        self._watch()  # same contents, e.g. restored from a copy
       self._num_checked = number
     return found

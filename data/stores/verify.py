@@ -1,4 +1,4 @@
-"""`pretrain data verify`: every byte of a store is read, and every hash of its manifest checked."""
+"""`pretrain data verify`: reads every byte of a store and checks every hash in its manifest."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ STEP = 64 * CHUNK
 
 
 def verify(path: str) -> Iterator[str]:
-  """A line for each thing that is damaged: which file, which documents. Raises DataError where no store opens."""
+  """Yields one line per damaged part: which file, which documents. Raises DataError if the store cannot be opened."""
   store = open_store(path)
   yield from _failure(lambda: store.tokenizer(0))
   for shard in range(len(store.shards)):
@@ -33,7 +33,7 @@ def _failure(check) -> Iterator[str]:
 
 
 def _tokens(store: Store, shard: int, offsets: np.ndarray | None) -> Iterator[str]:
-  """What is wrong with the tokens of a shard, by the documents that they are of where `offsets` can tell."""
+  """One line per damaged part of a shard's tokens. Documents are named if `offsets` could be read."""
   tokens, digest, damaged = store.shards[shard].tokens, hashlib.sha256(), False
   for first in range(tokens.start, tokens.stop, STEP):
     places = range(first, min(first + STEP, tokens.stop))
@@ -48,7 +48,7 @@ def _tokens(store: Store, shard: int, offsets: np.ndarray | None) -> Iterator[st
 
 
 def _chunks(store: Store, shard: int, places: range, offsets: np.ndarray | None) -> Iterator[str]:
-  """Of the chunks at `places`, those that cannot be read."""
+  """One line per chunk at these positions that cannot be read."""
   for number in range(places.start // CHUNK, -(-places.stop // CHUNK)):
     first, last = max(number * CHUNK, places.start), min((number + 1) * CHUNK, places.stop) - 1
     try:

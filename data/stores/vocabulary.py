@@ -1,4 +1,4 @@
-"""Which id means what, and text to ids and back."""
+"""The vocabulary (the meaning of each id) and the tokenizer (text to ids and back)."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ SPACE = '▁'  # SentencePiece's
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """T5's layout: `pieces` of text, then `sentinels` (<extra_id_0> is the last of them), then UL2's mode tokens.
+  """T5's layout of ids: `pieces` of text, then `sentinels` (<extra_id_0> is the last), then UL2's mode tokens.
 
   >>> v = Vocabulary(32000, 100)
   >>> v.first_sentinel, v.sentinel(99), v.mode_ids, v.size
@@ -33,7 +33,7 @@ class Vocabulary:
 
   @property
   def size(self) -> int:
-    """How many ids there are; a model's vocabulary may be larger."""
+    """The number of ids; a model's vocabulary may be larger."""
     return self.pieces + self.sentinels + len(MODES)
 
   @property
@@ -54,7 +54,7 @@ class Vocabulary:
     return base, base + 1, base + 2
 
   def special(self, token: int) -> str | None:
-    """How people see `token` where it is no text: <extra_id_k>, [NLU], <pad>, </s>; None for text."""
+    """The written form of a special token: <extra_id_k>, [NLU], <pad>, </s>. None if `token` is text."""
     if token in (PAD, EOS):
       return ('<pad>', '</s>')[token]
     if self.is_sentinel(token):
@@ -66,7 +66,7 @@ class Vocabulary:
     if text in MODES:
       return self.mode_ids[MODES.index(text)]
     digits = text.removeprefix('<extra_id_').removesuffix('>').lstrip('0') or '0'
-    if len(digits) > 9 or int(digits) >= self.sentinels:  # int() refuses thousands of digits
+    if len(digits) > 9 or int(digits) >= self.sentinels:  # int() raises for thousands of digits
       fix = f'use <extra_id_0> to <extra_id_{self.sentinels - 1}>' if self.sentinels else 'it has none'
       shown = text if len(text) < 40 else f'{text[:30]}…>'
       raise DataError(f'{shown} is beyond the {self.sentinels} sentinels of this vocabulary (data.sentinels); {fix}.')
@@ -74,7 +74,7 @@ class Vocabulary:
 
 
 class Tokenizer:
-  """A SentencePiece model and the special tokens behind its pieces. Picklable."""
+  """A SentencePiece model and the special tokens whose ids follow its pieces. Picklable."""
 
   def __init__(self, model: bytes, sentinels: int):
     self.model = model
@@ -93,7 +93,7 @@ class Tokenizer:
     return hashlib.sha256(self.model).hexdigest()
 
   def encode(self, text: str) -> list[int]:
-    """Plain text -> ids, without EOS; text that looks like a special token is text."""
+    """Plain text -> ids, without EOS. Text that looks like a special token is encoded as text."""
     return self._processor.encode(text)
 
   def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
@@ -105,7 +105,7 @@ class Tokenizer:
     return self._processor.decode([int(i) for i in ids])
 
   def pieces(self) -> tuple[list[str], list[float], list[str]]:
-    """(name, score, kind) of each piece: of 'text', or 'byte' (its name is then in hexadecimal), or 'control'."""
+    """(names, scores, kinds) of all pieces. A kind is 'text', 'byte' (its name is hexadecimal) or 'control'."""
     model, ids = self._processor, list(range(self.vocabulary.pieces))
     special = zip(model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), strict=True)
     kinds = ['control' if any(flags) else 'text' for flags in special]
@@ -116,9 +116,9 @@ class Tokenizer:
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
 
-    The ids of text around a sentinel are those of training, where a sentinel replaces pieces of one text: a space
-    belongs to the word after it (to the word before it where the tokenizer has spaces as suffixes), and
-    `con<extra_id_0>tion` has no space at all. Raises DataError for a sentinel that does not exist.
+    Text around a sentinel gets the same ids as in training, where a sentinel replaces pieces of a longer text: a space
+    belongs to the word after it (or before it, if the tokenizer treats spaces as suffixes), and `con<extra_id_0>tion`
+    contains no space. Raises DataError for a sentinel that does not exist.
     """
     parts, ids = SPECIAL.split(text), []
     is_sentinel = lambda i: 0 < i < len(parts) and i % 2 == 1 and parts[i] not in MODES
@@ -132,34 +132,34 @@ class Tokenizer:
     return ids
 
   def _encode_part(self, text: str, after: bool, before: bool) -> list[int]:
-    """The ids of text that stands `after` or `before` a sentinel, without the space that belongs to the sentinel."""
+    """The ids of text `after` and/or `before` a sentinel, without the space that belongs to the sentinel."""
     if self._spaces_are_suffixes:
       text = text.removeprefix(' ') if after else text
     else:
       text = text.removesuffix(' ') if before else text
-    # SentencePiece adds a space at one end of a whole text: a guard there makes `text` a part of a longer one.
+    # SentencePiece adds a space at one end of its input. A guard character at that end keeps it away from `text`.
     left = self._guard if after else ''
     right = self._guard if before and self._spaces_are_suffixes else ''
     return self._encode_between(left, text, right) if text else []
 
   def _encode_between(self, left: str, text: str, right: str) -> list[int]:
-    """The ids of `text` in left + text + right, cut by SentencePiece's offsets in the UTF-8 bytes."""
+    """The ids of `text` within left + text + right, selected by SentencePiece's byte offsets in UTF-8."""
     begin = len(left.encode())
     end = begin + len(text.encode()) if right else math.inf
     pieces = self._processor.encode(left + text + right, return_type='proto').pieces
-    # Without byte fallback, unknown characters in sequence are one piece: `left` may share it with `text`.
+    # Without byte fallback, consecutive unknown characters form one piece, which may span `left` and `text`.
     shared = lambda piece: piece.id == UNKNOWN and piece.begin < begin < piece.end
     return [piece.id for piece in pieces if begin <= piece.begin < end or shared(piece)]
 
   @functools.cached_property
   def _guard(self) -> str:
-    """A character that no piece contains, so that none joins it with text."""
+    """A character that no piece contains, so that no piece merges it with text."""
     used = set().union(*self._names)
     return next(character for character in PRIVATE_USE if character not in used)
 
   @functools.cached_property
   def _spaces_are_suffixes(self) -> bool:
-    """Whether pieces end with the space after them (treat_whitespace_as_suffix), as far as pieces show it."""
+    """Whether pieces include the space after a word (treat_whitespace_as_suffix), judged by the majority of pieces."""
     words = [name for name in self._names if len(name) > 1]
     return sum(name.endswith(SPACE) for name in words) > sum(name.startswith(SPACE) for name in words)
 
@@ -168,17 +168,17 @@ class Tokenizer:
     return self._processor.id_to_piece(list(range(self.vocabulary.pieces)))
 
   def decode_after(self, before: Sequence[int], ids: Iterable[int]) -> str:
-    """The text that `ids` add behind the ids `before`: with the space between two words, where `ids` have one."""
+    """The text that `ids` add after the ids `before`, including the space between two words if there is one."""
     before, ids = [int(i) for i in before], [int(i) for i in ids]
     whole, known = self.decode([*before, *ids]), self.decode(before)
     return whole[len(known) :] if whole.startswith(known) else self.decode(ids)
 
   def piece(self, token: int) -> str:
-    """A piece of text as SentencePiece spells it: ▁the, <0x0A>."""
+    """A text piece in SentencePiece's notation: ▁the, <0x0A>."""
     return self._processor.id_to_piece(token)
 
   def render(self, ids: Iterable[int]) -> str:
-    """Ids as a person reads them: text, with every special token written out."""
+    """Ids in readable form: text, with every special token written out."""
     parts, text = [], []
     for token in [*map(int, ids), None]:
       special = '' if token is None else self.vocabulary.special(token)

@@ -10,7 +10,7 @@ def generate_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--text',
     action='append',
-    type=str,  # `tools.generate.answers` refuses bytes that are not UTF-8: they must not cost the other prompts
+    type=str,  # `evaluation.generate.answers` refuses bytes that are not UTF-8: they must not cost the other prompts
     required=True,
     help='a prompt: <extra_id_0>, <extra_id_1>, … mark blanks; without them it is continued',
   )
@@ -25,6 +25,6 @@ def generate_command(options, overrides) -> int:
   from pretrain.devices import mesh
 
   mesh.prepare_platform(mesh.MeshConfig())
-  from pretrain.tools.generate import show_generated
+  from pretrain.evaluation.generate import show_generated
 
   return show_generated(options.workdir, options.text, options.max_tokens, options.top)

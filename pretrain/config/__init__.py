@@ -1,5 +1,5 @@
 """Gin text to frozen dataclasses and back.
 
-Knows gin's notation and dataclass fields; must not know any particular key (other_stacks.py has names for
-messages alone).
+Knows gin's notation and the rules for dataclass fields; must not know any particular key (other_stacks.py
+has other programs' keys, for messages only).
 """

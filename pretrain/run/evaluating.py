@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.errors import ConfigError
+from pretrain.evaluation.exact_match import matches
+from pretrain.evaluation.losses import evaluate_sets
 from pretrain.optim.averaging import lawa_steps, linear_combination
 from pretrain.run.run import Run
-from pretrain.tools.evaluate import evaluate_sets
-from pretrain.tools.exact_match import matches
 
 
 def evaluate(run: Run) -> None:

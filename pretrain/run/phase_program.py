@@ -6,11 +6,11 @@ from data.batches.source import open_data
 from data.objectives.objectives import Supervised
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import host_rows
+from pretrain.evaluation.exact_match import make_exact_match
 from pretrain.experiment.phases import Phase
 from pretrain.experiment.program import build_program
 from pretrain.records.timeline import Activity
 from pretrain.step.loss import make_eval_step
-from pretrain.tools.exact_match import make_exact_match
 
 
 class PhaseProgram:

@@ -1,4 +1,4 @@
-"""What works on a config or a finished run, outside the loop: generate, evaluate, report, plan, merge, verify.
+"""What works on a config or a finished run, outside the loop: report, plan, average, verify, rewrite.
 
 Uses the whole Experiment; must not import the training loop.
 """

@@ -21,6 +21,7 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig, host_rows
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.losses import evaluate_sets
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
@@ -31,7 +32,6 @@ from pretrain.records.metrics import read_metrics
 from pretrain.snapshots.slots import folder_of, remembered
 from pretrain.step.loss import make_eval_step
 from pretrain.tools.describe import table
-from pretrain.tools.evaluate import evaluate_sets
 
 # Keys of model.* that change neither the shapes of weights nor what is computed from them.
 NOT_ARCHITECTURE = (

@@ -110,7 +110,7 @@ def led_out(options, run: pathlib.Path) -> list[Trial]:
   found['columns'] = {'scores/../../outside': 'float32'}
   (store / 'manifest.json').write_text(json.dumps(found))
   act = lambda: training(options.workdir / 'f18_c', **over(store))
-  return [*trials, Trial('a column leads out', act, 65, ['DATA-CORRUPT', 'is no name of a part'], store)]
+  return [*trials, Trial('a column leads out', act, 65, ['DATA-CORRUPT', 'is not a valid name inside'], store)]
 
 
 def secret(options) -> list[Trial]:

@@ -11,11 +11,11 @@ from data.objectives.objectives import CausalLm, Denoiser, Objective, PrefixLm, 
 from data.stores.vocabulary import EOS
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.devices.compilation_cache import cache_dir
+from pretrain.evaluation.losses import evaluate
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
 from pretrain.records.metrics import read_metrics
 from pretrain.step.loss import make_eval_step
-from pretrain.tools.evaluate import evaluate
 
 BATCHES = 16
 

@@ -1,4 +1,4 @@
-"""What the data engine promises, one test to a promise, by name. Speed, the tenth, is scripts/bench/data.py's."""
+"""The guarantees of the data engine, named g1 to g9. The tenth, speed, is measured by scripts/bench/data.py."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ if __name__ == '__main__':
 
 @pytest.fixture(scope='module')
 def sharded(tokenizer_model, tmp_path_factory):
-  """A folder of three stores, of two to four shards each."""
+  """A folder of three stores with two to four shards each."""
   folder, rng = tmp_path_factory.mktemp('sharded'), np.random.default_rng(0)
   for name, number in (('a', 60), ('b', 90), ('c', 150)):
     with StoreWriter(folder / name, Tokenizer(tokenizer_model, SENTINELS), shard_tokens=5000) as writer:
@@ -60,7 +60,7 @@ def sharded(tokenizer_model, tmp_path_factory):
 
 
 def mixed(folder, **options):
-  """UL2 over the three stores in two stages: what a real run has, all at once."""
+  """UL2 over the three stores in two stages: everything that a real run uses, together."""
   stages = (MixtureStage(start_step=0, weights=(5.0, 3.0, 2.0)), MixtureStage(start_step=25, weights=(0.0, 1.0, 3.0)))
   sources = tuple(Source(path=f'{folder}/{name}') for name in 'abc')
   return opened(None, Ul2(), 64, 64, sources=sources, stages=stages, **options)
@@ -68,12 +68,12 @@ def mixed(folder, **options):
 
 @pytest.fixture(scope='module')
 def hashes(sharded) -> list[str]:
-  """The batch hash of every step, each asked for alone."""
+  """The batch hash of every step, each batch made on its own."""
   source = mixed(sharded)
   return [digest(source.batch(step, slice(0, BATCH))) for step in range(STEPS)]
 
 
-def test_g1_a_run_that_is_killed_goes_on_bit_exactly(sharded, hashes):
+def test_g1_a_killed_run_resumes_bit_exactly(sharded, hashes):
   seen: list[str] = []
   for workers, lines in ((0, 7), (3, 15), (1, 11), (0, STEPS - 33)):
     command = [sys.executable, '-c', STREAM, str(sharded), str(len(seen) * BATCH), str(workers)]
@@ -89,7 +89,7 @@ def test_g1_a_run_that_is_killed_goes_on_bit_exactly(sharded, hashes):
 
 
 def steps_of(open_with, hosts: int, workers: int, first: int, last: int) -> list[str]:
-  """Batch hashes of steps first … last - 1, put together from what each host's loader gives."""
+  """Batch hashes of steps first … last - 1, with batches assembled from the rows of each host's loader."""
   own = BATCH // hosts
   sources = [open_with(workers=workers) for _ in range(hosts)]
   loaders = [loader(s, {'examples': first * BATCH}, slice(h * own, (h + 1) * own)) for h, s in enumerate(sources)]
@@ -101,18 +101,18 @@ def steps_of(open_with, hosts: int, workers: int, first: int, last: int) -> list
 
 
 @pytest.mark.parametrize('hosts', [1, 2, 8])
-def test_g2_any_number_of_hosts_has_the_same_batches(sharded, hashes, hosts):
+def test_g2_any_number_of_hosts_gives_the_same_batches(sharded, hashes, hosts):
   assert steps_of(functools.partial(mixed, sharded), hosts, 0, 0, STEPS) == hashes
 
 
-def test_g2_hosts_and_workers_may_change_in_the_middle(sharded, hashes):
+def test_g2_hosts_and_workers_may_change_during_a_run(sharded, hashes):
   legs = [(2, 0, 0, 20), (8, 0, 20, 35), (1, 3, 35, 50), (1, 1, 50, STEPS)]
   assert [found for leg in legs for found in steps_of(functools.partial(mixed, sharded), *leg)] == hashes
 
 
 @pytest.mark.parametrize('kind', ['conversations', 'tags'])
 def test_g1_g2_g4_hold_for_conversations_and_tags(chat_store, tag_store, kind):
-  """Over several epochs: each step alone, backwards; then hosts and workers that change, each leg begun anew."""
+  """Over several epochs: each step on its own, backwards; then in parts with different hosts and workers."""
   if kind == 'tags':
     own = functools.partial(opened, tag_store, CausalLm(), 0, 64, tags=Tags(drop_rate=0.4), packing=BestFit())
   else:
@@ -125,7 +125,7 @@ def test_g1_g2_g4_hold_for_conversations_and_tags(chat_store, tag_store, kind):
   assert [found for leg in legs for found in steps_of(own, *leg)] == wanted
 
 
-def test_g2_a_batch_of_another_size_goes_on_with_the_next_row(sharded):
+def test_g2_a_different_batch_size_continues_with_the_next_row(sharded):
   of_eight, of_three = mixed(sharded), mixed(sharded, batch_size=3)
   position, batch = next(loader(of_three, {'examples': 16}, slice(0, 3)))
   assert position['examples'] == 19
@@ -146,7 +146,7 @@ EPOCHS = [
 
 
 def rows_until(source, epoch: int):
-  """Descriptions of all rows of the run before `epoch`."""
+  """Yields the descriptions of all rows of the run before `epoch`."""
   start = 0
   while True:
     for row in range(source.batch_rows(start)):
@@ -171,8 +171,8 @@ def test_g3_every_token_is_seen_once_in_an_epoch(sharded, objective, inputs, tar
   assert used[1].tolist() == wanted.astype(int).tolist()
 
 
-def test_g4_a_batch_hangs_on_nothing_but_its_place(sharded, hashes):
-  """Asked for alone, backwards, and in a stream with other threads and prefetching."""
+def test_g4_a_batch_depends_only_on_its_position(sharded, hashes):
+  """The same batches are made on their own, backwards, and in a stream with other threads and prefetching."""
   backwards = mixed(sharded)
   assert [digest(backwards.batch(step, slice(0, BATCH))) for step in range(STEPS - 1, -1, -7)] == hashes[::-1][::7]
   for prefetch in (0, 5):
@@ -180,7 +180,7 @@ def test_g4_a_batch_hangs_on_nothing_but_its_place(sharded, hashes):
     assert [digest(batch) for _, batch in itertools.islice(stream, 12)] == hashes[:12]
 
 
-def test_g4_the_millionth_step_is_found_without_those_before_it(sharded):
+def test_g4_the_millionth_step_is_made_without_the_earlier_ones(sharded):
   far = mixed(sharded)
   planned: list[tuple[int, int]] = []
   for rows in far.sources:
@@ -191,7 +191,7 @@ def test_g4_the_millionth_step_is_found_without_those_before_it(sharded):
   assert len(planned) <= 9 * 8 + 16, 'each shard in each of its eight variants, and those of one window again'
 
 
-def test_g5_given_a_mask_inputs_and_targets_are_the_references():
+def test_g5_given_a_mask_inputs_and_targets_equal_the_references():
   for case in GOLDEN['cases']:
     mask = np.array([c == '1' for c in case['mask']])
     tokens = np.arange(100, 100 + case['length'], dtype=np.int32)
@@ -200,7 +200,7 @@ def test_g5_given_a_mask_inputs_and_targets_are_the_references():
     assert (inputs.tolist(), targets.tolist()) == (case['inputs'], case['targets'])
 
 
-def test_g6_masks_follow_their_law_and_denoisers_their_rates(sharded):
+def test_g6_masks_have_their_distribution_and_denoisers_their_rates(sharded):
   number, (noise, spans) = 40_000, noise_counts(20, 0.3, 2.0)
   bits = np.random.default_rng(0).integers(0, 2**64, 20 * number, np.uint64)
   masks = noise_masks(np.full(number, 20), np.full(number, noise), np.full(number, spans), bits).reshape(number, 20)
@@ -212,7 +212,7 @@ def test_g6_masks_follow_their_law_and_denoisers_their_rates(sharded):
   assert all(len(set(labels[i : i + 7])) == 7 for i in range(0, 70, 7))
 
 
-def test_g7_no_sentinel_is_ever_a_piece_of_text(sharded):
+def test_g7_sentinel_ids_never_collide_with_text_pieces(sharded):
   source = opened(sharded / 'c', Ul2(), 64, 64)
   vocabulary = source.vocabulary
   for step in range(20):
@@ -256,7 +256,7 @@ def test_g8_packed_rows_are_full_and_their_segments_are_the_pieces(sharded):
 
 
 @pytest.mark.parametrize('file', ['tokens/c/0', 'document_offsets/c/0', 'tokenizer.model', 'manifest.json'])
-def test_g9_what_is_damaged_is_refused(sharded, tmp_path, file):
+def test_g9_a_damaged_store_is_refused(sharded, tmp_path, file):
   shutil.copytree(sharded / 'a', tmp_path / 'a')
   read_all = lambda: [opened(tmp_path / 'a', Ul2(), 64, 64).batch(step, slice(0, BATCH)) for step in range(20)]
   read_all()

@@ -1,4 +1,4 @@
-"""T5's i.i.d. noise: the reference's inputs and targets given the mask, and the law of the mask."""
+"""T5's i.i.d. noise: given the mask, inputs and targets equal the reference's; the mask has the right distribution."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def per_run(tokens: list[int], hidden: list[bool]) -> list[int]:
   return out
 
 
-# The functions that t5's gin files name, for what is read and (of tokens, mask) what is written.
+# The functions named in t5's gin files, which make the inputs (and, given tokens and mask, the targets).
 INPUTS = {
   'sentinel_per_run': per_run,  # noise_span_to_unique_sentinel
   'mask': lambda tokens, hidden: [FIRST if h else t for t, h in zip(tokens, hidden, strict=True)],  # noise_token_to_…
@@ -37,7 +37,7 @@ INPUTS = {
 
 
 def seen(hide: str, targets: str, number: int = 40, **keys):
-  """(tokens, mask, inputs, targets) of pieces of 1 to `number` tokens; the mask by the bits, as they are documented."""
+  """(tokens, mask, inputs, targets) of pieces of 1 to `number` tokens; the mask follows from the bits as documented."""
   (task,) = tasks_of(IidDenoising(noise_density=0.4, hide=hide, targets=targets, **keys))
   rng, lengths = np.random.default_rng(0), np.arange(1, number + 1)
   tokens = join([rng.integers(3, 100, n) for n in lengths])
@@ -52,7 +52,7 @@ def seen(hide: str, targets: str, number: int = 40, **keys):
 
 @pytest.mark.parametrize('hide', ['sentinel_per_run', 'mask', 'drop'])
 @pytest.mark.parametrize('targets', ['noise', 'full'])
-def test_inputs_and_targets_are_the_references_given_the_mask(hide, targets):
+def test_inputs_and_targets_equal_the_references_given_the_mask(hide, targets):
   """nonnoise_span_to_unique_sentinel, drop_nonnoise_tokens, or no targets_fn: the full text."""
   outside = INPUTS['drop' if hide == 'mask' else hide]
   for tokens, mask, got_inputs, got_targets in seen(hide, targets):
@@ -61,8 +61,8 @@ def test_inputs_and_targets_are_the_references_given_the_mask(hide, targets):
     assert got_targets.tolist() == [*(text if targets == 'full' else outside(text, (~mask).tolist())), EOS]
 
 
-def test_each_token_is_hidden_alone():
-  """5 tokens, density 0.3: all 32 masks, each with its chance."""
+def test_each_token_is_hidden_independently():
+  """5 tokens, density 0.3: all 32 masks occur, each with its probability."""
   number, places = 60_000, np.arange(5)
   bits = np.random.default_rng(0).integers(0, 2**64, 5 * number, np.uint64)
   masks = iid_masks(np.full(number, 5), np.full(number, 0.3), np.full(number, 5), bits).reshape(number, 5)
@@ -71,13 +71,13 @@ def test_each_token_is_hidden_alone():
   assert 0.001 < stats.chisquare(found, number * 0.3**sizes * 0.7 ** (5 - sizes)).pvalue < 0.999
 
 
-def test_what_is_too_much_stays_in_sight():
+def test_tokens_beyond_the_limit_stay_visible():
   mask = iid_masks(np.array([4, 3]), np.ones(2), np.array([2, 5]), np.zeros(7, np.uint64))
   assert mask.tolist() == [True, True, False, False, True, True, True]
 
 
-def test_the_random_share_of_the_masks_is_any_piece_of_text():
-  """iid_15_r10s90_f, with its share larger; the place says nothing of it."""
+def test_random_replacements_are_uniform_over_text_pieces():
+  """iid_15_r10s90_f with a larger share of random tokens; the position has no influence on the replacement."""
   read, same = [], 0
   for tokens, mask, got, _ in seen('mask', 'full', number=400, random=0.25):
     assert (got[:-1] == tokens)[~mask].all()
@@ -92,8 +92,8 @@ def test_the_random_share_of_the_masks_is_any_piece_of_text():
   assert stats.chisquare(counts[UNKNOWN + 1 : VOCABULARY.pieces]).pvalue > 0.001
 
 
-def test_the_worst_mask_takes_the_places_that_its_task_counts_with():
-  """Every other token hidden, as many as may be: each has a sentinel of its own in the inputs, as have all between."""
+def test_the_worst_mask_needs_the_number_of_tokens_that_its_task_reserves():
+  """Every other token is hidden, up to the limit: each hidden token and each gap between them has its own sentinel."""
   (task,) = tasks_of(IidDenoising(noise_density=0.15))
   length = 400
   bits = np.where(np.arange(length + 1) % 2, np.uint64(0), np.uint64(2**64 - 1))

@@ -1,4 +1,4 @@
-"""The loader: the same batches from any position, with any number of workers, and no process left behind."""
+"""The loader gives the same batches from any position with any number of workers, and leaves no process behind."""
 
 import itertools
 import os
@@ -34,7 +34,7 @@ def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
   ('workers', 'objective'),
   [(0, (Ul2(), 64, 64)), (1, (Ul2(), 64, 64)), (0, (MaskedLm(), 0, 64)), (1, (Supervised(), 64, 32))],
 )
-def test_a_resumed_stream_is_the_rest_of_the_first(text_store, pair_store, workers, objective):
+def test_a_resumed_stream_equals_the_rest_of_the_original(text_store, pair_store, workers, objective):
   store = pair_store if isinstance(objective[0], Supervised) else text_store
   whole = take(opened(store, *objective), {'examples': 0}, 12)
   rest = take(opened(store, *objective, workers=workers), whole[4][0], 7)
@@ -42,13 +42,13 @@ def test_a_resumed_stream_is_the_rest_of_the_first(text_store, pair_store, worke
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_run_goes_on_past_as_many_rows_as_int32_counts(text_store, workers):
+def test_a_run_continues_past_2_to_the_31_rows(text_store, workers):
   ((position, batch),) = take(opened(text_store, workers=workers), {'examples': 2**31 - 4}, 1)
   assert position['examples'] == 2**31 + 4
   assert batch['example_index'].tolist() == [*range(2**31 - 4, 2**31), 0, 1, 2, 3]
 
 
-def test_a_batch_of_another_size_goes_on_at_the_same_row(text_store):
+def test_a_different_batch_size_continues_at_the_same_row(text_store):
   source = opened(text_store, batch_size=3)
   ((position, batch),) = take(source, {'examples': 8}, 1, slice(0, 3))
   assert position['examples'] == 11
@@ -63,12 +63,12 @@ def test_hosts_load_their_rows(text_store):
 
 
 def test_a_position_of_another_version_is_refused(text_store):
-  with pytest.raises(DataError, match='position of data version 7, this version reads 2'):
+  with pytest.raises(DataError, match='position has data version 7, but this release reads 2'):
     loader(opened(text_store), {'version': 7, 'examples': 0}, ALL)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_damage_reaches_the_loop_as_an_error_with_its_code(text_store, tmp_path, workers):
+def test_damage_reaches_the_training_loop_as_an_error_with_its_code(text_store, tmp_path, workers):
   import shutil
 
   store = tmp_path / 'store'
@@ -82,7 +82,7 @@ def test_damage_reaches_the_loop_as_an_error_with_its_code(text_store, tmp_path,
     take(source, {'examples': 0}, 1)
 
 
-def test_workers_end_with_a_parent_that_is_killed(text_store):
+def test_workers_end_when_their_parent_is_killed(text_store):
   code = (
     'import sys, time; from tests.data.batches.test_source import opened; from data.batches.loader import loader\n'
     'if __name__ == "__main__":\n'
@@ -106,7 +106,7 @@ def test_workers_end_with_a_parent_that_is_killed(text_store):
 
 
 def living(pids: list[int]) -> list[int]:
-  """Those that are worker processes still."""
+  """The pids that still are worker processes."""
   return [pid for pid in pids if 'spawn_main' in command_of(pid)]
 
 
@@ -115,14 +115,14 @@ def children(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-  """Empty for a process that is gone, or a zombie."""
+  """The command line of a process; empty if it has ended or is a zombie."""
   try:
     return pathlib.Path(f'/proc/{pid}/cmdline').read_text()
   except OSError:
     return ''
 
 
-def test_a_script_that_just_ends_is_quiet(text_store):
+def test_a_script_that_ends_without_closing_the_loader_prints_nothing(text_store):
   code = (
     'import sys; from tests.data.batches.test_source import opened; from data.batches.loader import loader\n'
     'if __name__ == "__main__":\n'

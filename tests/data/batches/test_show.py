@@ -1,4 +1,4 @@
-"""What a person sees of a row."""
+"""The readable form of a row: `pretrain data show`."""
 
 import re
 
@@ -13,7 +13,7 @@ from data.stores.store import open_store
 from tests.data.batches.test_source import opened
 
 
-def test_a_ul2_row_shows_mode_sentinels_and_where_it_is_from(text_store):
+def test_a_ul2_row_shows_mode_sentinels_and_origin(text_store):
   source = opened(text_store, Ul2())
   shown = [show_row(source, 3, row) for row in range(8)]
   assert any('[NLU]' in text for text in shown)
@@ -22,11 +22,11 @@ def test_a_ul2_row_shows_mode_sentinels_and_where_it_is_from(text_store):
   assert re.search(r'inputs \(\d+\): \[NL[UG]\] .*<extra_id_0>.*</s>', spans)
   assert re.search(r'targets \(\d+\): <extra_id_0> .*</s>', spans)
   assert re.search(r'segment 1: document \d+, tokens \d+ to \d+ of the store', spans)
-  assert re.search(r'encoder: \d+ of 64 places used \(\d+%\), \d segments', spans)
+  assert re.search(r'encoder: \d+ of 64 positions used \(\d+%\), \d segments', spans)
   assert str(text_store) in spans
 
 
-def test_inputs_and_targets_hold_the_text_of_the_document(text_store):
+def test_inputs_and_targets_together_contain_the_text_of_the_document(text_store):
   source = opened(text_store, SpanCorruption(), 64, 32)
   document, start, length = source.describe_row(0).pieces[0]
   text = source.tokenizer.render(source.sources[0].store.read([(start, length)])[0])
@@ -41,7 +41,7 @@ def test_a_decoders_row_shows_prefix_and_targets(text_store):
   assert 'encoder' not in shown
 
 
-def test_a_causal_row_shows_its_text_alone(text_store):
+def test_a_causal_row_shows_only_its_text(text_store):
   shown = show_row(opened(text_store, CausalLm(), 0, 64), 0, 0)
   assert 'task causal' in shown
   assert 'prefix' not in shown
@@ -69,14 +69,14 @@ def test_a_masked_row_shows_its_text_with_masks_and_the_answers(text_store):
   ('objective', 'lengths', 'side'),
   [(Supervised(), (12, 20), 'inputs'), (Supervised(inputs_length=12), (0, 32), 'prefix')],
 )
-def test_a_row_of_pairs_shows_each_and_how_many_are_cut(pair_store, objective, lengths, side):
+def test_a_row_of_pairs_shows_each_pair_and_how_many_are_cut(pair_store, objective, lengths, side):
   source = opened(pair_store, objective, *lengths)
   shown, store = '\n'.join(show_row(source, 0, row) for row in range(8)), open_store(pair_store)
   inputs, targets = np.diff(store.offsets).reshape(-1, 2).T
   cut = (inputs > 12).sum(), (targets > 20).sum()
   assert min(cut) > 0
   cuts = f'{cut[0]} have inputs cut to 12 tokens, {cut[1]} have targets cut to 20 tokens'
-  assert f'of its {len(inputs)} pairs {cuts}' in shown
+  assert f'of its {len(inputs)} pairs, {cuts}' in shown
   found = re.findall(
     rf'segment \d+: pair (\d+), inputs tokens (\d+) to (\d+), targets tokens (\d+) to (\d+) of the store\n'
     rf'  {side} \((\d+)\): (.*)\n  targets \((\d+)\): (.*)\n', shown,
@@ -97,11 +97,11 @@ def test_synthetic_rows_show_ids():
 
 
 @pytest.mark.parametrize(('step', 'row'), [(0, 8), (0, -1), (-1, 0)])
-def test_a_row_that_is_not_there_is_refused(text_store, step, row):
+def test_a_row_that_does_not_exist_is_refused(text_store, step, row):
   with pytest.raises(DataError, match=r'rows are 0 to 7 \(data.batch_size=8\)'):
     show_row(opened(text_store), step, row)
 
 
-def test_a_step_beyond_every_position_is_refused(text_store):
-  with pytest.raises(DataError, match='the last one that has a number is 9007199254740992'):
+def test_a_step_beyond_the_largest_example_number_is_refused(text_store):
+  with pytest.raises(DataError, match='the largest example number is 9007199254740992'):
     show_row(opened(text_store), 10**20, 0)

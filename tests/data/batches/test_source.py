@@ -74,7 +74,7 @@ def opened(
 
 @pytest.fixture
 def store_for(text_store, pair_store, chat_store):
-  """objective -> the store that it learns from."""
+  """A function: objective -> the store that it learns from."""
   special = {'supervised': pair_store, 'instruction': chat_store}
   return lambda objective: special.get(objective.name, text_store)
 
@@ -91,7 +91,7 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope='module')
 def two_stores(tokenizer_model, tmp_path_factory):
-  """A small store and one three times as large, of one tokenizer."""
+  """A small store and one three times as large, with the same tokenizer."""
   folder, rng = tmp_path_factory.mktemp('two'), np.random.default_rng(0)
   for name, number in (('small', 20), ('large', 60)):
     with StoreWriter(folder / name, Tokenizer(tokenizer_model, SENTINELS)) as writer:
@@ -102,16 +102,16 @@ def two_stores(tokenizer_model, tmp_path_factory):
 
 @pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS + CONVERSATIONS)
 @pytest.mark.parametrize('hosts', [2, 8])
-def test_hosts_together_have_the_batch_of_one(store_for, objective, inputs, targets, hosts):
+def test_the_rows_of_all_hosts_equal_the_batch_of_a_single_host(store_for, objective, inputs, targets, hosts):
   own, store = 8 // hosts, store_for(objective)
-  for step in (0, 3, 11):  # the last one crosses an epoch for some
+  for step in (0, 3, 11):  # for some objectives the last one crosses an epoch
     whole = opened(store, objective, inputs, targets).batch(step, slice(0, 8))
     parts = [opened(store, objective, inputs, targets).batch(step, slice(h * own, (h + 1) * own)) for h in range(hosts)]
     assert_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
 @pytest.mark.parametrize(('objective', 'inputs', 'targets'), OBJECTIVES + PAIRS + CONVERSATIONS)
-def test_a_batch_does_not_depend_on_those_before_it(store_for, objective, inputs, targets):
+def test_a_batch_does_not_depend_on_earlier_batches(store_for, objective, inputs, targets):
   stream = opened(store_for(objective), objective, inputs, targets)
   batches = [stream.batch(step, slice(0, 8)) for step in range(30)]
   assert_equal(batches[29], opened(store_for(objective), objective, inputs, targets).batch(29, slice(0, 8)))
@@ -147,8 +147,8 @@ def test_each_token_is_in_exactly_one_row_of_an_epoch(text_store, objective, inp
   assert source.describe_row(row).epoch == 1
 
 
-def test_a_causal_epoch_is_the_store_itself(text_store):
-  """The targets of an epoch's rows, in the order of the text, are all tokens with their EOS."""
+def test_a_causal_epoch_contains_exactly_the_tokens_of_the_store(text_store):
+  """The targets of an epoch's rows, sorted into the order of the text, are all tokens including EOS."""
   source, store = opened(text_store, CausalLm(), 0, 64, batch_size=1), open_store(text_store)
   rows, step = [], 0
   while (origin := source.describe_row(step)).epoch == 0:
@@ -167,7 +167,7 @@ def examples(batch, side: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize('side', ['encoder', 'decoder'])
-def test_no_example_crosses_a_document_unless_asked(text_store, side):
+def test_no_example_crosses_a_document_boundary_unless_configured(text_store, side):
   source = opened(text_store)
   apart = source.batch(0, slice(0, 8))
   across = opened(text_store, attend_across_documents=True).batch(0, slice(0, 8))
@@ -191,15 +191,15 @@ def is_subsequence(short: list[int], long: list[int]) -> bool:
 
 
 class SlowDict(collections.OrderedDict):
-  """Other threads run between what is stored and what is done next."""
+  """A dict that lets other threads run right after an item is stored."""
 
   def __setitem__(self, key, value):
     super().__setitem__(key, value)
     time.sleep(1e-3)
 
 
-def test_threads_that_share_rows_get_what_one_gets(text_store, monkeypatch):
-  """Plans of more epochs than are kept, wanted in another order by each thread."""
+def test_threads_that_share_rows_get_the_same_batches_as_one_thread(text_store, monkeypatch):
+  """More epochs' plans than the cache holds, requested in a different order by each thread."""
   monkeypatch.setattr(data.batches.rows, 'WINDOW', 1)
   shared, alone = (opened(text_store).sources[0] for _ in range(2))
   plan, planned = shared._planner.plan, []
@@ -218,13 +218,13 @@ def test_threads_that_share_rows_get_what_one_gets(text_store, monkeypatch):
   assert len(planned) > 8, 'plans were dropped and made again'
 
 
-def test_rows_count_from_zero_for_ever(text_store):
+def test_the_sequence_of_rows_is_endless(text_store):
   got = opened(text_store).batch(7, slice(2, 5))['example_index']
   assert got.tolist() == [58, 59, 60]
   assert got.dtype == np.int32
 
 
-def test_epochs_follow_each_other_inside_a_batch(text_store):
+def test_a_batch_may_contain_the_end_of_one_epoch_and_the_start_of_the_next(text_store):
   source = opened(text_store, batch_size=1000)
   origins = [source.describe_row(row) for row in range(0, 1000, 10)]
   epochs = [origin.epoch for origin in origins]
@@ -258,7 +258,7 @@ def test_each_source_goes_through_its_own_epochs(two_stores):
   assert max(o.epoch for o in seen if o.path == small) > max(o.epoch for o in seen if o.path == large)
 
 
-def test_the_fingerprint_is_json_and_of_the_stores(two_stores):
+def test_the_fingerprint_is_json_and_identifies_the_stores(two_stores):
   small, large = (Source(path=str(path)) for path in two_stores)
   a, b = opened(None, sources=(small,)).fingerprint(), opened(None, sources=(large,)).fingerprint()
   assert json.loads(json.dumps(a)) == a
@@ -266,7 +266,7 @@ def test_the_fingerprint_is_json_and_of_the_stores(two_stores):
   assert a['stores'] != b['stores']
 
 
-def test_heldout_batches_are_fixed_and_hold_each_row_once(two_stores):
+def test_heldout_batches_are_fixed_and_contain_each_row_once(two_stores):
   small, large = (Source(path=str(path)) for path in two_stores)
   sets = [opened(None, sources=(large,), heldout=(small,), seed=seed).heldout(99, slice(0, 8)) for seed in (0, 1)]
   assert list(sets[0]) == ['small']
@@ -279,7 +279,7 @@ def test_heldout_batches_are_fixed_and_hold_each_row_once(two_stores):
   assert text > 500
 
 
-def test_the_last_heldout_batch_is_padded_without_weight(two_stores):
+def test_the_last_heldout_batch_is_padded_with_rows_of_weight_zero(two_stores):
   small, large = (Source(path=str(path)) for path in two_stores)
   source = opened(None, sources=(large,), heldout=(small,), batch_size=16)
   *_, last = source.heldout(99, slice(0, 16))['small']
@@ -290,7 +290,7 @@ def test_the_last_heldout_batch_is_padded_without_weight(two_stores):
   assert len(list(source.heldout(2, slice(0, 16))['small'])) == 2
 
 
-def test_hosts_see_their_rows_of_heldout_batches(two_stores):
+def test_each_host_gets_its_rows_of_heldout_batches(two_stores):
   small, large = (Source(path=str(path)) for path in two_stores)
   source = opened(None, sources=(large,), heldout=(small,))
   whole, part = (list(source.heldout(99, rows)['small']) for rows in (slice(0, 8), slice(6, 8)))
@@ -298,7 +298,7 @@ def test_hosts_see_their_rows_of_heldout_batches(two_stores):
     assert_equal({name: values[6:8] for name, values in a.items()}, b)
 
 
-def test_heldout_sets_of_one_name_are_told_apart(two_stores, tmp_path, tokenizer_model):
+def test_heldout_sets_with_the_same_name_get_numbers(two_stores, tmp_path, tokenizer_model):
   with StoreWriter(tmp_path / 'small', Tokenizer(tokenizer_model, SENTINELS)) as writer:
     writer.add([[5, 6, 7, 8]])
     writer.finish()
@@ -307,7 +307,7 @@ def test_heldout_sets_of_one_name_are_told_apart(two_stores, tmp_path, tokenizer
   assert len(source.heldout(1, slice(0, 8))) == 2
 
 
-def test_synthetic_tokens_need_no_disk_and_are_text_alone():
+def test_synthetic_tokens_need_no_disk_and_contain_only_text():
   cfg = Synthetic(batch_size=4, targets_length=128, sentinels=8)
   source = open_data(cfg, CausalLm(), seed=0, vocab_size=300, cache_dir='unused')
   batch = source.batch(0, slice(0, 4))
@@ -353,12 +353,12 @@ def test_stores_of_different_tokenizers_are_refused(text_store, tmp_path):
     ({'sources': (Source(path='/none/at/all'),)}, 'no token store at /none/at/all; make one with: pretrain data'),
   ],
 )
-def test_sources_that_cannot_be_are_refused(options, message):
+def test_invalid_sources_are_refused(options, message):
   with pytest.raises(DataError, match='DATA: ' + message):
     opened(None, **options)
 
 
-def test_too_few_sentinels_are_refused_here_too(text_store):
+def test_too_few_sentinels_are_also_refused_when_data_is_opened(text_store):
   cfg = dataclasses.replace(opened(text_store).cfg, sentinels=3)
   with pytest.raises(ValueError, match=r'data.sentinels=3 but denoiser'):
     open_data(cfg, Ul2(), seed=0, vocab_size=600, cache_dir='unused')

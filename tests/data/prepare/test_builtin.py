@@ -1,4 +1,4 @@
-"""The built-in corpus: made once, the same for the same files, held-out text apart."""
+"""The built-in corpus: made once, the same for the same files, with separate held-out text."""
 
 import multiprocessing
 
@@ -32,7 +32,7 @@ class Basket:
 '''
 
 
-def test_strings_come_out_as_prose_in_source_order():
+def test_docstrings_are_extracted_as_prose_in_source_order():
   assert extract(SOURCE) == [
     'The module counts apples and pears in many different baskets.',
     'A basket of apples, which may be empty but never has holes. It is made of willow.',
@@ -40,18 +40,18 @@ def test_strings_come_out_as_prose_in_source_order():
   ]
 
 
-def test_rulers_and_white_space_go():
+def test_rulers_and_extra_white_space_are_removed():
   assert prose('Title\n=====\n\n  Text\n    goes on.\n') == 'Title Text goes on.'
 
 
 @pytest.fixture
 def few_files(monkeypatch):
-  """The corpus of about a hundred files of the standard library, so that a test is quick."""
+  """Limits the corpus to about a hundred files of the standard library, so that tests are fast."""
   chosen = [f for f in builtin.files() if f[0].startswith('python/')][:110]
   monkeypatch.setattr(builtin, 'files', lambda: chosen)
 
 
-def test_a_corpus_is_made_once_and_held_out_files_are_apart(few_files, tmp_path, monkeypatch):
+def test_a_corpus_is_made_once_and_has_separate_held_out_text(few_files, tmp_path, monkeypatch):
   train, heldout = builtin.builtin_store(tmp_path, 700, 40)
   stores = open_store(train), open_store(heldout)
   assert stores[0].manifest['pieces'] == 700 - 40 - 3
@@ -68,7 +68,7 @@ def test_the_same_files_make_the_same_corpus(few_files, tmp_path):
     assert open_store(a).fingerprint == open_store(b).fingerprint
 
 
-def test_a_build_that_was_cut_off_is_taken_up(few_files, tmp_path, monkeypatch):
+def test_an_interrupted_build_is_completed(few_files, tmp_path, monkeypatch):
   real, written = builtin._write, []
 
   def cut_off(path, texts, tokenizer):
@@ -86,14 +86,14 @@ def test_a_build_that_was_cut_off_is_taken_up(few_files, tmp_path, monkeypatch):
   assert open_store(heldout).num_documents > 0
 
 
-def test_no_string_occurs_twice(few_files):
+def test_no_docstring_occurs_twice(few_files):
   texts = list(builtin._extract_all([str(path) for _, path in builtin.files()[:60]] * 2))
   assert texts[:60] == texts[60:], 'workers answer in order'
   documents = dict(builtin.documents())
   assert len(set(documents.values())) == len(documents) > 20
 
 
-def test_processes_wait_for_the_one_that_builds(tmp_path):
+def test_other_processes_wait_for_the_one_that_builds(tmp_path):
   with builtin._exclusive(tmp_path / 'lock'):
     other = multiprocessing.get_context('spawn').Process(target=_enter, args=(tmp_path / 'lock', tmp_path / 'entered'))
     other.start()

@@ -1,4 +1,4 @@
-"""Empty is what has no tokens: zero-width spaces and the like are refused, or left out, where '' is."""
+"""Text without tokens, such as zero-width spaces, counts as empty: it is refused or left out wherever '' is."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from data.stores.vocabulary import Tokenizer
 from tests.conftest import paragraphs
 
 PAIR, CHAT = Reading(pair=('inputs', 'targets')), Reading(messages='messages')
-# What NFKC with T5's rules removes or makes a space of: nothing is left of these.
+# T5's NFKC normalisation removes these characters or makes them spaces, so nothing is left.
 NOTHING = ['', ' ', '\n', '\u200b', '\ufeff', '\u200b \u200b\n', '\x01', '\u3000', '\xa0', '\u200e\u200f']
 
 
@@ -35,7 +35,7 @@ def chat(answer: str) -> dict:
 
 
 @pytest.mark.parametrize('text', NOTHING)
-def test_sentencepiece_makes_no_token_of_these(model, text):
+def test_sentencepiece_gives_no_tokens_for_these(model, text):
   assert Tokenizer(model.read_bytes(), 0).encode(text) == []
 
 
@@ -43,19 +43,19 @@ def test_sentencepiece_makes_no_token_of_these(model, text):
 @pytest.mark.parametrize('text', NOTHING[:4])
 def test_targets_without_tokens_are_refused(tmp_path, model, text, workers):
   lines = [{'inputs': 'a', 'targets': 'b'}, {'inputs': 'a', 'targets': text}]
-  with pytest.raises(DataError, match=r"t.jsonl:2: field 'targets'.* is empty; write what is to be learnt, or leave"):
+  with pytest.raises(DataError, match=r"t.jsonl:2: field 'targets'.* is empty; write the text to be learnt, or"):
     made(tmp_path, model, lines, PAIR, workers=workers)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['t.jsonl']
 
 
 @pytest.mark.parametrize('text', NOTHING)
 def test_an_answer_without_tokens_is_refused(tmp_path, model, text):
-  with pytest.raises(DataError, match=r't.jsonl:2: messages\[1\].* is empty; write what is to be learnt, or leave'):
+  with pytest.raises(DataError, match=r't.jsonl:2: messages\[1\].* is empty; write the text to be learnt, or'):
     made(tmp_path, model, [chat('yes'), chat(text)], CHAT)
 
 
 @pytest.mark.parametrize('text', NOTHING)
-def test_inputs_and_questions_without_tokens_are_those_of_an_empty_string(tmp_path, model, text):
+def test_inputs_and_questions_without_tokens_equal_those_of_an_empty_string(tmp_path, model, text):
   for reading, lines in (
     (PAIR, [{'inputs': text, 'targets': 'b'}]),
     (CHAT, [{'messages': [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': 'b'}]}]),
@@ -78,7 +78,7 @@ def test_a_document_without_tokens_is_left_out(tmp_path, model, text):
 
 @pytest.mark.parametrize('name', ['t.txt', 't.jsonl'])
 @pytest.mark.parametrize('text', NOTHING)
-def test_a_file_without_tokens_is_empty(tmp_path, model, text, name):
+def test_a_file_without_tokens_counts_as_empty(tmp_path, model, text, name):
   (tmp_path / 'a.txt').write_text('some text')
   (tmp_path / name).write_text(json.dumps({'text': text}) if name == 't.jsonl' else text)
   with pytest.raises(DataError, match=f'{name} is empty; remove it from the inputs'):
@@ -87,7 +87,7 @@ def test_a_file_without_tokens_is_empty(tmp_path, model, text, name):
 
 
 @pytest.mark.parametrize('text', ['\u2060', '☃', '\u0301', '.'])
-def test_what_has_tokens_is_text(tmp_path, model, text):
-  """Pieces for bytes spell every character that normalisation keeps."""
+def test_any_text_with_tokens_is_kept(tmp_path, model, text):
+  """Byte pieces can spell every character that normalisation keeps."""
   assert Tokenizer(model.read_bytes(), 0).encode(text)
   assert made(tmp_path, model, [{'inputs': '', 'targets': text}], PAIR).num_documents == 2

@@ -1,4 +1,4 @@
-"""Every kind of input file gives the same documents; what is damaged is named, and nothing is left behind."""
+"""Every kind of input file gives the same documents; a damaged file is named in the error and leaves nothing behind."""
 
 import functools
 import gzip
@@ -25,7 +25,7 @@ from data.prepare.scores import SCORES, score
 from data.prepare.text import Reading, read_segments
 from data.stores.store import open_store
 
-packed = functools.partial(gzip.compress, mtime=0)  # names of tests hold no time
+packed = functools.partial(gzip.compress, mtime=0)  # so that test names do not change with the time
 TEXTS = [f'document {i} of the license\nand of any work {i % 7}' for i in range(700)]
 ROWS = [{'text': text, 'lang': 'en', 'quality': i / 2} for i, text in enumerate(TEXTS)]
 LINES = '\n'.join(map(json.dumps, ROWS)).encode()
@@ -44,7 +44,7 @@ def parquet(path: pathlib.Path, rows: list[dict]) -> None:
 
 
 def zstd(content: bytes) -> bytes:
-  return zstandard.compress(content[:999]) + zstandard.compress(content[999:])  # two frames are one file
+  return zstandard.compress(content[:999]) + zstandard.compress(content[999:])  # a file of two frames
 
 
 WRITERS = {
@@ -96,7 +96,7 @@ def test_documents_are_the_same_in_every_kind_of_file(tmp_path, name):
     ('t.jsonl', b'[' * 10**5 + b']' * 10**5, r't.jsonl:1: not JSON \(maximum recursion depth'),
   ],
 )  # fmt: skip
-def test_a_damaged_file_is_named_and_nothing_is_left(tmp_path, model, name, content, message):
+def test_the_error_names_a_damaged_file_and_nothing_is_left_behind(tmp_path, model, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError, match='^DATA: .*' + message):
     prepare([tmp_path / name], tmp_path / 'out', tokenizer=model)
@@ -110,17 +110,17 @@ def test_a_damaged_file_is_named_and_nothing_is_left(tmp_path, model, name, cont
     ('t.parquet', [{'text': 'a'}, {'text': None}], {}, r"t.parquet: row 1: no text in field 'text'"),
     ('t.parquet', [{'text': 'a'}], {'tag_fields': ('url',)}, r"t.parquet has no column 'url'"),
     ('j.arrayrecord', [{'text': 'a'}, {'x': 'a'}], {}, r"j.arrayrecord: record 1: no text in field 'text'"),
-    ('t.jsonl', [{'text': 'a', 'q': 'high'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 'high', no number"),
-    ('t.jsonl', [{'text': 'a'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is None, no number"),
-    ('t.jsonl', [{'text': 'a', 'q': 10**400}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 10{39}, no number"),
-    ('t.jsonl', [{'text': 'a', 'q': 1e39}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 1e\+39, no number"),
+    ('t.jsonl', [{'text': 'a', 'q': 'high'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 'high', not a float32"),
+    ('t.jsonl', [{'text': 'a'}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is None, not a float32"),
+    ('t.jsonl', [{'text': 'a', 'q': 10**400}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 10{39}, not a float32"),
+    ('t.jsonl', [{'text': 'a', 'q': 1e39}], {'score_field': 'q'}, r"t.jsonl:1: field 'q' is 1e\+39, not a float32"),
     ('t.jsonl', [{'text': 'a', 'url': 'x\0'}], {'tag_fields': ('url',)}, r"field 'url' has a NUL \(character 1\)"),
     ('t.jsonl', [{'text': 'a', 'url': '\ud800'}], {'tag_fields': ('url',)}, r"field 'url' has half of a surrogate"),
     ('t.jsonl', [{'text': 5}], {}, r"t.jsonl:1: no text in field 'text', which is int \(found: text\)"),
-    ('t.jsonl', [{'text': 'a', 'url': []}], {'tag_fields': ('url',)}, r"t.jsonl:1: field 'url' is no text \(list\)"),
+    ('t.jsonl', [{'text': 'a', 'url': []}], {'tag_fields': ('url',)}, r"t.jsonl:1: field 'url' is not text \(list\)"),
   ],
 )
-def test_a_bad_record_is_named(tmp_path, model, name, rows, options, message):
+def test_the_error_names_a_bad_record(tmp_path, model, name, rows, options, message):
   lines = [json.dumps(row).encode() for row in rows]
   if name == 't.parquet':
     parquet(tmp_path / name, rows)
@@ -132,7 +132,7 @@ def test_a_bad_record_is_named(tmp_path, model, name, rows, options, message):
     prepare([tmp_path / name], tmp_path / 'out', tokenizer=model, reading=reading_of(name, **options))
 
 
-def test_parquet_that_is_no_text_or_whose_checksums_fail_is_named(tmp_path, model):
+def test_the_error_names_parquet_with_invalid_utf8_or_a_wrong_checksum(tmp_path, model):
   offsets = np.int32([0, 1, 4]).tobytes()
   text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, *map(pyarrow.py_buffer, (offsets, b'abc\xff'))])
   pyarrow.parquet.write_table(pyarrow.table({'text': text}), tmp_path / 'bad.parquet')
@@ -145,7 +145,7 @@ def test_parquet_that_is_no_text_or_whose_checksums_fail_is_named(tmp_path, mode
     prepare([path], tmp_path / 'out', tokenizer=model)
 
 
-def test_a_library_that_is_missing_names_the_extra(tmp_path, model, monkeypatch):
+def test_the_error_for_a_missing_library_names_the_extra_to_install(tmp_path, model, monkeypatch):
   WRITERS['t.jsonl.zst'](tmp_path / 't.jsonl.zst')
   monkeypatch.setitem(sys.modules, 'zstandard', None)
   with pytest.raises(DataError, match=r"zst needs zstandard, which is not installed; pip install -e '\.\[data\]'"):
@@ -168,7 +168,7 @@ def test_the_store_is_the_same_for_any_number_of_workers(tmp_path, model, monkey
   assert any('scores' in path.parts for path in files[0])
 
 
-def test_scores_are_those_of_the_whole_document_however_it_is_cut(tmp_path, model, monkeypatch):
+def test_scores_do_not_depend_on_how_a_document_is_cut_into_segments(tmp_path, model, monkeypatch):
   (tmp_path / 't.txt').write_bytes(PLAIN)
   (tmp_path / 'u.txt').write_text(TEXTS[0])
   monkeypatch.setattr('data.prepare.text.SEGMENT_BYTES', 300)
@@ -181,7 +181,7 @@ def test_scores_are_those_of_the_whole_document_however_it_is_cut(tmp_path, mode
     assert store.scores(name, 0).tolist() == np.float32(wanted).tolist()
 
 
-def test_given_scores_and_tags_are_kept_for_each_document(tmp_path, model):
+def test_scores_and_tags_from_fields_are_kept_for_each_document(tmp_path, model):
   WRITERS['t.parquet'](tmp_path / 't.parquet')
   rows = [*ROWS[:3], {'text': ' ', 'lang': 'de', 'quality': 7.0}, {'text': 'of', 'lang': None, 'quality': 8.0}]
   parquet(tmp_path / 't.parquet', rows)
@@ -204,11 +204,11 @@ def test_given_scores_and_tags_are_kept_for_each_document(tmp_path, model):
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, model):
-  """In a process group of its own, as a terminal does; its workers are told too."""
+  """Runs in its own process group, as in a terminal; the workers receive the signal too."""
   (tmp_path / 't.txt').write_bytes(PLAIN * 1000)
   code = (
     'import signal, sys; from data.prepare.prepare import prepare\n'
-    'signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it\n'
+    'signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it by default\n'
     'prepare(sys.argv[1:2], sys.argv[2], tokenizer="m", workers=2)'
   )
   command = [sys.executable, '-c', code, str(tmp_path / 't.txt'), str(tmp_path / 'out')]
@@ -224,7 +224,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, model):
 
 
 def wait_for_the_end_of(group: int) -> None:
-  """Workers, and the tracker of their semaphores, end right after the process that started them."""
+  """Waits for the workers and their semaphore tracker, which end shortly after the process that started them."""
   for _ in range(500):
     try:
       os.killpg(group, 0)

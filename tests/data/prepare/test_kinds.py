@@ -1,4 +1,4 @@
-"""What a file is follows from its name, in any case, and from its first bytes; where they disagree it is refused."""
+"""The kind of a file follows from its name, in any case, and its first bytes; if they disagree, it is refused."""
 
 import bz2
 import gzip
@@ -88,7 +88,7 @@ def documents(path: pathlib.Path, **options) -> list[str]:
     ('x.v1.2', PLAIN), ('.hidden', PLAIN), ('x.txt.gz', gzip.compress(PLAIN)), ('jsonl', PLAIN), ('x.bin', PLAIN),
   ],
 )  # fmt: skip
-def test_a_name_is_read_in_any_case_and_any_text_has_any_suffix(tmp_path, name, content):
+def test_names_are_read_in_any_case_and_text_may_have_any_other_suffix(tmp_path, name, content):
   (tmp_path / name).write_bytes(arrayrecord(tmp_path) if content is None else content)
   assert documents(tmp_path / name) == TEXTS
 
@@ -113,8 +113,8 @@ MISMATCHES = [
   ('t.txt.gz', gzip.compress(parquet()), 't.txt.gz holds Parquet by its first bytes; unpack it, and rename'),
   ('t.txt.gz', gzip.compress(gzip.compress(PLAIN)), 't.txt.gz holds gzip by its first bytes; unpack it'),
   ('t.gz', gzip.compress(tar()), 't.gz holds a tar archive by its first bytes; unpack it first'),
-  ('t.tar.gz', gzip.compress(tar()), r't.tar.gz is named as an archive \(.tar\).* unpack it first'),
-  ('t.tgz', gzip.compress(tar()), r'is named as an archive \(.tgz\)'),
+  ('t.tar.gz', gzip.compress(tar()), r't.tar.gz has the name of an archive \(.tar\).* unpack it first'),
+  ('t.tgz', gzip.compress(tar()), r'has the name of an archive \(.tgz\)'),
   ('t.txt.gz', gzip.compress(PLAIN.decode().encode('utf-16')), 't.txt.gz holds UTF-16 text.* iconv -f UTF-16 -t'),
   ('t.txt', bz2.compress(PLAIN), 't.txt is bzip2 by its first bytes; unpack it'),
   ('t.jsonl', lzma.compress(LINES), 't.jsonl is xz by its first bytes; unpack it'),
@@ -141,16 +141,14 @@ MISMATCHES = [
   ('t.txt', b'text \0 and more', r't.txt is binary \(a NUL at byte 5\)'),
   ('t', bytes(range(1, 256)), r't is not UTF-8 text \(byte 127\)'),
   ('t.txt', pathlib.Path('/bin/sh').read_bytes(), 'is a program by its first bytes; leave it out'),
-  ('t.png', b'\x89PNG\r\n', 'no text .* leave it out'),
+  ('t.png', b'\x89PNG\r\n', 'a file without text .* leave it out'),
 ]
 
 
 @pytest.mark.parametrize(
   ('name', 'content', 'message'), MISMATCHES, ids=[f'{i}-{m[0]}' for i, m in enumerate(MISMATCHES)]
 )
-def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_cure(
-  tmp_path, tokenizer_model, name, content, message
-):
+def test_a_file_that_does_not_match_its_name_is_refused_with_the_fix(tmp_path, tokenizer_model, name, content, message):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError, match=f'^DATA: .*{message}') as caught:
@@ -159,7 +157,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_cure(
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['m', name])
 
 
-def test_every_file_is_looked_at_before_the_first_is_read(tmp_path, tokenizer_model, monkeypatch):
+def test_every_file_is_checked_before_the_first_is_read(tmp_path, tokenizer_model, monkeypatch):
   (tmp_path / 'a.txt').write_bytes(PLAIN)
   (tmp_path / 'b.txt').write_bytes(gzip.compress(PLAIN))
   monkeypatch.setattr('data.prepare.prepare._train', lambda *args: pytest.fail('a tokenizer is trained first'))
@@ -170,7 +168,7 @@ def test_every_file_is_looked_at_before_the_first_is_read(tmp_path, tokenizer_mo
 @pytest.mark.parametrize(
   'text', ['PAR1 is a word', 'PK is one too', 'BZh', 'Rare', '{"a": 1}', '%PDF', '\x1fa', 'RIFF', 'ORC']
 )
-def test_text_that_begins_like_another_kind_is_text(tmp_path, text):
+def test_text_that_resembles_another_kind_is_read_as_text(tmp_path, text):
   (tmp_path / 't.txt').write_text(text)
   assert documents(tmp_path / 't.txt') == [text.strip()]
 
@@ -212,7 +210,7 @@ def test_gzip_is_read_as_the_gzip_program_reads_it(tmp_path, capsys, case):
   assert documents(path) == [json.loads(line)['text'] for line in oracle.stdout.splitlines()]
 
 
-def test_the_end_of_a_member_may_fall_on_the_end_of_a_block(tmp_path, monkeypatch):
+def test_a_gzip_member_may_end_exactly_at_the_end_of_a_block(tmp_path, monkeypatch):
   (tmp_path / 't.gz').write_bytes(MEMBER + MEMBER + bytes(5))
   for size in range(1, 2 * len(MEMBER)):
     monkeypatch.setattr('data.prepare.inputs.BLOCK_BYTES', size)

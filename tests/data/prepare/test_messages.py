@@ -1,4 +1,4 @@
-"""Conversations in files: what is read of them, and one sentence for what is none."""
+"""Conversations in files: what is read from them, and a one-line error for an invalid one."""
 
 import json
 
@@ -36,7 +36,7 @@ def sharegpt(chat):
   return [{'from': SHAREGPT[m['role']], 'value': m['content']} for m in chat]
 
 
-def test_each_turn_is_a_document_behind_its_role_whoever_spelt_it(tmp_path, tokenizer_model, capsys):
+def test_each_turn_becomes_a_document_after_its_role_in_either_spelling(tmp_path, tokenizer_model, capsys):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   jsonl(tmp_path / 'a.jsonl', [CHAT, OTHER])
   jsonl(tmp_path / 'b.jsonl', [sharegpt(CHAT), sharegpt(OTHER)], 'conversations')
@@ -61,11 +61,11 @@ def test_each_turn_is_a_document_behind_its_role_whoever_spelt_it(tmp_path, toke
   assert f'{store.num_tokens} tokens in 2 conversations of 7 turns\n  conversations: half have up to' in said
   assert f'the longest {store.offsets[5]} (with EOS)' in said
   shown = inspect(str(tmp_path / 'a'), 7)
-  assert f'document 1 (user, 3 more to come): tokens {store.offsets[1]} to' in shown
+  assert f'document 1 (user, 3 turns follow): tokens {store.offsets[1]} to' in shown
   assert 'document 4 (assistant, the last turn)' in shown
 
 
-def test_a_vocabulary_of_its_own_knows_the_roles(tmp_path):
+def test_a_trained_vocabulary_contains_the_roles(tmp_path):
   chats = [
     [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text[::-1]}]
     for text in ('the sum of 33 and 9', *LICENSE.read_text().split('\n'))
@@ -85,8 +85,8 @@ def without(role):
     ({'text': 'a'}, r"no list of messages in field 'messages' \(found: text\); name it with --messages_field=."),
     ({'messages': 'a'}, r"no list of messages in field 'messages' \(found: messages\)"),
     ([1], r"no list of messages in field 'messages' \(found: list\)"),
-    ({'messages': []}, r"field 'messages' is empty, nothing would be learnt from it; leave out the record"),
-    ({'messages': without('assistant')}, r"field 'messages' has no turn of the assistant, nothing would be learnt"),
+    ({'messages': []}, r"field 'messages' is empty, so nothing would be learnt from it; leave out the record"),
+    ({'messages': without('assistant')}, r"field 'messages' has no turn of the assistant, so nothing would be"),
     ({'messages': [*CHAT, 'hi']}, r"messages\[5\] has no 'role' and 'content', nor .* \(found: str\)"),
     ({'messages': [*CHAT, {'text': 'a'}]}, r"messages\[5\] has no 'role' and 'content', nor .* \(found: text\)"),
     (
@@ -95,14 +95,14 @@ def without(role):
     ),
     ({'messages': [{'from': 'bing', 'value': 'a'}]}, r"messages\[0\].from is 'bing'; rename it: .* \(or human, gpt\)"),
     ({'messages': [{'role': ['a'], 'content': 'a'}]}, r"messages\[0\].role is \['a'\]; rename it"),
-    ({'messages': [{'role': 'user', 'content': ['a']}]}, r'messages\[0\].content is no text \(list\); write it as one'),
-    ({'messages': [{'role': 'assistant'}]}, r'messages\[0\].content is no text \(NoneType\)'),
-    ({'messages': [*CHAT, {'role': 'assistant', 'content': ' '}]}, r'messages\[5\].content is empty; write what is'),
+    ({'messages': [{'role': 'user', 'content': ['a']}]}, r'messages\[0\].content is not text \(list\); make it a'),
+    ({'messages': [{'role': 'assistant'}]}, r'messages\[0\].content is not text \(NoneType\)'),
+    ({'messages': [*CHAT, {'role': 'assistant', 'content': ' '}]}, r'messages\[5\].content is empty; write the text'),
     ({'messages': [{'role': 'user', 'content': 'a\0'}]}, r'messages\[0\].content has a NUL \(character 1\)'),
     ({'messages': [{'role': 'user', 'content': 'a\ud800'}]}, r'messages\[0\].content has half of a surrogate pair'),
   ],
 )
-def test_what_is_no_conversation_is_named_and_nothing_is_left(tmp_path, tokenizer_model, record, message):
+def test_the_error_names_an_invalid_conversation_and_nothing_is_left_behind(tmp_path, tokenizer_model, record, message):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / 't.jsonl').write_text(f'{json.dumps({"messages": OTHER})}\n{json.dumps(record)}\n')
   with pytest.raises(DataError, match=r'^DATA: .*t.jsonl:2: ' + message):
@@ -113,18 +113,18 @@ def test_what_is_no_conversation_is_named_and_nothing_is_left(tmp_path, tokenize
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--inputs_field=q', '--targets_field=a'], '--inputs_field and --targets_field make pairs, --messages_field conv'),
+    (['--inputs_field=q', '--targets_field=a'], '--inputs_field and --targets_field make pairs, --messages_field make'),
     (['--field=body'], '--field=body is for text, --messages_field is for conversations; give one kind'),
-    (['--no_eos'], '--no_eos cannot go with conversations, in which EOS says where an output ends'),
+    (['--no_eos'], '--no_eos cannot be used with conversations, in which EOS marks the end'),
     (['--tag_fields=url'], '--tag_fields, --scores and --score_field are for text, not for conversations'),
   ],
 )
-def test_flags_that_do_not_go_with_conversations_are_refused(tmp_path, flags, message):
+def test_flags_that_cannot_be_used_with_conversations_are_refused(tmp_path, flags, message):
   with pytest.raises(DataError, match='^DATA: ' + message):
     command_line(jsonl(tmp_path / 'a.jsonl', [CHAT]), f'--out={tmp_path}/out', '--messages_field=messages', *flags)
 
 
-def test_text_has_no_messages(tmp_path):
+def test_a_text_file_has_no_field_of_messages(tmp_path):
   (tmp_path / 't.txt').write_text('a')
   with pytest.raises(DataError, match=r"t.txt has no field 'messages': it is text"):
     prepare([tmp_path / 't.txt'], tmp_path / 'out', vocab_size=500, sentinels=20, reading=READING)

@@ -1,4 +1,4 @@
-"""Columns of every Parquet type: text and numbers are read, anything else is one line with file, row and column."""
+"""Columns of every Parquet type: text and numbers are read; others give a one-line error with file, row and column."""
 
 import datetime
 import decimal
@@ -62,13 +62,13 @@ def test_text_of_every_type_is_decoded(tmp_path, name):
 
 
 @pytest.mark.parametrize('kind', [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view(), pyarrow.binary(5)])
-def test_bytes_that_are_no_text_are_one_line_with_row_column_and_byte(tmp_path, kind):
+def test_bytes_that_are_not_utf8_give_one_line_with_row_column_and_byte(tmp_path, kind):
   path = write(tmp_path / 't.parquet', text=pyarrow.array([b'abcde', b'abc\xffd'], kind))
   with pytest.raises(DataError, match=r"t.parquet: row 1, column 'text' is not UTF-8 text \(byte 3\); convert it"):
     list(read_segments(path, Reading()))
 
 
-def test_numbers_and_nulls_are_tags(tmp_path):
+def test_numbers_become_tags_and_nulls_are_left_out(tmp_path):
   path = write(
     tmp_path / 't.parquet', text=['a', 'b'], big=pyarrow.array([2**64 - 1, None], pyarrow.uint64()),
     half=pyarrow.array([1.5, None], pyarrow.float32()).cast(pyarrow.float16()), no=pyarrow.nulls(2),
@@ -79,32 +79,32 @@ def test_numbers_and_nulls_are_tags(tmp_path):
 
 
 @pytest.mark.parametrize('name', UNREAD)
-def test_a_tag_of_another_type_is_one_line_with_file_row_and_field(tmp_path, tokenizer_model, name):
-  """A row without a value is passed over: the second row, if anything, is the first with one here."""
+def test_a_tag_of_another_type_gives_one_line_with_file_row_and_field(tmp_path, tokenizer_model, name):
+  """A row whose value is null is skipped, so the error names the second row, the first one with a value."""
   (tmp_path / 'm').write_bytes(tokenizer_model)
   values = pyarrow.concat_arrays([pyarrow.nulls(1, UNREAD[name].type), UNREAD[name]])
   path = write(tmp_path / 't.parquet', text=['a', 'b', 'c'], when=values)
   with pytest.raises(DataError) as caught:
     prepare([path], tmp_path / 'out', tokenizer=tmp_path / 'm', reading=Reading(tag_fields=('when',)))
   message = str(caught.value)
-  assert message.startswith(f"DATA: {path}: row 1: field 'when' is no text ({name}"), message
+  assert message.startswith(f"DATA: {path}: row 1: field 'when' is not text ({name}"), message
   assert message.endswith('leave it out of --tag_fields.')
   assert len(message.splitlines()) == 1
   assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('name', UNREAD)
-def test_text_and_scores_of_another_type_are_one_line_too(tmp_path, name):
+def test_text_and_scores_of_another_type_give_one_line_too(tmp_path, name):
   path = write(tmp_path / 't.parquet', text=['a', 'b'], other=UNREAD[name])
   with pytest.raises(DataError, match=r"row 0: no text in field 'other', which is "):
     list(read_segments(path, Reading(field='other')))
-  with pytest.raises(DataError, match=r"row 0: field 'other' is .*, no number of a float32"):
+  with pytest.raises(DataError, match=r"row 0: field 'other' is .*, not a float32 number"):
     list(read_segments(path, Reading(score_field='other')))
   with pytest.raises(DataError, match=r"row 0: no text in field 'other'"):
     list(read_segments(path, Reading(pair=('text', 'other'))))
 
 
-def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path, monkeypatch):
+def test_columns_that_are_not_requested_are_not_decoded(tmp_path, monkeypatch):
   path = write(tmp_path / 't.parquet', text=['a', 'b'], **{f'c{i}': values for i, values in enumerate(UNREAD.values())})
   asked, original = [], pyarrow.parquet.ParquetFile.iter_batches
   monkeypatch.setattr(
@@ -124,11 +124,11 @@ def test_conversations_with_times_beside_their_text_are_read(tmp_path):
   assert [s.text for s in read_segments(path, Reading(messages='messages'))] == ['hi', 'yes']
   wrong = pyarrow.list_(pyarrow.struct([('role', pyarrow.string()), ('content', NS)]))
   path = write(tmp_path / 'u.parquet', messages=pyarrow.array([[{'role': 'user', 'content': 1}]], wrong))
-  with pytest.raises(DataError, match=r'row 0: messages\[0\].content is no text \(timestamp\[ns\]\)'):
+  with pytest.raises(DataError, match=r'row 0: messages\[0\].content is not text \(timestamp\[ns\]\)'):
     list(read_segments(path, Reading(messages='messages')))
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_two_columns_with_the_same_name_are_refused(tmp_path):
   table = pyarrow.Table.from_arrays([pyarrow.array(['a']), pyarrow.array(['b'])], names=['text', 'text'])
   pyarrow.parquet.write_table(table, tmp_path / 't.parquet')
   with pytest.raises(DataError, match=r"t.parquet has 2 columns 'text'; rename all but one"):

@@ -1,4 +1,4 @@
-"""`pretrain data prepare`: text in, a store out; each mistake is one line and leaves nothing behind."""
+"""`pretrain data prepare` makes a store from text; each mistake gives a one-line error and leaves nothing behind."""
 
 import argparse
 import codecs
@@ -36,7 +36,7 @@ def squeezed(text: str) -> str:
   return ' '.join(text.split())
 
 
-def test_text_is_tokenised_with_a_vocabulary_of_the_size_asked_for(tmp_path):
+def test_text_is_tokenised_with_a_vocabulary_of_the_requested_size(tmp_path):
   prepare([LICENSE], tmp_path / 's', **SMALL)
   store = open_store(tmp_path / 's')
   assert store.tokenizer(20).vocabulary.size == 500
@@ -62,7 +62,7 @@ def test_a_document_is_a_file_a_paragraph_or_a_line(tmp_path, tokenizer_model, d
   assert texts_of(tmp_path / 's') == wanted
 
 
-def test_jsonl_has_a_document_to_a_line_in_any_field(tmp_path, tokenizer_model):
+def test_jsonl_has_one_document_per_line_in_any_field(tmp_path, tokenizer_model):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   rows = [{'body': 'the work', 'x': 1}, {'body': 'of\nthe\n\nlicense'}]
   (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
@@ -96,7 +96,7 @@ def test_a_long_file_is_one_document_read_in_segments(tmp_path, monkeypatch):
     ('t.jsonl', b'{"text": "a\\ud800"}', r"t.jsonl:1: field 'text' has half of a surrogate pair \(\\ud800\)"),
   ],
 )
-def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
+def test_the_error_names_bad_input_and_nothing_is_left_behind(tmp_path, tokenizer_model, name, content, message):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError, match='^DATA: .*' + message):
@@ -115,7 +115,7 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name,
     ),
   ],
 )
-def test_bad_input_is_found_while_the_vocabulary_is_trained_too(tmp_path, name, content, message):
+def test_bad_input_is_also_reported_while_the_vocabulary_is_trained(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError, match=message):
     prepare([tmp_path / name], tmp_path / 'out', **SMALL)
@@ -149,13 +149,13 @@ def test_pairs_are_two_documents_each_with_their_eos_and_nothing_is_left_out(tmp
     ('t.jsonl', '{"targets": "b"}', r"t.jsonl:1: no text in field 'inputs' \(found: targets\); .* --inputs_field=."),
     ('t.jsonl', '{"inputs": 3, "targets": "b"}', r"t.jsonl:1: no text in field 'inputs'"),
     ('t.jsonl', '{"inputs": "a", "targets": ["b"]}', r"t.jsonl:1: no text in field 'targets'"),
-    ('t.jsonl', '\n{"inputs": "a", "targets": " "}', r"t.jsonl:2: field 'targets' is empty; write what"),
+    ('t.jsonl', '\n{"inputs": "a", "targets": " "}', r"t.jsonl:2: field 'targets' is empty; write the text"),
     ('t.jsonl', '{"inputs": "a", "targets": "b\\ud800"}', r"t.jsonl:1: field 'targets' has half of a surrogate pair"),
     ('t.jsonl', '', r't.jsonl is empty; remove it'),
     ('t.txt', 'a\tb', r"t.txt has no field 'inputs': it is text"),
   ],
 )  # fmt: skip
-def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name, content, message):
+def test_the_error_names_a_bad_pair_and_nothing_is_left_behind(tmp_path, tokenizer_model, name, content, message):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / name).write_text(content)
   with pytest.raises(DataError, match='^DATA: .*' + message):
@@ -166,13 +166,13 @@ def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--inputs_field=q'], '--inputs_field is given without --targets_field; a pair has both'),
-    (['--targets_field=a'], '--targets_field is given without --inputs_field; a pair has both'),
+    (['--inputs_field=q'], '--inputs_field is given without --targets_field; give both'),
+    (['--targets_field=a'], '--targets_field is given without --inputs_field; give both'),
     ([*FIELDS, '--field=body'], '--field=body is for text, --inputs_field and --targets_field are for pairs'),
-    ([*FIELDS, '--no_eos'], '--no_eos cannot go with pairs, in which EOS says where an output ends'),
+    ([*FIELDS, '--no_eos'], '--no_eos cannot be used with pairs, in which EOS marks the end of an output'),
     ([*FIELDS, '--tag_fields=url'], '--tag_fields, --scores and --score_field are for text, not for pairs'),
-    (['--scores=beauty'], '--scores=beauty is no score; choose of compression, lexical_diversity, readability'),
-    (['--scores=readability', '--score_field=readability'], '--score_field=readability is one of --scores too'),
+    (['--scores=beauty'], '--scores=beauty is not a score; choose from compression, lexical_diversity, readability'),
+    (['--scores=readability', '--score_field=readability'], '--score_field=readability is also given in --scores'),
     (['--field=body'], "LICENSE has no field 'body': it is text"),
     (['--score_field=quality'], "LICENSE has no field 'quality': it is text"),
     (['--tag_fields=url,lang'], "LICENSE has no field 'url': it is text"),
@@ -180,18 +180,18 @@ def test_a_bad_pair_is_named_and_nothing_is_left(tmp_path, tokenizer_model, name
     (['--sentinels=-5'], '--sentinels=-5; it must be >= 0'),
   ],
 )
-def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):
+def test_invalid_flags_and_combinations_are_refused(tmp_path, flags, message):
   with pytest.raises(DataError, match='^DATA: .*' + message):
     command_line(LICENSE, f'--out={tmp_path}/out', *flags)
   assert not (tmp_path / 'out').exists()
 
 
 def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(DataError, match=r'none\.txt is no file'):
+  with pytest.raises(DataError, match=r'none\.txt is not a file'):
     prepare([tmp_path / 'none.txt'], tmp_path / 'out', **SMALL)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
   for name, text in {'t.txt': 'the text', 'l.jsonl': '{"text": "the text"}\n'}.items():
     (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.encode())
     assert [found.text.strip() for found in read_segments(tmp_path / name, Reading())] == ['the text']
@@ -200,13 +200,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     list(read_segments(tmp_path / 'bad.txt', Reading()))
 
 
-def test_an_existing_store_is_seen_before_the_text_is_read(tmp_path):
+def test_an_existing_store_is_detected_before_the_text_is_read(tmp_path):
   (tmp_path / 'out').mkdir()
   with pytest.raises(DataError, match='already exists'):
     command_line(LICENSE, f'--out={tmp_path}/out', '--vocab_size=100')
 
 
-def test_an_existing_store_is_not_touched(tmp_path):
+def test_an_existing_store_is_not_changed(tmp_path):
   (tmp_path / 'out').mkdir()
   with pytest.raises(DataError, match=r'already exists\. Nothing was changed'):
     prepare([LICENSE], tmp_path / 'out', **SMALL)
@@ -214,10 +214,10 @@ def test_an_existing_store_is_not_touched(tmp_path):
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
-  with pytest.raises(DataError, match=r'97 pieces are left for text, at least 359 are needed; set .* size >= 462'):
+  with pytest.raises(DataError, match=r'97 pieces are left for text, but at least 359 are needed; set .* size >= 462'):
     prepare([LICENSE], tmp_path / 'out', vocab_size=200, sentinels=100)
   (tmp_path / 'few.txt').write_text('too few words')
-  with pytest.raises(DataError, match=r'no more than \d+, at least 359 are needed; give more text'):
+  with pytest.raises(DataError, match=r'no more than \d+, and at least 359 are needed; give more text'):
     prepare([tmp_path / 'few.txt'], tmp_path / 'out', **SMALL)
   assert not (tmp_path / 'out').exists()
 
@@ -229,7 +229,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
     (''.join(map(chr, range(0x4E00, 0x5200))), 500, r'the characters of this text need \d+; set .* size >= (\d+)'),
   ],
 )
-def test_the_vocabulary_size_that_is_advised_works(tmp_path, text, asked, sentence):
+def test_the_suggested_vocabulary_size_works(tmp_path, text, asked, sentence):
   (tmp_path / 't.txt').write_text(text)
   with pytest.raises(DataError, match=sentence) as caught:
     prepare([tmp_path / 't.txt'], tmp_path / 'out', vocab_size=asked, sentinels=20)
@@ -239,10 +239,10 @@ def test_the_vocabulary_size_that_is_advised_works(tmp_path, text, asked, senten
 
 
 @pytest.mark.parametrize('content', [None, b'not a model'])
-def test_a_tokenizer_that_is_none_is_named(tmp_path, content):
+def test_an_invalid_tokenizer_file_is_refused(tmp_path, content):
   if content:
     (tmp_path / 'm').write_bytes(content)
-  with pytest.raises(DataError, match='m is no SentencePiece model'):
+  with pytest.raises(DataError, match='m is not a SentencePiece model'):
     prepare([LICENSE], tmp_path / 'out', tokenizer=tmp_path / 'm')
 
 
@@ -254,7 +254,7 @@ def test_the_command_line_prepares_a_store(tmp_path, capsys):
   assert f'{store.num_tokens:,} tokens in {store.num_documents:,} documents' in capsys.readouterr().out
 
 
-def test_special_ids_are_t5s_and_unknown_characters_become_bytes():
+def test_special_ids_equal_t5s_and_unknown_characters_become_bytes():
   tokenizer = Tokenizer(train_sentencepiece([LICENSE.read_text()], 480), 20)
   processor = tokenizer._processor
   assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (PAD, EOS, UNKNOWN, -1)
@@ -263,7 +263,7 @@ def test_special_ids_are_t5s_and_unknown_characters_become_bytes():
   assert tokenizer.decode(ids) == 'the Licensor 中文 🙂'
 
 
-def test_people_see_special_tokens_and_may_write_them(tokenizer_model):
+def test_special_tokens_can_be_rendered_and_written_in_prompts(tokenizer_model):
   tokenizer = Tokenizer(tokenizer_model, 8)
   v = tokenizer.vocabulary
   ids = tokenizer.encode_prompt('[NLU] the work <extra_id_0> of the <extra_id_7>')
@@ -275,7 +275,7 @@ def test_people_see_special_tokens_and_may_write_them(tokenizer_model):
     tokenizer.encode_prompt('<extra_id_8>')
 
 
-def test_a_sample_is_taken_evenly_all_along():
+def test_a_sample_is_spread_evenly_over_the_text():
   texts = [f'{i:04d}' for i in range(1000)]
   read = [(text, (i + 1) / 1000) for i, text in enumerate(texts)]
   chosen = list(sample(read, 400))
@@ -284,7 +284,7 @@ def test_a_sample_is_taken_evenly_all_along():
   assert list(sample(read, 10**6)) == texts
 
 
-def test_no_line_is_too_long_for_the_trainer_and_nothing_is_lost():
+def test_long_lines_are_cut_for_the_trainer_and_nothing_is_lost():
   text = 'word ' * 3000 + '\n' + 'x' * 9000
   parts = list(sentences(text))
   assert max(map(len, parts)) <= 4096

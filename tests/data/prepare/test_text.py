@@ -1,4 +1,4 @@
-"""Documents as a stream: those of a naive splitter, in pieces of bounded size, however long a line is."""
+"""Documents as a stream: equal to a naive splitter's, in segments of bounded size, however long a line is."""
 
 import pathlib
 import tempfile
@@ -18,7 +18,7 @@ FEW = settings(derandomize=True, deadline=None, max_examples=300)
 
 
 def naive(whole: str, documents: str) -> list[str]:
-  """What a document is, said of a text in memory."""
+  """The documents of a text in memory: the oracle."""
   if documents == 'file':
     return [whole]
   lines = whole.split('\n')
@@ -51,7 +51,7 @@ def joined(segments: list[text.Segment]) -> list[str]:
 
 @FEW
 @given(whole=MIXED.filter(str.strip), documents=KINDS)
-def test_documents_are_those_of_a_naive_splitter(whole, documents):
+def test_documents_equal_a_naive_splitters(whole, documents):
   segments = read(whole.encode(), documents, 1000)
   assert joined(segments) == naive(whole, documents)
   assert all(segment.last for segment in segments)
@@ -61,7 +61,7 @@ def test_documents_are_those_of_a_naive_splitter(whole, documents):
 @given(whole=MIXED.filter(str.strip), documents=KINDS, longest=st.integers(5, 30))
 @example(whole='a' * 30 + '\n\n' + 'b' * 30, documents='paragraph', longest=10)
 @example(whole=' ' * 30 + 'a\n' + ' ' * 30 + '\nb', documents='paragraph', longest=10)
-def test_long_documents_come_in_small_segments_and_stay_one(whole, documents, longest):
+def test_a_long_document_is_one_document_in_small_segments(whole, documents, longest):
   segments = read(whole.encode(), documents, longest)
   assert [d.split() for d in joined(segments)] == [d.split() for d in naive(whole, documents)]
   # Before a piece is added a segment is shorter than `longest`, and so is the piece.
@@ -72,7 +72,7 @@ def test_long_documents_come_in_small_segments_and_stay_one(whole, documents, lo
 
 
 @pytest.mark.parametrize('documents', ['file', 'paragraph', 'line'])
-def test_a_long_line_has_the_tokens_of_one_that_is_not_cut(tokenizer_model, documents):
+def test_cutting_a_long_line_does_not_change_its_tokens(tokenizer_model, documents):
   words = ('the Licensor shall grant \u00e9t\u00e9 ' * 400).encode()
   tokenizer = Tokenizer(tokenizer_model, 8)
   cut = read(words, documents, 1000)
@@ -82,8 +82,8 @@ def test_a_long_line_has_the_tokens_of_one_that_is_not_cut(tokenizer_model, docu
 
 @pytest.mark.parametrize('documents', ['file', 'paragraph', 'line'])
 @pytest.mark.parametrize('unit', [b'some words ', b'x', b'words of a paragraph ' * 12 + b'\n'])
-def test_memory_does_not_grow_with_a_file(tmp_path, documents, unit):
-  """16 MB in one line, in one word and in one paragraph: a few segments of 256 KiB are held."""
+def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, documents, unit):
+  """16 MB in one line, in one word and in one paragraph: only a few segments of 256 KiB are held."""
   path = tmp_path / 'long.txt'
   path.write_bytes(unit * (16_000_000 // len(unit)))
   tracemalloc.start()
@@ -97,6 +97,6 @@ def test_memory_does_not_grow_with_a_file(tmp_path, documents, unit):
 
 
 @pytest.mark.parametrize(('content', 'byte'), [(b'a' * 95 + b'\xff', 95), (b'\x80' * 99, 0), (b'a' * 20 + b'\xc3', 20)])
-def test_a_byte_that_is_no_text_is_counted_through_pieces(content, byte):
+def test_the_position_of_an_invalid_byte_is_counted_across_pieces(content, byte):
   with pytest.raises(DataError, match=rf'is not UTF-8 text \(byte {byte}\)'):
     read(content, 'file', 10)

@@ -1,4 +1,4 @@
-"""Kneser-Ney counted with arrays equals its definition counted with dictionaries."""
+"""The Kneser-Ney models, computed with arrays, equal the definition computed with dictionaries."""
 
 import collections
 import math
@@ -36,7 +36,7 @@ def discount(counts) -> float:
 
 
 def interpolated(counts, lower):
-  """Chen and Goodman's equation for one order: `counts` maps n-grams to numbers, `lower` shorter ones to chances."""
+  """Chen and Goodman's equation for one order: `counts` has n-gram counts, `lower` probabilities of shorter n-grams."""
   cut, totals, kinds = discount(counts), collections.Counter(), collections.Counter()
   for gram, number in counts.items():
     totals[gram[:-1]] += number
@@ -68,7 +68,7 @@ def expected_losses(train, heldout):
   return [np.mean([-math.log(chance(h[-n:])) for h in histories(heldout)]) for chance, n in orders]
 
 
-def test_losses_are_those_of_the_definition(stores):
+def test_losses_equal_the_definition(stores):
   train, heldout, documents = stores
   got = ngram_loss(train, heldout)
   assert [got.unigram, got.bigram, got.trigram] == pytest.approx(expected_losses(documents[:60], documents[60:]))
@@ -85,7 +85,7 @@ def test_probabilities_sum_to_one(stores):
       assert chances.min() > 0
 
 
-def test_context_begins_anew_with_each_document_and_eos_is_not_predicted(stores):
+def test_context_starts_anew_at_each_document_and_eos_is_not_predicted(stores):
   train, _, documents = stores
   got = ngrams._histories(train)
   assert got.T.tolist() == [list(h) for h in histories(documents[:60])]

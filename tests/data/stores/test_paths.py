@@ -1,4 +1,4 @@
-"""A store on a local disk is at the path that was given, whatever characters its name has."""
+"""A local store is written to and read from exactly the path given, whatever characters the path contains."""
 
 import os
 import pathlib
@@ -60,7 +60,7 @@ def test_what_is_written_at_a_path_is_read_from_it_and_nothing_else_changes(toke
     sibling = local_sibling(folder, name)
     sibling.write_text('mine')
     write(f'{folder}/{name}', tokenizer, [5, 6])
-    # The oracle is the file system: one new folder, of this very name.
+    # The oracle is the file system: it contains one new folder with exactly this name.
     assert sorted(map(os.fsencode, os.listdir(folder))) == sorted(map(os.fsencode, [name, sibling.name]))
     assert sibling.read_text() == 'mine'
     assert pathlib.Path(folder, name, 'manifest.json').is_file()
@@ -73,12 +73,12 @@ def test_what_is_written_at_a_path_is_read_from_it_and_nothing_else_changes(toke
 
 
 def local_sibling(folder: str, name: str) -> pathlib.Path:
-  """A file with a name that a store of this name might be mixed up with."""
+  """A file whose name could be confused with that of the store."""
   return pathlib.Path(folder, 'a b' if name != 'a b' else 'a%20b')
 
 
 @pytest.mark.parametrize('other', ['a b', 'a%2520b', 'a'])
-def test_stores_whose_names_differ_only_in_percent_signs_are_told_apart(tokenizer_model, tmp_path, other):
+def test_stores_whose_names_differ_only_in_percent_signs_are_different_stores(tokenizer_model, tmp_path, other):
   tokenizer = Tokenizer(tokenizer_model, 8)
   write(tmp_path / 'a%20b', tokenizer, [5])
   write(tmp_path / other, tokenizer, [6])
@@ -98,7 +98,7 @@ def test_the_working_folder_may_have_any_name(tokenizer_model, tmp_path, monkeyp
 @pytest.mark.parametrize(
   'name', ['file:x', 's3:/x', 's3:x', './s3://x', './gs://a/b', 'a://b/../../c', '~~/x', '~', '~root/x']
 )
-def test_relative_paths_that_look_like_something_else_are_paths(tokenizer_model, tmp_path, monkeypatch, name):
+def test_relative_paths_that_look_like_urls_are_paths(tokenizer_model, tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
   path = os.path.join(tmp_path, name)
   write(path if name.startswith('a:') else name, Tokenizer(tokenizer_model, 8), [5, 6])
@@ -106,7 +106,7 @@ def test_relative_paths_that_look_like_something_else_are_paths(tokenizer_model,
   assert tokens(path) == [5, 6, EOS]
 
 
-def test_a_parent_behind_a_symbolic_link_is_the_one_of_the_file_system(tokenizer_model, tmp_path, monkeypatch):
+def test_dot_dot_after_a_symbolic_link_is_the_parent_of_its_target(tokenizer_model, tmp_path, monkeypatch):
   (tmp_path / 'real/deep').mkdir(parents=True)
   (tmp_path / 'link').symlink_to('real/deep')
   monkeypatch.chdir(tmp_path)
@@ -134,21 +134,21 @@ def test_file_urls_are_decoded(url, path):
     ('file://host/a', "names the host 'host'"), ('file://a', "names the host 'a'"),
     ('file:///50%off', 'has a % .* %25'),
     ('file:///a?b', r'has a \? .* %3F'), ('file:///a#b', 'has a # .* %23'),
-    ('', "path ''"), ('a\0b', 'cannot be that'),
+    ('', "path ''"), ('a\0b', 'is not valid for'),
   ],
 )  # fmt: skip
-def test_what_names_no_path_is_refused(path, message):
+def test_an_invalid_path_or_file_url_is_refused(path, message):
   with pytest.raises(DataError, match=f'^DATA: .*{message}'):
     open_store(path)
 
 
-def test_a_file_url_is_written_where_it_is_read(tokenizer_model, tmp_path):
+def test_a_file_url_is_read_from_where_it_was_written(tokenizer_model, tmp_path):
   write(f'file://{tmp_path}/a%20b', Tokenizer(tokenizer_model, 8), [5, 6])
   assert os.listdir(tmp_path) == ['a b']
   assert tokens(f'file://{tmp_path}/a%20b') == tokens(tmp_path / 'a b') == [5, 6, EOS]
 
 
-def test_a_failure_leaves_neither_the_folder_nor_its_parents(tokenizer_model, tmp_path):
+def test_a_failure_leaves_neither_the_folder_nor_new_parents(tokenizer_model, tmp_path):
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / 't.txt').write_bytes(b'good text\n' * 9 + b'\xff')
   with pytest.raises(DataError, match='is not UTF-8'):
@@ -156,7 +156,7 @@ def test_a_failure_leaves_neither_the_folder_nor_its_parents(tokenizer_model, tm
   assert sorted(path.name for path in tmp_path.iterdir()) == ['m', 't.txt']
 
 
-def test_a_folder_of_the_user_that_is_named_like_ours_is_left_alone(tokenizer_model, tmp_path):
+def test_a_users_folder_with_the_name_of_a_staging_folder_is_not_touched(tokenizer_model, tmp_path):
   own = tmp_path / f's.partial-{os.getpid()}'
   own.mkdir()
   (own / 'x').write_text('mine')
@@ -176,7 +176,7 @@ def test_an_error_names_the_path_and_is_one_line(tokenizer_model, tmp_path):
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_temporary_links_are_gone_when_the_process_ends(tokenizer_model, tmp_path):
+def test_temporary_links_are_removed_when_the_process_ends(tokenizer_model, tmp_path):
   write(tmp_path / 'a\\b', Tokenizer(tokenizer_model, 8), [5, 6])
   (tmp_path / 'tmp').mkdir()
   code = 'import sys; from data.stores.store import open_store; print(open_store(sys.argv[1]).num_tokens)'

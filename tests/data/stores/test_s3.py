@@ -1,4 +1,4 @@
-"""Stores on an object store, over the real protocol: a server of moto on loopback, found by AWS_ENDPOINT_URL."""
+"""Stores on an object store, over the real S3 protocol: a moto server on loopback, set by AWS_ENDPOINT_URL."""
 
 import boto3
 import numpy as np
@@ -71,7 +71,7 @@ def test_text_is_prepared_to_s3(bucket, tmp_path, tokenizer_model):
 
 
 @pytest.mark.parametrize('how', ['flipped', 'cut off', 'gone'])
-def test_damage_on_s3_is_found(bucket, tokenizer_model, how):
+def test_damage_on_s3_is_detected(bucket, tokenizer_model, how):
   write(tokenizer_model, [[5] * 900] * 9)
   key = {'Bucket': 'texts', 'Key': 'some/store/tokens/c/0'}
   raw = bucket.get_object(**key)['Body'].read()
@@ -84,7 +84,7 @@ def test_damage_on_s3_is_found(bucket, tokenizer_model, how):
   assert any(line.startswith('tokens/c/0: tokens 0 to ') for line in verify(URL))
 
 
-def test_what_fails_leaves_nothing_in_the_bucket_that_was_not_there(bucket, tmp_path, tokenizer_model):
+def test_a_failed_prepare_leaves_nothing_new_in_the_bucket(bucket, tmp_path, tokenizer_model):
   bucket.put_object(Bucket='texts', Key='some/store/notes.txt', Body=b'mine')
   (tmp_path / 'm').write_bytes(tokenizer_model)
   (tmp_path / 't.txt').write_bytes(b'the work\n' * 9 + b'\xff')
@@ -93,7 +93,7 @@ def test_what_fails_leaves_nothing_in_the_bucket_that_was_not_there(bucket, tmp_
   assert names(bucket) == {'some/store/notes.txt'}
 
 
-def test_a_missing_bucket_wrong_credentials_and_no_server_are_sentences(bucket, endpoint, tokenizer_model, monkeypatch):
+def test_a_missing_bucket_wrong_credentials_and_no_server_are_one_line(bucket, endpoint, tokenizer_model, monkeypatch):
   none = StoreWriter('s3://none/x', Tokenizer(tokenizer_model, 8))
   with pytest.raises(DataError, match=r'^DATA: s3://none/x cannot be written: .*NoSuchBucket.*exist. Check its'), none:
     pass

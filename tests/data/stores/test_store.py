@@ -1,4 +1,4 @@
-"""The token store: what goes in comes out, half a store is none, damage is an error that names its file."""
+"""The token store returns what was written; an unfinished one cannot be opened; damage is an error naming the file."""
 
 import hashlib
 import itertools
@@ -42,7 +42,7 @@ def documents(number=400, seed=0):
   return [rng.integers(3, 400, rng.integers(1, 2000)).tolist() for _ in range(number)]
 
 
-def test_documents_come_back_with_their_eos(tokenizer, tmp_path):
+def test_documents_are_read_back_with_their_eos(tokenizer, tmp_path):
   wanted = documents()
   store = write(tmp_path / 's', tokenizer, wanted)
   ranges = [(int(a), int(b - a)) for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
@@ -51,7 +51,7 @@ def test_documents_come_back_with_their_eos(tokenizer, tmp_path):
   assert store.num_tokens > 3 * CHUNK, 'reads cross chunks'
 
 
-def test_any_range_reads_as_a_slice_of_the_whole(tokenizer, tmp_path, monkeypatch):
+def test_any_range_equals_a_slice_of_all_tokens(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setattr(arrays, 'CACHE_BYTES', 4 * CHUNK)
   store = write(tmp_path / 's', tokenizer, documents())
   whole = np.concatenate(store.read([(0, store.num_tokens)]))
@@ -62,7 +62,7 @@ def test_any_range_reads_as_a_slice_of_the_whole(tokenizer, tmp_path, monkeypatc
     assert ids.dtype == np.int32
 
 
-def test_files_are_written_as_they_fill(tokenizer, tmp_path, monkeypatch):
+def test_each_file_is_written_as_soon_as_it_is_full(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setattr(arrays, 'FILE', 2 * CHUNK)
   wanted = documents()
   with StoreWriter(tmp_path / 's', tokenizer) as writer:
@@ -74,7 +74,7 @@ def test_files_are_written_as_they_fill(tokenizer, tmp_path, monkeypatch):
   assert store.read([(0, store.num_tokens)])[0].tolist() == [t for d in wanted for t in [*d, EOS]]
 
 
-def test_a_document_may_come_in_segments_and_without_eos(tokenizer, tmp_path):
+def test_a_document_may_be_added_in_segments_and_without_eos(tokenizer, tmp_path):
   with StoreWriter(tmp_path / 's', tokenizer, append_eos=False) as writer:
     writer.add([[5, 6], [7]], last=[False, True])
     writer.add([[8], [], [9]], last=[False, True, True])
@@ -90,8 +90,8 @@ def test_plain_paths_and_file_urls_are_the_same_store(tokenizer, tmp_path):
   assert open_store(tmp_path / 's').fingerprint == open_store(f'file://{tmp_path}/s').fingerprint
 
 
-def test_an_object_store_has_no_store_before_its_manifest(tokenizer):
-  """memory:// stands in for gs:// and s3://: nothing can be renamed there."""
+def test_a_store_on_an_object_store_does_not_exist_before_its_manifest(tokenizer):
+  """memory:// stands for gs:// and s3://: it cannot rename either."""
   url = 'memory://bucket/s'
   with StoreWriter(url, tokenizer) as writer:
     writer.add([[5, 6]])
@@ -105,7 +105,7 @@ def test_an_object_store_has_no_store_before_its_manifest(tokenizer):
     StoreWriter(url, tokenizer)
 
 
-def test_a_store_that_was_not_finished_is_no_store(tokenizer, tmp_path):
+def test_an_unfinished_store_leaves_nothing_behind(tokenizer, tmp_path):
   def fail():
     with StoreWriter(tmp_path / 's', tokenizer) as writer:
       writer.add([[5, 6]])
@@ -124,16 +124,16 @@ def test_a_store_is_never_overwritten(tokenizer, tmp_path):
 
 
 def test_an_empty_store_is_refused(tokenizer, tmp_path):
-  with StoreWriter(tmp_path / 's', tokenizer) as writer, pytest.raises(DataError, match='no whole document'):
+  with StoreWriter(tmp_path / 's', tokenizer) as writer, pytest.raises(DataError, match='not contain a complete'):
     writer.finish()
 
 
-def test_a_missing_store_says_how_to_make_one(tmp_path):
+def test_the_error_for_a_missing_store_gives_the_command_to_make_one(tmp_path):
   with pytest.raises(DataError, match=r'DATA: no token store at .*/none; make one with: pretrain data prepare --out='):
     open_store(tmp_path / 'none')
 
 
-def test_an_unknown_kind_of_url_is_named():
+def test_an_unsupported_url_scheme_is_an_error():
   with pytest.raises(DataError, match='unsupported URL scheme'):
     open_store('nowhere://x')
 
@@ -142,7 +142,7 @@ def test_another_format_is_refused(tokenizer, tmp_path):
   write(tmp_path / 's', tokenizer, [[5, 6]])
   manifest = tmp_path / 's/manifest.json'
   manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'format': 99}))
-  with pytest.raises(DataError, match='is a token store of format 99, this version reads format 2'):
+  with pytest.raises(DataError, match='is a token store of format 99, but this version reads format 2'):
     open_store(tmp_path / 's')
 
 
@@ -150,18 +150,18 @@ def test_another_format_is_refused(tokenizer, tmp_path):
   ('change', 'message'),
   [
     ({'num_tokens': None}, 'manifest.json has num_tokens=None, expected int. Nothing was changed'),
-    ({'pairs': True}, '/s has 1 documents, its manifest.json says that they are pairs. Nothing was changed'),
+    ({'pairs': True}, '/s has 1 documents, but its manifest.json says that they are pairs. Nothing was changed'),
     ({'pairs': 'no'}, "manifest.json has pairs='no', expected bool"),
     ({'append_eos': 1}, 'manifest.json has append_eos=1, expected bool'),
     ({'shards': None}, 'manifest.json has shards=None, expected list'),
     ({'shards': [{'documents': 1}]}, 'manifest.json has shards[0].tokens=None, expected int'),
     ({'shards': [3]}, 'manifest.json has shards[0].documents=3, expected int'),
-    ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, its manifest.json says 9 in 1. Nothing was changed'),
-    ({'shards': []}, '/s has 0 tokens in 0 documents in shards, its'),
-    ({'num_documents': 2}, '/s has 3 tokens in 1 documents, its manifest.json says 3 in 2'),
+    ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, but its manifest.json says 9 in 1. Nothing was changed'),
+    ({'shards': []}, '/s has 0 tokens in 0 documents in shards, but its'),
+    ({'num_documents': 2}, '/s has 3 tokens in 1 documents, but its manifest.json says 3 in 2'),
   ],
 )
-def test_a_manifest_that_lacks_something_or_lies_is_named(tokenizer, tmp_path, change, message):
+def test_an_incomplete_or_wrong_manifest_is_refused(tokenizer, tmp_path, change, message):
   write(tmp_path / 's', tokenizer, [[5, 6]])
   manifest = tmp_path / 's/manifest.json'
   changed = {k: v for k, v in (json.loads(manifest.read_text()) | change).items() if v is not None}
@@ -171,15 +171,15 @@ def test_a_manifest_that_lacks_something_or_lies_is_named(tokenizer, tmp_path, c
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"num_tokens": 1}'])
-def test_a_manifest_that_is_none_is_named(tmp_path, text):
+def test_an_invalid_manifest_is_refused(tmp_path, text):
   (tmp_path / 'manifest.json').write_text(text)
-  with pytest.raises(DataError, match=r'DATA-CORRUPT: .*manifest.json is no manifest'):
+  with pytest.raises(DataError, match=r'DATA-CORRUPT: .*manifest.json is not a manifest of a token store'):
     open_store(tmp_path)
 
 
 @pytest.mark.parametrize('file', ['tokens/c/0', 'document_offsets/c/0', 'tokenizer.model'])
 @pytest.mark.parametrize('place', [0.01, 0.5, 0.99])
-def test_a_flipped_byte_is_an_error_that_names_the_file(tokenizer, tmp_path, file, place):
+def test_a_flipped_byte_is_an_error_naming_the_file(tokenizer, tmp_path, file, place):
   write(tmp_path / 's', tokenizer, documents(60))
   damaged = tmp_path / 's' / file
   raw = bytearray(damaged.read_bytes())
@@ -190,7 +190,7 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(tokenizer, tmp_path, fil
 
 
 @pytest.mark.parametrize('file', ['tokens/c/0', 'document_offsets/c/0', 'tokenizer.model', 'tokens/zarr.json'])
-def test_a_file_that_is_gone_is_an_error(tokenizer, tmp_path, file):
+def test_a_missing_file_is_an_error(tokenizer, tmp_path, file):
   write(tmp_path / 's', tokenizer, documents(20))
   (tmp_path / 's' / file).unlink()
   with pytest.raises(DataError, match=f'DATA-CORRUPT: .*{file.split("/")[0]}'):
@@ -203,7 +203,7 @@ def read_everything(path):
   return store.offsets, store.read([(0, store.num_tokens)])
 
 
-def test_the_fingerprint_is_of_the_contents(tokenizer, tmp_path):
+def test_the_fingerprint_depends_only_on_the_contents(tokenizer, tmp_path):
   a = write(tmp_path / 'a', tokenizer, [[5, 6], [7]])
   shutil.move(tmp_path / 'a', tmp_path / 'moved')
   assert open_store(tmp_path / 'moved').fingerprint == a.fingerprint
@@ -221,14 +221,14 @@ def test_errors_keep_their_code_between_processes():
   assert (str(error), error.code, error.exit_code) == ('DATA-CORRUPT: x', 'DATA-CORRUPT', 65)
 
 
-def test_documents_without_a_token_stay_where_they_are_half_of_a_pair(tokenizer, tmp_path):
+def test_empty_documents_are_kept_only_in_pairs(tokenizer, tmp_path):
   text, pairs = [write(tmp_path / name, tokenizer, [[], [5, 6]], pairs=p) for name, p in (('text', 0), ('pairs', 1))]
   assert (text.pairs, text.offsets.tolist()) == (False, [0, 3])
   assert (pairs.pairs, pairs.offsets.tolist()) == (True, [0, 1, 4])
   assert pairs.read([(0, 4)])[0].tolist() == [EOS, 5, 6, EOS]
 
 
-def test_pairs_and_text_of_the_same_tokens_are_told_apart(tokenizer, tmp_path):
+def test_pairs_and_text_with_the_same_tokens_have_different_fingerprints(tokenizer, tmp_path):
   text, pairs = (write(tmp_path / str(p), tokenizer, [[5], [6]], pairs=p) for p in (False, True))
   assert text.manifest['shards'] == pairs.manifest['shards']
   assert text.fingerprint != pairs.fingerprint
@@ -238,7 +238,7 @@ LIMIT = 20_000
 
 
 def sharded(path, tokenizer, wanted, calls, **options):
-  """A store of `wanted` in shards of at most LIMIT tokens; its segments, two to a document, come in so many calls."""
+  """A store of `wanted` in shards of at most LIMIT tokens, added in `calls` calls as two segments per document."""
   segments = [part for ids in wanted for part in ((ids[:3], False), (ids[3:], True))]
   with StoreWriter(path, tokenizer, shard_tokens=LIMIT, **options) as writer:
     for part in np.array_split(np.arange(len(segments)), calls):
@@ -262,7 +262,7 @@ def test_shards_are_whole_documents_cut_at_the_last_one_that_fits(tokenizer, tmp
 
 
 @pytest.mark.parametrize('pairs', [False, True])
-def test_a_store_is_the_same_in_however_many_calls_it_was_written(tokenizer, tmp_path, pairs):
+def test_a_store_does_not_depend_on_the_number_of_calls_that_wrote_it(tokenizer, tmp_path, pairs):
   wanted = [*documents(100), [7] * 3 * LIMIT, *documents(51, seed=1)]
   stores = [sharded(tmp_path / str(calls), tokenizer, wanted, calls, pairs=pairs) for calls in (1, 5, 304)]
   assert [store.manifest for store in stores] == 3 * [stores[0].manifest]
@@ -271,8 +271,8 @@ def test_a_store_is_the_same_in_however_many_calls_it_was_written(tokenizer, tmp
   assert [entry['tokens_sha256'] for entry in stores[0].manifest['shards']] == hashes
 
 
-def test_a_store_is_opened_without_its_offsets(tokenizer, tmp_path):
-  """The offsets of a trillion tokens are 25 GB: a shard's are read when they are asked for."""
+def test_opening_a_store_reads_no_offsets(tokenizer, tmp_path):
+  """The offsets of a trillion tokens are 25 GB: those of a shard are read on demand."""
   store = sharded(tmp_path / 's', tokenizer, documents(60), 1)
   (tmp_path / 's/document_offsets/c/0').unlink()
   open_store(tmp_path / 's')
@@ -280,7 +280,7 @@ def test_a_store_is_opened_without_its_offsets(tokenizer, tmp_path):
     store.offsets_of(1)
 
 
-def test_offsets_that_are_not_the_manifests_are_named_by_shard(tokenizer, tmp_path):
+def test_offsets_that_do_not_match_the_manifest_are_reported_with_their_shard(tokenizer, tmp_path):
   sharded(tmp_path / 'a', tokenizer, documents(60), 1)
   sharded(tmp_path / 'b', tokenizer, documents(60)[::-1], 1)
   shutil.rmtree(tmp_path / 'a/document_offsets')
@@ -291,7 +291,7 @@ def test_offsets_that_are_not_the_manifests_are_named_by_shard(tokenizer, tmp_pa
     store.offsets_of(0)
 
 
-def test_a_store_that_grows_under_a_run_is_refused_by_processes_that_start_later(tokenizer, tmp_path):
+def test_a_store_that_grows_during_a_run_is_refused_by_processes_that_start_later(tokenizer, tmp_path):
   store = write(tmp_path / 's', tokenizer, [[5, 6]])
   sent = pickle.dumps(store)
   shutil.rmtree(tmp_path / 's')
@@ -301,8 +301,8 @@ def test_a_store_that_grows_under_a_run_is_refused_by_processes_that_start_later
     pickle.loads(sent)
 
 
-def test_a_store_that_is_replaced_under_a_run_is_refused_at_the_next_read_from_it(tokenizer, tmp_path, monkeypatch):
-  monkeypatch.setattr('data.stores.arrays._CONTEXT', tensorstore.Context())  # no index of files is kept
+def test_a_store_that_is_replaced_during_a_run_is_refused_at_the_next_read(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr('data.stores.arrays._CONTEXT', tensorstore.Context())  # without a cache of the files' indexes
   texts = [[[5 + i] * 70_000 for i in range(first, first + 4)] for first in (0, 100)]
   store, other = (write(tmp_path / name, tokenizer, own) for name, own in zip('sc', texts, strict=True))
   shutil.copytree(tmp_path / 's', tmp_path / 'copy')
@@ -324,11 +324,11 @@ def test_arrays_that_grew_without_their_manifest_are_refused(tokenizer, tmp_path
   for name in ('tokens', 'document_offsets'):
     shutil.rmtree(tmp_path / 's' / name)
     shutil.copytree(tmp_path / 'grown' / name, tmp_path / 's' / name)
-  with pytest.raises(DataError, match=r'/s has 5 tokens in 2 documents, its manifest.json says 3 in 1'):
+  with pytest.raises(DataError, match=r'/s has 5 tokens in 2 documents, but its manifest.json says 3 in 1'):
     open_store(tmp_path / 's')
 
 
-def test_a_document_of_ten_million_tokens_is_a_document(tokenizer, tmp_path):
+def test_a_document_of_ten_million_tokens_is_stored_whole(tokenizer, tmp_path):
   long = np.random.default_rng(0).integers(3, 400, 10**7).astype(np.uint32)
   with StoreWriter(tmp_path / 's', tokenizer, shard_tokens=10**6) as writer:
     for part in np.split(long, 10):
@@ -342,8 +342,8 @@ def test_a_document_of_ten_million_tokens_is_a_document(tokenizer, tmp_path):
   assert list(verify(str(tmp_path / 's'))) == []
 
 
-def test_a_tokenizer_that_is_another_one_is_refused(tokenizer, tmp_path):
+def test_a_replaced_tokenizer_file_is_refused(tokenizer, tmp_path):
   write(tmp_path / 's', tokenizer, [[5, 6]])
   (tmp_path / 's/tokenizer.model').write_bytes(train_sentencepiece([LICENSE.read_text()], 400))
-  with pytest.raises(DataError, match=r'^DATA-CORRUPT: .*/s/tokenizer.model is not the file of manifest.json'):
+  with pytest.raises(DataError, match=r'^DATA-CORRUPT: .*/s/tokenizer.model does not match manifest.json'):
     open_store(tmp_path / 's').tokenizer(8)

@@ -1,4 +1,4 @@
-"""`verify` names what is damaged, `inspect` and `stats` say what a naive reading of the store says."""
+"""`verify` names damaged files and documents; `inspect` and `stats` agree with a naive reading of the store."""
 
 import collections
 import json
@@ -34,7 +34,7 @@ def path(tokenizer_model, tmp_path, monkeypatch):
   return str(tmp_path / 's')
 
 
-def test_a_store_that_is_whole_is_said_to_be(path, capsys):
+def test_an_undamaged_store_passes(path, capsys):
   assert main(['data', 'verify', path]) == 0
   assert capsys.readouterr().out == f'{path}: whole\n'
 
@@ -46,11 +46,11 @@ def test_a_store_that_is_whole_is_said_to_be(path, capsys):
     ('document_offsets/c/0', r'damaged: .*document_offsets/c/0'),
     ('scores/quality/c/0', r'damaged: .*scores/quality/c/0'),
     ('tag_lengths/c/0', r'damaged: .*tag_lengths/c/0'),
-    ('tokenizer.model', r'damaged: .*tokenizer.model is not the file of manifest.json'),
+    ('tokenizer.model', r'damaged: .*tokenizer.model does not match manifest.json'),
   ],
 )
 @pytest.mark.parametrize('how', ['flipped', 'cut off', 'gone'])
-def test_damage_is_named_by_file_and_documents(path, tmp_path, capsys, file, message, how):
+def test_damage_is_reported_with_file_and_documents(path, tmp_path, capsys, file, message, how):
   damaged = tmp_path / 's' / file
   raw = damaged.read_bytes()
   place = len(raw) // 3
@@ -64,8 +64,8 @@ def test_damage_is_named_by_file_and_documents(path, tmp_path, capsys, file, mes
   assert re.search(r'/s: damaged places: \d; restore it from a copy, or prepare it again$', out)
 
 
-def test_tokens_of_another_store_are_found_by_their_hash(path, tokenizer_model, tmp_path):
-  """Files that are whole, but not these: no checksum of theirs fails."""
+def test_tokens_of_another_store_are_detected_by_their_hash(path, tokenizer_model, tmp_path):
+  """The files of another store are undamaged: none of their checksums fails."""
   store = open_store(path)
   with StoreWriter(tmp_path / 'other', Tokenizer(tokenizer_model, 8), append_eos=False) as writer:
     (tokens,) = store.read([(0, store.num_tokens)])
@@ -80,23 +80,23 @@ def test_tokens_of_another_store_are_found_by_their_hash(path, tokenizer_model, 
   ]
 
 
-def test_inspect_shows_the_manifest_and_documents_with_their_places(path):
+def test_inspect_shows_the_manifest_and_documents_with_their_positions(path):
   store, text = open_store(path), inspect(path, 2)
   assert f'{store.num_tokens:,} tokens'.split()[0] in text
   for part in ('in 200 documents, each ends with EOS', 'scores/quality (float32), tag_lengths (int32)', 'a.txt'):
     assert part in text
   first, second = store.offsets[1:3].tolist()
-  assert f'document 1: tokens {first} to {second - 1} ({second - first}, quality 1, 1 of tags)' in text
+  assert f'document 1: tokens {first} to {second - 1} ({second - first}, quality 1, 1 tag tokens)' in text
 
 
-def test_inspect_says_which_documents_are_a_pair(pair_store):
+def test_inspect_labels_the_two_documents_of_a_pair(pair_store):
   text = inspect(str(pair_store), 2)
   assert 'document 0 (inputs of pair 0): tokens 0 to ' in text
   assert 'document 1 (targets of pair 0): tokens ' in text
 
 
-def test_stats_are_those_of_a_naive_count(path, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(stats, 'STEP', 1000)  # documents lie in several pieces
+def test_stats_equal_a_naive_count(path, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(stats, 'STEP', 1000)  # so that documents span several blocks
   assert main(['data', 'stats', path, f'--out={tmp_path}/found']) == 0
   assert '1 documents (0.50%) repeat one before' in capsys.readouterr().out
   found = json.loads((tmp_path / 'found/stats.json').read_text())
@@ -114,7 +114,7 @@ def test_stats_are_those_of_a_naive_count(path, tmp_path, monkeypatch, capsys):
   assert (tmp_path / 'found/stats.png').read_bytes()[:4] == b'\x89PNG'
 
 
-def test_nearly_equal_documents_are_no_duplicates(tokenizer_model, tmp_path):
+def test_nearly_equal_documents_are_not_duplicates(tokenizer_model, tmp_path):
   with StoreWriter(tmp_path / 's', Tokenizer(tokenizer_model, 8)) as writer:
     writer.add([[5, 6], [5, 6, 7], [5], [6], [5, 6], [5, 6]])
     writer.finish()

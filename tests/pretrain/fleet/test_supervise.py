@@ -179,8 +179,8 @@ def test_a_signal_during_the_start_reaches_the_processes(tmp_path, monkeypatch):
   supervisor = Supervisor(1, [sys.executable, '-c', script], tmp_path, Policy(), stream=io.StringIO())
 
   class Slow(supervise.Group):
-    def __init__(self, *args):
-      super().__init__(*args)
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
       supervisor._stop(signal.SIGTERM)  # the group is not known to it yet
 
   monkeypatch.setattr(supervise, 'Group', Slow)

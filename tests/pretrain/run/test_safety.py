@@ -141,7 +141,7 @@ def test_a_column_that_leads_out_of_its_store_is_refused(text_store, tmp_path):
   (store / 'manifest.json').write_text('{"columns": {"scores/../../x": "float32"},' + text[1:])
   for name in ('tokens', 'document_offsets', 'tokenizer.model'):
     (store / name).symlink_to(text_store / name)
-  with pytest.raises(DataError, match=r"DATA-CORRUPT: 'scores/../../x/' is no name of a part of "):
+  with pytest.raises(DataError, match=r"DATA-CORRUPT: 'scores/../../x/' is not a valid name inside "):
     open_store(store)
 
 

@@ -15,7 +15,7 @@ from pretrain.errors import ConfigError
 from pretrain.experiment.program import build_program
 from pretrain.tools.plan import abstract_batch, compile_for, tpu_devices
 from tests.pretrain import tiny
-from tests.pretrain.tools.test_generate import config_of, store_for  # noqa: F401
+from tests.pretrain.evaluation.test_generate import config_of, store_for  # noqa: F401
 
 pytestmark = pytest.mark.aot
 

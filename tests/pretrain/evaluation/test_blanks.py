@@ -6,10 +6,10 @@ import re
 import pytest
 
 from pretrain.errors import ConfigError
+from pretrain.evaluation import blanks as module
+from pretrain.evaluation.blanks import choose, hide_words, sentences, show_blanks, word_shares
+from pretrain.evaluation.generate import generate
 from pretrain.run.train import train
-from pretrain.tools import blanks as module
-from pretrain.tools.blanks import choose, hide_words, sentences, show_blanks, word_shares
-from pretrain.tools.generate import generate
 from tests.conftest import paragraphs
 from tests.pretrain import tiny
 

@@ -9,12 +9,12 @@ from data.batches.source import open_data
 from data.prepare.prepare import prepare
 from data.prepare.text import Reading
 from pretrain.devices.compilation_cache import cache_dir
+from pretrain.evaluation.exact_match import make_exact_match
+from pretrain.evaluation.generate import _decode
 from pretrain.experiment.program import build_program
 from pretrain.records.metrics import read_metrics
 from pretrain.run.train import train
-from pretrain.tools.exact_match import make_exact_match
-from pretrain.tools.generate import _decode
-from tests.pretrain.tools.test_generate import config_of
+from tests.pretrain.evaluation.test_generate import config_of
 
 OBJECTIVES = ['supervised', pytest.param('supervised+encoder', marks=pytest.mark.slow)]
 

@@ -14,11 +14,11 @@ from data.ragged import join
 from data.stores.vocabulary import EOS
 from models.decode import greedy
 from pretrain.cli.main import main
-from pretrain.experiment.prompts import prompt_inputs
+from pretrain.evaluation import generate as module
+from pretrain.evaluation.generate import Refused, _config_of, generate, open_writer
+from pretrain.evaluation.prompts import prompt_inputs
 from pretrain.run.train import train
-from pretrain.tools import generate as module
-from pretrain.tools.generate import Refused, _config_of, generate, open_writer
-from tests.pretrain.tools.test_generate import config_of, opened
+from tests.pretrain.evaluation.test_generate import config_of, opened
 
 LONG = 'the Licensor ' * 40
 

@@ -26,10 +26,10 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
-from pretrain.experiment.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.redact import redact
 
 MOST_TOP = 64

@@ -11,11 +11,11 @@ from data.batches.batches import DataSource
 from data.objectives.objectives import Supervised, pair_lengths
 from models.decode import greedy
 from pretrain.devices.mesh import host_rows, replicated, to_global
+from pretrain.evaluation.generate import until_eos
+from pretrain.evaluation.losses import series
+from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import Program
-from pretrain.experiment.prompts import prompt_batch
-from pretrain.tools.evaluate import series
-from pretrain.tools.generate import until_eos
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 ExactMatch = Callable[[Any, Pairs], float]

@@ -18,9 +18,9 @@ from models.specs import initialize
 from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
-from pretrain.experiment.prompts import prompt_batch, prompt_inputs, room_for
+from pretrain.evaluation.generate import _result, filled
+from pretrain.evaluation.prompts import prompt_batch, prompt_inputs, room_for
 from pretrain.run.train import train
-from pretrain.tools.generate import _result, filled
 from tests.pretrain import tiny
 
 
