@@ -29,6 +29,8 @@ def test_the_verbs_are_these():
     'data',
     'generate',
     'checkpoints',
+    'import',
+    'export',
     'report',
     'replay',
     'run',
