@@ -1,0 +1,206 @@
+"""Writes tests/golden/interchange/ again: tiny random models of `transformers` and the logits that it gives for them.
+
+Run by hand, in an environment of its own (`pip install torch transformers`; last written with torch 2.15 for the CPU and
+transformers 5.24). Neither the tests nor the packages import these libraries. Each family has
+
+  config.json, model.safetensors   as `save_pretrained` writes them, float32
+  expected.npz                     `long` and `short`: two documents (for an encoder-decoder also `long_target` and
+                                   `short_target`: decoder inputs); `long_logits` and `short_logits`; `greedy`: the 32
+                                   most likely next tokens after the first 20 tokens of `short`, end tokens ignored (for
+                                   an encoder-decoder after the decoder's start, with `short` in the encoder)
+
+Numbers that a model could confuse with its defaults (eps, theta, buckets, windows) are not at their defaults, and no
+norm or bias is at its init.
+
+  python scripts/make_interchange_goldens.py [family …]
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+GOLDENS = pathlib.Path(__file__).parents[1] / 'tests/golden/interchange'
+VOCAB, LONG, SHORT, GREEDY = 96, 200, 60, 32
+
+T5 = dict(
+  vocab_size=VOCAB, d_model=32, d_kv=12, d_ff=48, num_heads=4, num_layers=2, num_decoder_layers=3,
+  relative_attention_num_buckets=16, relative_attention_max_distance=50, layer_norm_epsilon=1e-3, dropout_rate=0.0,
+  decoder_start_token_id=0,
+)  # fmt: skip
+LLAMA = dict(
+  vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+  num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+BERT = dict(
+  vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+  max_position_embeddings=220, layer_norm_eps=1e-3, type_vocab_size=2,
+)  # fmt: skip
+FALCON = dict(
+  vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layer_norm_epsilon=1e-3, bias=False,
+  alibi=False, parallel_attn=True, rope_parameters={'rope_type': 'default', 'rope_theta': 700.0},
+)  # fmt: skip
+
+
+def rope(theta: float, kind: str = 'default', **values) -> dict:
+  return {'rope_parameters': {'rope_type': kind, 'rope_theta': theta, **values}}
+
+
+LLAMA3 = rope(
+  5000.0, 'llama3', factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_position_embeddings=64
+)
+YARN = rope(900.0, 'yarn', factor=4.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0)
+LINEAR = rope(600.0, 'linear', factor=3.0)
+
+# name -> (config class, arguments, model class)
+FAMILIES = {
+  't5_v1_0': ('T5Config', T5 | {'feed_forward_proj': 'relu'}, 'T5ForConditionalGeneration'),
+  't5_v1_1': (
+    'T5Config', T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}, 'T5ForConditionalGeneration',
+  ),
+  'ul2': (
+    'T5Config', T5 | {'feed_forward_proj': 'gated-silu', 'tie_word_embeddings': False}, 'T5ForConditionalGeneration',
+  ),
+  'umt5': (
+    'UMT5Config', T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
+    'UMT5ForConditionalGeneration',
+  ),
+  'llama': ('LlamaConfig', LLAMA | LLAMA3, 'LlamaForCausalLM'),
+  'yi': ('LlamaConfig', LLAMA | LINEAR, 'LlamaForCausalLM'),
+  'mistral': ('MistralConfig', LLAMA | rope(800.0) | {'sliding_window': 48}, 'MistralForCausalLM'),
+  'qwen2': (
+    'Qwen2Config', {**LLAMA, **rope(800.0), 'tie_word_embeddings': True, 'head_dim': 8}, 'Qwen2ForCausalLM',
+  ),
+  'qwen3': ('Qwen3Config', LLAMA | YARN, 'Qwen3ForCausalLM'),
+  'olmo2': ('Olmo2Config', {**LLAMA, **rope(800.0), 'head_dim': 8, 'eos_token_id': 2}, 'Olmo2ForCausalLM'),
+  'gemma2': (
+    'Gemma2Config',
+    {
+      **LLAMA, **rope(800.0), 'num_hidden_layers': 4, 'sliding_window': 40, 'query_pre_attn_scalar': 20,
+      'attn_logit_softcapping': 5.0, 'final_logit_softcapping': 3.0, 'tie_word_embeddings': True,
+    },
+    'Gemma2ForCausalLM',
+  ),
+  'gpt2': (
+    'GPT2Config',
+    dict(
+      vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=220, layer_norm_epsilon=1e-3,
+      bos_token_id=2, eos_token_id=2,
+    ),
+    'GPT2LMHeadModel',
+  ),
+  'gpt_neox': (
+    'GPTNeoXConfig',
+    dict(
+      vocab_size=VOCAB, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+      layer_norm_eps=1e-3, max_position_embeddings=256, use_parallel_residual=True,
+      **rope(700.0, partial_rotary_factor=0.25),
+    ),
+    'GPTNeoXForCausalLM',
+  ),
+  'falcon': (
+    'FalconConfig', FALCON | {'multi_query': True, 'new_decoder_architecture': False}, 'FalconForCausalLM',
+  ),
+  'falcon_40b': (
+    'FalconConfig',
+    FALCON | {'new_decoder_architecture': True, 'num_kv_heads': 2, 'ffn_hidden_size': 48},
+    'FalconForCausalLM',
+  ),
+  'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
+  'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
+  'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
+  'mixtral': (
+    'MixtralConfig',
+    {**LLAMA, **rope(800.0), 'intermediate_size': 24, 'num_local_experts': 4, 'num_experts_per_tok': 2},
+    'MixtralForCausalLM',
+  ),
+}  # fmt: skip
+
+
+def make_model(name: str):
+  kind, arguments, model = FAMILIES[name]
+  cfg = getattr(transformers, kind)(**arguments, attn_implementation='eager')
+  for site in (key for key in vars(cfg) if 'dropout' in key or key.endswith('pdrop')):
+    setattr(cfg, site, 0.0)
+  if arguments.get('tie_word_embeddings') is False:
+    cfg.tie_word_embeddings = False  # T5's classes set it to True whatever they are given
+  found = getattr(transformers, model)(cfg).eval().float()
+  shake(found, torch.Generator().manual_seed(0))
+  return found
+
+
+@torch.no_grad()
+def shake(model, generator: torch.Generator) -> None:
+  """Norms and biases move by 0.2 from where they begin; matrices get unit gain; tables a std of 1 (biases of T5: 0.5)."""
+  tables = {id(m.weight): m for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+  transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == 'Conv1D'}
+  for name, p in model.named_parameters():
+    noise = torch.randn(p.shape, generator=generator)
+    if p.ndim == 1:
+      p += 0.2 * noise
+    elif id(p) in tables:
+      p.copy_(noise * (0.5 if 'relative_attention_bias' in name else 1.0))
+    else:
+      p.copy_(noise * p.shape[0 if id(p) in transposed else -1] ** -0.5)
+
+
+@torch.no_grad()
+def logits(model, document: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+  own = {} if target is None else {'decoder_input_ids': torch.tensor(target)[None]}
+  return model(input_ids=torch.tensor(document)[None], **own).logits[0].float().numpy()
+
+
+def next_tokens(model, document: np.ndarray) -> np.ndarray:
+  """The most likely token, GREEDY times: no cache and no end, so that only the logits decide."""
+  seq2seq = model.config.is_encoder_decoder
+  tokens = np.array([model.config.decoder_start_token_id]) if seq2seq else document[:20]
+  start = len(tokens)
+  for _ in range(GREEDY):
+    found = logits(model, document, tokens) if seq2seq else logits(model, tokens)
+    tokens = np.append(tokens, found[-1].argmax())
+  return tokens[start:]
+
+
+def expected(model) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(0)
+  draw = lambda length: rng.integers(3, VOCAB, length).astype(np.int32)  # low ids are padding, end, start
+  found = {'long': draw(LONG), 'short': draw(SHORT)}
+  if model.config.is_encoder_decoder:
+    found |= {f'{name}_target': np.append(0, draw(length - 1)) for name, length in (('long', LONG), ('short', SHORT))}
+  for name in ('long', 'short'):
+    found[f'{name}_logits'] = logits(model, found[name], found.get(f'{name}_target'))
+  if not type(model).__name__.endswith('ForMaskedLM'):
+    found['greedy'] = next_tokens(model, found['short'])
+  return {key: value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) for key, value in found.items()}
+
+
+def write(name: str) -> None:
+  folder, model = GOLDENS / name, make_model(name)
+  model.save_pretrained(folder)
+  for path in folder.iterdir():
+    if path.name not in ('config.json', 'model.safetensors'):
+      path.unlink()
+  found = expected(model)
+  np.savez_compressed(folder / 'expected.npz', **found)
+  sizes = [path.stat().st_size // 1000 for path in sorted(folder.iterdir())]
+  print(f'{name}: {sizes} kB, scale of the logits {np.abs(found["long_logits"]).max():.2f}')
+
+
+def write_ropes() -> None:
+  """Frequencies and the factor on sin and cos of each scaling, with a head_dim of 64, where all branches occur."""
+  found = {}
+  for name, values in {'llama3': LLAMA3, 'yarn': YARN, 'linear': LINEAR}.items():
+    cfg = transformers.LlamaConfig(**LLAMA | values | {'head_dim': 64})
+    frequencies, factor = ROPE_INIT_FUNCTIONS[name](cfg, torch.device('cpu'))
+    found |= {f'{name}_frequencies': frequencies.numpy(), f'{name}_factor': np.float32(factor)}
+  np.savez(GOLDENS / 'rope.npz', **found)
+
+
+if __name__ == '__main__':
+  GOLDENS.mkdir(parents=True, exist_ok=True)
+  for family in sys.argv[1:] or FAMILIES:
+    write(family)
+  write_ropes()
