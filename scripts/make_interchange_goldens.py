@@ -1,6 +1,6 @@
 """Writes tests/golden/interchange/ again: tiny random models of `transformers` and the logits that it gives for them.
 
-Run by hand, in an environment of its own (`pip install torch transformers`; last written with torch 2.15 for the CPU and
+Run by hand, in an environment of its own (`pip install torch transformers`; last written with torch 2.15 on a CPU and
 transformers 5.24). Neither the tests nor the packages import these libraries. Each family has
 
   config.json, model.safetensors   as `save_pretrained` writes them, float32
@@ -134,7 +134,7 @@ def make_model(name: str):
 
 @torch.no_grad()
 def shake(model, generator: torch.Generator) -> None:
-  """Norms and biases move by 0.2 from where they begin; matrices get unit gain; tables a std of 1 (biases of T5: 0.5)."""
+  """Norms and biases move by 0.2 from their init; matrices get unit gain; tables a std of 1 (T5's biases: 0.5)."""
   tables = {id(m.weight): m for m in model.modules() if isinstance(m, torch.nn.Embedding)}
   transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == 'Conv1D'}
   for name, p in model.named_parameters():
