@@ -1,4 +1,4 @@
-"""Every test sees eight simulated CPU devices, and warnings are errors (setup.cfg)."""
+"""Fixtures for all tests. Tests run on eight simulated CPU devices, and warnings are errors (setup.cfg)."""
 
 import importlib.metadata
 import os
@@ -6,24 +6,24 @@ import pathlib
 import sys
 import tempfile
 
-# Where no bytecode is written, each of the many processes that tests start would compile the source of JAX again, for
-# seconds. It goes beside the packages, not into the tree of whoever asked for none.
+# Without bytecode files, each of the many processes that tests start would spend seconds compiling JAX's source. If
+# they are disabled, they are written to a folder beside the packages, not into the source tree.
 if sys.dont_write_bytecode:
   sys.dont_write_bytecode = False
   sys.pycache_prefix = os.environ['PYTHONPYCACHEPREFIX'] = str(pathlib.Path(sys.prefix) / 'pycache')
   os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
-# Before JAX is imported: afterwards it has counted its devices. Processes that tests start inherit these.
+# These must be set before JAX is imported, because it counts its devices then. Child processes inherit them.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Most of the time of the suite is compiling: all but the first flag more than halve it (one part to generate code for
-# instead of 32: a fifth).
+# Most of the suite's time is compilation. All flags except the first reduce it, together to less than half (generating
+# code in one part instead of 32 saves a fifth).
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
-if importlib.metadata.version('jaxlib').startswith('0.10.'):  # gone later
+if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later versions removed these flags
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 os.environ['NPROC'] = '16'  # pretrain/devices/platform.py:set_threads
-# Many tests compile the same small programs: once for all of them, and for all workers.
+# Many tests compile the same small programs. The cache compiles each once for all tests and workers.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix='pretrain-tests-')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = COMPILED.name
@@ -41,13 +41,13 @@ from data.stores.store import StoreWriter
 from data.stores.vocabulary import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
-COLUMNS = {'tag_lengths': 'int32', 'roles': 'int8', 'turns_left': 'int32'}  # of conversations
-PIECES = 448  # 256 bytes, 3 special pieces, and what the text is made of
+COLUMNS = {'tag_lengths': 'int32', 'roles': 'int8', 'turns_left': 'int32'}  # of a store of conversations
+PIECES = 448  # 256 bytes, 3 special pieces, and pieces of the text
 
 
 @pytest.fixture(autouse=True)
 def strict_dtypes(request):
-  """In models and kernels no dtype is promoted silently (optax is not clean enough for the rest)."""
+  """Implicit dtype promotion is an error in tests of models and kernels. Elsewhere optax relies on it."""
   strict = {'models', 'pallas_kernels'} & set(request.path.parts)
   with jax.numpy_dtype_promotion('strict' if strict else 'standard'):
     yield
@@ -74,7 +74,7 @@ def tokenizer_model() -> bytes:
 
 @pytest.fixture(scope='session')
 def text_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
-  """A token store of English, about 4,000 tokens in 50 documents: the license of this repository."""
+  """A token store of English text, about 4,000 tokens in 50 documents: the license of this repository."""
   path = tmp_path_factory.mktemp('stores') / 'license'
   tokenizer = Tokenizer(tokenizer_model, sentinels=32)
   with StoreWriter(path, tokenizer) as writer:
@@ -85,7 +85,7 @@ def text_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def pair_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
-  """Pairs of the license: one to nine words, and the one to twelve that follow them."""
+  """Pairs made from the license: inputs of one to nine words, and as targets the next one to twelve words."""
   path, words = tmp_path_factory.mktemp('stores') / 'pairs', ' '.join(paragraphs()).split()
   tokenizer, texts = Tokenizer(tokenizer_model, sentinels=32), []
   while len(words) > 20:
@@ -105,11 +105,11 @@ def paragraphs() -> list[str]:
 
 @pytest.fixture(scope='session')
 def chat_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
-  """Conversations of the license: a user and the assistant in turn, one to fourteen words, some behind a system's."""
+  """Conversations made from the license: user and assistant in turn, 1 to 14 words each; some with a system turn."""
   path, words, found = tmp_path_factory.mktemp('stores') / 'chats', ' '.join(paragraphs()).split(), []
   while len(words) > 60:
     number, turns = len(found), []
-    for i in range((2, 4, 3, 6)[number % 4]):  # three: the user has the last word
+    for i in range((2, 4, 3, 6)[number % 4]):  # with three turns the last one is the user's
       size = (3, 1, 7, 14, 2)[(number + i) % 5]
       turns.append((('user', 'assistant')[i % 2], ' '.join(words[:size])))
       words = words[size:]
@@ -119,7 +119,7 @@ def chat_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
 
 
 def write_chat(path: pathlib.Path, tokenizer: Tokenizer, chats: list[list[tuple[str, str]]], **options) -> None:
-  """A store of conversations: lists of (role, text)."""
+  """Writes a store of conversations, given as lists of (role, text)."""
   marks = {role: tokenizer.encode(marker(role)) for role in ROLES}
   turns = [(role, text, len(chat) - 1 - i) for chat in chats for i, (role, text) in enumerate(chat)]
   columns = {
@@ -134,7 +134,7 @@ def write_chat(path: pathlib.Path, tokenizer: Tokenizer, chats: list[list[tuple[
 
 @pytest.fixture(scope='session')
 def tag_store(tokenizer_model, tmp_path_factory) -> pathlib.Path:
-  """The documents of `text_store`, most of them behind a tag: its number."""
+  """The documents of `text_store`, most of them after a tag with the document's number."""
   path, tokenizer = tmp_path_factory.mktemp('stores') / 'tagged', Tokenizer(tokenizer_model, sentinels=32)
   tags = [tokenizer.encode(f'part: {i}') if i % 5 else [] for i in range(len(paragraphs()))]
   columns = {'tag_lengths': np.array([len(tag) for tag in tags], np.int32)}

@@ -138,7 +138,7 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]
     keys = dict.fromkeys(KEY.findall(code) + ASSIGNED.findall(code))
-    found += [f'key {key}' for key in keys if key not in KEYS and not key.endswith('.py')]
+    found += [f'key {key}' for key in keys if key not in KEYS and not key.endswith(('.py', '.safetensors'))]
     found += [f'{key}={value}' for key, value in PICK.findall(code) if key in KEYS and value not in KEYS[key]]
     found += [f'flag {flag}' for flag in FLAG.findall(code) if flag not in known]
     found += [wrong for words in commands_in(code) for wrong in wrong_words(words)]

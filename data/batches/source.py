@@ -25,7 +25,7 @@ from data.packing.buckets import LengthBuckets
 from data.packing.packing import ConcatSplit, Packing, check_packing
 from data.prepare.builtin import GROUPS, builtin_groups, builtin_store
 from data.stores.store import TAG_LENGTHS, Store, open_store
-from data.stores.vocabulary import MODES, Vocabulary
+from data.stores.vocabulary import MODES, Tokenizer, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,16 @@ def has_heldout(cfg: Data) -> bool:
 
 
 def open_data(
-  cfg: Data, objective: Objective, *, seed: int, vocab_size: int, cache_dir: str | os.PathLike[str]
+  cfg: Data,
+  objective: Objective,
+  *,
+  seed: int,
+  vocab_size: int,
+  cache_dir: str | os.PathLike[str],
+  model: bytes | None = None,
 ) -> DataSource:
   """The batches of a config. `vocab_size` is the model's. The built-in corpus is made in `cache_dir` if missing.
+  Synthetic data takes its vocabulary from the SentencePiece `model`, if there is one.
 
   Raises DataError for stores that are missing, damaged or made with different tokenizers, and for a model vocabulary
   that is too small; ValueError if the objective does not fit (`check_objective`).
@@ -145,11 +152,14 @@ def open_data(
   plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
     case Synthetic():
-      vocabulary = Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
+      tokenizer = None if model is None else Tokenizer(model, cfg.sentinels)
+      vocabulary = (
+        tokenizer.vocabulary if tokenizer else Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
+      )
       if vocabulary.pieces < 4:
         raise DataError(f'model.vocab_size={vocab_size} leaves no pieces beside data.sentinels={cfg.sentinels}.')
       store = SyntheticStore(vocabulary.pieces, seed)
-      return _source(cfg, objective, seed, vocabulary, None, {'synthetic': store}, [Stage(0, (1.0,))], {}, None)
+      return _source(cfg, objective, seed, vocabulary, tokenizer, {'synthetic': store}, [Stage(0, (1.0,))], {}, None)
     case Builtin(groups=True):
       groups, heldout = builtin_groups(cache_dir, vocab_size, cfg.sentinels)
       paths = {name: str(path) for name, path in groups.items()}

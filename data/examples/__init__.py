@@ -1,4 +1,4 @@
-"""Documents of a store to the fields of rows: text, tagged text, pairs, conversations.
+"""From documents of a store to the fields of rows: text, tagged text, pairs, conversations.
 
-Knows objectives and plans; must not know sources, mixtures or steps.
+Knows objectives and plans; must not know sources, mixtures or training steps.
 """

@@ -1,4 +1,4 @@
-"""Which tokens of a store carry loss, where its documents say: turns by their role, text behind its tags."""
+"""Which tokens of a store carry loss, if documents determine it: turns by their role, and text after its tags."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import numpy as np
 from data.packing.plan import Pieces
 from data.ragged import spread
 
-SHARDS = 16  # whose documents are remembered
+SHARDS = 16  # number of shards that are cached
 
 
 class ByDocument:
-  """Numbers of each document of a store, shard by shard: `of_shard` says int64[numbers, documents]. Picklable."""
+  """Numbers for each document of a store: a cache of `of_shard(shard)` -> int64[numbers, documents]. Picklable."""
 
   def __init__(self, store, of_shard: Callable[[int], np.ndarray]):
     self._firsts = np.array([shard.documents.start for shard in store.shards])
@@ -26,7 +26,7 @@ class ByDocument:
     return functools.lru_cache(SHARDS)(self._of_shard)
 
   def of(self, documents: np.ndarray) -> np.ndarray:
-    """int64[numbers, documents], of these."""
+    """int64[numbers, documents] for these documents."""
     shards, found = np.searchsorted(self._firsts, documents, 'right') - 1, None
     for shard in np.unique(shards).tolist():
       own, numbers = shards == shard, self._kept(shard)
@@ -36,7 +36,7 @@ class ByDocument:
 
 
 def asked(pieces: Pieces, begins: np.ndarray) -> np.ndarray:
-  """bool[tokens]: which tokens of pieces carry loss: those from `begins` (places in the store) of their document on.
+  """bool[tokens]: which tokens of the pieces carry loss: those at or after `begins[i]`, a position in the store.
 
   >>> asked(Pieces(*np.array([[0, 0], [0, 1], [10, 14], [4, 2]])), np.array([12, 14])).tolist()
   [False, False, True, True, True, True]

@@ -1,7 +1,7 @@
-"""Conversations: which turns go in which row, which of their tokens carry loss, and the fields of such rows.
+"""Conversations: which turns go into which row, which of their tokens carry loss, and the fields of such rows.
 
-A row of a decoder takes whole conversations, each a segment of its own. One that is longer than a row keeps its
-beginning; where no token with loss is left, it is left out (data/examples/units.py).
+A row of a decoder contains whole conversations, each as its own segment. A conversation that is longer than a row is
+cut at its end; if no token with loss remains, it is left out (data/examples/units.py).
 """
 
 from typing import NamedTuple
@@ -20,7 +20,8 @@ from data.stores.store import ROLES, TURNS_LEFT
 
 
 class TurnLosses(NamedTuple):
-  """How many conversations a store has, the most tokens of one, how many are cut to that, how many are left out."""
+  """Number of conversations in a store, largest number of tokens that one may have, and how many are cut to that length
+  or left out."""
 
   conversations: int
   longest: int
@@ -33,13 +34,13 @@ class TurnLosses(NamedTuple):
 
   def __str__(self) -> str:
     return (
-      f'of its {self.conversations:,} conversations {self.cut:,} are cut to {self.longest} tokens, {self.left_out:,} '
-      'are left out (no token with loss among these)'
+      f'of its {self.conversations:,} conversations, {self.cut:,} are cut to {self.longest} tokens and '
+      f'{self.left_out:,} are left out (no token with loss among the first {self.longest})'
     )
 
 
 class TurnStream:
-  """The conversations of a store, as rows of `room` tokens take them. Raises DataError where they take none."""
+  """The conversations of a store, cut for rows of `room` tokens. Raises DataError if all of them are left out."""
 
   def __init__(self, store, objective: Instruction, room: int):
     self._store, self._room, self._loss_on = store, room, objective.loss_on
@@ -47,13 +48,13 @@ class TurnStream:
     self.losses = TurnLosses(int(counts[0]), room, int(counts[1]), int(counts[2]))
     if self.losses.left_out == self.losses.conversations:
       raise DataError(
-        f'{store.path}: {self.losses}, so that nothing is left to learn from objective.loss_on={list(self._loss_on)}; '
+        f'{store.path}: {self.losses}; nothing is left to learn from objective.loss_on={list(self._loss_on)}; '
         'choose other roles, or longer rows (data.targets_length).'
       )
     self.turns = ByDocument(store, self._turns)
 
   def _turns(self, shard: int) -> np.ndarray:
-    """int64[2, turns] of a shard: the place in the store where loss begins; the first turn of the conversation."""
+    """int64[2, turns] of a shard: the position in the store where loss begins; the conversation's first turn."""
     store = self._store
     offsets, left = store.offsets_of(shard), store.column(TURNS_LEFT, shard)
     of_roles = np.isin(store.column(ROLES, shard), [ROLE_NAMES.index(role) for role in self._loss_on])
@@ -63,7 +64,7 @@ class TurnStream:
     return np.stack([begins, firsts + store.shards[shard].documents.start])
 
   def _cut(self, shard: int) -> tuple[Units, np.ndarray]:
-    """(the conversations of a shard as rows have them, (all, cut, left out))."""
+    """(the conversations of a shard, cut for rows; their numbers (all, cut, left out))."""
     offsets, documents = self._store.offsets_of(shard), np.array(self._store.shards[shard].documents)
     begins, firsts = self._turns(shard)
     ends = np.minimum(offsets[1:], offsets[firsts - documents[0]] + self._room)
@@ -82,7 +83,7 @@ class TurnStream:
 
 
 class TurnMaker:
-  """Tokens of turns -> the fields of rows, as `make.RowMaker` does for text; nothing is left to chance."""
+  """Tokens of turns -> the fields of rows, like `make.RowMaker` for text, but without random numbers."""
 
   def __init__(self, stream: TurnStream, objective: Instruction, length: int):
     self._turns, self._prefix, self._length = stream.turns, objective.prefix_attention, length
@@ -97,8 +98,9 @@ class TurnMaker:
     return self._turns.of(pieces.documents)[1] == pieces.documents
 
   def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, _bits) -> Batch:
-    """Fields of `len(tasks)` rows: the turns of a conversation are a segment. What stands before the first token with
-    loss is seen by all of it, where that was asked for: it is read one place later than it stands."""
+    """Fields of `len(tasks)` rows: the turns of a conversation form a segment. With `prefix_attention`, tokens before
+    the first one with loss attend to each other in both directions; the prefix is one longer than these tokens,
+    because inputs are shifted right by one."""
     heads = np.flatnonzero(self._is_first(pieces))
     whole = Ragged(tokens.values, np.add.reduceat(tokens.lengths, heads))
     weights = self.asked(pieces)

@@ -1,4 +1,4 @@
-"""What rows are made of: tokens and random bits -> fields, as the tasks of an objective say."""
+"""Makes rows: tokens and random bits -> fields, according to the tasks of an objective."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from data.stores.vocabulary import Tokenizer, Vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowSpec:
-  """What rows look like, whatever their text. `tokenizer` is None for synthetic data."""
+  """The specification of rows, independent of their text. `tokenizer` is None for synthetic data."""
 
   objective: Objective
   budget: Budget
@@ -33,7 +33,10 @@ class RowSpec:
 
   @functools.cached_property
   def tasks(self) -> tuple[Task, ...]:
-    """The tasks of rows, which know what cuts inside tokens cost. Raises DataError where no row has room for that."""
+    """The tasks of rows. Fill-in-the-middle tasks include the extra tokens that cuts inside a token cost.
+
+    Raises DataError if rows have no room for these.
+    """
     tasks = tasks_of(self.objective)
     if not any(task.kind == 'fim' for task in tasks):
       return tasks
@@ -50,16 +53,16 @@ class RowSpec:
 
   @property
   def ends(self) -> bool:
-    """Whether text comes with the EOS of its documents: some task learns where they end."""
+    """Whether text includes the EOS of its documents, because some task learns where documents end."""
     return any(task.kind in LEFT_TO_RIGHT for task in tasks_of(self.objective))
 
 
 def text_of(store, spec: RowSpec, shard: int, variant: int = 0) -> Stream:
-  """The stream of a shard that rows are cut from, the same for each variant of its plan.
+  """The stream of a shard from which rows are cut, the same for each variant of its plan.
 
-  A model that reads from left to right learns where documents end, so it sees their EOS. Denoising puts EOS after
-  inputs and targets on its own and leaves the store's out. With attend_across_documents all of the shard is one
-  document, EOS included.
+  A left-to-right model learns where documents end, so its text includes their EOS. Denoising adds its own EOS after
+  inputs and targets and leaves out the store's. With attend_across_documents the whole shard is one document, EOS
+  included.
   """
   offsets, first = store.offsets_of(shard), store.shards[shard].documents.start
   if spec.attend_across_documents:
@@ -69,7 +72,7 @@ def text_of(store, spec: RowSpec, shard: int, variant: int = 0) -> Stream:
 
 
 class RowMaker:
-  """Tokens and random bits -> the fields of rows. `text` says where that of each document begins, behind its tags."""
+  """Tokens and random bits -> the fields of rows. `text` gives where each document's text begins, after its tags."""
 
   def __init__(self, spec: RowSpec, text: ByDocument | None = None):
     tasks, self._text = spec.tasks, text
@@ -91,7 +94,7 @@ class RowMaker:
     return np.arange(len(pieces.rows)) + 1
 
   def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, bits) -> Batch:
-    """Fields of `len(tasks)` rows; `bits()` gives what `Corruption.apply` wants."""
+    """Fields of `len(tasks)` rows; `bits()` gives the random bits for `Corruption.apply`."""
     length, rows = self._budget.targets_length, pieces.rows
     own = tasks[rows]
     if self._causal:

@@ -1,4 +1,4 @@
-"""How the rows of a store are planned and made, by objective and packing: the parts of StoreRows (batches/rows.py)."""
+"""Chooses the planner and the maker of a store's rows, by objective and packing, for StoreRows (batches/rows.py)."""
 
 import functools
 import pathlib
@@ -21,12 +21,12 @@ from data.ragged import Ragged
 
 
 class Maker(Protocol):
-  """Makes rows: fields of `len(tasks)` rows, of pieces and their tokens; `bits()` gives what chance there is."""
+  """Makes the fields of `len(tasks)` rows from pieces and their tokens; `bits()` gives random bits."""
 
   def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, bits) -> Batch: ...
 
   def asked(self, pieces: Pieces) -> np.ndarray | None:
-    """bool[tokens]: which carry loss; None where documents do not say."""
+    """bool[tokens]: which tokens carry loss; None if the objective decides that."""
     ...
 
   def segments(self, pieces: Pieces) -> np.ndarray:
@@ -35,7 +35,7 @@ class Maker(Protocol):
 
 
 class Makers(NamedTuple):
-  """`units` are the pairs or conversations of a store, None where it holds text."""
+  """`units` are the pairs or conversations of a store, None if it has text."""
 
   planner: Planner
   maker: Maker
@@ -43,7 +43,7 @@ class Makers(NamedTuple):
 
 
 def makers_of(store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: pathlib.Path | None) -> Makers:
-  """Raises DataError where rows have no room for the text, or for a single conversation."""
+  """The makers of a store. Raises DataError if rows are too short for the text, or for every conversation."""
   length, best_fit = spec.budget.targets_length, isinstance(packing, BestFit)
   match spec.objective:
     case Supervised():
@@ -73,7 +73,7 @@ def _of_text(store, spec: RowSpec, packing: Packing, seed: int, purpose: str, pl
 
 
 def _identity(store, spec: RowSpec, packing: Packing, variants: int, seed: int, purpose: str) -> list[Any]:
-  """All that plans hang on (JSON); only those that deal out tasks, or draw tags, hang on chance."""
+  """Everything that plans depend on (JSON). Seed and purpose matter only if tasks or tags are drawn at random."""
   chance = [seed, purpose] if variants > 1 else []
   tasks = [repr(task) for task in spec.tasks]
   tags = [repr(spec.tags)] if spec.tags else []

@@ -1,6 +1,6 @@
-"""Pairs of inputs and targets: what rows take of them, and the fields of such rows.
+"""Pairs of inputs and targets: how they are cut for rows, and the fields of such rows.
 
-A side that is longer than `objectives.pair_lengths` loses its end (data/examples/units.py).
+A side that is longer than `objectives.pair_lengths` is cut at its end (data/examples/units.py).
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from data.ragged import Ragged, separate
 
 
 class PairLosses(NamedTuple):
-  """How many pairs a store has, the most tokens of (inputs, targets), and how many of each are cut to that."""
+  """Number of pairs in a store, largest numbers of tokens of (inputs, targets), how many of each are cut to these."""
 
   pairs: int
   longest: tuple[int, int]
@@ -28,12 +28,12 @@ class PairLosses(NamedTuple):
   def __str__(self) -> str:
     sides = zip(('inputs', 'targets'), self.cut, self.longest, strict=True)
     cuts = (f'{cut:,} have {side} cut to {longest} tokens' for side, cut, longest in sides)
-    return f'of its {self.pairs:,} pairs ' + ', '.join(cuts)
+    return f'of its {self.pairs:,} pairs, ' + ', '.join(cuts)
 
 
 class PairStream:
-  """The pairs of a store; `longest` is the most tokens that (inputs, targets) keep. A row of an encoder-decoder has two
-  `sides`, one of a decoder has both behind each other."""
+  """The pairs of a store; (inputs, targets) keep at most `longest` tokens. With `sides`, for an encoder-decoder, they
+  fill two separate sides of a row; otherwise, for a decoder, they follow each other."""
 
   def __init__(self, store, longest: tuple[int, int], *, sides: bool):
     self.store, self._longest, self._sides = store, longest, sides
@@ -50,7 +50,7 @@ class PairStream:
 
 
 class PairMaker:
-  """Tokens of pairs -> the fields of rows, as `make.RowMaker` does for text; nothing is left to chance."""
+  """Tokens of pairs -> the fields of rows, like `make.RowMaker` for text, but without random numbers."""
 
   def __init__(self, budget: Budget):
     self._budget = budget
@@ -62,7 +62,7 @@ class PairMaker:
     return np.arange(len(pieces.rows)) // 2 + 1
 
   def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, _bits) -> Batch:
-    """Fields of `len(tasks)` rows: pieces 2i (inputs) and 2i + 1 (targets) are a segment."""
+    """Fields of `len(tasks)` rows: pieces 2i (inputs) and 2i + 1 (targets) form a segment."""
     inputs, targets = separate(tokens)
     length, rows = self._budget.targets_length, pieces.rows
     if self._budget.inputs_length:
@@ -71,7 +71,7 @@ class PairMaker:
 
 
 def sample_pairs(store, longest: tuple[int, int], count: int) -> list[tuple[list[int], list[int]]]:
-  """(inputs as a row holds them, targets whole but for their EOS) of at most `count` pairs, taken evenly all along."""
+  """(inputs cut as in rows, whole targets without EOS) of at most `count` pairs, spread evenly over the store."""
   begins, lengths = store.offsets[:-1].reshape(-1, 2), np.diff(store.offsets).reshape(-1, 2)
   chosen = np.arange(min(count, len(begins))) * len(begins) // min(count, len(begins))
   keep = np.stack([np.minimum(lengths[:, 0], longest[0]), lengths[:, 1] - 1], 1)[chosen]

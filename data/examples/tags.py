@@ -1,13 +1,13 @@
-"""Conditional training: text behind tags (`prepare --tag_fields`), some of it without them, no loss on the tags.
+"""Conditional training: tags in front of text (`prepare --tag_fields`), without loss; some documents drop them.
 
-A model that reads `url: …` in front of a text learns what depends on it; from documents without it, to do without. CTRL
-(Keskar et al. 2019, arXiv:1909.05858) puts control codes before text, Korbak et al. 2023 (arXiv:2302.08582) tokens that
-say whether a reward model likes it, MeCo (Gao et al. 2025, arXiv:2501.01956) metadata, without loss on it, and ends
-without any (here a phase with drop_rate = 1).
+A model that reads `url: …` in front of a text learns what depends on the URL; from documents without tags it learns to
+work without them. CTRL (Keskar et al. 2019, arXiv:1909.05858) puts control codes before text; Korbak et al. 2023
+(arXiv:2302.08582) put tokens there that rate the text by a reward model; MeCo (Gao et al. 2025, arXiv:2501.01956) puts
+metadata there, without loss, and ends training without any (here: a phase with drop_rate = 1).
 
-Whether a document has its tags is drawn anew for each variant of a shard's plan (VARIANTS epochs, then the first
-again), and the rows of an epoch are planned for the text that it has: no place is lost to tags that are not there, and
-every token of text is still in exactly one row.
+Whether a document keeps its tags is drawn separately for each variant of a shard's plan (VARIANTS epochs, then the
+variants repeat). The rows of an epoch are planned for the text of that epoch: dropped tags leave no empty positions,
+and every token of text is still in exactly one row.
 """
 
 import dataclasses
@@ -24,42 +24,42 @@ from data.packing.plan import Plan, Planner, Stream
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tags:
-  """Tags in front of text are read without loss; the share `drop_rate` of the documents comes without its tags."""
+  """Tags in front of text are read without loss; a share `drop_rate` of the documents comes without its tags."""
 
   drop_rate: Annotated[float, '[0, 1]'] = 0.1
 
 
 def check_tags(cfg, objective) -> None:
-  """Raises ValueError where the `tags` of a data config do not go with the rest of it, or with the objective."""
+  """Raises ValueError if the `tags` of a data config cannot be combined with its other keys or with the objective."""
   if cfg.tags is None:
     return
   if not isinstance(objective, CausalLm):
     raise ValueError(
-      f"data.tags is for objective.name='causal_lm'; '{objective.name}' would hide tags, or ask for them, as text: "
-      'remove data.tags, then they are text.'
+      f"data.tags requires objective.name='causal_lm'; '{objective.name}' would corrupt or predict tags as text. "
+      'Remove data.tags to treat tags as text.'
     )
   if cfg.attend_across_documents:
-    raise ValueError('data.tags go by documents, data.attend_across_documents=True makes one of all; remove either.')
+    raise ValueError('data.tags needs separate documents; data.attend_across_documents=True joins them; remove either.')
   if cfg.packing.name == 'length_buckets':
     raise ValueError(
-      "data.tags change what text an epoch has, data.packing.name='length_buckets' cuts it once for all; set "
+      "data.tags changes the text of each epoch, but data.packing.name='length_buckets' cuts it once for all; set "
       "data.packing.name='best_fit', or remove data.tags."
     )
   if not hasattr(cfg, 'sources'):
     raise ValueError(
-      f"data.tags with data.name='{cfg.name}', which has none; set data.name='store', with data.sources made by "
+      f"data.tags with data.name='{cfg.name}', which has no tags; set data.name='store', with data.sources made by "
       'pretrain data prepare --tag_fields=….'
     )
 
 
 class TaggedText:
-  """The text of a store whose documents have their tags or not. Picklable."""
+  """The text of a store, with the tags of some documents dropped. Picklable."""
 
   def __init__(self, store, cfg: Tags, seed: int, purpose: str):
     self._store, self._cfg, self._seed, self._purpose = store, cfg, seed, purpose + ' tags'
 
   def stream(self, shard: int, variant: int) -> Stream:
-    """The documents of a shard, EOS included; those that are drawn in this variant without their tags."""
+    """The documents of a shard, EOS included; those drawn in this variant come without their tags."""
     offsets, documents = self._store.offsets_of(shard), self._store.shards[shard].documents
     skipped = np.where(self._dropped(np.array(documents), variant), self._store.tag_lengths(shard), 0)
     return Stream(offsets[:-1] + skipped, np.diff(offsets) - skipped, documents.start)
@@ -68,13 +68,13 @@ class TaggedText:
     return uniform(stream_key(self._seed, self._purpose, variant, documents)) < self._cfg.drop_rate
 
   def begins(self, shard: int) -> np.ndarray:
-    """int64[1, documents]: where in the store the text of each document of a shard begins, behind its tags."""
+    """int64[1, documents]: the position in the store where each document's text begins, after its tags."""
     return (self._store.offsets_of(shard)[:-1] + self._store.tag_lengths(shard))[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TagPlanner:
-  """A planner of text that differs in each variant: `make(stream)` plans what `stream(shard)` has."""
+  """A planner of text that differs in each variant. `make(stream)` gives a planner of the text of `stream(shard)`."""
 
   text: TaggedText
   make: Callable[[Callable[[int], Stream]], Planner]

@@ -1,8 +1,8 @@
-"""Units that are not cut to fill rows: pairs and conversations. A row takes whole ones.
+"""Units that are not split to fill rows: pairs and conversations. A row contains whole units.
 
-They come in the order of the store while they fit, or each goes where the least room is left (best fit). A unit
-that no row has room for loses its end (seqio's trim), the same in every epoch. Rows come in another order in each
-epoch. What is lost is counted, and printed (`Losses`).
+Units are placed in the order of the store as long as they fit, or each in the row with the least sufficient room (best
+fit). A unit that is longer than a row is cut at its end (seqio's trim), in the same way in every epoch. The order of
+rows differs between epochs. What is cut is counted and printed (`Losses`).
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from data.ragged import spread, starts
 
 
 class Units(NamedTuple):
-  """The units of a shard: the documents that each has, what rows take of these, and what that is on each side of a row.
+  """The units of a shard, cut for rows.
 
-  `counts` is int64[units]; `documents` (their numbers in the store), `begins` and `lengths` (what is kept of them) are
-  int64[documents]; each of `sides` is int64[units].
+  `counts`, int64[units], is the number of documents in each unit. `documents` (their numbers in the store), `begins`
+  and `lengths` (the part of each document that is kept) are int64[documents]. Each of `sides`, int64[units], is the
+  number of tokens of a unit on one side of a row.
   """
 
   counts: np.ndarray
@@ -31,7 +32,7 @@ class Units(NamedTuple):
 
 
 class Losses(Protocol):
-  """What a store loses to the length of rows; `any`: whether it does."""
+  """How much of a store is cut or left out because rows are too short; `any` is False if nothing is."""
 
   @property
   def any(self) -> bool: ...
@@ -47,8 +48,8 @@ class UnitStream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UnitPlanner:
-  """A planner (packing/plan.py) of units: the same rows in each epoch. `rooms` are the places of each side of a row;
-  with `best_fit` the first side leads."""
+  """A planner (packing/plan.py) of units: the same rows in each epoch. `rooms` are the lengths of the sides of a row;
+  `best_fit` compares the room left on the first side."""
 
   stream: UnitStream
   rooms: tuple[int, ...]
@@ -67,10 +68,10 @@ class UnitPlanner:
     return Bins(np.zeros(len(firsts) - 1, np.int8), firsts, listed)
 
   def _in_order(self, units: Units) -> np.ndarray:
-    """int64[units]: the row that each unit goes to."""
+    """int64[units]: the row of each unit."""
     sums = [np.concatenate([[0], np.cumsum(side)]) for side in units.sides]
     cuts = [0]
     while cuts[-1] < len(units.counts):
       ends = (own.searchsorted(own[cuts[-1]] + room, 'right') for own, room in zip(sums, self.rooms, strict=True))
-      cuts.append(max(int(min(ends)) - 1, cuts[-1] + 1))  # a unit that fits no row is an error of its features
+      cuts.append(max(int(min(ends)) - 1, cuts[-1] + 1))  # a unit that fits in no row raises an error in its features
     return np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))

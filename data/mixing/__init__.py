@@ -1,4 +1,4 @@
-"""Which source or document a row comes from: weights of sources, online mixing, curricula.
+"""Which source each row comes from and in which order: weights of sources, online mixing, curricula.
 
 Knows shares and scores; must not know tokens or stores.
 """

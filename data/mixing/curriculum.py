@@ -1,7 +1,7 @@
 """The `data.order` section of a config, and the order of rows by a score of their documents.
 
-A curriculum orders the rows of a window of shards (packing/order.py); the windows themselves come at random. So it goes
-through a store of at most WINDOW shards once in each epoch, and through a larger one once in each window.
+A curriculum orders the rows within a window of shards (packing/order.py); the order of windows is random. A store of at
+most WINDOW shards therefore has one curriculum per epoch, and a larger store has one per window.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ FIRST_COMPETENCE = 0.01  # c0 of Platanios et al.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random:
-  """Any row may be next."""
+  """Rows in random order."""
 
   name: Literal['random'] = 'random'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curriculum:
-  """Rows by the mean `score` of their tokens' documents, one that `pretrain data prepare` has kept.
+  """Rows ordered by the mean over their tokens of the document's `score`, which `pretrain data prepare` has stored.
 
   strict: in the order of the score. interleaved: `folds` random parts, one after another, each in that order. paced:
-  at the share t of a window any row, not yet used, of the first sqrt(t (1 - c0^2) + c0^2), c0 = 0.01, of that order.
-  Every row comes once in an epoch all the same; where an objective has several tasks the rows of each are ordered.
+  after a share t of a window, a random unused row among the first sqrt(t (1 - c0^2) + c0^2), c0 = 0.01, of that order.
+  Every row still comes exactly once per epoch. If an objective has several tasks, the rows of each task are ordered.
 
   Sources: Platanios et al. 2019, arXiv:1903.09848, eq. 7 (competence, which there draws with replacement); Zhang et al.
   2025, arXiv:2506.11300 (scores; vanilla, paced and interleaved curricula).
@@ -45,35 +45,34 @@ Order = Random | Curriculum
 
 
 def check_order(cfg) -> None:
-  """Raises ValueError where the `order` of a data config does not go with the rest of it."""
+  """Raises ValueError if the `order` of a data config cannot be combined with its other keys."""
   if not isinstance(cfg.order, Curriculum):
     return
   if cfg.name != 'store':
     raise ValueError(
-      f"data.order.name='curriculum' needs scores, which data.name='{cfg.name}' has not; make a store with: pretrain "
+      f"data.order.name='curriculum' needs scores, but data.name='{cfg.name}' has none; make a store with: pretrain "
       f"data prepare --scores={cfg.order.score} …, and set data.name='store'."
     )
   if cfg.packing.name == 'length_buckets':
     raise ValueError(
-      "data.order.name='curriculum' orders rows of one length, data.packing.name='length_buckets' has its own order; "
-      'remove either.'
+      "data.order.name='curriculum' orders rows of one length, but data.packing.name='length_buckets' has its own "
+      'order; remove either.'
     )
   if cfg.attend_across_documents:
     raise ValueError(
-      "data.order.name='curriculum' goes by documents, data.attend_across_documents=True makes one of all; remove "
-      'either.'
+      "data.order.name='curriculum' needs documents, but data.attend_across_documents=True joins them; remove either."
     )
 
 
 def row_scores(plan: Plan, scores: np.ndarray, first: int) -> np.ndarray:
-  """float64[rows]: the mean score of the tokens of each row. `scores` are those of documents `first`, first + 1, …"""
+  """float64[rows]: the mean score of each row's tokens. `scores` belong to the documents `first`, `first + 1`, …"""
   pieces = plan.pieces(np.arange(len(plan.tasks)))
   tokens = np.bincount(pieces.rows, pieces.lengths, len(plan.tasks))
   return np.bincount(pieces.rows, pieces.lengths * scores[pieces.documents - first], len(plan.tasks)) / tokens
 
 
 def arrange(cfg: Curriculum, scores: np.ndarray, seed: int, purpose: str, *counter: int) -> np.ndarray:
-  """The rows with these scores in the order in which they come: int64, each once. Equal ones come at random."""
+  """int64[rows]: the order in which the rows with these scores come, each once. Ties are in random order."""
   size = len(scores)
   key = stream_key(seed, purpose, *counter)
   shuffled = permute(np.arange(size), size, key)
@@ -90,10 +89,10 @@ def arrange(cfg: Curriculum, scores: np.ndarray, seed: int, purpose: str, *count
 
 
 def _paced(draws: np.ndarray) -> np.ndarray:
-  """A permutation in which place p has any number, not yet used, below competence(p): `draws` in [0, 1) say which."""
+  """A permutation whose element at p is an unused number below competence(p), chosen by `draws`, uniform in [0, 1)."""
   size = len(draws)
   begun = competence(size)
-  picks = (draws * (begun - np.arange(size))).astype(np.int64)  # one has gone for each place before
+  picks = (draws * (begun - np.arange(size))).astype(np.int64)  # one number is used up by each earlier position
   pool: list[int] = []
   order = np.empty(size, np.int64)
   known = 0
@@ -106,7 +105,9 @@ def _paced(draws: np.ndarray) -> np.ndarray:
 
 
 def competence(size: int) -> np.ndarray:
-  """int64[size]: how many of `size` rows, the easiest, may come at each place; always more than came before it.
+  """int64[size]: how many of `size` rows, counted from the first in order, are allowed at each position.
+
+  It is always more than the number of earlier positions, so an unused row is left.
 
   >>> competence(10).tolist()
   [4, 5, 6, 7, 8, 8, 9, 9, 10, 10]

@@ -1,7 +1,7 @@
 """Which source each row of a run comes from: exact shares in every block of rows, stage after stage.
 
-What a position holds follows from the stages before it alone. A source goes on where it was when its share changes, so
-that its epochs are whole whatever the stages.
+The source and row at a position depend only on the stages up to it. When its share changes, a source continues with its
+next row, so its epochs are complete in spite of stages.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from data.packing.order import Deal
 
 
 class Stage(NamedTuple):
-  """From row `start` of the run on, sources have these relative weights; 0 leaves one out."""
+  """From row `start` of the run on, the sources have these relative weights; 0 leaves one out."""
 
   start: int
   weights: tuple[float, ...]
 
 
 class Mixture:
-  """The stages of a run, in order. The first one begins at the row from which on the mixture is known: 0, or where a
-  run was given other sources or weights, of which `used` rows each had been taken by then."""
+  """The stages of a run, in order. The first one begins at row 0, or at the row at which the run's sources or weights
+  changed; `used` is the number of rows of each source before that row."""
 
   def __init__(self, stages: Sequence[Stage], seed: int, used: Sequence[int] | None = None):
     self.stages, self._seed = tuple(stages), seed
     self._deals = [Deal(quotas(stage.weights), seed, 'mixture') for stage in stages]
     self._starts = np.array([stage.start for stage in stages])
-    self._used = np.zeros((len(stages), len(stages[0].weights)), np.int64)  # rows of each source before a stage
+    self._used = np.zeros((len(stages), len(stages[0].weights)), np.int64)  # rows of each source before each stage
     self._used[0] = 0 if used is None else used
     for number in range(1, len(stages)):
       self._used[number] = self._used_in(number - 1, stages[number].start)
@@ -36,10 +36,10 @@ class Mixture:
   def restarted(
     self, start: int, used: Sequence[int], weights: Sequence[float] | None = None, shift: int = 0
   ) -> 'Mixture':
-    """The mixture of a run that has used so many rows of each source before row `start`: these stages from there on.
+    """The mixture of a run that has used `used` rows of each source before row `start`: these stages from there on.
 
-    With `weights` those instead, for the rest of the run. Stages begin `shift` rows later: their steps had batches of
-    another size before.
+    If `weights` are given, they hold for the rest of the run instead. `shift` is added to the stages' starts, because
+    earlier steps had batches of another size.
     """
     if weights is not None:
       return Mixture([Stage(start, tuple(weights))], self._seed, used)
@@ -48,7 +48,7 @@ class Mixture:
     return Mixture([now._replace(start=start), *later], self._seed, used)
 
   def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, which row of that source) of `count` rows of the run from `start` on: int64 arrays."""
+    """(source, row number within that source) of `count` rows of the run from `start` on: int64 arrays."""
     first, last = self._number(start), self._number(start + count - 1)
     parts = []
     for number in range(first, last + 1):
@@ -58,17 +58,17 @@ class Mixture:
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
   def used(self, position: int) -> np.ndarray:
-    """int64[sources]: how many rows of each source come before this position."""
+    """int64[sources]: the number of rows of each source before this position."""
     return self._used_in(self._number(position), position)
 
   def shares(self, position: int) -> np.ndarray:
-    """float64[sources]: what part of the rows before this position, since the stage of the last one began, each was."""
+    """float64[sources]: each source's share of the rows from the start of the current stage to this position."""
     number = self._number(max(position - 1, 0))
     own = self._used_in(number, position) - self._used[number]
     return own / max(own.sum(), 1)
 
   def weights(self, position: int) -> np.ndarray:
-    """float64[sources], of sum 1: the weights of the stage of the row before this position."""
+    """float64[sources], summing to 1: the weights in the stage of the row before this position."""
     weights = np.array(self.stages[self._number(max(position - 1, 0))].weights)
     return weights / weights.sum()
 
@@ -82,7 +82,7 @@ class Mixture:
     return self._used[number] + blocks * shares + np.bincount(begun, minlength=len(shares))
 
   def _in_stage(self, number: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows begin … end - 1 of the run, all of one stage. Sources are read in order, so blocks are counted whole."""
+    """`at` for rows begin … end - 1, all in one stage. Rows of a source are numbered by counting in whole blocks."""
     deal, shares, origin = self._deals[number], self._shares(number), int(self._starts[number])
     size = len(deal.block)
     first, last = (begin - origin) // size, (end - 1 - origin) // size
@@ -99,19 +99,19 @@ class Mixture:
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
-  """int64[block]: each source as often as its weight says; 0 leaves it out. ValueError where weights make no sense.
+  """int64[block]: each source in proportion to its weight; 0 leaves it out. Raises ValueError for invalid weights.
 
-  Exact where a block of at most 4096 rows can be; otherwise a block of 4096, off by less than one row (0.02%).
+  Exact if a block of at most 4096 rows can be exact; otherwise a block of 4096, off by less than one row (0.02%).
 
   >>> np.bincount(quotas([0.7, 0.2, 0.1])).tolist(), np.bincount(quotas([2 / 3 + 1e-7, 1 / 3])).tolist()
   ([7, 2, 1], [2, 1])
   """
   if min(weights) < 0 or not sum(weights):
-    raise ValueError(f'weights={list(weights)}; none may be negative, one must be greater than 0.')
+    raise ValueError(f'weights={list(weights)}; none may be negative, and at least one must be greater than 0.')
   present = [i for i, weight in enumerate(weights) if weight]
   try:
     return np.array(present)[block_of([weights[i] / sum(weights) for i in present], 'weights')]
-  except ValueError:  # exact in longer blocks only
+  except ValueError:  # only a longer block would be exact
     exact = np.array(weights) / sum(weights) * MAX_BLOCK
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind='stable')[: MAX_BLOCK - counts.sum()]] += 1
@@ -119,18 +119,19 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
 
 
 def check_seen(weights: Sequence[float], what: str) -> None:
-  """Raises ValueError where a source that has a weight would never come, because it has too little of a block."""
+  """Raises ValueError if a source with a positive weight would get no rows because its share is too small."""
   counts = np.bincount(quotas(weights), minlength=len(weights))
   never = [i for i, weight in enumerate(weights) if weight and not counts[i]]
   if never:
     raise ValueError(
-      f'{what} {list(weights)} give source {never[0]} less than a row in {MAX_BLOCK}: it would never come. '
-      'Give it more, or leave it out.'
+      f'{what} {list(weights)} give source {never[0]} less than one row in {MAX_BLOCK}: it would never be used. '
+      'Increase its weight, or remove it.'
     )
 
 
 def by_size(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-  """Weights times size ** (1 / temperature): 1 samples each token alike, higher ones small sources more often.
+  """Weights times size ** (1 / temperature), normalised. A temperature of 1 samples in proportion to size; a higher one
+  samples small sources more often.
 
   Source: Raffel et al. 2020, arXiv:1910.10683, §3.5.2 (temperature-scaled mixing).
   """

@@ -1,7 +1,7 @@
-"""Online mixing: weights of the sources from their training losses, decided anew every few steps.
+"""Online mixing: weights of the sources computed from their training losses every few steps.
 
-What was decided, and from what, is part of a run's position (JSON), so that it goes on bit-exactly from any step.
-Losses are those of the global batch: any number of hosts decides alike.
+The weights, and the sums that they are computed from, are part of a run's position (JSON), so a run resumes bit-exactly
+from any step. Losses come from the global batch, so the number of hosts does not matter.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from data.objectives.tasks import MAX_BLOCK
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Odm:
-  """Online data mixing: sources of which the model has most to learn are seen more. A bandit over the sources.
+  """Online data mixing: a bandit algorithm that samples sources with a high training loss more often.
 
   Every `every` steps the reward of each source becomes smoothing * reward + (1 - smoothing) * exp(its loss since the
-  last time), and its weight, after t steps of K sources, eps + (1 - K eps) * share with eps = min(1/K, sqrt(ln K / (K
-  t))). The share is that of exp(eps of the last time * reward), or with `shares='linear'` of the reward itself. Until
-  `warmup_steps` the weights stay as they were given. A source whose loss was not seen keeps its reward. Weights are
-  rounded to whole rows. Batches that were made ahead are dropped at each decision, and `data.workers` start anew.
+  last update), and its weight, after t steps with K sources, eps + (1 - K eps) * share with eps = min(1/K, sqrt(ln K /
+  (K t))). Shares are proportional to exp(eps of the last update * reward), or with `shares='linear'` to the reward.
+  Until `warmup_steps` the weights keep their configured values. A source without rows since the last update keeps its
+  reward. Weights are rounded to whole rows. At each update, prefetched batches are dropped and `data.workers` restart.
 
   Source: Albalak et al. 2023, arXiv:2312.02406; github.com/alon-albalak/online-data-mixing, data_sampling_utils.py
-  SmoothedMeanWeightUpdater: `update` is 'exponential', `group_update`, which its training calls, 'linear'.
+  SmoothedMeanWeightUpdater: 'exponential' is its `update`; 'linear' is `group_update`, which its training calls.
   """
 
   name: Literal['odm'] = 'odm'
@@ -37,10 +37,11 @@ class Odm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixing:
-  """What a run knows of its sources, in their order, at a position: JSON as `dataclasses.asdict` gives it.
+  """The state of online mixing at a position, saved as JSON by `dataclasses.asdict`. Lists are in the order of sources.
 
-  From row `start` of the run on, before which `used` rows of each source were taken, sources have these `weights`
-  (None: those of the config). They follow from `rewards` after `steps` steps; `loss` and `tokens` are sums since.
+  From row `start` of the run on, the sources have these `weights` (None: those of the config); `used` is the number of
+  rows of each source before `start`. The weights were computed from `rewards` after `steps` steps; `loss` and `tokens`
+  are sums since then.
   """
 
   start: int
@@ -52,9 +53,10 @@ class Mixing:
   tokens: Sequence[float]
 
   def seen(self, loss: np.ndarray, tokens: np.ndarray) -> 'Mixing':
-    """This, one step later: of each source, its part of the loss and of the weight of the batch, float[sources].
+    """The state one step later. `loss` and `tokens`, float[sources], are each source's part of the batch's loss and
+    loss weight.
 
-    A step whose loss is not finite counts, and teaches nothing.
+    A step with a loss that is not finite is ignored in the sums.
     """
     good = np.isfinite(loss).all()
     return dataclasses.replace(
@@ -64,14 +66,14 @@ class Mixing:
     )
 
   def next_start(self, cfg: Odm, batch_size: int) -> int:
-    """The row of the run before which weights are decided next."""
+    """The row of the run at which the weights are computed next."""
     return self.start + cfg.every * batch_size
 
   def decided(self, cfg: Odm, start: int, used: Mapping[str, int], batch_size: int) -> 'Mixing':
-    """The weights from row `start` on, which is `next_start`."""
+    """The state with the weights for the rows from `start` on, which must be `next_start`."""
     steps, tokens = self.steps + cfg.every, np.array(self.tokens)
     seen = tokens > 0
-    # To a thousandth of a nat: the last bits, which another mesh sums in another order, decide nothing.
+    # Rounded to a thousandth of a nat: meshes sum in different orders, and the last bits must not change the weights.
     now = np.exp(np.minimum(np.round(np.array(self.loss)[seen] / tokens[seen], 3), 100))
     rewards = np.array(self.rewards)
     rewards[seen] = cfg.smoothing * rewards[seen] + (1 - cfg.smoothing) * now
@@ -85,9 +87,9 @@ class Mixing:
 
 
 def begin(position: Mapping[str, Any], used: Mapping[str, int]) -> Mixing:
-  """What a run that goes on from `position` knows: nothing yet at its beginning, or where its data was changed.
+  """The state of a run that starts or resumes at `position`: a fresh state at the beginning or after a change of data.
 
-  `used` are rows of each source before it.
+  `used` is the number of rows of each source before the position.
   """
   saved = position.get('mixture', {})
   if 'rewards' in saved:
@@ -98,18 +100,20 @@ def begin(position: Mapping[str, Any], used: Mapping[str, int]) -> Mixing:
 
 
 def exploration(sources: int, steps: int) -> float:
-  """eps: the least weight of a source after so many steps."""
+  """eps: the smallest weight of a source after `steps` steps."""
   return min(1 / sources, math.sqrt(math.log(sources) / (sources * steps))) if steps else 1 / sources
 
 
 def mix(cfg: Odm, rewards: np.ndarray, before: int, steps: int) -> np.ndarray:
-  """float64[sources], of sum 1: the weights after `steps` steps; the last ones were decided after `before`."""
+  """float64[sources], summing to 1: the weights after `steps` steps. The last update was after `before` steps."""
   sources, rewards = len(rewards), np.array(rewards)
   eps = exploration(sources, steps)
   match cfg.shares:
     case 'exponential':
       powers = exploration(sources, before) * rewards
-      shares = np.exp(powers - powers.max())  # the largest is 1: a reward is exp(loss), thousands at first
+      shares = np.exp(
+        powers - powers.max()
+      )  # scaled so that the largest is 1: a reward is exp(loss), at first in the thousands
     case 'linear':
       shares = rewards
     case _:
@@ -118,9 +122,9 @@ def mix(cfg: Odm, rewards: np.ndarray, before: int, steps: int) -> np.ndarray:
 
 
 def whole_rows(weights: np.ndarray, rows: int) -> list[float]:
-  """Weights as whole rows of those until the next decision (or of a block of it), each source at least one of them.
+  """Weights as whole numbers of rows out of `rows` until the next update (or out of a block), at least 1 per source.
 
-  So what was decided is exactly what comes, however few the rows, and no source is ever lost sight of.
+  So the rows match the weights exactly, however few rows there are, and every source stays in use.
 
   >>> whole_rows(np.array([0.701, 0.2, 0.099]), 10)
   [7.0, 2.0, 1.0]
@@ -135,16 +139,16 @@ def whole_rows(weights: np.ndarray, rows: int) -> list[float]:
 
 
 def check_online(cfg) -> None:
-  """Raises ValueError where `online` of a data config does not go with the rest of it."""
+  """Raises ValueError if the `online` section of a data config cannot be combined with its other keys."""
   if cfg.online is None:
     return
   if cfg.num_sources < 2:
-    raise ValueError('data.online decides between sources, and there is one; name others, or remove data.online.')
+    raise ValueError('data.online mixes several sources, but there is one; add another, or remove data.online.')
   if getattr(cfg, 'stages', ()):
-    raise ValueError('data.stages say what the shares are, and so does data.online; remove one of them.')
+    raise ValueError('both data.stages and data.online set the shares of the sources; remove one of them.')
   rows = cfg.online.every * cfg.batch_size
   if rows < cfg.num_sources:
     raise ValueError(
-      f'data.online.every={cfg.online.every} steps of data.batch_size={cfg.batch_size} have {rows} rows for '
+      f'data.online.every={cfg.online.every} steps of data.batch_size={cfg.batch_size} have only {rows} rows for '
       f'{cfg.num_sources} sources; set data.online.every >= {-(-cfg.num_sources // cfg.batch_size)}.'
     )

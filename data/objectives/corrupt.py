@@ -1,4 +1,4 @@
-"""Pieces of text -> inputs and targets, each as its task says: many at once for rows, one for people and tests."""
+"""Pieces of text -> inputs and targets of their tasks: many at once for rows, one for people and tests."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -40,7 +40,7 @@ class Corruption:
       ('infilling',): lambda: Infilling(tasks, longest, vocabulary, lexicon),
       ('uniform_prefix', 'last_quarter', 'spans', 'iid'): lambda: Recipes(tasks, longest, vocabulary),
     }
-    self._parts: list[tuple[np.ndarray, bool, Maker]] = []  # (which tasks, whether they leave EOS out, who does them)
+    self._parts: list[tuple[np.ndarray, bool, Maker]] = []  # (which tasks, whether they leave EOS out, the maker)
     for kinds, make in makers.items():
       own = np.array([task.kind in kinds for task in tasks])
       if own.any():
@@ -78,17 +78,17 @@ def example(
 
   Without `lexicon` each token is a word of one character.
 
-  >>> from data.objectives import SpanCorruption, tasks_of
+  >>> from data.objectives.objectives import SpanCorruption, tasks_of
   >>> task, = tasks_of(SpanCorruption(noise_density=0.5, mean_noise_span_length=4.0))
   >>> e = example(range(10, 18), task, Vocabulary(100, 4), np.random.default_rng(0))
   >>> e['inputs'].tolist(), e['targets'].tolist()
   ([10, 11, 12, 13, 103, 1], [103, 14, 15, 16, 17, 1])
-  >>> from data.objectives import Ul2
+  >>> from data.objectives.objectives import Ul2
   >>> last = tasks_of(Ul2(s_mode='last_quarter'))[-1]
   >>> e = example(range(10, 18), last, Vocabulary(100, 4), np.random.default_rng(0))
   >>> e['inputs'].tolist(), e['targets'].tolist()
   ([106, 10, 11, 12, 13, 14, 15, 1], [16, 17, 1])
-  >>> from data.objectives import MaskedLm
+  >>> from data.objectives.objectives import MaskedLm
   >>> task, = tasks_of(MaskedLm(rate=0.25, mask=1.0, random=0.0))
   >>> e = example(range(10, 18), task, Vocabulary(100, 4), np.random.default_rng(0))
   >>> e['inputs'].tolist(), e['targets'][e['chosen']].tolist()

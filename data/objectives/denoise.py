@@ -1,4 +1,4 @@
-"""Noise that sentinels stand for, and prefixes: pieces of text -> inputs and targets."""
+"""Noise replaced by sentinels, and prefixes: pieces of text -> inputs and targets."""
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Recipes:
     return sides[0], sides[1]
 
   def _hidden(self, lengths: np.ndarray, tasks: np.ndarray, own: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """bool[tokens]: what inputs do not show."""
+    """bool[tokens]: the tokens that inputs do not show."""
     noise, spans = self._noise[tasks, lengths], self._spans[tasks, lengths]
     noise = np.where(noise < 0, lengths - _uniform_prefix(lengths, own), noise)
     mask = noise_masks(lengths, noise, spans, bits)
@@ -65,7 +65,7 @@ class Recipes:
     return mask
 
   def _mask(self, tokens, hidden, tasks, bits, inputs: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """`inputs`, where tasks hide tokens one by one: the mask token or a random piece in place of each."""
+    """`inputs`, with the mask token or a random piece for each hidden token, in tasks that hide tokens one by one."""
     own, random = self._one_by_one[tasks], self._random[tasks]
     read = np.where(hidden, corrupt(tokens, bits, 1 - random, random, self._vocabulary), tokens)
     return np.where(own, read, inputs[0]), inputs[1] | own
@@ -74,7 +74,7 @@ class Recipes:
 def iid_masks(lengths: np.ndarray, density: np.ndarray, most: np.ndarray, bits: np.ndarray) -> np.ndarray:
   """bool[tokens]: each token of a piece with probability `density`, but no more than `most` (arrays over pieces).
 
-  What a token's first 24 bits decide is settled; the others say nothing of it. Source: t5/data/preprocessors.py
+  The first 24 bits of a token's number decide; the others are independent of them. Source: t5/data/preprocessors.py
   iid_noise_mask.
   """
   mask = bits >> np.uint64(40) < np.repeat(np.rint(density * 2.0**24).astype(np.uint64), lengths)

@@ -32,7 +32,7 @@ def decoder_features(
 ) -> Batch:
   """Fields int32[num_rows, length] of a decoder-only model: each segment is its inputs, then its targets.
 
-  Every token of a segment sees the inputs, which the decoder reads one place later than they stand (shifted right),
+  Every token of a segment sees the inputs, which the decoder reads one position later (shifted right),
   so `decoder_prefix_end` is their number plus one; 0 for a segment without inputs, which is causal. Where `inputs` is
   None all are, and there is no such field. Only targets carry loss, unless `loss_on_inputs` (of all pieces, or
   bool[pieces]): then the model is also asked for tokens that it sees (as in seqio's loss_on_targets_only=False).
@@ -48,10 +48,10 @@ def decoder_features(
 def encoder_features(
   inputs: Ragged, targets: np.ndarray, weights: np.ndarray, rows: np.ndarray, num_rows: int, length: int
 ) -> Batch:
-  """Fields int32[num_rows, length] of an encoder-only model: what each place reads and what stood there.
+  """Fields int32[num_rows, length] of an encoder-only model: what each position reads and the token that was there.
 
-  `targets` and `weights` are those of `inputs.values`; only places with weight carry loss. The answers have the names
-  of a decoder's, and stand where the encoder reads.
+  `targets` and `weights` match `inputs.values`; only positions with weight carry loss. Answers use a decoder's field
+  names, at the positions of the encoder.
   """
   place = _Placement(inputs.lengths, rows, (num_rows, length))
   return {
@@ -71,7 +71,7 @@ def decoder_fields(
 ) -> Batch:
   """Fields int32[shape] of a decoder; piece i is a segment of row `rows[i]` (ascending).
 
-  `weights` (bool[tokens]) says which carry loss: all where it is None. `prefix` (int[pieces]) is `decoder_prefix_end`.
+  `weights` (bool[tokens]) marks the tokens that carry loss; None: all. `prefix` (int[pieces]) is `decoder_prefix_end`.
   """
   place = _Placement(targets.lengths, rows, shape)
   shifted = np.empty_like(targets.values)
@@ -90,7 +90,7 @@ def decoder_fields(
 
 
 class _Placement:
-  """Where the tokens of each piece go in `[rows, length]`: after the pieces before it in its row."""
+  """The positions of the tokens of each piece in `[rows, length]`: after the earlier pieces of its row."""
 
   def __init__(self, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]):
     self.lengths, self.shape = lengths, shape

@@ -80,7 +80,7 @@ def poisson(mean: float) -> np.ndarray:
   while len(chances) < LONGEST and chances[-1] >= 1e-7:
     chances.append(chances[-1] * mean / len(chances))
   law = np.cumsum(chances) / np.sum(chances)
-  law[-1] = 1.0  # whatever the sum was rounded to
+  law[-1] = 1.0  # exactly, not up to rounding
   return law
 
 
@@ -112,7 +112,7 @@ def hide(
 ) -> Ragged:
   """`tokens` with a mask for each span of whole words.
 
-  `is_word` (bool[tokens]) says where words begin, `words` how many each piece has. Span k of a piece begins at word
+  `is_word` (bool[tokens]) marks where words begin; `words` is how many each piece has. Span k of a piece begins at word
   `begins[k]` of it and has `spans.values[k]` words.
   """
   places = np.append(np.flatnonzero(is_word), len(is_word))
@@ -131,7 +131,7 @@ def hide(
 
 
 def insert(tokens: Ragged, counts: np.ndarray, bits: np.ndarray, mask: int) -> Ragged:
-  """`tokens` with `counts[i]` masks more in piece i, all places equally likely; `bits` is uint64[pieces]."""
+  """`tokens` with `counts[i]` more masks in piece i, all positions equally likely; `bits` is uint64[pieces]."""
   sizes = np.where(counts > 0, tokens.lengths + counts, 0)
   drawn = stream_key(0, 'insertions', np.repeat(bits, sizes), spread(np.zeros_like(sizes), sizes))
   chosen = random_subsets(sizes, counts, drawn)

@@ -14,7 +14,7 @@ STOPS = ('.', '!', '?', '。', '！', '？')
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lexicon:
-  """Arrays over the ids of pieces, made when they are asked for. Without `tokenizer` (synthetic data) each piece is a
+  """Arrays over the ids of pieces, made on first use. Without `tokenizer` (synthetic data) each piece is a
   word of one character, and no sentence ends.
   """
 

@@ -1,4 +1,4 @@
-"""BERT's noise: which tokens of a piece are to be predicted, and what is read in their places.
+"""BERT's noise: which tokens of a piece are predicted, and what is read in their place.
 
 Source: Devlin et al. 2019, arXiv:1810.04805, §3.1 and A.1; google-research/bert create_pretraining_data.py
 (create_masked_lm_predictions). As there, a piece of n tokens has max(1, round(n * rate)) chosen ones, halves rounded to
@@ -15,7 +15,7 @@ from data.objectives.tasks import Task
 from data.ragged import Ragged, starts
 from data.stores.vocabulary import EOS, UNKNOWN, Vocabulary
 
-_BITS = 40  # those of a token's random number that `random_subsets` does not look at
+_BITS = 40  # the bits of a token's random number that `random_subsets` does not use
 
 
 def mask_tokens(
@@ -23,8 +23,8 @@ def mask_tokens(
 ) -> tuple[Ragged, np.ndarray, np.ndarray]:
   """(inputs, targets, chosen) of pieces, each with an EOS behind: what is read, the text itself, bool.
 
-  Piece i is noised as `tasks[own[i]]` says. `bits` is uint64[tokens + pieces], random: for each piece one for each
-  token, then one more, which is that of its EOS and not used. EOS is never chosen, also inside a piece. A piece's
+  Piece i gets the noise of `tasks[own[i]]`. `bits` is uint64[tokens + pieces], random: for each piece one for each
+  token, then one more, for its EOS, which is not used. EOS is never chosen, also inside a piece. A piece's
   result depends on its own tokens, task and bits alone.
   """
   lengths = tokens.lengths + 1
@@ -42,7 +42,7 @@ def mask_tokens(
 
 
 def choose(candidates: Ragged, bits: np.ndarray, rate: float | np.ndarray) -> np.ndarray:
-  """bool[values]: max(1, round(n * rate)) of the n places of each piece that are True in `candidates`, none of none.
+  """bool[values]: max(1, round(n * rate)) of the n True positions of `candidates` in each piece; none if n is 0.
 
   `rate` may be an array over pieces.
   """
@@ -60,7 +60,7 @@ def corrupt(
 ) -> np.ndarray:
   """Each token as it is read if chosen: <extra_id_0> or a random piece, with these probabilities, or as it is.
 
-  One number in [0, 2**40) of its own `bits` says which way, and where in `random` which piece.
+  The low 40 bits of its own number select the case and, for `random`, the piece.
   """
   drawn = bits & np.uint64(2**_BITS - 1)
   masked, replaced = (np.rint(share * 2.0**_BITS).astype(np.uint64) for share in (mask, np.minimum(mask + random, 1.0)))

@@ -85,7 +85,7 @@ def noise_masks(lengths, num_noise, num_spans, bits) -> np.ndarray:
   groups = np.stack([lengths - num_noise, num_noise], 1).ravel()
   parts = np.repeat(num_spans, 2)
   runs = np.empty(parts.sum(), np.int64)
-  # Parts come as all runs of other tokens, then all runs of noise; here they go to even and odd places in turn.
+  # Parts come as all runs of other tokens, then all runs of noise; here they go to even and odd positions in turn.
   runs[2 * spread(np.repeat(starts(num_spans), 2), parts) + np.repeat(np.arange(len(parts)) % 2, parts)] = (
     random_compositions(groups, parts, bits)
   )
@@ -96,7 +96,7 @@ def random_compositions(totals, parts, bits) -> np.ndarray:
   """int64[sum(parts)]: each `totals[i]` cut in `parts[i]` positive lengths, all cuts equally likely.
 
   A total of 0 has one part of length 0. `bits` is uint64[sum(totals)]. A cut is a subset of parts - 1 of the
-  total - 1 places between elements.
+  total - 1 gaps between elements.
   """
   begins, places = starts(totals), np.where(parts > 1, totals - 1, 0)
   chosen = random_subsets(places, parts - 1, bits[spread(begins, places)])
@@ -109,9 +109,9 @@ def random_compositions(totals, parts, bits) -> np.ndarray:
 
 
 def random_subsets(sizes, counts, bits) -> np.ndarray:
-  """int64[sum(counts)]: of each group `counts[i]` of its places 0 … sizes[i] - 1, all subsets equally likely.
+  """int64[sum(counts)]: `counts[i]` of the positions 0 … sizes[i] - 1 of each group, all subsets equally likely.
 
-  `bits` is uint64[sum(sizes)]: the places with the smallest first 24 bits are taken; what is chosen says nothing of the
+  `bits` is uint64[sum(sizes)]: the positions with the smallest first 24 bits are taken, independently of the
   other 40. One sort serves all groups: its keys are (group, 24 random bits, place), so that ties are settled the same
   way everywhere.
   """

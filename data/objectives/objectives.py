@@ -1,4 +1,4 @@
-"""What a model is asked to do with text: the objectives of a config (fitting.py: whether they fit its lengths)."""
+"""The objectives of a config: what a model learns to do with text. fitting.py checks that they fit its lengths."""
 
 import dataclasses
 from typing import Annotated, Literal, assert_never
@@ -19,7 +19,7 @@ class CausalLm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLm:
-  """A piece is cut at a uniformly random place; the second part is predicted from the first.
+  """A piece is cut at a uniformly random position; the second part is predicted from the first.
 
   Source: Raffel et al. 2020, §3.2.3; t5/data/preprocessors.py prefix_lm. `loss_on_prefix` (decoder-only) is seqio's
   loss_on_targets_only=False.
@@ -41,11 +41,11 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IidDenoising:
-  """T5's noise without spans: each token is hidden with probability `noise_density`, whatever the others are.
+  """T5's noise without spans: each token is hidden with probability `noise_density`, independently.
 
-  `hide` says what is read: one sentinel for each run of hidden tokens, <extra_id_0> for each token ('mask'), or nothing
-  ('drop'). `targets` says what is written: the hidden tokens (with sentinels, if inputs have them: for each run of
-  others), or the full text. Of the masks the share `random` is a random piece instead. T5's variants:
+  `hide` selects what is read: a sentinel for a run of hidden tokens, <extra_id_0> for each token ('mask'), or nothing
+  ('drop'). `targets` selects what is written: the hidden tokens (with sentinels, if inputs have them: for each run of
+  others), or the full text. The share `random` of the masks is a random piece instead. T5's variants:
   MASS-style is ('mask', 'full'), BERT-style (iid_15_r10s90_f) the same with random=0.1, dropped tokens
   ('drop', 'noise').
   Source: Raffel et al. 2020, §3.3.1, §3.3.2; t5/data/preprocessors.py iid_noise_mask, noise_token_to_sentinel,
@@ -61,7 +61,7 @@ class IidDenoising:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bart:
-  """BART: spans of whole words become one <extra_id_0> each, sentences change places; the target is the text.
+  """BART: spans of whole words become one <extra_id_0> each, sentences are permuted; the target is the text.
 
   The share `noise_density` of the words is hidden; spans have Poisson(`mean_noise_span_length`) words, and one of none
   is a mask more. Source: Lewis et al. 2019, arXiv:1910.13461, §2.2; fairseq denoising_dataset.py (infilling.py).
@@ -149,7 +149,7 @@ class Ul2r:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLm:
-  """BERT: the share `rate` of the tokens is predicted, each in its place. Encoder-only.
+  """BERT: the share `rate` of the tokens is predicted, each at its position. Encoder-only.
 
   Of these the share `mask` is read as the mask token (<extra_id_0>), the share `random` as a random piece, the rest as
   it is; each carries loss, however it is read. Source: Devlin et al. 2019, arXiv:1810.04805, §3.1 and A.1.

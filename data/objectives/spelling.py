@@ -16,7 +16,7 @@ MOST_GROWTH = 4  # tokens; some long pieces fall apart in single characters, and
 class Spelling:
   """`texts[i]` is piece i as text, '' for control pieces and bytes; `scores` (float[pieces]) are the model's.
 
-  `byte_ids` has the id of each byte, or nothing. `joins` (bool[pieces]) are bytes that go on with a character.
+  `byte_ids` has the id of each byte, or nothing. `joins` (bool[pieces]) are bytes that continue a character.
   """
 
   texts: tuple[str, ...]

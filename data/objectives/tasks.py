@@ -66,7 +66,7 @@ class Task:
     return np.where(lengths > 1, noise, 0), spans
 
   def costs(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets): places that pieces take, with mode token, sentinels and EOS; 0 for an empty piece.
+    """(inputs, targets): positions that pieces take, with mode token, sentinels and EOS; 0 for an empty piece.
 
     Exact, but for the split of a uniform prefix, spans of one token or with random_roll, and what depends on the text
     or on chance alone (iid, infilling, fim): upper bounds.
@@ -76,7 +76,7 @@ class Task:
     match self.kind:
       case 'causal':
         inputs, targets = np.zeros_like(lengths), lengths
-      case 'masked':  # one sequence, read and answered in the same places
+      case 'masked':  # one sequence, read and answered at the same positions
         inputs, targets = np.zeros_like(lengths), lengths + 1
       case 'uniform_prefix':
         inputs, targets = lengths + extra, np.maximum(lengths, 2)
@@ -143,19 +143,19 @@ def _bound(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """Places in a row. `inputs_length` is 0 for a model of one stack, decoder or encoder."""
+  """Positions of a row. `inputs_length` is 0 for a model of one stack, decoder or encoder."""
 
   inputs_length: int
   targets_length: int
 
   @property
   def rooms(self) -> tuple[int, ...]:
-    """The places of each side of a row."""
+    """The positions of each side of a row."""
     return tuple(filter(None, (self.inputs_length, self.targets_length)))
 
   @property
   def longest(self) -> int:
-    """No piece is longer: each of its tokens stands in the inputs or in the targets."""
+    """No piece is longer: each of its tokens is in the inputs or in the targets."""
     return self.inputs_length + self.targets_length
 
   @functools.cached_property

@@ -52,7 +52,7 @@ def cut_long(stream: Stream, capacity: int) -> Pieces:
 
 
 def fill(lengths: np.ndarray, leading, *following) -> np.ndarray:
-  """int64[pieces]: the row that each piece goes to. Sides are (places by length of a piece, places of a row)."""
+  """int64[pieces]: the row of each piece. Sides are (positions taken, by length of a piece; room of a row)."""
   cost, room = leading
   sizes = cost[lengths]
   order = np.argsort(-sizes, kind='stable')
@@ -65,7 +65,7 @@ def fill(lengths: np.ndarray, leading, *following) -> np.ndarray:
 
 
 class _Open:
-  """Rows by the room that they have left; bit r of `_mask` says that some row has room r."""
+  """Rows by the room that they have left; bit r of `_mask` is set if some row has room r."""
 
   def __init__(self, room: int):
     self._room, self._mask, self._number = room, 0, 0
@@ -73,12 +73,12 @@ class _Open:
     self._second: list[int] = []  # room left on the other side
 
   def put(self, size: int) -> int:
-    """The row for a piece, whose room is then less by `size`."""
+    """The row for a piece; its room shrinks by `size`."""
     fitting = self._mask >> size
     return self._take(size + (fitting & -fitting).bit_length() - 1, size) if fitting else self._open(size)
 
   def put_two(self, size: int, second: int, second_room: int) -> int:
-    """As `put`, for a piece that also takes `second` of `second_room` places."""
+    """As `put`, for a piece that also takes `second` of `second_room` positions."""
     fitting, room = self._mask >> size, size
     for _ in range(TRIES):
       if not fitting:

@@ -1,7 +1,7 @@
 """Concat-split: the text of a shard is one stream, and rows are cut from it in order.
 
-A row takes whole documents while they fit, then the beginning of the next one, which goes on in the next row. So every
-token is in exactly one row, no row crosses a document inside one example, and a plan is nothing but the places of its
+A row takes whole documents while they fit, then the start of the next one, which continues in the next row. So every
+token is in exactly one row, no row crosses a document inside one example, and a plan is just the positions of its
 cuts. Each row has a task, dealt in blocks that hold their exact rates, others in each variant. Documents stay in the
 store's order (shuffle them when the store is made): rows are then near-contiguous reads.
 """
@@ -15,7 +15,7 @@ from data.packing.order import Deal
 from data.packing.plan import Cuts, Stream
 
 STUB = 8  # tokens; a shorter beginning or end of a cut document is avoided
-VARIANTS = 8  # of a shard's plan: text meets other tasks in this many epochs, then the first ones again
+VARIANTS = 8  # different plans of a shard: for this many epochs text meets other tasks, then they repeat
 
 
 class ConcatSplitPlanner:
@@ -72,7 +72,7 @@ class ConcatSplitPlanner:
 
 
 class _Cutter:
-  """Fills one row of a task from any place of the stream. Costs are arrays over lengths 0 … longest + 1."""
+  """Fills one row of a task from any position of the stream. Costs are arrays over lengths 0 … longest + 1."""
 
   def __init__(self, stream: Stream, encoder: np.ndarray, decoder: np.ndarray, budget: Budget, capacity: int):
     self._ends, self._capacity = stream.ends, capacity

@@ -23,7 +23,7 @@ LARGE = 2**20  # tokens of a store; smaller ones are planned faster than a file 
 
 
 class KeptPlans:
-  """A planner (packing/plan.py) that keeps what `planner` makes in `folder`; `what` (JSON) is all that a plan hangs on.
+  """A planner (packing/plan.py) that keeps what `planner` makes in `folder`; `what` (JSON) is all it depends on.
   `stream(shard, variant)` is the text that it lays in rows."""
 
   def __init__(self, planner: Planner, stream: Callable[[int, int], Stream], folder: pathlib.Path, what: Any):
@@ -43,7 +43,7 @@ class KeptPlans:
     return Bins(arrays['tasks'], arrays['firsts'], Pieces(*(arrays[name] for name in Pieces._fields)))
 
   def counts(self, variant: int, count: Callable[[], np.ndarray]) -> np.ndarray:
-    """int64[shards, tasks]: what `count` says, asked once for each variant."""
+    """int64[shards, tasks]: the result of `count`, which is called once for each variant."""
     path = self._folder / f'{variant}-counts.npz'
     arrays = _read(path)
     if arrays is None:

@@ -1,7 +1,7 @@
 """seqio's packing, for comparisons: pieces in order, a row ends with the first one that does not fit.
 
-Groups of as many examples as the longest row has places are packed on their own, and a row ends with its group. Source:
-seqio utils.py (trim_and_pack_dataset). Unlike there nothing is trimmed: documents over a row are cut first.
+Groups of as many examples as the longest row has positions are packed on their own, and a row ends with its group.
+Source: seqio utils.py (trim_and_pack_dataset). Unlike there nothing is trimmed: documents over a row are cut first.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which row comes when: tasks in blocks of exact rates, rows at random. Computed for each place alone, without memory.
+"""Which row comes when: tasks in blocks of exact rates, rows at random. Each position is computed alone.
 
 An epoch goes through the shards of a store in a random order, a window of them at a time; inside a window any row may
 be next, or the next one of a curriculum (curriculum.py). So a run holds the plans of one window, whatever the size
@@ -27,7 +27,7 @@ class Deal:
     self._firsts = starts(self.shares)
 
   def at(self, places: np.ndarray, *counter: int) -> tuple[np.ndarray, np.ndarray]:
-    """(number, which of that number's occurrences) at each place of the sequence of `counter`: int64 arrays."""
+    """(number, which of that number's occurrences) at each position of the sequence of `counter`: int64 arrays."""
     size = len(self.block)
     if size == 1:
       return np.full(len(places), self.block[0]), places
@@ -41,7 +41,7 @@ class Deal:
 class EpochOrder:
   """The order of one epoch. `counts` (int64[shards, tasks]) is how many rows of each task a shard's plan has.
 
-  Rows of a task come at random in a window, or as `arrange` says; rows that fill no whole block of tasks come last.
+  Rows of a task come at random in a window, or as `arrange` orders them; rows that fill no whole block come last.
   """
 
   def __init__(
@@ -66,7 +66,7 @@ class EpochOrder:
     return int(self._ends[-1])
 
   def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(shard, task, which of the shard's rows of that task) at each place of the epoch: int64 arrays."""
+    """(shard, task, which of the shard's rows of that task) at each position of the epoch: int64 arrays."""
     windows = np.searchsorted(self._ends, places, side='right')
     found = np.empty((3, len(places)), np.int64)
     for number in np.unique(windows).tolist():

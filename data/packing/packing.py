@@ -1,4 +1,4 @@
-"""The `data.packing` section of a config: how text is laid in rows."""
+"""The `data.packing` section of a config: how text is packed into rows."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """What a plan is: the pieces of text that each row of a shard holds, and the task of each row.
 
-A shard is a run of whole documents of a store. Plans are made shard by shard, so their memory is bounded whatever the
-size of a store. How text is laid in rows is the planner's affair (concat_split.py, …); in which order rows come in
-training is not a plan's at all (data/packing/order.py).
+A shard is a run of whole documents of a store. Plans are made shard by shard, so their memory does not grow with the
+store. A planner (concat_split.py, …) decides how text is packed into rows; data/packing/order.py decides in which order
+training reads the rows.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from data.ragged import Ragged, spread, starts
 
 
 class Pieces(NamedTuple):
-  """int64 arrays over pieces: the row that each is of (ascending), its document, its first token, its length."""
+  """int64 arrays over pieces: the row that each belongs to (ascending), its document, its first token, its length."""
 
   rows: np.ndarray
   documents: np.ndarray
@@ -28,7 +28,7 @@ class Stream:
   """The documents of a shard, one after another: `first` is the number of the first one in its store.
 
   `begins` and `lengths` (int64[documents]) are where a document's text lies in the store, without the EOS that some
-  objectives add on their own. Places in the stream count text tokens only.
+  objectives add on their own. Positions in the stream count text tokens only.
   """
 
   begins: np.ndarray
@@ -44,7 +44,7 @@ class Stream:
     return int(self.ends[-1]) if len(self.lengths) else 0
 
   def pieces(self, first: np.ndarray, last: np.ndarray) -> Pieces:
-    """The pieces of stretches [first, last) of the stream, none of them empty, in order; `rows` counts stretches."""
+    """The pieces of intervals [first, last) of the stream, none of them empty, in order; `rows` counts intervals."""
     begin = np.searchsorted(self.ends, first, side='right')
     count = np.searchsorted(self.ends, last, side='left') - begin + 1
     documents = spread(begin, count)
@@ -58,7 +58,7 @@ class Stream:
 
 
 class Plan(Protocol):
-  """The rows of a shard; `tasks` (int8[rows]) is what each is used for."""
+  """The rows of a shard; `tasks` (int8[rows]) is the task of each row."""
 
   tasks: np.ndarray
 
@@ -128,7 +128,7 @@ def runs_of(pieces: Pieces, gap: int) -> tuple[list[tuple[int, int]], np.ndarray
 
 
 def cut_out(read: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> Ragged:
-  """The pieces that begin at `places` of what was read."""
-  if len(read) == lengths.sum():  # nothing lies between them
+  """The pieces that begin at `places` of the tokens that were read."""
+  if len(read) == lengths.sum():  # no tokens between the pieces
     return Ragged(read, lengths)
   return Ragged(read[spread(places, lengths)], lengths)

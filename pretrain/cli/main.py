@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pretrain.cli import checkpoints, config, data, generate, plan, replay, report, run, shared, train
+from pretrain.cli import checkpoints, config, data, generate, interchange, plan, replay, report, run, shared, train
 from pretrain.devices.allocator import keep_memory
 from pretrain.devices.platform import has_accelerator
 from pretrain.errors import UserError
@@ -19,6 +19,8 @@ COMMANDS = (
   ('data', data.data_command, data.data_flags),
   ('generate', generate.generate_command, generate.generate_flags),
   ('checkpoints', checkpoints.checkpoints_command, checkpoints.checkpoints_flags),
+  ('import', interchange.import_command, interchange.import_flags),
+  ('export', interchange.export_command, interchange.export_flags),
   ('report', report.report_command, report.report_flags),
   ('replay', replay.replay_command, replay.replay_flags),
   ('run', run.run_command, run.run_flags),

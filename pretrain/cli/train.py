@@ -18,12 +18,10 @@ def train_flags(command: argparse.ArgumentParser) -> None:
 def train_command(options, overrides) -> int:
   """Train a model, or resume a run that was interrupted."""
   from pretrain.devices import mesh
-  from pretrain.experiment import saved
   from pretrain.fleet import launch
 
   cfg = shared.load(options, overrides)
   shared.check_workdir(options.workdir)
-  cfg = saved.as_begun(cfg, options.workdir / 'config.gin')
   prepare = lambda hosts: mesh.prepare_platform(cfg.mesh, hosts)
   prepare(launch.num_hosts())
   launch.initialize_from_env(cfg.watchdog.init or launch.MEETING_SECONDS)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from data.stores.store import Store
 from pretrain.errors import ConfigError
-from pretrain.evaluation.generate import Candidate, Writer, best_outputs, fills_middle, log_prob, open_writer
+from pretrain.evaluation.generate import Candidate, Writer, fills_middle, log_prob, open_writer, search
 from pretrain.evaluation.prompts import prompt_inputs, room_for
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
@@ -20,6 +20,7 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 SHORTEST, LONGEST, LEAST_WORDS = 40, 120, 8  # characters and words of a sentence
 MOST_WORDS = 3  # words hidden
 MOST_TOKENS = 16  # tokens of a filling
+SEARCHED = 16  # fillings searched for, of which those that are whole words are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3) -> Iterato
   chosen = choose((text for store in heldout for text in texts_of(store)), number, ' '.join(seen))
   shares = word_shares(seen)
   unigram = [Candidate(word, share, True) for word, share in itertools.islice(shares.items(), top)]
-  yield f'{len(chosen)} sentences of held-out documents, picked by their hash; the run never saw their words:'
+  yield f'{len(chosen)} sentences of held-out documents, picked by their hash. The run was not trained on them:'
   for blank in chosen:
     by_count = math.prod(shares.get(word, 0.0) for word in WORD.findall(blank.truth))
     yield from ('', f'  {blank.filled("_" * 6)}')
@@ -119,26 +120,35 @@ def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3) -> Iterato
     yield from _table(fillings(writer, blank, top), unigram)
 
 
-def fillings(writer: Writer, blank: Blank, top: int) -> tuple[Candidate, ...]:
-  """The run's best fillings of a blank, the most likely first."""
-  prompt = blank.filled('<extra_id_0>')
-  inputs = prompt_inputs(prompt, writer.cfg, writer.data)
-  room = min(MOST_TOKENS, room_for(prompt, inputs, writer.cfg))
-  return best_outputs(writer, prompt, inputs, room, top)[1]['<extra_id_0>']
+def fillings(writer: Writer, blank: Blank, top: int) -> list[Candidate]:
+  """The run's best fillings of a blank that are whole words, the most likely first."""
+  inputs, forced = _prompt(writer, blank)
+  found: dict[str, Candidate] = {}
+  for ids, log_prob_of_ids, ended in search(writer, inputs, forced, MOST_TOKENS, SEARCHED):
+    text = writer.data.tokenizer.decode_after(writer.data.tokenizer.encode('a'), ids)
+    words = text.split()
+    if text.startswith(' ') and words and all(map(WORD.fullmatch, words)):  # no ending of the word before the blank
+      found.setdefault(text.strip(), Candidate(text.strip(), math.exp(log_prob_of_ids), ended))
+  return list(found.values())[:top]
 
 
 def truth_probability(writer: Writer, blank: Blank) -> float:
   """The probability that the run fills a blank with its true words, in the tokenizer's own spelling."""
-  prompt, tokenizer = blank.filled('<extra_id_0>'), writer.data.tokenizer
+  return math.exp(log_prob(writer, *_prompt(writer, blank), writer.data.tokenizer.encode(blank.truth)))
+
+
+def _prompt(writer: Writer, blank: Blank) -> tuple[list[int], list[int]]:
+  """(ids of the sentence with its blank, ids that the decoder reads first)."""
+  prompt = blank.filled('<extra_id_0>')
   inputs = prompt_inputs(prompt, writer.cfg, writer.data)
-  forced = [] if fills_middle(inputs, tokenizer) else [writer.data.vocabulary.first_sentinel]
-  return math.exp(log_prob(writer, inputs, forced, tokenizer.encode(blank.truth)))
+  room_for(prompt, inputs, writer.cfg)  # refuses a sentence that no training row holds
+  return inputs, [] if fills_middle(inputs, writer.data.tokenizer) else [writer.data.vocabulary.first_sentinel]
 
 
 def _table(run: Iterable[Candidate], unigram: Iterable[Candidate]) -> Iterator[str]:
   cells = lambda found: [f'{c.probability:>7.2%}  {c.text or "(nothing)"}' for c in found]
   left, right = cells(run), cells(unigram)
   width = max(36, *map(len, left))
-  yield f'    {"this run":<{width}}  most frequent words'
+  yield f'    {"best words of this run":<{width}}  most frequent words'
   for k in range(max(len(left), len(right))):
     yield f'    {(left[k : k + 1] or [""])[0]:<{width}}  {(right[k : k + 1] or [""])[0]}'.rstrip()

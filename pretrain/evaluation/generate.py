@@ -26,6 +26,7 @@ from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import not_utf8, prompt_batch, prompt_inputs, room_for
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
@@ -155,7 +156,10 @@ def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, i
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
   cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
-  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  data = open_data(
+    cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir(),
+    model=tokenizer_of(workdir) if cfg.data.name == 'synthetic' else None,
+  )  # fmt: skip
   return cfg, data, checkpoints, step
 
 
@@ -167,12 +171,21 @@ def _writer(cfg: Experiment, data: DataSource, checkpoints: Checkpoints, step: i
 def _read_prompt(prompt: str, cfg: Experiment, data: DataSource) -> list[int] | Refused:
   try:
     inputs = prompt_inputs(prompt, cfg, data)
+    _check_ids(inputs, cfg.model.vocab_size)
     room_for(prompt, inputs, cfg)
   except DataError as error:
     return Refused(prompt, DataError(f'{error.message} (--text={reprlib.repr(prompt)})', error.code))
   except UserError as error:
     return Refused(prompt, error)
   return inputs
+
+
+def _check_ids(inputs: list[int], vocab_size: int) -> None:
+  """Raises DataError for a special token that the model has no row for: imported vocabularies may end at the pieces."""
+  if beyond := [token for token in inputs if token >= vocab_size]:
+    raise DataError(
+      f'a special token of the prompt has id {beyond[0]}, and model.vocab_size={vocab_size}; leave it out.'
+    )
 
 
 def _answer(writer: Writer, prompt: str, inputs: list[int] | Refused, max_tokens: int, top: int | None):
@@ -200,7 +213,7 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
       f"{saved}: model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or "
       "'decoder' (this one is judged by the eval/ lines of its metrics.jsonl)."
     )
-  if cfg.data.name == 'synthetic':
+  if cfg.data.name == 'synthetic' and tokenizer_of(workdir) is None:
     raise ConfigError(
       f"{saved}: data.name='synthetic' is random tokens, without a tokenizer to read a prompt; generate from a run "
       "trained with data.name='builtin' or 'store'."

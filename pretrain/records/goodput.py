@@ -16,10 +16,10 @@ from typing import Any
 from pretrain.records.timeline import read_timeline
 
 FILE = 'goodput.json'
-# What a second can be, in the order of the bar. `lost` were steps that were made again after a restart.
+# What a second can be, in the order of the bar. `lost` are steps that a restart repeated.
 KINDS = {
   'productive': 'steps that count',
-  'lost': 'steps made again',
+  'lost': 'steps repeated',
   'data': 'waiting for data',
   'save': 'saving',
   'eval': 'evaluation',
@@ -30,8 +30,8 @@ KINDS = {
   'down': 'between processes',
   'close': 'report and exit',
 }
-CLOCK_TICK = 0.05  # seconds; the kernel's word on when a process began is that coarse
-REDONE = ('step', 'data', 'eval')  # what a restart makes again
+CLOCK_TICK = 0.05  # seconds; the resolution of the start time that the kernel reports
+REDONE = ('step', 'data', 'eval')  # phases that a restart repeats
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Process:
   lines: list[Mapping[str, Any]]
   end: float
   failed: bool
-  boundary: float = math.inf  # steps after it were made again
+  boundary: float = math.inf  # steps after it were repeated
 
   @property
   def began(self) -> float:
@@ -78,7 +78,7 @@ def goodput(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def processes(lines: Iterable[Mapping[str, Any]]) -> list[Process]:
-  """The starts of the program that came as far as to have a state, in their order."""
+  """The starts of the program that reached a state, in order."""
   groups: dict[float, list[Mapping[str, Any]]] = {}
   exits: dict[float, Mapping[str, Any]] = {}
   for line in lines:
@@ -95,7 +95,7 @@ def processes(lines: Iterable[Mapping[str, Any]]) -> list[Process]:
 
 
 def process_of(lines: list[Mapping[str, Any]], exit_: Mapping[str, Any] | None) -> Process:
-  """A process of these lines; `exit_` is what the supervisor saw of its end, if there was one."""
+  """The process that wrote these lines; `exit_` is the line of the supervisor about its end, if there is one."""
   if exit_ is not None:
     return Process(lines, exit_['t'], exit_['failed'])
   return Process(lines, lines[-1]['t'], lines[-1]['phase'] != 'done')
@@ -110,12 +110,12 @@ def spent_in(process: Process) -> Iterable[tuple[str, float]]:
       seconds *= max(left, 0.0) / length if length > 0 else 1.0
       yield from split(activity, seconds, step, line['step'], process.boundary)
     before, step = line['t'], line['step']
-  if (tail := process.end - before) > 0:  # nobody wrote it down
+  if (tail := process.end - before) > 0:  # no line covers it
     yield from split(process.lines[-1]['phase'], tail, step, step, process.boundary)
 
 
 def split(activity: str, seconds: float, first: int, last: int, boundary: float) -> Iterable[tuple[str, float]]:
-  """(kind, seconds) of an activity from step `first` to `last`; what was for steps after `boundary` is lost.
+  """(kind, seconds) of an activity from step `first` to `last`; time for steps after `boundary` is lost.
 
   >>> list(split('step', 10.0, 20, 30, 28)), list(split('save', 1.0, 20, 20, 28))
   ([('lost', 2.0), ('productive', 8.0)], [('save', 1.0)])
@@ -133,7 +133,7 @@ def split(activity: str, seconds: float, first: int, last: int, boundary: float)
 
 
 def failures_in(lines: Iterable[Mapping[str, Any]], found: Sequence[Process]) -> list[float]:
-  """When something failed: what the supervisor has seen, and processes that nobody supervised and that just ended."""
+  """When something failed: exits that the supervisor saw, and processes without a supervisor that stopped early."""
   seen = [line['t'] for line in lines if line.get('event') == 'exit' and line['failed']]
   return sorted({*seen, *(process.end for process in found if process.failed)})
 

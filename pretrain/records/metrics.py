@@ -21,7 +21,7 @@ FILE = 'metrics.jsonl'
 class Metrics:
   """Writes the numbers of one run; only the process with `write=True` touches files and the terminal.
 
-  Opening it at `resume_step` forgets every later step: they will be written again.
+  Opening it at `resume_step` removes every later step: they will be written again.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int, total_steps: int, write: bool = True):
@@ -47,12 +47,12 @@ class Metrics:
       self._display.print(f'step {step}  {"  ".join(losses)}')
 
   def add(self, values: Mapping[str, float]) -> None:
-    """Records `values` in the last row: what became known of an earlier step. Without a row they are left out."""
+    """Records `values` in the last row: facts about an earlier step that arrived late. Dropped if there is no row."""
     if self._writes and self._rows.last_step >= 0:
       self._record(self._rows.last_step, values)
 
   def warn(self, text: str) -> None:
-    """Shows a line that matters."""
+    """Shows a warning."""
     if self._writes:
       self._display.warn(text)
 
@@ -94,7 +94,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
 def scan(path: pathlib.Path, last_step: float) -> tuple[list[dict[str, float]], list[int]]:
   """(rows up to `last_step`, [0 and the byte at which each of them ends]).
 
-  Raises ConfigError for a damaged line that is not the last: nothing but a person should drop what follows it.
+  Raises ConfigError for a damaged line that is not the last: only a person should delete the rows after it.
   """
   rows, ends = [], [0]
   lines = path.read_bytes().splitlines(keepends=True)
@@ -119,7 +119,7 @@ class JsonRows:
     path.touch()
     untear(path)
     rows, ends = scan(path, resume_step)
-    os.truncate(path, ends[-1])  # one system call: there is no half-way state for a kill to leave behind
+    os.truncate(path, ends[-1])  # one system call: a kill leaves either the old file or the new one
     self._last = rows[-1] if rows else {'step': -1}
     self._start = ends[-2] if rows else 0
     self._file = path.open('r+b')
@@ -127,7 +127,7 @@ class JsonRows:
 
   @property
   def last_step(self) -> int:
-    """That of the last row; -1 without any."""
+    """The step of the last row; -1 if there is none."""
     return self._last['step']
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -151,7 +151,7 @@ class JsonRows:
 def untear(path: pathlib.Path) -> None:
   """Restores a last row that was cut off while an evaluation was being added to it: its whole values stay.
 
-  Training values are on disk before a checkpoint is begun, so every other torn row is of a step that is forgotten.
+  Training values are on disk before a checkpoint is begun, so every other torn row belongs to a step that is removed.
   """
   lines = path.read_bytes().splitlines(keepends=True)
   if not lines or is_row(lines[-1]):
@@ -183,7 +183,7 @@ class Events:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if self._writer is None:
-      from tensorboardX import SummaryWriter  # half a second, which a mistake in a config need not cost
+      from tensorboardX import SummaryWriter  # takes half a second: not before the config is checked
 
       self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
     from tensorboardX.proto.summary_pb2 import Summary

@@ -47,7 +47,7 @@ FILL = {
   'fill/decoder': ('decoder positions used', '#3a8f4d', '-'),
   'padding_flops': ('FLOPs of padding', '#d1492e', '--'),
 }
-STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averages have the colour of the weights themselves
+STYLES = {'': 'o-', 'ema': 's--', 'lawa': '^:'}  # averaged weights share the colour of the weights
 EVALUATION = ('#d1492e', '#3a8f4d', '#8a4fa3', '#c98a1b')
 
 
@@ -79,7 +79,7 @@ def sources_of(rows: Rows) -> list[str]:
 
 
 def pyplot():
-  """matplotlib.pyplot, which draws into files: no display is asked for."""
+  """matplotlib.pyplot, drawing into files: it needs no display."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -119,7 +119,7 @@ def legend(axes) -> None:
 
 
 def draw_schedule(schedule: Callable[[np.ndarray], Any], num_steps: int, name: str, path: pathlib.Path) -> None:
-  """Writes `path`: the learning rate at steps 0 .. num_steps - 1, those that a run takes."""
+  """Writes `path`: the learning rate at steps 0 .. num_steps - 1, the steps of a run."""
   plt = pyplot()
   steps = np.unique(np.linspace(0, num_steps - 1, 20_000).astype(np.int64))
   rates = np.asarray(schedule(steps), np.float64)
@@ -134,7 +134,7 @@ def draw_schedule(schedule: Callable[[np.ndarray], Any], num_steps: int, name: s
 
 
 def note_ends(axes, steps: np.ndarray, rates: np.ndarray) -> None:
-  """The first highest rate and the last one, as dots with their values; the last stands outside, where no curve is."""
+  """Marks the first highest rate and the last rate with their values; the last label is right of the plot."""
   top, last = int(rates.argmax()), len(rates) - 1
   axes.plot(steps[[top, last]], rates[[top, last]], 'o', color=BLUE, markersize=4, clip_on=False)
   note = {'fontsize': 9, 'color': '#555', 'textcoords': 'offset points', 'annotation_clip': False}
@@ -215,7 +215,7 @@ def note_baselines(axes, baselines: Mapping[str, float]) -> None:
   """The name and the value of each line, right of the plot; apart from each other where lines are close."""
   names = sorted((name for name, value in baselines.items() if math.isfinite(value)), key=lambda name: baselines[name])
   low, high = axes.get_ylim()
-  axes.set_ylim(low, high)  # it stays what the places are counted in
+  axes.set_ylim(low, high)  # fixed: the heights of labels are shares of this range
   places = apart([(baselines[name] - low) / (high - low) for name in names], 0.055)
   for name, place in zip(names, places, strict=True):
     text = f'{label(name)} {baselines[name]:.2f}'
@@ -247,7 +247,7 @@ def top(group: Sequence[float], least: float) -> float:
 
 
 def plot_shares(axes, rows: Rows, wanted: Shares) -> None:
-  """What part of each stage so far was of each source; dashed, what part was to be."""
+  """The share of the rows of each mixture stage so far that came from each source; dashed, the wanted share."""
   colors, last = source_colors(rows), rows[-1]['step']
   for source, (color, style) in colors.items():
     # A row counts the steps up to it: a border of stages is a jump.
@@ -263,7 +263,7 @@ def plot_shares(axes, rows: Rows, wanted: Shares) -> None:
 
 
 def lines_of(wanted: Shares, last: float) -> list[tuple[float, float, str, float]]:
-  """(first step, last step, source, share) of what is wanted in a run of `last` steps.
+  """(first step, last step, source, share): the wanted shares in a run of `last` steps.
 
   >>> lines_of([(0, {'a': 1.0}), (20, {'a': 0.4}), (60, {'a': 0.1})], 50)
   [(0, 20, 'a', 1.0), (20, 50, 'a', 0.4)]
@@ -274,7 +274,7 @@ def lines_of(wanted: Shares, last: float) -> list[tuple[float, float, str, float
 
 
 def plot_source_loss(axes, rows: Rows, borders: Sequence[float]) -> None:
-  """The training loss on each source; where the shares change, a line upwards."""
+  """The training loss on each source; a vertical line where the wanted shares change."""
   for source, (color, style) in source_colors(rows).items():
     plot_smoothed(axes, curve(rows, f'loss/{source}'), label(source), color, style)
   for step in borders:
@@ -291,9 +291,9 @@ def source_colors(rows: Rows) -> dict[str, tuple[str, str]]:
 
 
 def evaluations(rows: Rows) -> dict[str, str]:
-  """The held-out losses to draw, the weights' own before those of averages, and their labels.
+  """The held-out losses to draw and their labels: first the weights' own, then those of averaged weights.
 
-  One of text alone that stays within 1% of that of all targets would hide it: it is named in the other's label.
+  A loss on text alone that stays within 1% of the loss on all targets would hide that curve: only the label names it.
   """
   keys = sorted(
     {key for row in rows for key in row if key.startswith('eval/') and key.endswith('loss')},
@@ -312,19 +312,19 @@ def evaluation_label(key: str) -> str:
 
 
 def whole_of(key: str) -> str:
-  """The key of the loss of all targets that stands beside that of text alone."""
+  """The key of the loss on all targets that belongs to a loss on text alone."""
   return key.removesuffix('/text_loss') + '/loss' if key.endswith('/text_loss') else key
 
 
 def hides(rows: Rows, text: str) -> bool:
-  """Whether `text`, the key of a loss of text alone, is everywhere within 1% of that of all targets."""
+  """Whether `text`, the key of a loss on text alone, is everywhere within 1% of the loss on all targets."""
   whole = whole_of(text)
   pairs = [(row[text], row[whole]) for row in rows if text in row and whole in row]
   return whole != text and bool(pairs) and all(abs(a - b) <= 0.01 * abs(b) for a, b in pairs)
 
 
 def raw_of(key: str) -> str:
-  """The metric of the weights themselves that stands beside that of an average of them.
+  """The key for the weights themselves that corresponds to a key for averaged weights.
 
   >>> raw_of('eval/books/ema/loss'), raw_of('eval/books/loss')
   ('eval/books/loss', 'eval/books/loss')
@@ -378,7 +378,7 @@ def scaled(points: Curve, factor: float) -> Curve:
 
 
 def draw_stats(values: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws what `pretrain data stats` found: how long documents are, and which tokens are frequent."""
+  """Draws the result of `pretrain data stats`: lengths of documents and frequent tokens."""
   plt = pyplot()
   with plt.rc_context(LOOK):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout='constrained')

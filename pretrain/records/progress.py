@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: one live line in a terminal, plain lines now and then elsewhere."""
+"""What a person sees during a run: one live line in a terminal, else plain lines now and then."""
 
 import datetime
 import sys
@@ -66,7 +66,7 @@ class Clock:
 
 
 class LiveLine:
-  """One rich progress line; whatever else is printed scrolls above it."""
+  """One rich progress line; other output scrolls above it."""
 
   def __init__(self, clock: Clock, stream: TextIO):
     text = lambda form: TextColumn(form, markup=False)

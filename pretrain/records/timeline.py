@@ -75,7 +75,7 @@ class Timeline:
       self._seconds[activity] += seconds
 
   def completed(self, step: int, examples: int = 0) -> None:
-    """`step` is done, and `examples` are used. The first one of a process is written at once: it has recovered."""
+    """`step` is done, and `examples` are used. The first step of a process is written at once."""
     first = self.step == self.resumed
     self.step, self.examples = step, examples
     if first or self.due():
@@ -115,7 +115,7 @@ class Timeline:
 
 
 def process_start() -> float:
-  """When this process was started, in seconds since 1970; where the kernel does not say it (no Linux), now."""
+  """When this process was started, in seconds since 1970; on systems other than Linux, now."""
   try:
     ticks = int(pathlib.Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK'))
@@ -124,7 +124,7 @@ def process_start() -> float:
 
 
 def append(path: pathlib.Path, line: dict[str, Any]) -> None:
-  """One line in one write at the end of the file, whoever else writes to it."""
+  """Appends one line in one write; other processes may append to the same file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('ab', buffering=0) as file:
     file.write(json.dumps(line).encode() + b'\n')

@@ -1,4 +1,7 @@
-"""The loop: what happens in a step, in order. A thing that happens every k steps is one line of `run_steps`."""
+"""The loop: what happens in a step, in order.
+
+A thing that happens every k steps goes into `run_steps`, as `if run.due(k): …`.
+"""
 
 from collections.abc import Iterator
 

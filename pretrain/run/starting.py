@@ -11,11 +11,10 @@ from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
 from pretrain.evaluation.losses import check_best_of
-from pretrain.experiment import same_stores
+from pretrain.experiment import same_stores, saved
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
-from pretrain.experiment.same_stores import as_begun
 from pretrain.hosts.skipping import Ranges, check_skips, read_skips
 from pretrain.records.metrics import Metrics, read_metrics
 from pretrain.records.profile import Profile
@@ -80,7 +79,7 @@ def start(
 
   Everything that can be refused is refused before a file is written.
   """
-  cfg = as_begun(workdir, cfg)
+  cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
   recorded = read_metrics(workdir)

@@ -252,9 +252,9 @@ def config_of(workdir: pathlib.Path) -> Experiment:
   return load_saved(saved)
 
 
-def check_new(output: pathlib.Path) -> None:
+def check_new(output: pathlib.Path, flag: str = '--output') -> None:
   if output.exists():
-    raise ConfigError(f'--output={output} exists; nothing is overwritten. Choose another folder.')
+    raise ConfigError(f'{flag}={output} exists; nothing is overwritten. Choose another folder.')
 
 
 def _on_one_device(cfg: Experiment) -> Program:

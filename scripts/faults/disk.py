@@ -103,6 +103,6 @@ def not_writable(options) -> Line:
   """A folder that not even root may write: refused before anything starts."""
   case = Case('f8_readonly', options)
   case.workdir = pathlib.Path('/proc/self/run')
-  done = call([sys.executable, '-m', 'pretrain', *case.command()[2:]])
+  done = call([sys.executable, '-m', 'pretrain', *case.command()[3:]])
   good = done.returncode == 64 and 'cannot be written' in done.stderr and 'Traceback' not in done.stderr
   return Line(1, int(good), '' if good else f'read-only: code {done.returncode}: {done.stderr[-200:]}')

@@ -128,10 +128,8 @@ def test_values_in_padding_do_not_leak():
   options = {'causal': False, **packed(ROW)}
   hole = jnp.asarray(ROW == 0)[:, :, None, None]
   for function in (run, define):
-    clean = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(q, k, v)
-    dirty = jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2))(
-      q, *(jnp.where(hole, jnp.nan, x) for x in (k, v))
-    )
+    gradients = jax.jit(jax.grad(lambda *x, f=function: f(*x, **options).sum(), (0, 1, 2)))
+    clean, dirty = gradients(q, k, v), gradients(q, *(jnp.where(hole, jnp.nan, x) for x in (k, v)))
     for a, b in zip(clean, dirty, strict=True):
       np.testing.assert_array_equal(a, b)
 
@@ -144,7 +142,7 @@ def test_a_packed_document_has_the_result_of_the_document_alone_in_any_order():
   starts = np.cumsum([0, *lengths])
   places = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
   for own in places:
-    alone = define(*(x[:, own] for x in (q, k, v)), **options)
+    alone = jax.jit(lambda *x: define(*x, **options))(*(x[:, own] for x in (q, k, v)))
     np.testing.assert_allclose(out[:, own], alone, atol=3e-6)
   order = np.concatenate([places[n] for n in (2, 0, 1)])
   moved = packed_run(*(x[:, order] for x in (q, k, v)), jnp.asarray(row(128, 100, 28))[None])
@@ -186,7 +184,7 @@ def test_in_bfloat16_it_is_about_as_accurate_as_the_definition(sharp):
   weights = normal(arrays[0].shape, 3)
 
   def everything(function, arrays):
-    out, back = jax.vjp(lambda *x: function(*x, **options).astype(jnp.float32), *arrays)
+    out, back = jax.vjp(jax.jit(lambda *x: function(*x, **options).astype(jnp.float32)), *arrays)
     return [np.asarray(x, np.float32) for x in (out, *back(weights))]
 
   truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays))
@@ -232,7 +230,7 @@ def test_the_gradient_of_the_bias_table_is_exact_and_includes_the_saturated_tile
   if dtype == jnp.float32 and causal:
     monkeypatch.setattr(toeplitz, 'partial_sum', lambda x: jnp.zeros((8, 128), jnp.float32))
     jax.clear_caches()
-    assert relative(np.asarray(jax.grad(loss)(options.table), np.float64), want) > 1e-2
+    assert relative(np.asarray(jax.jit(jax.grad(loss))(options.table), np.float64), want) > 1e-2
 
 
 def test_dropout_uses_the_reference_and_a_named_kernel_refuses_it():

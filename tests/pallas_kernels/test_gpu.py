@@ -60,7 +60,7 @@ def test_blocks_and_odd_head_dims_do_not_change_the_answer(case):
 
 
 def everything(function, arrays, weights, options):
-  out, back = jax.vjp(lambda *x: function(*x, **options).astype(jnp.float32), *arrays)
+  out, back = jax.vjp(jax.jit(lambda *x: function(*x, **options).astype(jnp.float32)), *arrays)
   return [np.asarray(x, np.float32) for x in (out, *back(weights))]
 
 

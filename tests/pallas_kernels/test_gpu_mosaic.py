@@ -105,8 +105,9 @@ def test_it_is_about_as_accurate_as_the_definition(lengths, sizes, options):
   arrays = draw(*lengths, **{'head_dim': 64, 'dtype': jnp.bfloat16} | sizes)
   weights = [normal(arrays[0].shape, 3), normal(arrays[0].shape[:3], 4)]
   plain = {name: x for name, x in options.items() if name != 'blocks'}
-  truth = everything(define, tuple(x.astype(jnp.float32) for x in arrays), weights, plain)
-  own = everything(define, arrays, weights, plain)
+  compiled = lambda *x, **options: jax.jit(lambda *x: define(*x, **options))(*x)
+  truth = everything(compiled, tuple(x.astype(jnp.float32) for x in arrays), weights, plain)
+  own = everything(compiled, arrays, weights, plain)
   for name, got in everything(interpreted, arrays, weights, options).items():
     assert np.abs(got - truth[name]).max() <= 2 * np.abs(own[name] - truth[name]).max() + 1e-3, name
 

@@ -1,7 +1,7 @@
 """Runs of one config share their compiled programs, and draw no report: two thirds of the time of a tiny run.
 
-A test that takes `monkeypatch` gets programs of its own: what it has changed may be part of them. A test that takes
-`reports` gets reports. Processes that a test starts are as they always are.
+A test that takes `monkeypatch` gets programs of its own: what it has changed may be part of them. Where it is not,
+`shared_programs` says so. A test that takes `reports` gets reports. Processes that a test starts are unchanged.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import pretrain.run.train  # before its names are replaced below
 from data.batches.source import StoreData
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.experiment import program
@@ -65,6 +66,7 @@ for module in list(sys.modules.values()):  # those that have taken the names fro
       module.build_program = build_program
     if module.__name__.startswith('pretrain.run') and vars(module).get('write_report') is WRITE_REPORT:
       module.write_report = write_report
+assert pretrain.run.train.write_report is write_report
 
 
 @pytest.fixture
@@ -76,10 +78,15 @@ def reports():
   drawing = False
 
 
+@pytest.fixture
+def shared_programs():
+  """The test takes `monkeypatch` and changes nothing that is part of a program."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
   global sharing
-  sharing = 'monkeypatch' not in item.fixturenames
+  sharing = 'monkeypatch' not in item.fixturenames or 'shared_programs' in item.fixturenames
   try:
     return (yield)
   finally:

@@ -37,7 +37,7 @@ INPUTS = {
 
 
 def seen(hide: str, targets: str, number: int = 40, **keys):
-  """(tokens, mask, inputs, targets) for pieces of 1 to `number` tokens; the mask follows from the bits as documented."""
+  """(tokens, mask, inputs, targets) of pieces of 1 to `number` tokens; the mask follows from the bits as documented."""
   (task,) = tasks_of(IidDenoising(noise_density=0.4, hide=hide, targets=targets, **keys))
   rng, lengths = np.random.default_rng(0), np.arange(1, number + 1)
   tokens = join([rng.integers(3, 100, n) for n in lengths])

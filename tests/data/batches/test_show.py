@@ -76,7 +76,7 @@ def test_a_row_of_pairs_shows_each_pair_and_how_many_are_cut(pair_store, objecti
   cut = (inputs > 12).sum(), (targets > 20).sum()
   assert min(cut) > 0
   cuts = f'{cut[0]} have inputs cut to 12 tokens, {cut[1]} have targets cut to 20 tokens'
-  assert f'of its {len(inputs)} pairs {cuts}' in shown
+  assert f'of its {len(inputs)} pairs, {cuts}' in shown
   found = re.findall(
     rf'segment \d+: pair (\d+), inputs tokens (\d+) to (\d+), targets tokens (\d+) to (\d+) of the store\n'
     rf'  {side} \((\d+)\): (.*)\n  targets \((\d+)\): (.*)\n', shown,

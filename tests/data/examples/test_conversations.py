@@ -1,4 +1,4 @@
-"""Conversations: whole, once in an epoch, each a segment; loss on the words and EOS of the roles asked for alone."""
+"""Conversations: each whole, once per epoch, one segment; loss only on the words and EOS of the configured roles."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from tests.conftest import COLUMNS, write_chat
 from tests.data.batches.test_source import SENTINELS, opened
 from tests.data.examples.test_pairs import rows_of_epoch
 
-USER, ASSISTANT, SYSTEM = 3, 4, 5  # their marks
+USER, ASSISTANT, SYSTEM = 3, 4, 5  # the ids of their role markers
 ROLES = {SYSTEM: 0, USER: 1, ASSISTANT: 2}
 A = [[USER, 10, 11], [ASSISTANT, 12, 13, 14]]
 B = [[SYSTEM, 20], [USER, 21], [ASSISTANT, 22], [USER, 23], [ASSISTANT, 24, 25]]
@@ -25,7 +25,7 @@ TRAILING = [[USER, 70], [ASSISTANT, 71], [USER, 72, 73]]
 
 
 def by_hand(path, tokenizer_model, chats):
-  """A store of turns of given ids, each behind a mark of one token."""
+  """A store of turns with the given ids, each after a role marker of one token."""
   turns = [(turn, len(chat) - 1 - i) for chat in chats for i, turn in enumerate(chat)]
   columns = {
     'tag_lengths': np.ones(len(turns), np.int32),
@@ -38,7 +38,7 @@ def by_hand(path, tokenizer_model, chats):
   return path
 
 
-def test_a_packed_row_is_the_one_made_by_hand(tokenizer_model, tmp_path):
+def test_a_packed_row_equals_one_made_by_hand(tokenizer_model, tmp_path):
   store = by_hand(tmp_path / 's', tokenizer_model, [A, B])
   rows = {
     name: rows_of_epoch(opened(store, Instruction(**options), 0, 26, batch_size=1))[0]
@@ -60,29 +60,29 @@ def test_a_packed_row_is_the_one_made_by_hand(tokenizer_model, tmp_path):
   assert weights['causal'] == weights['prefix'] == [0] * 5 + [1] * 4 + [0] * 7 + [1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
   assert weights['both'] == [0, 1, 1, 1, 0, 1, 1, 1, 1, *[0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1], 0]
   assert weights['users'] == [0, 1, 1, 1, *[0] * 5, *[0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0], 0]
-  # The mark of the first answer is the last token of the prefix, and is read one place behind the one it stands at.
+  # The marker of the first answer is the last token of the prefix; in the shifted inputs it is one position later.
   assert rows['prefix']['decoder_prefix_end'].tolist() == [6] * 9 + [8] * 16 + [0]
   assert rows['users']['decoder_prefix_end'].tolist() == [2] * 9 + [5] * 16 + [0]
   assert 'decoder_prefix_end' not in rows['causal']
 
 
-def test_what_no_row_has_room_for_is_cut_or_left_out_and_counted(tokenizer_model, tmp_path):
+def test_conversations_that_are_too_long_are_cut_or_left_out_and_counted(tokenizer_model, tmp_path):
   store = by_hand(tmp_path / 's', tokenizer_model, [A, LATE, B, TRAILING])
   source = opened(store, Instruction(), 0, 12, batch_size=1)
   rows = rows_of_epoch(source)
   targets = [rows[r]['decoder_target_tokens'].tolist() for r in sorted(rows)]
   assert targets == [
     [3, 10, 11, 1, 4, 12, 13, 14, 1, 0, 0, 0],
-    [5, 20, 1, 3, 21, 1, 4, 22, 1, 3, 23, 1],  # the answer behind has no room
+    [5, 20, 1, 3, 21, 1, 4, 22, 1, 3, 23, 1],  # the second answer does not fit
     [3, 70, 1, 4, 71, 1, 3, 72, 73, 1, 0, 0],
   ]
   assert rows[1]['decoder_loss_weights'].tolist() == [0] * 7 + [1, 1, 0, 0, 0]
-  said = 'of its 4 conversations 1 are cut to 12 tokens, 1 are left out (no token with loss among these)'
+  said = 'of its 4 conversations, 1 are cut to 12 tokens and 1 are left out (no token with loss among the first 12)'
   assert source.losses() == [f'{store}: {said}']
   assert said in show_row(source, 0, 0)
   assert opened(store, Instruction(), 0, 40).losses() == []
   with pytest.raises(
-    DataError, match=r'of its 4 conversations 0 are cut to 4 tokens, 4 are left out .* nothing is left'
+    DataError, match=r'of its 4 conversations, 0 are cut to 4 tokens and 4 are left out .* nothing is left'
   ):
     opened(store, Instruction(), 0, 4)
   with pytest.raises(
@@ -92,7 +92,7 @@ def test_what_no_row_has_room_for_is_cut_or_left_out_and_counted(tokenizer_model
 
 
 def turns_of(row) -> list[tuple[int, list[int], list[float]]]:
-  """(segment, tokens, weights) of each turn of a row: up to its EOS, or to where it is cut."""
+  """(segment, tokens, weights) of each turn of a row: up to its EOS, or to its cut."""
   found, start, tokens = [], 0, row['decoder_target_tokens'].tolist()
   segments = row['decoder_segment_ids'].tolist()
   for i, token in enumerate(tokens):
@@ -103,10 +103,10 @@ def turns_of(row) -> list[tuple[int, list[int], list[float]]]:
 
 
 @pytest.mark.parametrize('shard_tokens', [300, 2**28])
-def test_every_conversation_is_once_in_an_epoch_with_loss_where_its_words_say_assistant(
+def test_every_conversation_comes_once_per_epoch_with_loss_on_the_assistants_words(
   chat_store, tokenizer_model, tmp_path, shard_tokens
 ):
-  """Judged by the text alone: a turn is a mark, words and EOS."""
+  """Checked from the text alone: a turn is a marker, words and EOS."""
   store, tokenizer = open_store(chat_store), Tokenizer(tokenizer_model, SENTINELS)
   chats, chat = [], []
   texts = [ids.tolist() for ids in store.read(list(zip(store.offsets[:-1], np.diff(store.offsets), strict=True)))]
@@ -170,12 +170,12 @@ def test_best_fit_has_the_same_units_in_fewer_rows(chat_store, pair_store, kind,
       for k in range(1, max(origin.segments) + 1)
     ]
     found.append(sorted(units))
-    own.batch(0, np.arange(rows[-1]))  # what is too long for its row is an error
+    own.batch(0, np.arange(rows[-1]))  # raises an error if a unit is too long for its row
   assert found[0] == found[1]
   assert rows[1] < rows[0]
 
 
-def test_shards_hold_whole_conversations_in_however_many_calls_they_come(tokenizer_model, tmp_path):
+def test_shards_contain_whole_conversations_for_any_number_of_calls(tokenizer_model, tmp_path):
   rng, stores = np.random.default_rng(0), []
   chats = [rng.integers(1, 40, rng.integers(1, 9)).tolist() for _ in range(40)]
   lengths = [n for chat in chats for n in chat]
@@ -199,9 +199,9 @@ def test_shards_hold_whole_conversations_in_however_many_calls_they_come(tokeniz
     assert b.tokens.start == a.tokens.stop
 
 
-def test_a_store_of_another_kind_says_what_to_do(text_store, pair_store, chat_store):
+def test_the_error_for_a_store_of_the_wrong_kind_says_what_to_do(text_store, pair_store, chat_store):
   with pytest.raises(
-    DataError, match=r"license holds text, objective.name='instruction' learns from conversations; make a store of .*"
+    DataError, match=r"license holds text, but objective.name='instruction' learns from conversations; make a store .*"
     r'with: pretrain data prepare --messages_field=messages',
   ):  # fmt: skip
     opened(text_store, Instruction(), 0, 64)
@@ -219,7 +219,7 @@ def test_a_store_of_another_kind_says_what_to_do(text_store, pair_store, chat_st
     opened(pair_store, Instruction(), 0, 64)
 
 
-def test_people_see_who_speaks_and_what_carries_loss(tokenizer_model, tmp_path):
+def test_shown_rows_name_roles_and_the_tokens_with_loss(tokenizer_model, tmp_path):
   path, tokenizer = tmp_path / 's', Tokenizer(tokenizer_model, SENTINELS)
   write_chat(path, tokenizer, [[('user', 'the work'), ('assistant', 'of'), ('user', 'or'), ('assistant', 'terms')]])
   source = opened(path, Instruction(), 0, 64, batch_size=1)

@@ -1,4 +1,4 @@
-"""Pairs: whole, once in an epoch, cut as seqio cuts them, inputs and targets side by side."""
+"""Pairs: each whole and once per epoch, cut as seqio cuts them, with inputs and targets of a pair in one segment."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def rows_of_epoch(source) -> dict[int, dict[str, np.ndarray]]:
 
 
 def segments(row: dict[str, np.ndarray]) -> list[tuple[list[int], list[int]]]:
-  """(inputs, targets) of each segment of a row of either family, as the model is given them."""
+  """(inputs, targets) of each segment of a row, as an encoder-decoder or a decoder receives them."""
   own, found = row['decoder_segment_ids'], []
   for k in range(1, own.max() + 1):
     tokens, asked = row['decoder_target_tokens'][own == k], row['decoder_loss_weights'][own == k] > 0
@@ -46,7 +46,7 @@ def segments(row: dict[str, np.ndarray]) -> list[tuple[list[int], list[int]]]:
 
 
 @CASES
-def test_every_pair_is_whole_once_in_an_epoch_but_for_ends_that_are_too_long(pair_store, objective, inputs, targets):
+def test_every_pair_comes_once_per_epoch_and_is_whole_unless_it_is_too_long(pair_store, objective, inputs, targets):
   source, store = opened(pair_store, objective, inputs, targets, batch_size=1), open_store(pair_store)
   rows = rows_of_epoch(source)
   got = [pair for row in sorted(rows) for pair in segments(rows[row])]
@@ -63,8 +63,8 @@ def test_every_pair_is_whole_once_in_an_epoch_but_for_ends_that_are_too_long(pai
   assert sorted(o.row for o in again) == sorted(rows)
 
 
-def test_a_packed_row_of_an_encoder_decoder_is_the_one_made_by_hand(six_pairs):
-  """seqio's EncDecFeatureConverter on {inputs: 6, targets: 5}: what is longer loses its end, with EOS."""
+def test_a_packed_row_of_an_encoder_decoder_equals_one_made_by_hand(six_pairs):
+  """seqio's EncDecFeatureConverter on {inputs: 6, targets: 5}: longer sequences are cut at the end, including EOS."""
   rows = rows_of_epoch(opened(six_pairs, Supervised(), 6, 5, batch_size=1))
   assert [len(segments(rows[r])) for r in sorted(rows)] == [1, 1, 1, 1, 1, 1]
   rows = rows_of_epoch(opened(six_pairs, Supervised(), 8, 7, batch_size=1))
@@ -83,8 +83,8 @@ def test_a_packed_row_of_an_encoder_decoder_is_the_one_made_by_hand(six_pairs):
   assert segments(rows[2]) == [([29, 30, 31, EOS], [32, 33, 34, 35, 36, 37, 38])], 'without the EOS of targets'
 
 
-def test_a_packed_row_of_a_decoder_is_the_one_made_by_hand(six_pairs):
-  """seqio's PrefixLMFeatureConverter on {inputs: 4, targets: 6}: each segment sees its inputs, and writes the rest."""
+def test_a_packed_row_of_a_decoder_equals_one_made_by_hand(six_pairs):
+  """seqio's PrefixLMFeatureConverter on {inputs: 4, targets: 6}: in each segment, loss is only on the targets."""
   rows = rows_of_epoch(opened(six_pairs, Supervised(inputs_length=4), 0, 12, batch_size=1))
   wanted = {
     'decoder_input_tokens': [0, 10, 11, 1, 12, 0, 13, 1, 14, 15, 16, 17],
@@ -97,20 +97,20 @@ def test_a_packed_row_of_a_decoder_is_the_one_made_by_hand(six_pairs):
   assert {name: rows[0][name].tolist() for name in wanted} == wanted
 
 
-def test_text_and_pairs_are_not_mistaken_for_each_other(text_store, pair_store):
+def test_a_store_of_the_wrong_kind_is_refused(text_store, pair_store):
   with pytest.raises(
-    DataError, match=r"license holds text, objective.name='supervised' learns from pairs; make a store"
+    DataError, match=r"license holds text, but objective.name='supervised' learns from pairs; make a st"
   ):
     opened(text_store, Supervised())
   with pytest.raises(
-    DataError, match=r"pairs holds pairs, objective.name='ul2' learns from text; set objective.name='s"
+    DataError, match=r"pairs holds pairs, but objective.name='ul2' learns from text; set objective.name"
   ):
     opened(pair_store, Ul2())
-  with pytest.raises(DataError, match=r"license holds text, objective.name='supervised' learns from pairs"):
+  with pytest.raises(DataError, match=r"license holds text, but objective.name='supervised' learns from pairs"):
     opened(pair_store, Supervised(), heldout=(Source(path=str(text_store)),))
 
 
-def test_heldout_pairs_are_taken_evenly_with_whole_targets(six_pairs):
+def test_heldout_pairs_are_spread_evenly_and_have_whole_targets(six_pairs):
   source = opened(six_pairs, Supervised(), 4, 3, heldout=(Source(path=str(six_pairs)),))
   assert source.heldout_pairs(3) == {
     'six': [([10, 11, EOS], [12]), ([18, 19, 20, 21], [24, 25]), ([29, 30, 31, EOS], [32, 33, 34, 35, 36, 37, 38])]

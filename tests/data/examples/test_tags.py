@@ -1,4 +1,4 @@
-"""Tags in front of text: read without loss, left out for some documents in some epochs; no token of text is lost."""
+"""Tags in front of text: read without loss, dropped for some documents in some epochs; no token of text is lost."""
 
 import re
 
@@ -39,7 +39,7 @@ def bare(tag_store, tokenizer_model, tmp_path_factory):
   return path
 
 
-def test_rows_are_those_made_by_hand(tokenizer_model, tmp_path):
+def test_rows_equal_those_made_by_hand(tokenizer_model, tmp_path):
   columns = {'tag_lengths': np.array([2, 0, 1], np.int32)}
   with StoreWriter(tmp_path / 's', Tokenizer(tokenizer_model, SENTINELS), columns={'tag_lengths': 'int32'}) as writer:
     writer.add([[3, 4, 10, 11], [20], [5, 30, 31, 32]], columns=columns)
@@ -63,7 +63,7 @@ def test_rows_are_those_made_by_hand(tokenizer_model, tmp_path):
 
 
 def tokens_of(source, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-  """(place in the store, weight) of each token read in an epoch."""
+  """(position in the store, weight) of each token read in an epoch."""
   (rows,) = source.sources
   places = np.arange(rows.num_rows(epoch))
   shards, numbers, _ = rows.locate(epoch, places)
@@ -75,8 +75,8 @@ def tokens_of(source, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize('packing', [ConcatSplit(), BestFit(), NextFit()], ids=lambda packing: packing.name)
-def test_text_is_read_once_in_every_epoch_and_tags_where_they_are_kept_without_loss(tag_store, packing):
-  """Each tag is whole, or not there, in other documents in each of eight epochs; then the first ones again."""
+def test_every_epoch_reads_all_text_once_and_kept_tags_without_loss(tag_store, packing):
+  """Each tag is whole or absent. Each of eight epochs drops the tags of other documents; then the choices repeat."""
   source, store = tagged(tag_store, 0.3, packing=packing, batch_size=1), open_store(tag_store)
   lengths = np.concatenate([store.tag_lengths(shard) for shard in range(len(store.shards))])
   is_tag = np.zeros(store.num_tokens, bool)
@@ -97,8 +97,8 @@ def test_text_is_read_once_in_every_epoch_and_tags_where_they_are_kept_without_l
   assert 0.6 < np.mean(kept[:8]) < 0.8
 
 
-def test_without_any_tag_rows_are_those_of_a_store_that_never_had_one(tag_store, bare, tmp_path, tokenizer_model):
-  """In one shard, as `bare` is."""
+def test_with_all_tags_dropped_rows_equal_those_of_a_store_without_tags(tag_store, bare, tmp_path, tokenizer_model):
+  """The tagged store is copied into one shard, like `bare`."""
   store, lengths = open_store(tag_store), []
   for shard in range(len(store.shards)):
     lengths.append(store.tag_lengths(shard))
@@ -112,14 +112,14 @@ def test_without_any_tag_rows_are_those_of_a_store_that_never_had_one(tag_store,
     assert digest(c.batch(step, slice(0, 8))) != digest(b.batch(step, slice(0, 8)))
 
 
-def test_where_none_is_dropped_rows_are_those_of_plain_text_but_for_the_loss(tag_store):
+def test_with_no_tags_dropped_rows_equal_plain_text_except_for_the_loss(tag_store):
   a, b = (tagged(tag_store, rate, batch_size=30).batch(0, slice(0, 30)) for rate in (0.0, None))
   weights = a.pop('decoder_loss_weights'), b.pop('decoder_loss_weights')
   assert_equal(a, b)
   assert 0 < weights[0].sum() < weights[1].sum()
 
 
-def test_other_seeds_sources_and_epochs_drop_other_tags_and_a_higher_rate_these_too(tag_store):
+def test_seed_source_and_epoch_choose_dropped_tags_and_a_higher_rate_drops_more(tag_store):
   store = open_store(tag_store)
   dropped = lambda rate, seed, purpose, variant: tuple(
     np.diff(store.offsets_of(0)) > TaggedText(store, Tags(drop_rate=rate), seed, purpose).stream(0, variant).lengths
@@ -132,18 +132,18 @@ def test_other_seeds_sources_and_epochs_drop_other_tags_and_a_higher_rate_these_
 
 
 @pytest.mark.parametrize('packing', [ConcatSplit(), BestFit()], ids=lambda packing: packing.name)
-def test_plans_from_files_hold_the_text_of_their_epoch(tag_store, tmp_path, monkeypatch, packing):
+def test_plans_from_files_contain_the_text_of_their_epoch(tag_store, tmp_path, monkeypatch, packing):
   rates = {rate: tagged(tag_store, rate, packing=packing) for rate in (0.5, 0.2)}
   digests = lambda source: [digest(source.batch(step, slice(0, 8))) for step in (0, 10, 30)]
   wanted = {rate: digests(source) for rate, source in rates.items()}
   monkeypatch.setattr(makers, 'LARGE', 1)
   make = lambda rate: open_data(rates[rate].cfg, CausalLm(), seed=0, vocab_size=600, cache_dir=tmp_path)
   assert {rate: digests(make(rate)) for rate in rates} == wanted, 'each has files of its own'
-  monkeypatch.setattr(kept_plans, '_arrays', None)  # whoever plans again fails
+  monkeypatch.setattr(kept_plans, '_arrays', None)  # planning again fails
   assert {rate: digests(make(rate)) for rate in rates} == wanted
 
 
-def test_people_see_tags_without_loss(tag_store):
+def test_shown_rows_mark_tags_as_without_loss(tag_store):
   source = tagged(tag_store, 0.0, batch_size=1)
   row = next(i for i in range(99) if source.global_rows(i, 1)['decoder_loss_weights'][0][0] == 0)
   shown = show_row(source, row, 0)
@@ -162,9 +162,9 @@ def test_held_out_stores_may_have_no_tags(tag_store, text_store):
   assert asked == {'tagged': store.num_tokens, 'license': store.num_tokens}, 'the same text'
 
 
-def test_tags_that_nobody_has_are_refused(text_store, tag_store):
+def test_tags_without_a_tagged_source_are_refused(text_store, tag_store):
   with pytest.raises(
-    DataError, match=r'data.tags.drop_rate=0.1 but no source has tags \(.*license\); make one with: pre'
+    DataError, match=r'data.tags.drop_rate=0.1 but no source has tags \(.*license\); make one with tags: pre'
   ):
     tagged(text_store, 0.1)
   sources = (Source(path=str(text_store)), Source(path=str(tag_store)))
@@ -174,18 +174,24 @@ def test_tags_that_nobody_has_are_refused(text_store, tag_store):
 @pytest.mark.parametrize(
   ('objective', 'options', 'message'),
   [
-    (Ul2r(), {}, r"data.tags is for objective.name='causal_lm'; 'ul2r' would hide tags, .* remove data.tags"),
-    (PrefixLm(), {}, r"data.tags is for objective.name='causal_lm'; 'prefix_lm' would"),
-    (CausalLm(), {'attend_across_documents': True}, r'data.tags go by documents, data.attend_across_documents=True'),
+    (Ul2r(), {}, r"data.tags requires objective.name='causal_lm'; 'ul2r' would corrupt .* Remove data.tags"),
+    (PrefixLm(), {}, r"data.tags requires objective.name='causal_lm'; 'prefix_lm' would"),
+    (
+      CausalLm(),
+      {'attend_across_documents': True},
+      r'data.tags needs separate documents; data.attend_across_documents=True',
+    ),
     (CausalLm(), {'packing': LengthBuckets(min_length=8)}, r"data.packing.name='length_buckets' cuts it once for all"),
   ],
 )
-def test_what_does_not_go_with_tags_is_refused(objective, options, message):
+def test_options_that_cannot_be_combined_with_tags_are_refused(objective, options, message):
   cfg = StoreData(batch_size=2, targets_length=64, sources=(Source(path='a'),), tags=Tags(), **options)
   with pytest.raises(ValueError, match=message):
     check_tags(cfg, objective)
 
 
-def test_random_tokens_have_no_tags():
-  with pytest.raises(ValueError, match=r"data.tags with data.name='synthetic', which has none; set data.name='store'"):
+def test_tags_with_synthetic_data_are_refused():
+  with pytest.raises(
+    ValueError, match=r"data.tags with data.name='synthetic', which has no tags; set data.name='store'"
+  ):
     check_tags(Synthetic(batch_size=2, targets_length=64, tags=Tags()), CausalLm())

@@ -1,4 +1,4 @@
-"""Curricula: rows by a score of their documents, each once in an epoch, a pure function of position."""
+"""Curricula: rows ordered by a score of their documents, each once per epoch, as a pure function of position."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ IDS = [cfg.pacing for cfg in CURRICULA]
 
 @pytest.fixture(scope='module')
 def scored(tokenizer_model, tmp_path_factory):
-  """A store of 300 documents in two shards, their scores at random."""
+  """A store of 300 documents in two shards, with random scores."""
   path, rng = tmp_path_factory.mktemp('scored') / 'scored', np.random.default_rng(0)
   columns = {'scores/compression': 'float32'}
   with StoreWriter(path, Tokenizer(tokenizer_model, SENTINELS), columns=columns, shard_tokens=25_000) as writer:
@@ -59,7 +59,7 @@ def test_every_row_comes_once(scores, pacing, folds, direction, epoch):
   assert sorted(found.tolist()) == list(range(len(scores)))
 
 
-def test_strict_sorts_and_equal_scores_come_at_random():
+def test_strict_sorts_and_equal_scores_are_in_random_order():
   scores = np.repeat([2.0, 1.0, 3.0], 100)
   orders = [arrange(Curriculum(pacing='strict'), scores, 0, 'test', epoch) for epoch in (0, 1)]
   assert [scores[order].tolist() for order in orders] == [sorted(scores.tolist())] * 2
@@ -68,7 +68,7 @@ def test_strict_sorts_and_equal_scores_come_at_random():
   assert orders[0].tolist() != orders[1].tolist()
 
 
-def test_interleaved_sorts_each_of_its_folds_which_are_alike():
+def test_interleaved_sorts_each_fold_and_folds_are_alike():
   scores = np.random.default_rng(0).normal(size=800)
   folds = scores[arrange(Curriculum(pacing='interleaved', folds=4), scores, 0, 'test')].reshape(4, 200)
   assert (np.sort(folds, axis=1) == folds).all()
@@ -76,7 +76,7 @@ def test_interleaved_sorts_each_of_its_folds_which_are_alike():
   assert len(np.unique(folds)) == 800
 
 
-def test_paced_draws_from_what_the_competence_allows_each_alike():
+def test_paced_draws_uniformly_from_the_rows_that_competence_allows():
   size, number = 40, 1500
   scores = np.random.default_rng(0).permutation(size).astype(float)
   orders = np.stack([scores[arrange(Curriculum(), scores, 0, 'test', k)] for k in range(number)])
@@ -145,14 +145,14 @@ def test_several_tasks_keep_their_rates_and_each_is_in_order(scored):
   count = rows.num_rows(0) // 7 * 7 - 70  # whole blocks
   tasks = rows.locate(0, np.arange(count))[2].reshape(-1, 7)
   assert (np.sort(tasks, axis=1) == np.arange(7)).all()
-  for epoch in (0, 1):  # in another one text meets other tasks, in other rows
+  for epoch in (0, 1):  # a different epoch pairs text with other tasks in other rows
     first = sum(rows.num_rows(before) for before in range(epoch))
     tasks, scores = rows.locate(epoch, np.arange(count))[2], epoch_scores(source, count, first)
     assert all((np.diff(scores[tasks == task]) >= 0).all() for task in range(7))
 
 
-def test_each_window_of_shards_is_a_curriculum_of_its_own(scored, monkeypatch):
-  monkeypatch.setattr(data.rows, 'EpochOrder', functools.partial(EpochOrder, window=1))
+def test_each_window_of_shards_has_its_own_curriculum(scored, monkeypatch):
+  monkeypatch.setattr(data.batches.rows, 'EpochOrder', functools.partial(EpochOrder, window=1))
   source = ordered(scored, Curriculum(pacing='strict'))
   count = source.sources[0].num_rows(0)
   rows = [(origin.shard, origin.row) for origin in map(source.describe_row, range(count))]
@@ -170,22 +170,25 @@ def test_a_store_without_the_score_is_refused_before_the_first_batch(text_store)
 @pytest.mark.parametrize(
   ('cfg', 'message'),
   [
-    (Builtin(batch_size=2, targets_length=8), r"data.name='builtin' has not; make a store with: pretrain data prepare"),
-    (Synthetic(batch_size=2, targets_length=8), r"needs scores, which data.name='synthetic' has not"),
+    (
+      Builtin(batch_size=2, targets_length=8),
+      r"data.name='builtin' has none; make a store with: pretrain data prepare",
+    ),
+    (Synthetic(batch_size=2, targets_length=8), r"needs scores, but data.name='synthetic' has none"),
     (StoreData(batch_size=2, targets_length=8, sources=(Source(path='a'),), packing=LengthBuckets()), 'its own order'),
     (
       StoreData(batch_size=2, targets_length=8, sources=(Source(path='a'),), attend_across_documents=True),
-      'data.attend_across_documents=True makes one of all',
+      'data.attend_across_documents=True joins them; remove either',
     ),
   ],
 )
-def test_what_has_no_curriculum_is_refused(cfg, message):
+def test_options_that_cannot_be_combined_with_a_curriculum_are_refused(cfg, message):
   with pytest.raises(ValueError, match=message):
     check_order(dataclasses.replace(cfg, order=Curriculum()))
   check_order(cfg)
 
 
-def test_evaluation_sets_are_in_no_order(scored):
+def test_evaluation_sets_ignore_the_curriculum(scored):
   plain, taught = (
     opened(scored, CausalLm(), 0, 64, heldout=(Source(path=str(scored)),), packing=ConcatSplit(), **options)
     for options in ({}, {'order': Curriculum()})

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in every block, stage after stage; a source goes on where it was."""
+"""Mixtures: exact shares in every block, stage after stage; each source always continues with its next row."""
 
 import json
 
@@ -20,7 +20,7 @@ STAGES = (Stage(0, (0.7, 0.2, 0.1)), Stage(1003, (0.0, 0.5, 0.5)), Stage(2500, (
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(start=st.integers(0, 4000), count=st.integers(1, 700), seed=st.integers(0, 5))
-def test_any_rows_are_those_of_the_whole_and_sources_are_read_in_order(start, count, seed):
+def test_any_range_of_rows_equals_the_whole_and_sources_are_read_in_order(start, count, seed):
   mixture = Mixture(STAGES, seed)
   whole, which = mixture.at(0, 5000)
   for source in range(3):
@@ -31,7 +31,7 @@ def test_any_rows_are_those_of_the_whole_and_sources_are_read_in_order(start, co
   assert mixture.used(start).tolist() == np.bincount(whole[:start], minlength=3).tolist()
 
 
-def test_every_block_of_a_stage_holds_the_exact_shares():
+def test_every_block_of_a_stage_has_the_exact_shares():
   whole, _ = Mixture(STAGES, 0).at(0, 2500)
   blocks = whole[:1000].reshape(-1, 10)
   assert (np.stack([np.bincount(block, minlength=3) for block in blocks]) == (7, 2, 1)).all()
@@ -40,14 +40,14 @@ def test_every_block_of_a_stage_holds_the_exact_shares():
   assert (np.sort(whole[1003:2499].reshape(-1, 2), axis=1) == (1, 2)).all()
 
 
-def test_shares_are_counted_in_the_stage_and_within_a_thousandth_at_its_end():
+def test_shares_are_counted_per_stage_and_within_a_thousandth_at_its_end():
   mixture = Mixture(STAGES, 0)
   for end, stage in ((1003, STAGES[0]), (2500, STAGES[1]), (2500 + 5000, STAGES[2])):
     assert np.abs(mixture.shares(end) - np.array(stage.weights) / sum(stage.weights)).max() < 1e-3
   assert np.abs(mixture.shares(1004) - (0.7, 0.2, 0.1)).max() > 0.1, 'not those of the stage before'
 
 
-def test_a_mixture_that_begins_later_goes_on_with_what_was_used():
+def test_a_mixture_that_begins_later_continues_after_the_used_rows():
   whole = Mixture(STAGES, 3)
   rest = Mixture([Stage(600, (0.7, 0.2, 0.1))], 3, used=whole.used(600))
   sources, which = rest.at(600, 400)
@@ -63,21 +63,21 @@ def test_weights_without_a_short_block_are_off_by_less_than_a_row_in_4096():
   assert np.abs(got - weights / weights.sum() * 4096).max() < 1
 
 
-def test_weights_are_relative_however_small():
+def test_weights_are_relative_even_if_tiny():
   assert np.bincount(quotas([7e-6, 3e-6])).tolist() == [7, 3]
 
 
-def test_a_source_that_a_temperature_never_draws_is_refused(two_stores, tokenizer_model, tmp_path):  # noqa: F811
+def test_a_temperature_that_never_samples_a_source_is_refused(two_stores, tokenizer_model, tmp_path):  # noqa: F811
   with StoreWriter(tmp_path / 'tiny', Tokenizer(tokenizer_model, SENTINELS)) as writer:
     writer.add([[5]])
     writer.finish()
   sources = tuple(Source(path=str(path)) for path in (tmp_path / 'tiny', two_stores[1]))
   assert opened(None, sources=sources, temperature=5.0).mixture.used(10).min() > 0
-  with pytest.raises(DataError, match=r'data.temperature=0.4 makes the weights .* give source 0 less than a row'):
+  with pytest.raises(DataError, match=r'data.temperature=0.4 makes the weights .* give source 0 less than one row'):
     opened(None, sources=sources, temperature=0.4)
 
 
-def test_no_two_sources_have_one_name():
+def test_source_names_are_unique():
   names = lambda *paths: list(_names(tuple(Source(path=path) for path in paths)))
   assert names('x/a', 'y/a_2', 'z/a') == ['a', 'a_2', 'a_3']
   assert names('x/a', 'y/a/', 's3://bucket/a') == ['a', 'a_1', 'a_2']
@@ -120,7 +120,7 @@ def of(stores, names: str, **options):
 
 
 def changing(stores, *legs):
-  """The rows of each store as a run reads them whose sources are `names` for so many steps of each leg."""
+  """The rows of each store that a run reads; each leg is (names of the sources, number of steps)."""
   position, used, step, seen = {'examples': 0}, {}, 0, {name: [] for name in 'abc'}
   for names, steps in legs:
     data = of(stores, names)
@@ -143,7 +143,7 @@ def changing(stores, *legs):
     pytest.param([('abc', 6), ('c', 3), ('ca', 5), ('bca', 6)], id='left out for a while'),
   ],
 )
-def test_sources_that_change_go_on_with_their_next_rows_each_in_its_own_order(stores, legs):
+def test_after_a_change_of_sources_each_continues_with_its_next_rows_in_its_order(stores, legs):
   seen = changing(stores, *legs)
   whole = changing(stores, ('abc', 20))
   for name in 'ab':
@@ -151,7 +151,7 @@ def test_sources_that_change_go_on_with_their_next_rows_each_in_its_own_order(st
   assert all(len(set(rows)) == len(rows) for rows in seen.values()), 'no row twice in an epoch'
 
 
-def test_stages_begin_at_their_steps_where_the_batch_became_another(stores):
+def test_stages_begin_at_their_steps_after_a_change_of_batch_size(stores):
   stages = (MixtureStage(start_step=0, weights=(1.0, 0.0)), MixtureStage(start_step=20, weights=(0.0, 1.0)))
   small = of(stores, 'ab', stages=stages, batch_size=4)
   position = {'examples': 12 * 8}  # 12 steps of 8
@@ -160,7 +160,7 @@ def test_stages_begin_at_their_steps_where_the_batch_became_another(stores):
   assert ''.join(sources) == 'a' * 8 * 4 + 'b' * 4 * 4
 
 
-def test_rows_say_which_source_they_are_of(two_stores):  # noqa: F811
+def test_batches_name_the_source_of_each_row(two_stores):  # noqa: F811
   sources = tuple(Source(path=str(path), weight=w) for path, w in zip(two_stores, (0.25, 0.75), strict=True))
   source = opened(None, sources=sources, batch_size=40)
   batch = source.batch(3, slice(0, 40))
@@ -173,21 +173,27 @@ def test_rows_say_which_source_they_are_of(two_stores):  # noqa: F811
   ('options', 'message'),
   [
     ({'stages': [(0, (1.0,))]}, r'data.stages\[0\].weights has 1 values for 2 sources'),
-    ({'stages': [(5, (1.0, 1.0))]}, r'start at the steps \[5\]; the first must start at 0'),
-    ({'stages': [(0, (1.0, 1.0)), (0, (1.0, 2.0))]}, r'start at the steps \[0, 0\]'),
-    ({'stages': [(0, (1.0, -1.0))]}, r'data.stages\[0\].weights=\[1.0, -1.0\]; none may be negative'),
-    ({'stages': [(0, (0.0, 0.0))]}, 'not all of them 0'),
+    ({'stages': [(5, (1.0, 1.0))]}, r'start at steps \[5\]; the first must be 0'),
+    ({'stages': [(0, (1.0, 1.0)), (0, (1.0, 2.0))]}, r'start at steps \[0, 0\]; .* must increase'),
+    ({'stages': [(0, (1.0, -1.0))]}, r'data.stages\[0\].weights=\[1.0, -1.0\]; they must be finite, >= 0'),
+    ({'stages': [(0, (0.0, 0.0))]}, '>= 0, and not all 0'),
     ({'stages': [(0, (1.0, 0.0))]}, r'data.sources\[1\] has weight 0 in every stage; leave it out'),
-    ({'stages': [(0, (1.0, 1.0))], 'temperature': 2.0}, 'and so do data.temperature; remove one'),
-    ({'stages': [(0, (1.0, 1.0))], 'weights': (1.0, 2.0)}, 'and so do the weights of data.sources'),
-    ({'weights': (1.0, 0.0)}, r'have the weights \[1.0, 0.0\]; each must be greater than 0'),
-    ({'weights': (1.0, float('nan'))}, r'have the weights \[1.0, nan\]; each must be greater than 0'),
-    ({'stages': [(0, (1.0, float('inf')))]}, r'weights=\[1.0, inf\]; none may be negative or infinite'),
-    ({'weights': (1.0, 1e-5)}, r'weights of data.sources \[1.0, 1e-05\] give source 1 less than a row in 4096'),
+    (
+      {'stages': [(0, (1.0, 1.0))], 'temperature': 2.0},
+      'both data.stages and data.temperature set the shares of the sources; remove one',
+    ),
+    (
+      {'stages': [(0, (1.0, 1.0))], 'weights': (1.0, 2.0)},
+      'both data.stages and the weights of data.sources set the shares',
+    ),
+    ({'weights': (1.0, 0.0)}, r'have the weights \[1.0, 0.0\]; each must be finite and > 0'),
+    ({'weights': (1.0, float('nan'))}, r'have the weights \[1.0, nan\]; each must be finite and > 0'),
+    ({'stages': [(0, (1.0, float('inf')))]}, r'weights=\[1.0, inf\]; they must be finite, >= 0, and not all 0'),
+    ({'weights': (1.0, 1e-5)}, r'weights of data.sources \[1.0, 1e-05\] give source 1 less than one row in 4096'),
     ({'stages': [(0, (1e-5, 1.0))]}, r'data.stages\[0\].weights \[1e-05, 1.0\] give source 0 less than'),
   ],
 )
-def test_shares_that_make_no_sense_are_refused(options, message):
+def test_invalid_shares_are_refused(options, message):
   weights = options.get('weights', (1.0, 1.0))
   cfg = StoreData(
     batch_size=2, targets_length=8, sources=tuple(Source(path=p, weight=w) for p, w in zip('ab', weights, strict=True)),

@@ -1,4 +1,4 @@
-"""Online data mixing: weights from losses by the formulas of its code; what was decided is part of the position."""
+"""Online data mixing: weights follow the reference code's formulas; its state is part of the position."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ NAMES = {'a': 0, 'b': 0, 'c': 0}
 
 
 def plain_odm(losses, every: int, shares: str, smoothing: float = 0.9):
-  """(rewards, probabilities) after each decision, source by source, as SmoothedMeanWeightUpdater has them."""
+  """(rewards, probabilities) after each update, computed source by source as in SmoothedMeanWeightUpdater."""
   number = len(losses[0])
   rewards, eps, found = [0.0] * number, 1 / number, []
   for decision, lost in enumerate(losses, 1):
@@ -33,10 +33,10 @@ def plain_odm(losses, every: int, shares: str, smoothing: float = 0.9):
 
 
 @pytest.mark.parametrize('shares', ['exponential', 'linear'])
-def test_weights_are_those_of_the_reference(shares):
+def test_weights_equal_the_reference(shares):
   rng = np.random.default_rng(0)
   losses = np.round(rng.uniform(1, 4, (60, 3)), 3).tolist()
-  losses[7][1] = losses[30][2] = None  # not seen
+  losses[7][1] = losses[30][2] = None  # no rows of this source in this step
   cfg, state = Odm(every=2, shares=shares), begin({'examples': 0}, NAMES)
   for number, (lost, (rewards, weights)) in enumerate(zip(losses, plain_odm(losses, 2, shares), strict=True), 1):
     for tokens in ([0.5, 0.3, 0.2], [0.1, 0.3, 0.6]):
@@ -64,7 +64,7 @@ def advanced(state: Mixing, cfg: Odm, first: int, last: int) -> Mixing:
   return state
 
 
-def test_a_run_that_is_cut_anywhere_decides_the_same():
+def test_a_run_interrupted_anywhere_computes_the_same_weights():
   cfg = Odm(every=3, warmup_steps=6)
   whole = advanced(begin({'examples': 0}, NAMES), cfg, 0, 40)
   assert whole.steps == 39
@@ -85,11 +85,11 @@ def test_weights_become_whole_rows_and_no_source_is_left_out(weights, extra):
   assert counts.min() >= 1
   assert (counts == counts.astype(int)).all()
   exact = weights / weights.sum() * rows
-  lifted = (exact < 1).sum()  # to their one row, which others give
+  lifted = (exact < 1).sum()  # raised to one row each, taken from other sources
   assert np.abs(counts - exact).max() < (1 + lifted) * (1 + 1e-9)
 
 
-def test_no_loss_makes_a_weight_that_is_no_number():
+def test_weights_are_finite_for_every_loss():
   state, tokens = begin({'examples': 0}, NAMES), np.full(3, 1 / 3)
   nothing = state.seen(np.array([np.nan, 1, 1]), tokens)
   assert nothing == dataclasses.replace(state, loss=[0.0] * 3, tokens=[0.0] * 3)
@@ -104,7 +104,7 @@ def test_no_loss_makes_a_weight_that_is_no_number():
   assert exploration(3, 10**6) < 1e-3 < exploration(3, 10) < exploration(3, 1) == 1 / 3
 
 
-def test_rows_after_a_decision_are_the_next_of_each_source_on_any_host(two_stores):  # noqa: F811
+def test_after_an_update_each_source_continues_with_its_next_rows_on_any_host(two_stores):  # noqa: F811
   cfg, sources = Odm(every=4), tuple(Source(path=str(path)) for path in two_stores)
   data = opened(None, CausalLm(), 0, 64, sources=sources, online=cfg)
   state, used = begin({'examples': 0}, data.used(0)), data.used(32)
@@ -127,12 +127,20 @@ def test_rows_after_a_decision_are_the_next_of_each_source_on_any_host(two_store
 @pytest.mark.parametrize(
   ('number', 'options', 'message'),
   [
-    (1, {}, 'data.online decides between sources, and there is one'),
-    (2, {'stages': (MixtureStage(start_step=0, weights=(1.0, 2.0)),)}, 'and so does data.online; remove one of them'),
-    (5, {}, r'data.online.every=1 steps of data.batch_size=2 have 2 rows for 5 sources; set data.online.every >= 3'),
+    (1, {}, 'data.online mixes several sources, but there is one'),
+    (
+      2,
+      {'stages': (MixtureStage(start_step=0, weights=(1.0, 2.0)),)},
+      'both data.stages and data.online set the shares',
+    ),
+    (
+      5,
+      {},
+      r'data.online.every=1 steps of data.batch_size=2 have only 2 rows for 5 sources; set data.online.every >= 3',
+    ),
   ],
 )
-def test_what_cannot_be_mixed_online_is_refused(number, options, message):
+def test_invalid_online_mixing_is_refused(number, options, message):
   sources = tuple(Source(path=str(i)) for i in range(number))
   cfg = StoreData(batch_size=2, targets_length=8, sources=sources, online=Odm(every=1), **options)
   with pytest.raises(ValueError, match=message):

@@ -50,7 +50,7 @@ def test_a_causal_row_has_no_prefix_and_loss_everywhere():
   assert 'decoder_prefix_end' not in got
 
 
-def test_a_row_of_an_encoder_has_its_answers_where_it_reads():
+def test_a_row_of_an_encoder_has_its_answers_at_the_positions_it_reads():
   inputs, targets = join([np.int32([5, 99, 1]), np.int32([98, 1]), np.int32([7, 1])]), np.int32([5, 6, 1, 9, 1, 7, 1])
   chosen = np.array([0, 1, 0, 1, 0, 1, 0], bool)
   got = encoder_features(inputs, targets, chosen, np.array([0, 0, 1]), 2, 6)

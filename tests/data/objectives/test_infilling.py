@@ -151,7 +151,7 @@ def test_masks_are_inserted_everywhere_equally_often():
   assert got.values[got.values != MASK].tolist() == [5, 6, 7] * number
 
 
-def test_of_real_text_whole_words_are_hidden(text_store):
+def test_whole_words_of_real_text_are_hidden(text_store):
   store = open_store(text_store)
   tokenizer = store.tokenizer(32)
   lexicon = Lexicon(tokenizer.vocabulary, tokenizer)

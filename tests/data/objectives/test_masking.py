@@ -42,7 +42,7 @@ def test_every_piece_has_the_count_of_the_reference(rate):
     assert targets.tolist() == [7] * (len(inputs) - 1) + [EOS]
 
 
-def test_what_is_not_chosen_is_read_as_it_stands():
+def test_tokens_that_are_not_chosen_are_read_unchanged():
   for inputs, targets, chosen in mask([np.arange(3, 100)] * 50, seed=1):
     assert (inputs == targets)[~chosen].all()
     assert (inputs != targets)[chosen].any()
@@ -74,7 +74,7 @@ def test_every_choice_is_equally_likely():
   'objective',
   [MaskedLm(), MaskedLm(rate=0.3, mask=0.5, random=0.25), MaskedLm(mask=1, random=0), MaskedLm(mask=0.85, random=0)],
 )
-def test_of_the_chosen_four_fifths_are_masked_a_tenth_is_random_a_tenth_kept(objective):
+def test_four_fifths_of_the_chosen_are_masked_a_tenth_random_a_tenth_kept(objective):
   """Unknown pieces are never drawn at random, so a chosen one that is read as it stands was kept."""
   parts = mask([np.full(100, UNKNOWN)] * 4000, objective, seed=2)
   read = np.concatenate([inputs[chosen] for inputs, _, chosen in parts])
@@ -87,7 +87,7 @@ def test_of_the_chosen_four_fifths_are_masked_a_tenth_is_random_a_tenth_kept(obj
 
 
 @pytest.mark.parametrize('share', [0.85, 1.0])
-def test_a_generator_of_replaced_tokens_reads_this_noise_and_is_asked_every_chosen_place(share):
+def test_a_generator_of_replaced_tokens_predicts_every_chosen_position(share):
   """ELECTRA's (0.85) and DeBERTaV3's (1): pretrain_helpers.mask, given the places and a number in [0, 1) for each."""
   tokens = join([np.random.default_rng(n).integers(3, 100, n) for n in range(1, 60)])
   bits = random_bits(len(tokens.values) + 59, seed=6)
@@ -113,7 +113,7 @@ def test_random_pieces_are_any_piece_of_text_equally_often():
   assert not unlikely(found[UNKNOWN + 1 : VOCABULARY.pieces])
 
 
-def test_what_is_read_does_not_depend_on_the_place():
+def test_noise_does_not_depend_on_the_position():
   """The number that chose a token says nothing of how it is read: a table of places by ways is that of chance."""
   parts = mask([np.full(10, UNKNOWN)] * 60_000, MaskedLm(rate=0.3, mask=0.4, random=0.3), seed=4)
   table = np.zeros((10, 3), int)
@@ -124,7 +124,7 @@ def test_what_is_read_does_not_depend_on_the_place():
   assert 0.001 < stats.chi2_contingency(table).pvalue < 0.999
 
 
-def test_pieces_do_not_know_of_each_other():
+def test_pieces_are_independent_of_each_other():
   rng = np.random.default_rng(5)
   lengths = rng.integers(1, 200, 40)
   tokens = join([rng.integers(3, 100, n) for n in lengths])

@@ -76,7 +76,7 @@ def test_one_mask_is_drawn_by_the_same_law():
   assert 0.001 < stats.chisquare(list(seen.values())).pvalue < 0.999
 
 
-def test_pieces_do_not_know_of_each_other():
+def test_pieces_are_independent_of_each_other():
   """A piece's mask is that of the piece alone with its own bits."""
   rng = np.random.default_rng(3)
   lengths = rng.integers(1, 300, 50)
@@ -125,7 +125,7 @@ def restored(inputs: list[int], targets: list[int]) -> list[int]:
   return text
 
 
-def test_random_roll_turns_a_mask_to_every_place():
+def test_random_roll_turns_a_mask_to_every_offset():
   rng = np.random.default_rng(4)
   masks = np.stack([random_spans_noise_mask(24, 0.25, 3.0, rng, random_roll=True) for _ in range(3000)])
   assert (masks.sum(1) == 6).all()

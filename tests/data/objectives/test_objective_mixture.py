@@ -64,7 +64,7 @@ def without_eos(tokens: Ragged, bits: np.ndarray) -> tuple[Ragged, np.ndarray]:
     ((CausalLm(), FillInTheMiddle(rate=1.0)), 0),
   ],
 )
-def test_each_row_of_a_mixture_is_that_of_its_objective_alone(parts, inputs):
+def test_each_row_of_a_mixture_equals_the_row_of_its_objective_alone(parts, inputs):
   """One piece in each row, tasks in turn. A causal row beside others also says that its prefix is empty."""
   whole = ObjectiveMixture(parts=tuple(Part(objective=part) for part in parts))
   owner = np.concatenate([np.full(len(tasks_of(part)), i) for i, part in enumerate(parts)])

@@ -97,12 +97,12 @@ def test_costs_bound_every_example_and_never_fall(task):
 
 
 @pytest.mark.parametrize('task', EXACT, ids=str)
-def test_costs_are_exact_where_nothing_is_left_to_chance(task):
+def test_costs_are_exact_for_tasks_without_randomness(task):
   got = example(np.full(321, 7), task, VOCABULARY, np.random.default_rng(0))
   assert (len(got['inputs']), len(got['targets'])) == tuple(int(c[0]) for c in task.costs(np.array([321])))
 
 
-def test_a_piece_is_corrupted_alike_alone_and_among_others():
+def test_a_piece_is_corrupted_the_same_alone_and_among_others():
   rng = np.random.default_rng(5)
   lengths = rng.integers(1, 200, 80)
   tokens = join([rng.integers(3, 1000, n) for n in lengths])
@@ -214,7 +214,7 @@ def test_a_causal_example_is_the_text_itself():
     (Ul2(denoisers=(Denoiser(kind='S', rate=0.1234), Denoiser(kind='S', rate=0.9))), 64, 64, 64, 'use rounder numbers'),
   ],
 )  # fmt: skip
-def test_an_objective_that_cannot_be_is_refused(objective, inputs, targets, sentinels, message):
+def test_an_invalid_objective_is_refused(objective, inputs, targets, sentinels, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     check_objective(objective, inputs, targets, sentinels)
 
@@ -223,7 +223,7 @@ def test_an_objective_that_cannot_be_is_refused(objective, inputs, targets, sent
   'objective', [Ul2(), Ul2(s_mode='last_quarter'), SpanCorruption(random_roll=True), PrefixLm(), *IID, Bart()]
 )
 @pytest.mark.parametrize(('inputs', 'targets'), [(64, 64), (512, 114), (0, 256)])
-def test_the_sentinels_asked_for_are_enough_for_every_length(objective, inputs, targets):
+def test_the_required_sentinels_are_enough_for_every_length(objective, inputs, targets):
   budget = Budget(inputs, targets)
   need = max(num_sentinels(task, budget) for task in tasks_of(objective))
   check_objective(objective, inputs, targets, need)
@@ -240,7 +240,7 @@ def test_a_block_holds_exact_rates():
   assert np.bincount(block_of([1 / 3, 2 / 3], 'weights')).tolist() == [1, 2]
 
 
-def test_the_rates_of_a_mixture_are_those_of_its_parts_whatever_they_are_made_of():
+def test_the_rates_of_a_mixture_are_the_rates_of_its_parts():
   parts = (Part(rate=1.0, objective=CausalLm()), Part(rate=0.5, objective=Ul2()), Part(rate=0.5, objective=PrefixLm()))
   tasks = tasks_of(ObjectiveMixture(parts=parts))
   assert np.bincount(block_of([t.rate for t in tasks], 'rates')).tolist() == [14, *[1] * 7, 7]

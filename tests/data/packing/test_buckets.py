@@ -30,7 +30,7 @@ def bucketed(store, **options):
   lengths=st.lists(st.integers(0, 3) | st.integers(0, 200), min_size=1, max_size=30).filter(any),
   eos=st.integers(0, 1),
 )
-def test_documents_are_their_binary_digits_and_a_rest(lengths, eos):
+def test_documents_are_split_by_their_binary_digits_and_a_rest(lengths, eos):
   lengths = np.array(lengths, np.int64)
   text = Stream(np.cumsum(lengths + eos) - lengths - eos, lengths, first=50)
   plans = decompose(text, LENGTHS)
@@ -71,7 +71,7 @@ def test_shards_are_joined_row_by_row():
   assert [values.tolist() for values in again] == [v.tolist() for v in alone.pieces(np.arange(number))]
 
 
-def test_every_token_is_once_in_an_epoch(text_store):
+def test_every_token_occurs_once_in_an_epoch(text_store):
   source, store = bucketed(text_store), open_store(text_store)
   for first in (0, source._rows.order.steps_per_epoch):
     used = np.zeros(store.num_tokens, int)
@@ -84,7 +84,7 @@ def test_every_token_is_once_in_an_epoch(text_store):
     assert (used == 1).all()
 
 
-def test_every_step_has_rows_of_one_length_and_the_same_number_of_places(text_store):
+def test_every_step_has_rows_of_one_length_and_the_same_number_of_positions(text_store):
   source = bucketed(text_store)
   shapes = {source.batch(step, slice(0, 4))['decoder_target_tokens'].shape for step in range(20)}
   assert shapes == {(4, 64), (8, 32), (16, 16)}
@@ -112,7 +112,7 @@ def test_a_row_of_a_batch_that_is_shorter_is_explained(text_store):
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
-def test_hosts_together_have_the_batch_of_one(text_store, hosts):
+def test_hosts_together_have_the_batch_of_a_single_host(text_store, hosts):
   own = 4 // hosts
   for step in range(0, 30, 3):
     whole = bucketed(text_store).batch(step, slice(0, 4))
@@ -148,7 +148,7 @@ def test_an_epoch_has_each_step_once_in_every_order():
     assert made.place(754).epoch == 1
 
 
-def test_the_curriculum_is_the_one_of_its_odds():
+def test_the_curriculum_follows_its_odds():
   rank = lambda lengths: np.corrcoef(np.arange(len(lengths)), lengths)[0, 1]
   one = {'cycles': 1, 'longest_first': False}
   assert abs(rank(lengths_of(order(odds=1.0, **one)))) < 0.1
@@ -160,7 +160,7 @@ def test_the_curriculum_is_the_one_of_its_odds():
   assert all(95 <= (quarter == 0).sum() <= 105 for quarter in quarters)
 
 
-def test_the_longest_rows_come_first_where_that_is_wanted():
+def test_the_longest_rows_come_first_if_configured():
   longest_of_window = {0: 3, 1: 3}
   for seed in range(3):
     counts = np.array([[400 * 8, 200 * 4, 100 * 2, 50], [8, 4, 2, 1]])
@@ -180,7 +180,7 @@ def test_the_longest_rows_come_first_where_that_is_wanted():
     ({'sources': (Source(path='a'), Source(path='b'))}, CausalLm(), 'is for one source, not 2'),
   ],
 )
-def test_what_buckets_are_not_for_is_refused(changes, objective, message):
+def test_unsupported_uses_of_buckets_are_refused(changes, objective, message):
   options = {'packing': LengthBuckets(min_length=16), 'sources': (Source(path='a'),)} | changes
   cfg = StoreData(batch_size=2, targets_length=64, sentinels=SENTINELS, **options)
   with pytest.raises(ValueError, match=message):

@@ -49,7 +49,7 @@ def test_batches_are_the_same_from_files_and_nothing_is_planned_again(
   assert_equal(without.batch(7, slice(0, 8)), wanted[7])
 
 
-def test_what_a_plan_hangs_on_is_in_its_name(sharded, tmp_path):  # noqa: F811
+def test_the_name_of_a_plan_contains_everything_it_depends_on(sharded, tmp_path):  # noqa: F811
   for options in ({}, {'seed': 1}, {'inputs': 48}, {'objective': SpanCorruption()}):
     opened(sharded, tmp_path, **options).batch(0, slice(0, 8))
   assert len(list((tmp_path / 'plans').iterdir())) == 4
@@ -57,7 +57,7 @@ def test_what_a_plan_hangs_on_is_in_its_name(sharded, tmp_path):  # noqa: F811
   assert len(list((tmp_path / 'plans').iterdir())) == 4, 'of one task: the same for every seed'
 
 
-def test_a_damaged_plan_is_named(sharded, tmp_path):  # noqa: F811
+def test_the_error_names_a_damaged_plan(sharded, tmp_path):  # noqa: F811
   opened(sharded, tmp_path).batch(0, slice(0, 8))
   (folder,) = (tmp_path / 'plans').iterdir()
   for path in folder.glob('0-0*.npz'):
@@ -68,7 +68,7 @@ def test_a_damaged_plan_is_named(sharded, tmp_path):  # noqa: F811
     opened(sharded, tmp_path).batch(0, slice(0, 8))
 
 
-def test_a_plan_of_no_bytes_and_a_folder_that_is_none_are_named(sharded, tmp_path):  # noqa: F811
+def test_errors_name_an_empty_plan_and_a_path_that_is_no_folder(sharded, tmp_path):  # noqa: F811
   opened(sharded, tmp_path).batch(0, slice(0, 8))
   next(tmp_path.glob('plans/*/0-00000.npz')).write_bytes(b'')
   with pytest.raises(DataError, match=r'DATA-CORRUPT: .*npz is damaged \(No data left in file\); delete it'):
@@ -81,7 +81,7 @@ def test_a_plan_of_no_bytes_and_a_folder_that_is_none_are_named(sharded, tmp_pat
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_all_plans_can_be_made_ahead(sharded, tmp_path, workers):  # noqa: F811
+def test_all_plans_can_be_made_before_a_run(sharded, tmp_path, workers):  # noqa: F811
   source = opened(sharded, tmp_path)
   shards = len(source.sources[0].store.shards)
   assert keep_plans(source, workers) == shards * source.sources[0].variants

@@ -27,7 +27,7 @@ def test_permute_is_one_to_one(size, seed):
   assert np.sort(permute(np.arange(size), size, stream_key(seed, 'test'))).tolist() == list(range(size))
 
 
-def test_permute_reaches_past_what_fits_a_memory():
+def test_permute_handles_ranges_larger_than_memory():
   size = 10**15 + 7
   places = np.concatenate([np.arange(1000), size - 1 - np.arange(1000)])
   got = permute(places, size, key())
@@ -56,14 +56,14 @@ def test_all_orders_of_a_block_are_equally_likely(size):
   assert ((found - found.mean()) ** 2 / found.mean()).sum() / (len(found) - 1) < 2.5
 
 
-def test_the_order_of_a_key_is_for_ever():
+def test_the_order_of_a_key_never_changes():
   """A run that goes on in a later release must find the same rows."""
   assert permute(np.arange(10), 10, stream_key(7, 'golden', 1)).tolist() == GOLDEN
   assert permute(np.arange(3), 10**12, stream_key(7, 'golden', 1)).tolist() == GOLDEN_LARGE
   assert orders(stream_key(7, 'golden', 1), 10)[0].tolist() == GOLDEN_ORDER
 
 
-def test_a_key_does_not_hang_on_how_its_counter_is_given():
+def test_a_key_does_not_depend_on_the_type_of_its_counter():
   counters = [(0, 5), (3, 2**40), (2**63, 7)]
   columns = (np.array(column, np.uint64) for column in zip(*counters, strict=True))
   assert key(*columns).tolist() == [key(*counter)[0] for counter in counters]
@@ -131,7 +131,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
   assert first[0] == np.stack(epoch_order().locate(np.arange(200))).tobytes()
 
 
-def test_a_deal_says_which_occurrence_it_is():
+def test_a_deal_counts_occurrences():
   numbers, which = Deal(np.array([0, 0, 1]), 3, 'deal').at(np.arange(300))
   assert sorted(zip(numbers.tolist(), which.tolist(), strict=True)) == sorted(
     [(0, k) for k in range(200)] + [(1, k) for k in range(100)]

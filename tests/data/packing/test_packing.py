@@ -45,7 +45,7 @@ def covered(pieces) -> list[int]:
   lengths=st.lists(st.integers(0, 3) | st.integers(0, 500), min_size=1, max_size=30).filter(any),
   eos=st.integers(0, 1),
 )
-def test_any_documents_go_whole_into_rows_that_fit(planner, case, lengths, eos):
+def test_documents_are_packed_whole_into_rows_that_fit(planner, case, lengths, eos):
   (objective, budget), lengths = case, np.array(lengths, np.int64)
   begins = np.cumsum(lengths + eos) - lengths - eos
   plan, pieces, sides = planned(planner, objective, budget, Stream(begins, lengths, first=100))
@@ -72,7 +72,7 @@ def plain_best_fit(sizes: list[int], room: int) -> list[list[int]]:
   return rows
 
 
-def test_best_fit_is_the_algorithm_of_its_name():
+def test_best_fit_is_best_fit_decreasing():
   text = stream(400)
   plan, pieces, _ = planned(BestFitPlanner, CausalLm(), Budget(0, 200), text)
   sizes = cut_long(text, 200).lengths.tolist()
@@ -109,7 +109,7 @@ def config(packing, **options) -> StoreData:
 
 
 @pytest.mark.parametrize('packing', [BestFit(), NextFit()])
-def test_objectives_that_a_packing_is_not_for_are_refused(packing):
+def test_objectives_that_a_packing_does_not_support_are_refused(packing):
   with pytest.raises(ValueError, match=r"is for objectives of one task, objective.name='ul2' has 7; set data.packing"):
     check_packing(config(packing), Ul2())
   with pytest.raises(ValueError, match=r'data.attend_across_documents=True makes one of all'):

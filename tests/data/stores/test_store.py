@@ -157,7 +157,7 @@ def test_another_format_is_refused(tokenizer, tmp_path):
     ({'shards': [{'documents': 1}]}, 'manifest.json has shards[0].tokens=None, expected int'),
     ({'shards': [3]}, 'manifest.json has shards[0].documents=3, expected int'),
     ({'num_tokens': 9}, '/s has 3 tokens in 1 documents, but its manifest.json says 9 in 1. Nothing was changed'),
-    ({'shards': []}, '/s has 0 tokens in 0 documents in shards, its'),
+    ({'shards': []}, '/s has 0 tokens in 0 documents in shards, but its'),
     ({'num_documents': 2}, '/s has 3 tokens in 1 documents, but its manifest.json says 3 in 2'),
   ],
 )

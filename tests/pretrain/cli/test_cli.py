@@ -29,6 +29,8 @@ def test_the_verbs_are_these():
     'data',
     'generate',
     'checkpoints',
+    'import',
+    'export',
     'report',
     'replay',
     'run',
@@ -143,7 +145,7 @@ def test_a_mistake_is_one_line_and_exit_code_64(capsys, tmp_path, override, mess
     (
       tiny.DECODER,
       ('data.tags.drop_rate=0.5',),
-      "data.tags is for objective.name='causal_lm'; 'instruction' would hide",
+      "data.tags requires objective.name='causal_lm'; 'instruction' would corrupt",
     ),
   ],
 )

@@ -17,6 +17,8 @@ from pretrain.records.metrics import read_metrics
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 def write_store(path, tokenizer_model, seed: int) -> None:
   rng = np.random.default_rng(seed)
@@ -170,5 +172,5 @@ def test_names_that_are_empty_or_given_twice_are_refused(folder, names):
   sources = ', '.join(f"{{'path': 'stores/{p}', 'name': {n!r}}}" for p, n in zip('ab', names, strict=True))
   for key in ('sources', 'heldout'):
     lists = {'sources': listed('stores/a'), key: f'[{sources}]'}
-    with pytest.raises(ConfigError, match=r'two stores of one list have the name|a name is empty'):
+    with pytest.raises(ConfigError, match=r'two stores in one list have the name|a name is empty'):
       tiny.decoder("data.name='store'", *(f'data.{name}={value}' for name, value in lists.items()), 'data.sentinels=32')

@@ -50,7 +50,7 @@ def test_a_killed_run_is_counted_second_by_second():
   assert (found['failures'], found['mttr_seconds'], found['mtbf_seconds']) == (1, 6.0, 41.0)
 
 
-def test_steps_on_both_sides_of_the_last_save_are_parted():
+def test_steps_before_and_after_the_last_save_are_counted_apart():
   lines = [*KILLED[:2], line(16.0, 0.0, 'step', 11, 0, step=10.0), *KILLED[5:]]
   assert goodput(lines)['seconds']['lost'] == pytest.approx(1.0 + 9.0), (
     'the last of ten steps, and the time to the kill'
@@ -63,12 +63,12 @@ def test_a_later_restart_that_goes_further_back_counts():
   assert goodput([*KILLED, *again])['seconds']['lost'] > goodput(KILLED)['seconds']['lost'] + 10
 
 
-def test_what_the_first_process_wrote_after_another_had_failed_is_time_between_processes():
+def test_lines_written_after_another_process_failed_count_as_time_between_processes():
   late = [*KILLED[:6], line(26.0, 0.0, 'step', 18, 0, step=2.0), *KILLED[6:]]
   assert goodput(late)['wall_seconds'] == 43.0
 
 
-def test_a_hang_is_taken_from_the_phase_it_hung_in():
+def test_a_hang_is_subtracted_from_the_phase_it_happened_in():
   hang = line(85.0, 0.0, 'step', 18, 0, step=-60.0, hang=61.0)
   assert goodput([*KILLED[:5], hang, exit_(85.0, -1.0, True, 70)])['seconds']['hang'] == 61.0
 
@@ -78,7 +78,7 @@ def test_a_run_without_a_supervisor_counts_too():
   assert (found['failures'], found['seconds']['down']) == (1, 3.0)
 
 
-def test_what_ended_before_it_had_a_state_is_time_between_processes():
+def test_a_process_that_ended_without_a_state_is_time_between_processes():
   early = [*KILLED[:6], exit_(26.5, 25.5, True, 1), *KILLED[6:]]
   found = goodput(early)
   assert (found['seconds'], found['failures'], found['mttr_seconds']) == (goodput(KILLED)['seconds'], 2, 5.25)

@@ -57,7 +57,7 @@ def test_nan_and_infinity_stay_valid_json_and_read_back(tmp_path):
   assert (row['grad_norm'], row['z_loss']) == (math.inf, -math.inf)
 
 
-def test_a_resume_forgets_later_steps_and_writes_them_again_once(ten_steps):
+def test_a_resume_removes_later_steps_and_writes_them_again_once(ten_steps):
   metrics = open_metrics(ten_steps, resume_step=6)
   assert steps(ten_steps) == list(range(1, 7))
   for step in range(7, 11):
@@ -216,7 +216,7 @@ def test_in_a_terminal_there_is_one_live_line():
   assert 'loss 1.5000' in text
 
 
-def test_a_shorter_value_in_the_place_of_a_longer_one_leaves_nothing_of_it(tmp_path):
+def test_a_shorter_value_replaces_a_longer_one_completely(tmp_path):
   """Two saves end at one row; and a kill between the write and the cut costs nothing."""
   path = tmp_path / FILE
   rows = JsonRows(path, 0)

@@ -19,6 +19,8 @@ from pretrain.run import step_numbers
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 MESH = {'data': 4, 'fsdp': 2}
 PLACES = {'w': PartitionSpec('fsdp'), 'scale': PartitionSpec(), 'alone': PartitionSpec(('data', 'fsdp'))}
 

@@ -18,6 +18,8 @@ from pretrain.snapshots.snapshots import Snapshots
 from tests.pretrain import tiny
 from tests.pretrain.hosts.test_hosts import XLA_FLAGS
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 KEYS = ('loss', 'batch_checksum', 'weight/a', 'weight/b', 'weight/c', 'share/a', 'epochs/c')
 
 

@@ -22,6 +22,8 @@ from pretrain.step.train_step import checksum
 from pretrain.testing import assert_resumes_exactly
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 RAMP = "phases=[{'start_step': 3, 'set': {'data.batch_size': 16}}, {'start_step': 5, 'set': {'schedule.peak': 1e-4}}]"
 ADAPT = (
   "phases=[{'start_step': 2, 'set': {'objective.name': 'prefix_lm', 'model.dtype': 'bfloat16'}}, "

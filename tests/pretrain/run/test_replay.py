@@ -16,6 +16,8 @@ from pretrain.run.replay import Earlier
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 KEYS = ('train.steps=9', 'checkpoint.every=3', 'checkpoint.keep=2', 'mesh.data=2', 'model.dropout=0.1')
 
 

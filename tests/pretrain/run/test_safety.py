@@ -23,7 +23,8 @@ from tests.test_house import PACKAGES, ROOT, SOURCES
 PROGRAMS = sorted((ROOT / 'scripts').rglob('*.py'))
 RUNS = ('pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'jsonpickle', 'torch', 'code', 'runpy')
 CALLS = ('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'yaml.load', 'serialize_executable')
-PLANTED = {'safety.py': {'pickle'}}  # what the product is shown to refuse
+# What the product is shown to refuse; what two scripts use that are run by hand, on models that they make themselves.
+PLANTED = {'safety.py': {'pickle'}, 'check_export.py': {'torch'}, 'make_interchange_goldens.py': {'torch'}}
 
 
 def dangers(text: str) -> list[str]:

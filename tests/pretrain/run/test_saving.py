@@ -22,6 +22,8 @@ from pretrain.run.train import train
 from pretrain.step.train_step import TrainState
 from tests.pretrain import tiny
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 POSITION = {'loader': {}, 'data': {}}
 FULL = OSError(errno.ENOSPC, 'No space left on device')
 

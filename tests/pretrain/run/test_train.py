@@ -37,7 +37,7 @@ def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
     assert_resumes_exactly(tiny.decoder('checkpoint.every=2'), tmp_path, steps=6, stop_at=4)
 
 
-def test_it_learns_and_leaves_metrics_report_and_config(text_store, tmp_path):
+def test_it_learns_and_leaves_metrics_report_and_config(text_store, tmp_path, reports):
   cfg = tiny.ul2(text_store, 'train.steps=30', 'checkpoint.every=10', 'schedule.warmup_steps=3', 'evaluation.every=15')
   assert train(cfg, tmp_path) == 0
   steps = logged_losses(tmp_path)

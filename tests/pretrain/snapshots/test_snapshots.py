@@ -24,7 +24,7 @@ from pretrain.hosts.coordination import Interrupt
 from pretrain.records.goodput import goodput
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import Timeline, read_timeline
-from pretrain.run import step_numbers
+from pretrain.run import starting, step_numbers
 from pretrain.run.starting import start
 from pretrain.run.train import train
 from pretrain.snapshots import layout as snapshot_layout
@@ -34,6 +34,8 @@ from pretrain.snapshots.choice import Report, choose, said
 from pretrain.snapshots.peers import PeerError, Peers, Server
 from pretrain.snapshots.slots import Header, Slots, SnapshotConfig, folder_of
 from tests.pretrain import tiny
+
+pytestmark = pytest.mark.usefixtures('shared_programs')
 
 KEYS = ('train.steps=20', 'checkpoint.every=1000', 'snapshot.every=5', 'data.batch_size=8')
 EXACT = ('step', 'loss', 'grad_norm', 'batch_checksum')
@@ -416,14 +418,14 @@ def folder_at(workdir):
 
 def test_a_run_resumes_from_host_ram_if_there_is_no_checkpoint(alone, run, monkeypatch, capsys, memory):
   shutil.rmtree(run / 'checkpoints')
-  began, restored = [], Run._restore_or_initialise
+  began, restored = [], starting.restore_or_initialise
 
   def noted(*args):
-    state, position = restored(*args)
-    began.append((int(state.step), position['examples']))
-    return state, position
+    found = restored(*args)
+    began.append((int(found.state.step), found.position['examples']))
+    return found
 
-  monkeypatch.setattr(Run, '_restore_or_initialise', noted)
+  monkeypatch.setattr(starting, 'restore_or_initialise', noted)
   assert train(tiny.decoder(*KEYS), run) == 0
   assert 'SNAPSHOT: resuming from step 10 in host RAM, there is no checkpoint.' in capsys.readouterr().err
   assert began == [(10, 80)]

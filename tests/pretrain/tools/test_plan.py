@@ -76,10 +76,14 @@ def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
     tpu_devices('v5e:2x4')
 
 
-@pytest.mark.parametrize('file', [tiny.UL2, pytest.param(tiny.ENCODER, marks=pytest.mark.slow)], ids=['ul2', 'encoder'])
-def test_the_train_step_compiles_for_eight_tpus(file):
+@pytest.mark.parametrize(
+  ('file', 'sizes'),
+  [(tiny.UL2, tiny.SMALL), *(pytest.param(file, (), marks=pytest.mark.slow) for file in (tiny.UL2, tiny.ENCODER))],
+  ids=['small ul2', 'ul2', 'encoder'],
+)
+def test_the_train_step_compiles_for_eight_tpus(file, sizes):
   """In a process of its own, as users run it: the mesh of a program is global to a process."""
-  flags = [f'--gin_file={file}', '--topology=v5e:2x4']
+  flags = [f'--gin_file={file}', *(f'--gin.{key}' for key in sizes), '--topology=v5e:2x4']
   done = subprocess.run(
     [sys.executable, '-m', 'pretrain', 'plan', *flags], cwd=tiny.ROOT, capture_output=True, text=True, check=False
   )

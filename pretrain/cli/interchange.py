@@ -1,0 +1,50 @@
+"""`pretrain import` and `pretrain export`: weights in the layout of Hugging Face `transformers`, in and out."""
+
+import argparse
+
+from pretrain.cli import shared
+
+
+def import_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--from', required=True, type=shared.path, dest='source', metavar='DIR', help='config.json and *.safetensors'
+  )
+  command.add_argument('--workdir', required=True, type=shared.path, help='a new workdir, to generate or start from')
+  shared.config_flags(command, required=False)
+
+
+def import_command(options, overrides) -> None:
+  """Make a run of published weights in the layout of Hugging Face transformers."""
+  from pretrain.devices import mesh
+  from pretrain.interchange.importing import experiment, import_run, open_source
+  from pretrain.tools.weights import check_new
+
+  shared.check_workdir(options.workdir)
+  check_new(options.workdir, '--workdir')
+  files, source = options.gin_file or [], open_source(options.source)
+  cfg = experiment(source, files, overrides)
+  mesh.prepare_platform(cfg.mesh)
+  given = [*(f'--gin_file={file}' for file in files), *(f'--gin.{override}' for override in overrides)]
+  import_run(source, cfg, options.workdir, ' '.join([f'pretrain import --from={options.source}', *given]))
+  print(f'{options.workdir} ({cfg.model.name}, step 0)')
+
+
+def export_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--step', type=int, help='without it, the newest')
+  command.add_argument('--out', required=True, type=shared.path, metavar='DIR', help='a new folder')
+
+
+def export_command(options, overrides) -> None:
+  """Write a step of a run as files that Hugging Face transformers loads."""
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+  shared.check_writable(options.out, '--out')
+  from pretrain.interchange.exporting import export
+  from pretrain.tools.weights import find, find_step
+
+  number = options.step
+  step = find(str(options.workdir)) if number is None else find_step(options.workdir, number)
+  family = export(step, options.out)
+  print(f'{options.out} ({family.architecture})')

@@ -1,0 +1,68 @@
+"""Models of `transformers` in tests/golden/interchange/, and our logits for their documents."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from models.build import ModelConfig, build
+from models.specs import Tree
+from pretrain.interchange.importing import Source, flat, open_source, parameters
+
+GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
+# No rope scaling: that is a part of its own.
+FAMILIES = ('t5_v1_0', 'gpt2')
+
+
+def read(name: str) -> tuple[Source, Tree]:
+  return load(GOLDENS / name)
+
+
+def load(folder: pathlib.Path) -> tuple[Source, Tree]:
+  source = open_source(folder)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return source, parameters(source, dict.fromkeys(flat(build(source.model).specs), device))
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+  with np.load(GOLDENS / name / 'expected.npz') as found:
+    return dict(found)
+
+
+def rows(documents: list[list[np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
+  """One row for each list of documents, as segments, padded to the longest row."""
+  width = max(sum(map(len, row)) for row in documents)
+  shape = (len(documents), width)
+  tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+  for i, row in enumerate(documents):
+    at = 0
+    for number, document in enumerate(row, 1):
+      place = slice(at, at := at + len(document))
+      tokens[i, place], segments[i, place], positions[i, place] = document, number, np.arange(len(document))
+  names = f'{prefix}_input_tokens', f'{prefix}_segment_ids', f'{prefix}_positions'
+  return dict(zip(names, (tokens, segments, positions), strict=True)) | {'example_index': np.arange(len(documents))}
+
+
+def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]]) -> dict[str, np.ndarray]:
+  take = lambda suffix: [[golden[name + suffix] for name in row] for row in order]
+  match cfg.name:
+    case 'encoder_decoder':
+      return rows(take(''), 'encoder') | rows(take('_target'), 'decoder')
+    case 'encoder':
+      return rows(take(''), 'encoder')
+    case _:
+      return rows(take(''), 'decoder')
+
+
+def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray]) -> float:
+  """The largest error over padded and packed rows (both orders), as a fraction of the logits' scale."""
+  model, scale = build(cfg), np.abs(golden['long_logits']).max()
+  run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
+  errors = []
+  for order in ([['long'], ['short']], [['long', 'short'], ['short', 'long']]):
+    logits = np.asarray(run(params, batch(cfg, golden, order)))
+    for own, row in zip(logits, order, strict=True):
+      ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])
+      for name, part in zip(row, np.split(own[: ends[-1]], ends[:-1]), strict=True):
+        errors.append(np.abs(part - golden[f'{name}_logits']).max() / scale)
+  return float(max(errors))
