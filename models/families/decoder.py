@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.kv_heads or cfg.heads, t5_scale=False)
     self.embedding = make_embedding(cfg)
     self.decoder = make_stack(cfg, self.attention, cfg.layers, cross=False)
-    self.decoder_bias = make_bias(cfg, bidirectional=False)
+    self.decoder_bias = make_bias(cfg, cfg.layers, bidirectional=False)
     self.head = make_head(cfg)
     self.cfg = cfg
 

@@ -26,6 +26,11 @@ class EncoderDecoderConfig(Parts):
 
 def check_encoder_decoder(cfg: EncoderDecoderConfig) -> None:
   """Raises ValueError for values that do not fit each other."""
+  if cfg.parallel != 'none':
+    raise ValueError(
+      f"model.parallel='{cfg.parallel}' with model.name='encoder_decoder'; cross-attention reads the output of "
+      "self-attention, use model.parallel='none'."
+    )
   check_parts(cfg)
 
 
@@ -36,9 +41,9 @@ class EncoderDecoder(nnx.Module):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=True)
     self.embedding = make_embedding(cfg)
     self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False)
-    self.encoder_bias = make_bias(cfg, bidirectional=True)
+    self.encoder_bias = make_bias(cfg, cfg.encoder_layers, bidirectional=True)
     self.decoder = make_stack(cfg, self.attention, cfg.decoder_layers, cross=True)
-    self.decoder_bias = make_bias(cfg, bidirectional=False)
+    self.decoder_bias = make_bias(cfg, cfg.decoder_layers, bidirectional=False)
     self.head = make_head(cfg)
     self.cfg = cfg
 

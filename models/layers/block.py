@@ -1,6 +1,7 @@
 """One block and its stack: encoder, decoder and decoder-only models are made of these."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from models.partition import constrain
 from models.specs import stack
 
 Remat = Literal['none', 'dots', 'full']
-Placement = Literal['pre', 'post', 'sandwich']
+Placement = Literal['pre', 'post', 'sandwich', 'inner']
+Parallel = Literal['none', 'one_norm', 'two_norms']
+Windows = tuple[int | None, ...]
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
 
@@ -36,7 +39,10 @@ class BlockConfig:
   """The parts of a block. `placement` of the norms, with f a layer and N a norm:
 
   pre: x + f(N(x)), T5 and Llama; post: N(x + f(x)), Vaswani et al. 2017 and BERT; sandwich: x + N(f(N(x))), Ding et al.
-  2021, arXiv:2105.13290, §3.3, and Gemma 2. `cross` adds attention to an encoder, which has no rotary positions.
+  2021, arXiv:2105.13290, §3.3, and Gemma 2; inner: x + N(f(x)), OLMo 2, arXiv:2501.00656, §3.1.
+
+  `parallel` blocks add attention and MLP of the same x: x + f(N(x)) + g(N(x)) with one norm (GPT-J, Falcon 7B) or two
+  (GPT-NeoX, arXiv:2204.06745, §2.1.2; Falcon 40B). `cross` adds attention to an encoder, which has no rotary positions.
   """
 
   embed: int
@@ -44,6 +50,7 @@ class BlockConfig:
   mlp: MlpConfig
   norm: NormConfig
   placement: Placement
+  parallel: Parallel
   projections: Projections
   cross: bool
   rate: float
@@ -68,11 +75,11 @@ class Block(nnx.Module):
     if cfg.cross:
       self.cross_norm, self.cross_out_norm = norm(), out_norm()
       # There is no distance between an encoder's position and a decoder's.
-      across = dataclasses.replace(cfg.attention, rope_theta=None)
+      across = dataclasses.replace(cfg.attention, rope=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
-    self.mlp_norm, self.mlp_out_norm = norm(), out_norm()
+    self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
     self.mlp = Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
-    self.placement, self.rate = cfg.placement, cfg.rate
+    self.placement, self.parallel, self.rate = cfg.placement, cfg.parallel, cfg.rate
 
   def __call__(
     self,
@@ -90,7 +97,12 @@ class Block(nnx.Module):
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
-    x = self._add(x, self.self_attention.attend(q, k, v, see, keys, SELF_SITE), keys, at)
+    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE)
+    if self.parallel != 'none':
+      h = h if self.mlp_norm is None else self.mlp_norm(x)
+      x = self._add(x, mixed, keys, at)
+      return self._add(x, self.mlp(h, keys), keys, Sublayer(self.self_norm, None, MLP_SITE)), cache
+    x = self._add(x, mixed, keys, at)
     if cross is not None:
       at = Sublayer(self.cross_norm, self.cross_out_norm, CROSS_SITE)
       q = self.cross_attention.queries(self._enter(x, at), positions)
@@ -100,30 +112,41 @@ class Block(nnx.Module):
     return self._add(x, self.mlp(self._enter(x, at), keys), keys, at), cache
 
   def _enter(self, x: Array, at: Sublayer) -> Array:
-    return x if self.placement == 'post' else at.norm(x)
+    return x if self.placement in ('post', 'inner') else at.norm(x)
 
   def _add(self, x: Array, update: Array, keys: Array | None, at: Sublayer) -> Array:
-    update = update if at.out_norm is None else at.out_norm(update)
+    out_norm = at.norm if self.placement == 'inner' else at.out_norm
+    update = update if out_norm is None else out_norm(update)
     x = constrain(x + dropout(update, self.rate, keys, at.site), 'batch', 'length', 'embed')
     return at.norm(x) if self.placement == 'post' else x
 
 
 class Stack(nnx.Module):
-  """`layers` blocks of one shape, scanned, then a norm unless blocks end with one. One block is compiled."""
+  """`layers` blocks of one shape, scanned, then a norm unless blocks end with one.
 
-  def __init__(self, cfg: BlockConfig, layers: int, *, remat: Remat):
+  `windows` gives the window of each layer and repeats: blocks are scanned in groups of its length, and so many are
+  compiled. `own_bias`: `see.relative_bias` has a table for each layer.
+  """
+
+  def __init__(
+    self, cfg: BlockConfig, layers: int, *, remat: Remat, windows: Windows = (None,), own_bias: bool = False
+  ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
     self.layers, self.remat, self.rate = layers, remat, cfg.rate
+    self.windows, self.own_bias = windows, own_bias
 
   def __call__(
     self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
   ) -> Array:
-    def body(x, inputs):
-      block, layer = inputs
-      return block(x, positions, see, cross, fold(keys, layer), layer, None)[0], None
+    def one(window: int | None):
+      def body(x, inputs):
+        block, layer, table = inputs
+        return block(x, positions, _of_layer(see, window, table), cross, fold(keys, layer), layer, None)[0], None
 
-    x, _ = jax.lax.scan(rematerialise(body, self.remat), x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32)))
+      return rematerialise(body, self.remat)
+
+    x = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
     return dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
 
   def decode(
@@ -131,15 +154,28 @@ class Stack(nnx.Module):
   ) -> tuple[Array, Cache]:
     """As `__call__`, for tokens that follow those in `cache`; the cache is updated in place in the carry."""
 
-    def body(carry, inputs):
-      block, layer, cross_keys_values = inputs
-      own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
-      return block(*carry[:1], positions, see, own, None, layer, carry[1]), None
+    def one(window: int | None):
+      def body(carry, inputs):
+        block, layer, table, cross_keys_values = inputs
+        own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
+        return block(*carry[:1], positions, _of_layer(see, window, table), own, None, layer, carry[1]), None
+
+      return body
 
     layers = jnp.arange(self.layers, dtype=jnp.int32)
-    inputs = (self.blocks, layers, None if cross is None else cross.keys_values)
-    (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
+    inputs = (self.blocks, layers, self._tables(see), None if cross is None else cross.keys_values)
+    x, cache = self._scan(one, (x, cache), inputs)
     return self.finish(x), cache.advance(x.shape[1])
+
+  def _tables(self, see: Visibility) -> Array | None:
+    return see.relative_bias.table if self.own_bias else None
+
+  def _scan(self, one: Callable, carry, inputs):
+    """The last carry of `one(window)(carry, inputs of a layer)` over all layers."""
+    bodies = [one(window) for window in self.windows]
+    if len(bodies) > 1:
+      inputs = jax.tree.map(lambda x: x.reshape(-1, len(bodies), *x.shape[1:]), inputs)
+    return jax.lax.scan(_in_turn(bodies), carry, inputs)[0]
 
   def finish(self, x: Array) -> Array:
     return x if self.norm is None else self.norm(x)
@@ -147,6 +183,26 @@ class Stack(nnx.Module):
   def cross_keys_values(self, memory: Array, positions: Array) -> tuple[Array, Array]:
     """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, length, …]."""
     return jax.lax.map(lambda block: block.cross_attention.keys_values(memory, positions), self.blocks)
+
+
+def _of_layer(see: Visibility, window: int | None, table: Array | None) -> Visibility:
+  """`see` of one layer: with its window and, where layers do not share one, its own table of relative biases."""
+  if table is not None:
+    see = dataclasses.replace(see, relative_bias=dataclasses.replace(see.relative_bias, table=table))
+  return see if window is None else dataclasses.replace(see, window=window)
+
+
+def _in_turn(bodies: Sequence[Callable]) -> Callable:
+  """One body of a scan that runs `bodies`, each with its part of the inputs."""
+  if len(bodies) == 1:
+    return bodies[0]
+
+  def body(carry, inputs):
+    for place, one in enumerate(bodies):
+      carry, _ = one(carry, jax.tree.map(lambda x, place=place: x[place], inputs))
+    return carry, None
+
+  return body
 
 
 def rematerialise(body, remat: Remat):

@@ -30,7 +30,7 @@ def read(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
       hidden=config.take('n_inner', None) or 4 * embed, gated=False,
       activation=config.choose('activation_function', ACTIVATIONS, 'gelu_new'),
     ),
-    norm=LayerNormConfig(eps=config.take('layer_norm_epsilon', 1e-5, float)), bias=True, positions='learned',
+    norm=LayerNormConfig(eps=config.take('layer_norm_epsilon', 1e-5, float)), bias='all', positions='learned',
     max_positions=config.take('n_positions', 1024), head='tied',
   )  # fmt: skip
 

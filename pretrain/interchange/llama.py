@@ -39,7 +39,7 @@ def read_qwen3(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
   config.expect('attention_bias', False)
   config.expect('use_sliding_window', False)
   config.ignore('sliding_window', 'max_window_layers', 'layer_types')  # without effect where no window is used
-  return dataclasses.replace(common(config), qk_norm=True)
+  return dataclasses.replace(common(config), qk_norm='heads')
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
   flat = hidden.reshape(-1, hidden.shape[-1])
   labels = batch['decoder_target_tokens'].reshape(-1)
   implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
-  options |= {'softcap': softcap, 'implementation': implementation}
+  options |= {'softcap': softcap, 'implementation': implementation, 'bias': model.head_bias(params)}
   return linear_cross_entropy(flat, model.head(params), labels, **options), aux
 
 
