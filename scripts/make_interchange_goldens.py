@@ -65,6 +65,9 @@ FAMILIES = {
   'ul2': (
     'T5Config', T5 | {'feed_forward_proj': 'gated-silu', 'tie_word_embeddings': False}, 'T5ForConditionalGeneration',
   ),
+  'mt5': (
+    'MT5Config', T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}, 'MT5ForConditionalGeneration',
+  ),
   'umt5': (
     'UMT5Config', T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
     'UMT5ForConditionalGeneration',

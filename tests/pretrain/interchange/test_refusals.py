@@ -38,7 +38,7 @@ def change(source, **values) -> None:
 
 def rewrite(source, edit) -> None:
   """The weights again, with names and arrays as `edit` leaves them."""
-  arrays = {name: np.array(tensor.map()) for name, tensor in open_folder(source).items()}
+  arrays = {name: np.array(tensor.values()) for name, tensor in open_folder(source).items()}
   edit(arrays)
   for name, array in create(source, {name: ('F32', x.shape) for name, x in arrays.items()}).items():
     array[...] = arrays[name]
