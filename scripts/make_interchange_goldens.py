@@ -143,7 +143,8 @@ def make_model(name: str):
 
 @torch.no_grad()
 def shake(model, generator: torch.Generator) -> None:
-  """Norms and biases move by 0.2 from their init; matrices get unit gain; tables a std of 1 (T5's biases: 0.5)."""
+  """Norms and biases move by 0.2 from their init; matrices get unit gain, T5's queries divided by the root of their
+  size, as its init has it; tables get a std of 1 (T5's biases: 0.5)."""
   tables = {id(m.weight): m for m in model.modules() if isinstance(m, torch.nn.Embedding)}
   transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == 'Conv1D'}
   for name, p in model.named_parameters():
@@ -153,7 +154,8 @@ def shake(model, generator: torch.Generator) -> None:
     elif id(p) in tables:
       p.copy_(noise * (0.5 if 'relative_attention_bias' in name else 1.0))
     else:
-      p.copy_(noise * p.shape[0 if id(p) in transposed else -1] ** -0.5)
+      gain = model.config.d_kv**-0.5 if name.endswith('Attention.q.weight') else 1.0
+      p.copy_(noise * gain * p.shape[0 if id(p) in transposed else -1] ** -0.5)
 
 
 @torch.no_grad()
