@@ -67,4 +67,4 @@ class Decoder(nnx.Module):
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, positions, see, keys=keys), {}
+    return self.decoder(x, positions, see, keys=keys)

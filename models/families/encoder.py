@@ -68,5 +68,5 @@ class Encoder(nnx.Module):
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     x = self.embedding(batch['encoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), None)
     x = x if self.embedding_norm is None else self.embedding_norm(x)
-    x = self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys)
-    return x if self.head_transform is None else self.head_transform(x), {}
+    x, aux = self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys)
+    return x if self.head_transform is None else self.head_transform(x), aux

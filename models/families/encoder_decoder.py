@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from models.families.parts import Parts, attention_config, check_parts, make_bias, make_embedding, make_head, make_stack
 from models.layers.attention import Visibility
-from models.layers.block import Cross
+from models.layers.block import Aux, Cross
 from models.layers.dropout import example_keys, fold
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2
@@ -47,8 +48,8 @@ class EncoderDecoder(nnx.Module):
     self.head = make_head(cfg)
     self.cfg = cfg
 
-  def encode(self, batch, keys: Array | None) -> Array:
-    """Encoder output [batch, inputs_length, embed]."""
+  def encode(self, batch, keys: Array | None) -> tuple[Array, Aux]:
+    """(encoder output [batch, inputs_length, embed], means over the encoder's layers)."""
     segments = batch['encoder_segment_ids']
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     keys = fold(keys, ENCODER_KEYS)
@@ -58,9 +59,11 @@ class EncoderDecoder(nnx.Module):
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Decoder output [batch, targets_length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
-    memory = self.encode(batch, keys)
+    memory, of_encoder = self.encode(batch, keys)
     segments, keys = batch['decoder_segment_ids'], fold(keys, DECODER_KEYS)
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **self.decoder_bias())
     across = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=batch['encoder_segment_ids'])
     x = self.embedding(batch['decoder_input_tokens'], batch['decoder_positions'], jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys), {}
+    x, of_decoder = self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys)
+    share = self.cfg.encoder_layers / (self.cfg.encoder_layers + self.cfg.decoder_layers)
+    return x, jax.tree.map(lambda a, b: share * a + (1 - share) * b, of_encoder, of_decoder)

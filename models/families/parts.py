@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
 from models.layers.embedding import Embedding, Head
+from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
@@ -28,6 +29,9 @@ class Parts:
   replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w
   away; `windows` gives one to each layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2.
 
+  `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
+  `loss.load_balance` and `loss.router_z` keep them all in use.
+
   `positions` picks which of the keys below it are used. `relative_layers` 'each' gives every layer its own biases
   (umT5); `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX).
   """
@@ -38,6 +42,8 @@ class Parts:
   heads: Annotated[int, '>= 1']
   head_dim: Annotated[int, '>= 1']
   mlp: MlpConfig
+  experts: Annotated[int, '>= 2'] | None = None
+  experts_per_token: Annotated[int, '>= 1'] = 2
   norm: NormConfig = RmsNormConfig()
   norm_placement: Placement = 'pre'
   parallel: Parallel = 'none'
@@ -95,8 +101,21 @@ def check_parts(cfg: Parts) -> None:
       f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
       "through their norms, use model.norm_placement='pre'."
     )
+  _check_experts(cfg)
   _check_windows(cfg)
   _check_positions(cfg)
+
+
+def _check_experts(cfg: Parts) -> None:
+  if cfg.experts is None and cfg.experts_per_token != Parts.experts_per_token:
+    raise ValueError(f'model.experts_per_token={cfg.experts_per_token} without model.experts; set it, or remove this.')
+  if cfg.experts is not None and cfg.experts_per_token > cfg.experts:
+    raise ValueError(
+      f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
+      f'experts, use at most {cfg.experts}.'
+    )
+  if cfg.experts is not None and cfg.bias == 'all':
+    raise ValueError("model.bias='all' with model.experts; experts have no biases, use model.bias='qkv' or 'none'.")
 
 
 def _check_windows(cfg: Parts) -> None:
@@ -147,10 +166,14 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
     parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
-    rate=cfg.dropout,
+    rate=cfg.dropout, experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
   return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), own_bias=each)
+
+
+def make_experts(cfg: Parts) -> ExpertsConfig | None:
+  return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
 
 
 def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:

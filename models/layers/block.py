@@ -11,6 +11,7 @@ from jax import Array
 
 from models.layers.attention import Attention, AttentionConfig, Cache, Visibility
 from models.layers.dropout import dropout, fold
+from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
@@ -21,6 +22,7 @@ Remat = Literal['none', 'dots', 'full']
 Placement = Literal['pre', 'post', 'sandwich', 'inner']
 Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
+Aux = dict[str, Array]  # scalars of a layer that are no activations: for the loss, for metrics
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
 
@@ -43,6 +45,7 @@ class BlockConfig:
 
   `parallel` blocks add attention and MLP of the same x: x + f(N(x)) + g(N(x)) with one norm (GPT-J, Falcon 7B) or two
   (GPT-NeoX, arXiv:2204.06745, §2.1.2; Falcon 40B). `cross` adds attention to an encoder, which has no rotary positions.
+  With `experts`, `mlp` is that of each expert.
   """
 
   embed: int
@@ -54,6 +57,7 @@ class BlockConfig:
   projections: Projections
   cross: bool
   rate: float
+  experts: ExpertsConfig | None = None
 
 
 class Sublayer(NamedTuple):
@@ -78,7 +82,7 @@ class Block(nnx.Module):
       across = dataclasses.replace(cfg.attention, rope=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
     self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
-    self.mlp = Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
+    self.mlp = make_mlp(cfg)
     self.placement, self.parallel, self.rate = cfg.placement, cfg.parallel, cfg.rate
 
   def __call__(
@@ -90,8 +94,8 @@ class Block(nnx.Module):
     keys: Array | None,
     layer: Array,
     cache: Cache | None,
-  ) -> tuple[Array, Cache | None]:
-    """x[batch, length, embed] -> the same, and the cache with this layer's new keys and values."""
+  ) -> tuple[Array, Cache | None, Aux]:
+    """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
     at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
     h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
@@ -99,9 +103,9 @@ class Block(nnx.Module):
       cache, k, v = cache.write(layer, k, v)
     mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE)
     if self.parallel != 'none':
-      h = h if self.mlp_norm is None else self.mlp_norm(x)
+      update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids)
       x = self._add(x, mixed, keys, at)
-      return self._add(x, self.mlp(h, keys), keys, Sublayer(self.self_norm, None, MLP_SITE)), cache
+      return self._add(x, update, keys, Sublayer(self.self_norm, None, MLP_SITE)), cache, aux
     x = self._add(x, mixed, keys, at)
     if cross is not None:
       at = Sublayer(self.cross_norm, self.cross_out_norm, CROSS_SITE)
@@ -109,7 +113,8 @@ class Block(nnx.Module):
       k, v = cross.keys_values or self.cross_attention.keys_values(cross.memory, positions)
       x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, at)
     at = Sublayer(self.mlp_norm, self.mlp_out_norm, MLP_SITE)
-    return self._add(x, self.mlp(self._enter(x, at), keys), keys, at), cache
+    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids)
+    return self._add(x, update, keys, at), cache, aux
 
   def _enter(self, x: Array, at: Sublayer) -> Array:
     return x if self.placement in ('post', 'inner') else at.norm(x)
@@ -119,6 +124,12 @@ class Block(nnx.Module):
     update = update if out_norm is None else out_norm(update)
     x = constrain(x + dropout(update, self.rate, keys, at.site), 'batch', 'length', 'embed')
     return at.norm(x) if self.placement == 'post' else x
+
+
+def make_mlp(cfg: BlockConfig) -> Mlp | Experts:
+  if cfg.experts is None:
+    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
+  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.rate)
 
 
 class Stack(nnx.Module):
@@ -138,16 +149,20 @@ class Stack(nnx.Module):
 
   def __call__(
     self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
-  ) -> Array:
+  ) -> tuple[Array, Aux]:
+    """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
+
     def one(window: int | None):
       def body(x, inputs):
         block, layer, table = inputs
-        return block(x, positions, _of_layer(see, window, table), cross, fold(keys, layer), layer, None)[0], None
+        x, _, aux = block(x, positions, _of_layer(see, window, table), cross, fold(keys, layer), layer, None)
+        return x, aux
 
       return rematerialise(body, self.remat)
 
-    x = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
-    return dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
+    x, aux = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
+    x = dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
+    return x, jax.tree.map(jnp.mean, aux)
 
   def decode(
     self, x: Array, positions: Array, see: Visibility, cache: Cache, cross: Cross | None = None
@@ -158,24 +173,24 @@ class Stack(nnx.Module):
       def body(carry, inputs):
         block, layer, table, cross_keys_values = inputs
         own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
-        return block(*carry[:1], positions, _of_layer(see, window, table), own, None, layer, carry[1]), None
+        return block(*carry[:1], positions, _of_layer(see, window, table), own, None, layer, carry[1])[:2], None
 
       return body
 
     layers = jnp.arange(self.layers, dtype=jnp.int32)
     inputs = (self.blocks, layers, self._tables(see), None if cross is None else cross.keys_values)
-    x, cache = self._scan(one, (x, cache), inputs)
+    (x, cache), _ = self._scan(one, (x, cache), inputs)
     return self.finish(x), cache.advance(x.shape[1])
 
   def _tables(self, see: Visibility) -> Array | None:
     return see.relative_bias.table if self.own_bias else None
 
   def _scan(self, one: Callable, carry, inputs):
-    """The last carry of `one(window)(carry, inputs of a layer)` over all layers."""
+    """(the last carry, the outputs) of `one(window)(carry, inputs of a layer)` over all layers."""
     bodies = [one(window) for window in self.windows]
     if len(bodies) > 1:
       inputs = jax.tree.map(lambda x: x.reshape(-1, len(bodies), *x.shape[1:]), inputs)
-    return jax.lax.scan(_in_turn(bodies), carry, inputs)[0]
+    return jax.lax.scan(_in_turn(bodies), carry, inputs)
 
   def finish(self, x: Array) -> Array:
     return x if self.norm is None else self.norm(x)
@@ -198,9 +213,11 @@ def _in_turn(bodies: Sequence[Callable]) -> Callable:
     return bodies[0]
 
   def body(carry, inputs):
+    outputs = []
     for place, one in enumerate(bodies):
-      carry, _ = one(carry, jax.tree.map(lambda x, place=place: x[place], inputs))
-    return carry, None
+      carry, output = one(carry, jax.tree.map(lambda x, place=place: x[place], inputs))
+      outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
   return body
 
@@ -209,5 +226,10 @@ def rematerialise(body, remat: Remat):
   """`body` with fewer activations kept for its gradient: all (`none`), matrix products (`dots`), none (`full`)."""
   if remat == 'none':
     return body
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
-  return jax.checkpoint(body, policy=policy, prevent_cse=False)
+  return jax.checkpoint(body, policy=_is_product if remat == 'dots' else None, prevent_cse=False)
+
+
+def _is_product(primitive, *args, **params) -> bool:
+  """Whether a result is kept: those of products with parameters, those of experts included."""
+  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+  return kept or primitive.name == 'ragged_dot_general'

@@ -117,6 +117,17 @@ def mistral(c, w):
   return change(cfg, windows=(c['sliding_window'],)), params
 
 
+def mixtral(c, w):
+  cfg, params = plain_llama(c, w)
+  n, experts, layer = cfg.layers, c['num_local_experts'], 'model.layers.{}.block_sparse_moe.'
+  mlp = {'router': turned(w(f'{layer}gate.weight', n))}
+  for ours, theirs in (('gate', 'w1'), ('up', 'w3'), ('down', 'w2')):
+    each = [turned(w(f'{layer}experts.{i}.{theirs}.weight', n)) for i in range(experts)]
+    mlp[ours] = np.stack(each, 1)
+  params['decoder']['blocks']['mlp'] = mlp
+  return change(cfg, experts=experts, experts_per_token=c['num_experts_per_tok']), params
+
+
 def qwen2(c, w):
   cfg, params = plain_llama(c, w)
   for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v')):
@@ -340,7 +351,7 @@ def change(cfg, **values):
 READERS = {
   't5_v1_0': t5, 't5_v1_1': t5, 'ul2': t5, 'umt5': t5, 'llama': plain_llama, 'yi': plain_llama, 'mistral': mistral,
   'qwen2': qwen2, 'qwen3': qwen3, 'olmo2': olmo2, 'gemma2': gemma2, 'gpt2': gpt2, 'gpt_neox': gpt_neox,
-  'falcon': falcon, 'falcon_40b': falcon, 'bert': bert, 'roberta': bert, 'electra': bert,
+  'falcon': falcon, 'falcon_40b': falcon, 'mixtral': mixtral, 'bert': bert, 'roberta': bert, 'electra': bert,
 }  # fmt: skip
 
 

@@ -90,6 +90,7 @@ MUTATIONS = {
   'bias of logits': ('bert', {'head_bias': False}),
   'distance of buckets': ('umt5', {'relative_max_distance': 49}),
   'head': ('t5_v1_0', {'head': 'tied'}),
+  'number of experts of a token': ('mixtral', {'experts_per_token': 3}),
 }
 
 
@@ -108,7 +109,7 @@ def some(*fast: str, of=FAMILIES):
   return pytest.mark.parametrize('name', [*fast, *(slow(name) for name in of if name not in fast)])
 
 
-@some('mistral', 'gemma2', 'umt5', 'falcon', 'olmo2', of=WRITERS)
+@some('mistral', 'gemma2', 'umt5', 'falcon', 'olmo2', 'mixtral', of=WRITERS)
 def test_decoding_with_a_cache_gives_the_logits_of_transformers(name):
   """20 tokens at once, then one by one, past the windows."""
   cfg, params, golden = published.read(name)
@@ -117,7 +118,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_transformers(name):
   assert difference(np.asarray(found)[0], golden, ['short']) < TOLERANCE
 
 
-@some('olmo2', 'falcon', 'umt5', 'bert')
+@some('olmo2', 'falcon', 'umt5', 'bert', 'mixtral')
 def test_a_divided_model_gives_the_logits_of_transformers(name):
   """Norms over all heads, the one key head of Falcon, biases of each layer and of logits, with fsdp and tensor."""
   cfg, params, golden = published.read(name)

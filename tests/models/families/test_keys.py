@@ -23,6 +23,9 @@ from tests.models.small import ALIBI, ENCODER, LLAMA, T5
   [
     (LLAMA, {'windows': (4, None, None)}, 'model.windows has 3 entries, which do not divide model.layers=2'),
     (T5, {'windows': (4, None)}, 'model.windows has 2 entries, which do not divide model.decoder_layers=3'),
+    (LLAMA, {'experts_per_token': 3}, 'model.experts_per_token=3 without model.experts; set it, or remove this.'),
+    (LLAMA, {'experts': 2, 'experts_per_token': 3}, 'model.experts_per_token=3 of model.experts=2'),
+    (LLAMA, {'experts': 2, 'bias': 'all'}, "model.bias='all' with model.experts; experts have no biases"),
     (LLAMA, {'parallel': 'one_norm', 'norm_placement': 'sandwich'}, "use model.norm_placement='pre'"),
     (T5, {'parallel': 'two_norms'}, "model.parallel='two_norms' with model.name='encoder_decoder'"),
     (LLAMA, {'rotary_fraction': 0.3}, 'model.rotary_fraction=0.3 of model.head_dim=8 is 2.4 dims'),
