@@ -62,7 +62,8 @@ def write_rope(cfg: DecoderConfig) -> dict[str, Any]:
   """The keys of both forms, so that old and new releases of transformers read the same."""
   scaling, own = cfg.rope_scaling, {'rope_type': TYPES[type(cfg.rope_scaling)]}
   for theirs, ours in KEYS.items():
-    if (value := getattr(scaling, ours, None)) is not None:
+    value = getattr(scaling, ours, None)
+    if value is not None and (theirs, value) != ('truncate', True):  # an addition that older releases lack
       own[theirs] = value
   if cfg.rotary_fraction != 1.0:
     own['partial_rotary_factor'] = cfg.rotary_fraction

@@ -20,6 +20,10 @@ def read(name: str) -> tuple[Source, Tree]:
   return load(GOLDENS / name)
 
 
+def read_source(name: str) -> Source:
+  return open_source(GOLDENS / name)
+
+
 def load(folder: pathlib.Path) -> tuple[Source, Tree]:
   source = open_source(folder)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -56,12 +60,15 @@ def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]
       return rows(take(''), 'decoder')
 
 
-def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray]) -> float:
+PADDED, PACKED = [['long'], ['short']], [['short', 'long']]
+
+
+def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED)) -> float:
   """The largest error over padded and packed rows, as a fraction of the logits' scale."""
   model, scale = build(cfg), np.abs(golden['long_logits']).max()
   run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
   errors = []
-  for order in ([['long'], ['short']], [['short', 'long']]):
+  for order in orders:
     logits = np.asarray(run(params, batch(cfg, golden, order)))
     for own, row in zip(logits, order, strict=True):
       ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])
