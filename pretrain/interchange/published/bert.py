@@ -42,7 +42,9 @@ class Kind:
     return 0 if self.name != 'roberta' else 2 if pad is None else pad + 1
 
 
-BERT_KIND = Kind('bert', 'cls.predictions.transform.dense', 'cls.predictions.transform.LayerNorm', 'cls.predictions.bias')
+BERT_KIND = Kind(
+  'bert', 'cls.predictions.transform.dense', 'cls.predictions.transform.LayerNorm', 'cls.predictions.bias'
+)
 ROBERTA_KIND = Kind('roberta', 'lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias')
 ELECTRA_KIND = Kind(
   'electra', 'generator_predictions.dense', 'generator_predictions.LayerNorm', 'generator_lm_head.bias'

@@ -188,7 +188,9 @@ def _mlp() -> list[Entry]:
 
 
 def _norms(names: dict[str, str], **fold: float) -> list[Entry]:
-  found = [Entry(f'{BLOCK}/{ours}/scale', f'{LAYER}.{theirs}.weight', 'embed', **fold) for ours, theirs in names.items()]
+  found = [
+    Entry(f'{BLOCK}/{ours}/scale', f'{LAYER}.{theirs}.weight', 'embed', **fold) for ours, theirs in names.items()
+  ]
   return [*found, Entry('decoder/norm/scale', 'model.norm.weight', 'embed', **fold)]
 
 
@@ -210,8 +212,8 @@ def entries_olmo2(cfg: DecoderConfig, values: Values) -> list[Entry]:
 
 def entries_gemma2(cfg: DecoderConfig, values: Values) -> list[Entry]:
   norms = {
-    'self_norm': 'input_layernorm', 'self_out_norm': 'post_attention_layernorm', 'mlp_norm': 'pre_feedforward_layernorm',
-    'mlp_out_norm': 'post_feedforward_layernorm',
+    'self_norm': 'input_layernorm', 'self_out_norm': 'post_attention_layernorm',
+    'mlp_norm': 'pre_feedforward_layernorm', 'mlp_out_norm': 'post_feedforward_layernorm',
   }  # fmt: skip
   query = (cfg.head_dim / values.get('query_pre_attn_scalar', 256)) ** 0.5
   return [*_frame(scale=cfg.embed**0.5), *_attention(query=query), *_mlp(), *_norms(norms, shift=1.0)]

@@ -11,9 +11,9 @@ SUPPORTED: dict[str, type] = {'default': NoScaling, 'linear': Linear, 'llama3': 
 TYPES = {kind: name for name, kind in SUPPORTED.items()}
 # Their key -> ours. Of keys that are absent or null, ours have the defaults of transformers.
 KEYS = {
-  'factor': 'factor', 'original_max_position_embeddings': 'original_max_positions', 'low_freq_factor': 'low_freq_factor',
-  'high_freq_factor': 'high_freq_factor', 'beta_fast': 'beta_fast', 'beta_slow': 'beta_slow',
-  'attention_factor': 'attention_factor', 'truncate': 'truncate',
+  'factor': 'factor', 'original_max_position_embeddings': 'original_max_positions',
+  'low_freq_factor': 'low_freq_factor', 'high_freq_factor': 'high_freq_factor', 'beta_fast': 'beta_fast',
+  'beta_slow': 'beta_slow', 'attention_factor': 'attention_factor', 'truncate': 'truncate',
 }  # fmt: skip
 REQUIRED = {
   'linear': ('factor',), 'yarn': ('factor', 'original_max_position_embeddings'),

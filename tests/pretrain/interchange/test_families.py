@@ -52,7 +52,7 @@ NEARLY_ROPE = {
   'rope_theta': lambda theta: theta + 1,
   'factor': lambda factor: 1.01 * factor,
   'high_freq_factor': lambda factor: 1.1 * factor,
-  'beta_slow': lambda beta: 2 * beta,
+  'beta_fast': lambda beta: beta / 4,
   'original_max_position_embeddings': lambda length: 2 * length,
 }
 
