@@ -22,19 +22,23 @@ REQUIRED = {
 ALWAYS = ('rope_type', 'type', 'rope_theta', 'partial_rotary_factor')
 
 
-def read_rope(config: ConfigJson, theta: float, fraction: float = 1.0) -> dict[str, Any]:
-  """The keys rope_theta, rotary_fraction and rope_scaling of a model; notes problems with all others."""
+def read_rope(config: ConfigJson, theta: float, fraction: float | None = None) -> dict[str, Any]:
+  """The keys rope_theta, rotary_fraction and rope_scaling of a model; notes problems with all others.
+
+  `fraction` is the default of a family that rotates a part of each head; None: of one that always rotates all of it.
+  """
   config.ignore('rope_parameters', 'rope_scaling')
   found = config.values.get('rope_parameters') or config.values.get('rope_scaling') or {}
   if not isinstance(found, Mapping):
     config.problems.append(f'rope_scaling={found!r} is no object')
     found = {}
-  base, share = config.take('rope_theta', theta, float), config.take('partial_rotary_factor', fraction, float)
-  inner = ConfigJson(found, 'rope_parameters')
-  own = {
-    'rope_theta': inner.take('rope_theta', base, float), 'rope_scaling': _scaling(config, inner),
-    'rotary_fraction': inner.take('partial_rotary_factor', share, float),
-  }  # fmt: skip
+  base, inner = config.take('rope_theta', theta, float), ConfigJson(found, 'rope_parameters')
+  own = {'rope_theta': inner.take('rope_theta', base, float), 'rope_scaling': _scaling(config, inner)}
+  if fraction is None:
+    inner.expect('partial_rotary_factor', 1.0)
+  else:
+    share = config.take('partial_rotary_factor', fraction, float)
+    own['rotary_fraction'] = inner.take('partial_rotary_factor', share, float)
   config.problems += [f'rope_parameters.{problem}' for problem in inner.problems]
   return own
 
