@@ -47,7 +47,7 @@ class Model:
       return self.bind(params)(batch, key)
 
   def head(self, params: Tree) -> Array:
-    """The weight [embed, vocab] that turns hidden states into logits, before `cfg.logit_softcap`."""
+    """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`."""
     match self.cfg.head:
       case 'untied':
         return params['head']['kernel']
@@ -56,10 +56,16 @@ class Model:
       case 'tied_scaled':
         return params['embedding']['table'].T * self.cfg.embed**-0.5
 
+  def head_bias(self, params: Tree) -> Array | None:
+    """f32[vocab], added to the logits before `cfg.logit_softcap`."""
+    return params['head']['bias'] if self.cfg.head_bias else None
+
   def logits(self, params: Tree, hidden: Array) -> Array:
     """f32[…, vocab]."""
     head = self.head(params).astype(hidden.dtype)
     logits, cap = jnp.matmul(hidden, head, preferred_element_type=jnp.float32), self.cfg.logit_softcap
+    if self.cfg.head_bias:
+      logits = logits + self.head_bias(params)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -162,7 +162,7 @@ def _filled(positions: Array) -> Array:
 
 
 def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
-  memory = module.encode(batch, None)
+  memory, _ = module.encode(batch, None)
   segments, rows = batch['encoder_segment_ids'], memory.shape[0]
   cross_keys_values = module.decoder.cross_keys_values(memory, batch['encoder_positions'])
   cache = Cache.empty(module.cfg.decoder_layers, rows, max_tokens + 1, module.attention, memory.dtype)

@@ -11,11 +11,13 @@ from models.specs import ParamSpec, Tree, is_matrix, is_spec
 FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of the forward pass
 
 
-def _matrix_parameters(tree: Tree) -> int:
-  """How many parameters every token is multiplied with: no norms, no biases (the caller leaves out lookups)."""
+def _matrix_parameters(tree: Tree, per_token: int = 1) -> int:
+  """How many parameters every token is multiplied with: no norms, no biases (the caller leaves out lookups), and of
+  experts `per_token`. A router's `experts` are its outputs, and stand last."""
   if is_spec(tree):
-    return math.prod(tree.shape) if is_matrix(tree) else 0
-  return sum(_matrix_parameters(branch) for branch in tree.values())
+    parts = [per_token if axis == 'experts' else n for n, axis in zip(tree.shape[:-1], tree.axes[:-1], strict=True)]
+    return math.prod(parts) * tree.shape[-1] if is_matrix(tree) else 0
+  return sum(_matrix_parameters(branch, per_token) for branch in tree.values())
 
 
 def _cross_keys_values(decoder: Tree) -> int:
@@ -24,25 +26,38 @@ def _cross_keys_values(decoder: Tree) -> int:
   return math.prod(cross['key'].shape) + math.prod(cross['value'].shape)
 
 
+def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
+  """How many keys of its own row a query reads in all layers of a stack."""
+  windows = cfg.windows or (None,)
+  wide = [length if w is None else min(length, w if causal else 2 * w - 1) for w in windows]
+  return layers // len(windows) * sum(wide)
+
+
 def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
   """FLOPs at one position of each side (encoder, decoder) of a row of these lengths, forward and backward.
 
-  Products with parameters, and the position's own queries against all keys, whether these are padding or not; two FLOPs
-  for each multiply-add, nothing recomputed. Positions of one side cost the same, padding or not.
+  Products with parameters, and the position's own queries against all keys, whether these are padding or not, or
+  against as many as a window has (those after a causal query count like those before it without a window); two FLOPs
+  for each multiply-add, nothing recomputed; of experts, those that a token goes to. Positions of one side cost the
+  same, padding or not.
   """
   specs = build(cfg).specs
-  head = cfg.embed * cfg.vocab_size  # tied or not
+  head = cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {}))  # tied or not
+  of = lambda stack: _matrix_parameters(specs[stack], cfg.experts_per_token)
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   cost = lambda parameters, pairs: FORWARD_AND_BACKWARD * (2 * parameters + attention * pairs)
   if isinstance(cfg, EncoderDecoderConfig):
     cross = _cross_keys_values(specs['decoder'])
-    encoder, decoder = _matrix_parameters(specs['encoder']) + cross, _matrix_parameters(specs['decoder']) - cross + head
+    encoder, decoder = of('encoder') + cross, of('decoder') - cross + head
     return {
-      'encoder': cost(encoder, cfg.encoder_layers * inputs_length),
-      'decoder': cost(decoder, cfg.decoder_layers * (targets_length + inputs_length)),
+      'encoder': cost(encoder, _keys(cfg, cfg.encoder_layers, inputs_length, causal=False)),
+      'decoder': cost(
+        decoder, _keys(cfg, cfg.decoder_layers, targets_length, causal=True) + cfg.decoder_layers * inputs_length
+      ),
     }
   stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
-  return {stack: cost(_matrix_parameters(specs[stack]) + head, cfg.layers * targets_length)}
+  pairs = _keys(cfg, cfg.layers, targets_length, causal=stack == 'decoder')
+  return {stack: cost(of(stack) + head, pairs)}
 
 
 def flops_by_side(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:

@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.kv_heads or cfg.heads, t5_scale=False)
     self.embedding = make_embedding(cfg)
     self.decoder = make_stack(cfg, self.attention, cfg.layers, cross=False)
-    self.decoder_bias = make_bias(cfg, bidirectional=False)
+    self.decoder_bias = make_bias(cfg, cfg.layers, bidirectional=False)
     self.head = make_head(cfg)
     self.cfg = cfg
 
@@ -67,4 +67,4 @@ class Decoder(nnx.Module):
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, positions, see, keys=keys), {}
+    return self.decoder(x, positions, see, keys=keys)

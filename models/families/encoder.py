@@ -19,7 +19,9 @@ from models.families.parts import (
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import dropout, example_keys
-from models.layers.embedding import EMBEDDING_SITE
+from models.layers.embedding import EMBEDDING_SITE, HeadTransform
+from models.layers.linear import Projections
+from models.layers.mlp import Activation
 from models.layers.norm import make_norm
 
 
@@ -27,13 +29,15 @@ from models.layers.norm import make_norm
 class EncoderConfig(Parts):
   """`embedding_norm` normalises embeddings, as BERT does; other keys: models/families/parts.py.
 
-  It has no token types, no pooler, no transform before the head and no bias of the logits, which BERT has.
+  `head_transform` puts N(activation(dense(x))) before the head (BERT, RoBERTa, ELECTRA's generator). There is no pooler
+  and there are no token types: an embedding of type 0 can be added to that of every position.
   """
 
   name: Literal['encoder'] = 'encoder'
   layers: Annotated[int, '>= 1']
   positions: Positions = 'rotary'
   embedding_norm: bool = False
+  head_transform: Activation | None = None
 
 
 def check_encoder(cfg: EncoderConfig) -> None:
@@ -49,8 +53,12 @@ class Encoder(nnx.Module):
     self.embedding = make_embedding(dataclasses.replace(cfg, dropout=0.0))  # dropout comes after the norm
     self.embedding_norm = make_norm(cfg.embed, cfg.norm) if cfg.embedding_norm else None
     self.encoder = make_stack(cfg, attention, cfg.layers, cross=False)
-    self.encoder_bias = make_bias(cfg, bidirectional=True)
-    self.head = make_head(cfg)
+    self.encoder_bias = make_bias(cfg, cfg.layers, bidirectional=True)
+    projections = Projections(std=cfg.init_std, bias=cfg.bias)
+    transform = (
+      None if cfg.head_transform is None else HeadTransform(cfg.embed, cfg.head_transform, cfg.norm, projections)
+    )
+    self.head_transform, self.head = transform, make_head(cfg)
     self.cfg = cfg
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
@@ -60,4 +68,5 @@ class Encoder(nnx.Module):
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     x = self.embedding(batch['encoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), None)
     x = x if self.embedding_norm is None else self.embedding_norm(x)
-    return self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys), {}
+    x, aux = self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys)
+    return x if self.head_transform is None else self.head_transform(x), aux

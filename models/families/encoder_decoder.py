@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from models.families.parts import Parts, attention_config, check_parts, make_bias, make_embedding, make_head, make_stack
 from models.layers.attention import Visibility
-from models.layers.block import Cross
+from models.layers.block import Aux, Cross
 from models.layers.dropout import example_keys, fold
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2
@@ -26,6 +27,11 @@ class EncoderDecoderConfig(Parts):
 
 def check_encoder_decoder(cfg: EncoderDecoderConfig) -> None:
   """Raises ValueError for values that do not fit each other."""
+  if cfg.parallel != 'none':
+    raise ValueError(
+      f"model.parallel='{cfg.parallel}' with model.name='encoder_decoder'; cross-attention reads the output of "
+      "self-attention, use model.parallel='none'."
+    )
   check_parts(cfg)
 
 
@@ -36,14 +42,14 @@ class EncoderDecoder(nnx.Module):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=True)
     self.embedding = make_embedding(cfg)
     self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False)
-    self.encoder_bias = make_bias(cfg, bidirectional=True)
+    self.encoder_bias = make_bias(cfg, cfg.encoder_layers, bidirectional=True)
     self.decoder = make_stack(cfg, self.attention, cfg.decoder_layers, cross=True)
-    self.decoder_bias = make_bias(cfg, bidirectional=False)
+    self.decoder_bias = make_bias(cfg, cfg.decoder_layers, bidirectional=False)
     self.head = make_head(cfg)
     self.cfg = cfg
 
-  def encode(self, batch, keys: Array | None) -> Array:
-    """Encoder output [batch, inputs_length, embed]."""
+  def encode(self, batch, keys: Array | None) -> tuple[Array, Aux]:
+    """(encoder output [batch, inputs_length, embed], means over the encoder's layers)."""
     segments = batch['encoder_segment_ids']
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     keys = fold(keys, ENCODER_KEYS)
@@ -53,9 +59,11 @@ class EncoderDecoder(nnx.Module):
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Decoder output [batch, targets_length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
-    memory = self.encode(batch, keys)
+    memory, of_encoder = self.encode(batch, keys)
     segments, keys = batch['decoder_segment_ids'], fold(keys, DECODER_KEYS)
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **self.decoder_bias())
     across = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=batch['encoder_segment_ids'])
     x = self.embedding(batch['decoder_input_tokens'], batch['decoder_positions'], jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys), {}
+    x, of_decoder = self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys)
+    share = self.cfg.encoder_layers / (self.cfg.encoder_layers + self.cfg.decoder_layers)
+    return x, jax.tree.map(lambda a, b: share * a + (1 - share) * b, of_encoder, of_decoder)

@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from models.layers.attention import AttentionConfig
-from models.layers.block import BlockConfig, Placement, Remat, Stack
+from models.layers.attention import AttentionConfig, QkNorm
+from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
 from models.layers.embedding import Embedding, Head
-from models.layers.linear import Projections
+from models.layers.experts import ExpertsConfig
+from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
 from models.layers.positions import Alibi, NoBias, RelativePositionBias
+from models.layers.rotary import NoScaling, Rope, RopeScaling, check_scaling
+from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi']
 
@@ -19,10 +22,18 @@ class Parts:
   """`dtype` is the dtype of activations; parameters, softmax and loss are f32.
 
   `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et al.
-  2020; T5X examples/t5/network.py, logits_via_embedding). `bias` gives a bias to all projections, not to norms.
+  2020; T5X examples/t5/network.py, logits_via_embedding), as does Gemma with its table times sqrt(embed);
+  `head_bias` adds a bias to the logits. `bias` gives a bias to projections, not to norms: to all of them, or to those
+  of queries, keys and values ('qkv', Qwen2). Earlier versions had True for `bias='all'` and `qk_norm='heads'`.
   `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
-  replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). `positions` picks which of the keys below it are
-  used.
+  replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w
+  away; `windows` gives one to each layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2.
+
+  `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
+  `loss.load_balance` and `loss.router_z` keep them all in use.
+
+  `positions` picks which of the keys below it are used. `relative_layers` 'each' gives every layer its own biases
+  (umT5); `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX).
   """
 
   name: str  # each family sets it
@@ -31,18 +42,26 @@ class Parts:
   heads: Annotated[int, '>= 1']
   head_dim: Annotated[int, '>= 1']
   mlp: MlpConfig
+  experts: Annotated[int, '>= 2'] | None = None
+  experts_per_token: Annotated[int, '>= 1'] = 2
   norm: NormConfig = RmsNormConfig()
   norm_placement: Placement = 'pre'
-  bias: bool = False
-  qk_norm: bool = False
+  parallel: Parallel = 'none'
+  bias: Annotated[Bias, {False: 'none', True: 'all'}] = 'none'
+  qk_norm: Annotated[QkNorm, {False: 'none', True: 'heads'}] = 'none'
   attention_softcap: Annotated[float, '> 0'] | None = None
   logit_softcap: Annotated[float, '> 0'] | None = None
+  windows: tuple[Annotated[int, '>= 1'] | None, ...] = ()
   positions: Positions = 'relative'
   relative_buckets: Annotated[int, '>= 4'] = 32  # an encoder has one near and one far bucket on each side
   relative_max_distance: Annotated[int, '>= 1'] = 128
+  relative_layers: Literal['shared', 'each'] = 'shared'
   rope_theta: Annotated[float, '> 0'] = 10_000.0
+  rotary_fraction: Annotated[float, '(0, 1]'] = 1.0
+  rope_scaling: RopeScaling = NoScaling()
   max_positions: Annotated[int, '>= 1'] | None = None  # for learned positions
   head: Literal['untied', 'tied', 'tied_scaled'] = 'untied'
+  head_bias: bool = False
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
   init_std: Annotated[float, '> 0'] | None = None
@@ -55,7 +74,10 @@ class Parts:
 KEYS_OF_POSITIONS: dict[str, Positions] = {
   'relative_buckets': 'relative',
   'relative_max_distance': 'relative',
+  'relative_layers': 'relative',
   'rope_theta': 'rotary',
+  'rotary_fraction': 'rotary',
+  'rope_scaling': 'rotary',
   'max_positions': 'learned',
 }
 
@@ -65,20 +87,60 @@ def check_parts(cfg: Parts) -> None:
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
     if cfg.positions != positions and (given := getattr(cfg, key)) != defaults[key]:
+      shown = f'.name={given.name!r}' if key == 'rope_scaling' else f'={given}'
       raise ValueError(
-        f"model.{key}={given} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
+        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
       )
   if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
     raise ValueError(
       f"model.head_init_scale={cfg.head_init_scale} with model.head='{cfg.head}', which is the embedding's table; "
       'remove it, or set model.embedding_init_std.'
     )
+  if cfg.parallel != 'none' and cfg.norm_placement != 'pre':
+    raise ValueError(
+      f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
+      "through their norms, use model.norm_placement='pre'."
+    )
+  _check_experts(cfg)
+  _check_windows(cfg)
   _check_positions(cfg)
+
+
+def _check_experts(cfg: Parts) -> None:
+  if cfg.experts is None and cfg.experts_per_token != Parts.experts_per_token:
+    raise ValueError(f'model.experts_per_token={cfg.experts_per_token} without model.experts; set it, or remove this.')
+  if cfg.experts is not None and cfg.experts_per_token > cfg.experts:
+    raise ValueError(
+      f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
+      f'experts, use at most {cfg.experts}.'
+    )
+  if cfg.experts is not None and cfg.bias == 'all':
+    raise ValueError("model.bias='all' with model.experts; experts have no biases, use model.bias='qkv' or 'none'.")
+
+
+def _check_windows(cfg: Parts) -> None:
+  for key in ('layers', 'encoder_layers', 'decoder_layers'):
+    if cfg.windows and (layers := getattr(cfg, key, 0)) % len(cfg.windows):
+      raise ValueError(
+        f'model.windows has {len(cfg.windows)} entries, which do not divide model.{key}={layers}; the pattern repeats '
+        'over the layers, so give it a length that divides them.'
+      )
+
+
+def _rotated_dims(cfg: Parts) -> int:
+  return round(cfg.head_dim * cfg.rotary_fraction)
 
 
 def _check_positions(cfg: Parts) -> None:
   if cfg.positions == 'rotary' and cfg.head_dim % 2:
     raise ValueError(f'model.head_dim={cfg.head_dim} is odd; rotary positions rotate pairs, use {cfg.head_dim + 1}.')
+  dims = cfg.head_dim * cfg.rotary_fraction
+  if cfg.positions == 'rotary' and (dims != (whole := _rotated_dims(cfg)) or whole % 2 or not whole):
+    raise ValueError(
+      f'model.rotary_fraction={cfg.rotary_fraction} of model.head_dim={cfg.head_dim} is {dims:g} dims, not an even '
+      f'number; rotary positions rotate pairs, use {max(2, 2 * round(dims / 2)) / cfg.head_dim}.'
+    )
+  check_scaling(cfg.rope_scaling)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
   exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
@@ -90,9 +152,10 @@ def _check_positions(cfg: Parts) -> None:
 
 
 def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale: bool) -> AttentionConfig:
+  rope = Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
-    rope_theta=cfg.rope_theta if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
+    rope=rope if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
     qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
   )  # fmt: skip
 
@@ -102,17 +165,24 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   residual = additions**-0.5 if cfg.scale_residual_init else 1.0
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
-    projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross, rate=cfg.dropout,
+    parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
+    rate=cfg.dropout, experts=make_experts(cfg),
   )  # fmt: skip
-  return Stack(block, layers, remat=cfg.remat)
+  each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
+  return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), own_bias=each)
 
 
-def make_bias(cfg: Parts, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
+def make_experts(cfg: Parts) -> ExpertsConfig | None:
+  return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
+
+
+def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
   """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
       buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
-      return RelativePositionBias(cfg.heads, bidirectional=bidirectional, buckets=buckets, max_distance=distance)
+      bias = RelativePositionBias(cfg.heads, bidirectional=bidirectional, buckets=buckets, max_distance=distance)
+      return bias if cfg.relative_layers == 'shared' else stack(bias, layers)
     case 'alibi':
       return Alibi(cfg.heads)
     case 'rotary' | 'learned':
@@ -126,6 +196,6 @@ def make_embedding(cfg: Parts) -> Embedding:
 
 
 def make_head(cfg: Parts) -> Head | None:
-  """None where the embedding's table is the head."""
-  own = Projections(std=cfg.init_std).init('embed', scale=cfg.head_init_scale)
-  return Head(cfg.embed, cfg.vocab_size, own) if cfg.head == 'untied' else None
+  """None where the embedding's table is the head, without a bias."""
+  own = Projections(std=cfg.init_std).init('embed', scale=cfg.head_init_scale) if cfg.head == 'untied' else None
+  return Head(cfg.embed, cfg.vocab_size, own, bias=cfg.head_bias) if own or cfg.head_bias else None

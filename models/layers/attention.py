@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,22 @@ from jax import Array
 from models.layers.dropout import fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
-from models.layers.positions import rotary
+from models.layers.rotary import Rope, rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
 from pallas_kernels.attention import api
 
 WEIGHTS_SITE = 20
+QkNorm = Literal['none', 'heads', 'all']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
   """Heads of `head_dim`; `kv_heads` < heads shares keys (GQA). T5 folds 1/sqrt(head_dim) into the query's init.
 
-  `qk_norm` normalises each query and key head before positions enter, as an RMS norm whatever `model.norm.name`, with
-  `qk_norm_eps` = `model.norm.eps` (Qwen3, OLMo 2 and Gemma 3 do the same); the scores are then scaled in any case.
+  `qk_norm` normalises queries and keys before positions enter, as an RMS norm whatever `model.norm.name`, with
+  `qk_norm_eps` = `model.norm.eps`: each head by itself ('heads': Qwen3, Gemma 3) or all heads together ('all': OLMo 2);
+  the scores are then scaled in any case.
   `softcap` bends scores to softcap * tanh(scores / softcap).
   """
 
@@ -32,17 +35,22 @@ class AttentionConfig:
   kv_heads: int
   head_dim: int
   t5_scale: bool
-  rope_theta: float | None
-  qk_norm: bool
+  rope: Rope | None
+  qk_norm: QkNorm
   qk_norm_eps: float
   softcap: float | None
   dropout: float
   implementation: str
 
   @property
+  def kv_axis(self) -> str:
+    """The logical axis of key heads. A single one serves all query heads, so every device of `tensor` has it whole."""
+    return 'kv_heads' if self.kv_heads > 1 else 'one_head'
+
+  @property
   def folds_scale(self) -> bool:
     """Whether 1/sqrt(head_dim) is in the query's init; a norm would take it out again."""
-    return self.t5_scale and not self.qk_norm
+    return self.t5_scale and self.qk_norm == 'none'
 
 
 VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
@@ -69,32 +77,42 @@ class Visibility(api.Visibility):
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
-def _on_each_device(run, see: Visibility):
+def _on_each_device(run, see: Visibility, kv_axis: str):
   """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
-  heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, 'kv_heads', 'head_dim')
+  heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, kv_axis, 'head_dim')
   given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
   return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), heads)
 
 
+def _head_norm(cfg: AttentionConfig, heads: int, axis: str) -> RmsNorm | None:
+  match cfg.qk_norm:
+    case 'none':
+      return None
+    case 'heads':
+      return RmsNorm((cfg.head_dim,), cfg.qk_norm_eps, ('head_dim',))
+    case 'all':  # the mean over heads that `tensor` divides is a sum over devices, which the partitioner adds
+      return RmsNorm((heads, cfg.head_dim), cfg.qk_norm_eps, (axis, 'head_dim'))
+
+
 class Attention(nnx.Module):
   """Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py;
-  norms of queries and keys: Henry et al. 2020, arXiv:2010.04245, as RMS norms with a scale in Qwen3 and Gemma 3.
+  norms of queries and keys: Henry et al. 2020, arXiv:2010.04245, as RMS norms with a scale in Qwen3 and Gemma 3; over
+  all heads: OLMo 2, arXiv:2501.00656, §3.2.
   """
 
   def __init__(self, embed: int, cfg: AttentionConfig, projections: Projections):
-    heads, kv_heads, head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
+    heads, kv_heads, head_dim, kv_axis = cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.kv_axis
     query = projections.init('embed', scale=head_dim**-0.5 if cfg.folds_scale else 1.0)
     self.query = weight((embed, heads, head_dim), ('embed', 'heads', 'head_dim'), query)
-    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'))
-    wide = lambda: weight((embed, kv_heads, head_dim), ('embed', 'kv_heads', 'head_dim'), projections.init('embed'))
-    bias = lambda: projections.make_bias((kv_heads, head_dim), ('kv_heads', 'head_dim'))
+    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'), qkv=True)
+    wide = lambda: weight((embed, kv_heads, head_dim), ('embed', kv_axis, 'head_dim'), projections.init('embed'))
+    bias = lambda: projections.make_bias((kv_heads, head_dim), (kv_axis, 'head_dim'), qkv=True)
     self.key, self.key_bias = wide(), bias()
     self.value, self.value_bias = wide(), bias()
     out = projections.init_residual('heads', 'head_dim')
     self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
     self.out_bias = projections.make_bias((embed,), ('embed',))
-    head_norm = lambda: RmsNorm(head_dim, cfg.qk_norm_eps, axis='head_dim') if cfg.qk_norm else None
-    self.query_norm, self.key_norm = head_norm(), head_norm()
+    self.query_norm, self.key_norm = _head_norm(cfg, heads, 'heads'), _head_norm(cfg, kv_heads, kv_axis)
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array) -> Array:
@@ -104,12 +122,12 @@ class Attention(nnx.Module):
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
-    k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', 'kv_heads', 'head_dim')
-    v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', 'kv_heads', 'head_dim')
+    k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
+    v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
     return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
 
   def _rotate(self, x: Array, positions: Array) -> Array:
-    return x if self.cfg.rope_theta is None else rotary(x, positions, self.cfg.rope_theta)
+    return x if self.cfg.rope is None else rotary(x, positions, self.cfg.rope)
 
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]."""
@@ -123,7 +141,7 @@ class Attention(nnx.Module):
     if implementation == 'reference':
       mixed = run(q, k, v, see, dropout=dropped)
     else:
-      mixed = _on_each_device(run, see)(q, k, v, see)
+      mixed = _on_each_device(run, see, self.cfg.kv_axis)(q, k, v, see)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
 

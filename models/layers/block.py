@@ -1,6 +1,7 @@
 """One block and its stack: encoder, decoder and decoder-only models are made of these."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 
 from models.layers.attention import Attention, AttentionConfig, Cache, Visibility
 from models.layers.dropout import dropout, fold
+from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
@@ -17,7 +19,10 @@ from models.partition import constrain
 from models.specs import stack
 
 Remat = Literal['none', 'dots', 'full']
-Placement = Literal['pre', 'post', 'sandwich']
+Placement = Literal['pre', 'post', 'sandwich', 'inner']
+Parallel = Literal['none', 'one_norm', 'two_norms']
+Windows = tuple[int | None, ...]
+Aux = dict[str, Array]  # scalars of a layer that are no activations: for the loss, for metrics
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
 
@@ -36,7 +41,11 @@ class BlockConfig:
   """The parts of a block. `placement` of the norms, with f a layer and N a norm:
 
   pre: x + f(N(x)), T5 and Llama; post: N(x + f(x)), Vaswani et al. 2017 and BERT; sandwich: x + N(f(N(x))), Ding et al.
-  2021, arXiv:2105.13290, §3.3, and Gemma 2. `cross` adds attention to an encoder, which has no rotary positions.
+  2021, arXiv:2105.13290, §3.3, and Gemma 2; inner: x + N(f(x)), OLMo 2, arXiv:2501.00656, §3.1.
+
+  `parallel` blocks add attention and MLP of the same x: x + f(N(x)) + g(N(x)) with one norm (GPT-J, Falcon 7B) or two
+  (GPT-NeoX, arXiv:2204.06745, §2.1.2; Falcon 40B). `cross` adds attention to an encoder, which has no rotary positions.
+  With `experts`, `mlp` is that of each expert.
   """
 
   embed: int
@@ -44,9 +53,11 @@ class BlockConfig:
   mlp: MlpConfig
   norm: NormConfig
   placement: Placement
+  parallel: Parallel
   projections: Projections
   cross: bool
   rate: float
+  experts: ExpertsConfig | None = None
 
 
 class Sublayer(NamedTuple):
@@ -68,11 +79,11 @@ class Block(nnx.Module):
     if cfg.cross:
       self.cross_norm, self.cross_out_norm = norm(), out_norm()
       # There is no distance between an encoder's position and a decoder's.
-      across = dataclasses.replace(cfg.attention, rope_theta=None)
+      across = dataclasses.replace(cfg.attention, rope=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
-    self.mlp_norm, self.mlp_out_norm = norm(), out_norm()
-    self.mlp = Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
-    self.placement, self.rate = cfg.placement, cfg.rate
+    self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
+    self.mlp = make_mlp(cfg)
+    self.placement, self.parallel, self.rate = cfg.placement, cfg.parallel, cfg.rate
 
   def __call__(
     self,
@@ -83,63 +94,103 @@ class Block(nnx.Module):
     keys: Array | None,
     layer: Array,
     cache: Cache | None,
-  ) -> tuple[Array, Cache | None]:
-    """x[batch, length, embed] -> the same, and the cache with this layer's new keys and values."""
+  ) -> tuple[Array, Cache | None, Aux]:
+    """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
     at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
     h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
-    x = self._add(x, self.self_attention.attend(q, k, v, see, keys, SELF_SITE), keys, at)
+    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE)
+    if self.parallel != 'none':
+      update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids)
+      x = self._add(x, mixed, keys, at)
+      return self._add(x, update, keys, Sublayer(self.self_norm, None, MLP_SITE)), cache, aux
+    x = self._add(x, mixed, keys, at)
     if cross is not None:
       at = Sublayer(self.cross_norm, self.cross_out_norm, CROSS_SITE)
       q = self.cross_attention.queries(self._enter(x, at), positions)
       k, v = cross.keys_values or self.cross_attention.keys_values(cross.memory, positions)
       x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, at)
     at = Sublayer(self.mlp_norm, self.mlp_out_norm, MLP_SITE)
-    return self._add(x, self.mlp(self._enter(x, at), keys), keys, at), cache
+    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids)
+    return self._add(x, update, keys, at), cache, aux
 
   def _enter(self, x: Array, at: Sublayer) -> Array:
-    return x if self.placement == 'post' else at.norm(x)
+    return x if self.placement in ('post', 'inner') else at.norm(x)
 
   def _add(self, x: Array, update: Array, keys: Array | None, at: Sublayer) -> Array:
-    update = update if at.out_norm is None else at.out_norm(update)
+    out_norm = at.norm if self.placement == 'inner' else at.out_norm
+    update = update if out_norm is None else out_norm(update)
     x = constrain(x + dropout(update, self.rate, keys, at.site), 'batch', 'length', 'embed')
     return at.norm(x) if self.placement == 'post' else x
 
 
-class Stack(nnx.Module):
-  """`layers` blocks of one shape, scanned, then a norm unless blocks end with one. One block is compiled."""
+def make_mlp(cfg: BlockConfig) -> Mlp | Experts:
+  if cfg.experts is None:
+    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
+  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.rate)
 
-  def __init__(self, cfg: BlockConfig, layers: int, *, remat: Remat):
+
+class Stack(nnx.Module):
+  """`layers` blocks of one shape, scanned, then a norm unless blocks end with one.
+
+  `windows` gives the window of each layer and repeats: blocks are scanned in groups of its length, and so many are
+  compiled. `own_bias`: `see.relative_bias` has a table for each layer.
+  """
+
+  def __init__(
+    self, cfg: BlockConfig, layers: int, *, remat: Remat, windows: Windows = (None,), own_bias: bool = False
+  ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
     self.layers, self.remat, self.rate = layers, remat, cfg.rate
+    self.windows, self.own_bias = windows, own_bias
 
   def __call__(
     self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
-  ) -> Array:
-    def body(x, inputs):
-      block, layer = inputs
-      return block(x, positions, see, cross, fold(keys, layer), layer, None)[0], None
+  ) -> tuple[Array, Aux]:
+    """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
 
-    x, _ = jax.lax.scan(rematerialise(body, self.remat), x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32)))
-    return dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
+    def one(window: int | None):
+      def body(x, inputs):
+        block, layer, table = inputs
+        x, _, aux = block(x, positions, _of_layer(see, window, table), cross, fold(keys, layer), layer, None)
+        return x, aux
+
+      return rematerialise(body, self.remat)
+
+    x, aux = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
+    x = dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
+    return x, jax.tree.map(jnp.mean, aux)
 
   def decode(
     self, x: Array, positions: Array, see: Visibility, cache: Cache, cross: Cross | None = None
   ) -> tuple[Array, Cache]:
     """As `__call__`, for tokens that follow those in `cache`; the cache is updated in place in the carry."""
 
-    def body(carry, inputs):
-      block, layer, cross_keys_values = inputs
-      own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
-      return block(*carry[:1], positions, see, own, None, layer, carry[1]), None
+    def one(window: int | None):
+      def body(carry, inputs):
+        block, layer, table, cross_keys_values = inputs
+        own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
+        return block(*carry[:1], positions, _of_layer(see, window, table), own, None, layer, carry[1])[:2], None
+
+      return body
 
     layers = jnp.arange(self.layers, dtype=jnp.int32)
-    inputs = (self.blocks, layers, None if cross is None else cross.keys_values)
-    (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
+    inputs = (self.blocks, layers, self._tables(see), None if cross is None else cross.keys_values)
+    (x, cache), _ = self._scan(one, (x, cache), inputs)
     return self.finish(x), cache.advance(x.shape[1])
+
+  def _tables(self, see: Visibility) -> Array | None:
+    return see.relative_bias.table if self.own_bias else None
+
+  def _scan(self, one: Callable, carry, inputs):
+    """(the last carry, the outputs) of `one(window)(carry, inputs of a layer)` over all layers."""
+    bodies = [one(window) for window in self.windows]
+    if len(bodies) > 1:
+      inputs = jax.tree.map(lambda x: x.reshape(-1, len(bodies), *x.shape[1:]), inputs)
+    return jax.lax.scan(_in_turn(bodies), carry, inputs)
 
   def finish(self, x: Array) -> Array:
     return x if self.norm is None else self.norm(x)
@@ -149,9 +200,36 @@ class Stack(nnx.Module):
     return jax.lax.map(lambda block: block.cross_attention.keys_values(memory, positions), self.blocks)
 
 
+def _of_layer(see: Visibility, window: int | None, table: Array | None) -> Visibility:
+  """`see` of one layer: with its window and, where layers do not share one, its own table of relative biases."""
+  if table is not None:
+    see = dataclasses.replace(see, relative_bias=dataclasses.replace(see.relative_bias, table=table))
+  return see if window is None else dataclasses.replace(see, window=window)
+
+
+def _in_turn(bodies: Sequence[Callable]) -> Callable:
+  """One body of a scan that runs `bodies`, each with its part of the inputs."""
+  if len(bodies) == 1:
+    return bodies[0]
+
+  def body(carry, inputs):
+    outputs = []
+    for place, one in enumerate(bodies):
+      carry, output = one(carry, jax.tree.map(lambda x, place=place: x[place], inputs))
+      outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+  return body
+
+
 def rematerialise(body, remat: Remat):
   """`body` with fewer activations kept for its gradient: all (`none`), matrix products (`dots`), none (`full`)."""
   if remat == 'none':
     return body
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
-  return jax.checkpoint(body, policy=policy, prevent_cse=False)
+  return jax.checkpoint(body, policy=_is_product if remat == 'dots' else None, prevent_cse=False)
+
+
+def _is_product(primitive, *args, **params) -> bool:
+  """Whether a result is kept: those of products with parameters, those of experts included."""
+  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+  return kept or primitive.name == 'ragged_dot_general'

@@ -5,8 +5,11 @@ from flax import nnx
 from jax import Array
 
 from models.layers.dropout import dropout
+from models.layers.linear import Projections, linear
+from models.layers.mlp import ACTIVATIONS, Activation
+from models.layers.norm import NormConfig, make_norm
 from models.partition import constrain
-from models.specs import Normal, weight
+from models.specs import Normal, Zeros, weight
 
 EMBEDDING_SITE = 30
 
@@ -34,12 +37,27 @@ class Embedding(nnx.Module):
     return dropout(x, self.rate, keys, EMBEDDING_SITE)
 
 
+class HeadTransform(nnx.Module):
+  """N(activation(dense(x))), which BERT puts before the head. Source: google-research/bert run_pretraining.py."""
+
+  def __init__(self, embed: int, activation: Activation, norm: NormConfig, projections: Projections):
+    # The second dim is `mlp`: `tensor` divides it, as it divides that of any matrix, while fsdp divides the first.
+    self.kernel = weight((embed, embed), ('embed', 'mlp'), projections.init('embed'))
+    self.bias = projections.make_bias((embed,), ('mlp',))
+    self.norm, self.activation = make_norm(embed, norm), activation
+
+  def __call__(self, x: Array) -> Array:
+    hidden = ACTIVATIONS[self.activation](linear(x, self.kernel, self.bias))
+    return self.norm(constrain(hidden, 'batch', 'length', 'embed'))
+
+
 class Head(nnx.Module):
   """The projection to logits where it is not the embedding's table (untied), as in T5 v1.1 and Llama.
 
   At `scale` 1.0 (T5X's) the first logits have unit variance and the first loss is ln(vocabulary) + 0.5; a smaller scale
-  brings it nearer to ln(vocabulary).
+  brings it nearer to ln(vocabulary). `bias` is added to the logits (BERT); with `init` None there is only that.
   """
 
-  def __init__(self, embed: int, vocab: int, init: Normal):
-    self.kernel = weight((embed, vocab), ('embed', 'vocab'), init)
+  def __init__(self, embed: int, vocab: int, init: Normal | None, *, bias: bool):
+    self.kernel = None if init is None else weight((embed, vocab), ('embed', 'vocab'), init)
+    self.bias = weight((vocab,), ('vocab',), Zeros()) if bias else None

@@ -1,12 +1,15 @@
 """The one matrix product of the models: the only place for quantisation and low-rank adapters."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 from flax import nnx
 from jax import Array
 
 from models.specs import Normal, Zeros, cast, weight
+
+Bias = Literal['none', 'qkv', 'all']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,12 +18,13 @@ class Projections:
 
   `std` None draws each at 1/sqrt(fan-in) (T5X examples/t5/layers.py); a number draws all at that std (0.02 in GPT-2 and
   BERT). `residual` multiplies the std of the matrices that write to the residual stream: 1/sqrt(number of additions to
-  it) in GPT-2 (Radford et al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product.
+  it) in GPT-2 (Radford et al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product ('all'), or to those
+  that make queries, keys and values ('qkv', Qwen2).
   """
 
   std: float | None = None
   residual: float = 1.0
-  bias: bool = False
+  bias: Bias = 'none'
 
   def init(self, *fan_in: str, scale: float = 1.0) -> Normal:
     return Normal(scale, fan_in) if self.std is None else Normal(scale * self.std)
@@ -28,8 +32,8 @@ class Projections:
   def init_residual(self, *fan_in: str) -> Normal:
     return self.init(*fan_in, scale=self.residual)
 
-  def make_bias(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
-    return weight(shape, axes, Zeros()) if self.bias else None
+  def make_bias(self, shape: tuple[int, ...], axes: tuple[str, ...], *, qkv: bool = False) -> nnx.Param | None:
+    return weight(shape, axes, Zeros()) if self.bias == 'all' or (qkv and self.bias == 'qkv') else None
 
 
 def linear(x: Array, w: nnx.Param, bias: nnx.Param | None = None, contract: int = 1) -> Array:

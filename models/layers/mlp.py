@@ -49,8 +49,11 @@ class Mlp(nnx.Module):
     self.down_bias = projections.make_bias((embed,), ('embed',))
     self.activation, self.rate = cfg.activation, rate
 
-  def __call__(self, x: Float[Array, 'batch length embed'], keys: Array | None) -> Float[Array, 'batch length embed']:
+  def __call__(
+    self, x: Float[Array, 'batch length embed'], keys: Array | None, segments: Array | None = None
+  ) -> tuple[Float[Array, 'batch length embed'], dict[str, Array]]:
+    """(the same shape, no values beside it). `segments` tell tokens from padding; an MLP has no use for them."""
     activate, up = ACTIVATIONS[self.activation], linear(x, self.up, self.up_bias)
     hidden = activate(up) if self.gate is None else activate(linear(x, self.gate, self.gate_bias)) * up
     hidden = constrain(dropout(hidden, self.rate, keys, HIDDEN_SITE), 'batch', 'length', 'mlp')
-    return linear(hidden, self.down, self.down_bias)
+    return linear(hidden, self.down, self.down_bias), {}

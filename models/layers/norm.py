@@ -32,15 +32,18 @@ NormConfig = RmsNormConfig | LayerNormConfig
 
 
 class RmsNorm(nnx.Module):
-  """x / rms(x) * scale, statistics in f32. Source: Zhang and Sennrich 2019, arXiv:1910.07467; T5's layer norm."""
+  """x / rms(x) * scale over the last dims of x, which `shape` gives, statistics in f32.
 
-  def __init__(self, dim: int, eps: float, axis: str = 'embed'):
-    self.scale = weight((dim,), (axis,), Ones())
-    self.eps = eps
+  Source: Zhang and Sennrich 2019, arXiv:1910.07467; T5's layer norm.
+  """
+
+  def __init__(self, shape: tuple[int, ...], eps: float, axes: tuple[str, ...] = ('embed',)):
+    self.scale = weight(shape, axes, Ones())
+    self.dims, self.eps = tuple(range(-len(shape), 0)), eps
 
   def __call__(self, x: Array) -> Array:
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), self.dims, keepdims=True) + self.eps)
     return (x32 * inverse).astype(x.dtype) * cast(self.scale, x)
 
 
@@ -63,7 +66,7 @@ class LayerNorm(nnx.Module):
 def make_norm(embed: int, cfg: NormConfig) -> RmsNorm | LayerNorm:
   match cfg:
     case RmsNormConfig():
-      return RmsNorm(embed, cfg.eps)
+      return RmsNorm((embed,), cfg.eps)
     case LayerNormConfig():
       return LayerNorm(embed, cfg.eps, bias=cfg.bias)
     case _:

@@ -12,6 +12,7 @@ def linear_cross_entropy(
   w: Array,
   labels: Array,
   *,
+  bias: Array | None = None,
   z_loss: float = 0.0,
   softcap: float | None = None,
   label_smoothing: float = 0.0,
@@ -19,8 +20,9 @@ def linear_cross_entropy(
 ) -> tuple[Array, Array, Array]:
   """Losses of x[tokens, embed] w[embed, vocab] against labels[tokens], f32: (loss, lse, correct), each [tokens].
 
-  loss = cross entropy + z_loss * lse^2; `correct`: whether the label has the largest logit. `softcap` c bends logits
-  to c tanh(logits / c); `label_smoothing` spreads that share of the target over the vocabulary.
+  Logits are x w + bias[vocab]; `softcap` c bends them to c tanh(logits / c). loss = cross entropy + z_loss * lse^2;
+  `correct`: whether the label has the largest logit; `label_smoothing` spreads that share of the target over the
+  vocabulary.
 
   Raises ValueError for an implementation that does not exist.
   """
@@ -28,4 +30,6 @@ def linear_cross_entropy(
   if name not in IMPLEMENTATIONS:
     known = ', '.join(repr(n) for n in IMPLEMENTATIONS)
     raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
-  return IMPLEMENTATIONS[name](x, w, labels, z_loss=z_loss, softcap=softcap, label_smoothing=label_smoothing)
+  return IMPLEMENTATIONS[name](
+    x, w, labels, bias=bias, z_loss=z_loss, softcap=softcap, label_smoothing=label_smoothing
+  )  # fmt: skip

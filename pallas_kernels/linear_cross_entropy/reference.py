@@ -11,12 +11,15 @@ def linear_cross_entropy(
   w: Float[Array, 'embed vocab'],
   labels: Int[Array, ' tokens'],
   *,
+  bias: Float[Array, ' vocab'] | None = None,
   z_loss: float = 0.0,
   softcap: float | None = None,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ' tokens'], Float[Array, ' tokens'], Bool[Array, ' tokens']]:
   """See `api.linear_cross_entropy`."""
   logits = jax.lax.dot_general(x, w.astype(x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   top = jax.lax.stop_gradient(logits.max(-1))

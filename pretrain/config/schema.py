@@ -4,6 +4,7 @@ Annotations may be int, float, str, bool, Literal, X | None, tuple[X, ...], tupl
 a dataclass, or a union of dataclasses, each with a field `name: Literal['…']` that picks it. int -> float is the only
 coercion. A range stands next to its field, in words that need no import: `Annotated[int, '>= 1']`,
 `Annotated[float, '[0, 1)']`; so does `Annotated[str, 'path']`, which expands `~` and may have bytes that are not UTF-8.
+Words that took the place of a bool stand there too: `Annotated[Literal['none', 'all'], {False: 'none', True: 'all'}]`.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ class Builder:
     if is_section(hint):
       return self.section(hint, given, key, default)
     if origin is Annotated:
-      return self.path(given, key) if args[1] == 'path' else self.bounded(args[0], args[1], given, key)
+      return self.annotated(args[0], args[1], given, key)
     if origin is tuple:
       return self.sequence(args, given, key)
     if origin is Literal:
@@ -111,6 +112,13 @@ class Builder:
     if origin is Mapping:
       return self.mapping(given, key)
     return self.scalar(hint, given, key)
+
+  def annotated(self, hint: Any, note: Any, given: Any, key: str) -> Any:
+    if note == 'path':
+      return self.path(given, key)
+    if isinstance(note, Mapping):
+      return self.value(hint, note[given] if type(given) is bool else given, key)
+    return self.bounded(hint, note, given, key)
 
   def section(self, hint: Any, given: Any, key: str, default: Any) -> Any:
     if isinstance(given, Mapping):

@@ -89,6 +89,7 @@ def _check_one(cfg: Experiment) -> None:
   # The size of an axis of -1 is not known before devices are counted; build_program checks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
+  _check_experts(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_optimizer(cfg.optimizer)
@@ -99,6 +100,12 @@ def _check_one(cfg: Experiment) -> None:
   check_order(cfg.data)
   check_online(cfg.data)
   check_tags(cfg.data, cfg.objective)
+
+
+def _check_experts(cfg: Experiment) -> None:
+  for key in ('load_balance', 'router_z'):
+    if (given := getattr(cfg.loss, key)) and cfg.model.experts is None:
+      raise ConfigError(f'loss.{key}={given} without model.experts, which it is about; set it, or remove loss.{key}.')
 
 
 def _check_buckets(cfg: Experiment) -> None:

@@ -20,7 +20,6 @@ NO_EFFECT = frozenset((
   'use_return_dict', 'max_length', 'chunk_size_feed_forward', 'finetuning_task', 'tokenizer_class',
 ))  # fmt: skip
 REQUIRED = object()
-ROPE_KEYS = frozenset(('rope_type', 'type', 'rope_theta', 'partial_rotary_factor'))
 
 
 class ConfigJson:
@@ -31,20 +30,20 @@ class ConfigJson:
     self.problems: list[str] = []
     self._known = set(NO_EFFECT)
 
-  def take(self, key: str, default: Any = REQUIRED, kind: type = int) -> Any:
-    """The value of `key`, or `default` where it is absent."""
+  def take(self, key: str, default: Any = REQUIRED, kind: type = int, *, optional: bool = False) -> Any:
+    """The value of `key`, or `default` where it is absent; None only if that is the default, or it is `optional`."""
     self._known.add(key)
     found = self.values.get(key, default)
     if found is REQUIRED:
       self.problems.append(f'{key} is missing')
-      return kind(1)
+      return kind(1) if kind is not list else []
     if found is None or (isinstance(found, bool) and kind is not bool):
-      fits = found is None and default is None
+      fits = found is None and (optional or default is None)
     else:
       fits = isinstance(found, (int, float) if kind is float else kind)
     if not fits:
       self.problems.append(f'{key}={found!r} is no {kind.__name__}')
-      return kind(1)
+      return kind(1) if kind is not list else []
     return found if found is None else kind(found)
 
   def expect(self, key: str, *allowed: Any) -> None:
@@ -63,25 +62,6 @@ class ConfigJson:
     if found not in options:
       self.problems.append(f'{key}={found!r} (supported: {" or ".join(map(repr, options))})')
     return options.get(found, options[default])
-
-  def rope(self, default_theta: float) -> dict[str, Any]:
-    """The values of rope_parameters (transformers 5), or of rope_theta and rope_scaling (4), with a rope_theta."""
-    self._known |= {'rope_parameters', 'rope_scaling', 'rope_theta'}
-    found = self.values.get('rope_parameters') or self.values.get('rope_scaling') or {}
-    if not isinstance(found, Mapping):
-      self.problems.append(f'rope_scaling={found!r} is no object')
-      found = {}
-    theta = found.get('rope_theta', self.values.get('rope_theta', default_theta))
-    kind = found.get('rope_type', found.get('type', 'default'))
-    return {**found, 'rope_type': kind, 'rope_theta': float(theta)}
-
-  def plain_rope(self, default_theta: float) -> float:
-    """The base of rotary positions without scaling; notes a problem for any other kind."""
-    found = self.rope(default_theta)
-    extra = sorted(found.keys() - ROPE_KEYS)
-    if found['rope_type'] != 'default' or extra:
-      self.problems.append(f'rope_type={found["rope_type"]!r} {", ".join(extra)}'.strip() + " (supported: 'default')")
-    return found['rope_theta']
 
   def finish(self) -> None:
     """Raises CheckpointError with every problem and every key that was not read."""

@@ -22,9 +22,9 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import FAMILIES, family_for, lost
 from pretrain.interchange.family import Family
-from pretrain.interchange.importing import KEPT, TENSORS, placed
+from pretrain.interchange.importing import KEPT, ORIGINALS, TENSORS, needed, placed
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.safetensors import create
+from pretrain.interchange.safetensors import Tensor, create, open_folder
 from pretrain.tools.weights import NOT_ARCHITECTURE, Step, check_new, config_of
 
 Names = Mapping[str, str]
@@ -45,8 +45,9 @@ def export(step: Step, output: pathlib.Path) -> Family:
     raise ConfigError(f'{partial} is left from an export that was interrupted; remove it.')
   partial.mkdir(parents=True)
   try:
-    _write_weights(step, cfg, family, imported, partial)
-    _write_config(cfg, family, imported, partial)
+    values = _config_json(cfg, family, imported)
+    _write_weights(step, cfg, family, values, imported, partial)
+    _write_config(cfg, family, values, imported, partial)
     _write_tokenizer(cfg, family, imported, partial)
     partial.rename(output)
   except BaseException:
@@ -79,20 +80,37 @@ def _family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
   return family_for(cfg.model)
 
 
-def _write_weights(step: Step, cfg: Experiment, family: Family, imported: pathlib.Path | None, output) -> None:
+def _write_weights(step: Step, cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:
   names, types = _record(imported)
-  places = placed(family, cfg.model)
-  shapes = {name: entry.shape(spec) for entry, spec in places for name in entry.names(spec).values()}
+  places, kept = placed(family, cfg.model, values), _originals(imported, family)
+  shapes = needed(family, cfg.model, values)
+  shapes |= {name: tensor.shape for name, tensor in kept.items() if name not in shapes}
   tensors = {
     name: (types.get(name, 'F32'), shape) for first, shape in shapes.items() for name in _all_names(first, names)
   }  # fmt: skip
   arrays = create(output, tensors)
+  for first, tensor in kept.items():  # the places of no parameter keep these values
+    for name in _all_names(first, names):
+      arrays[name][...] = tensor.values()
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     for entry, spec in places:
-      values = _read(checkpoints, step, entry, spec)
-      for place, first in entry.names(spec).items():
+      found, row = _read(checkpoints, step, entry, spec), _row(entry, kept)
+      for at, first in entry.names(spec).items():
+        before = kept[first].values() if first in kept and entry.folds else None
         for name in _all_names(first, names):
-          entry.write(arrays[name], spec, values[place])
+          entry.write(arrays[name], spec, found[at], before, row)
+
+
+def _originals(imported: pathlib.Path | None, family: Family) -> dict[str, Tensor]:
+  """Tensors of the import that parameters do not give back, where the export is of the same family."""
+  if imported is None or not (imported / ORIGINALS).is_dir():
+    return {}
+  return open_folder(imported / ORIGINALS) if read_config(imported)['model_type'] == family.model_type else {}
+
+
+def _row(entry: Entry, kept: Mapping[str, Tensor]) -> np.ndarray | None:
+  """The row that the fold of an entry adds; without an import, the tensor has zeros."""
+  return kept[entry.row].values()[0].astype(np.float32) if entry.row in kept else None
 
 
 def _record(imported: pathlib.Path | None) -> tuple[Names, Names]:
@@ -120,11 +138,11 @@ def _read(checkpoints: Checkpoints, step: Step, entry: Entry, spec: ParamSpec) -
   return np.asarray(jax.device_get(found[key]))
 
 
-def _write_config(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: pathlib.Path) -> None:
-  (output / FILE).write_text(_as_json(_config_json(cfg, family, imported)))
+def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:
+  (output / FILE).write_text(_as_json(values))
   if imported is None or not (imported / 'generation_config.json').is_file():
-    values = family.write(cfg.model)
-    ids = {key: value for key, value in values.items() if key.endswith('_token_id')}
+    own = family.write(cfg.model)
+    ids = {key: value for key, value in own.items() if key.endswith('_token_id')}
     (output / 'generation_config.json').write_text(_as_json(ids))
 
 
@@ -141,9 +159,13 @@ def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None)
   if old['model_type'] != family.model_type:
     return base | family.write(cfg.model)
   head = {'lm_head.weight': None} if cfg.model.head == 'untied' else {}
-  before, now = (bindings.flatten(m, 'model.') for m in (family.read(ConfigJson(old, imported), head), cfg.model))
-  same = all(before.get(key) == value for key, value in now.items() if key not in NOT_ARCHITECTURE)
-  return old if same else {**old, **family.write(cfg.model)}
+  before = family.read(ConfigJson(old, imported), head)
+  ours, now = (bindings.flatten(m, 'model.') for m in (before, cfg.model))
+  if all(ours.get(key) == value for key, value in now.items() if key not in NOT_ARCHITECTURE):
+    return old
+  theirs, new = family.write(before), family.write(cfg.model)
+  changed = {key: value for key, value in new.items() if theirs.get(key) != value}
+  return {key: value for key, value in old.items() if key in new or key not in theirs} | changed
 
 
 def _as_json(values: Mapping[str, Any]) -> str:

@@ -5,12 +5,17 @@ from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.interchange.config_json import FILE, ConfigJson
 from pretrain.interchange.family import Family
-from pretrain.interchange.gpt2 import GPT2
-from pretrain.interchange.llama import LLAMA, QWEN3
-from pretrain.interchange.t5 import T5
+from pretrain.interchange.published.bert import BERT, ELECTRA, ROBERTA
+from pretrain.interchange.published.gpt import FALCON, GPT2, GPT_NEOX
+from pretrain.interchange.published.llama import GEMMA2, LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN2, QWEN3
+from pretrain.interchange.published.t5 import MT5, T5, UMT5
 from pretrain.tools.weights import NOT_ARCHITECTURE
 
-FAMILIES = {family.model_type: family for family in (T5, LLAMA, QWEN3, GPT2)}
+# An export takes the first that has all parts of a model.
+ALL = (
+  T5, UMT5, MT5, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GPT2, GPT_NEOX, FALCON, BERT, ROBERTA, ELECTRA,
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in ALL}
 
 
 def family_of(config: ConfigJson) -> Family:
@@ -46,7 +51,7 @@ def lost(family: Family, cfg: ModelConfig) -> list[str]:
   try:
     config = ConfigJson(family.write(cfg), FILE)
     back = bindings.flatten(family.read(config, _head_only(family, cfg)), 'model.')
-  except (AttributeError, KeyError):  # another kind of model, which lacks the keys of this family
+  except (AttributeError, KeyError, TypeError):  # another kind of model, which lacks the keys of this family
     return sorted(ours)
   differing = [key for key in ours.keys() | back.keys() if ours.get(key) != back.get(key)]
   return sorted(key for key in differing if key not in NOT_ARCHITECTURE)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from data.stores.vocabulary import MODES, Tokenizer
 from models.build import ModelConfig, build
@@ -27,11 +29,13 @@ from pretrain.hosts.ownership import owned
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import family_of
 from pretrain.interchange.family import Family
-from pretrain.interchange.layout import Entry, reader
-from pretrain.interchange.safetensors import READ, Tensor, open_folder
+from pretrain.interchange.layout import Entry
+from pretrain.interchange.placing import BLOCK, place
+from pretrain.interchange.safetensors import READ, Tensor, create, equal, open_folder
 from pretrain.tools.weights import NOT_ARCHITECTURE
 
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
+ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
 KEPT = (
   FILE, 'generation_config.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
   'merges.txt', 'vocab.txt', 'chat_template.jinja', 'tokenizer.json', *SENTENCEPIECE,
@@ -46,6 +50,7 @@ class Source:
 
   folder: pathlib.Path
   family: Family
+  values: Mapping[str, Any]  # of config.json
   model: ModelConfig
   tensors: Mapping[str, Tensor]
   names: Mapping[str, str]  # each name in the files -> the first name of the tensor
@@ -56,28 +61,39 @@ def open_source(folder: pathlib.Path) -> Source:
   config = ConfigJson(read_config(folder), folder / FILE)
   family, found = family_of(config), open_folder(folder)
   names = {name: _first_name(name, family, found) for name in found if not _unused(name, family)}
-  tensors = {first: found[name] for name, first in reversed(names.items())}
-  tensors |= {name: found[name] for name, first in names.items() if name == first}
-  model = family.read(config, tensors)
+  model = family.read(config, _by_first_name(names, found))
   config.finish()
-  _check_tensors(folder, family, model, tensors)
-  _check_aliases(folder, names, found, tensors)
-  kept = {name: first for name, first in names.items() if first in needed(family, model)}
-  return Source(folder, family, model, tensors, kept)
+  if family.tied is not None and model.head != 'untied' and family.tied[0] in names:
+    names[family.tied[0]] = family.tied[1]
+  source = Source(folder, family, config.values, model, _by_first_name(names, found), names)
+  _check_tensors(source)
+  _check_aliases(source, found)
+  return source
+
+
+def _by_first_name(names: Mapping[str, str], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  tensors = {first: found[name] for name, first in reversed(names.items())}
+  return tensors | {name: found[name] for name, first in names.items() if name == first}
 
 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
+  for old, new in family.renamed.items():
+    name = re.sub(old, new, name)
   whole = name if name.startswith(family.prefix) or name in family.aliases else family.prefix + name
   return family.aliases.get(whole, whole)
 
 
 def _unused(name: str, family: Family) -> bool:
-  return any(re.fullmatch(pattern, text) for pattern in family.unused for text in (name, family.prefix + name))
+  return _matches(name, family.unused) or _matches(family.prefix + name, family.unused)
 
 
-def placed(family: Family, model: ModelConfig) -> list[tuple[Entry, ParamSpec]]:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+  return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def placed(family: Family, model: ModelConfig, values: Mapping[str, Any]) -> list[tuple[Entry, ParamSpec]]:
   """Each parameter of the model with its entry. Raises ConfigError for one that the family has no name for."""
-  specs, entries = flat(build(model).specs), {entry.ours: entry for entry in family.entries(model)}
+  specs, entries = flat(build(model).specs), {entry.ours: entry for entry in family.entries(model, values)}
   if absent := specs.keys() - entries.keys():
     raise ConfigError(f'{family.model_type} has no tensor for {", ".join(sorted(absent))}. Nothing was written.')
   return [(entries[path], spec) for path, spec in specs.items()]
@@ -89,29 +105,30 @@ def flat(tree: Tree) -> dict[str, Any]:
   return {'/'.join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def needed(family: Family, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def needed(family: Family, model: ModelConfig, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   """The first name and shape of each tensor of a model."""
-  return {
-    name: entry.shape(spec) for entry, spec in placed(family, model) for name in entry.names(spec).values()
-  }  # fmt: skip
+  places = placed(family, model, values)
+  own = {name: entry.shape(spec) for entry, spec in places for name in entry.names(spec).values()}
+  return own | family.others(values)
 
 
-def _check_tensors(folder, family: Family, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-  wanted = needed(family, model)
-  shared = {family.aliases.get(name, name) for name in tensors}  # a tied head is an alias whose values are checked
-  free = {'lm_head.weight'} if model.head != 'untied' else set()
+def _check_tensors(source: Source) -> None:
+  family, tensors = source.family, source.tensors
+  wanted = needed(family, source.model, source.values)
+  carried = {name for name in tensors if _matches(name, family.carried)}
   shapes = [
     f'{name} is {list(tensors[name].shape)}, config.json makes it {list(shape)}'
     for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape
   ]  # fmt: skip
-  kinds = [f'{name} has type {t.dtype}' for name, t in tensors.items() if name in wanted and t.dtype not in READ]
-  missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(shared - wanted.keys() - free)
+  read = wanted.keys() | carried
+  kinds = [f'{name} has type {t.dtype}' for name, t in tensors.items() if name in read and t.dtype not in READ]
+  missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - read)
   problems = [*_listed('missing: ', missing), *_listed('unknown: ', unknown), *_listed('', shapes), *_listed('', kinds)]
   if problems:
     raise CheckpointError(
       'IMPORT',
-      f'the tensors in {folder} are not those of the {family.model_type} in its {FILE}: {"; ".join(problems)}. Nothing '
-      'was written; both must be of one model.',
+      f'the tensors in {source.folder} are not those of the {family.model_type} in its {FILE}: {"; ".join(problems)}. '
+      'Nothing was written; both must be of one model.',
     )
 
 
@@ -119,29 +136,32 @@ def _listed(label: str, items: Sequence[str]) -> list[str]:
   return [label + ', '.join(items)] if items else []
 
 
-def _check_aliases(
-  folder, names: Mapping[str, str], found: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-  for name, first in names.items():
-    a, b = found[name], tensors[first]
-    if a is not b and ((a.dtype, a.shape) != (b.dtype, b.shape) or (a.map().tobytes() != b.map().tobytes())):
-      raise CheckpointError(
-        'IMPORT',
-        f'{name} and {b.name} in {folder} differ, and Pretrain has one table for both. Nothing was written; choose a '
-        'model that shares them.',
-      )
+def _check_aliases(source: Source, found: Mapping[str, Tensor]) -> None:
+  differing = [
+    f'{name} and {source.tensors[first].name}' for name, first in source.names.items()
+    if not equal(found[name], source.tensors[first])
+  ]  # fmt: skip
+  if differing:
+    raise CheckpointError(
+      'IMPORT',
+      f'{", ".join(differing)} in {source.folder} differ, and Pretrain has one table for both. Nothing was written; '
+      'choose a model that shares them.',
+    )
 
 
 def parameters(source: Source, shardings: Mapping[str, Any]) -> dict[str, Any]:
   """The parameters as a nested dict, each placed by its sharding; only the part of a device is copied."""
   tree: dict[str, Any] = {}
-  for entry, spec in placed(source.family, source.model):
-    tensors = {place: source.tensors[name].map for place, name in entry.names(spec).items()}
+  for entry, spec in placed(source.family, source.model, source.values):
     *parents, leaf = entry.ours.split('/')
     node = functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)
-    read = reader(entry, spec, tensors)
-    node[leaf] = jax.make_array_from_callback(spec.shape, shardings[entry.ours], read)
+    node[leaf] = parameter(source, entry, spec, shardings[entry.ours])
   return tree
+
+
+def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> jax.Array:
+  tensors = {at: source.tensors[name] for at, name in entry.names(spec).items()}
+  return place(entry, spec, tensors, None if entry.row is None else source.tensors[entry.row], sharding)
 
 
 def import_run(source: Source, cfg: Experiment, workdir: pathlib.Path, command: str) -> None:
@@ -166,6 +186,29 @@ def _keep(source: Source, folder: pathlib.Path) -> None:
       shutil.copyfile(source.folder / name, folder / name)
   types = {name: source.tensors[first].dtype for name, first in source.names.items()}
   (folder / TENSORS).write_text(json.dumps({'names': dict(source.names), 'types': types}, indent=1) + '\n')
+  if kept := {name: source.tensors[name] for name in sorted(_to_keep(source))}:
+    (folder / ORIGINALS).mkdir()
+    for name, array in create(folder / ORIGINALS, {name: (t.dtype, t.shape) for name, t in kept.items()}).items():
+      array[...] = kept[name].values()
+
+
+def _to_keep(source: Source) -> set[str]:
+  """Tensors whose values the parameters do not give back: those that are none, and those that a fold rounds."""
+  found = {name for name in source.tensors if _matches(name, source.family.carried)}
+  found |= source.family.others(source.values).keys()
+  for entry, spec in placed(source.family, source.model, source.values):
+    if entry.folds:
+      found |= {name for name in entry.names(spec).values() if not _gives_back(entry, source.tensors[name])}
+  return found
+
+
+def _gives_back(entry: Entry, tensor: Tensor) -> bool:
+  """Whether the inverse of the fold has the tensor's bits, which it has for bfloat16 unless values are tiny."""
+  if entry.row is not None:
+    return False
+  count = math.prod(tensor.shape)
+  parts = (tensor.read(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK))
+  return all(np.array_equal(entry.unfold(entry.fold(x, None), None).astype(x.dtype), x) for x in parts)
 
 
 def experiment(source: Source, files: Sequence[str], overrides: Sequence[str]) -> Experiment:

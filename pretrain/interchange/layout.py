@@ -7,17 +7,30 @@ Ours are the axes of the parameter (models/specs.py), without `layers`: their fi
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from models.specs import ParamSpec
 
 Sizes = Mapping[str, int]
+Index = tuple[slice, ...]
 
-
-STACKED = ('layers', 'experts')  # the axes along which their files have a tensor each
 RENAMED = {'one_head': 'kv_heads'}  # a single key head has an axis word of its own
+
+
+class Block(NamedTuple):
+  """Elements `begin` to `end` of a tensor, `rows` of its first axis, hold the part `into` of what is wanted.
+
+  `cut` are their places in the parameter's axes, counted from the first of these rows.
+  """
+
+  begin: int
+  end: int
+  rows: int
+  cut: Index
+  into: Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +39,27 @@ class Entry:
 
   An atom of `layout` is the name of an axis of ours, `axis@start/total` for an axis that lies in a longer one, or
   `@index/total` for one place of an axis that ours lacks. `split` writes an axis of ours as two, the outer one first.
+
+  ours = theirs * `scale` + `shift`, plus the first row of the tensor `row`, where there is one: in float32.
   """
 
   ours: str
   theirs: str
   layout: str
   split: Mapping[str, tuple[tuple[str, int], ...]] = dataclasses.field(default_factory=dict)
+  scale: float = 1.0
+  shift: float = 0.0
+  row: str | None = None
+
+  @property
+  def folds(self) -> bool:
+    """Whether ours has other values than theirs."""
+    return self.scale != 1.0 or self.shift != 0.0 or self.row is not None
 
   @property
   def stacked(self) -> int:
     """How many leading axes of ours are tensors of their own in their file."""
-    return self.theirs.count('{')
+    return len(set(re.findall(r'\{\d\}', self.theirs)))
 
   def names(self, spec: ParamSpec) -> dict[tuple[int, ...], str]:
     """The tensors that hold the parameter, by their place on the stacked axes of ours."""
@@ -49,26 +72,101 @@ class Entry:
 
   def view(self, tensor: np.ndarray, spec: ParamSpec) -> np.ndarray:
     """The places of the parameter in one `tensor`: a view with the axes of ours, split axes still apart."""
-    sizes, atoms = self._sizes(spec), [atom for dim in _parse(self.layout) for atom in dim]
+    sizes, atoms = self._sizes(spec), self._atoms()
     whole = tensor.reshape([_total(atom, sizes) for atom in atoms])
-    kept = whole[tuple(_index(atom, sizes) for atom in atoms)]
-    left = [atom.partition('@')[0] for atom in atoms if not atom.startswith('@')]
-    return kept.transpose([left.index(name) for name in self._axes(spec)])
+    return self._arranged(whole[tuple(_index(atom, sizes) for atom in atoms)], spec)
 
-  def read(self, tensor: np.ndarray, spec: ParamSpec) -> np.ndarray:
-    """The part of the parameter that `tensor` holds; a view unless axes were split."""
-    return self.view(tensor, spec).reshape(spec.shape[self.stacked :])
+  def read(self, tensor: np.ndarray, spec: ParamSpec, row: np.ndarray | None = None) -> np.ndarray:
+    """The part of the parameter that `tensor` holds."""
+    return self.fold(self.view(tensor, spec).reshape(spec.shape[self.stacked :]), row)
 
-  def write(self, tensor: np.ndarray, spec: ParamSpec, values: np.ndarray) -> None:
-    """Puts the part of the parameter that `tensor` holds into its places."""
+  def write(
+    self, tensor: np.ndarray, spec: ParamSpec, values: np.ndarray, before: np.ndarray | None, row: np.ndarray | None
+  ) -> None:
+    """Puts the part of the parameter that `tensor` holds into its places.
+
+    Where `before`, the tensor that was imported, gives the same value, it stays: a fold rounds, so its inverse may not
+    give the bits back.
+    """
     view = self.view(tensor, spec)
-    view[...] = values.reshape(view.shape).astype(view.dtype)
+    if not self.folds:
+      view[...] = values.reshape(view.shape)
+      return
+    found = self.unfold(values, row).astype(tensor.dtype)
+    if before is not None:
+      old = self.view(before, spec).reshape(values.shape)
+      found = np.where(self.fold(old, row) == values, old, found)
+    view[...] = found.reshape(view.shape)
+
+  def fold(self, theirs: np.ndarray, row: np.ndarray | None) -> np.ndarray:
+    """Values of ours from values of theirs, whose last axis is that of `row`."""
+    if not self.folds:
+      return theirs
+    ours = theirs.astype(np.float32) * np.float32(self.scale) + np.float32(self.shift)
+    return ours if row is None else ours + row
+
+  def unfold(self, ours: np.ndarray, row: np.ndarray | None) -> np.ndarray:
+    """The inverse of `fold`, up to rounding."""
+    return ((ours if row is None else ours - row) - np.float32(self.shift)) / np.float32(self.scale)
+
+  def blocks(self, spec: ParamSpec, wanted: Sequence[range], largest: int) -> Iterator[Block]:
+    """The parts of a tensor that hold the part `wanted` of a parameter, of about `largest` elements or fewer.
+
+    A part has whole rows of the tensor's first axis, so it is contiguous in the file.
+    """
+    sizes, lead = self._sizes(spec), self._atoms()[0]
+    axis, inner = self._axis_of(lead, spec)
+    total, start = _total(lead, sizes), _start(lead)
+    size = math.prod(self.shape(spec)) // total
+    if axis is None:
+      every = tuple(slice(own.start, own.stop) for own in wanted)
+      yield Block(0, total * size, total, every, tuple(slice(0, len(own)) for own in wanted))
+      return
+    low, high = wanted[axis].start, wanted[axis].stop
+    step = max(1, largest // size)
+    for first in range(low // inner, -(-high // inner), step):
+      rows = min(step, -(-high // inner) - first)
+      begin, end = max(low, first * inner), min(high, (first + rows) * inner)
+      cut = [slice(own.start, own.stop) for own in wanted]
+      into = [slice(0, len(own)) for own in wanted]
+      cut[axis], into[axis] = slice(begin - first * inner, end - first * inner), slice(begin - low, end - low)
+      yield Block((start + first) * size, (start + first + rows) * size, rows, tuple(cut), tuple(into))
+
+  def of_block(self, values: np.ndarray, spec: ParamSpec, block: Block) -> np.ndarray:
+    """The part of the parameter that the elements of `block` hold, before `fold`."""
+    sizes, (lead, *others) = self._sizes(spec), self._atoms()
+    whole = values.reshape([block.rows, *(_total(atom, sizes) for atom in others)])
+    first = slice(None) if self._axis_of(lead, spec)[0] is not None else _index(lead, sizes)
+    arranged = self._arranged(whole[(first, *(_index(atom, sizes) for atom in others))], spec)
+    shape, at = [], 0
+    for axis in self._own(spec):  # joins split axes
+      parts = len(self._parts(axis))
+      shape.append(math.prod(arranged.shape[at : at + parts]))
+      at += parts
+    return arranged.reshape(shape)[block.cut]
+
+  def _axis_of(self, lead: str, spec: ParamSpec) -> tuple[int | None, int]:
+    """(the axis of ours whose outermost part is the atom `lead`, how many of it are in a row); None: there is none."""
+    name = lead.partition('@')[0]
+    for axis, own in enumerate(self._own(spec)):
+      (outer, _), *rest = self._parts(own)
+      if outer == name:
+        return axis, math.prod(size for _, size in rest)
+    return None, 1
+
+  def _arranged(self, kept: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """Axes in the order of the layout -> in the order of ours, split axes still apart."""
+    left = [atom.partition('@')[0] for atom in self._atoms() if not atom.startswith('@')]
+    return kept.transpose([left.index(name) for own in self._own(spec) for name, _ in self._parts(own)])
+
+  def _atoms(self) -> list[str]:
+    return [atom for dim in _parse(self.layout) for atom in dim]
 
   def _own(self, spec: ParamSpec) -> list[str]:
     return [RENAMED.get(axis, axis) for axis in spec.axes[self.stacked :]]
 
-  def _axes(self, spec: ParamSpec) -> list[str]:
-    return [name for axis in self._own(spec) for name, _ in self.split.get(axis, ((axis, 0),))]
+  def _parts(self, axis: str) -> tuple[tuple[str, int], ...]:
+    return self.split.get(axis, ((axis, 0),))
 
   def _sizes(self, spec: ParamSpec) -> dict[str, int]:
     sizes = dict(zip(self._own(spec), spec.shape[self.stacked :], strict=True))
@@ -88,24 +186,13 @@ def _total(atom: str, sizes: Sizes) -> int:
   return int(place.partition('/')[2]) if cut else sizes[name]
 
 
+def _start(atom: str) -> int:
+  """Where an axis begins in the axis that holds it."""
+  name, cut, place = atom.partition('@')
+  return int(place.partition('/')[0]) if cut and name else 0
+
+
 def _index(atom: str, sizes: Sizes) -> slice | int:
   name, cut, place = atom.partition('@')
   start = int(place.partition('/')[0]) if cut else 0
   return slice(start, start + sizes[name]) if name else start
-
-
-def reader(entry: Entry, spec: ParamSpec, tensors: Mapping[tuple[int, ...], Callable[[], np.ndarray]]) -> Callable:
-  """`read(index)`: the part of the parameter at `index`, for `jax.make_array_from_callback`.
-
-  Only that part is copied; a tensor is mapped while its part is.
-  """
-
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    ranges = [range(*own.indices(size)) for own, size in zip(index, spec.shape, strict=True)]
-    part, stacked = np.empty([len(own) for own in ranges], spec.dtype), entry.stacked
-    for at in np.ndindex(part.shape[:stacked]):
-      place = tuple(own[i] for own, i in zip(ranges, at, strict=False))
-      part[at] = entry.read(tensors[place](), spec)[index[stacked:]]
-    return part
-
-  return read

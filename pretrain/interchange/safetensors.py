@@ -1,7 +1,8 @@
 """Files in the safetensors format: 8 bytes with the header's length, a JSON header, then the raw values.
 
-Source: github.com/huggingface/safetensors, README, "Format". Values are mapped, so a tensor costs no memory before
-it is used. docs/design/0017-safetensors-without-the-package.md gives the reason for this module.
+Source: github.com/huggingface/safetensors, README, "Format". Values are read in parts, so a
+tensor costs no memory before it is used. docs/design/0017-safetensors-without-the-package.md gives the reason for this
+module.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ SIZES = {name: dtype.itemsize for name, dtype in READ.items()} | {
 }  # fmt: skip
 LONGEST_HEADER = 100_000_000  # the limit of the reference implementation
 SHARD_BYTES = 5_000_000_000
+COMPARED = 8 * 2**20  # elements at a time
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 
@@ -42,17 +44,35 @@ class Tensor:
   def size(self) -> int:
     return math.prod(self.shape) * SIZES[self.dtype]
 
-  def map(self) -> np.ndarray:
-    """Its values, read from the disk where they are used. Raises CheckpointError for a type that is no weight's."""
+  def read(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+    """Elements `begin` to `end` of its values in a row, copied: mapped pages would count as memory of the process.
+
+    Raises CheckpointError for a type that is no weight's.
+    """
     if self.dtype not in READ:
       raise _damage(self.path, f'{self.name} has type {self.dtype}; weights are {", ".join(READ)}', 'convert it')
-    return _mapped(self.path, READ[self.dtype], self.shape, self.begin, 'r')
+    count, size = (math.prod(self.shape) if end is None else end) - begin, SIZES[self.dtype]
+    raw = np.fromfile(self.path, np.uint8, count * size, offset=self.begin + begin * size)
+    return raw.view(READ[self.dtype])
+
+  def values(self) -> np.ndarray:
+    """All of its values."""
+    return self.read().reshape(self.shape)
 
 
-def _mapped(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...], begin: int, mode: Any) -> np.ndarray:
+def equal(a: Tensor, b: Tensor) -> bool:
+  """Whether both have the same type, shape and bits."""
+  if a is b or (a.dtype, a.shape) != (b.dtype, b.shape):
+    return a is b
+  count = math.prod(a.shape)
+  parts = ((at, min(at + COMPARED, count)) for at in range(0, count, COMPARED))
+  return all(np.array_equal(a.read(*part).view(np.uint8), b.read(*part).view(np.uint8)) for part in parts)
+
+
+def _mapped(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...], begin: int) -> np.ndarray:
   if not math.prod(shape):  # nothing cannot be mapped
     return np.zeros(shape, dtype)
-  raw = np.memmap(path, np.uint8, mode, begin, (math.prod(shape) * dtype.itemsize,))
+  raw = np.memmap(path, np.uint8, 'r+', begin, (math.prod(shape) * dtype.itemsize,))
   return raw.view(dtype).reshape(shape)
 
 
@@ -186,4 +206,4 @@ def _create_file(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int,
     file.write(len(text).to_bytes(8, 'little') + text)
     file.truncate(8 + len(text) + at)
   start = {name: 8 + len(text) + entry['data_offsets'][0] for name, entry in header.items() if name in tensors}
-  return {name: _mapped(path, READ[dtype], shape, start[name], 'r+') for name, (dtype, shape) in tensors.items()}
+  return {name: _mapped(path, READ[dtype], shape, start[name]) for name, (dtype, shape) in tensors.items()}

@@ -14,7 +14,7 @@ from models.specs import ParamSpec, is_matrix
 
 StateDtype = Literal['float32', 'bfloat16', 'int8']
 STACKED = ('layers', 'experts')  # leading axes along which a parameter is several, each with statistics of its own
-ROWS, COLUMNS = ('embed',), ('vocab', 'mlp', 'heads', 'kv_heads', 'head_dim')
+ROWS, COLUMNS = ('embed',), ('vocab', 'mlp', 'heads', 'kv_heads', 'one_head', 'head_dim')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

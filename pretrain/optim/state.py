@@ -78,7 +78,7 @@ def block_of(spec: ParamSpec) -> tuple[int, int] | None:
   """
   if own_size(spec) < SMALLEST or sides(spec) is None or spec.axes[0] == 'vocab':
     return None
-  order = ('head_dim', 'mlp', 'vocab', 'heads', 'kv_heads')
+  order = ('head_dim', 'mlp', 'vocab', 'heads', 'kv_heads', 'one_head')
   dim = min(sides(spec)[1], key=lambda i: order.index(spec.axes[i]))
   size, parts = spec.shape[dim], 1 if PARAMETER_RULES[spec.axes[dim]] is None else MOST_SHARDS
   divisors = [d for d in range(1, min(size, BLOCK) + 1) if size % d == 0]

@@ -14,10 +14,16 @@ from pretrain.step.train_step import Batch, LossFn, Metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-  """`z_loss` weighs log(Z)^2, which keeps logits near zero (1e-4 in T5X). Source: arXiv:2204.02311, §5."""
+  """`z_loss` weighs log(Z)^2, which keeps logits near zero (1e-4 in T5X). Source: arXiv:2204.02311, §5.
+
+  With `model.experts`: `load_balance` weighs what is least where experts get equally many tokens (1e-2 in Switch),
+  `router_z` the square of the router's log(Z) (1e-3 in ST-MoE): means over layers, see models/layers/experts.py.
+  """
 
   z_loss: Annotated[float, '>= 0'] = 0.0
   label_smoothing: Annotated[float, '[0, 1)'] = 0.0
+  load_balance: Annotated[float, '>= 0'] = 0.0
+  router_z: Annotated[float, '>= 0'] = 0.0
 
 
 def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
@@ -25,19 +31,21 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
   flat = hidden.reshape(-1, hidden.shape[-1])
   labels = batch['decoder_target_tokens'].reshape(-1)
   implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
-  options |= {'softcap': softcap, 'implementation': implementation}
+  options |= {'softcap': softcap, 'implementation': implementation, 'bias': model.head_bias(params)}
   return linear_cross_entropy(flat, model.head(params), labels, **options), aux
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
   """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
 
-  With several sources, metrics `source_loss` and `source_weight` are float32[sources]: each source's part of the loss
-  and of the weight.
+  A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
+  added to the value times the weight that `cfg` has for it. With several sources, metrics `source_loss` and
+  `source_weight` are float32[sources]: each source's part of the loss and of the weight.
   """
+  weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
   def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
-    (value, lse, correct), _ = _token_losses(
+    (value, lse, correct), aux = _token_losses(
       model, kernels, params, batch, key, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
     )
     share = batch['decoder_loss_weights'].reshape(-1) / weight
@@ -50,6 +58,9 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
+    for name, mean in aux.items():  # a mean over a microbatch counts as much as its tokens do
+      metrics[name] = mean * share.sum()
+      total += weights.get(name, 0.0) * metrics[name]
     return total, metrics
 
   return loss

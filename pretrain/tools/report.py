@@ -173,6 +173,7 @@ UNITS = {
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
   'padding_flops': 'share of FLOPs', 'grad_norm': 'global norm', 'learning_rate': 'of the last update',
+  'load_balance': '1: equal load', 'router_z': 'mean square of log Z',
   'perplexity': 'per target', 'exact_match': 'share of outputs',
 }  # fmt: skip
 

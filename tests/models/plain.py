@@ -45,11 +45,11 @@ def slope(head, heads):
 
 def attention(cfg: DecoderConfig, p, x):
   out, group = 0, cfg.heads // (cfg.kv_heads or cfg.heads)
-  biased = lambda name, y, *at: y + p[f'{name}_bias'][at] if cfg.bias else y
+  biased = lambda name, y, *at: y + p[f'{name}_bias'][at] if cfg.bias == 'all' else y
   for h in range(cfg.heads):
     q = biased('query', x @ p['query'][:, h], h)
     k, v = (biased(name, x @ p[name][:, h // group], h // group) for name in ('key', 'value'))
-    if cfg.qk_norm:
+    if cfg.qk_norm == 'heads':
       q, k = head_norm(cfg, p['query_norm'], q), head_norm(cfg, p['key_norm'], k)
     if cfg.positions == 'rotary':
       q, k = rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta)
@@ -59,7 +59,7 @@ def attention(cfg: DecoderConfig, p, x):
       scores = scores - slope(h, cfg.heads) * back
     weights = np.where(back >= 0, np.exp(scores), 0)
     out = out + weights / weights.sum(-1, keepdims=True) @ v @ p['out'][h]
-  return out + p['out_bias'] if cfg.bias else out
+  return out + p['out_bias'] if cfg.bias == 'all' else out
 
 
 def mlp(cfg: DecoderConfig, p, x):

@@ -24,23 +24,25 @@ ENCODER = EncoderConfig(vocab_size=VOCAB, embed=32, layers=2, heads=4, head_dim=
 
 # Every part that neither T5 v1.1 nor Llama has, in combinations that occur together.
 T5_1_0 = dataclasses.replace(
-  T5, mlp=MlpConfig(hidden=48, activation='relu', gated=False), head='tied_scaled', bias=True, qk_norm=True,
+  T5, mlp=MlpConfig(hidden=48, activation='relu', gated=False), head='tied_scaled', bias='all', qk_norm='heads',
   norm=LayerNormConfig(bias=False), norm_placement='sandwich', attention_softcap=2.0, logit_softcap=3.0,
 )  # fmt: skip
 T5_ALIBI = dataclasses.replace(T5, positions='alibi')
 T5_ROTARY = dataclasses.replace(T5, positions='rotary')
 ALIBI = dataclasses.replace(
-  LLAMA, positions='alibi', qk_norm=True, attention_softcap=2.0, logit_softcap=3.0, norm_placement='sandwich',
+  LLAMA, positions='alibi', qk_norm='heads', attention_softcap=2.0, logit_softcap=3.0, norm_placement='sandwich',
   head='tied_scaled',
 )  # fmt: skip
 LEARNED = dataclasses.replace(
-  LLAMA, positions='learned', max_positions=14, norm=LayerNormConfig(), bias=True, norm_placement='post', head='tied',
+  LLAMA, positions='learned', max_positions=14, norm=LayerNormConfig(), bias='all', norm_placement='post', head='tied',
   mlp=DecoderMlpConfig(hidden=48, activation='gelu_exact', gated=False),
 )  # fmt: skip
 BERT = dataclasses.replace(
-  ENCODER, positions='learned', max_positions=14, norm=LayerNormConfig(eps=1e-12), bias=True, norm_placement='post',
+  ENCODER, positions='learned', max_positions=14, norm=LayerNormConfig(eps=1e-12), bias='all', norm_placement='post',
   head='tied', embedding_norm=True, mlp=MlpConfig(hidden=48, activation='gelu_exact', gated=False),
 )  # fmt: skip
+EXPERTS = dataclasses.replace(LLAMA, experts=4)
+ROUTED_T5 = dataclasses.replace(T5, experts=4)
 
 
 def shaken(params):

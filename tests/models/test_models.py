@@ -19,6 +19,7 @@ from tests.models.small import (
   ALIBI,
   BERT,
   ENCODER,
+  EXPERTS,
   LEARNED,
   LLAMA,
   T5,
@@ -41,6 +42,7 @@ WRITERS = {
   'llama': LLAMA,
   'alibi': ALIBI,
   'learned': LEARNED,
+  'experts': EXPERTS,
 }
 VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
@@ -113,7 +115,7 @@ def test_scanned_layers_are_a_loop_over_layers(cfg):
     y = x
     for layer in order:
       block = jax.tree.map(lambda a, i=layer: a[i], module.decoder.blocks)
-      y, _ = block(y, positions, see, None, None, jnp.uint32(layer), None)
+      y, _, _ = block(y, positions, see, None, None, jnp.uint32(layer), None)
     return module.decoder.finish(y)
 
   np.testing.assert_allclose(loop([0, 1]), hidden(model, params, data), atol=2e-5)

@@ -23,8 +23,8 @@ from tests.models.small import ALIBI, ENCODER, LEARNED, LLAMA, T5, T5_1_0, batch
 
 ROTARY = dataclasses.replace(
   LLAMA,
-  qk_norm=True,
-  bias=True,
+  qk_norm='heads',
+  bias='all',
   norm=LayerNormConfig(bias=False),
   mlp=DecoderMlpConfig(hidden=48, activation='gelu_tanh'),
 )
@@ -72,7 +72,7 @@ def test_query_and_key_norms_use_the_epsilon_of_the_model(norm, how):
 @pytest.mark.parametrize('cfg', [T5_1_0, LLAMA, ENCODER], ids=['encoder_decoder', 'decoder', 'encoder'])
 def test_the_epsilon_reaches_every_attention_of_every_family(cfg):
   """Queries and keys of each self- and cross-attention are x w / sqrt(mean((x w)^2) + eps) * scale."""
-  plain_heads = {'positions': 'alibi', 'bias': False, 'qk_norm': True, 'norm': RmsNormConfig(eps=1e-2)}
+  plain_heads = {'positions': 'alibi', 'bias': 'none', 'qk_norm': 'heads', 'norm': RmsNormConfig(eps=1e-2)}
   model, params = model_and_params(cfg, **plain_heads)
   params = small_heads(shaken(params))
   module, x = model.bind(params), jax.random.normal(jax.random.key(0), (1, 5, cfg.embed))

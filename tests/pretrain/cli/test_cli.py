@@ -376,6 +376,11 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
     (tiny.UL2, 'optimizer.eps=0.0', '--gin.optimizer.eps: optimizer.eps=0.0; it must be > 0.'),
     (tiny.UL2, 'schedule.peak=-0.1', '--gin.schedule.peak: schedule.peak=-0.1; it must be >= 0.'),
     (tiny.UL2, 'loss.z_loss=-1.0', '--gin.loss.z_loss: loss.z_loss=-1.0; it must be >= 0.'),
+    (
+      tiny.UL2,
+      'loss.load_balance=0.1',
+      'loss.load_balance=0.1 without model.experts, which it is about; set it, or remove loss.load_balance.',
+    ),
     (tiny.UL2, 'loss.label_smoothing=1', '--gin.loss.label_smoothing: loss.label_smoothing=1; it must be in [0, 1).'),
     (
       tiny.UL2,

@@ -10,12 +10,18 @@ from models.specs import Tree
 from pretrain.interchange.importing import Source, flat, open_source, parameters
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
-# No rope scaling: that is a part of its own.
-FAMILIES = ('t5_v1_0', 'gpt2')
+FAMILIES = (
+  't5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'umt5', 'llama', 'yi', 'mistral', 'qwen2', 'qwen3', 'olmo2', 'gemma2', 'gpt2',
+  'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'mixtral',
+)  # fmt: skip
 
 
 def read(name: str) -> tuple[Source, Tree]:
   return load(GOLDENS / name)
+
+
+def read_source(name: str) -> Source:
+  return open_source(GOLDENS / name)
 
 
 def load(folder: pathlib.Path) -> tuple[Source, Tree]:
@@ -30,8 +36,8 @@ def expected(name: str) -> dict[str, np.ndarray]:
 
 
 def rows(documents: list[list[np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
-  """One row for each list of documents, as segments, padded to the longest row."""
-  width = max(sum(map(len, row)) for row in documents)
+  """One row for each list of documents, as segments; 10 slots of the longest row are padding."""
+  width = max(sum(map(len, row)) for row in documents) + 10
   shape = (len(documents), width)
   tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
   for i, row in enumerate(documents):
@@ -54,12 +60,15 @@ def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]
       return rows(take(''), 'decoder')
 
 
-def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray]) -> float:
-  """The largest error over padded and packed rows (both orders), as a fraction of the logits' scale."""
+PADDED, PACKED = [['long'], ['short']], [['short', 'long']]
+
+
+def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED)) -> float:
+  """The largest error over padded and packed rows, as a fraction of the logits' scale."""
   model, scale = build(cfg), np.abs(golden['long_logits']).max()
   run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
   errors = []
-  for order in ([['long'], ['short']], [['long', 'short'], ['short', 'long']]):
+  for order in orders:
     logits = np.asarray(run(params, batch(cfg, golden, order)))
     for own, row in zip(logits, order, strict=True):
       ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])

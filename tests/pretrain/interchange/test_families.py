@@ -1,13 +1,12 @@
 """Each family against logits that `transformers` wrote (scripts/make_interchange_goldens.py)."""
 
-import functools
+import json
+import shutil
 
-import jax
 import pytest
 
-from pretrain.config import bindings
+from pretrain.interchange.config_json import ConfigJson
 from pretrain.interchange.families import family_for, lost
-from pretrain.interchange.importing import flat
 from tests.pretrain.interchange import goldens
 
 TOLERANCE = 3e-6  # of the logits' scale; wrong eps, theta and distances are further away
@@ -23,33 +22,110 @@ def test_logits_are_those_of_transformers(golden):
   assert goldens.worst(source.model, params, expected) < TOLERANCE
 
 
-def test_a_model_that_is_nearly_right_is_told_apart(golden):
-  _, source, params, expected = golden
-  values = {key: value for key, value in bindings.flatten(source.model).items() if key in WRONG}
-  for key, value in values.items():
-    if changed := WRONG[key](value):
-      wrong = bindings.override(source.model, {key: changed}, 'test')
-      assert goldens.worst(wrong, params, expected) > TOLERANCE, key
+def nearly(values: dict) -> dict[str, dict]:
+  """Other values for keys of a config.json, each nearly right: they are read, and change the logits."""
+  rope = values.get('rope_parameters', {})
+  changes = {key: change(values[key]) for key, change in NEARLY.items() if values.get(key) is not None}
+  found = {key: {key: value} for key, value in changes.items()}
+  for key, change in NEARLY_ROPE.items():
+    if key in rope:
+      found[f'rope_parameters.{key}'] = {'rope_parameters': rope | {key: change(rope[key])}}
+  return found
 
 
-WRONG = {
-  'norm.eps': lambda eps: 1.01 * eps,
-  'relative_max_distance': lambda distance: None if distance == 128 else distance - 5,
+NEARLY = {
+  'rms_norm_eps': lambda eps: 1.1 * eps,
+  'layer_norm_eps': lambda eps: 1.1 * eps,
+  'layer_norm_epsilon': lambda eps: 1.1 * eps,
+  'relative_attention_max_distance': lambda distance: distance - 5,
+  'sliding_window': lambda window: window + 1,
+  'query_pre_attn_scalar': lambda scalar: scalar + 1,
+  'attn_logit_softcapping': lambda cap: 1.02 * cap,
+  'final_logit_softcapping': lambda cap: 1.02 * cap,
+  'use_parallel_residual': lambda parallel: not parallel,
+  'num_experts_per_tok': lambda number: number - 1,
+  'activation_function': lambda name: 'gelu',
+  'activation': lambda name: 'gelu_new',
+  'feed_forward_proj': lambda name: {'relu': 'gelu_new', 'gated-gelu': 'gated-silu', 'gated-silu': 'gated-gelu'}[name],
+}
+NEARLY_ROPE = {
+  'rope_theta': lambda theta: theta + 1,
+  'factor': lambda factor: 1.01 * factor,
+  'high_freq_factor': lambda factor: 1.1 * factor,
+  'beta_fast': lambda beta: beta / 4,
+  'original_max_position_embeddings': lambda length: 2 * length,
 }
 
 
-def test_a_transposed_matrix_is_told_apart(golden):
-  _, source, params, expected = golden
-  paths = [path for path, x in flat(params).items() if path.endswith('self_attention/out')]
-  wrong = jax.tree.map(lambda x: x, params)
-  *parents, leaf = paths[0].split('/')
-  node = functools.reduce(dict.__getitem__, parents, wrong)
-  layers, heads, head_dim, embed = node[leaf].shape
-  node[leaf] = node[leaf].reshape(layers, embed, heads * head_dim).swapaxes(1, 2).reshape(node[leaf].shape)
-  assert goldens.worst(source.model, wrong, expected) > TOLERANCE
+def with_config(name: str, tmp_path, change: dict):
+  folder = shutil.copytree(goldens.GOLDENS / name, tmp_path / name)
+  values = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(values | change))
+  return goldens.load(folder)
+
+
+def keys_of(name: str) -> list[str]:
+  return list(nearly(json.loads((goldens.GOLDENS / name / 'config.json').read_text())))
+
+
+def is_told_apart(name: str, key: str, tmp_path) -> bool:
+  change = nearly(json.loads((goldens.GOLDENS / name / 'config.json').read_text()))[key]
+  source, params = with_config(name, tmp_path, change)
+  return goldens.worst(source.model, params, goldens.expected(name), [goldens.PADDED]) > TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ('name', 'key'),
+  [
+    ('t5_v1_0', 'relative_attention_max_distance'),
+    ('llama', 'rope_parameters.factor'),
+    ('mistral', 'sliding_window'),
+    ('qwen3', 'rms_norm_eps'),
+    ('gemma2', 'query_pre_attn_scalar'),
+    ('gpt_neox', 'use_parallel_residual'),
+    ('falcon', 'rope_parameters.rope_theta'),
+    ('roberta', 'layer_norm_eps'),
+  ],
+)
+def test_a_config_that_is_nearly_right_is_told_apart(name, key, tmp_path):
+  assert is_told_apart(name, key, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'key'), [(name, key) for name in goldens.FAMILIES for key in keys_of(name)])
+def test_every_config_that_is_nearly_right_is_told_apart(name, key, tmp_path):
+  assert is_told_apart(name, key, tmp_path)
 
 
 def test_the_parts_of_a_model_find_its_family(golden):
   _, source, _, _ = golden
   assert not lost(source.family, source.model)
   assert not lost(family_for(source.model), source.model)
+
+
+def test_written_values_are_those_that_were_read(golden):
+  """Ids and lengths aside: they are no part of a model."""
+  name, source, _, _ = golden
+  theirs = json.loads((goldens.GOLDENS / name / 'config.json').read_text())
+  free = ('max_position_embeddings',) if source.model.name == 'decoder' else ()
+  ours = {key: value for key, value in source.family.write(source.model).items() if not key.endswith('_token_id')}
+  shared = {key: value for key, value in ours.items() if key in theirs and key not in free + SCALES.get(name, ())}
+  assert shared == {key: theirs[key] for key in shared}
+  assert len(shared) > 8
+
+
+# Values that go into weights, or that transformers derives from others.
+SCALES = {
+  'gemma2': ('query_pre_attn_scalar',), 'falcon': ('num_kv_heads',), 'qwen2': ('max_window_layers',),
+  'qwen3': ('max_window_layers',),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', goldens.FAMILIES)
+def test_a_written_config_gives_the_model_back(name):
+  source = goldens.read_source(name)
+  values = source.family.write(source.model)
+  tensors = {'lm_head.weight': None} if source.model.head == 'untied' else {}
+  config = ConfigJson(values, 'test')
+  assert source.family.read(config, tensors) == source.model
+  config.finish()

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 
 from pretrain.cli.main import main
+from pretrain.config import bindings
+from pretrain.errors import ConfigError
+from pretrain.interchange.families import family_for
+from pretrain.interchange.importing import open_source
 from pretrain.interchange.safetensors import SINGLE, create, open_folder
 from tests.pretrain.interchange.goldens import GOLDENS
 
@@ -38,7 +42,7 @@ def change(source, **values) -> None:
 
 def rewrite(source, edit) -> None:
   """The weights again, with names and arrays as `edit` leaves them."""
-  arrays = {name: np.array(tensor.map()) for name, tensor in open_folder(source).items()}
+  arrays = {name: np.array(tensor.values()) for name, tensor in open_folder(source).items()}
   edit(arrays)
   for name, array in create(source, {name: ('F32', x.shape) for name, x in arrays.items()}).items():
     array[...] = arrays[name]
@@ -109,8 +113,6 @@ def test_tables_that_differ(source, capsys):
 
 def test_a_table_under_its_other_name(source, capsys):
   """As google/madlad400: `decoder.embed_tokens` stands for `shared`."""
-  from pretrain.interchange.importing import open_source
-
   rewrite(source, lambda arrays: arrays.update({'decoder.embed_tokens.weight': arrays.pop('shared.weight')}))
   assert open_source(source).tensors['shared.weight'].name == 'decoder.embed_tokens.weight'
 
@@ -133,3 +135,74 @@ def test_a_run_without_a_checkpoint(tmp_path, capsys):
   err = refused(capsys, 66, 'export', f'--workdir={tmp_path}', f'--out={tmp_path / "out"}')
   assert 'CKPT-NONE' in err
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.fixture
+def llama(tmp_path):
+  return shutil.copytree(GOLDENS / 'llama', tmp_path / 'source')
+
+
+@pytest.mark.parametrize('kind', ['dynamic', 'longrope', 'proportional'])
+def test_another_kind_of_rotary_scaling(llama, capsys, kind):
+  change(llama, rope_parameters={'rope_type': kind, 'rope_theta': 1e4, 'factor': 2.0}, attention_bias=True, flux=1)
+  err = refused_import(capsys, llama)
+  assert f"rope_type={kind!r} (supported: 'default' or 'linear' or 'llama3' or 'yarn')" in err
+  assert 'attention_bias=True' in err
+  assert 'unknown keys: flux' in err
+
+
+def test_rotary_keys_are_listed_with_the_rest(llama, capsys):
+  change(llama, rope_parameters={'rope_type': 'yarn', 'rope_theta': 'x', 'mscale': 2.0, 'factor': 2.0}, rms_norm_eps=[])
+  err = refused_import(capsys, llama)
+  assert "rope_type='yarn' with mscale, which change it" in err
+  assert 'rope_parameters.original_max_position_embeddings is missing' in err
+  assert "rope_parameters.rope_theta='x' is no float" in err
+  assert 'rms_norm_eps=[] is no float' in err
+
+
+def test_the_older_form_of_rotary_scaling_is_read(llama):
+  old = json.loads((llama / 'config.json').read_text())
+  rope = old.pop('rope_parameters')
+  theta = rope.pop('rope_theta')
+  (llama / 'config.json').write_text(json.dumps(old | {'rope_theta': theta, 'rope_scaling': rope}))
+  assert open_source(llama).model == open_source(GOLDENS / 'llama').model
+
+
+def test_a_tied_head_that_differs(tmp_path, capsys):
+  source = shutil.copytree(GOLDENS / 'qwen2', tmp_path / 'source')
+  rewrite(source, lambda arrays: arrays.update({'lm_head.weight': arrays['model.embed_tokens.weight'] + 1}))
+  assert 'lm_head.weight and model.embed_tokens.weight' in refused_import(capsys, source)
+
+
+def test_electra_with_a_narrow_table(tmp_path, capsys):
+  source = shutil.copytree(GOLDENS / 'electra', tmp_path / 'source')
+  change(source, embedding_size=16, position_embedding_type='relative_key')
+  err = refused_import(capsys, source)
+  assert 'embedding_size=16 (supported: 32)' in err
+  assert "position_embedding_type='relative_key'" in err
+
+
+@pytest.mark.parametrize(
+  ('name', 'part', 'value'),
+  [
+    ('llama', 'parallel', 'one_norm'),
+    ('llama', 'head_bias', True),
+    ('llama', 'norm_placement', 'inner'),
+    ('llama', 'rotary_fraction', 0.5),
+    ('olmo2', 'windows', (4, None)),
+    ('gemma2', 'qk_norm', 'all'),
+    ('gemma2', 'bias', 'qkv'),
+    ('falcon', 'bias', 'qkv'),
+    ('gpt2', 'bias', 'none'),
+    ('bert', 'head_transform', None),
+    ('t5_v1_0', 'logit_softcap', 5.0),
+    ('mixtral', 'qk_norm', 'heads'),
+    ('mixtral', 'norm_placement', 'post'),
+  ],
+)
+def test_a_model_that_no_family_has_is_refused_with_its_key(name, part, value):
+  model = open_source(GOLDENS / name).model
+  with pytest.raises(ConfigError) as error:
+    family_for(bindings.override(model, {part: value}, 'test'))
+  assert f'model.{part}' in str(error.value)
+  assert 'Nothing was written' in str(error.value)

@@ -64,14 +64,14 @@ def test_a_golden_truncated_anywhere_is_refused(tmp_path):
 def test_a_type_that_is_no_weight_is_refused_when_read(tmp_path):
   (tmp_path / SINGLE).write_bytes(raw({'a': entry(0, 16, (2,), 'I64')}, bytes(16)))
   with pytest.raises(CheckpointError, match='has type I64'):
-    open_folder(tmp_path)['a'].map()
+    open_folder(tmp_path)['a'].values()
 
 
 def test_written_bytes_are_those_of_the_reference(tmp_path):
   found = open_file(GOLDEN)
   arrays = create(tmp_path, {name: (t.dtype, t.shape) for name, t in reversed(found.items())})
   for name, array in arrays.items():
-    array[...] = found[name].map()
+    array[...] = found[name].values()
   assert (tmp_path / SINGLE).read_bytes() == GOLDEN.read_bytes()
 
 
@@ -81,9 +81,9 @@ def test_values_come_back(tmp_path, dtype):
   values = np.linspace(-3, 3, 24).reshape(4, 6).astype(dtype)
   create(tmp_path, {'a': (names[dtype], (4, 6)), 'none': (names[dtype], (0, 6))})['a'][...] = values
   found = open_folder(tmp_path)
-  assert found['a'].map().dtype == dtype
-  assert (found['a'].map() == values).all()
-  assert found['none'].map().shape == (0, 6)
+  assert found['a'].values().dtype == dtype
+  assert (found['a'].values() == values).all()
+  assert found['none'].values().shape == (0, 6)
 
 
 def test_shards_have_an_index(tmp_path):
@@ -93,7 +93,7 @@ def test_shards_have_an_index(tmp_path):
   index = json.loads((tmp_path / INDEX).read_text())
   first, second = 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'
   assert index == {'metadata': {'total_size': 96}, 'weight_map': {'a': first, 'b': first, 'c': second}}
-  assert [tensor.map()[0] for tensor in open_folder(tmp_path).values()] == [0, 1, 2]
+  assert [tensor.values()[0] for tensor in open_folder(tmp_path).values()] == [0, 1, 2]
   (tmp_path / second).unlink()
   with pytest.raises(CheckpointError, match=f'shard {second} is missing'):
     open_folder(tmp_path)

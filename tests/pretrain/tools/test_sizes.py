@@ -38,18 +38,29 @@ class T5:
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
-  """Sizes from Llama 2's and TinyLlama's params.json / config.json; embedding and head of 32,000 rows both count."""
+  """Sizes from each model's params.json or config.json; an embedding and a head that is not tied to it both count.
+
+  `norms` of the width of the model in a block; `head_norms` of the width of a head; Mixtral's `experts` have a router.
+  """
 
   embed: int
   layers: int
   heads: int
   kv_heads: int
   hidden: int
+  vocab: int = 32000
+  head_dim: int | None = None
+  norms: int = 2
+  head_norms: int = 0
+  experts: int = 1
+  tied: bool = False
 
   def parameters(self) -> int:
-    attention = 2 * self.embed**2 + 2 * self.embed * self.kv_heads * self.embed // self.heads
-    block = attention + 3 * self.embed * self.hidden + 2 * self.embed
-    return self.layers * block + self.embed + 2 * 32000 * self.embed
+    head_dim = self.head_dim or self.embed // self.heads
+    attention = self.embed * head_dim * (2 * self.heads + 2 * self.kv_heads) + self.head_norms * head_dim
+    router = self.embed * self.experts if self.experts > 1 else 0
+    block = attention + router + self.experts * 3 * self.embed * self.hidden + self.norms * self.embed
+    return self.layers * block + self.embed + (1 if self.tied else 2) * self.vocab * self.embed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +94,11 @@ PUBLISHED = {
   'decoder/1b': (1_100_048_384, Llama(2048, 22, 32, 4, 5632)),
   'decoder/7b': (6_738_415_616, Llama(4096, 32, 32, 32, 11008)),
   'decoder/70b': (68_976_648_192, Llama(8192, 80, 64, 8, 28672)),
+  'decoder/llama3_8b': (8_030_261_248, Llama(4096, 32, 32, 8, 14336, vocab=128256)),
+  'decoder/qwen3_8b': (8_190_735_360, Llama(4096, 36, 32, 8, 12288, vocab=151936, head_norms=2)),
+  'decoder/gemma2_9b': (9_241_705_984, Llama(3584, 42, 16, 8, 14336, vocab=256000, head_dim=256, norms=4, tied=True)),
+  'decoder/mixtral_8x7b': (46_702_792_704, Llama(4096, 32, 32, 8, 14336, experts=8)),
+  'ul2/flan_20b': (19_591_209_984, T5(4096, 32, 16, 16384, head_dim=256)),
   'prefix/1b': (1_100_048_384, Llama(2048, 22, 32, 4, 5632)),
 }
 

@@ -1,16 +1,16 @@
-"""T5 v1.0, v1.1 and UL2 as `T5ForConditionalGeneration`."""
+"""T5 1.0, T5 1.1 and UL2, and the families with its names: mT5 and umT5."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.mlp import MlpConfig
 from models.layers.norm import RmsNormConfig
 from pretrain.interchange.config_json import ConfigJson
-from pretrain.interchange.family import Family, Tensors
+from pretrain.interchange.family import Family, Tensors, Values
 from pretrain.interchange.layout import Entry
+from pretrain.interchange.safetensors import equal
 
 # feed_forward_proj -> (activation, gated). 'gated-gelu' means the tanh form, for files of before 2021.
 MLPS = {
@@ -20,11 +20,10 @@ MLPS = {
 TABLE, HEAD = 'shared.weight', 'lm_head.weight'
 
 
-def read(config: ConfigJson, tensors: Tensors) -> EncoderDecoderConfig:
+def read(kind: str, config: ConfigJson, tensors: Tensors) -> EncoderDecoderConfig:
   activation, gated = config.choose('feed_forward_proj', MLPS, 'relu')
   config.ignore('dense_act_fn', 'is_gated_act')  # transformers derives them from feed_forward_proj
   layers = config.take('num_layers')
-  head = _head(config, tensors)
   return EncoderDecoderConfig(
     vocab_size=config.take('vocab_size'), embed=config.take('d_model'), heads=config.take('num_heads'),
     head_dim=config.take('d_kv'), encoder_layers=layers,
@@ -32,29 +31,23 @@ def read(config: ConfigJson, tensors: Tensors) -> EncoderDecoderConfig:
     mlp=MlpConfig(hidden=config.take('d_ff'), activation=activation, gated=gated),
     norm=RmsNormConfig(eps=config.take('layer_norm_epsilon', 1e-6, float)),
     relative_buckets=config.take('relative_attention_num_buckets', 32),
-    relative_max_distance=config.take('relative_attention_max_distance', 128), head=head,
+    relative_max_distance=config.take('relative_attention_max_distance', 128), head=_head(kind, config, tensors),
+    relative_layers='each' if kind == 'umt5' else 'shared',
   )  # fmt: skip
 
 
-def _head(config: ConfigJson, tensors: Tensors) -> str:
+def _head(kind: str, config: ConfigJson, tensors: Tensors) -> str:
   """Untied where the file has a head of its own. The flag alone misleads: transformers 5 sets and saves it.
 
-  A tied head is scaled unless `scale_decoder_outputs`, or in files without it `tie_word_embeddings`, is false.
+  A tied head is scaled unless `scale_decoder_outputs`, or in files without it `tie_word_embeddings`, is false; that of
+  mT5 is never scaled.
   """
   tied = config.take('tie_word_embeddings', True, bool)
-  scaled = config.take('scale_decoder_outputs', tied, bool)
-  own = HEAD in tensors and not same(tensors, HEAD, TABLE)
+  scaled = config.take('scale_decoder_outputs', tied, bool) and kind != 'mt5'
+  own = HEAD in tensors and not (TABLE in tensors and equal(tensors[HEAD], tensors[TABLE]))
   if own and 'scale_decoder_outputs' in config.values and scaled:
     config.problems.append(f'scale_decoder_outputs=True with a {HEAD} of its own')
   return 'untied' if own else 'tied_scaled' if scaled else 'tied'
-
-
-def same(tensors: Tensors, name: str, other: str) -> bool:
-  """Whether both tensors are there with the same values."""
-  if name not in tensors or other not in tensors:
-    return False
-  a, b = tensors[name], tensors[other]
-  return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.map().view(np.uint8), b.map().view(np.uint8))
 
 
 def write(cfg: EncoderDecoderConfig) -> dict[str, Any]:
@@ -71,16 +64,17 @@ def write(cfg: EncoderDecoderConfig) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def entries(cfg: EncoderDecoderConfig) -> list[Entry]:
+def entries(cfg: EncoderDecoderConfig, values: Values) -> list[Entry]:
   return [
     Entry('embedding/table', TABLE, 'vocab embed'), Entry('head/kernel', HEAD, 'vocab embed'),
-    *_stack('encoder', cfg.mlp.gated), *_stack('decoder', cfg.mlp.gated),
+    *_stack('encoder', cfg), *_stack('decoder', cfg),
   ]  # fmt: skip
 
 
-def _stack(stack: str, gated: bool) -> Iterator[Entry]:
+def _stack(stack: str, cfg: EncoderDecoderConfig) -> Iterator[Entry]:
   sublayers = [('self', 'SelfAttention')] + [('cross', 'EncDecAttention')] * (stack == 'decoder')
-  table = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+  first = '{0}' if cfg.relative_layers == 'each' else '0'
+  table = f'{stack}.block.{first}.layer.0.SelfAttention.relative_attention_bias.weight'
   yield Entry(f'{stack}_bias/table', table, 'buckets heads')
   yield Entry(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight', 'embed')
   for i, (name, theirs) in enumerate(sublayers):
@@ -92,15 +86,22 @@ def _stack(stack: str, gated: bool) -> Iterator[Entry]:
     yield Entry(f'{stack}/blocks/{name}_attention/out', f'{layer}.{theirs}.o.weight', 'embed (heads head_dim)')
   layer = f'{stack}.block.{{0}}.layer.{len(sublayers)}'
   yield Entry(f'{stack}/blocks/mlp_norm/scale', f'{layer}.layer_norm.weight', 'embed')
-  for ours, theirs in {'gate': 'wi_0', 'up': 'wi_1'}.items() if gated else [('up', 'wi')]:
+  for ours, theirs in {'gate': 'wi_0', 'up': 'wi_1'}.items() if cfg.mlp.gated else [('up', 'wi')]:
     yield Entry(f'{stack}/blocks/mlp/{ours}', f'{layer}.DenseReluDense.{theirs}.weight', 'mlp embed')
   yield Entry(f'{stack}/blocks/mlp/down', f'{layer}.DenseReluDense.wo.weight', 'embed mlp')
 
 
-T5 = Family(
-  model_type='t5', architecture='T5ForConditionalGeneration', read=read, write=write, entries=entries,
-  # Files without `shared` exist (madlad400); the encoder's name comes last.
-  aliases={'decoder.embed_tokens.weight': TABLE, 'encoder.embed_tokens.weight': TABLE},
-  unused=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',),
-  sentencepiece='spiece.model',
-)  # fmt: skip
+def _family(model_type: str, architecture: str) -> Family:
+  return Family(
+    model_type=model_type, architecture=architecture, read=functools.partial(read, model_type), write=write,
+    entries=entries, tied=(HEAD, TABLE),
+    # Files without `shared` exist (madlad400); the encoder's name comes last.
+    aliases={'decoder.embed_tokens.weight': TABLE, 'encoder.embed_tokens.weight': TABLE},
+    unused=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',),
+    sentencepiece='spiece.model',
+  )  # fmt: skip
+
+
+T5 = _family('t5', 'T5ForConditionalGeneration')
+MT5 = _family('mt5', 'MT5ForConditionalGeneration')
+UMT5 = _family('umt5', 'UMT5ForConditionalGeneration')

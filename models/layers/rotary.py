@@ -1,0 +1,130 @@
+"""Rotary positions, and the changes of their frequencies that let a model read longer rows than it was trained on."""
+
+import dataclasses
+import math
+from typing import Annotated, Literal, assert_never
+
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoScaling:
+  name: Literal['none'] = 'none'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+  """Positions divided by `factor`. Source: Chen et al. 2023, arXiv:2306.15595."""
+
+  name: Literal['linear'] = 'linear'
+  factor: Annotated[float, '>= 1']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3:
+  """Wavelengths above `original_max_positions / low_freq_factor` grow by `factor`, those below
+  `original_max_positions / high_freq_factor` stay, and between them the frequencies are interpolated.
+
+  Source: Llama 3.1's reference code, apply_scaling; `transformers` modeling_rope_utils.py, llama3.
+  """
+
+  name: Literal['llama3'] = 'llama3'
+  factor: Annotated[float, '>= 1']
+  original_max_positions: Annotated[int, '>= 1']
+  low_freq_factor: Annotated[float, '> 0'] = 1.0
+  high_freq_factor: Annotated[float, '> 0'] = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+  """Frequencies that turn less than `beta_slow` times in `original_max_positions` are divided by `factor`, those that
+  turn more than `beta_fast` times stay, with a ramp between them; `truncate` rounds its ends to whole dims.
+
+  Sines and cosines are multiplied by `attention_factor`; None: 0.1 ln(factor) + 1. Source: Peng et al. 2023,
+  arXiv:2309.00071; `transformers` modeling_rope_utils.py, yarn.
+  """
+
+  name: Literal['yarn'] = 'yarn'
+  factor: Annotated[float, '>= 1']
+  original_max_positions: Annotated[int, '>= 1']
+  beta_fast: Annotated[float, '> 0'] = 32.0
+  beta_slow: Annotated[float, '> 0'] = 1.0
+  attention_factor: Annotated[float, '> 0'] | None = None
+  truncate: bool = True
+
+
+RopeScaling = NoScaling | Linear | Llama3 | Yarn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+  """The first `dims` of each head are rotated, pairs (i, i + dims / 2)."""
+
+  theta: float
+  dims: int
+  scaling: RopeScaling = NoScaling()
+
+
+def check_scaling(cfg: RopeScaling) -> None:
+  """Raises ValueError where the two ends of a ramp are not in order."""
+  ends = {Llama3: ('low_freq_factor', 'high_freq_factor'), Yarn: ('beta_slow', 'beta_fast')}
+  for low, high in [ends[type(cfg)]] if type(cfg) in ends else []:
+    if getattr(cfg, low) >= getattr(cfg, high):
+      raise ValueError(
+        f'model.rope_scaling.{low}={getattr(cfg, low)} is not below model.rope_scaling.{high}={getattr(cfg, high)}; '
+        'the frequencies between them are interpolated, so make it smaller.'
+      )
+
+
+def frequencies(rope: Rope) -> tuple[Array, float]:
+  """(radians for each position f32[dims / 2], the factor on sines and cosines)."""
+  half = rope.dims // 2
+  frequency = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  match rope.scaling:
+    case NoScaling():
+      return frequency, 1.0
+    case Linear(factor=factor):
+      return frequency / factor, 1.0
+    case Llama3() as cfg:
+      return _llama3(frequency, cfg), 1.0
+    case Yarn() as cfg:
+      factor = 0.1 * math.log(cfg.factor) + 1.0 if cfg.attention_factor is None else cfg.attention_factor
+      return _yarn(frequency, rope, cfg), factor
+    case _:
+      assert_never(rope.scaling)
+
+
+def _llama3(frequency: Array, cfg: Llama3) -> Array:
+  turns = cfg.original_max_positions * frequency / (2 * math.pi)  # in the original length
+  kept = jnp.clip((turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor), 0.0, 1.0)
+  return (1 - kept) * frequency / cfg.factor + kept * frequency
+
+
+def _yarn(frequency: Array, rope: Rope, cfg: Yarn) -> Array:
+  turning = lambda turns: (  # the dim whose frequency turns so often in the original length
+    rope.dims * math.log(cfg.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+  )
+  low, high = turning(cfg.beta_fast), turning(cfg.beta_slow)
+  if cfg.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, rope.dims - 1)
+  width = high - low or 0.001
+  divided = jnp.clip((jnp.arange(len(frequency), dtype=jnp.float32) - low) / width, 0.0, 1.0)
+  return frequency / cfg.factor * divided + frequency * (1 - divided)
+
+
+def rotary(x: Array, positions: Array, rope: Rope) -> Array:
+  """`x[batch, length, heads, head_dim]` whose first `rope.dims` are rotated by `positions[batch, length]`.
+
+  Angles in f32. Source: Su et al. 2021, arXiv:2104.09864; pairing as in Llama's reference code converted by HF; a part
+  of each head: GPT-J, GPT-NeoX (Black et al. 2022, arXiv:2204.06745, §2.1.1).
+  """
+  frequency, factor = frequencies(rope)
+  angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  if factor != 1.0:
+    sin, cos = factor * sin, factor * cos
+  a, b = jnp.split(x[..., : rope.dims].astype(jnp.float32), 2, -1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  return turned if rope.dims == x.shape[-1] else jnp.concatenate([turned, x[..., rope.dims :]], -1)

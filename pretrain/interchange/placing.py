@@ -1,0 +1,60 @@
+"""Parameters on their devices, read from files a block at a time: the host holds no more than a few blocks."""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.specs import ParamSpec
+from pretrain.interchange.layout import Entry, Index
+from pretrain.interchange.safetensors import Tensor
+
+BLOCK = 4 * 2**20  # elements: 16 MiB of float32
+
+Tensors = Mapping[tuple[int, ...], Tensor]
+
+
+def place(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None, sharding: jax.sharding.Sharding):
+  """The parameter, of which each device gets its part alone; devices with the same part get copies of the first."""
+  first: dict[tuple, jax.Array] = {}
+  arrays = []
+  for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+    wanted = [range(*own.indices(size)) for own, size in zip(index, spec.shape, strict=True)]
+    key = tuple(wanted)
+    if key not in first:
+      first[key] = _part(entry, spec, _values(entry, spec, tensors, row, wanted), wanted, device)
+    arrays.append(first[key] if device in first[key].devices() else jax.device_put(first[key], device))
+  return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+
+
+def _part(entry: Entry, spec: ParamSpec, values: Iterator[tuple[Index, np.ndarray]], wanted, device) -> jax.Array:
+  shape = tuple(map(len, wanted))
+  if np.prod(shape) <= BLOCK:  # one transfer, and no program
+    part = np.empty(shape, spec.dtype)
+    for into, block in values:
+      part[into] = block
+    return jax.device_put(part, device)
+  whole = jnp.zeros(shape, spec.dtype, device=device)
+  for into, block in values:
+    block = np.ascontiguousarray(block, spec.dtype).reshape([1] * entry.stacked + list(block.shape))
+    whole = _put(whole, jax.device_put(block, device), [own if type(own) is int else own.start for own in into])
+    whole.block_until_ready()  # so that the next block takes the place of this one
+  return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, block: jax.Array, start: list[int]) -> jax.Array:
+  return jax.lax.dynamic_update_slice(whole, block, start)
+
+
+def _values(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None, wanted) -> Iterator[tuple]:
+  """(where in the part, values) of each block: a place for each stacked axis, a slice for each other one."""
+  stacked = entry.stacked
+  added = None if row is None else row.read(0, row.shape[-1]).astype(np.float32)[wanted[-1].start : wanted[-1].stop]
+  for at in np.ndindex(*map(len, wanted[:stacked])):
+    tensor = tensors[tuple(own[i] for own, i in zip(wanted, at, strict=False))]
+    for block in entry.blocks(spec, wanted[stacked:], BLOCK):
+      own = entry.of_block(tensor.read(block.begin, block.end), spec, block)
+      yield (*at, *block.into), entry.fold(own, added)
