@@ -19,10 +19,14 @@ from pretrain.step.loss import make_token_step
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Targets to score after inputs, which are earlier tokens of the row if a decoder reads from left to right."""
+  """Targets to score after inputs, which are earlier tokens of the row if a decoder reads from left to right.
+
+  Such a row begins with the token that rows of training begin with, or with `first`.
+  """
 
   inputs: list[int]
   targets: list[int]
+  first: int | None = None
 
 
 class Scored(NamedTuple):
@@ -119,4 +123,8 @@ class Scorer:
       fields = decoder_features(inputs, targets, rows, self.batch, size[1])
     else:
       fields = decoder_features(None, interleave(inputs, targets)[0], rows, self.batch, size[1])
+      begins = np.argwhere((fields['decoder_positions'] == 0) & (fields['decoder_segment_ids'] > 0))
+      for (row, at), piece in zip(begins, pieces, strict=True):
+        if piece.first is not None:
+          fields['decoder_input_tokens'][row, at] = piece.first
     return fields | {'example_index': np.zeros(self.batch, np.int32)}

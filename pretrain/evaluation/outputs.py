@@ -63,10 +63,12 @@ def outputs(
   rooms: Sequence[int],
   how: Decoding = GREEDY,
   drawn: Sequence[int] | None = None,
+  starts: bool = True,
 ) -> Iterator[tuple[int, list[int]]]:
   """(number of a prompt, the ids of its output up to its end) as batches are finished; `rooms` are the most tokens.
 
-  `drawn` are the numbers that the keys of sampling fold in, by default those of the prompts.
+  `drawn` are the numbers that the keys of sampling fold in, by default those of the prompts. Without `starts`, the
+  prompts of a decoder are read without the token that rows of training begin with.
   A batch of one has exactly its prompt, and prompts come in their order. Larger batches hold prompts of one kind,
   sorted by length, the longest first, padded to a multiple of PADDED. Raises ConfigError where the mesh does not divide
   the batch.
@@ -83,6 +85,8 @@ def outputs(
     length = len(inputs[numbers[0]]) if alone else padded(len(inputs[numbers[0]]))
     filled = (numbers + numbers[:1] * how.batch)[: how.batch]  # rows that are left over repeat a prompt
     rows = prompt_batch([inputs[number] for number in filled], writer.cfg, length)
+    if not starts:  # as padding, it is not read
+      rows['decoder_segment_ids'] = rows['decoder_segment_ids'] * (rows['decoder_positions'] > 0)
     limits, keys = [rooms[number] for number in filled], [drawn[number] for number in filled]
     found = _decode(writer, rows, limits[0] if alone else most, limits, keys, how)
     for number, row in zip(numbers, found.tolist(), strict=False):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from data.stores.vocabulary import EOS
 from pretrain.benchmarks.infilling import infill
 from pretrain.benchmarks.needles import Haystacks, haystack, probe
 from pretrain.benchmarks.scoring import Scored
@@ -162,4 +161,3 @@ def test_words_that_are_filled_exactly_count(text_store, monkeypatch):
 def test_a_step_is_opened_by_its_number(run_dir):
   one, two = open_writer(run_dir, 1), open_writer(run_dir)
   assert one.cfg.data.targets_length == two.cfg.data.targets_length == 64
-  assert EOS == 1
