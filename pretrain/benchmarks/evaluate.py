@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data.errors import DataError
+from data.stores.paths import looked_in
 from pretrain.benchmarks.domains import documents, score_domain, windows_of
 from pretrain.benchmarks.infilling import infill
 from pretrain.benchmarks.needles import Haystacks, check_haystacks, probe
@@ -47,7 +48,7 @@ def check_measurements(wanted: Measurements) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
       raise ConfigError(f'--{kind}: {twice[0]} names two files; give each its own name, --{kind}=NAME=FILE.')
     if absent := [path for _, path in files if not path.exists()]:
-      raise DataError(f'--{kind}: {absent[0]} does not exist; check the path.')
+      raise DataError(f'--{kind}: {absent[0]} does not exist{looked_in(absent[0])}; check the path.')
   for flag, value in (('batch', wanted.batch), ('sentences', wanted.sentences)):
     if value < 1:
       raise ConfigError(f'--{flag}={value}; it must be at least 1.')

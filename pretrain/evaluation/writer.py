@@ -8,6 +8,7 @@ import jax
 
 from data.batches.batches import DataSource
 from data.batches.source import open_data
+from data.stores.paths import looked_in
 from models.build import Model
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.config import bindings
@@ -100,7 +101,8 @@ def config_of(workdir: pathlib.Path) -> Experiment:
   if not saved.exists():
     raise CheckpointError(
       'CKPT-NONE',
-      f'no run in {workdir} (config.gin is missing); train first: pretrain train --workdir={workdir}.',
+      f'no run in {workdir}{looked_in(workdir)}: config.gin is missing; '
+      f'train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
   if cfg.model.name == 'encoder':

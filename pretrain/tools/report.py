@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.batches.source import wanted_shares
+from data.stores.paths import looked_in
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
@@ -43,7 +44,9 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   rows, results = read_metrics(workdir), read_results(workdir)
   if not rows and not results:
-    raise CheckpointError('CKPT-NONE', f'no metrics of a run in {workdir}; nothing was written. Check the path.')
+    raise CheckpointError(
+      'CKPT-NONE', f'no metrics of a run in {workdir}{looked_in(workdir)}; nothing was written. Check the path.'
+    )
   baselines = read_baselines(workdir)
   images = draw(rows, baselines, workdir / 'plots', read_shares(workdir) if sources_of(rows) else ()) if rows else []
   report = workdir / 'report.html'

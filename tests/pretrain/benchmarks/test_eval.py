@@ -77,7 +77,7 @@ def test_an_older_step_and_an_export_have_their_own_results(run_dir, text, tmp_p
     (['--workdir=RUN', '--from=x'], 64, 'CONFIG: pretrain eval needs a model: '),
     (['--from=x', '--step=1'], 64, 'CONFIG: --step is a step of a run; leave it out with --from.'),
     (['--workdir=RUN'], 64, 'CONFIG: pretrain eval measures nothing: give --text, --rank, --exact, --infill or --n'),
-    (['--workdir=RUN', '--text=a=b.txt'], 65, 'DATA: --text: b.txt does not exist; check the path.'),
+    (['--workdir=RUN', '--text=a=b.txt'], 65, 'DATA: --text: b.txt does not exist'),
     (['--workdir=RUN', '--rank=a=TEXT', '--rank=a=TEXT'], 64, 'CONFIG: --rank: a names two files; give each its own n'),
     (['--workdir=RUN', '--text=a=TEXT', '--batch=0'], 64, 'CONFIG: --batch=0; it must be at least 1.'),
     (['--workdir=RUN', '--infill=a=TEXT', '--sentences=0'], 64, 'CONFIG: --sentences=0; it must be at least 1.'),
