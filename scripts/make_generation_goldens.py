@@ -11,7 +11,8 @@ transformers 5.24). FAMILY.npz has
                   their `sequences_scores` (length_penalty=1.0, early_stopping=False)
 
 Random weights nearly tie now and then, and a rounding error would decide. So the prompts are drawn anew until the two
-most likely tokens of each greedy step differ by more than MARGIN, and so do the scores of the sequences of a beam.
+most likely tokens of each greedy step differ by more than MARGIN (logits), and the scores of the sequences of a beam by
+more than BEAM_MARGIN. The outputs together have at least DIFFERENT tokens, and not all of the best beams are greedy.
 
 filters.npz has logits f32[3, 40], ids int32[3, 6] and the outputs of the logits processors for each of FILTERS, in the
 order in which `generate` applies them. llama/ is a model without scaled rotary positions.
@@ -27,9 +28,9 @@ from make_interchange_goldens import FAMILIES, GOLDENS, VOCAB, logits, make_mode
 from transformers.generation import logits_process
 
 FOLDER = GOLDENS.parent / 'generation'
-LENGTHS, GREEDY, BEAM_TOKENS, MARGIN = (24, 5, 17, 1), 32, 16, 1e-3
+LENGTHS, GREEDY, BEAM_TOKENS, MARGIN, BEAM_MARGIN = (24, 5, 17, 1), 32, 16, 1e-3, 1e-4
 SMALL = {'gemma2': 1e-4}  # its logits are at most 3: nearly equal ones are frequent
-BEAM = ('t5_v1_0', 'gpt2', 'plain_llama')
+BEAM, DIFFERENT = ('t5_v1_1', 'gpt2', 'plain_llama'), 8
 PENALTY, TEMPERATURE = logits_process.RepetitionPenaltyLogitsProcessor, logits_process.TemperatureLogitsWarper
 TOP_K, TOP_P = logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
 FILTERS = {
@@ -75,7 +76,7 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
   outputs, found = generate(model, prompts, mask, GREEDY, eos_token_id=None)
   two = torch.stack(found.scores, 1).topk(2).values
   margin, end = float((two[..., 0] - two[..., 1]).min()), early_end(outputs)
-  if margin < SMALL.get(name, MARGIN) or end is None:
+  if margin < SMALL.get(name, MARGIN) or end is None or len(np.unique(outputs)) < DIFFERENT:
     return None
   values = {'prompts': prompts, 'mask': mask, 'eos': np.int32([end])}
   values['greedy'] = generate(model, prompts, mask, GREEDY, eos_token_id=end)[0]
@@ -85,8 +86,9 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
     scores = found.sequences_scores.numpy()
     after_end = np.cumsum(sequences == end, 1) - (sequences == end) > 0  # `transformers` fills with EOS where pad is 0
     values |= {'beam': np.where(after_end, 0, sequences), 'scores': scores}
-    margin = min(margin, float(-np.diff(scores.reshape(-1, 3), axis=1).max()))
-    if margin < MARGIN or not after_end.any():
+    greedy = values['greedy'][:, :BEAM_TOKENS]
+    gap = float(-np.diff(scores.reshape(-1, 3), axis=1).max())
+    if gap < BEAM_MARGIN or not after_end.any() or (values['beam'].reshape(-1, 3, BEAM_TOKENS)[:, 0] == greedy).all():
       return None
   print(f'{name}: seed {seed}, margin {margin:.1e}, outputs end after {(values["greedy"] > 0).sum(1)} tokens')
   return values
@@ -113,6 +115,7 @@ def write_filters() -> None:
 
 def main(names: list[str]) -> None:
   FOLDER.mkdir(parents=True, exist_ok=True)
+  write_filters()
   kind, values, model_class = FAMILIES['llama']
   plain = {'rope_parameters': {'rope_type': 'default', 'rope_theta': 700.0}, 'hidden_size': 16, 'intermediate_size': 24}
   FAMILIES['plain_llama'] = kind, values | plain, model_class
@@ -125,7 +128,6 @@ def main(names: list[str]) -> None:
       check_weights(model, name)
     found = next(values for seed in range(200) if (values := attempt(model, name, seed)) is not None)
     np.savez_compressed(FOLDER / f'{name}.npz', **found)
-  write_filters()
 
 
 if __name__ == '__main__':

@@ -87,6 +87,7 @@ def _counted(measure: Callable, what: str) -> Any:
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
   """Writes the whole file, or leaves it as it was."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
   temporary.replace(path)

@@ -79,7 +79,7 @@ def out_of(options) -> pathlib.Path | None:
 
   out = options.out or (options.workdir and options.workdir / FILE)
   if out is not None and (options.out is not None or options.workdir.exists()):
-    shared.check_writable(out.parent, '--out' if options.out else '--workdir')
+    shared.check_file(out, '--out' if options.out else '--workdir')
   return out
 
 

@@ -40,7 +40,7 @@ def generate_command(options, overrides) -> int:
     raise ConfigError('pretrain generate needs prompts: --text=… (repeatable), or --prompts=FILE; not both.')
   devices = shared.mesh_of(overrides, 'generate')
   if options.out is not None:
-    shared.check_writable(options.out.parent, '--out')
+    shared.check_file(options.out, '--out')
   mesh.prepare_platform(devices)
   from models.decode.sampling import Sampling
   from pretrain.evaluation.generate import show_generated

@@ -122,6 +122,13 @@ def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
   check_writable(workdir, flag)
 
 
+def check_file(path: pathlib.Path, flag: str) -> None:
+  """Raises ConfigError where a file cannot be written; leaves nothing behind."""
+  if path.is_dir():
+    raise ConfigError(f'{flag}={path} is a folder; name a file.')
+  check_writable(path.parent, flag)
+
+
 def check_writable(workdir: pathlib.Path, flag: str) -> None:
   """Raises ConfigError where a folder cannot be written; leaves nothing behind."""
   try:

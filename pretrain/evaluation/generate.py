@@ -82,6 +82,7 @@ def record(result: 'Generated | Refused') -> dict:
 
 def write_jsonl(path: pathlib.Path, records: Sequence[dict]) -> None:
   """Writes all records, or leaves the file as it was."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
   lines = (json.dumps(each, ensure_ascii=False) + '\n' for each in records)
   temporary.write_text(''.join(lines), encoding='utf-8', errors='backslashreplace')

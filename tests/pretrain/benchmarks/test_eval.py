@@ -7,11 +7,14 @@ import pytest
 
 from pretrain.benchmarks.infilling import infill
 from pretrain.benchmarks.needles import Haystacks, haystack, probe
-from pretrain.benchmarks.scoring import Scored
+from pretrain.benchmarks.scoring import Scored, Scorer
 from pretrain.cli.main import main
+from pretrain.errors import ConfigError
 from pretrain.evaluation.blanks import choose
 from pretrain.evaluation.writer import open_writer
+from pretrain.interchange import importing
 from pretrain.run.train import train
+from tests.pretrain import tiny
 from tests.pretrain.benchmarks.test_scores import writer_on
 from tests.pretrain.evaluation.test_generate import config_of
 
@@ -94,7 +97,7 @@ def test_a_mistake_is_one_line(run_dir, text, capsys, flags, code, message):
   known = {'RUN': str(run_dir), 'TEXT': str(text)}
   put = lambda line: line.replace('RUN', known['RUN']).replace('TEXT', known['TEXT'])
   if flags[-1:] == ['--infill=a=TEXT']:
-    text.write_text('The Licensor grants each of these persons a License to all of the words. ' * 2)
+    text.write_text('The owner grants each of these persons a license to all of the words. ' * 2)
   assert main(['eval', *map(put, flags)]) == code
   err = capsys.readouterr().err
   shown = message if '--workdir=RUN' in message else put(message)
@@ -115,7 +118,7 @@ def test_a_haystack_has_its_length_and_the_needle_at_its_depth(text_store, objec
     assert f' is {answer}.' in text, 'the needle has the answer'
     assert text.endswith(' is' if objective == 'causal_lm' else ' is <extra_id_0> </s>' if blank else ' is </s>')
     places.append(text.index('The secret number') / len(text))
-  assert places[0] < 0.1 < 0.3 < places[1] < 0.6 < 0.7 < places[2]
+  assert places[0] < 0.1 < 0.25 < places[1] < 0.5 < 0.6 < places[2]
   assert haystack(writer, 200, 0.5, 1, 0) != haystack(writer, 200, 0.5, 2, 0)
 
 
@@ -161,3 +164,31 @@ def test_words_that_are_filled_exactly_count(text_store, monkeypatch):
 def test_a_step_is_opened_by_its_number(run_dir):
   one, two = open_writer(run_dir, 1), open_writer(run_dir)
   assert one.cfg.data.targets_length == two.cfg.data.targets_length == 64
+
+
+def test_needles_are_for_runs_that_continue_text_or_fill_blanks(pair_store):
+  with pytest.raises(ConfigError, match=r"objective\.name='supervised' neither continues text nor fills blanks"):
+    probe(Scorer(writer_on(pair_store, 'supervised')), Haystacks(lengths=(64,)), lambda done: None)
+
+
+def test_published_encoders_are_refused(text_store, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(importing, 'open_source', lambda folder: None)
+  monkeypatch.setattr(importing, 'experiment', lambda *given: tiny.encoder(text_store))
+  assert main(['eval', f'--from={tmp_path}', '--needle_lengths=64']) == 64
+  assert capsys.readouterr().err == (
+    f'CONFIG: {tmp_path} is an encoder, which writes no text; evaluate a decoder or an encoder-decoder.\n'
+  )
+
+
+def test_a_report_needs_no_training_and_a_damaged_file_is_one_line(tmp_path, capsys):
+  """Weights that were imported have results and no metrics."""
+  results = {'model': 'x', 'step': 0, 'rank': {'a<b': {'examples': 4, 'accuracy': 0.25, 'accuracy_per_byte': 0.5}}}
+  (tmp_path / 'eval.json').write_text(json.dumps(results))
+  assert main(['report', str(tmp_path)]) == 0
+  report = (tmp_path / 'report.html').read_text()
+  assert '<h2>Evaluation, step 0</h2>' in report
+  assert '<td>a&lt;b: accuracy</td><td class="number">0.25</td>' in report
+  (tmp_path / 'eval.json').write_text('{')
+  capsys.readouterr()
+  assert main(['report', str(tmp_path)]) == 66
+  assert capsys.readouterr().err.startswith(f'EVAL: {tmp_path}/eval.json is damaged (')

@@ -41,7 +41,7 @@ def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
 def test_answers_of_a_file_are_written_in_order(run_dir, tmp_path, capsys):
   """A prompt that is refused has its error there, and its line on stderr names the file's line."""
   prompts = [*PROMPTS[:2], 'x <extra_id_999>', *PROMPTS[2:]]
-  path, out = tmp_path / 'p.jsonl.gz', tmp_path / 'answers.jsonl'
+  path, out = tmp_path / 'p.jsonl.gz', tmp_path / 'new/answers.jsonl'
   path.write_bytes(gzip.compress(''.join(json.dumps({'text': p, 'id': 1}) + '\n\n' for p in prompts).encode()))
   code = main(['generate', f'--workdir={run_dir}', f'--prompts={path}', f'--out={out}', '--max_tokens=6'])
   assert code == 65
@@ -54,7 +54,7 @@ def test_answers_of_a_file_are_written_in_order(run_dir, tmp_path, capsys):
   expected = generate(run_dir, PROMPTS, 6)
   assert [each['text'] for i, each in enumerate(found) if i != 2] == [own.text for own in expected]
   assert all(each['tokens'] == list(own.tokens) for each, own in zip(found[:2], expected, strict=False))
-  assert sorted(p.name for p in tmp_path.iterdir()) == ['answers.jsonl', 'p.jsonl.gz']
+  assert [p.name for p in out.parent.iterdir()] == ['answers.jsonl']
 
 
 def test_each_line_of_a_text_file_is_a_prompt(run_dir, tmp_path, capsys):
@@ -109,7 +109,8 @@ def test_a_long_prompt_of_a_file_is_named_by_its_line(run_dir):
     (['--prompts=FIELD.jsonl'], 65, "DATA: FIELD.jsonl:1: field 'text' is missing; the fields are prompt."),
     (['--prompts=LIST.jsonl'], 65, 'DATA: LIST.jsonl:2: not a JSON object; each line must be one.'),
     (['--prompts=none.txt'], 65, 'DATA: none.txt cannot be read'),
-    (['--text=a', '--out=EMPTY/y.jsonl'], 64, 'CONFIG: --out='),
+    (['--text=a', '--out=EMPTY/y.jsonl'], 64, 'CONFIG: --out=EMPTY cannot be written'),
+    (['--text=a', '--out=.'], 64, 'CONFIG: --out=. is a folder; name a file.'),
   ],
 )
 def test_a_mistake_is_one_line(run_dir, tmp_path, monkeypatch, shared_programs, capsys, flags, code, message):

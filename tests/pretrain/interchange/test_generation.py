@@ -13,7 +13,7 @@ from models.decode.writing import greedy
 from tests.pretrain.interchange import goldens
 
 FOLDER = goldens.GOLDENS.parent / 'generation'
-BEAM = ('t5_v1_0', 'gpt2', 'plain_llama')
+BEAM = ('t5_v1_1', 'gpt2', 'plain_llama')
 
 
 @functools.cache
