@@ -53,7 +53,7 @@ class PlainTokenizer(PreTrainedTokenizer):
     return self.model.id_to_piece(index) if index < len(self.model) else '<unk>'
 
   def convert_tokens_to_string(self, tokens: list[str]) -> str:
-    return self.model.decode(tokens)
+    return tokens[0] if tokens == [self.eos_token] else self.model.decode(tokens)
 
 
 def questions(number: int) -> list[dict]:
@@ -96,7 +96,7 @@ def compare(ours, theirs, folder: pathlib.Path, number: int) -> bool:
     'loglikelihood', [(q['context'] if i % 7 else '', f' {q["choices"][0]}') for i, q in enumerate(asked)]
   )
   texts = requests('loglikelihood_rolling', [(' '.join(q['choices'] * (1 + i % 9)),) for i, q in enumerate(asked)])
-  options = {'until': ['\n', ' of'], 'max_gen_toks': 12, 'do_sample': False}
+  options = {'until': ['of', 'se'], 'max_gen_toks': 12, 'do_sample': False}  # a line end is no token of this model
   prompts = requests('generate_until', [(q['context'], options) for q in asked])
   a, b = ours.loglikelihood(pairs), theirs.loglikelihood(pairs)
   worst = max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))

@@ -12,14 +12,16 @@ transformers 5.24). FAMILY.npz has
 
 Random weights nearly tie now and then, and a rounding error would decide. So the prompts are drawn anew until the two
 most likely tokens of each greedy step differ by more than MARGIN (logits), and the scores of the sequences of a beam by
-more than BEAM_MARGIN. The outputs together have at least DIFFERENT tokens, and not all of the best beams are greedy.
+more than BEAM_MARGIN.
 
 filters.npz has logits f32[3, 40], ids int32[3, 6] and the outputs of the logits processors for each of FILTERS, in the
-order in which `generate` applies them. llama/ is a model without scaled rotary positions.
+order in which `generate` applies them. llama/ is a model without scaled rotary positions, t5/ one of T5 1.1.
+Outputs of the families in BEAM together have at least DIFFERENT tokens, and not all of the best beams are greedy.
 
   python scripts/make_generation_goldens.py [family …]
 """
 
+import pathlib
 import sys
 
 import numpy as np
@@ -30,7 +32,7 @@ from transformers.generation import logits_process
 FOLDER = GOLDENS.parent / 'generation'
 LENGTHS, GREEDY, BEAM_TOKENS, MARGIN, BEAM_MARGIN = (24, 5, 17, 1), 32, 16, 1e-3, 1e-4
 SMALL = {'gemma2': 1e-4}  # its logits are at most 3: nearly equal ones are frequent
-BEAM, DIFFERENT = ('t5_v1_1', 'gpt2', 'plain_llama'), 8
+BEAM, DIFFERENT = ('plain_t5', 'gpt2', 'plain_llama'), 8
 PENALTY, TEMPERATURE = logits_process.RepetitionPenaltyLogitsProcessor, logits_process.TemperatureLogitsWarper
 TOP_K, TOP_P = logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
 FILTERS = {
@@ -76,7 +78,7 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
   outputs, found = generate(model, prompts, mask, GREEDY, eos_token_id=None)
   two = torch.stack(found.scores, 1).topk(2).values
   margin, end = float((two[..., 0] - two[..., 1]).min()), early_end(outputs)
-  if margin < SMALL.get(name, MARGIN) or end is None or len(np.unique(outputs)) < DIFFERENT:
+  if margin < SMALL.get(name, MARGIN) or end is None or (name in BEAM and len(np.unique(outputs)) < DIFFERENT):
     return None
   values = {'prompts': prompts, 'mask': mask, 'eos': np.int32([end])}
   values['greedy'] = generate(model, prompts, mask, GREEDY, eos_token_id=end)[0]
@@ -113,17 +115,25 @@ def write_filters() -> None:
   np.savez_compressed(FOLDER / 'filters.npz', **found)
 
 
+def save(model, folder: pathlib.Path) -> None:
+  if model.config.is_encoder_decoder:  # they are one table in every published model
+    model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
+  model.save_pretrained(folder)
+  (folder / 'generation_config.json').unlink()
+
+
 def main(names: list[str]) -> None:
   FOLDER.mkdir(parents=True, exist_ok=True)
   write_filters()
   kind, values, model_class = FAMILIES['llama']
   plain = {'rope_parameters': {'rope_type': 'default', 'rope_theta': 700.0}, 'hidden_size': 16, 'intermediate_size': 24}
   FAMILIES['plain_llama'] = kind, values | plain, model_class
+  kind, values, model_class = FAMILIES['t5_v1_1']
+  FAMILIES['plain_t5'] = kind, values | {'d_model': 16, 'd_ff': 24}, model_class
   for name in names or [name for name in FAMILIES if 'MaskedLM' not in FAMILIES[name][2]]:
     model = make_model(name)
-    if name == 'plain_llama':
-      model.save_pretrained(FOLDER / 'llama')
-      (FOLDER / 'llama/generation_config.json').unlink()
+    if name.startswith('plain_'):
+      save(model, FOLDER / name.removeprefix('plain_'))
     else:
       check_weights(model, name)
     found = next(values for seed in range(200) if (values := attempt(model, name, seed)) is not None)

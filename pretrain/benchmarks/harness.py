@@ -57,7 +57,8 @@ class Answers:
     return Piece(kept[1:], after, first=kept[0]) if kept else Piece([], after[-self.max_length :])
 
   def loglikelihood_rolling(self, requests: Sequence[Any], **_) -> list[float]:
-    """The log-probability of each whole text: windows of `max_length` tokens, each after one token of the last one.
+    """The log-probability of each whole text. The first window begins as rows do, each other one is full, with tokens of
+    the window before it in front, which are not scored again.
 
     As `hf` has them (utils.py get_rolling_token_windows with context_len=1, make_disjoint_window).
     """
@@ -66,15 +67,19 @@ class Answers:
     return [-sum(float(next(scored).nats.sum()) for _ in own) for own in pieces]
 
   def _windows(self, ids: list[int]) -> Iterator[Piece]:
-    for begin in range(0, len(ids), self.max_length):
-      yield Piece([], ids[begin : begin + self.max_length], first=ids[begin - 1] if begin else None)
+    yield Piece([], ids[: self.max_length])
+    for begin in range(self.max_length, len(ids), self.max_length):
+      end = min(begin + self.max_length, len(ids))
+      context = ids[end - self.max_length - 1 : begin]
+      yield Piece(context[1:], ids[begin:end], first=context[0])
 
   def generate_until(self, requests: Sequence[Any], **_) -> list[str]:
     """The text after each context up to the first of its `until` strings, the end, or `max_gen_toks` tokens."""
     found: list[str] = [''] * len(requests)
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[tuple[str, bool], list[int]] = {}
     for number, request in enumerate(requests):
-      kinds.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+      context, options = request.args
+      kinds.setdefault((repr(sorted(options.items())), not self._encode(context)), []).append(number)
     for numbers in kinds.values():
       for number, text in self._generate([requests[number].args for number in numbers]):
         found[numbers[number]] = text
@@ -92,7 +97,9 @@ class Answers:
     check_decoding(how)
     starts = self.starts or not all(prompts)
     for number, output in outputs(self.writer, prompts, [room] * len(prompts), how, starts=starts):
-      text = self.writer.data.tokenizer.decode_after(prompts[number], output)
+      special = self.writer.data.vocabulary.special
+      known = [token for token in output if special(token) is None]
+      text = self.writer.data.tokenizer.decode_after(prompts[number], known)
       yield number, min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
 
   @property
