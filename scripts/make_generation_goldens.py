@@ -15,7 +15,8 @@ most likely tokens of each greedy step differ by more than MARGIN (logits), and 
 more than BEAM_MARGIN.
 
 filters.npz has logits f32[3, 40], ids int32[3, 6] and the outputs of the logits processors for each of FILTERS, in the
-order in which `generate` applies them. llama/ is a model without scaled rotary positions, t5/ one of T5 1.1.
+order in which `generate` applies them. llama/ is a model without scaled rotary positions, t5/ one of T5 1.1,
+gemma2/ one whose logits are capped at 30.
 Outputs of the families in BEAM together have at least DIFFERENT tokens, and not all of the best beams are greedy.
 
   python scripts/make_generation_goldens.py [family …]
@@ -31,7 +32,6 @@ from transformers.generation import logits_process
 
 FOLDER = GOLDENS.parent / 'generation'
 LENGTHS, GREEDY, BEAM_TOKENS, MARGIN, BEAM_MARGIN = (24, 5, 17, 1), 32, 16, 1e-3, 1e-4
-SMALL = {'gemma2': 1e-4}  # its logits are at most 3: nearly equal ones are frequent
 BEAM, DIFFERENT = ('plain_t5', 'gpt2', 'plain_llama'), 8
 PENALTY, TEMPERATURE = logits_process.RepetitionPenaltyLogitsProcessor, logits_process.TemperatureLogitsWarper
 TOP_K, TOP_P = logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
@@ -78,7 +78,7 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
   outputs, found = generate(model, prompts, mask, GREEDY, eos_token_id=None)
   two = torch.stack(found.scores, 1).topk(2).values
   margin, end = float((two[..., 0] - two[..., 1]).min()), early_end(outputs)
-  if margin < SMALL.get(name, MARGIN) or end is None or (name in BEAM and len(np.unique(outputs)) < DIFFERENT):
+  if margin < MARGIN or end is None or (name in BEAM and len(np.unique(outputs)) < DIFFERENT):
     return None
   values = {'prompts': prompts, 'mask': mask, 'eos': np.int32([end])}
   values['greedy'] = generate(model, prompts, mask, GREEDY, eos_token_id=end)[0]
@@ -130,6 +130,8 @@ def main(names: list[str]) -> None:
   FAMILIES['plain_llama'] = kind, values | plain, model_class
   kind, values, model_class = FAMILIES['t5_v1_1']
   FAMILIES['plain_t5'] = kind, values | {'d_model': 16, 'd_ff': 24}, model_class
+  kind, values, model_class = FAMILIES.pop('gemma2')  # its logits are at most 3: several are nearly equal at each step
+  FAMILIES['plain_gemma2'] = kind, values | {'final_logit_softcapping': 30.0, 'hidden_size': 16}, model_class
   for name in names or [name for name in FAMILIES if 'MaskedLM' not in FAMILIES[name][2]]:
     model = make_model(name)
     if name.startswith('plain_'):
