@@ -9,6 +9,7 @@ transformers 5.24). FAMILY.npz has
   greedy          int32[4, 32]: `generate` with do_sample=False; 0 after the end
   beam, scores    for the families in BEAM: the 3 best sequences of num_beams=4 for each prompt, int32[12, 16], and
                   their `sequences_scores` (length_penalty=1.0, early_stopping=False)
+  beam_eos        int32[11]: the tokens that end a sequence of a beam; many, so that beams end at different steps
 
 Random weights nearly tie now and then, and a rounding error would decide. So the prompts are drawn anew until the two
 most likely tokens of each greedy step differ by more than MARGIN (logits), and the scores of the sequences of a beam by
@@ -33,6 +34,7 @@ from transformers.generation import logits_process
 FOLDER = GOLDENS.parent / 'generation'
 LENGTHS, GREEDY, BEAM_TOKENS, MARGIN, BEAM_MARGIN = (24, 5, 17, 1), 32, 16, 1e-3, 1e-4
 BEAM, DIFFERENT = ('plain_t5', 'gpt2', 'plain_llama'), 8
+MORE_ENDS = 10
 PENALTY, TEMPERATURE = logits_process.RepetitionPenaltyLogitsProcessor, logits_process.TemperatureLogitsWarper
 TOP_K, TOP_P = logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
 FILTERS = {
@@ -84,10 +86,12 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
   values['greedy'] = generate(model, prompts, mask, GREEDY, eos_token_id=end)[0]
   if name in BEAM:
     options = {'num_beams': 4, 'length_penalty': 1.0, 'early_stopping': False, 'num_return_sequences': 3}
-    sequences, found = generate(model, prompts, mask, BEAM_TOKENS, eos_token_id=end, **options)
+    ends = [end, *range(VOCAB - MORE_ENDS, VOCAB)]
+    sequences, found = generate(model, prompts, mask, BEAM_TOKENS, eos_token_id=ends, **options)
     scores = found.sequences_scores.numpy()
-    after_end = np.cumsum(sequences == end, 1) - (sequences == end) > 0  # `transformers` fills with EOS where pad is 0
-    values |= {'beam': np.where(after_end, 0, sequences), 'scores': scores}
+    ended = np.isin(sequences, ends)
+    after_end = np.cumsum(ended, 1) - ended > 0  # `transformers` fills with EOS where pad is 0
+    values |= {'beam': np.where(after_end, 0, sequences), 'scores': scores, 'beam_eos': np.int32(ends)}
     greedy = values['greedy'][:, :BEAM_TOKENS]
     gap = float(-np.diff(scores.reshape(-1, 3), axis=1).max())
     if gap < BEAM_MARGIN or not after_end.any() or (values['beam'].reshape(-1, 3, BEAM_TOKENS)[:, 0] == greedy).all():

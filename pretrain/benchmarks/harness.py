@@ -57,10 +57,9 @@ class Answers:
     return Piece(kept[1:], after, first=kept[0]) if kept else Piece([], after[-self.max_length :])
 
   def loglikelihood_rolling(self, requests: Sequence[Any], **_) -> list[float]:
-    """The log-probability of each whole text. The first window begins as rows do, each other one is full, with tokens of
-    the window before it in front, which are not scored again.
+    """The log-probability of each whole text, in windows; the first begins as rows do.
 
-    As `hf` has them (utils.py get_rolling_token_windows with context_len=1, make_disjoint_window).
+    Every other window is full, with tokens of the one before in front, which are not scored again. As `hf` has them (utils.py get_rolling_token_windows with context_len=1, make_disjoint_window).
     """
     pieces = [[*self._windows(self._encode(request.args[0]))] for request in requests]
     scored: Iterator[Scored] = iter(self.scorer([piece for own in pieces for piece in own]))

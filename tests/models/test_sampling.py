@@ -49,12 +49,15 @@ def test_draws_have_the_probabilities_of_the_filters(case):
   expected = probabilities(sampling, seen) * DRAWS
   marked = jnp.isin(jnp.arange(len(LOGITS)), jnp.asarray(seen, jnp.int32))
   logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
-  keys = step_keys(row_keys(jnp.uint32(3), jnp.arange(DRAWS, dtype=jnp.uint32)), jnp.int32(5))
-  drawn = sampling.choose(logits, jnp.broadcast_to(marked, logits.shape) if seen else None, keys)
+  rows = row_keys(jnp.uint32(3), jnp.arange(DRAWS, dtype=jnp.uint32))
+  seen_rows = jnp.broadcast_to(marked, logits.shape) if seen else None
+  drawn = sampling.choose(logits, seen_rows, step_keys(rows, jnp.int32(5)))
   counts = np.bincount(np.asarray(drawn), minlength=len(LOGITS))
   kept = expected > 0
   assert counts[~kept].sum() == 0
   assert chi_square(counts[kept], expected[kept]) < QUANTILES[kept.sum() - 2]
+  again = sampling.choose(logits, seen_rows, step_keys(rows, jnp.int32(6)))
+  assert 0.1 < (np.asarray(again) != np.asarray(drawn)).mean(), 'another step draws other tokens'
   wrong = np.roll(expected[kept], 1)
   assert chi_square(counts[kept], wrong) > 10 * QUANTILES[kept.sum() - 2], 'the mutation'
 

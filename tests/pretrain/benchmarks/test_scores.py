@@ -166,7 +166,7 @@ def write_jsonl(path, records) -> None:
 
 
 def test_the_choice_with_the_highest_probability_is_taken(causal, scorer, tmp_path):
-  questions = [('The License ', ['of the Work', 'and', 'You may']), ('Any', [' person', ' contribution to the Work'])]
+  questions = [('The License ', ['of the Work', 'and', 'You may']), ('Any', [' a', ' contribution to the Work'])]
   best, best_per_byte, encode = [], [], causal.data.tokenizer.encode
   for context, choices in questions:
     totals = []
@@ -176,6 +176,7 @@ def test_the_choice_with_the_highest_probability_is_taken(causal, scorer, tmp_pa
       totals.append(sum(row[i, whole[i]] for i in range(len(before), len(whole))))
     best.append(int(np.argmax(totals)))
     best_per_byte.append(int(np.argmax([t / len(c) for t, c in zip(totals, choices, strict=True)])))
+  assert best != best_per_byte
   path = tmp_path / 'rank.jsonl'
   records = [{'context': c, 'choices': o, 'answer': a} for (c, o), a in zip(questions, best, strict=True)]
   write_jsonl(path, records)

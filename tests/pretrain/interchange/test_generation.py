@@ -40,8 +40,8 @@ def batch_of(name: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   }  # fmt: skip
 
 
-def ids_of(found: dict[str, np.ndarray]) -> dict:
-  return {'eos': tuple(found['eos'].tolist()), 'pad': 0, 'decoder_start': 0}
+def ids_of(found: dict[str, np.ndarray], eos: str = 'eos') -> dict:
+  return {'eos': tuple(found[eos].tolist()), 'pad': 0, 'decoder_start': 0}
 
 
 @pytest.mark.parametrize('name', [*(name for name in goldens.FAMILIES if name != 'gemma2'), *OWN, *GEMMA])
@@ -58,7 +58,8 @@ def test_greedy_tokens_are_those_of_transformers(name):
 @pytest.mark.parametrize('name', BEAM)
 def test_beams_are_those_of_transformers(name):
   found, (model, params) = golden(name), model_of(name)
-  tokens, scores = beam_search(model, params, batch_of(name, found), 16, None, 4, **ids_of(found))
+  ids = ids_of(found, 'beam_eos')
+  tokens, scores = beam_search(model, params, batch_of(name, found), 16, None, 4, **ids)
   wanted, best = found['beam'].reshape(-1, 3, 16), found['scores'].reshape(-1, 3)
   np.testing.assert_array_equal(np.asarray(tokens)[:, :3], wanted)
   np.testing.assert_allclose(np.asarray(scores)[:, :3], best, atol=2e-5)
@@ -68,10 +69,10 @@ def test_beams_are_those_of_transformers(name):
 def test_a_prompt_has_no_more_tokens_than_its_room():
   """Searched in one batch, each prompt has the output of a search of its own length."""
   found, (model, params) = golden('gpt2'), model_of('gpt2')
-  batch, rooms = batch_of('gpt2', found), np.int32([3, 16, 7, 16])
-  together = np.asarray(beam_search(model, params, batch, 16, None, 4, rooms=jnp.asarray(rooms), **ids_of(found))[0])
+  batch, rooms, ids = batch_of('gpt2', found), np.int32([3, 16, 7, 16]), ids_of(found, 'beam_eos')
+  together = np.asarray(beam_search(model, params, batch, 16, None, 4, rooms=jnp.asarray(rooms), **ids)[0])
   assert (together[[0, 2]] > 0).sum(-1).max() <= 7
-  alone = {room: np.asarray(beam_search(model, params, batch, room, None, 4, **ids_of(found))[0]) for room in (3, 7)}
+  alone = {room: np.asarray(beam_search(model, params, batch, room, None, 4, **ids)[0]) for room in (3, 7)}
   np.testing.assert_array_equal(together[0, :, :3], alone[3][0])
   np.testing.assert_array_equal(together[2, :, :7], alone[7][2])
   np.testing.assert_array_equal(together[1::2, :3], found['beam'].reshape(-1, 3, 16)[1::2])
