@@ -59,7 +59,8 @@ class Answers:
   def loglikelihood_rolling(self, requests: Sequence[Any], **_) -> list[float]:
     """The log-probability of each whole text, in windows; the first begins as rows do.
 
-    Every other window is full, with tokens of the one before in front, which are not scored again. As `hf` has them (utils.py get_rolling_token_windows with context_len=1, make_disjoint_window).
+    Every other window is full, with tokens of the one before in front, which are not scored again. As `hf` has
+    them (utils.py get_rolling_token_windows with context_len=1, make_disjoint_window).
     """
     pieces = [[*self._windows(self._encode(request.args[0]))] for request in requests]
     scored: Iterator[Scored] = iter(self.scorer([piece for own in pieces for piece in own]))
