@@ -1,4 +1,4 @@
-"""`pretrain config`: the resolved config, or a plot of its learning rate."""
+"""`pretrain config` and `pretrain plan`: what a config describes, without running it."""
 
 import argparse
 import pathlib
@@ -44,3 +44,15 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   except OSError as error:
     raise ConfigError(f'--plot={path} cannot be written ({error.strerror}); choose another place.') from error
   return path
+
+
+def plan_flags(command: argparse.ArgumentParser) -> None:
+  shared.config_flags(command)
+  command.add_argument('--topology', required=True, help='e.g. v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1')
+
+
+def plan_command(options, overrides) -> None:
+  """Compile the train step for a TPU slice without one; print the memory it needs."""
+  from pretrain.tools import plan
+
+  print(plan.plan(shared.load(options, overrides), options.topology))

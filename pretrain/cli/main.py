@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pretrain.cli import checkpoints, config, data, generate, interchange, plan, replay, report, run, shared, train
+from pretrain.cli import checkpoints, config, data, eval, generate, interchange, replay, report, run, shared, train
 from pretrain.devices.allocator import keep_memory
 from pretrain.devices.platform import has_accelerator
 from pretrain.errors import UserError
@@ -18,13 +18,14 @@ COMMANDS = (
   ('config', config.config_command, config.describe_flags),
   ('data', data.data_command, data.data_flags),
   ('generate', generate.generate_command, generate.generate_flags),
+  ('eval', eval.eval_command, eval.eval_flags),
   ('checkpoints', checkpoints.checkpoints_command, checkpoints.checkpoints_flags),
   ('import', interchange.import_command, interchange.import_flags),
   ('export', interchange.export_command, interchange.export_flags),
   ('report', report.report_command, report.report_flags),
   ('replay', replay.replay_command, replay.replay_flags),
   ('run', run.run_command, run.run_flags),
-  ('plan', plan.plan_command, plan.plan_flags),
+  ('plan', config.plan_command, config.plan_flags),
 )
 
 

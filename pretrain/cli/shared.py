@@ -84,6 +84,20 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
   )
 
 
+def mesh_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='devices along a mesh axis')
+
+
+def mesh_of(overrides: Sequence[str], command: str):
+  """The mesh of a command that takes no other key. Raises ConfigError for one."""
+  from pretrain.config import bindings
+  from pretrain.devices.mesh import MeshConfig
+
+  if others := [key for key in overrides if not key.strip().startswith('mesh.')]:
+    raise ConfigError(f'--gin.{others[0]}: the run has its config; pretrain {command} takes mesh.* alone.')
+  return bindings.load(MeshConfig, [], [key.strip().removeprefix('mesh.') for key in overrides])
+
+
 def load(options, overrides, saved: pathlib.Path | None = None):
   """The checked config of a command, from --gin_file or from the config.gin of a run."""
   from pretrain.config import bindings
@@ -106,6 +120,13 @@ def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
       'cannot be written there. Nothing was changed; choose another folder.'
     )
   check_writable(workdir, flag)
+
+
+def check_file(path: pathlib.Path, flag: str) -> None:
+  """Raises ConfigError where a file cannot be written; leaves nothing behind."""
+  if path.is_dir():
+    raise ConfigError(f'{flag}={path} is a folder; name a file.')
+  check_writable(path.parent, flag)
 
 
 def check_writable(workdir: pathlib.Path, flag: str) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 
 from data.stores.store import Store
 from pretrain.errors import ConfigError
-from pretrain.evaluation.generate import Candidate, Writer, fills_middle, log_prob, open_writer, search
+from pretrain.evaluation.best import Candidate, log_prob, search
 from pretrain.evaluation.prompts import prompt_inputs, room_for
+from pretrain.evaluation.texts import fills_middle
 from pretrain.evaluation.unigram import Unigram, count
+from pretrain.evaluation.writer import Writer, open_writer
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
 SENTENCE = re.compile(r"(?<![^.!?] )(?<!\S)[A-Z][a-z]*(?: [a-z][a-z'-]*,?)+\.(?!\S)")

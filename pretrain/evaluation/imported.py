@@ -22,8 +22,11 @@ def tokenizer_of(workdir: pathlib.Path) -> bytes | None:
   and unknown token are not 0, 1 and 2.
   """
   folder = workdir / FOLDER
-  if not folder.is_dir():
-    return None
+  return tokenizer_in(folder) if folder.is_dir() else None
+
+
+def tokenizer_in(folder: pathlib.Path) -> bytes:
+  """The SentencePiece model in a folder of imported weights. Raises as `tokenizer_of`."""
   if path := sentencepiece_in(folder):
     return load_model(path)
   there = next((name for name in OTHER_TOKENIZERS if (folder / name).is_file()), None)

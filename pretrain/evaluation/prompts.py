@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +14,27 @@ from data.objectives.objectives import Instruction, Supervised, pair_lengths, ta
 from data.objectives.tasks import LEFT_TO_RIGHT
 from data.prepare.messages import marker
 from data.ragged import interleave, join
-from data.stores.vocabulary import EOS
+from data.stores.vocabulary import EOS, PAD
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
+CONTINUING = (*LEFT_TO_RIGHT, 'uniform_prefix', 'last_quarter')  # kinds of tasks that continue text
 
-def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
+
+class SpecialIds(NamedTuple):
+  """What ends an output, what stands behind its end, and what a decoder behind an encoder reads first."""
+
+  eos: tuple[int, ...]
+  pad: int
+  decoder_start: int
+
+
+def special_ids(data: DataSource) -> SpecialIds:
+  """The ids of the tokenizer of a run."""
+  return SpecialIds((EOS,), PAD, PAD)
+
+
+def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '--text=') -> list[int]:
   """The ids that training has for `prompt` as inputs: [mode] text EOS; the text alone for a causal objective. For
   fill-in-the-middle with one blank: the text before and after it, between its marks (PSM).
 
@@ -26,7 +42,7 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   tokens and the prompt begins without one, it gets that of its task: [NLU] for a prompt with blanks (the R denoiser;
   [NLG] where there are only X denoisers), [S2S] for a prompt without.
   Raises ConfigError where the objective trains no such task, or for bytes that are not UTF-8; DataError for a sentinel
-  that does not exist.
+  that does not exist. `place` is where the prompt was given.
   """
   if not is_text(prompt):
     raise not_utf8(prompt)
@@ -46,7 +62,7 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
     fix = 'leave out <extra_id_k>, the text is continued' if blanks else 'mark one, e.g. with <extra_id_0> at the end'
     trained = 'to fill blanks' if blanks else 'to do anything but fill blanks'
     raise ConfigError(
-      f"--text={reprlib.repr(prompt)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
+      f"{named(prompt, place)}: a run with objective.name='{objective.name}' is not trained {trained}; {fix}."
     )
   if tasks[0].kind in LEFT_TO_RIGHT:
     return ids
@@ -55,11 +71,16 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   return [*ids, EOS]
 
 
+def named(prompt: str, place: str) -> str:
+  """Where a prompt was given, and how it begins and ends."""
+  return f'{place}{reprlib.repr(prompt)}'
+
+
 def not_utf8(prompt: str) -> ConfigError:
   return ConfigError(f'argument --text: {reprlib.repr(prompt)} has bytes that are not UTF-8; write the text in UTF-8.')
 
 
-def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:
+def room_for(prompt: str, inputs: list[int], cfg: Experiment, place: str = '--text=') -> int:
   """How many tokens of output a training row would hold after `inputs`. Raises ConfigError where there is none."""
   data, objective = cfg.data, cfg.objective
   if data.inputs_length:
@@ -72,10 +93,37 @@ def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:
     room = length - len(inputs)
   if len(inputs) > most:
     raise ConfigError(
-      f'--text={reprlib.repr(prompt)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
+      f'{named(prompt, place)} is {len(inputs)} tokens, at most {most} fit the rows this run was trained on '
       f'({key}={length}); shorten the prompt.'
     )
   return room
+
+
+def sees_itself(inputs: list[int], cfg: Experiment) -> bool:
+  """Whether a decoder has `inputs` as a prefix that every token sees, and does not read them from left to right."""
+  match cfg.objective:
+    case Instruction(prefix_attention=prefix):
+      return prefix
+    case objective:
+      return isinstance(objective, Supervised) or inputs[-1:] == [EOS]
+
+
+def continues_text(cfg: Experiment) -> bool:
+  """Whether the objective trains to continue running text."""
+  objective = cfg.objective
+  return not isinstance(objective, Supervised | Instruction) and any(t.kind in CONTINUING for t in tasks_of(objective))
+
+
+def framed(context: list[int], cfg: Experiment, data: DataSource, blank: bool = False) -> list[int]:
+  """The ids of training for inputs with the text `context`: as `prompt_inputs` of it, with a blank behind it or none.
+
+  Raises ConfigError where the objective trains no such task.
+  """
+  if not blank and isinstance(cfg.objective, Supervised):
+    return [*context, EOS]
+  frame = prompt_inputs('<extra_id_0>' if blank else '', cfg, data)
+  at = frame.index(data.vocabulary.first_sentinel) if blank else len(frame) - (frame[-1:] == [EOS])
+  return [*frame[:at], *context, *frame[at:]]
 
 
 def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
@@ -88,12 +136,7 @@ def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> 
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
     return encoder_decoder_features(inputs, target, rows, number, length, 1)
-  match cfg.objective:
-    case Instruction(prefix_attention=prefix):
-      causal = not prefix
-    case objective:
-      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [EOS]
-  if causal:
+  if not sees_itself(prompts[0], cfg):
     fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
   else:
     fields = decoder_features(inputs, target, rows, number, length + 1)

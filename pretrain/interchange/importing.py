@@ -20,8 +20,10 @@ from models.specs import ParamSpec, Tree, is_spec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
+from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.evaluation.imported import FOLDER, SENTENCEPIECE, sentencepiece_in
+from pretrain.evaluation.imported import FOLDER, SENTENCEPIECE, sentencepiece_in, tokenizer_in
+from pretrain.evaluation.writer import Writer, data_of, program_for
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
@@ -240,3 +242,17 @@ def start_from(source: Source) -> list[str]:
     f'data.sentinels={max(0, min(100, room)) if model.name != "decoder" else 0}', "schedule.name='constant'",
     'schedule.peak=1e-4', 'train.steps=1000',
   ]  # fmt: skip
+
+
+def imported_writer(folder: pathlib.Path, mesh: MeshConfig) -> Writer:
+  """The weights in `folder`, placed on a mesh, with their tokenizer; nothing is written.
+
+  Raises the errors of `open_source` and `tokenizer_in`, and ConfigError for an encoder.
+  """
+  source = open_source(folder)
+  cfg = experiment(source, [], [])
+  if cfg.model.name == 'encoder':
+    raise ConfigError(f'{folder} is an encoder, which writes no text; evaluate a decoder or an encoder-decoder.')
+  data, program = data_of(cfg, tokenizer_in(folder)), program_for(cfg, mesh)
+  shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
+  return Writer(cfg, data, program.model, parameters(source, shardings))

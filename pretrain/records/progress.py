@@ -112,3 +112,28 @@ class PlainLines:
 
   def close(self) -> None:
     pass
+
+
+class Counter:
+  """How many of `total` things (0: unknown) are done, on one line of stderr in a terminal, else a line now and then."""
+
+  def __init__(self, total: int, what: str, stream: TextIO | None = None):
+    self._total, self._what, self._stream = total, what, stream or sys.stderr
+    self._start = self._shown = time.monotonic()
+
+  def show(self, done: int) -> None:
+    now, live = time.monotonic(), self._stream.isatty()
+    if live or done == self._total or now - self._shown >= SECONDS_BETWEEN_PLAIN_LINES:
+      self._shown = now
+      line = self._line(done, done / max(now - self._start, 1e-9))
+      print(f'\r{line}\x1b[K' if live else line, end='' if live else '\n', file=self._stream, flush=True)
+
+  def _line(self, done: int, rate: float) -> str:
+    if not self._total:
+      return f'{self._what}: {done}  {rate:.2f}/s'
+    remaining = datetime.timedelta(seconds=round((self._total - done) / max(rate, 1e-9)))
+    return f'{done}/{self._total} {self._what}  {rate:.2f}/s  ETA {remaining}'
+
+  def close(self) -> None:
+    if self._stream.isatty():
+      print(file=self._stream)

@@ -66,6 +66,17 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
   return loss
 
 
+def make_token_step(model: Model, kernels: KernelsConfig):
+  """`token_step(params, batch)` -> (nats, hits) of each target: float32[batch, length]; no dropout, no z-loss."""
+
+  def token_step(params, batch: Batch) -> tuple[Array, Array]:
+    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    shape = batch['decoder_target_tokens'].shape
+    return value.reshape(shape), correct.reshape(shape)
+
+  return token_step
+
+
 def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int):
   """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits of all targets; nats and weights of text.
 

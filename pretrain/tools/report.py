@@ -19,6 +19,7 @@ from pretrain.records.goodput import KINDS, write_goodput
 from pretrain.records.metrics import read_metrics
 from pretrain.records.names import one_line
 from pretrain.records.plots import Shares, draw, plots_of, sources_of
+from pretrain.tools.eval_section import eval_section, read_results
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -38,19 +39,19 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; line
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Draws workdir/plots/*.png and workdir/report.html again from the files of the run; returns the report's path.
 
-  Raises CheckpointError where there is no metrics.jsonl with a row in it.
+  Raises CheckpointError where there is neither a metrics.jsonl with a row in it nor an eval.json.
   """
   workdir = pathlib.Path(workdir)
-  rows = read_metrics(workdir)
-  if not rows:
+  rows, results = read_metrics(workdir), read_results(workdir)
+  if not rows and not results:
     raise CheckpointError(
       'CKPT-NONE', f'no metrics of a run in {workdir}{looked_in(workdir)}; nothing was written. Check the path.'
     )
   baselines = read_baselines(workdir)
-  images = draw(rows, baselines, workdir / 'plots', read_shares(workdir) if sources_of(rows) else ())
+  images = draw(rows, baselines, workdir / 'plots', read_shares(workdir) if sources_of(rows) else ()) if rows else []
   report = workdir / 'report.html'
   temporary = report.with_suffix('.tmp')
-  temporary.write_text(page(workdir, rows, baselines, images), encoding='utf-8')
+  temporary.write_text(page(workdir, rows, baselines, images, results), encoding='utf-8')
   temporary.replace(report)
   return report
 
@@ -81,7 +82,10 @@ def shares_of(cfg: Experiment) -> list[tuple[float, Mapping[str, float]]]:
   return found
 
 
-def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path]) -> str:
+def page(
+  workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], images: Sequence[pathlib.Path],
+  results: Mapping[str, Any],
+) -> str:  # fmt: skip
   """The whole report as HTML, with the images embedded."""
   saved = workdir / 'config.gin'
   name = text_of(workdir.resolve().name)
@@ -89,15 +93,17 @@ def page(workdir: pathlib.Path, rows: Rows, baselines: Mapping[str, float], imag
   pictures = '\n'.join(embedded(image, titles[image.stem]) for image in images)
   numbers = table(('', 'value', 'unit'), [(label, show(value), unit) for label, value, unit in summary(rows)])
   sections = [goodput_section(write_goodput(workdir))]
-  sections += [rewinds_section(read_rewinds(workdir)), f'<h2>Final numbers</h2>{numbers}']
+  sections += [rewinds_section(read_rewinds(workdir)), f'<h2>Final numbers</h2>{numbers}' if rows else '']
+  sections.append(eval_section(results, workdir / 'plots', show, table, embedded))
   if baselines:
     losses = [(label, show(value), 'nats per text token') for label, value in baselines.items()]
     sections.append(f'<h2>Baselines on the held-out text</h2>{table(("", "value", "unit"), losses)}')
   if saved.exists():
     sections.append(f'<h2>Config</h2><pre>{html.escape(saved.read_text(encoding="utf-8", errors="replace"))}</pre>')
+  steps = f'{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}' if rows else 'not trained here'
   return (
     f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n'
-    f'<body><h1>{name}</h1><p class="path">{len(rows)} rows, steps {rows[0]["step"]} to {rows[-1]["step"]}</p>\n'
+    f'<body><h1>{name}</h1><p class="path">{steps}</p>\n'
     f'<div class="plots">{pictures}</div>\n{"".join(sections)}</body></html>\n'
   )
 

@@ -14,6 +14,7 @@ from models.layers.norm import LayerNormConfig
 from models.specs import initialize
 
 VOCAB = 64
+IDS = {'eos': (1,), 'pad': 0, 'decoder_start': 0}
 T5 = EncoderDecoderConfig(
   vocab_size=VOCAB, embed=32, encoder_layers=2, decoder_layers=3, heads=4, head_dim=8, mlp=MlpConfig(hidden=48)
 )

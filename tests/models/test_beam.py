@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decode import beam
+from models.decode.fillings import beam
 from tests.models.small import LLAMA, T5, model_and_params, shaken, side
 
 VOCAB, TEXT, ENDS, MOST = 9, (3, 4, 5), (1, 6, 7), 3  # ids 0, 2 and 8 are neither text nor an end
@@ -70,7 +70,9 @@ def searched(cfg, prefix: bool, padding: int, forced: tuple[int, ...], width: in
   """([(ids, log-prob)] of the ended, of the open sequences)."""
   model, params = small(cfg)
   masks = (np.isin(np.arange(VOCAB), ids) for ids in (TEXT, ENDS))
-  both = beam(model, params, prompt_of(cfg, prefix, padding), jnp.asarray(forced, jnp.int32), *masks, MOST, width)
+  both = beam(
+    model, params, prompt_of(cfg, prefix, padding), jnp.asarray(forced, jnp.int32), *masks, MOST, width, decoder_start=0
+  )
   listed = lambda s: [
     (tuple(t[:n]), lp) for lp, t, n in zip(*(np.asarray(x).tolist() for x in s), strict=True) if lp > -np.inf
   ]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from models import specs
-from models.decode import greedy, teacher_forced
+from models.decode.cached import teacher_forced
+from models.decode.writing import greedy
 from models.flops import flops_per_step
 from models.layers.attention import Visibility
 from models.partition import check_divisible, shardings
@@ -20,6 +21,7 @@ from tests.models.small import (
   BERT,
   ENCODER,
   EXPERTS,
+  IDS,
   LEARNED,
   LLAMA,
   T5,
@@ -212,7 +214,7 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
   data = batch(((6,), (6,)), 6)
   data['decoder_input_tokens'][:, 0] = 0
   prompt = data['decoder_input_tokens'] if cfg is LLAMA else np.zeros((2, 1), np.int32)
-  generated = np.asarray(greedy(model, params, data, 5))
+  generated = np.asarray(greedy(model, params, data, 5, **IDS))
   tokens = np.concatenate([prompt, generated[:, :-1]], 1)
   width = tokens.shape[1]
   decoder = {
@@ -244,12 +246,12 @@ def test_prompts_of_unequal_lengths_are_continued_as_each_alone(cfg, prefix):
   lengths = (data['decoder_segment_ids'] > 0).sum(1)
   data['decoder_prefix_end'] = np.where(data['decoder_segment_ids'], lengths[:, None] if prefix else 0, 0)
   moved = {name: np.stack([np.roll(v, 8 - n) for v, n in zip(x, lengths, strict=True)]) for name, x in data.items()}
-  together = np.asarray(greedy(model, params, moved, 6))
+  together = np.asarray(greedy(model, params, moved, 6, **IDS))
   for row, length in enumerate(lengths):
     own = {name: values[row : row + 1, :length] for name, values in data.items()}
-    np.testing.assert_array_equal(np.asarray(greedy(model, params, own, 6))[0], together[row])
+    np.testing.assert_array_equal(np.asarray(greedy(model, params, own, 6, **IDS))[0], together[row])
   del moved['decoder_segment_ids']
-  assert (np.asarray(greedy(model, params, moved, 6)) != together).any(), 'the mutation'
+  assert (np.asarray(greedy(model, params, moved, 6, **IDS)) != together).any(), 'the mutation'
 
 
 EXPECTED_STD = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.build import KernelsConfig
-from models.decode import teacher_forced
+from models.decode.cached import teacher_forced
 from models.families.decoder import DecoderMlpConfig
 from models.families.parts import check_parts
 from models.layers.mlp import ACTIVATIONS

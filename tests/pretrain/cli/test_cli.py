@@ -28,6 +28,7 @@ def test_the_verbs_are_these():
     'config',
     'data',
     'generate',
+    'eval',
     'checkpoints',
     'import',
     'export',

@@ -12,11 +12,14 @@ import pytest
 from data.objectives.features import decoder_features
 from data.ragged import join
 from data.stores.vocabulary import EOS
-from models.decode import greedy
+from models.decode.writing import write
+from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.cli.main import main
-from pretrain.evaluation import generate as module
-from pretrain.evaluation.generate import Refused, _config_of, generate, open_writer
+from pretrain.evaluation import best, outputs
+from pretrain.evaluation.generate import Refused, generate
 from pretrain.evaluation.prompts import prompt_inputs
+from pretrain.evaluation.writer import config_of as config_in
+from pretrain.evaluation.writer import open_writer
 from pretrain.run.train import train
 from tests.pretrain.evaluation.test_generate import config_of, opened
 
@@ -34,10 +37,10 @@ def run_dir(text_store, tmp_path_factory):
 
 def test_a_run_generates_no_more_than_a_row_holds(run_dir, monkeypatch):
   rooms = []
-  monkeypatch.setattr(module, 'greedy', lambda *given: rooms.append(given[3]) or greedy(*given))
+  monkeypatch.setattr(outputs, 'write', lambda *given, **ids: rooms.append(given[3]) or write(*given, **ids))
   prompts = ['the <extra_id_0> of', 'the License', '[S2S] the License']
   filled, went_on, same = generate(run_dir, prompts, 1000)
-  cfg = _config_of(run_dir)
+  cfg = config_in(run_dir)
   assert rooms == [64 - len(prompt_inputs(prompt, cfg, opened(cfg))) for prompt in prompts]
   assert '<extra_id_0>' not in filled.text or '<extra_id_0>' not in filled.output
   assert went_on.text.startswith('the License')
@@ -48,14 +51,14 @@ def test_ids_that_the_tokenizer_lacks_are_never_chosen(run_dir, monkeypatch):
   """Their logits are made the greatest."""
   seen = []
 
-  def spoilt(model, params, batch, max_tokens, vocab_size):
+  def spoilt(model, params, batch, max_tokens, vocab_size, sampling, **ids):
     kernel = params['head']['kernel']
     params = params | {'head': {'kernel': kernel.at[:, vocab_size:].set(100 * kernel[:, :1])}}
-    both = greedy(model, params, batch, max_tokens), greedy(model, params, batch, max_tokens, vocab_size)
+    both = [write(model, params, batch, max_tokens, size, sampling, **ids) for size in (None, vocab_size)]
     seen.append((vocab_size, int(both[0].max()), int(both[1].max())))
     return both[1]
 
-  monkeypatch.setattr(module, 'greedy', spoilt)
+  monkeypatch.setattr(outputs, 'write', spoilt)
   generate(run_dir, ['the', 'License', 'of any Work'], 8)
   assert {size for size, _, _ in seen} == {448 + 32 + 3}
   assert max(top for _, top, _ in seen) >= 483, 'the mutation: without the bound they are chosen'
@@ -81,10 +84,10 @@ def test_a_mistake_is_one_line(run_dir, capsys, flags, code, message):
 def writes(monkeypatch, output):
   """The model's output is `output`, whatever the prompt is."""
 
-  def fixed(model, params, batch, max_tokens, vocab_size):
+  def fixed(model, params, batch, max_tokens, *more, **ids):
     return np.int32([(output + [EOS] + [0] * max_tokens)[:max_tokens]])
 
-  monkeypatch.setattr(module, 'greedy', fixed)
+  monkeypatch.setattr(outputs, 'write', fixed)
 
 
 def test_an_output_without_sentinels_leaves_the_blank_in_the_text(run_dir, monkeypatch, capsys):
@@ -131,7 +134,7 @@ def test_a_refused_prompt_costs_no_other_answer(run_dir, capsys, top):
 
 
 def test_prompts_that_are_all_refused_read_no_parameters(run_dir, monkeypatch):
-  monkeypatch.setattr(module.Checkpoints, 'restore_params', lambda *_: pytest.fail('read'))
+  monkeypatch.setattr(Checkpoints, 'restore_params', lambda *_: pytest.fail('read'))
   refused = generate(run_dir, [LONG, 'a <extra_id_999>'])
   assert [type(each) for each in refused] == [Refused, Refused]
   assert str(refused[1].error).endswith("(--text='a <extra_id_999>')")
@@ -165,7 +168,7 @@ def test_top_lists_the_best_fillings_of_each_blank_with_their_probabilities(run_
   assert list(result.top) == ['<extra_id_0>', '<extra_id_1>']
   ends, forced = [EOS, *range(v.pieces, v.first_sentinel + 1)], []
   for k, candidates in enumerate(result.top.values()):
-    found = module.search(writer, inputs, [*forced, v.sentinel(k)], 4 - len(forced) - 1, 3)
+    found = best.search(writer, inputs, [*forced, v.sentinel(k)], 4 - len(forced) - 1, 3)
     forced.append(v.sentinel(k))
     assert len({c.text for c in candidates}) == len(candidates) == 3
     assert [c.probability for c in candidates] == sorted((c.probability for c in candidates), reverse=True)
@@ -175,7 +178,7 @@ def test_top_lists_the_best_fillings_of_each_blank_with_their_probabilities(run_
     for ids, log_prob, _ in found[:4]:
       assert log_prob == pytest.approx(log_prob_of(writer, inputs, [*forced, *ids], ends) - before, abs=2e-4)
       assert all(token < v.pieces for token in ids)
-      assert module.log_prob(writer, inputs, forced, ids) == pytest.approx(log_prob, abs=2e-4)
+      assert best.log_prob(writer, inputs, forced, ids) == pytest.approx(log_prob, abs=2e-4)
     forced += found[0][0]
   words = {name: candidates[0].text for name, candidates in result.top.items()}
   assert result.text == f'the {words["<extra_id_0>"]} of any {words["<extra_id_1>"]} Work'

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,8 @@ from data.prepare.prepare import prepare
 from data.prepare.text import Reading
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.evaluation.exact_match import make_exact_match
-from pretrain.evaluation.generate import _decode
+from pretrain.evaluation.outputs import outputs as outputs_of
+from pretrain.evaluation.writer import Writer
 from pretrain.experiment.program import build_program
 from pretrain.records.metrics import read_metrics
 from pretrain.run.train import train
@@ -34,7 +36,8 @@ def test_exact_match_counts_the_outputs_of_each_prompt_decoded_alone(pair_store,
   (pairs,) = data.heldout_pairs(6).values()
   assert len({len(inputs) for inputs, _ in pairs}) > 2, 'prompts of unequal lengths'
   room = 40 if objective == 'supervised' else cfg.data.targets_length
-  outputs = [_decode(program.model, params, inputs, room, cfg, data) for inputs, _ in pairs]
+  alone, prompts = Writer(cfg, data, build_program(cfg, jax.devices()[:1]).model, params), [own for own, _ in pairs]
+  outputs = [output for _, output in outputs_of(alone, prompts, [room] * len(prompts))]
   assert len({tuple(output) for output in outputs}) > 2
   right = [(inputs, output) for (inputs, _), output in zip(pairs, outputs, strict=True)]
   more = data.tokenizer.encode('Work')

@@ -10,7 +10,7 @@ import sentencepiece
 
 from data.errors import DataError
 from data.stores.vocabulary import EOS, SPECIAL, UNKNOWN, Tokenizer
-from pretrain.evaluation.generate import filled
+from pretrain.evaluation.texts import filled
 from tests.conftest import paragraphs
 
 TOKENIZERS = {

@@ -13,13 +13,15 @@ from data.ragged import join
 from data.stores.store import open_store
 from data.stores.vocabulary import EOS, Vocabulary
 from models.build import build
-from models.decode import greedy, teacher_forced
+from models.decode.cached import teacher_forced
+from models.decode.writing import greedy
 from models.specs import initialize
 from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
-from pretrain.evaluation.generate import _result, filled
-from pretrain.evaluation.prompts import prompt_batch, prompt_inputs, room_for
+from pretrain.evaluation.generate import _result
+from pretrain.evaluation.prompts import prompt_batch, prompt_inputs, room_for, special_ids
+from pretrain.evaluation.texts import filled
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
@@ -82,7 +84,7 @@ def test_cached_decoding_has_the_logits_of_the_training_row(store_for, objective
     tokens = np.concatenate([prompt['decoder_input_tokens'][0], targets[:-1]])[None]
     cached = np.asarray(teacher_forced(model, params, prompt, jnp.asarray(tokens), at_once=read))[0]
     np.testing.assert_allclose(cached[read - 1 :], full[read - 1 :], atol=4e-5)
-    chosen = np.asarray(greedy(model, params, prompt, 1, cfg.model.vocab_size))[0, 0]
+    chosen = np.asarray(greedy(model, params, prompt, 1, cfg.model.vocab_size, **special_ids(data)._asdict()))[0, 0]
     assert chosen == full[read - 1].argmax()
 
 

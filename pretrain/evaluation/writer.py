@@ -1,0 +1,118 @@
+"""A run that writes: its config, its data and the parameters of a step, on one device or on a mesh."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from data.batches.batches import DataSource
+from data.batches.source import open_data
+from data.stores.paths import looked_in
+from models.build import Model
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.config import bindings
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.mesh import MeshConfig, batch_shards, make_mesh
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.evaluation.imported import tokenizer_of
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.phases import phase_at
+from pretrain.experiment.program import Program, build_program
+
+ONE_DEVICE = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """A trained model, its config and its data: all that reads a prompt and writes an answer."""
+
+  cfg: Experiment
+  data: DataSource
+  model: Model
+  params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A run whose parameters have not been read: its config, its data, and the step that will be."""
+
+  cfg: Experiment
+  data: DataSource
+  checkpoints: Checkpoints
+  step: int
+
+  def writer(self, mesh: MeshConfig = ONE_DEVICE) -> Writer:
+    """With its parameters on one device, or on a mesh. Raises ConfigError for a mesh that does not fit the model."""
+    program = program_for(self.cfg, mesh)
+    return Writer(
+      self.cfg, self.data, program.model, self.checkpoints.restore_params(program.abstract.params, self.step)
+    )
+
+
+def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:
+  """The model of a run on one device or on a mesh. Raises ConfigError for a mesh that does not fit the model."""
+  if mesh == ONE_DEVICE:
+    return build_program(cfg, jax.devices()[:1])
+  if mesh.sequence != 1:
+    raise ConfigError(f'mesh.sequence={mesh.sequence}: prompts and outputs are not divided by length; set it to 1.')
+  shards = batch_shards(make_mesh(mesh))
+  one_each = dataclasses.replace(cfg.data, batch_size=shards)  # rows are those of the command, not of training
+  return build_program(
+    dataclasses.replace(cfg, mesh=mesh, data=one_each, train=dataclasses.replace(cfg.train, accumulate=1))
+  )
+
+
+def open_writer(workdir: pathlib.Path, step: int | None = None, mesh: MeshConfig = ONE_DEVICE) -> Writer:
+  """A step of a run, the newest by default. Raises the errors of `open_run`, and ConfigError for a mesh."""
+  return open_run(workdir, step).writer(mesh)
+
+
+def open_run(workdir: pathlib.Path, step: int | None = None) -> Opened:
+  """A run that writes text, at a step, by default the newest. Raises ConfigError for a run without text or of an
+  encoder, CheckpointError where `workdir` has no finished step, or not this one."""
+  whole = config_of(workdir)
+  checkpoints = Checkpoints(workdir, whole.checkpoint, read_only=True)
+  finished = sorted(checkpoints.finished())
+  if step is None:
+    step = checkpoints.latest()
+  elif step not in finished:
+    raise CheckpointError(
+      'CKPT-NONE', f'{workdir} has no finished step {step}; it has {", ".join(map(str, finished)) or "none"}.'
+    )
+  if step is None:
+    raise CheckpointError(
+      'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
+    )
+  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
+  return Opened(cfg, data_of(cfg, tokenizer_of(workdir) if cfg.data.name == 'synthetic' else None), checkpoints, step)
+
+
+def data_of(cfg: Experiment, tokenizer: bytes | None = None) -> DataSource:
+  """The data of a run; `tokenizer` is that of imported weights, where the config names none."""
+  return open_data(
+    cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir(), model=tokenizer
+  )
+
+
+def config_of(workdir: pathlib.Path) -> Experiment:
+  """The config of a run on text whose model writes, for one device."""
+  saved = workdir / 'config.gin'
+  if not saved.exists():
+    raise CheckpointError(
+      'CKPT-NONE',
+      f'no run in {workdir}{looked_in(workdir)}: config.gin is missing; '
+      f'train first: pretrain train --workdir={workdir}.',
+    )
+  cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
+  if cfg.model.name == 'encoder':
+    raise ConfigError(
+      f"{saved}: model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or "
+      "'decoder' (this one is judged by the eval/ lines of its metrics.jsonl)."
+    )
+  if cfg.data.name == 'synthetic' and tokenizer_of(workdir) is None:
+    raise ConfigError(
+      f"{saved}: data.name='synthetic' is random tokens, without a tokenizer to read a prompt; generate from a run "
+      "trained with data.name='builtin' or 'store'."
+    )
+  return cfg
