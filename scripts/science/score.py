@@ -51,7 +51,7 @@ def _loss(cfg: Experiment, name: str, objective: Objective, program, params) -> 
   alone = name == 'causal' and cfg.data.inputs_length > 0
   rows = dataclasses.replace(cfg.data, inputs_length=0) if alone else cfg.data
   data = open_data(rows, objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces))
+  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces, data.vocabulary.ids.not_text))
   (batches,) = data.heldout(BATCHES, slice(0, cfg.data.batch_size)).values()
   if alone:
     modes = [data.vocabulary.mode_ids[2]] if getattr(cfg.objective, 'mode_tokens', False) else []

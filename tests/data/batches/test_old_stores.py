@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 
@@ -55,14 +56,15 @@ def test_batches_are_those_of_before(name):
 def test_losses_of_n_grams_are_those_of_before():
   store = open_store(STORE)
   found = ngram_loss(store, store)
-  assert (found.unigram, found.trigram, found.num_tokens) == pytest.approx((3.5257250920307275, 1.4699363065214626, 8379), rel=1e-12)
+  assert found.num_tokens == 8379
+  assert (found.unigram, found.trigram) == pytest.approx((3.5257250920307275, 1.4699363065214626), rel=1e-12)
 
 
 def test_a_store_written_today_has_the_same_manifest(tmp_path):
   """No new key: another version reads it as before."""
   old = open_store(STORE)
   offsets = old.offsets.tolist()
-  ids = old.read([(a, b - a - 1) for a, b in zip(offsets, offsets[1:], strict=False)])
+  ids = old.read([(a, b - a - 1) for a, b in itertools.pairwise(offsets)])
   with StoreWriter(tmp_path / 's', old.tokenizer(32)) as writer:
     writer.add(ids)
     writer.finish(source='LICENSE')

@@ -158,7 +158,7 @@ def test_text_around_a_sentinel_has_the_pieces_of_training(text_store, tokenizer
   """Any one piece of a text hidden, as in training: what is written around the blank has the same spelling."""
   data = opened(config_of(text_store, 'ul2'))
   tokenizer, first = data.tokenizer, data.vocabulary.first_sentinel
-  spell = tokenizer._processor.id_to_piece
+  spell = tokenizer.piece
   text = 'subject to the terms, each Contributor hereby grants redistributions (perpetual).'
   ids = tokenizer.encode(text)
   for hidden in range(len(ids)):
