@@ -14,25 +14,31 @@ from models.layers.attention import Cache, Visibility
 from models.layers.block import Cross
 from models.specs import Tree
 
-EOS = 1
 
-
-@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'vocab_size'))
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'vocab_size', 'eos', 'pad', 'decoder_start'))
 def greedy(
-  model: Model, params: Tree, batch: Mapping[str, Array], max_tokens: int, vocab_size: int | None = None
+  model: Model,
+  params: Tree,
+  batch: Mapping[str, Array],
+  max_tokens: int,
+  vocab_size: int | None = None,
+  *,
+  eos: tuple[int, ...] = (1,),
+  pad: int = 0,
+  decoder_start: int = 0,
 ) -> Array:
-  """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, 0 after EOS.
+  """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, `pad` after an `eos`.
 
-  Encoder-decoder: `batch` holds encoder fields. Decoder-only: `decoder_input_tokens` begin with 0 (the shift) and
-  `decoder_prefix_end` makes the first positions visible to each other. Shorter prompts stand at the end of their rows,
+  Encoder-decoder: `batch` holds encoder fields, and the decoder reads `decoder_start` first. Decoder-only:
+  `decoder_input_tokens` hold the whole prompt, with what is read before its text, and `decoder_prefix_end` makes the first positions visible to each other. Shorter prompts stand at the end of their rows,
   behind padding whose `decoder_segment_ids` are 0; without this field there is no padding.
   """
-  step, carry, token = _start(model.bind(params), batch, max_tokens)
+  step, carry, token = _start(model.bind(params), batch, max_tokens, decoder_start)
   choose = lambda hidden: jnp.argmax(model.logits(params, hidden[:, -1])[:, :vocab_size], -1).astype(jnp.int32)
-  return _loop(step, choose, carry, token, max_tokens)
+  return _loop(step, choose, carry, token, max_tokens, eos, pad)
 
 
-def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tokens: int) -> Array:
+def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tokens: int, eos, pad: int) -> Array:
   """`carry` is (hidden of the last token read, cache). A `token` is read first, and hidden is then ignored."""
   hidden, cache = carry
   if token is not None:
@@ -45,13 +51,13 @@ def _loop(step, choose, carry: tuple[Array, Cache], token: Array | None, max_tok
 
   def body(state):
     index, hidden, cache, output, done = state
-    token = jnp.where(done, 0, choose(hidden))
+    token = jnp.where(done, pad, choose(hidden))
     output = output.at[:, index].set(token)
     hidden, cache = step(token[:, None], cache)
-    return index + 1, hidden[:, -1:], cache, output, done | (token == EOS)
+    return index + 1, hidden[:, -1:], cache, output, done | (token[:, None] == jnp.asarray(eos, jnp.int32)).any(-1)
 
-  zeros = jnp.zeros((batch, max_tokens), jnp.int32)
-  start = (jnp.zeros((), jnp.int32), hidden[:, -1:], cache, zeros, jnp.zeros(batch, bool))
+  unwritten = jnp.full((batch, max_tokens), pad, jnp.int32)
+  start = (jnp.zeros((), jnp.int32), hidden[:, -1:], cache, unwritten, jnp.zeros(batch, bool))
   return jax.lax.while_loop(alive, body, start)[3]
 
 
@@ -75,7 +81,7 @@ class Sequences(NamedTuple):
     return Sequences(log_probs, *both)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'width'))
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'width', 'decoder_start'))
 def beam(
   model: Model,
   params: Tree,
@@ -85,10 +91,12 @@ def beam(
   ends: Array,
   max_tokens: int,
   width: int,
+  *,
+  decoder_start: int = 0,
 ) -> tuple[Sequences, Sequences]:
   """(ended, open): the `width` most likely sequences that a beam search finds after the one prompt of `batch`.
 
-  The decoder first reads `forced` int32[tokens]. It then writes tokens of `allowed` bool[vocab]; a sequence ends where
+  The decoder first reads `forced` int32[tokens], behind `decoder_start` if there is an encoder. It then writes tokens of `allowed` bool[vocab]; a sequence ends where
   any token of `ends` bool[vocab] follows. The probability of an ended sequence is the product of the probabilities of
   its tokens and of the sum over `ends`; `open` ones have `max_tokens` tokens, or are less likely than all `ended` ones,
   and count their tokens alone. The softmax is over the whole vocabulary, as in the loss.
@@ -98,7 +106,7 @@ def beam(
   least as likely as the first open one). Ties go to the lower token id and the earlier sequence: no randomness.
   """
   rows = {name: jnp.repeat(jnp.asarray(values), width, axis=0) for name, values in batch.items()}
-  step, carry, token = _start(model.bind(params), rows, len(forced) + max_tokens)
+  step, carry, token = _start(model.bind(params), rows, len(forced) + max_tokens, decoder_start)
   carry = _read(step, carry, token, jnp.broadcast_to(forced, (width, len(forced))))
   log_softmax = lambda hidden: jax.nn.log_softmax(model.logits(params, hidden[:, -1]))
   return _search(step, log_softmax, carry, allowed, ends, max_tokens)
@@ -140,10 +148,10 @@ def _search(step, log_softmax, carry, allowed: Array, ends: Array, max_tokens: i
   return ended(hidden, done, beam), beam
 
 
-def _start(module, batch: Mapping[str, Array], max_tokens: int):
+def _start(module, batch: Mapping[str, Array], max_tokens: int, decoder_start: int):
   """(step, (hidden of the last token read, cache), the token to read first or None)."""
   if isinstance(module, EncoderDecoder):
-    return _start_encoder_decoder(module, batch, max_tokens)
+    return _start_encoder_decoder(module, batch, max_tokens, decoder_start)
   return _start_decoder(module, batch, max_tokens)
 
 
@@ -161,7 +169,7 @@ def _filled(positions: Array) -> Array:
   return (positions >= 0).astype(jnp.int32)
 
 
-def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
+def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int, decoder_start: int):
   memory = module.encode(batch, None)
   segments, rows = batch['encoder_segment_ids'], memory.shape[0]
   cross_keys_values = module.decoder.cross_keys_values(memory, batch['encoder_positions'])
@@ -176,7 +184,7 @@ def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
     x = module.embedding(tokens, positions, memory.dtype, None)
     return module.decoder.decode(x, positions, see, cache, Cross(see=across, keys_values=cross_keys_values))
 
-  return step, (memory[:, :1], cache), jnp.zeros((rows, 1), jnp.int32)
+  return step, (memory[:, :1], cache), jnp.full((rows, 1), decoder_start, jnp.int32)
 
 
 def _decoder_step(module, batch, max_tokens: int):
@@ -221,7 +229,7 @@ def teacher_forced(model: Model, params: Tree, batch: Mapping[str, Array], token
   """
   module = model.bind(params)
   if isinstance(module, EncoderDecoder):
-    step, (_, cache), _ = _start_encoder_decoder(module, batch, tokens.shape[1])
+    step, (_, cache), _ = _start_encoder_decoder(module, batch, tokens.shape[1], 0)  # `tokens` begin with the start
   else:
     empty = dict(batch) | {'decoder_input_tokens': tokens[:, :0]}
     step, cache = _decoder_step(module, empty, tokens.shape[1])

@@ -292,8 +292,8 @@ def _check_same_tokenizer(stores: list[Store]) -> None:
     a, b = (s.manifest['tokenizer_sha256'] for s in (first, other))
     if a == b and first.special_ids != other.special_ids:
       raise DataError(
-        f'{first.path} has the special ids {first.special_ids.used}, {other.path} has {other.special_ids.used}; prepare '
-        f'one with --tokenizer={first.path}.'
+        f'{first.path} has the special ids {first.special_ids.used}, {other.path} has {other.special_ids.used}; '
+        f'prepare one with --tokenizer={first.path}.'
       )
     if a != b:
       raise DataError(

@@ -7,10 +7,10 @@ A later source replaces ids of an earlier one:
 3. generation_config.json: the same keys
 4. tokenizer_config.json: the ids of its bos_token, eos_token, pad_token and unk_token
 
-Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none); documents end with that of 4, else with the first. A
-decoder reads bos first unless `add_bos_token` in 4 is false; where 4 has no such key, if the post-processor of
-tokenizer.json puts it there, or the file is a SentencePiece model. An encoder-decoder has decoder_start_token_id. In the
-folder of a store, the store's manifest alone has the ids.
+Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none; of 1, where none has any); documents end with that of
+4, else with the first. A decoder reads bos first unless `add_bos_token` in 4 is false; where 4 has no such key, if the
+post-processor of tokenizer.json puts it there, or the file is a SentencePiece model. decoder_start_token_id, which an
+encoder-decoder has, comes before bos. In the folder of a store, the store's manifest alone has the ids.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import DataError
+from data.stores.paths import looked_in
 from data.stores.sentencepiece_model import SentencePieceModel
 from data.stores.special_ids import SpecialIds
 from data.stores.tokenizer_json import Description, is_json
@@ -52,8 +53,8 @@ class Published:
 def tokenizer_in(folder: pathlib.Path) -> pathlib.Path | None:
   """The tokenizer's file in `folder`, None if there is none.
 
-  A SentencePiece model comes first, unless the files beside it name an id that it lacks: tokens that were added to such a
-  model are in tokenizer.json alone.
+  A SentencePiece model comes first, unless the files beside it name an id that it lacks: tokens that were added to such
+  a model are in tokenizer.json alone.
   """
   there = [folder / name for name in (*SENTENCEPIECE, JSON) if (folder / name).is_file()]
   if len(there) > 1 and there[-1].name == JSON and not (folder / 'manifest.json').is_file():
@@ -76,11 +77,13 @@ def published(given: str | os.PathLike[str]) -> Published:
     path = found
   try:
     content = path.read_bytes()
-    what = 'tokenizer.json' if is_json(content) else 'SentencePiece model'
+  except OSError as error:
+    raise DataError(f'{path}{looked_in(path)} cannot be read ({error.strerror}); check --tokenizer.') from error
+  try:
     own = _of_json(content) if is_json(content) else _of_sentencepiece(content)
-  except (OSError, RuntimeError, ValueError) as error:
-    reason = str(error).splitlines()[0]
-    raise DataError(f'{path} is not a {what if path.is_file() else "file"} ({reason}); check --tokenizer.') from error
+  except (RuntimeError, ValueError) as error:
+    reason, what = str(error).splitlines()[0], 'tokenizer.json' if is_json(content) else 'SentencePiece model'
+    raise DataError(f'{path} is not a {what} ({reason}); check --tokenizer.') from error
   return Published(path, content, own.pieces, _ids_of(path, own))
 
 

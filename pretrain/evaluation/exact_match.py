@@ -11,7 +11,7 @@ from data.batches.batches import DataSource
 from data.objectives.objectives import Supervised, pair_lengths
 from models.decode import greedy
 from pretrain.devices.mesh import host_rows, replicated, to_global
-from pretrain.evaluation.generate import until_eos
+from pretrain.evaluation.generate import decoding_ids, until_eos
 from pretrain.evaluation.losses import series
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
@@ -35,18 +35,18 @@ def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> Exa
   assert isinstance(cfg.objective, Supervised)
   longest, room = pair_lengths(cfg.objective, cfg.data.budget)
   mesh, size = program.mesh, cfg.data.batch_size
-  rows, render = host_rows(mesh, size), data.tokenizer.render
+  rows, render, ids = host_rows(mesh, size), data.tokenizer.render, data.vocabulary.ids
 
   def decode(params, batch) -> Array:
-    return greedy(program.model, params, batch, room, data.vocabulary.size)
+    return greedy(program.model, params, batch, room, data.vocabulary.size, **decoding_ids(ids))
 
   decode = jax.jit(decode, out_shardings=replicated(mesh))
 
   def hits(params, pairs: Pairs) -> int:
     """The number of matches in at most a batch of pairs; unused rows repeat the first pair."""
     prompts = [inputs for inputs, _ in pairs] + [pairs[0][0]] * (size - len(pairs))
-    outputs = np.asarray(decode(params, to_global(prompt_batch(prompts[rows], cfg, longest), mesh))).tolist()
+    outputs = np.asarray(decode(params, to_global(prompt_batch(prompts[rows], cfg, longest, ids), mesh))).tolist()
     answered = zip(outputs[: len(pairs)], pairs, strict=True)
-    return sum(render(until_eos(output)) == render(targets) for output, (_, targets) in answered)
+    return sum(render(until_eos(output, ids.eos)) == render(targets) for output, (_, targets) in answered)
 
   return lambda params, pairs: sum(hits(params, pairs[i : i + size]) for i in range(0, len(pairs), size)) / len(pairs)

@@ -18,7 +18,9 @@ from data.batches.source import open_data
 from data.errors import DataError
 from data.objectives.fim import fim_ids
 from data.objectives.objectives import OfUnits, tasks_of
-from data.stores.vocabulary import EOS, MODES, SPECIAL, UNKNOWN, Tokenizer
+from data.stores.paths import looked_in
+from data.stores.special_ids import SpecialIds
+from data.stores.vocabulary import MODES, SPECIAL, Tokenizer
 from models.build import Model
 from models.decode import Sequences, beam, greedy, teacher_forced
 from pretrain.checkpoints.checkpoints import Checkpoints
@@ -205,7 +207,8 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
   if not saved.exists():
     raise CheckpointError(
       'CKPT-NONE',
-      f'no run in {workdir} (config.gin is missing); train first: pretrain train --workdir={workdir}.',
+      f'no run in {workdir}{looked_in(workdir)}: config.gin is missing; '
+      f'train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
   if cfg.model.name == 'encoder':
@@ -283,12 +286,19 @@ def _continued(text: str, inputs: list[int], output: list[int], tokenizer: Token
 
 def _decode(model: Model, params, inputs: list[int], max_tokens: int, cfg: Experiment, data: DataSource) -> list[int]:
   """What the model writes after `inputs`, up to its EOS; ids that the tokenizer lacks are never chosen."""
-  batch = prompt_batch([inputs], cfg, len(inputs))
-  return until_eos(np.asarray(greedy(model, params, batch, max_tokens, data.vocabulary.size))[0].tolist())
+  ids = data.vocabulary.ids
+  batch = prompt_batch([inputs], cfg, len(inputs), ids)
+  output = greedy(model, params, batch, max_tokens, data.vocabulary.size, **decoding_ids(ids))
+  return until_eos(np.asarray(output)[0].tolist(), ids.eos)
 
 
-def until_eos(output: list[int]) -> list[int]:
-  return output[: output.index(EOS)] if EOS in output else output
+def decoding_ids(ids: SpecialIds) -> dict[str, Any]:
+  """The arguments of `models.decode.greedy` for these ids."""
+  return {'eos': ids.eos, 'pad': ids.filler, 'decoder_start': ids.first_input}
+
+
+def until_eos(output: list[int], eos: Sequence[int]) -> list[int]:
+  return output[: next((i for i, token in enumerate(output) if token in eos), len(output))]
 
 
 def best_outputs(
@@ -326,12 +336,13 @@ def search(
   if max_tokens < 1:
     return []
   ids, ends = np.arange(writer.cfg.model.vocab_size), _ends(writer, whole)
-  allowed = (ids >= UNKNOWN) & (ids < writer.data.vocabulary.pieces)
-  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)))
+  special = writer.data.vocabulary.ids
+  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)), special)
   width = max(LEAST_WIDTH, 2 * top)
   ended, unfinished = beam(
-    writer.model, writer.params, batch, jnp.asarray(forced, jnp.int32), allowed, ends, max_tokens, width
-  )
+    writer.model, writer.params, batch, jnp.asarray(forced, jnp.int32), writer.data.vocabulary.is_text(ids), ends,
+    max_tokens, width, decoder_start=special.first_input,
+  )  # fmt: skip
   found = [(*each, True) for each in _listed(ended) if each[0] or not forced]
   found += [(*each, False) for each in _listed(unfinished) if whole]
   return sorted(found, key=lambda each: -each[1])
@@ -339,7 +350,7 @@ def search(
 
 def log_prob(writer: Writer, inputs: list[int], forced: list[int], ids: list[int]) -> float:
   """The log-probability of the filling `ids` after `inputs` and `forced`, and of ending there, as in `search`."""
-  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)))
+  batch = prompt_batch([inputs], writer.cfg, _padded(len(inputs)), writer.data.vocabulary.ids)
   begun = batch['decoder_input_tokens']
   written = [*forced, *ids]
   row = np.zeros((1, _padded(len(written))), np.int32)
@@ -354,7 +365,9 @@ def log_prob(writer: Writer, inputs: list[int], forced: list[int], ids: list[int
 def _ends(writer: Writer, whole: bool = False) -> np.ndarray:
   """bool[vocab]: the tokens behind a filling, or behind a `whole` output."""
   vocabulary, ids = writer.data.vocabulary, np.arange(writer.cfg.model.vocab_size)
-  return (ids == EOS) | ((ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel) & (not whole))
+  return np.isin(ids, vocabulary.ids.eos) | (
+    (ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel) & (not whole)
+  )
 
 
 def _padded(length: int) -> int:

@@ -13,7 +13,7 @@ from data.objectives.objectives import Instruction, Supervised, pair_lengths, ta
 from data.objectives.tasks import LEFT_TO_RIGHT
 from data.prepare.messages import marker
 from data.ragged import interleave, join
-from data.stores.vocabulary import EOS
+from data.stores.special_ids import SpecialIds
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
@@ -31,10 +31,10 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
   if not is_text(prompt):
     raise not_utf8(prompt)
   if isinstance(cfg.objective, Supervised):
-    return [*data.tokenizer.encode(prompt), EOS]
+    return [*data.tokenizer.encode(prompt), data.vocabulary.ids.end]
   if isinstance(cfg.objective, Instruction):
     encode = data.tokenizer.encode
-    return [*encode(marker('user')), *encode(prompt), EOS, *encode(marker('assistant'))]
+    return [*encode(marker('user')), *encode(prompt), data.vocabulary.ids.end, *encode(marker('assistant'))]
   ids = data.tokenizer.encode_prompt(prompt)
   vocabulary, objective = data.vocabulary, cfg.objective
   blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
@@ -52,7 +52,7 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource) -> list[int]:
     return ids
   if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
     ids = [vocabulary.mode_ids[min(task.mode for task in tasks if task.mode is not None)], *ids]
-  return [*ids, EOS]
+  return [*ids, vocabulary.ids.end]
 
 
 def not_utf8(prompt: str) -> ConfigError:
@@ -78,24 +78,29 @@ def room_for(prompt: str, inputs: list[int], cfg: Experiment) -> int:
   return room
 
 
-def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
+def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int, ids: SpecialIds) -> Batch:
   """One row for each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
 
   Rows have `length` tokens; in a decoder one more, and each prompt stands at the end of its row. Prompts that are read
-  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind.
+  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind. Weights that were imported
+  and not trained here read `ids.decoder_start` first, and where it is None the text alone, as in `transformers`.
   """
-  inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
+  number, first = len(prompts), np.full(len(prompts), ids.first_input)
+  if cfg.data.name == 'synthetic' and ids.decoder_start is None and not cfg.data.inputs_length:
+    first = np.array([own[0] if own else ids.first_input for own in prompts])
+    prompts = [own[1:] for own in prompts]
+  inputs = join([np.asarray(own, np.int32) for own in prompts])
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
-    return encoder_decoder_features(inputs, target, rows, number, length, 1)
+    return encoder_decoder_features(inputs, target, rows, number, length, 1, first)
   match cfg.objective:
     case Instruction(prefix_attention=prefix):
       causal = not prefix
     case objective:
-      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [EOS]
+      causal = not isinstance(objective, Supervised) and prompts[0][-1:] != [ids.end]
   if causal:
-    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
+    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1, first=first)
   else:
-    fields = decoder_features(inputs, target, rows, number, length + 1)
+    fields = decoder_features(inputs, target, rows, number, length + 1, first=first)
   order = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
   return {name: np.take_along_axis(values, order, 1) for name, values in fields.items()}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from data.batches.source import open_data
+from data.prepare.published import JSON
 from models.specs import ParamSpec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
@@ -160,4 +161,5 @@ def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | N
   if cfg.data.name == 'synthetic':
     return
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  (output / family.sentencepiece).write_bytes(data.tokenizer.model)
+  name = data.tokenizer.file_name
+  (output / (name if name == JSON else family.sentencepiece)).write_bytes(data.tokenizer.model)

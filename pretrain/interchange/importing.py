@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 
-from data.stores.vocabulary import MODES, Tokenizer
+from data.prepare.published import JSON, SENTENCEPIECE, Published, published, tokenizer_in
+from data.stores.vocabulary import MODES
 from models.build import ModelConfig, build
 from models.specs import ParamSpec, Tree, is_spec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.evaluation.imported import FOLDER, SENTENCEPIECE, sentencepiece_in
+from pretrain.evaluation.imported import FOLDER
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
@@ -34,7 +35,7 @@ from pretrain.tools.weights import NOT_ARCHITECTURE
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
 KEPT = (
   FILE, 'generation_config.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
-  'merges.txt', 'vocab.txt', 'chat_template.jinja', 'tokenizer.json', *SENTENCEPIECE,
+  'merges.txt', 'vocab.txt', 'chat_template.jinja', JSON, *SENTENCEPIECE,
 )  # fmt: skip
 ROW = 512  # the longest row of the config that is made where none is given
 OBJECTIVES = {'decoder': 'causal_lm', 'encoder_decoder': 'span_corruption', 'encoder': 'mlm'}
@@ -49,6 +50,7 @@ class Source:
   model: ModelConfig
   tensors: Mapping[str, Tensor]
   names: Mapping[str, str]  # each name in the files -> the first name of the tensor
+  tokenizer: Published | None
 
 
 def open_source(folder: pathlib.Path) -> Source:
@@ -63,7 +65,20 @@ def open_source(folder: pathlib.Path) -> Source:
   _check_tensors(folder, family, model, tensors)
   _check_aliases(folder, names, found, tensors)
   kept = {name: first for name, first in names.items() if first in needed(family, model)}
-  return Source(folder, family, model, tensors, kept)
+  return Source(folder, family, model, tensors, kept, _tokenizer(folder, model))
+
+
+def _tokenizer(folder: pathlib.Path, model: ModelConfig) -> Published | None:
+  """The tokenizer in `folder`. Raises CheckpointError for one with more pieces than the embedding has rows."""
+  path = tokenizer_in(folder)
+  found = None if path is None else published(path)
+  if found is not None and found.pieces > model.vocab_size:
+    raise CheckpointError(
+      'IMPORT',
+      f'{found.path} has {found.pieces} pieces, the embedding in {folder} has {model.vocab_size} rows. Nothing was '
+      'written; both must be of one model.',
+    )
+  return found
 
 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
@@ -149,8 +164,7 @@ def import_run(source: Source, cfg: Experiment, workdir: pathlib.Path, command: 
   program = build_program(cfg)
   params = parameters(source, {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()})
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
-  tokenizer = sentencepiece_in(source.folder)
-  fingerprint = None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+  fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()
   with owned(workdir):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
@@ -186,10 +200,10 @@ def experiment(source: Source, files: Sequence[str], overrides: Sequence[str]) -
 
 def start_from(source: Source) -> list[str]:
   """Sections of a config for weights without a --gin_file: random tokens, rows of at most ROW."""
-  model, tokenizer = source.model, sentencepiece_in(source.folder)
+  model = source.model
   longest = min(ROW, getattr(model, 'max_positions', None) or ROW)
-  pieces = None if tokenizer is None else Tokenizer(tokenizer.read_bytes(), 0).vocabulary.pieces
-  room = model.vocab_size - (pieces or 4) - len(MODES)
+  pieces = 4 if source.tokenizer is None else source.tokenizer.pieces
+  room = model.vocab_size - pieces - len(MODES)
   pair = model.name == 'encoder_decoder'
   return [
     f"objective.name='{OBJECTIVES[model.name]}'", "data.name='synthetic'", 'data.batch_size=8',

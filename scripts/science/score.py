@@ -8,7 +8,6 @@ import numpy as np
 
 from data.batches.source import open_data
 from data.objectives.objectives import CausalLm, Denoiser, Objective, PrefixLm, SpanCorruption, Ul2
-from data.stores.vocabulary import EOS
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.evaluation.losses import evaluate
@@ -55,7 +54,7 @@ def _loss(cfg: Experiment, name: str, objective: Objective, program, params) -> 
   (batches,) = data.heldout(BATCHES, slice(0, cfg.data.batch_size)).values()
   if alone:
     modes = [data.vocabulary.mode_ids[2]] if getattr(cfg.objective, 'mode_tokens', False) else []
-    batches = [with_empty_inputs(batch, [*modes, EOS], cfg.data.inputs_length) for batch in batches]
+    batches = [with_empty_inputs(batch, [*modes, data.vocabulary.ids.end], cfg.data.inputs_length) for batch in batches]
   return evaluate(eval_step, params, batches, program.mesh)['text_loss']
 
 

@@ -34,7 +34,7 @@ def run_dir(text_store, tmp_path_factory):
 
 def test_a_run_generates_no_more_than_a_row_holds(run_dir, monkeypatch):
   rooms = []
-  monkeypatch.setattr(module, 'greedy', lambda *given: rooms.append(given[3]) or greedy(*given))
+  monkeypatch.setattr(module, 'greedy', lambda *given, **ids: rooms.append(given[3]) or greedy(*given, **ids))
   prompts = ['the <extra_id_0> of', 'the License', '[S2S] the License']
   filled, went_on, same = generate(run_dir, prompts, 1000)
   cfg = _config_of(run_dir)
