@@ -27,11 +27,12 @@ def greedy(
   pad: int = 0,
   decoder_start: int = 0,
 ) -> Array:
-  """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, `pad` after an `eos`.
+  """int32[batch, max_tokens]: the most likely token below `vocab_size` (None: of all) at each step, `pad` after EOS.
 
   Encoder-decoder: `batch` holds encoder fields, and the decoder reads `decoder_start` first. Decoder-only:
-  `decoder_input_tokens` hold the whole prompt, with what is read before its text, and `decoder_prefix_end` makes the first positions visible to each other. Shorter prompts stand at the end of their rows,
-  behind padding whose `decoder_segment_ids` are 0; without this field there is no padding.
+  `decoder_input_tokens` hold the whole prompt, with what is read before its text, and `decoder_prefix_end` makes the
+  first positions visible to each other. Shorter prompts stand at the end of their rows, behind padding whose
+  `decoder_segment_ids` are 0; without this field there is no padding.
   """
   step, carry, token = _start(model.bind(params), batch, max_tokens, decoder_start)
   choose = lambda hidden: jnp.argmax(model.logits(params, hidden[:, -1])[:, :vocab_size], -1).astype(jnp.int32)
@@ -96,10 +97,11 @@ def beam(
 ) -> tuple[Sequences, Sequences]:
   """(ended, open): the `width` most likely sequences that a beam search finds after the one prompt of `batch`.
 
-  The decoder first reads `forced` int32[tokens], behind `decoder_start` if there is an encoder. It then writes tokens of `allowed` bool[vocab]; a sequence ends where
-  any token of `ends` bool[vocab] follows. The probability of an ended sequence is the product of the probabilities of
-  its tokens and of the sum over `ends`; `open` ones have `max_tokens` tokens, or are less likely than all `ended` ones,
-  and count their tokens alone. The softmax is over the whole vocabulary, as in the loss.
+  The decoder first reads `forced` int32[tokens], behind `decoder_start` if there is an encoder. It then writes tokens
+  of `allowed` bool[vocab]; a sequence ends where any token of `ends` bool[vocab] follows. The probability of an ended
+  sequence is the product of the probabilities of its tokens and of the sum over `ends`; `open` ones have `max_tokens`
+  tokens, or are less likely than all `ended` ones, and count their tokens alone. The softmax is over the whole
+  vocabulary, as in the loss.
 
   Source: Sutskever et al. 2014, arXiv:1409.3215, §3.2 (an ended sequence leaves the beam); Huang et al. 2017,
   arXiv:1809.00069, §3 (probabilities only fall, so the search is over when the last of `width` ended sequences is at

@@ -7,10 +7,10 @@ A later source replaces ids of an earlier one:
 3. generation_config.json: the same keys
 4. tokenizer_config.json: the ids of its bos_token, eos_token, pad_token and unk_token
 
-Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none; of 1, where none has any); documents end with that of
-4, else with the first. A decoder reads bos first unless `add_bos_token` in 4 is false; where 4 has no such key, if the
-post-processor of tokenizer.json puts it there, or the file is a SentencePiece model. decoder_start_token_id, which an
-encoder-decoder has, comes before bos. In the folder of a store, the store's manifest alone has the ids.
+Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none; of 1, where none has any); documents end with that
+of 4, else with the first. A decoder reads bos first unless `add_bos_token` in 4 is false; where 4 has no such key, if
+the post-processor of tokenizer.json puts it there, or the file is a SentencePiece model. decoder_start_token_id, which
+an encoder-decoder has, comes before bos. In the folder of a store, the store's manifest alone has the ids.
 """
 
 import dataclasses
@@ -128,8 +128,8 @@ def _ids_of(path: pathlib.Path, own: _Own) -> SpecialIds:
   eos = list(dict.fromkeys(i for i in [named.get('eos'), *eos] if i is not None))
   if not eos:
     raise DataError(
-      f'{path} has no end of text: neither it nor config.json, generation_config.json or tokenizer_config.json beside it '
-      'names one; set eos_token_id in generation_config.json.'
+      f'{path} has no end of text: neither it nor config.json, generation_config.json or tokenizer_config.json beside '
+      'it names one; set eos_token_id in generation_config.json.'
     )
   single = {name: i for name, i in {**own.special, **merged, **named}.items() if name in ('pad', 'unknown', 'bos')}
   pad, bos = single.get('pad'), single.get('bos')

@@ -39,8 +39,8 @@ class Description:
       pairs = enumerate(name for name, *_ in self.model['vocab']) if self.kind == 'Unigram' else None
       names = dict(pairs) if pairs else {i: name for name, i in self.model['vocab'].items()}
       self.names: dict[int, str] = names | {i: token['content'] for i, token in self.added.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f'{type(error).__name__}: {error}') from error
+    except (KeyError, TypeError, AttributeError) as error:
+      raise ValueError('it has no model with a vocabulary') from error
     if not self.names:
       raise ValueError('it has no pieces')
 

@@ -365,9 +365,8 @@ def log_prob(writer: Writer, inputs: list[int], forced: list[int], ids: list[int
 def _ends(writer: Writer, whole: bool = False) -> np.ndarray:
   """bool[vocab]: the tokens behind a filling, or behind a `whole` output."""
   vocabulary, ids = writer.data.vocabulary, np.arange(writer.cfg.model.vocab_size)
-  return np.isin(ids, vocabulary.ids.eos) | (
-    (ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel) & (not whole)
-  )
+  is_sentinel = (ids >= vocabulary.pieces) & (ids <= vocabulary.first_sentinel)
+  return np.isin(ids, vocabulary.ids.eos) | (is_sentinel & (not whole))
 
 
 def _padded(length: int) -> int:

@@ -59,8 +59,8 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_text: Sequence[int] = (0, 1)):
   """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits of all targets; nats and weights of text.
 
-  Text = targets that are pieces of text: not a sentinel, mode token, EOS or another id of `not_text`. A denoising model predicts those almost
-  perfectly, so only a loss without them can be compared with an n-gram model.
+  Text = targets that are pieces of text: not a sentinel, mode token, EOS or another id of `not_text`. A denoising model
+  predicts those almost perfectly, so only a loss without them can be compared with an n-gram model.
   """
 
   def eval_step(params, batch: Batch) -> Metrics:
