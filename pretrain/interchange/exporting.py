@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.prepare.published import JSON
+from data.stores.special_ids import T5_IDS
 from models.specs import ParamSpec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
@@ -124,7 +126,7 @@ def _read(checkpoints: Checkpoints, step: Step, entry: Entry, spec: ParamSpec) -
 def _write_config(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: pathlib.Path) -> None:
   (output / FILE).write_text(_as_json(_config_json(cfg, family, imported)))
   if imported is None or not (imported / 'generation_config.json').is_file():
-    values = family.write(cfg.model)
+    values = family.write(cfg.model) | _token_ids(cfg, family)
     ids = {key: value for key, value in values.items() if key.endswith('_token_id')}
     (output / 'generation_config.json').write_text(_as_json(ids))
 
@@ -137,7 +139,7 @@ def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None)
     'max_position_embeddings': longest,
   }  # fmt: skip
   if imported is None:
-    return base | family.write(cfg.model)
+    return base | family.write(cfg.model) | _token_ids(cfg, family)
   old = read_config(imported)
   if old['model_type'] != family.model_type:
     return base | family.write(cfg.model)
@@ -145,6 +147,21 @@ def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None)
   before, now = (bindings.flatten(m, 'model.') for m in (family.read(ConfigJson(old, imported), head), cfg.model))
   same = all(before.get(key) == value for key, value in now.items() if key not in NOT_ARCHITECTURE)
   return old if same else {**old, **family.write(cfg.model)}
+
+
+def _token_ids(cfg: Experiment, family: Family) -> dict[str, Any]:
+  """The ids of the run's tokenizer for the keys that the family writes, where they are not T5's."""
+  if cfg.data.name == 'synthetic' or (ids := _data_of(cfg).vocabulary.ids) == T5_IDS:
+    return {}
+  found = {
+    'bos_token_id': ids.first_input, 'decoder_start_token_id': ids.first_input, 'pad_token_id': ids.pad,
+    'eos_token_id': ids.end if len(ids.eos) == 1 else list(ids.eos),
+  }  # fmt: skip
+  return {key: value for key, value in found.items() if key in family.write(cfg.model)}
+
+
+def _data_of(cfg: Experiment) -> DataSource:
+  return open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
@@ -160,6 +177,6 @@ def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | N
     return
   if cfg.data.name == 'synthetic':
     return
-  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  name = data.tokenizer.file_name
-  (output / (name if name == JSON else family.sentencepiece)).write_bytes(data.tokenizer.model)
+  tokenizer = _data_of(cfg).tokenizer
+  name = tokenizer.file_name
+  (output / (name if name == JSON else family.sentencepiece)).write_bytes(tokenizer.model)
