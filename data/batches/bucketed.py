@@ -22,7 +22,7 @@ class BucketRows:
 
   def __init__(self, store, spec: RowSpec, cfg, *, seed: int):
     self.store, self._spec = store, spec
-    self.lengths = cfg.packing.lengths(cfg.targets_length)
+    self.lengths, self._first = cfg.packing.lengths(cfg.targets_length), spec.vocabulary.ids.first_input
     self._windows = windows_of(len(store.shards))
     self._plans: collections.OrderedDict[int, list[Bins]] = collections.OrderedDict()
     self._lock = threading.RLock()
@@ -74,7 +74,7 @@ class BucketRows:
     pieces = self.pieces(place, self.order.rows(place, first, count))
     ranges, places = runs_of(pieces, GAP)
     tokens = cut_out(join(self.store.read(ranges)).values, places, pieces.lengths)
-    return decoder_features(None, tokens, pieces.rows, count, self.lengths[place.bucket])
+    return decoder_features(None, tokens, pieces.rows, count, self.lengths[place.bucket], first=self._first)
 
 
 class BucketedSource(DataSource):

@@ -19,13 +19,14 @@ from data.mixing.curriculum import Order, Random, check_order
 from data.mixing.mixture import Mixture, Stage, by_size, check_seen
 from data.mixing.online import Odm, check_online
 from data.objectives.fitting import check_objective
-from data.objectives.objectives import Objective
+from data.objectives.objectives import Objective, OfUnits, tasks_of
 from data.objectives.tasks import Budget
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import ConcatSplit, Packing, check_packing
 from data.prepare.builtin import GROUPS, builtin_groups, builtin_store
+from data.prepare.published import Published
 from data.stores.store import TAG_LENGTHS, Store, open_store
-from data.stores.vocabulary import MODES, Tokenizer, Vocabulary
+from data.stores.vocabulary import MODES, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +136,10 @@ def open_data(
   seed: int,
   vocab_size: int,
   cache_dir: str | os.PathLike[str],
-  model: bytes | None = None,
+  model: Published | None = None,
 ) -> DataSource:
   """The batches of a config. `vocab_size` is the model's. The built-in corpus is made in `cache_dir` if missing.
-  Synthetic data takes its vocabulary from the SentencePiece `model`, if there is one.
+  Synthetic data takes its vocabulary from the tokenizer `model`, if there is one.
 
   Raises DataError for stores that are missing, damaged or made with different tokenizers, and for a model vocabulary
   that is too small; ValueError if the objective does not fit (`check_objective`).
@@ -152,7 +153,7 @@ def open_data(
   plans = pathlib.Path(cache_dir) / 'plans'
   match cfg:
     case Synthetic():
-      tokenizer = None if model is None else Tokenizer(model, cfg.sentinels)
+      tokenizer = None if model is None else model.open(cfg.sentinels)
       vocabulary = (
         tokenizer.vocabulary if tokenizer else Vocabulary(vocab_size - cfg.sentinels - len(MODES), cfg.sentinels)
       )
@@ -208,13 +209,24 @@ def _open_stores(
   first = next(iter(stores.values()))
   tokenizer = first.tokenizer(cfg.sentinels)
   vocabulary = tokenizer.vocabulary
-  if vocab_size < vocabulary.size:
-    raise DataError(
-      f'model.vocab_size={vocab_size} but {first.path} needs {vocabulary.size} ids ({vocabulary.pieces} pieces + '
-      f'data.sentinels={cfg.sentinels} + {len(MODES)} modes); set model.vocab_size >= {vocabulary.size}.'
-    )
+  _check_size(cfg, objective, vocabulary, vocab_size, first.path)
   stages = _stages(cfg, [store.num_tokens for store in stores.values()])
   return _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, others, plans)
+
+
+def _check_size(cfg, objective: Objective, vocabulary: Vocabulary, vocab_size: int, path: str) -> None:
+  """Raises DataError for a model without a row for each id that rows may have. Mode tokens count if a task has one."""
+  modes = len(MODES) * (
+    not isinstance(objective, OfUnits) and any(task.mode is not None for task in tasks_of(objective))
+  )
+  needed = vocabulary.pieces + vocabulary.sentinels + modes
+  if vocab_size < needed:
+    free = max(vocab_size - vocabulary.pieces - modes, 0)
+    own = f', or data.sentinels <= {free} if objective.name needs no more' if vocab_size >= vocabulary.pieces else ''
+    raise DataError(
+      f'model.vocab_size={vocab_size} but {path} needs {needed} ids ({vocabulary.pieces} pieces + '
+      f'data.sentinels={cfg.sentinels} + {modes} modes); set model.vocab_size >= {needed}{own}.'
+    )
 
 
 def _stages(cfg: _Mixed, sizes: list[int]) -> list[Stage]:
@@ -278,10 +290,15 @@ def _check_same_tokenizer(stores: list[Store]) -> None:
   first = stores[0]
   for other in stores[1:]:
     a, b = (s.manifest['tokenizer_sha256'] for s in (first, other))
+    if a == b and first.special_ids != other.special_ids:
+      raise DataError(
+        f'{first.path} has the special ids {first.special_ids.used}, {other.path} has {other.special_ids.used}; '
+        f'prepare one with --tokenizer={first.path}.'
+      )
     if a != b:
       raise DataError(
         f'{first.path} and {other.path} have different tokenizers (sha256 {a[:8]}.. and {b[:8]}..); prepare one with '
-        f'--tokenizer={first.path}/tokenizer.model.'
+        f'--tokenizer={first.path}/{first.tokenizer_file}.'
       )
 
 

@@ -85,7 +85,8 @@ class TurnStream:
 class TurnMaker:
   """Tokens of turns -> the fields of rows, like `make.RowMaker` for text, but without random numbers."""
 
-  def __init__(self, stream: TurnStream, objective: Instruction, length: int):
+  def __init__(self, stream: TurnStream, objective: Instruction, length: int, first: int):
+    self._first = first
     self._turns, self._prefix, self._length = stream.turns, objective.prefix_attention, length
 
   def asked(self, pieces: Pieces) -> np.ndarray:
@@ -108,4 +109,5 @@ class TurnMaker:
     if self._prefix:
       with_loss, begins = np.flatnonzero(weights), starts(whole.lengths)
       prefix = with_loss[np.searchsorted(with_loss, begins)] - begins + 1
-    return decoder_fields(whole, pieces.rows[heads], (len(tasks), self._length), weights, prefix)
+    shape = len(tasks), self._length
+    return decoder_fields(whole, pieces.rows[heads], shape, weights, prefix, first=self._first)

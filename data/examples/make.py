@@ -77,7 +77,7 @@ class RowMaker:
   def __init__(self, spec: RowSpec, text: ByDocument | None = None):
     tasks, self._text = spec.tasks, text
     self._tasks = tasks
-    self._budget, self._vocabulary = spec.budget, spec.vocabulary
+    self._budget, self._vocabulary, self._first = spec.budget, spec.vocabulary, spec.vocabulary.ids.first_input
     self._causal = all(task.kind == 'causal' for task in tasks)
     self._masked = is_encoder_only(spec.objective)
     self._inputs = not all(task.kind in LEFT_TO_RIGHT for task in tasks)
@@ -98,12 +98,14 @@ class RowMaker:
     length, rows = self._budget.targets_length, pieces.rows
     own = tasks[rows]
     if self._causal:
-      return decoder_fields(tokens, rows, (len(tasks), length), self.asked(pieces))
+      return decoder_fields(tokens, rows, (len(tasks), length), self.asked(pieces), first=self._first)
     if self._masked:
       sides = mask_tokens(tokens, self._tasks, own, bits(), self._vocabulary)
       return encoder_features(*sides, rows, len(tasks), length)
     inputs, targets = self._corruption.apply(tokens, own, bits())
     if self._budget.inputs_length:
-      return encoder_decoder_features(inputs, targets, rows, len(tasks), self._budget.inputs_length, length)
+      lengths = self._budget.inputs_length, length
+      return encoder_decoder_features(inputs, targets, rows, len(tasks), *lengths, self._first)
     inputs = inputs if self._inputs else None
-    return decoder_features(inputs, targets, rows, len(tasks), length, self._loss_on_inputs[own])
+    loss_on_inputs = self._loss_on_inputs[own]
+    return decoder_features(inputs, targets, rows, len(tasks), length, loss_on_inputs, first=self._first)

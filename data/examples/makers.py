@@ -44,14 +44,15 @@ class Makers(NamedTuple):
 
 def makers_of(store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: pathlib.Path | None) -> Makers:
   """The makers of a store. Raises DataError if rows are too short for the text, or for every conversation."""
+  first = spec.vocabulary.ids.first_input
   length, best_fit = spec.budget.targets_length, isinstance(packing, BestFit)
   match spec.objective:
     case Supervised():
       pairs = PairStream(store, pair_lengths(spec.objective, spec.budget), sides=bool(spec.budget.inputs_length))
-      return Makers(UnitPlanner(pairs, spec.budget.rooms, best_fit), PairMaker(spec.budget), pairs)
+      return Makers(UnitPlanner(pairs, spec.budget.rooms, best_fit), PairMaker(spec.budget, first), pairs)
     case Instruction():
       turns = TurnStream(store, spec.objective, length)
-      return Makers(UnitPlanner(turns, (length,), best_fit), TurnMaker(turns, spec.objective, length), turns)
+      return Makers(UnitPlanner(turns, (length,), best_fit), TurnMaker(turns, spec.objective, length, first), turns)
     case _:
       return _of_text(store, spec, packing, seed, purpose, plans)
 

@@ -52,8 +52,8 @@ class PairStream:
 class PairMaker:
   """Tokens of pairs -> the fields of rows, like `make.RowMaker` for text, but without random numbers."""
 
-  def __init__(self, budget: Budget):
-    self._budget = budget
+  def __init__(self, budget: Budget, first: int):
+    self._budget, self._first = budget, first
 
   def asked(self, pieces: Pieces) -> np.ndarray:
     return np.repeat(np.arange(len(pieces.rows)) % 2 == 1, pieces.lengths)
@@ -66,8 +66,9 @@ class PairMaker:
     inputs, targets = separate(tokens)
     length, rows = self._budget.targets_length, pieces.rows
     if self._budget.inputs_length:
-      return encoder_decoder_features(inputs, targets, rows[::2], len(tasks), self._budget.inputs_length, length)
-    return decoder_features(inputs, targets, rows[::2], len(tasks), length)
+      lengths = self._budget.inputs_length, length
+      return encoder_decoder_features(inputs, targets, rows[::2], len(tasks), *lengths, self._first)
+    return decoder_features(inputs, targets, rows[::2], len(tasks), length, first=self._first)
 
 
 def sample_pairs(store, longest: tuple[int, int], count: int) -> list[tuple[list[int], list[int]]]:

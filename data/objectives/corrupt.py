@@ -12,7 +12,7 @@ from data.objectives.lexicon import Lexicon
 from data.objectives.masking import mask_tokens
 from data.objectives.tasks import LEFT_TO_RIGHT, Task
 from data.ragged import Ragged, first_of, join, merge, select
-from data.stores.vocabulary import EOS, Vocabulary
+from data.stores.vocabulary import Vocabulary
 
 
 class Maker(Protocol):
@@ -41,6 +41,7 @@ class Corruption:
       ('uniform_prefix', 'last_quarter', 'spans', 'iid'): lambda: Recipes(tasks, longest, vocabulary),
     }
     self._parts: list[tuple[np.ndarray, bool, Maker]] = []  # (which tasks, whether they leave EOS out, the maker)
+    self._eos = vocabulary.ids.end
     for kinds, make in makers.items():
       own = np.array([task.kind in kinds for task in tasks])
       if own.any():
@@ -59,15 +60,15 @@ class Corruption:
       if own.any():
         part, part_bits = select(tokens, own), select(drawn, own)
         if leave_out:
-          part, part_bits = _without_eos(part, part_bits)
+          part, part_bits = _without_eos(part, part_bits, self._eos)
         found.append((own, maker.apply(part, tasks[own], part_bits.values)))
     inputs, targets = (merge([(own, sides[k]) for own, sides in found]) for k in (0, 1))
     return inputs, targets
 
 
-def _without_eos(tokens: Ragged, bits: Ragged) -> tuple[Ragged, Ragged]:
+def _without_eos(tokens: Ragged, bits: Ragged, eos: int) -> tuple[Ragged, Ragged]:
   last = tokens.values[np.cumsum(tokens.lengths) - 1]
-  lengths = tokens.lengths - ((last == EOS) & (tokens.lengths > 1))
+  lengths = tokens.lengths - ((last == eos) & (tokens.lengths > 1))
   return first_of(tokens, lengths), first_of(bits, lengths + 1)
 
 

@@ -6,7 +6,7 @@ from data.objectives.masking import corrupt
 from data.objectives.noise import noise_masks, replace_runs, roll
 from data.objectives.tasks import Task
 from data.ragged import Ragged, starts
-from data.stores.vocabulary import EOS, Vocabulary
+from data.stores.vocabulary import Vocabulary
 
 
 class Recipes:
@@ -49,7 +49,7 @@ class Recipes:
     sides = []
     for (values, keep), modes in ((inputs, self._modes[tasks]), (targets, np.full(len(lengths), -1, np.int32))):
       kept = np.add.reduceat(keep, begins, dtype=np.int64)
-      sides.append(_frame(Ragged(values[keep], kept), modes))
+      sides.append(_frame(Ragged(values[keep], kept), modes, self._vocabulary.ids.end))
     return sides[0], sides[1]
 
   def _hidden(self, lengths: np.ndarray, tasks: np.ndarray, own: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -89,8 +89,8 @@ def _uniform_prefix(lengths: np.ndarray, bits: np.ndarray) -> np.ndarray:
   return np.where(lengths > 1, 1 + (bits % choices).astype(np.int64), 0)
 
 
-def _frame(pieces: Ragged, modes: np.ndarray) -> Ragged:
-  """Each piece between its mode token (none where negative) and EOS."""
+def _frame(pieces: Ragged, modes: np.ndarray, eos: int) -> Ragged:
+  """Each piece between its mode token (none where negative) and `eos`."""
   has_mode = modes >= 0
   lengths = pieces.lengths + has_mode + 1
   ends, text = np.cumsum(lengths) - 1, np.ones(lengths.sum(), bool)
@@ -99,5 +99,5 @@ def _frame(pieces: Ragged, modes: np.ndarray) -> Ragged:
   values = np.empty(len(text), np.int32)
   values[text] = pieces.values
   values[starts(lengths)[has_mode]] = modes[has_mode]
-  values[ends] = EOS
+  values[ends] = eos
   return Ragged(values, lengths)

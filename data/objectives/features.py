@@ -8,18 +8,27 @@ import numpy as np
 from data.ragged import Ragged, interleave, starts
 
 Batch = dict[str, np.ndarray]
+First = int | np.ndarray
 
 
 def encoder_decoder_features(
-  inputs: Ragged, targets: Ragged, rows: np.ndarray, num_rows: int, inputs_length: int, targets_length: int
+  inputs: Ragged,
+  targets: Ragged,
+  rows: np.ndarray,
+  num_rows: int,
+  inputs_length: int,
+  targets_length: int,
+  first: First = 0,
 ) -> Batch:
   """Fields int32[num_rows, length]; piece i is a segment of row `rows[i]` (ascending), in encoder and decoder.
+
+  The decoder reads `first` (an id, or int[pieces]) before the targets.
 
   Raises ValueError where the pieces of a row are longer than the row.
   """
   encoder = _Placement(inputs.lengths, rows, (num_rows, inputs_length))
   fields = {'encoder_input_tokens': encoder.put(inputs.values), **encoder.describe('encoder')}
-  return fields | decoder_fields(targets, rows, (num_rows, targets_length))
+  return fields | decoder_fields(targets, rows, (num_rows, targets_length), first=first)
 
 
 def decoder_features(
@@ -29,6 +38,8 @@ def decoder_features(
   num_rows: int,
   length: int,
   loss_on_inputs: np.ndarray | bool = False,
+  *,
+  first: First = 0,
 ) -> Batch:
   """Fields int32[num_rows, length] of a decoder-only model: each segment is its inputs, then its targets.
 
@@ -38,11 +49,11 @@ def decoder_features(
   bool[pieces]): then the model is also asked for tokens that it sees (as in seqio's loss_on_targets_only=False).
   """
   if inputs is None:
-    return decoder_fields(targets, rows, (num_rows, length))
+    return decoder_fields(targets, rows, (num_rows, length), first=first)
   both, is_input = interleave(inputs, targets)
   weights = ~is_input | np.repeat(np.broadcast_to(loss_on_inputs, rows.shape), both.lengths)
   prefix = np.where(inputs.lengths > 0, inputs.lengths + 1, 0)
-  return decoder_fields(both, rows, (num_rows, length), weights, prefix)
+  return decoder_fields(both, rows, (num_rows, length), weights, prefix, first=first)
 
 
 def encoder_features(
@@ -68,15 +79,20 @@ def decoder_fields(
   shape: tuple[int, int],
   weights: np.ndarray | None = None,
   prefix: np.ndarray | None = None,
+  *,
+  first: First = 0,
 ) -> Batch:
-  """Fields int32[shape] of a decoder; piece i is a segment of row `rows[i]` (ascending).
+  """Fields int32[shape] of a decoder; piece i is a segment of row `rows[i]` (ascending) and is read behind `first`.
+
+  Positions without a piece hold 0, which may be text: only their segment id 0 tells padding.
 
   `weights` (bool[tokens]) marks the tokens that carry loss; None: all. `prefix` (int[pieces]) is `decoder_prefix_end`.
   """
   place = _Placement(targets.lengths, rows, shape)
   shifted = np.empty_like(targets.values)
   shifted[1:] = targets.values[:-1]
-  shifted[starts(targets.lengths)[targets.lengths > 0]] = 0
+  nonempty = targets.lengths > 0
+  shifted[starts(targets.lengths)[nonempty]] = np.broadcast_to(first, nonempty.shape)[nonempty]
   weights = np.ones(len(targets.values), bool) if weights is None else weights
   fields = {
     'decoder_input_tokens': place.put(shifted),

@@ -22,7 +22,7 @@ from data.bits import stream_key
 from data.objectives.spelling import Halves
 from data.objectives.tasks import Task
 from data.ragged import Ragged, first_of, join, weave, where
-from data.stores.vocabulary import EOS, Vocabulary
+from data.stores.vocabulary import Vocabulary
 
 
 class FillInMiddle:
@@ -30,13 +30,13 @@ class FillInMiddle:
 
   def __init__(self, tasks: Sequence[Task], vocabulary: Vocabulary, halves: Halves):
     self._rate, self._spm = (np.array([getattr(task, name) for task in tasks]) for name in ('noise_density', 'spm'))
-    self._marks = fim_ids(vocabulary)
+    self._marks, self._eos = fim_ids(vocabulary), vocabulary.ids.end
     self._halves = halves
 
   def apply(self, tokens: Ragged, tasks: np.ndarray, bits: np.ndarray) -> tuple[Ragged, Ragged]:
     """(nothing, the text with its parts in the order that is read) of each piece."""
     lengths, last = tokens.lengths, np.cumsum(tokens.lengths) - 1
-    ended = tokens.values[last] == EOS
+    ended = tokens.values[last] == self._eos
     text = first_of(tokens, lengths - ended)
     draw = functools.partial(_draw, bits[np.cumsum(lengths + 1) - 1])
     cut, spm = (draw(k) * 2.0**-64 < share[tasks] for k, share in enumerate((self._rate, self._spm)))
@@ -46,7 +46,7 @@ class FillInMiddle:
     head, suffix = self._halves.cut(text, second)
     prefix, middle = self._halves.cut(head, first)
     pre, suf, mid = (where(join([np.array([mark])] * len(lengths)), cut) for mark in self._marks)
-    end = where(join([np.array([EOS])] * len(lengths)), ended)
+    end = where(join([np.array([self._eos])] * len(lengths)), ended)
     late = cut & spm
     parts = [pre, where(prefix, ~late), suf, suffix, mid, where(prefix, late), middle, end]
     return Ragged(np.zeros(0, np.int32), np.zeros_like(lengths)), weave(parts)

@@ -16,7 +16,7 @@ from data.objectives.lexicon import Lexicon
 from data.objectives.noise import random_subsets
 from data.objectives.tasks import Task
 from data.ragged import Ragged, join, spread, starts, weave
-from data.stores.vocabulary import EOS, Vocabulary
+from data.stores.vocabulary import Vocabulary
 
 LONGEST = 128  # words in a span
 
@@ -29,7 +29,7 @@ class Infilling:
     self._permute = np.array([task.permute for task in tasks])
     self._most = np.stack([task.most_inserted(np.arange(longest + 1)) for task in tasks])
     self._laws = [poisson(task.mean_noise_span_length) if task.kind == 'infilling' else None for task in tasks]
-    self._mask = vocabulary.first_sentinel
+    self._mask, self._eos = vocabulary.first_sentinel, vocabulary.ids.end
     self._begins_word, self._ends_sentence = lexicon.begins_word, lexicon.ends_sentence
 
   def apply(self, tokens: Ragged, tasks: np.ndarray, bits: np.ndarray) -> tuple[Ragged, Ragged]:
@@ -46,7 +46,7 @@ class Infilling:
     begins = random_subsets(number, spans.lengths, bits[words.values])
     inputs = hide(Ragged(text, lengths), words.values, number, begins, spans, self._mask)
     inputs = insert(inputs, np.minimum(empty, self._most[tasks, lengths]), own, self._mask)
-    end = join([np.array([EOS])] * len(lengths))
+    end = join([np.array([self._eos])] * len(lengths))
     return weave([inputs, end]), weave([tokens, end])
 
   def _spans(self, budget: np.ndarray, tasks: np.ndarray, own: np.ndarray) -> tuple[Ragged, np.ndarray]:

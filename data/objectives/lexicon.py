@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from data.objectives.spelling import Halves, Spelling, spelling_of
-from data.stores.vocabulary import EOS, Tokenizer, Vocabulary
+from data.stores.vocabulary import Tokenizer, Vocabulary
 
 SPACE = '\u2581'  # SentencePiece's, which stands before the first piece of a word
 STOPS = ('.', '!', '?', '。', '！', '？')
@@ -27,14 +27,14 @@ class Lexicon:
     if self.tokenizer is None:
       return np.ones(self.vocabulary.pieces, bool)
     words = np.array([text.startswith(SPACE) for text in self._spelling.texts])
-    words[EOS] = True
+    words[self.vocabulary.ids.end] = True
     return words
 
   @functools.cached_property
   def ends_sentence(self) -> np.ndarray:
     """bool[pieces]: full stops, and pieces that end with one. EOS does."""
     ends = np.array([text.endswith(STOPS) for text in self._spelling.texts])
-    ends[EOS] = True
+    ends[self.vocabulary.ids.end] = True
     return ends
 
   @functools.cached_property

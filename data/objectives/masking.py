@@ -13,7 +13,7 @@ import numpy as np
 from data.objectives.noise import random_subsets
 from data.objectives.tasks import Task
 from data.ragged import Ragged, starts
-from data.stores.vocabulary import EOS, UNKNOWN, Vocabulary
+from data.stores.vocabulary import Vocabulary
 
 _BITS = 40  # the bits of a token's random number that `random_subsets` does not use
 
@@ -30,12 +30,12 @@ def mask_tokens(
   lengths = tokens.lengths + 1
   text = np.ones(len(bits), bool)
   text[np.cumsum(lengths) - 1] = False
-  targets = np.full(len(bits), EOS, np.int32)
+  targets = np.full(len(bits), vocabulary.ids.end, np.int32)
   targets[text] = tokens.values
   rates, masked, random = (
     np.array([getattr(task, share) for task in tasks])[own] for share in ('noise_density', 'mask', 'random')
   )
-  chosen = choose(Ragged(targets != EOS, lengths), bits, rates)
+  chosen = choose(Ragged(targets != vocabulary.ids.end, lengths), bits, rates)
   read = corrupt(targets, bits, np.repeat(masked, lengths), np.repeat(random, lengths), vocabulary)
   inputs = np.where(chosen, read, targets)
   return Ragged(inputs, lengths), targets, chosen
@@ -64,6 +64,6 @@ def corrupt(
   """
   drawn = bits & np.uint64(2**_BITS - 1)
   masked, replaced = (np.rint(share * 2.0**_BITS).astype(np.uint64) for share in (mask, np.minimum(mask + random, 1.0)))
-  piece = UNKNOWN + 1 + (drawn - masked) % np.uint64(vocabulary.pieces - UNKNOWN - 1)
+  piece = vocabulary.text_ids[(drawn - masked) % np.uint64(len(vocabulary.text_ids))]
   read = np.where(drawn < replaced, piece.astype(tokens.dtype), tokens)
   return np.where(drawn < masked, np.int32(vocabulary.first_sentinel), read)

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from data.ragged import Ragged, first_of, join, spread, starts, weave
-from data.stores.vocabulary import Tokenizer
+from data.stores.vocabulary import SPACE, Tokenizer
 
 MOST_GROWTH = 4  # tokens; some long pieces fall apart in single characters, and every row would have to hold that
 
@@ -16,12 +17,14 @@ MOST_GROWTH = 4  # tokens; some long pieces fall apart in single characters, and
 class Spelling:
   """`texts[i]` is piece i as text, '' for control pieces and bytes; `scores` (float[pieces]) are the model's.
 
-  `byte_ids` has the id of each byte, or nothing. `joins` (bool[pieces]) are bytes that continue a character.
+  `byte_ids` has the id of each byte, or nothing. `parts` are the bytes of pieces that are no whole characters. `joins`
+  (bool[pieces]) are pieces that continue a character.
   """
 
   texts: tuple[str, ...]
   scores: np.ndarray
   byte_ids: tuple[int, ...]
+  parts: Mapping[int, bytes] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def ids(self) -> dict[str, int]:
@@ -36,6 +39,7 @@ class Spelling:
   def joins(self) -> np.ndarray:
     joins = np.zeros(len(self.texts), bool)
     joins[list(self.byte_ids[0x80:0xC0])] = True
+    joins[[i for i, part in self.parts.items() if 0x80 <= part[0] < 0xC0]] = True
     return joins
 
 
@@ -46,7 +50,12 @@ def spelling_of(pieces: int, tokenizer: Tokenizer | None) -> Spelling:
   names, scores, kinds = tokenizer.pieces()
   texts = tuple(name if kind == 'text' else '' for name, kind in zip(names, kinds, strict=True))
   bytes_of = {int(name, 16): i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind == 'byte'}
-  return Spelling(texts, np.array(scores), tuple(bytes_of[b] for b in range(256)) if len(bytes_of) == 256 else ())
+  if len(bytes_of) >= 128:  # in a byte-level vocabulary, bytes below 128 are characters
+    ascii_of = {text: i for i, text in enumerate(texts) if text == SPACE or (len(text) == 1 and text.isascii())}
+    bytes_of = {ord(' ' if text == SPACE else text): i for text, i in ascii_of.items()} | bytes_of
+  parts = {i: bytes.fromhex(names[i]) for i, kind in enumerate(kinds) if kind == 'part'}
+  byte_ids = tuple(bytes_of[b] for b in range(256)) if len(bytes_of) == 256 else ()
+  return Spelling(texts, np.array(scores), byte_ids, parts)
 
 
 class Halves:

@@ -20,6 +20,7 @@ from data import arguments
 from data.errors import DataError
 from data.prepare.encode import Encoder, Recipe, batches, encode_all
 from data.prepare.inputs import Meter, Records, check_file
+from data.prepare.published import published
 from data.prepare.scores import SCORES, Score
 from data.prepare.text import Documents, Reading, Segment, is_blank, read_segments, sample
 from data.stores.arrays import is_inside
@@ -43,8 +44,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     '--out', required=True, type=arguments.expand_user, help='the store: a path or a URL (gs://, s3://)'
   )
   parser.add_argument('--vocab_size', type=int, default=32_768, help='total ids: pieces, sentinels and mode tokens')
-  parser.add_argument('--sentinels', type=int, default=100, help='ids reserved for sentinels (data.sentinels)')
-  parser.add_argument('--tokenizer', type=arguments.path, help='a SentencePiece model to use; otherwise one is trained')
+  parser.add_argument('--sentinels', type=int, default=100, help='ids behind the pieces for sentinels (data.sentinels)')
+  parser.add_argument(
+    '--tokenizer', type=arguments.path, help='a SentencePiece model, a tokenizer.json, or the folder of one; otherwise '
+    'one is trained',
+  )  # fmt: skip
   parser.add_argument(
     '--documents', choices=get_args(Documents), default='file', help='the part of a text file that becomes one document'
   )
@@ -138,8 +142,8 @@ def prepare(
 ) -> None:
   """Makes the store `out` from files as a stream: memory does not grow with their size.
 
-  `reading` selects what is read from the files, `scores` what is computed for each document. With `tokenizer` (a
-  SentencePiece model file) `vocab_size` is ignored. The store is the same for any number of `workers` (processes); the
+  `reading` selects what is read from the files, `scores` what is computed for each document. With `tokenizer` (see
+  published.py) `vocab_size` is ignored. The store is the same for any number of `workers` (processes); the
   default is one per WORKER_BYTES of input, at most one per core. Raises DataError for bad input, an `out` that exists,
   and a vocabulary that the text cannot fill; then nothing is left behind.
   """
@@ -153,8 +157,10 @@ def prepare(
   refuse_existing(out)
   total = sum(path.stat().st_size for path in paths)
   workers = workers or min(-(-total // WORKER_BYTES) or 1, len(os.sched_getaffinity(0)))
-  model = load_model(tokenizer) if tokenizer else _train(paths, reading, total, vocab_size, sentinels)
-  own = Tokenizer(model, sentinels)
+  if tokenizer:
+    own = published(tokenizer).open(sentinels)
+  else:
+    own = Tokenizer(_train(paths, reading, total, vocab_size, sentinels), sentinels)
   recipe = Recipe(scores, reading.score_field, bool(reading.tag_fields), turns=reading.messages is not None)
   options = {'append_eos': append_eos, 'pairs': reading.pair is not None, 'columns': recipe.columns}
   with StoreWriter(out, own, **options) as writer:
@@ -235,22 +241,6 @@ def _train(paths: list[pathlib.Path], reading: Reading, total: int, vocab_size: 
   head = lambda found: f'{found.tags} ' if reading.messages else ''  # every turn has a marker, so it should be short
   texts = ((head(found) + found.text, part) for found, part in _metered(paths, reading, total, 'reading a sample'))
   return train_sentencepiece(sample(texts, SAMPLE_BYTES), vocab_size, sentinels + len(MODES))
-
-
-def load_model(path: str | os.PathLike[str]) -> bytes:
-  """The bytes of a SentencePiece model file. Raises DataError if it is invalid or lacks T5's special ids."""
-  try:
-    model = pathlib.Path(path).read_bytes()
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-  except OSError as error:
-    raise DataError(f'{path}{looked_in(path)} cannot be read ({error.strerror}); check --tokenizer.') from error
-  except RuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise DataError(f'{path} is not a SentencePiece model ({reason}); check --tokenizer.') from error
-  found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-  if found != (PAD, EOS, UNKNOWN):
-    raise DataError(f'{path} has pad, EOS, unknown = {found}, not {(PAD, EOS, UNKNOWN)}; train it with these ids.')
-  return model
 
 
 def tokenizer_from_documents(texts: Sequence[str], vocab_size: int, sentinels: int, *, sample_bytes: int) -> Tokenizer:

@@ -9,7 +9,6 @@ import dataclasses
 import numpy as np
 
 from data.stores.store import Store
-from data.stores.vocabulary import EOS, PAD
 
 _READ = 2**22
 
@@ -39,16 +38,19 @@ def ngram_loss(train: Store, heldout: Store) -> NgramLoss:
 
 
 def _histories(store: Store) -> np.ndarray:
-  """int64[3, tokens]: for each text token the two before it in its document (PAD before the first) and itself."""
+  """int64[3, tokens]: for each text token the two before it in its document (before the first, an id that is no text)
+  and itself."""
   ranges = [(start, min(_READ, store.num_tokens - start)) for start in range(0, store.num_tokens, _READ)]
   tokens = np.concatenate([store.read([r])[0] for r in ranges]).astype(np.int64)
+  ids = store.special_ids
+  outside = ids.filler
   first = np.zeros(len(tokens), bool)
   first[store.offsets[:-1]] = True
-  before = np.where(first, PAD, np.roll(tokens, 1))
+  before = np.where(first, outside, np.roll(tokens, 1))
   second = first | np.roll(first, 1)
   second[:1] = True
-  earlier = np.where(second, PAD, np.roll(tokens, 2))
-  text = tokens > EOS
+  earlier = np.where(second, outside, np.roll(tokens, 2))
+  text = ~np.isin(tokens, ids.not_text)
   return np.stack([earlier, before, tokens])[:, text]
 
 

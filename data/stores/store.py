@@ -3,13 +3,15 @@
 A store is a folder, at a path or a URL that TensorStore supports (file://, gs://, s3://, …):
 
   manifest.json        counts, hashes and provenance; written last, so an unfinished store cannot be opened
-  tokenizer.model      the SentencePiece model
+  tokenizer.model      the SentencePiece model, or tokenizer.json, which the manifest then names ("tokenizer")
   tokens/              uint16 or uint32: the ids of all documents, one after another; each document ends with EOS
   document_offsets/    int64[num_documents + 1]: the position at which each document begins
   scores/NAME/         float32[num_documents]: a score of each document
   tag_lengths/         int32[num_documents]: the number of tokens at the beginning of each document that are tags
   roles/               int8[num_documents]: the role of each turn (an index into messages.ROLES)
   turns_left/          int32[num_documents]: the number of turns that follow in the same conversation
+
+The manifest has the tokenizer's `special_ids`, unless they are T5's (special_ids.py).
 
 In a store of pairs ("pairs": true in the manifest), documents 2k and 2k + 1 are the inputs and the targets of pair k.
 In a store of conversations, which has `roles` and `turns_left`, each document is a turn and its tag names the role.
@@ -47,8 +49,9 @@ from data.stores.arrays import (
 )
 from data.stores.paths import is_local, looked_in
 from data.stores.shards import ShardCutter, parse_shards
+from data.stores.special_ids import T5_IDS, SpecialIds
 from data.stores.staging import Staging, refuse_existing
-from data.stores.vocabulary import EOS, Tokenizer
+from data.stores.vocabulary import Tokenizer
 
 FORMAT = 2
 REQUIRED = {
@@ -56,6 +59,7 @@ REQUIRED = {
   'tokenizer_sha256': str,
 }  # fmt: skip
 SHARD_TOKENS = 2**28
+TOKENIZERS = 'tokenizer.model', 'tokenizer.json'
 TAG_LENGTHS, ROLES, TURNS_LEFT = 'tag_lengths', 'roles', 'turns_left'
 Kind = Literal['text', 'pairs', 'conversations']
 
@@ -125,7 +129,8 @@ class StoreWriter:
     )
     kept = np.logical_or(sizes > 0, self._pairs)
     closes = self._closes(kept, columns)
-    tokens = np.insert(segments.values, stops[kept], EOS) if self._append_eos else segments.values
+    end = self._tokenizer.vocabulary.ids.end
+    tokens = np.insert(segments.values, stops[kept], end) if self._append_eos else segments.values
     ends = self.num_tokens + np.cumsum(sizes[kept] + self._append_eos)
     self.num_tokens, self.num_documents = (
       int(ends[-1]) if len(ends) else self.num_tokens,
@@ -162,6 +167,7 @@ class StoreWriter:
     self._hash_columns()
     for column in self._columns.values():
       column.close()
+    used = 'numpy', self._tokenizer.library, 'tensorstore'
     manifest = {
       'format': FORMAT,
       'num_tokens': self.num_tokens,
@@ -169,17 +175,24 @@ class StoreWriter:
       'append_eos': self._append_eos,
       'pieces': self._tokenizer.vocabulary.pieces,
       'tokenizer_sha256': self._tokenizer.fingerprint,
-      'versions': {name: importlib.metadata.version(name) for name in ('numpy', 'sentencepiece', 'tensorstore')},
+      **self._tokenizer_keys(),
+      'versions': {name: importlib.metadata.version(name) for name in used},
       **({'pairs': True} if self._pairs else {}),
       **({'columns': {name: column.dtype for name, column in self._columns.items()}} if self._columns else {}),
       **provenance,
       'shards': self._shards.entries,
     }
-    write_file(self._folder, 'tokenizer.model', self._tokenizer.model)
+    write_file(self._folder, self._tokenizer.file_name, self._tokenizer.model)
     write_file(self._folder, 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
     if self._staging:
       self._staging.move()
     self._finished = True
+
+  def _tokenizer_keys(self) -> dict[str, Any]:
+    """The manifest's keys for a tokenizer unlike T5's: stores with T5's have had none of them."""
+    name, ids = self._tokenizer.file_name, self._tokenizer.vocabulary.ids
+    own = {'tokenizer': name} if name != TOKENIZERS[0] else {}
+    return own if ids == T5_IDS else {**own, 'special_ids': ids.to_json()}
 
   def __exit__(self, kind, error, trace):
     if self._staging:
@@ -187,7 +200,7 @@ class StoreWriter:
     elif not self._finished:
       columns = [f'{name}/' for name in self._kinds]
       with contextlib.suppress(ValueError):  # report the first error, not a failed clean-up
-        delete_files(self.path, ['tokens/', 'document_offsets/', 'tokenizer.model', *columns])
+        delete_files(self.path, ['tokens/', 'document_offsets/', *TOKENIZERS, *columns])
 
 
 def open_store(path: str | os.PathLike[str]) -> 'Store':
@@ -219,6 +232,10 @@ def _check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any]) -> N
       f'{place_of(path, "manifest.json")} has {bad[0]}={manifest.get(bad[0])!r}, expected {REQUIRED[bad[0]].__name__}. '
       f'{RESTORE}', 'DATA-CORRUPT',
     )  # fmt: skip
+  try:
+    SpecialIds.of(manifest)
+  except ValueError as error:
+    raise DataError(f'{place_of(path, "manifest.json")}: {error}. {RESTORE}', 'DATA-CORRUPT') from error
 
 
 class Store:
@@ -344,16 +361,25 @@ class Store:
   @property
   def fingerprint(self) -> str:
     """A hash that is equal for stores with the same tokens, documents (or pairs), shards and tokenizer."""
-    contents = [self.manifest['shards'], self.manifest['tokenizer_sha256'], self.pairs]
+    ids = [self.manifest[key] for key in ('special_ids',) if key in self.manifest]
+    contents = [self.manifest['shards'], self.manifest['tokenizer_sha256'], self.pairs, *ids]
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+  @property
+  def special_ids(self) -> SpecialIds:
+    return SpecialIds.of(self.manifest)
+
+  @property
+  def tokenizer_file(self) -> str:
+    return TOKENIZERS[self.manifest.get('tokenizer') == TOKENIZERS[1]]
 
   def tokenizer(self, sentinels: int) -> Tokenizer:
     """The store's tokenizer, with `sentinels` sentinels. Raises DataError if its file does not match the manifest."""
-    model = read_file(self.path, 'tokenizer.model')
+    model = read_file(self.path, self.tokenizer_file)
     if model is None or hashlib.sha256(model).hexdigest() != self.manifest['tokenizer_sha256']:
-      where = place_of(self.path, 'tokenizer.model')
+      where = place_of(self.path, self.tokenizer_file)
       raise DataError(f'{where} does not match manifest.json. {RESTORE}', 'DATA-CORRUPT')
-    return Tokenizer(model, sentinels)
+    return Tokenizer(model, sentinels, self.special_ids)
 
   def tokens(self, places: range) -> np.ndarray:
     """The tokens at these positions, uint16 or uint32 as stored. Bypasses the cache of `read`: for full scans."""

@@ -6,13 +6,16 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
-import sentencepiece
 
 from data.errors import DataError
+from data.stores.sentencepiece_model import SentencePieceModel
+from data.stores.special_ids import T5_IDS, SpecialIds
+from data.stores.tokenizer_json import TokenizerJson, is_json
 
-PAD, EOS, UNKNOWN = 0, 1, 2
+PAD, EOS, UNKNOWN = 0, 1, 2  # T5's, which a tokenizer that is trained here has; others are in `SpecialIds`
 MODES = ('[NLU]', '[NLG]', '[S2S]')
 SPECIAL = re.compile(r'(<extra_id_[0-9]+>|' + '|'.join(re.escape(mode) for mode in MODES) + ')')
 PRIVATE_USE = tuple(map(chr, range(0xE000, 0xF900)))
@@ -30,11 +33,21 @@ class Vocabulary:
 
   pieces: int
   sentinels: int
+  ids: SpecialIds = T5_IDS
 
   @property
   def size(self) -> int:
     """The number of ids; a model's vocabulary may be larger."""
     return self.pieces + self.sentinels + len(MODES)
+
+  @functools.cached_property
+  def text_ids(self) -> np.ndarray:
+    """int64: the ids of pieces of text, without the unknown one."""
+    return np.setdiff1d(np.arange(self.pieces), [*self.ids.used.values()])
+
+  def is_text(self, tokens: np.ndarray) -> np.ndarray:
+    """bool: which of `tokens` are pieces of text: no padding, beginning or end, no sentinel, no mode token."""
+    return ~np.isin(tokens, self.ids.not_text) & (tokens < self.pieces)
 
   @property
   def first_sentinel(self) -> int:
@@ -54,9 +67,9 @@ class Vocabulary:
     return base, base + 1, base + 2
 
   def special(self, token: int) -> str | None:
-    """The written form of a special token: <extra_id_k>, [NLU], <pad>, </s>. None if `token` is text."""
-    if token in (PAD, EOS):
-      return ('<pad>', '</s>')[token]
+    """The written form of a special token: <extra_id_k>, [NLU], <pad>, <s>, </s>. None if `token` is text."""
+    if token in self.ids.not_text:
+      return '</s>' if token in self.ids.eos else '<s>' if token == self.ids.bos else '<pad>'
     if self.is_sentinel(token):
       return f'<extra_id_{self.first_sentinel - token}>'
     return MODES[token - self.mode_ids[0]] if self.mode_ids[0] <= token <= self.mode_ids[2] else None
@@ -73,45 +86,92 @@ class Vocabulary:
     return self.sentinel(int(digits))
 
 
-class Tokenizer:
-  """A SentencePiece model and the special tokens whose ids follow its pieces. Picklable."""
+class TextModel(Protocol):
+  """Text to ids and back, without special tokens: SentencePiece's or that of `tokenizers`.
 
-  def __init__(self, model: bytes, sentinels: int):
-    self.model = model
-    self.vocabulary = Vocabulary(self._processor.get_piece_size(), sentinels)
+  `file_name` is that of the model in a store, `library` the package that reads it. `size` counts the pieces, `names`
+  are in SentencePiece's notation. With `adds_space`, text gets a space at one end.
+  """
+
+  file_name: str
+  library: str
+  size: int
+
+  @property
+  def adds_space(self) -> bool: ...
+  @property
+  def names(self) -> list[str]: ...
+  def encode(self, text: str) -> list[int]: ...
+  def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]: ...
+  def decode(self, ids: Iterable[int]) -> str: ...
+  def spans(self, text: str) -> list[tuple[int, int, int]]: ...
+  def piece(self, token: int) -> str: ...
+  def pieces(self) -> tuple[list[str], list[float], list[str]]: ...
+
+
+class Tokenizer:
+  """A text model, its special ids, and the sentinels and mode tokens whose ids follow its pieces. Picklable.
+
+  `model` has the bytes of a SentencePiece model or of a tokenizer.json. Raises DataError for a tokenizer.json without
+  the package `tokenizers`, and for special ids that are not among the pieces; ValueError or RuntimeError for bytes that
+  are no model.
+  """
+
+  def __init__(self, model: bytes, sentinels: int, ids: SpecialIds = T5_IDS):
+    self.model, self._ids = model, ids
+    pieces = self._text_model.size
+    if beyond := {name: token for name, token in ids.used.items() if token >= pieces}:
+      name, token = next(iter(beyond.items()))
+      raise DataError(
+        f'{name} has id {token}, the tokenizer has the ids 0 to {pieces - 1}; give the tokenizer that has this id.'
+      )
+    self.vocabulary = Vocabulary(pieces, sentinels, ids)
 
   def __getstate__(self):
-    return {'model': self.model, 'vocabulary': self.vocabulary}
+    return {'model': self.model, 'vocabulary': self.vocabulary, '_ids': self._ids}
 
   @functools.cached_property
-  def _processor(self) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+  def _text_model(self) -> TextModel:
+    return TokenizerJson(self.model, self._ids) if is_json(self.model) else SentencePieceModel(self.model)
 
   @property
   def fingerprint(self) -> str:
     """sha256 of the model file."""
     return hashlib.sha256(self.model).hexdigest()
 
+  @property
+  def file_name(self) -> str:
+    """tokenizer.model or tokenizer.json."""
+    return self._text_model.file_name
+
+  @property
+  def library(self) -> str:
+    """The package that reads the model."""
+    return self._text_model.library
+
   def encode(self, text: str) -> list[int]:
     """Plain text -> ids, without EOS. Text that looks like a special token is encoded as text."""
-    return self._processor.encode(text)
+    return self._text_model.encode(text)
 
   def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
     """`encode` of each text: int32[tokens]."""
-    return self._processor.encode(list(texts), num_threads=num_threads, return_type='numpy')
+    return self._text_model.encode_batch(texts, num_threads)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Ids of text -> text."""
-    return self._processor.decode([int(i) for i in ids])
+    return self._text_model.decode(ids)
+
+  def spans(self, text: str) -> list[tuple[int, int, int]]:
+    """(id, begin, end) of each token of `encode(text)`: its place in the UTF-8 bytes of `text`.
+
+    Tokens that are parts of one character have the place of the whole character.
+    """
+    return self._text_model.spans(text)
 
   def pieces(self) -> tuple[list[str], list[float], list[str]]:
-    """(names, scores, kinds) of all pieces. A kind is 'text', 'byte' (its name is hexadecimal) or 'control'."""
-    model, ids = self._processor, list(range(self.vocabulary.pieces))
-    special = zip(model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), strict=True)
-    kinds = ['control' if any(flags) else 'text' for flags in special]
-    kinds = ['byte' if is_byte else kind for is_byte, kind in zip(model.is_byte(ids), kinds, strict=True)]
-    names = [name[1:-1] if kind == 'byte' else name for name, kind in zip(model.id_to_piece(ids), kinds, strict=True)]
-    return names, model.get_score(ids), kinds
+    """(names, scores, kinds) of all pieces. A kind is 'text', 'byte' or 'part' (the name has one or several bytes, in
+    hexadecimal, that are no characters) or 'control'."""
+    return self._text_model.pieces()
 
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
@@ -138,18 +198,17 @@ class Tokenizer:
     else:
       text = text.removesuffix(' ') if before else text
     # SentencePiece adds a space at one end of its input. A guard character at that end keeps it away from `text`.
-    left = self._guard if after else ''
+    left = self._guard if after and self._text_model.adds_space else ''
     right = self._guard if before and self._spaces_are_suffixes else ''
     return self._encode_between(left, text, right) if text else []
 
   def _encode_between(self, left: str, text: str, right: str) -> list[int]:
-    """The ids of `text` within left + text + right, selected by SentencePiece's byte offsets in UTF-8."""
+    """The ids of `text` within left + text + right, selected by their places."""
     begin = len(left.encode())
     end = begin + len(text.encode()) if right else math.inf
-    pieces = self._processor.encode(left + text + right, return_type='proto').pieces
     # Without byte fallback, consecutive unknown characters form one piece, which may span `left` and `text`.
-    shared = lambda piece: piece.id == UNKNOWN and piece.begin < begin < piece.end
-    return [piece.id for piece in pieces if begin <= piece.begin < end or shared(piece)]
+    shared = lambda token, first, stop: token == self._ids.unknown and first < begin < stop
+    return [own[0] for own in self.spans(left + text + right) if begin <= own[1] < end or shared(*own)]
 
   @functools.cached_property
   def _guard(self) -> str:
@@ -165,7 +224,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _names(self) -> list[str]:
-    return self._processor.id_to_piece(list(range(self.vocabulary.pieces)))
+    return self._text_model.names
 
   def decode_after(self, before: Sequence[int], ids: Iterable[int]) -> str:
     """The text that `ids` add after the ids `before`, including the space between two words if there is one."""
@@ -175,16 +234,21 @@ class Tokenizer:
 
   def piece(self, token: int) -> str:
     """A text piece in SentencePiece's notation: ▁the, <0x0A>."""
-    return self._processor.id_to_piece(token)
+    return self._text_model.piece(token)
 
   def render(self, ids: Iterable[int]) -> str:
     """Ids in readable form: text, with every special token written out."""
     parts, text = [], []
     for token in [*map(int, ids), None]:
-      special = '' if token is None else self.vocabulary.special(token)
+      special = '' if token is None else self._written(token)
       if special is None:
         text.append(token)
         continue
       parts += [self.decode(text)] * bool(text) + [special] * bool(special)
       text = []
     return ' '.join(parts)
+
+  def _written(self, token: int) -> str | None:
+    """`Vocabulary.special`; a tokenizer.json has its own names, such as <|endoftext|>."""
+    own = is_json(self.model) and token in self.vocabulary.ids.not_text
+    return self.piece(token) if own else self.vocabulary.special(token)

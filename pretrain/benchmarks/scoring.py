@@ -68,7 +68,7 @@ class Scorer:
     return bool(self.writer.cfg.data.inputs_length)
 
   def _prefix(self, piece: Piece) -> bool:
-    return not self._pair and sees_itself(piece.inputs, self.writer.cfg)
+    return not self._pair and sees_itself(piece.inputs, self.writer.cfg, self.writer.data.vocabulary.ids.end)
 
   def _lengths(self, piece: Piece) -> tuple[int, int]:
     """Positions of a piece in (encoder, decoder)."""

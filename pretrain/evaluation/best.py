@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.stores.vocabulary import MODES, SPECIAL, UNKNOWN, Tokenizer
+from data.stores.vocabulary import MODES, SPECIAL, Tokenizer
 from models.decode.cached import teacher_forced
 from models.decode.fillings import Sequences, beam
 from pretrain.evaluation.outputs import padded
@@ -66,8 +66,8 @@ def search(
   if max_tokens < 1:
     return []
   ids, ends = np.arange(writer.cfg.model.vocab_size), _ends(writer, whole)
-  allowed = (ids >= UNKNOWN) & (ids < writer.data.vocabulary.pieces)
-  batch = prompt_batch([inputs], writer.cfg, padded(len(inputs)))
+  allowed = writer.data.vocabulary.is_text(ids)
+  batch = prompt_batch([inputs], writer.cfg, padded(len(inputs)), writer.data.vocabulary.ids)
   width = max(LEAST_WIDTH, 2 * top)
   ended, unfinished = beam(
     writer.model, writer.params, batch, jnp.asarray(forced, jnp.int32), allowed, ends, max_tokens, width,
@@ -80,7 +80,7 @@ def search(
 
 def log_prob(writer: Writer, inputs: list[int], forced: list[int], ids: list[int]) -> float:
   """The log-probability of the filling `ids` after `inputs` and `forced`, and of ending there, as in `search`."""
-  batch = prompt_batch([inputs], writer.cfg, padded(len(inputs)))
+  batch = prompt_batch([inputs], writer.cfg, padded(len(inputs)), writer.data.vocabulary.ids)
   begun = batch['decoder_input_tokens']
   written = [*forced, *ids]
   row = np.zeros((1, padded(len(written))), np.int32)

@@ -91,7 +91,7 @@ def texts_of(store: Store) -> list[str]:
   tokenizer = store.tokenizer(0)
   lengths = (store.offsets[1:] - store.offsets[:-1]).tolist()
   documents = store.read(list(zip(store.offsets[:-1].tolist(), lengths, strict=True)))
-  return [tokenizer.decode(ids[(ids > 1) & (ids < tokenizer.vocabulary.pieces)]) for ids in documents]
+  return [tokenizer.decode(ids[tokenizer.vocabulary.is_text(ids)]) for ids in documents]
 
 
 def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:

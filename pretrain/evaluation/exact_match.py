@@ -45,7 +45,8 @@ def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> Exa
   def hits(params, pairs: Pairs) -> int:
     """The number of matches in at most a batch of pairs; unused rows repeat the first pair."""
     prompts = [inputs for inputs, _ in pairs] + [pairs[0][0]] * (size - len(pairs))
-    outputs = np.asarray(decode(params, to_global(prompt_batch(prompts[rows], cfg, longest), mesh))).tolist()
+    batch = prompt_batch(prompts[rows], cfg, longest, data.vocabulary.ids)
+    outputs = np.asarray(decode(params, to_global(batch, mesh))).tolist()
     answered = zip(outputs[: len(pairs)], pairs, strict=True)
     return sum(render(until_end(output, ids.eos)) == render(targets) for output, (_, targets) in answered)
 

@@ -84,7 +84,7 @@ def outputs(
     alone = how.batch == 1
     length = len(inputs[numbers[0]]) if alone else padded(len(inputs[numbers[0]]))
     filled = (numbers + numbers[:1] * how.batch)[: how.batch]  # rows that are left over repeat a prompt
-    rows = prompt_batch([inputs[number] for number in filled], writer.cfg, length)
+    rows = prompt_batch([inputs[number] for number in filled], writer.cfg, length, writer.data.vocabulary.ids)
     if not starts:  # as padding, it is not read
       rows['decoder_segment_ids'] = rows['decoder_segment_ids'] * (rows['decoder_positions'] > 0)
     limits, keys = [rooms[number] for number in filled], [drawn[number] for number in filled]

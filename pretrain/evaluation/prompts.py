@@ -14,14 +14,14 @@ from data.objectives.objectives import Instruction, Supervised, pair_lengths, ta
 from data.objectives.tasks import LEFT_TO_RIGHT
 from data.prepare.messages import marker
 from data.ragged import interleave, join
-from data.stores.vocabulary import EOS, PAD
+from data.stores.special_ids import SpecialIds
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
 CONTINUING = (*LEFT_TO_RIGHT, 'uniform_prefix', 'last_quarter')  # kinds of tasks that continue text
 
 
-class SpecialIds(NamedTuple):
+class DecodingIds(NamedTuple):
   """What ends an output, what stands behind its end, and what a decoder behind an encoder reads first."""
 
   eos: tuple[int, ...]
@@ -29,9 +29,10 @@ class SpecialIds(NamedTuple):
   decoder_start: int
 
 
-def special_ids(data: DataSource) -> SpecialIds:
-  """The ids of the tokenizer of a run."""
-  return SpecialIds((EOS,), PAD, PAD)
+def special_ids(data: DataSource) -> DecodingIds:
+  """The arguments of `models.decode` that the tokenizer of a run decides."""
+  ids = data.vocabulary.ids
+  return DecodingIds(ids.eos, ids.filler, ids.first_input)
 
 
 def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '--text=') -> list[int]:
@@ -47,10 +48,10 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '
   if not is_text(prompt):
     raise not_utf8(prompt)
   if isinstance(cfg.objective, Supervised):
-    return [*data.tokenizer.encode(prompt), EOS]
+    return [*data.tokenizer.encode(prompt), data.vocabulary.ids.end]
   if isinstance(cfg.objective, Instruction):
     encode = data.tokenizer.encode
-    return [*encode(marker('user')), *encode(prompt), EOS, *encode(marker('assistant'))]
+    return [*encode(marker('user')), *encode(prompt), data.vocabulary.ids.end, *encode(marker('assistant'))]
   ids = data.tokenizer.encode_prompt(prompt)
   vocabulary, objective = data.vocabulary, cfg.objective
   blanks = [i for i, token in enumerate(ids) if vocabulary.is_sentinel(token)]
@@ -68,7 +69,7 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '
     return ids
   if tasks[0].mode is not None and (not ids or ids[0] not in vocabulary.mode_ids):
     ids = [vocabulary.mode_ids[min(task.mode for task in tasks if task.mode is not None)], *ids]
-  return [*ids, EOS]
+  return [*ids, vocabulary.ids.end]
 
 
 def named(prompt: str, place: str) -> str:
@@ -99,13 +100,13 @@ def room_for(prompt: str, inputs: list[int], cfg: Experiment, place: str = '--te
   return room
 
 
-def sees_itself(inputs: list[int], cfg: Experiment) -> bool:
+def sees_itself(inputs: list[int], cfg: Experiment, end: int) -> bool:
   """Whether a decoder has `inputs` as a prefix that every token sees, and does not read them from left to right."""
   match cfg.objective:
     case Instruction(prefix_attention=prefix):
       return prefix
     case objective:
-      return isinstance(objective, Supervised) or inputs[-1:] == [EOS]
+      return isinstance(objective, Supervised) or inputs[-1:] == [end]
 
 
 def continues_text(cfg: Experiment) -> bool:
@@ -119,26 +120,32 @@ def framed(context: list[int], cfg: Experiment, data: DataSource, blank: bool = 
 
   Raises ConfigError where the objective trains no such task.
   """
+  end = data.vocabulary.ids.end
   if not blank and isinstance(cfg.objective, Supervised):
-    return [*context, EOS]
+    return [*context, end]
   frame = prompt_inputs('<extra_id_0>' if blank else '', cfg, data)
-  at = frame.index(data.vocabulary.first_sentinel) if blank else len(frame) - (frame[-1:] == [EOS])
+  at = frame.index(data.vocabulary.first_sentinel) if blank else len(frame) - (frame[-1:] == [end])
   return [*frame[:at], *context, *frame[at:]]
 
 
-def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int) -> Batch:
+def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int, ids: SpecialIds) -> Batch:
   """One row for each of `prompts` as training makes it, up to its first target: fields as in `data.features`.
 
   Rows have `length` tokens; in a decoder one more, and each prompt stands at the end of its row. Prompts that are read
-  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind.
+  from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind. Weights that were imported
+  and not trained here read `ids.decoder_start` first, and where it is None the text alone, as in `transformers`.
   """
-  inputs, number = join([np.asarray(ids, np.int32) for ids in prompts]), len(prompts)
+  number, first = len(prompts), np.full(len(prompts), ids.first_input)
+  if cfg.data.name == 'synthetic' and ids.decoder_start is None and not cfg.data.inputs_length:
+    first = np.array([own[0] if own else ids.first_input for own in prompts])
+    prompts = [own[1:] for own in prompts]
+  inputs = join([np.asarray(own, np.int32) for own in prompts])
   target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
   if cfg.data.inputs_length:
-    return encoder_decoder_features(inputs, target, rows, number, length, 1)
-  if not sees_itself(prompts[0], cfg):
-    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1)
+    return encoder_decoder_features(inputs, target, rows, number, length, 1, first)
+  if not sees_itself(prompts[0], cfg, ids.end):
+    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1, first=first)
   else:
-    fields = decoder_features(inputs, target, rows, number, length + 1)
+    fields = decoder_features(inputs, target, rows, number, length + 1, first=first)
   order = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
   return {name: np.take_along_axis(values, order, 1) for name, values in fields.items()}

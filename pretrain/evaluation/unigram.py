@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data.stores.store import Store
-from data.stores.vocabulary import UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,11 @@ def count(stores: Iterable[Store], fillings: Iterable[Sequence[int]]) -> Unigram
   """
   counts: np.ndarray | None = None
   for store in stores:
-    pieces = store.tokenizer(0).vocabulary.pieces
+    vocabulary = store.tokenizer(0).vocabulary
     lengths = (store.offsets[1:] - store.offsets[:-1]).tolist()
     for ids in store.read(list(zip(store.offsets[:-1].tolist(), lengths, strict=True))):
-      text = ids[(ids > UNKNOWN) & (ids < pieces)]
-      found = np.bincount(text, minlength=pieces)
+      text = ids[vocabulary.is_text(ids) & (ids != vocabulary.ids.unknown)]
+      found = np.bincount(text, minlength=vocabulary.pieces)
       counts = found if counts is None else counts + found
   if counts is None:
     raise ValueError('a unigram needs at least one store; found none.')

@@ -8,6 +8,7 @@ import jax
 
 from data.batches.batches import DataSource
 from data.batches.source import open_data
+from data.prepare.published import Published
 from data.stores.paths import looked_in
 from models.build import Model
 from pretrain.checkpoints.checkpoints import Checkpoints
@@ -88,7 +89,7 @@ def open_run(workdir: pathlib.Path, step: int | None = None) -> Opened:
   return Opened(cfg, data_of(cfg, tokenizer_of(workdir) if cfg.data.name == 'synthetic' else None), checkpoints, step)
 
 
-def data_of(cfg: Experiment, tokenizer: bytes | None = None) -> DataSource:
+def data_of(cfg: Experiment, tokenizer: Published | None = None) -> DataSource:
   """The data of a run; `tokenizer` is that of imported weights, where the config names none."""
   return open_data(
     cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir(), model=tokenizer

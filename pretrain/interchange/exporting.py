@@ -10,7 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.batches.batches import DataSource
 from data.batches.source import open_data
+from data.prepare.published import JSON
+from data.stores.special_ids import T5_IDS
 from models.specs import ParamSpec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
@@ -141,8 +144,8 @@ def _read(checkpoints: Checkpoints, step: Step, entry: Entry, spec: ParamSpec) -
 def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:
   (output / FILE).write_text(_as_json(values))
   if imported is None or not (imported / 'generation_config.json').is_file():
-    own = family.write(cfg.model)
-    ids = {key: value for key, value in own.items() if key.endswith('_token_id')}
+    values = family.write(cfg.model) | _token_ids(cfg, family)
+    ids = {key: value for key, value in values.items() if key.endswith('_token_id')}
     (output / 'generation_config.json').write_text(_as_json(ids))
 
 
@@ -154,7 +157,7 @@ def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None)
     'max_position_embeddings': longest,
   }  # fmt: skip
   if imported is None:
-    return base | family.write(cfg.model)
+    return base | family.write(cfg.model) | _token_ids(cfg, family)
   old = read_config(imported)
   if old['model_type'] != family.model_type:
     return base | family.write(cfg.model)
@@ -166,6 +169,21 @@ def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None)
   theirs, new = family.write(before), family.write(cfg.model)
   changed = {key: value for key, value in new.items() if theirs.get(key) != value}
   return {key: value for key, value in old.items() if key in new or key not in theirs} | changed
+
+
+def _token_ids(cfg: Experiment, family: Family) -> dict[str, Any]:
+  """The ids of the run's tokenizer for the keys that the family writes, where they are not T5's."""
+  if cfg.data.name == 'synthetic' or (ids := _data_of(cfg).vocabulary.ids) == T5_IDS:
+    return {}
+  found = {
+    'bos_token_id': ids.first_input, 'decoder_start_token_id': ids.first_input, 'pad_token_id': ids.pad,
+    'eos_token_id': ids.end if len(ids.eos) == 1 else list(ids.eos),
+  }  # fmt: skip
+  return {key: value for key, value in found.items() if key in family.write(cfg.model)}
+
+
+def _data_of(cfg: Experiment) -> DataSource:
+  return open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
@@ -181,5 +199,6 @@ def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | N
     return
   if cfg.data.name == 'synthetic':
     return
-  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  (output / family.sentencepiece).write_bytes(data.tokenizer.model)
+  tokenizer = _data_of(cfg).tokenizer
+  name = tokenizer.file_name
+  (output / (name if name == JSON else family.sentencepiece)).write_bytes(tokenizer.model)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.stores.vocabulary import MODES, Tokenizer
+from data.prepare.published import JSON, SENTENCEPIECE, Published, published, tokenizer_in
+from data.stores.vocabulary import MODES
 from models.build import ModelConfig, build
 from models.specs import ParamSpec, Tree, is_spec
 from pretrain.checkpoints.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.evaluation.imported import FOLDER, SENTENCEPIECE, sentencepiece_in, tokenizer_in
+from pretrain.evaluation.imported import FOLDER, tokenizer_from
 from pretrain.evaluation.writer import Writer, data_of, program_for
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
@@ -40,7 +41,7 @@ TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that
 ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
 KEPT = (
   FILE, 'generation_config.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
-  'merges.txt', 'vocab.txt', 'chat_template.jinja', 'tokenizer.json', *SENTENCEPIECE,
+  'merges.txt', 'vocab.txt', 'chat_template.jinja', JSON, *SENTENCEPIECE,
 )  # fmt: skip
 ROW = 512  # the longest row of the config that is made where none is given
 OBJECTIVES = {'decoder': 'causal_lm', 'encoder_decoder': 'span_corruption', 'encoder': 'mlm'}
@@ -56,6 +57,7 @@ class Source:
   model: ModelConfig
   tensors: Mapping[str, Tensor]
   names: Mapping[str, str]  # each name in the files -> the first name of the tensor
+  tokenizer: Published | None
 
 
 def open_source(folder: pathlib.Path) -> Source:
@@ -67,7 +69,7 @@ def open_source(folder: pathlib.Path) -> Source:
   config.finish()
   if family.tied is not None and model.head != 'untied' and family.tied[0] in names:
     names[family.tied[0]] = family.tied[1]
-  source = Source(folder, family, config.values, model, _by_first_name(names, found), names)
+  source = Source(folder, family, config.values, model, _by_first_name(names, found), names, _tokenizer(folder, model))
   _check_tensors(source)
   _check_aliases(source, found)
   return source
@@ -76,6 +78,19 @@ def open_source(folder: pathlib.Path) -> Source:
 def _by_first_name(names: Mapping[str, str], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   tensors = {first: found[name] for name, first in reversed(names.items())}
   return tensors | {name: found[name] for name, first in names.items() if name == first}
+
+
+def _tokenizer(folder: pathlib.Path, model: ModelConfig) -> Published | None:
+  """The tokenizer in `folder`. Raises CheckpointError for one with more pieces than the embedding has rows."""
+  path = tokenizer_in(folder)
+  found = None if path is None else published(path)
+  if found is not None and found.pieces > model.vocab_size:
+    raise CheckpointError(
+      'IMPORT',
+      f'{found.path} has {found.pieces} pieces, the embedding in {folder} has {model.vocab_size} rows. Nothing was '
+      'written; both must be of one model.',
+    )
+  return found
 
 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
@@ -171,8 +186,7 @@ def import_run(source: Source, cfg: Experiment, workdir: pathlib.Path, command: 
   program = build_program(cfg)
   params = parameters(source, {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()})
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
-  tokenizer = sentencepiece_in(source.folder)
-  fingerprint = None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+  fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()
   with owned(workdir):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
@@ -231,10 +245,10 @@ def experiment(source: Source, files: Sequence[str], overrides: Sequence[str]) -
 
 def start_from(source: Source) -> list[str]:
   """Sections of a config for weights without a --gin_file: random tokens, rows of at most ROW."""
-  model, tokenizer = source.model, sentencepiece_in(source.folder)
+  model = source.model
   longest = min(ROW, getattr(model, 'max_positions', None) or ROW)
-  pieces = None if tokenizer is None else Tokenizer(tokenizer.read_bytes(), 0).vocabulary.pieces
-  room = model.vocab_size - (pieces or 4) - len(MODES)
+  pieces = 4 if source.tokenizer is None else source.tokenizer.pieces
+  room = model.vocab_size - pieces - len(MODES)
   pair = model.name == 'encoder_decoder'
   return [
     f"objective.name='{OBJECTIVES[model.name]}'", "data.name='synthetic'", 'data.batch_size=8',
@@ -247,12 +261,12 @@ def start_from(source: Source) -> list[str]:
 def imported_writer(folder: pathlib.Path, mesh: MeshConfig) -> Writer:
   """The weights in `folder`, placed on a mesh, with their tokenizer; nothing is written.
 
-  Raises the errors of `open_source` and `tokenizer_in`, and ConfigError for an encoder.
+  Raises the errors of `open_source` and `tokenizer_from`, and ConfigError for an encoder.
   """
   source = open_source(folder)
   cfg = experiment(source, [], [])
   if cfg.model.name == 'encoder':
     raise ConfigError(f'{folder} is an encoder, which writes no text; evaluate a decoder or an encoder-decoder.')
-  data, program = data_of(cfg, tokenizer_in(folder)), program_for(cfg, mesh)
+  data, program = data_of(cfg, tokenizer_from(folder)), program_for(cfg, mesh)
   shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
   return Writer(cfg, data, program.model, parameters(source, shardings))

@@ -24,7 +24,11 @@ class PhaseProgram:
     )
     self.program = build_program(self.cfg, schedule_start=phase.schedule_start, start=phase.start)
     self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
-    self.eval_step = jax.jit(make_eval_step(self.program.model, self.cfg.kernels, self.data.vocabulary.pieces))
+    self.eval_step = jax.jit(
+      make_eval_step(
+        self.program.model, self.cfg.kernels, self.data.vocabulary.pieces, self.data.vocabulary.ids.not_text
+      )
+    )
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
 

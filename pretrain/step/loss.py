@@ -1,6 +1,7 @@
 """The training loss, token cross entropy with z-loss, and its parts for evaluation."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated
 
 import jax
@@ -77,17 +78,17 @@ def make_token_step(model: Model, kernels: KernelsConfig):
   return token_step
 
 
-def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int):
+def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_text: Sequence[int] = (0, 1)):
   """`eval_step(params, batch)` -> sums over the batch: nats, weights and hits of all targets; nats and weights of text.
 
-  Text = targets that are pieces of text: not a sentinel, mode token or EOS. A denoising model predicts those almost
-  perfectly, so only a loss without them can be compared with an n-gram model.
+  Text = targets that are pieces of text: not a sentinel, mode token, EOS or another id of `not_text`. A denoising model
+  predicts those almost perfectly, so only a loss without them can be compared with an n-gram model.
   """
 
   def eval_step(params, batch: Batch) -> Metrics:
     (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
-    text = weights * ((labels > 1) & (labels < num_pieces))
+    text = weights * ((labels[:, None] != jnp.asarray(not_text)).all(-1) & (labels < num_pieces))
     return {
       'loss': (value * weights).sum(), 'accuracy': (correct * weights).sum(), 'weight': weights.sum(),
       'text_loss': (value * text).sum(), 'text_weight': text.sum(),

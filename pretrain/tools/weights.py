@@ -196,7 +196,7 @@ def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], floa
   sets = data.heldout(cfg.evaluation.batches, host_rows(program.mesh, cfg.data.batch_size))
   _check_metric(metric, [f'eval/{name}/{kind}' for name in sets for kind in ('loss', 'text_loss', 'accuracy')])
   name = metric.split('/')[1]
-  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces))
+  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces, data.vocabulary.ids.not_text))
 
   def score(params) -> float:
     value = evaluate_sets(eval_step, params, {name: sets[name]}, program.mesh)[metric]

@@ -8,7 +8,6 @@ import numpy as np
 
 from data.batches.source import open_data
 from data.objectives.objectives import CausalLm, Denoiser, Objective, PrefixLm, SpanCorruption, Ul2
-from data.stores.vocabulary import EOS
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.evaluation.losses import evaluate
@@ -51,11 +50,11 @@ def _loss(cfg: Experiment, name: str, objective: Objective, program, params) -> 
   alone = name == 'causal' and cfg.data.inputs_length > 0
   rows = dataclasses.replace(cfg.data, inputs_length=0) if alone else cfg.data
   data = open_data(rows, objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces))
+  eval_step = jax.jit(make_eval_step(program.model, cfg.kernels, data.vocabulary.pieces, data.vocabulary.ids.not_text))
   (batches,) = data.heldout(BATCHES, slice(0, cfg.data.batch_size)).values()
   if alone:
     modes = [data.vocabulary.mode_ids[2]] if getattr(cfg.objective, 'mode_tokens', False) else []
-    batches = [with_empty_inputs(batch, [*modes, EOS], cfg.data.inputs_length) for batch in batches]
+    batches = [with_empty_inputs(batch, [*modes, data.vocabulary.ids.end], cfg.data.inputs_length) for batch in batches]
   return evaluate(eval_step, params, batches, program.mesh)['text_loss']
 
 

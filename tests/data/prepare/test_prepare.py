@@ -12,6 +12,7 @@ import pytest
 from data.errors import DataError
 from data.prepare.prepare import add_flags, prepare, run, sentences, train_sentencepiece
 from data.prepare.text import Reading, read_segments, sample
+from data.stores.sentencepiece_model import SentencePieceModel
 from data.stores.store import open_store
 from data.stores.vocabulary import EOS, PAD, UNKNOWN, Tokenizer
 
@@ -256,7 +257,7 @@ def test_the_command_line_prepares_a_store(tmp_path, capsys):
 
 def test_special_ids_equal_t5s_and_unknown_characters_become_bytes():
   tokenizer = Tokenizer(train_sentencepiece([LICENSE.read_text()], 480), 20)
-  processor = tokenizer._processor
+  processor = SentencePieceModel(tokenizer.model).processor
   assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (PAD, EOS, UNKNOWN, -1)
   ids = tokenizer.encode('the Licensor 中文 🙂')
   assert UNKNOWN not in ids

@@ -10,6 +10,7 @@ from data.objectives.denoise import Recipes
 from data.objectives.fim import fim_ids
 from data.objectives.objectives import tasks_of
 from data.ragged import join
+from data.stores.special_ids import T5_IDS
 from data.stores.store import open_store
 from data.stores.vocabulary import EOS, Vocabulary
 from models.build import build
@@ -79,7 +80,7 @@ def test_cached_decoding_has_the_logits_of_the_training_row(store_for, objective
   apply = jax.jit(model.apply)
   for batch, inputs, targets, mine in first_segments(cfg, data, 2):
     full = np.asarray(model.logits(params, apply(params, batch)[0]))[mine]
-    prompt = prompt_batch([inputs.tolist()], cfg, len(inputs))
+    prompt = prompt_batch([inputs.tolist()], cfg, len(inputs), T5_IDS)
     read = prompt['decoder_input_tokens'].shape[1]
     tokens = np.concatenate([prompt['decoder_input_tokens'][0], targets[:-1]])[None]
     cached = np.asarray(teacher_forced(model, params, prompt, jnp.asarray(tokens), at_once=read))[0]
@@ -143,7 +144,7 @@ def test_a_prompt_of_a_chat_run_is_the_message_of_a_user(chat_store, prefix):
   got = prompt_inputs(data.tokenizer.decode(said), cfg, data)
   assert got == store.read([(begin, len(got))])[0].tolist()
   assert data.tokenizer.decode(got[-(int(store.tag_lengths(0)[first + 1])) :]) == 'assistant:'
-  batch = prompt_batch([got], cfg, len(got))
+  batch = prompt_batch([got], cfg, len(got), T5_IDS)
   assert batch.get('decoder_prefix_end', np.zeros((1, 1)))[0, 0] == (len(got) + 1) * prefix
   assert _result('the Work', got, said.tolist(), cfg, data).text == data.tokenizer.decode(said)
 
@@ -160,7 +161,7 @@ def test_text_around_a_sentinel_has_the_pieces_of_training(text_store, tokenizer
   """Any one piece of a text hidden, as in training: what is written around the blank has the same spelling."""
   data = opened(config_of(text_store, 'ul2'))
   tokenizer, first = data.tokenizer, data.vocabulary.first_sentinel
-  spell = tokenizer._processor.id_to_piece
+  spell = tokenizer.piece
   text = 'subject to the terms, each Contributor hereby grants redistributions (perpetual).'
   ids = tokenizer.encode(text)
   for hidden in range(len(ids)):
@@ -197,9 +198,9 @@ def test_a_prompt_of_a_mixture_is_that_of_the_first_part_that_answers_it(text_st
   data = opened(cfg)
   went_on, blank = prompt_inputs('the Work', cfg, data), prompt_inputs('the <extra_id_0>', cfg, data)
   assert went_on == data.tokenizer.encode('the Work')
-  assert 'decoder_prefix_end' not in prompt_batch([went_on], cfg, 9), 'read from left to right'
+  assert 'decoder_prefix_end' not in prompt_batch([went_on], cfg, 9, T5_IDS), 'read from left to right'
   assert blank == prompt_inputs('the <extra_id_0>', alone, data)
-  assert prompt_batch([blank], cfg, len(blank))['decoder_prefix_end'].max() == len(blank) + 1
+  assert prompt_batch([blank], cfg, len(blank), T5_IDS)['decoder_prefix_end'].max() == len(blank) + 1
 
 
 def test_one_blank_is_filled_in_the_middle_and_the_text_is_whole(text_store):

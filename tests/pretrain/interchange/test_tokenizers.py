@@ -1,0 +1,150 @@
+"""An imported model with a tokenizer.json: import, prompts, the end of generation, training that goes on."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from data.batches.source import open_data
+from models.build import build
+from pretrain.cli.main import main
+from pretrain.config import bindings
+from pretrain.evaluation.imported import tokenizer_of
+from pretrain.evaluation.prompts import prompt_batch
+from pretrain.experiment.experiment import Experiment
+from pretrain.interchange.safetensors import create
+from tests.pretrain.interchange.goldens import load
+from tests.tokenizers_json import publish
+
+SIZES = {
+  'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1, 'num_attention_heads': 2,
+  'num_key_value_heads': 2, 'tie_word_embeddings': False,
+}  # fmt: skip
+LLAMA = {'bos_token_id': 1, 'eos_token_id': 2}
+QWEN = {'bos_token_id': 400, 'eos_token_id': 401}
+KINDS = {
+  'llama': ('byte_fallback', 480, {'config': LLAMA}),
+  'qwen': (
+    'byte_level', 402,
+    {'config': QWEN, 'generation_config': {'eos_token_id': [401, 400]},
+     'tokenizer_config': {'bos_token': None, 'eos_token': '<|endoftext|>', 'add_bos_token': False}},
+  ),
+}  # fmt: skip
+
+
+def published_model(folder: pathlib.Path, kind: str, rows: int | None = None) -> pathlib.Path:
+  """A folder as `save_pretrained` writes it: a Llama of one layer with random weights, and a tokenizer.json."""
+  tokenizer, size, files = KINDS[kind]
+  config = {'model_type': 'llama', 'vocab_size': rows or size, **SIZES, **files['config']}
+  publish(folder, tokenizer, **{**files, 'config': config})
+  from pretrain.interchange.config_json import ConfigJson
+  from pretrain.interchange.importing import needed
+  from pretrain.interchange.llama import LLAMA as FAMILY
+
+  shapes = needed(FAMILY, FAMILY.read(ConfigJson(config, folder), {}))
+  rng = np.random.default_rng(0)
+  for array in create(folder, {name: ('F32', shape) for name, shape in shapes.items()}).values():
+    array[...] = rng.normal(0, 0.3, array.shape)
+  return folder
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def imported(request, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('imported')
+  source, run = published_model(folder / request.param, request.param), folder / 'run'
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  return request.param, source, run
+
+
+def continued(source: pathlib.Path, ids: list[int], count: int) -> list[int]:
+  """The greedy continuation, from a whole forward pass for each token."""
+  found, params = load(source)
+  model = build(found.model)
+
+  @jax.jit
+  def logits_at(row, length):
+    fields = {
+      'decoder_input_tokens': row[None], 'decoder_positions': np.arange(len(row))[None],
+      'decoder_segment_ids': np.ones((1, len(row)), np.int32), 'example_index': np.zeros(1, np.int32),
+    }  # fmt: skip
+    return model.logits(params, model.apply(params, fields)[0])[0, length - 1]
+
+  row, length = np.zeros(len(ids) + count, np.int32), len(ids)
+  row[:length] = ids
+  for _ in range(count):
+    row[length] = int(np.argmax(logits_at(row, length)))
+    length += 1
+  return row[len(ids) :].tolist()
+
+
+def generated(run: pathlib.Path, capsys, prompt: str, count: int) -> str:
+  assert main(['generate', f'--workdir={run}', f'--text={prompt}', f'--max_tokens={count}']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  return next(line for line in lines if line.startswith('output')).removeprefix('output').strip()
+
+
+def test_a_prompt_is_read_as_the_tokenizer_says_and_continued(imported, capsys):
+  """With <s> in front of Llama's prompt, with nothing in front of Qwen's."""
+  name, source, run = imported
+  tokenizer = tokenizer_of(run).open(0)
+  ids = [*([1] if name == 'llama' else []), *tokenizer.encode('the work')]
+  wanted = continued(source, ids, 6)
+  assert not set(wanted) & {*tokenizer.vocabulary.ids.eos}, 'the random weights end too early for this test'
+  assert generated(run, capsys, 'the work', 6) == tokenizer.render(wanted).strip()
+
+
+def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys):
+  """A token that the model writes is declared to be an end, in the files of the run."""
+  name, source, run = imported
+  tokenizer = tokenizer_of(run).open(0)
+  ids = [*([1] if name == 'llama' else []), *tokenizer.encode('the work')]
+  written = continued(source, ids, 6)
+  at = next(i for i in range(1, 6) if written[i] not in written[:i])
+  copy = shutil.copytree(run, tmp_path / 'run')
+  (copy / 'imported/generation_config.json').write_text(json.dumps({'eos_token_id': [2, written[at]]}))
+  assert generated(copy, capsys, 'the work', 6) == tokenizer.render(written[:at]).strip()
+
+
+def test_training_goes_on_with_the_ids_of_the_import(imported, tmp_path):
+  """A store of the run's tokenizer: segments begin with Llama's <s>, or with Qwen's <|endoftext|>, and end with EOS."""
+  name, _, run = imported
+  (tmp_path / 't.txt').write_text('the work')
+  flags = [f'--out={tmp_path}/s', f'--tokenizer={run}/imported', '--workers=1']
+  assert main(['data', 'prepare', str(tmp_path / 't.txt'), *flags]) == 0
+  over = ["data.name='store'", f"data.sources=[{{'path': '{tmp_path}/s'}}]", 'data.batch_size=1']
+  cfg = bindings.load(Experiment, [str(run / 'config.gin')], over)
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=tmp_path)
+  batch = data.batch(0, slice(0, 1))
+  used = batch['decoder_segment_ids'][0] > 0
+  first, end = (1, 2) if name == 'llama' else (400, 400)
+  assert batch['decoder_input_tokens'][0, 0] == first
+  assert batch['decoder_target_tokens'][0][used][-1] == end
+  row = prompt_batch([[300]], cfg, 1, data.vocabulary.ids)
+  assert row['decoder_input_tokens'].tolist() == [[first, 300]], 'prompts begin as in training'
+
+
+def test_more_pieces_than_rows_are_refused_with_both_numbers(tmp_path, capsys):
+  source = published_model(tmp_path / 'm', 'llama', rows=400)
+  assert main(['import', f'--from={source}', f'--workdir={tmp_path}/run']) == 66
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1
+  assert 'tokenizer.json has 480 pieces, the embedding in' in err
+  assert 'has 400 rows. Nothing was written' in err
+  assert not (tmp_path / 'run').exists()
+
+
+def test_an_export_has_the_tokenizer_of_the_import(imported, tmp_path):
+  _, source, run = imported
+  assert main(['export', f'--workdir={run}', f'--out={tmp_path}/out']) == 0
+  assert (tmp_path / 'out/tokenizer.json').read_bytes() == (source / 'tokenizer.json').read_bytes()
+
+
+def test_a_part_of_a_tokenizer_reads_no_prompt(imported, tmp_path, capsys):
+  copy = shutil.copytree(imported[2], tmp_path / 'run')
+  (copy / 'imported/tokenizer.json').rename(copy / 'imported/vocab.json')
+  assert main(['generate', f'--workdir={copy}', '--text=the']) == 64
+  err = capsys.readouterr().err
+  assert 'has only vocab.json, which is a part of a tokenizer (spiece.model, tokenizer.model' in err
