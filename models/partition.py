@@ -24,6 +24,7 @@ PARAMETER_RULES: Rules = {
   'experts': 'expert',
   'buckets': None,
   'length': None,
+  'rank': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),
@@ -35,6 +36,7 @@ ACTIVATION_RULES: Rules = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
+  'rank': None,
 }
 
 

@@ -31,6 +31,7 @@ from pretrain.evaluation.prompts import not_utf8, prompt_batch, prompt_inputs, r
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import build_program
+from pretrain.experiment.trunk import plain, read_weights
 from pretrain.redact import redact
 
 MOST_TOP = 64
@@ -164,8 +165,9 @@ def _open(workdir: pathlib.Path) -> tuple[Experiment, DataSource, Checkpoints, i
 
 
 def _writer(cfg: Experiment, data: DataSource, checkpoints: Checkpoints, step: int) -> Writer:
-  program = build_program(cfg, jax.devices()[:1])
-  return Writer(cfg, data, program.model, checkpoints.restore_params(program.abstract.params, step))
+  program = build_program(plain(cfg), jax.devices()[:1])
+  params = read_weights(checkpoints.directory.parent, step, program.abstract.params)
+  return Writer(cfg, data, program.model, params)
 
 
 def _read_prompt(prompt: str, cfg: Experiment, data: DataSource) -> list[int] | Refused:

@@ -22,7 +22,7 @@ from data.objectives.objectives import (
 )
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
-from models.build import check_kernels, check_model
+from models.build import check_kernels, check_lora, check_model
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.errors import ConfigError
@@ -89,6 +89,7 @@ def _check_one(cfg: Experiment) -> None:
   # The size of an axis of -1 is not known before devices are counted; build_program checks again with the mesh.
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
+  _check_lora(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_optimizer(cfg.optimizer)
@@ -243,6 +244,18 @@ def _check_initial(initial: str | None) -> None:
     raise ConfigError(
       f"checkpoint.initial='{initial}' has no step; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
+    )
+
+
+def _check_lora(cfg: Experiment) -> None:
+  """Adapters belong to weights that exist, and to products that the model has."""
+  if cfg.lora is None:
+    return
+  check_lora(cfg.model, cfg.lora)
+  if cfg.checkpoint.initial is None:
+    raise ConfigError(
+      f'lora.rank={cfg.lora.rank} trains adapters of weights, and checkpoint.initial=None names '
+      "none; set checkpoint.initial='RUN/<step>', or remove lora."
     )
 
 

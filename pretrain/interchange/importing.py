@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,10 +144,15 @@ def parameters(source: Source, shardings: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def import_run(source: Source, cfg: Experiment, workdir: pathlib.Path, command: str) -> None:
-  """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them."""
+def import_run(
+  source: Source, cfg: Experiment, workdir: pathlib.Path, command: str, change: Callable[[Any], Any] = lambda x: x
+) -> None:
+  """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
+
+  `change` of the parameters is what is written.
+  """
   program = build_program(cfg)
-  params = parameters(source, {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()})
+  params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
   tokenizer = sentencepiece_in(source.folder)
   fingerprint = None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
