@@ -13,7 +13,7 @@ from models import partition
 from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
-from models.layers.low_rank import LoraConfig, attach, grafted
+from models.layers.low_rank import NONE, LoraConfig, attach, grafted
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
@@ -117,12 +117,12 @@ def build(
   cfg: ModelConfig,
   kernels: KernelsConfig = KernelsConfig(),
   mesh: Mesh | AbstractMesh | None = None,
-  lora: LoraConfig | None = None,
+  lora: LoraConfig = NONE,
 ) -> Model:
-  """A model without arrays. With a mesh, its activations are placed on it; with `lora`, it has adapters."""
+  """A model without arrays. With a mesh, its activations are placed on it; with a `lora.rank`, it has adapters."""
   module = make_module(cfg, kernels)
   specs = param_specs(module)
-  if lora is None:
+  if not lora.rank:
     return Model(cfg, specs, as_function(module), mesh)
   adapters = attach(module, lora)
   bind = as_function(module)

@@ -26,14 +26,14 @@ ATTENTIONS = ('self_attention', 'cross_attention')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """Adapters of `rank` on the products that `modules` names; everything else is frozen.
+  """Adapters of `rank` on the products that `modules` names; everything else is frozen. Rank 0: no adapters.
 
   `modules` are names of products ('query', 'value', 'up', …), of a layer ('self_attention', 'cross_attention', 'mlp'),
   'attention' for both kinds of attention, or 'all'. The adapter's product is multiplied by alpha / rank, or with
   `scaling` 'sqrt_rank' by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732, which peft calls rsLoRA).
   """
 
-  rank: Annotated[int, '>= 1'] = 8
+  rank: Annotated[int, '>= 0'] = 0
   alpha: Annotated[float, '> 0'] = 16.0
   modules: tuple[str, ...] = ('query', 'value')
   scaling: Literal['rank', 'sqrt_rank'] = 'rank'
@@ -41,6 +41,9 @@ class LoraConfig:
   @property
   def scale(self) -> float:
     return self.alpha / (self.rank if self.scaling == 'rank' else math.sqrt(self.rank))
+
+
+NONE = LoraConfig()
 
 
 class LowRank(nnx.Module):

@@ -23,6 +23,7 @@ from data.objectives.objectives import (
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
 from models.build import check_kernels, check_lora, check_model
+from models.layers.low_rank import LoraConfig
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.errors import ConfigError
@@ -249,13 +250,15 @@ def _check_initial(initial: str | None) -> None:
 
 def _check_lora(cfg: Experiment) -> None:
   """Adapters belong to weights that exist, and to products that the model has."""
-  if cfg.lora is None:
+  if not cfg.lora.rank:
+    if cfg.lora != LoraConfig():
+      raise ConfigError('lora.* is set with lora.rank=0, which makes no adapters; set lora.rank, or remove the others.')
     return
   check_lora(cfg.model, cfg.lora)
   if cfg.checkpoint.initial is None:
     raise ConfigError(
-      f'lora.rank={cfg.lora.rank} trains adapters of weights, and checkpoint.initial=None names '
-      "none; set checkpoint.initial='RUN/<step>', or remove lora."
+      f'lora.rank={cfg.lora.rank} trains adapters of weights, and checkpoint.initial=None names none; set '
+      "checkpoint.initial='RUN/<step>', or lora.rank=0."
     )
 
 

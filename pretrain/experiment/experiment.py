@@ -60,7 +60,7 @@ class Experiment:
   data: Data
   schedule: Schedule
   train: TrainConfig
-  lora: LoraConfig | None = None
+  lora: LoraConfig = LoraConfig()
   loss: LossConfig = LossConfig()
   optimizer: Optimizer = AdamW()
   spikes: Spikes = NoSpikes()

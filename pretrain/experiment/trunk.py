@@ -31,7 +31,7 @@ KEY = 'trunk'  # of a saved position: the fingerprint of the trunk
 
 def plain(cfg: Experiment) -> Experiment:
   """`cfg` without adapters: its model has the weights that `read_weights` gives."""
-  return dataclasses.replace(cfg, lora=None)
+  return dataclasses.replace(cfg, lora=LoraConfig())
 
 
 def fingerprint(workdir: pathlib.Path, step: int) -> str:
@@ -88,7 +88,7 @@ def read_trunk(workdir: pathlib.Path, cfg: Experiment, step: int, abstract: Any)
 
   Raises the errors of `checked_trunk`.
   """
-  return read_weights(*checked_trunk(workdir, cfg, step), abstract) if cfg.lora else {}
+  return read_weights(*checked_trunk(workdir, cfg, step), abstract) if cfg.lora.rank else {}
 
 
 def read_weights(workdir: pathlib.Path, step: int, abstract: Any, *, ema: bool = False) -> Any:
@@ -98,10 +98,10 @@ def read_weights(workdir: pathlib.Path, step: int, abstract: Any, *, ema: bool =
   """
   saved = workdir / 'config.gin'
   cfg = load_saved(saved) if saved.exists() else None
-  own = abstract if cfg is None or cfg.lora is None else _adapters(cfg, abstract)
+  own = abstract if cfg is None or not cfg.lora.rank else _adapters(cfg, abstract)
   with opened(workdir) as checkpoints:
     params = checkpoints.restore_params(own, step, ema=ema)
-  if cfg is None or cfg.lora is None:
+  if cfg is None or not cfg.lora.rank:
     return params
   return _merge(read_trunk(workdir, cfg, step, abstract), params, cfg.lora)
 
@@ -135,7 +135,7 @@ def weights_reader(workdir: pathlib.Path, step: int, *, ema: bool = False) -> It
     def own(path: str) -> Any:
       return checkpoints.arrays(step, [f'{prefix}/{path}']).get(f'{prefix}/{path}')
 
-    if cfg.lora is None:
+    if not cfg.lora.rank:
       yield own
       return
     under = stack.enter_context(weights_reader(*checked_trunk(workdir, cfg, step)))

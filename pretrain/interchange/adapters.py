@@ -43,8 +43,8 @@ def export_adapter(step: Step, output: pathlib.Path) -> int:
   """
   check_new(output, '--out')
   cfg = config_of(step.workdir)
-  if cfg.lora is None:
-    raise ConfigError(f'--adapter: {step.workdir} has no adapters (lora is None). Nothing was written; leave it out.')
+  if not cfg.lora.rank:
+    raise ConfigError(f'--adapter: {step.workdir} has no adapters (lora.rank is 0). Nothing was written; leave it out.')
   family = _family(cfg, origin(step.workdir, cfg))
   places = placed(family, cfg.model)
   found = _adapters(step)

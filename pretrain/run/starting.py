@@ -153,7 +153,7 @@ def restore_or_initialise(
 
 def trunk_record(cfg: Experiment) -> dict[str, str]:
   """The fingerprint of the weights that adapters belong to; nothing without adapters."""
-  if cfg.lora is None:
+  if not cfg.lora.rank:
     return {}
   step = find(cfg.checkpoint.initial)
   return {KEY: fingerprint_of(step.workdir, step.number)}

@@ -116,7 +116,7 @@ def test_merged_weights_are_an_ordinary_run(folder):
   out = folder / 'merged'
   assert main(['checkpoints', 'average', f'--workdir={folder}/tuned', '--steps=4', f'--output={out}']) == 0
   cfg = bindings.load(type(tuning(folder / 'trunk')), [str(out / 'config.gin')])
-  assert cfg.lora is None
+  assert cfg.lora.rank == 0
   assert not [key for key in arrays(out, 0, 'params/') if 'lora' in key]
 
 
@@ -143,9 +143,13 @@ def test_other_weights_at_the_same_place_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
   ('keys', 'message'),
   [
+    (('lora.alpha=2.0',), r'lora\.\* is set with lora\.rank=0'),
     (('lora.rank=2',), r'lora\.rank=2 trains adapters.*set checkpoint\.initial='),
-    (("checkpoint.initial='x/2'", "lora.modules=['q']"), r"has 'q', which is no product.*choose from all, attention"),
-    (("checkpoint.initial='x/2'", 'lora.rank=0'), r'lora\.rank'),
+    (
+      ("checkpoint.initial='x/2'", 'lora.rank=2', "lora.modules=['q']"),
+      r"has 'q', which is no product.*choose from all, attention",
+    ),
+    (("checkpoint.initial='x/2'", 'lora.rank=-1'), r'lora\.rank'),
   ],
 )
 def test_a_mistake_is_named(keys, message):
