@@ -13,6 +13,7 @@ from models import partition
 from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
+from models.layers.low_rank import NONE, LoraConfig, attach, grafted
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
@@ -34,12 +35,21 @@ class KernelsConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity: a static argument of jit
 class Model:
-  """`specs` describe the parameters; `bind(params)` is the module with arrays in it."""
+  """`specs` describe the parameters; `bind(params)` is the module with arrays in it.
+
+  `adapters` are those of `specs` that low-rank adapters add; where there are any, they alone are trained.
+  """
 
   cfg: ModelConfig
   specs: Tree
   bind: Callable[[Tree], nnx.Module]
   mesh: Mesh | AbstractMesh | None
+  adapters: Tree = dataclasses.field(default_factory=dict)
+
+  def split(self, params: Tree) -> tuple[Tree, Tree]:
+    """(what is trained, what is frozen) of a tree with the structure of `specs`."""
+    frozen = {name: branch for name, branch in params.items() if name not in self.adapters}
+    return ({name: params[name] for name in self.adapters}, frozen) if self.adapters else (params, {})
 
   def apply(self, params: Tree, batch: Mapping[str, Array], key: Array | None = None) -> tuple[Array, dict[str, Any]]:
     """(hidden states [batch, length, embed], aux). `key` already folds seed and step; None means no dropout."""
@@ -91,15 +101,35 @@ def check_kernels(cfg: KernelsConfig) -> None:
       raise ValueError(f'kernels.{name}={given!r} is not one of {", ".join(map(repr, known))}.')
 
 
-def build(cfg: ModelConfig, kernels: KernelsConfig = KernelsConfig(), mesh: Mesh | AbstractMesh | None = None) -> Model:
-  """A model without arrays. With a mesh, its activations are placed on it."""
+def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
+  """Raises ValueError for a name in `lora.modules` that is no product of the model."""
+  attach(make_module(cfg, KernelsConfig()), lora)
+
+
+def make_module(cfg: ModelConfig, kernels: KernelsConfig) -> nnx.Module:
+  """The model's layers, without arrays."""
   match cfg:
     case EncoderDecoderConfig():
-      module = EncoderDecoder(cfg, kernels.attention)
+      return EncoderDecoder(cfg, kernels.attention)
     case DecoderConfig():
-      module = Decoder(cfg, kernels.attention)
+      return Decoder(cfg, kernels.attention)
     case EncoderConfig():
-      module = Encoder(cfg, kernels.attention)
+      return Encoder(cfg, kernels.attention)
     case _:
       assert_never(cfg)
-  return Model(cfg, param_specs(module), as_function(module), mesh)
+
+
+def build(
+  cfg: ModelConfig,
+  kernels: KernelsConfig = KernelsConfig(),
+  mesh: Mesh | AbstractMesh | None = None,
+  lora: LoraConfig = NONE,
+) -> Model:
+  """A model without arrays. With a mesh, its activations are placed on it; with a `lora.rank`, it has adapters."""
+  module = make_module(cfg, kernels)
+  specs = param_specs(module)
+  if not lora.rank:
+    return Model(cfg, specs, as_function(module), mesh)
+  adapters = attach(module, lora)
+  bind = as_function(module)
+  return Model(cfg, {**specs, **adapters}, lambda params: bind(grafted(params)), mesh, adapters)

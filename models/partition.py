@@ -25,6 +25,7 @@ PARAMETER_RULES: Rules = {
   'experts': 'expert',
   'buckets': None,
   'length': None,
+  'rank': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),
@@ -37,6 +38,7 @@ ACTIVATION_RULES: Rules = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
+  'rank': None,
 }
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Literal
 
-import jax
 from flax import nnx
 from jax import Array
 
+from models.layers.low_rank import LowRank, contracted
 from models.specs import Normal, Zeros, cast, weight
 
 Bias = Literal['none', 'qkv', 'all']
@@ -36,8 +36,7 @@ class Projections:
     return weight(shape, axes, Zeros()) if self.bias == 'all' or (qkv and self.bias == 'qkv') else None
 
 
-def linear(x: Array, w: nnx.Param, bias: nnx.Param | None = None, contract: int = 1) -> Array:
+def linear(x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None = None, contract: int = 1) -> Array:
   """`x[..., *c]` times `w[*c, ...]`, contracting `contract` dims, plus `bias`, in x's dtype."""
-  own = tuple(range(x.ndim - contract, x.ndim))
-  product = jax.lax.dot_general(x, cast(w, x), ((own, tuple(range(contract))), ((), ())))
+  product = w.product(x) if isinstance(w, LowRank) else contracted(x, cast(w, x), contract)
   return product if bias is None else product + cast(bias, x)

@@ -6,7 +6,21 @@ from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
 # The flags that identify the weights which an average was made of.
-SOURCE_FLAGS = ('workdir', 'steps', 'weights', 'base', 'input', 'inputs', 'coefficients', 'gin_file', 'metric', 'ema')
+SOURCE_FLAGS = (
+  'workdir',
+  'steps',
+  'weights',
+  'base',
+  'input',
+  'inputs',
+  'coefficients',
+  'gin_file',
+  'metric',
+  'ema',
+  'tokenizer',
+  'method',
+  'seed',
+)
 
 
 def checkpoints_flags(command: argparse.ArgumentParser) -> None:
@@ -34,8 +48,30 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
   soup.add_argument('--metric', required=True, type=shared.text, help='eval/<set>/loss, text_loss or accuracy')
   for action in (average, soup, merge):
     action.add_argument('--ema', action='store_true', help='use the moving averages (averaging.name) of the steps')
+  extend_flags(added['extend-vocabulary'])
+  warm_start_flags(added['warm-start'])
   for action in (average, soup, merge, restore):
     action.add_argument('--output', required=True, type=shared.path, help='a new workdir, to generate or start from')
+
+
+def extend_flags(action: argparse.ArgumentParser) -> None:
+  action.add_argument('--workdir', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest')
+  action.add_argument('--tokenizer', required=True, type=shared.path, metavar='F', help='a SentencePiece model')
+  action.add_argument(
+    '--method', choices=('mean', 'multivariate', 'subword'), default='subword', help='how new tokens get their rows'
+  )
+  action.add_argument('--seed', type=int, default=0, help='of the draw of multivariate')
+  action.add_argument('--to', required=True, type=shared.path, metavar='NEW', help='a new workdir')
+
+
+def warm_start_flags(action: argparse.ArgumentParser) -> None:
+  shared.config_flags(action)
+  for part in ('encoder', 'decoder'):
+    action.add_argument(f'--{part}', type=shared.location, metavar='RUN[/STEP]', help=f'whose stack is the {part}')
+  action.add_argument(
+    '--cross', choices=('random', 'self'), default='random', help='cross-attention: drawn, or a copy of self-attention'
+  )
+  action.add_argument('--to', required=True, type=shared.path, metavar='NEW', help='a new workdir')
 
 
 def path_list(value: str) -> list[str]:
@@ -135,9 +171,34 @@ def restore_as_command(options, overrides) -> None:
   print(options.output, *(f'({part} starts from its initial state)' for part in anew))
 
 
+def extend_vocabulary_command(options, overrides) -> None:
+  """Write the weights of a run for another tokenizer; tokens that both have keep their embeddings."""
+  weights = on_the_host()
+  shared.check_workdir(options.to, '--to')
+  from data.prepare.prepare import load_model
+  from pretrain.tools.vocabulary import extend_vocabulary
+
+  step, model = weights.find(options.workdir), load_model(options.tokenizer)
+  done = extend_vocabulary(step, model, options.method, options.to, source_of(options), options.seed)
+  print(f'{options.to} ({done.kept} tokens kept their rows, {done.new} are new, model.vocab_size={done.rows})')
+
+
+def warm_start_command(options, overrides) -> None:
+  """Write the weights of an encoder-decoder from those of an encoder and of a decoder."""
+  weights = on_the_host()
+  cfg = shared.load(options, overrides)
+  shared.check_workdir(options.to, '--to')
+  from pretrain.tools.warm_start import warm_start
+
+  encoder, decoder = (text and weights.find(text) for text in (options.encoder, options.decoder))
+  lines = warm_start(cfg, encoder, decoder, options.cross, options.to, source_of(options))
+  print(options.to, *(['drawn as in a new model:', *lines] if lines else []), sep='\n  ')
+
+
 WAYS = {
   'list': list_command, 'verify': verify_command, 'diff': diff_command, 'average': average_command,
   'soup': soup_command, 'merge': merge_command, 'restore-as': restore_as_command,
+  'extend-vocabulary': extend_vocabulary_command, 'warm-start': warm_start_command,
 }  # fmt: skip
 
 

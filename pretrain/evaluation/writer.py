@@ -20,6 +20,7 @@ from pretrain.evaluation.imported import tokenizer_of
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
+from pretrain.experiment.trunk import plain, read_weights
 
 ONE_DEVICE = MeshConfig()
 
@@ -45,10 +46,9 @@ class Opened:
 
   def writer(self, mesh: MeshConfig = ONE_DEVICE) -> Writer:
     """With its parameters on one device, or on a mesh. Raises ConfigError for a mesh that does not fit the model."""
-    program = program_for(self.cfg, mesh)
-    return Writer(
-      self.cfg, self.data, program.model, self.checkpoints.restore_params(program.abstract.params, self.step)
-    )
+    program = program_for(plain(self.cfg), mesh)
+    params = read_weights(self.checkpoints.directory.parent, self.step, program.abstract.params)
+    return Writer(self.cfg, self.data, program.model, params)
 
 
 def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:

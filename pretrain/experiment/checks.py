@@ -22,7 +22,8 @@ from data.objectives.objectives import (
 )
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
-from models.build import check_kernels, check_model
+from models.build import check_kernels, check_lora, check_model
+from models.layers.low_rank import LoraConfig
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.errors import ConfigError
@@ -90,6 +91,7 @@ def _check_one(cfg: Experiment) -> None:
   check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
   check_model(cfg.model)
   _check_experts(cfg)
+  _check_lora(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_optimizer(cfg.optimizer)
@@ -250,6 +252,20 @@ def _check_initial(initial: str | None) -> None:
     raise ConfigError(
       f"checkpoint.initial='{initial}' has no step; write 'RUN/<step>', one of `pretrain checkpoints list "
       '--workdir=RUN`.'
+    )
+
+
+def _check_lora(cfg: Experiment) -> None:
+  """Adapters belong to weights that exist, and to products that the model has."""
+  if not cfg.lora.rank:
+    if cfg.lora != LoraConfig():
+      raise ConfigError('lora.* is set with lora.rank=0, which makes no adapters; set lora.rank, or remove the others.')
+    return
+  check_lora(cfg.model, cfg.lora)
+  if cfg.checkpoint.initial is None:
+    raise ConfigError(
+      f'lora.rank={cfg.lora.rank} trains adapters of weights, and checkpoint.initial=None names none; set '
+      "checkpoint.initial='RUN/<step>', or lora.rank=0."
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from data.batches.source import Data
 from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
+from models.layers.low_rank import LoraConfig
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.devices.mesh import MeshConfig
 from pretrain.experiment.phases import PhaseConfig
@@ -59,6 +60,7 @@ class Experiment:
   data: Data
   schedule: Schedule
   train: TrainConfig
+  lora: LoraConfig = LoraConfig()
   loss: LossConfig = LossConfig()
   optimizer: Optimizer = AdamW()
   spikes: Spikes = NoSpikes()

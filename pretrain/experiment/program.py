@@ -19,7 +19,7 @@ from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
 from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
-from pretrain.step.train_step import TrainState, init_state, make_train_step, start_state
+from pretrain.step.train_step import TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,13 @@ class Program:
   model: models.build.Model
   abstract: TrainState  # shapes, dtypes and shardings of the state
   init: Any
-  start: Any  # params -> the state of step 0 with them, which it takes over
+  start: Any  # params -> the state of step 0 with them, which it takes over; adapters that they lack are drawn
   train_step: Any
+
+  @property
+  def weights(self):
+    """Shapes, dtypes and shardings of the parameters of the model without adapters."""
+    return self.abstract.frozen or self.abstract.params
 
 
 def check_divisible(parameters, mesh) -> None:
@@ -50,23 +55,28 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   """
   mesh = make_mesh(cfg.mesh, devices)
   check_batch(cfg, batch_shards(mesh))
-  model = models.build.build(cfg.model, cfg.kernels, mesh)
+  model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
-  tx = make_optimizer(cfg.optimizer, schedule, model.specs, mesh, spikes=cfg.spikes, since=start)
+  tx = make_optimizer(cfg.optimizer, schedule, model.split(model.specs)[0], mesh, spikes=cfg.spikes, since=start)
   track = make_track(cfg.averaging)
-  init = functools.partial(init_state, functools.partial(specs.initialize, model.specs), tx, cfg.seed, track)
+  draw = functools.partial(specs.initialize, model.specs)
+  init = functools.partial(init_state, draw, tx, cfg.seed, track, model.split)
   shapes = jax.eval_shape(init)
-  params = partition.shardings(model.specs, mesh)
+  params, frozen = model.split(partition.shardings(model.specs, mesh))
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
-  placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params))
+  placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params), frozen)
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
     fill=make_fill(cfg.model), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
-  start = functools.partial(start_state, tx=tx, track=track)
+
+  def start(params) -> TrainState:
+    added = functools.partial(specs.initialize, model.adapters)
+    return init_state(lambda key: {**added(key), **params}, tx, cfg.seed, track, model.split)
+
   return Program(
     mesh, model, abstract, jax.jit(init, out_shardings=placed),
     jax.jit(start, donate_argnums=0, out_shardings=placed),

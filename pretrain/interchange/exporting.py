@@ -1,10 +1,9 @@
 """`pretrain export`: a step of a run as a folder that `transformers` loads."""
 
-import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,13 +14,12 @@ from data.batches.source import open_data
 from data.prepare.published import JSON
 from data.stores.special_ids import T5_IDS
 from models.specs import ParamSpec
-from pretrain.checkpoints.checkpoints import Checkpoints
-from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.evaluation.imported import FOLDER
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.trunk import weights_reader
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import FAMILIES, family_for, lost
 from pretrain.interchange.family import Family
@@ -95,9 +93,9 @@ def _write_weights(step: Step, cfg: Experiment, family: Family, values, imported
   for first, tensor in kept.items():  # the places of no parameter keep these values
     for name in _all_names(first, names):
       arrays[name][...] = tensor.values()
-  with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
+  with weights_reader(step.workdir, step.number, ema=step.ema) as read:
     for entry, spec in places:
-      found, row = _read(checkpoints, step, entry, spec), _row(entry, kept)
+      found, row = _read(read, step, entry, spec), _row(entry, kept)
       for at, first in entry.names(spec).items():
         before = kept[first].values() if first in kept and entry.folds else None
         for name in _all_names(first, names):
@@ -128,17 +126,17 @@ def _all_names(first: str, names: Names) -> list[str]:
   return [name for name, own in names.items() if own == first] or [first]
 
 
-def _read(checkpoints: Checkpoints, step: Step, entry: Entry, spec: ParamSpec) -> np.ndarray:
+def _read(read: Callable[[str], Any], step: Step, entry: Entry, spec: ParamSpec) -> np.ndarray:
   """One parameter of the step, compared in shape with the model."""
-  key = f'{"extra/ema" if step.ema else "params"}/{entry.ours}'
-  found = checkpoints.arrays(step.number, [key])
-  if key not in found or found[key].shape != spec.shape:
-    there = 'absent' if key not in found else list(found[key].shape)
+  found = read(entry.ours)
+  if found is None or found.shape != spec.shape:
+    there = 'absent' if found is None else list(found.shape)
+    key = f'{"extra/ema" if step.ema else "params"}/{entry.ours}'
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{key} is {there} in {step}, {list(spec.shape)} in its config.gin. Nothing was written; restore it from a copy.',
     )
-  return np.asarray(jax.device_get(found[key]))
+  return np.asarray(jax.device_get(found))
 
 
 def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:

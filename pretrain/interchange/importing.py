@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,10 +181,15 @@ def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> j
   return place(entry, spec, tensors, None if entry.row is None else source.tensors[entry.row], sharding)
 
 
-def import_run(source: Source, cfg: Experiment, workdir: pathlib.Path, command: str) -> None:
-  """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them."""
+def import_run(
+  source: Source, cfg: Experiment, workdir: pathlib.Path, command: str, change: Callable[[Any], Any] = lambda x: x
+) -> None:
+  """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
+
+  `change` of the parameters is what is written.
+  """
   program = build_program(cfg)
-  params = parameters(source, {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()})
+  params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
   fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()
   with owned(workdir):

@@ -15,7 +15,8 @@ def evaluate(run: Run) -> None:
   cfg, phase = run.cfg.evaluation, run.phase
   sets, values = phase.data.heldout(cfg.batches, phase.rows), {}
   pairs = phase.data.heldout_pairs(cfg.generate)
-  for average, params in weights(run) if sets else ():
+  for average, trained in weights(run) if sets else ():
+    params = run.state.whole(trained)
     values |= evaluate_sets(phase.eval_step, params, sets, phase.program.mesh, average)
     if phase.exact_match is not None:
       values |= matches(phase.exact_match, params, pairs, average)
@@ -24,7 +25,7 @@ def evaluate(run: Run) -> None:
 
 
 def weights(run: Run) -> Iterator[tuple[str, Any]]:
-  """The parameters as '', then each average of them by its name."""
+  """The trained parameters as '', then each average of them by its name."""
   yield '', run.state.params
   if 'ema' in run.state.extra:
     yield 'ema', run.state.extra['ema']

@@ -41,6 +41,7 @@ class Run:
   state: TrainState
   position: dict[str, Any]  # what the loader has counted; see `full_position`
   mixing: Mixing | None  # with data.online: the weights of the sources, and the losses since they were decided
+  trunk: dict[str, str]  # the fingerprint of the weights under adapters, as it is saved
   step: int
   saved_step: int
   evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last step that was evaluated, and its scores

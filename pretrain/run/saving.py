@@ -12,20 +12,20 @@ def save(run: Run) -> None:
   check_replicas(run)
   step, scores = run.evaluated
   scores = scores if step == run.step else {}
-  run.checkpoints.save(run.step, run.state, saved_position(run), run.text, scores)
+  run.checkpoints.save(run.step, run.state.saved(), saved_position(run), run.text, scores)
   run.saved_step = run.step
 
 
 def take_snapshot(run: Run) -> None:
   """The copy of this step into host RAM has begun, where a snapshot is due."""
   if run.due(run.cfg.snapshot.every) and not run.is_last():  # the last step is saved
-    run.timeline.moved('save', run.snapshots.begin(run.step, run.state, saved_position(run)))
+    run.timeline.moved('save', run.snapshots.begin(run.step, run.state.saved(), saved_position(run)))
 
 
 def saved_position(run: Run) -> dict[str, Any]:
   """What is saved beside the arrays: the position in the data, and what the data was."""
   used = run.data.used(run.position['examples'])
-  return {'loader': run.full_position(), 'data': run.data.fingerprint(), 'used': used}
+  return {'loader': run.full_position(), 'data': run.data.fingerprint(), 'used': used, **run.trunk}
 
 
 def report_saves(run: Run, *, wait: bool = False) -> None:

@@ -15,6 +15,8 @@ from pretrain.experiment import same_stores, saved
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
+from pretrain.experiment.trunk import KEY, check_trunk
+from pretrain.experiment.trunk import fingerprint as fingerprint_of
 from pretrain.hosts.skipping import Ranges, check_skips, read_skips
 from pretrain.records.metrics import Metrics, read_metrics
 from pretrain.records.profile import Profile
@@ -26,7 +28,7 @@ from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
 from pretrain.step.train_step import TrainState
-from pretrain.tools.weights import initial_params
+from pretrain.tools.weights import find, initial_params
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -59,12 +61,13 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-  """Where a run begins: its first phase, the state, the position in the data, and how the data has changed."""
+  """Where a run begins: its first phase, the state, the position in the data, how the data has changed, the trunk."""
 
   phase: PhaseProgram
   state: TrainState
   position: dict[str, Any]
   changes: list[str]
+  trunk: dict[str, str]
 
 
 def start(
@@ -95,7 +98,7 @@ def start(
     cfg=cfg, text=text, workdir=workdir, skips=skips, timeline=timeline, checkpoints=checkpoints, snapshots=snapshots,
     metrics=metrics, judge=Judge(cfg, workdir, checkpoints, metrics, step), replicas=replicas,
     profile=Profile(workdir, cfg.train.profile_steps), phase=phase, data=phase.data, state=found.state,
-    position=found.position, mixing=mixing, step=step, saved_step=saved_step,
+    position=found.position, mixing=mixing, trunk=found.trunk, step=step, saved_step=saved_step,
   )  # fmt: skip
   announce(run, found.changes)
   return run
@@ -126,15 +129,16 @@ def restore_or_initialise(
   # At the border of two phases the one that ended has saved the step. Its mistakes show before a file is written.
   phase = PhaseProgram(phase_at(cfg, max(latest - 1, 0) if latest else 0))
   check_best_of(cfg.checkpoint.best_of, phase.data.heldout(cfg.evaluation.batches, phase.rows))
-  fingerprint = phase.data.fingerprint()
+  fingerprint, trunk = phase.data.fingerprint(), trunk_record(cfg)
   if latest is None:
     with timeline.during('compile'):
-      return Beginning(
-        phase, initialise(phase, cfg.checkpoint.initial, fingerprint['tokenizer']), {'examples': 0}, changes
-      )
+      state = initialise(phase, cfg.checkpoint.initial, fingerprint['tokenizer'])
+      return Beginning(phase, state, {'examples': 0}, changes, trunk)
   try:
     with timeline.during('restore'):
-      restored = source.restore(phase.program.abstract, latest)
+      restored = source.restore(phase.program.abstract.saved(), latest)
+      check_trunk(trunk.get(KEY, ''), restored.position.get(KEY), files.workdir, cfg.checkpoint.initial)
+      frozen = read_frozen(phase, cfg.checkpoint.initial, fingerprint['tokenizer'])
   except DamagedError:  # try an older one
     return restore_or_initialise(files, timeline, checkpoints, snapshots, recorded, changes, allow_data_change)
   changes = changes + check_same_data(
@@ -144,7 +148,20 @@ def restore_or_initialise(
   if changes:
     position = phase.data.after_change(position, restored.position['used'], latest)
   phase.data = phase.data.at(position)
-  return Beginning(phase, restored.state, position, changes)
+  return Beginning(phase, restored.state.replace(frozen=frozen), position, changes, trunk)
+
+
+def trunk_record(cfg: Experiment) -> dict[str, str]:
+  """The fingerprint of the weights that adapters belong to; nothing without adapters."""
+  if not cfg.lora.rank:
+    return {}
+  step = find(cfg.checkpoint.initial)
+  return {KEY: fingerprint_of(step.workdir, step.number)}
+
+
+def read_frozen(phase: PhaseProgram, initial: str, tokenizer: str | None):
+  """The parameters that a run does not train, and does not save: those of its trunk."""
+  return initial_params(initial, phase.program, tokenizer) if phase.program.abstract.frozen else {}
 
 
 def initialise(phase: PhaseProgram, initial: str | None, tokenizer: str | None) -> TrainState:
@@ -165,7 +182,7 @@ def begin_mixing(cfg: Experiment, found: Beginning, skips: Ranges) -> Mixing | N
 
 def announce(run: Run, changes: Sequence[str]) -> None:
   """Prints what is special about this start."""
-  if warning := run.snapshots.start(run.phase.program.abstract):
+  if warning := run.snapshots.start(run.phase.program.abstract.saved()):
     run.metrics.warn(warning)
   if changes and run.step:
     run.metrics.warn(f'DATA-CHANGE: from step {run.step} on {"; ".join(changes)}.')

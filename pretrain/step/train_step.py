@@ -20,12 +20,24 @@ LossFn = Callable[[Any, Batch, Array | None, Array], tuple[Array, Metrics]]
 
 @struct.dataclass
 class TrainState:
-  """`step` counts attempted updates; `extra` is state that gradients do not change (scales, statistics, averages)."""
+  """`step` counts attempted updates; `extra` is state that gradients do not change (scales, statistics, averages).
+
+  `frozen` are parameters that no step changes and no checkpoint holds, by names that `params` does not have.
+  """
 
   step: Array
   params: Any
   opt_state: optax.OptState
   extra: Any
+  frozen: Any = struct.field(default_factory=dict)
+
+  def whole(self, params: Any) -> Any:
+    """Trained parameters with the frozen ones: what the model is applied with."""
+    return {**self.frozen, **params} if self.frozen else params
+
+  def saved(self) -> 'TrainState':
+    """What checkpoints and snapshots hold."""
+    return self.replace(frozen={})
 
 
 class Track(NamedTuple):
@@ -79,11 +91,12 @@ def make_train_step(
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
-  value_and_grad, tx = accumulate(loss, num_microbatches), optax.with_extra_args_support(tx)
+  tx = optax.with_extra_args_support(tx)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
+    value_and_grad = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches)
     (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
@@ -100,16 +113,15 @@ def make_train_step(
     )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    return TrainState(step, params, opt_state, track.update(state.extra, params, step)), metrics
+    return TrainState(step, params, opt_state, track.update(state.extra, params, step), state.frozen), metrics
 
   return train_step
 
 
-def start_state(params, tx, track: Track = NOTHING) -> TrainState:
-  """Step 0 with these parameters, an empty optimizer state and the first state of `track`."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), track.init(params))
+def init_state(initialize, tx, seed: int, track: Track = NOTHING, split=lambda params: (params, {})) -> TrainState:
+  """Step 0 with parameters drawn by `initialize(key)`, which `split` divides into (trained, frozen).
 
-
-def init_state(initialize, tx, seed: int, track: Track = NOTHING) -> TrainState:
-  """Step 0 with parameters drawn by `initialize(key)`."""
-  return start_state(initialize(jax.random.key(seed, impl=PRNG)), tx, track)
+  The optimizer's state is empty, and that of `track` its first.
+  """
+  params, frozen = split(initialize(jax.random.key(seed, impl=PRNG)))
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), track.init(params), frozen)

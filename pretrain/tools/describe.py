@@ -28,7 +28,7 @@ def abstract_mesh(cfg: Experiment) -> AbstractMesh:
 
 def parameter_rows(cfg: Experiment) -> list[tuple[str, ...]]:
   """One row of `COLUMNS` for each parameter, then the total."""
-  model = models.build.build(cfg.model, cfg.kernels)
+  model = models.build.build(cfg.model, cfg.kernels, lora=cfg.lora)
   check_divisible(model.specs, abstract_mesh(cfg))
   leaves = tree_flatten_with_path(model.specs, is_leaf=lambda x: isinstance(x, ParamSpec))[0]
   rows, total = [], 0

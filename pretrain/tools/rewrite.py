@@ -24,6 +24,7 @@ from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
 from pretrain.experiment.saved import load_saved
+from pretrain.experiment.trunk import read_trunk
 from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of
 
@@ -42,7 +43,8 @@ def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, sourc
     position = checkpoints.position(step.number)
     parts = checkpoints.restore_parts(_abstract(stored, ['step', 'params', *kept]), step.number)
   text = f'# Step {step.number} made by: {source}\n{bindings.render(new)}'
-  _write(output, step.number, _state(program, parts, old.spikes == new.spikes), position, text)
+  whole = {**read_trunk(step.workdir, old, step.number, program.weights), **parts['params']}
+  _write(output, step.number, _state(program, parts, whole, old.spikes == new.spikes), position, text)
   return [part for part in ('opt_state', 'extra') if part not in kept]
 
 
@@ -54,8 +56,8 @@ def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
   return {part: getattr(program.abstract, part) for part in parts}
 
 
-def _state(program: Program, parts: dict[str, Any], same_spikes: bool):
-  fresh = program.start(parts['params'])
+def _state(program: Program, parts: dict[str, Any], whole: Any, same_spikes: bool):
+  fresh = program.start(whole).saved()
   fresh = dataclasses.replace(fresh, opt_state=_at(parts['step'], fresh.opt_state))
   if 'opt_state' in parts and not same_spikes:  # a guarded state begins with the optimizer's own
     parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}

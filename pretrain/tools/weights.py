@@ -4,7 +4,6 @@ average, soup and merge write a workdir with a config and one step, 0, which hol
 evaluation read it, and a run can start from it (`checkpoint.initial`), but no run can resume from it.
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -27,6 +26,8 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.saved import load_saved
+from pretrain.experiment.trunk import opened as _opened
+from pretrain.experiment.trunk import plain, read_weights
 from pretrain.hosts.ownership import owned
 from pretrain.optim.averaging import Tasted, greedy_soup, linear_combination, normalized, task_vector_coefficients
 from pretrain.records.metrics import read_metrics
@@ -55,9 +56,8 @@ class Step:
     return f'{self.workdir}/{self.number}{" (ema)" * self.ema}'
 
   def read(self, abstract: Any) -> Any:
-    """Its parameters, sharded as in `abstract`. Raises CKPT-MISMATCH where the shapes differ."""
-    with _opened(self.workdir) as checkpoints:
-      return checkpoints.restore_params(abstract, self.number, ema=self.ema)
+    """Its weights, sharded as in `abstract`, with adapters added. Raises CKPT-MISMATCH where the shapes differ."""
+    return read_weights(self.workdir, self.number, abstract, ema=self.ema)
 
   def tokenizer(self) -> str | None:
     """The fingerprint of the tokenizer it was trained with."""
@@ -98,7 +98,7 @@ def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any
       f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
       f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
     )
-  params, theirs = step.read(program.abstract.params), step.tokenizer()
+  params, theirs = step.read(program.weights), step.tokenizer()
   if None not in (theirs, tokenizer) and theirs != tokenizer:
     raise CheckpointError(
       'CKPT-MISMATCH',
@@ -192,7 +192,7 @@ def _decision(tasted: Tasted, step: Step, metric: str) -> str:
 def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], float]]:
   """(program, score(params)): the held-out metric, negated where higher is better."""
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  program = build_program(cfg)
+  program = build_program(plain(cfg))
   sets = data.heldout(cfg.evaluation.batches, host_rows(program.mesh, cfg.data.batch_size))
   _check_metric(metric, [f'eval/{name}/{kind}' for name in sets for kind in ('loss', 'text_loss', 'accuracy')])
   name = metric.split('/')[1]
@@ -260,7 +260,7 @@ def check_new(output: pathlib.Path, flag: str = '--output') -> None:
 
 
 def _on_one_device(cfg: Experiment) -> Program:
-  return build_program(dataclasses.replace(cfg, mesh=MeshConfig()), jax.devices()[:1])
+  return build_program(dataclasses.replace(plain(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
 def _steps(workdir: pathlib.Path) -> list[int]:
@@ -273,13 +273,9 @@ def _steps(workdir: pathlib.Path) -> list[int]:
   raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {where}; check the path.')
 
 
-def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
-  return contextlib.closing(Checkpoints(workdir, CheckpointConfig(), read_only=True))
-
-
 def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
   """The config is written last: a folder without it is not a run."""
-  text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
+  text = f'# Parameters made by: {source}\n{bindings.render(plain(cfg))}'
   with owned(output, '--output'):
     checkpoints = Checkpoints(output, CheckpointConfig())
     checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)

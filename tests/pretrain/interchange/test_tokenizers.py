@@ -15,6 +15,9 @@ from pretrain.config import bindings
 from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
+from pretrain.interchange.config_json import ConfigJson
+from pretrain.interchange.families import FAMILIES
+from pretrain.interchange.importing import needed
 from pretrain.interchange.safetensors import create
 from tests.pretrain.interchange.goldens import load
 from tests.tokenizers_json import publish
@@ -40,11 +43,8 @@ def published_model(folder: pathlib.Path, kind: str, rows: int | None = None) ->
   tokenizer, size, files = KINDS[kind]
   config = {'model_type': 'llama', 'vocab_size': rows or size, **SIZES, **files['config']}
   publish(folder, tokenizer, **{**files, 'config': config})
-  from pretrain.interchange.config_json import ConfigJson
-  from pretrain.interchange.importing import needed
-  from pretrain.interchange.llama import LLAMA as FAMILY
-
-  shapes = needed(FAMILY, FAMILY.read(ConfigJson(config, folder), {}))
+  family = FAMILIES['llama']
+  shapes = needed(family, family.read(ConfigJson(config, folder), {}), config)
   rng = np.random.default_rng(0)
   for array in create(folder, {name: ('F32', shape) for name, shape in shapes.items()}).values():
     array[...] = rng.normal(0, 0.3, array.shape)

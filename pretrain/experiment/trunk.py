@@ -1,0 +1,151 @@
+"""The weights of a step, and those under the adapters of a run with `lora`: the trunk, which other files hold.
+
+A step of a run with `lora` holds adapters, and the fingerprint of the step that `checkpoint.initial` names. What reads
+the run reads both, and refuses another trunk.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from models.build import build
+from models.layers.low_rank import KEY as LORA
+from models.layers.low_rank import LoraConfig, merged, pairs, update
+from models.partition import shardings
+from models.specs import is_spec
+from pretrain.checkpoints import manifest
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.errors import CheckpointError
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.same_stores import Recorded
+from pretrain.experiment.saved import load_saved
+
+KEY = 'trunk'  # of a saved position: the fingerprint of the trunk
+
+
+def plain(cfg: Experiment) -> Experiment:
+  """`cfg` without adapters: its model has the weights that `read_weights` gives."""
+  return dataclasses.replace(cfg, lora=LoraConfig())
+
+
+def fingerprint(workdir: pathlib.Path, step: int) -> str:
+  """A hash of the values of the parameters of a step and of what is under them; equal for copies of the run."""
+  try:
+    leaves = manifest.read(workdir / 'checkpoints' / str(step)).leaves
+  except ValueError as error:
+    raise CheckpointError(
+      'CKPT-UNVERIFIED',
+      f'step {step} of {workdir}/checkpoints has no hashes to recognise it by ({error}), so no adapters can be trained '
+      f'on it. Nothing was changed; write it again: pretrain checkpoints average --workdir={workdir} --steps={step}.',
+    ) from error
+  lines = sorted(f'{key} {leaf.digest}' for key, leaf in leaves.items() if key.startswith('params/'))
+  with opened(workdir) as checkpoints:
+    lines.append(str(checkpoints.position(step).get(KEY)))
+  return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+
+def trunk_of(workdir: pathlib.Path, cfg: Experiment) -> tuple[pathlib.Path, int]:
+  """(run, step) that `checkpoint.initial` of the run in `workdir` names, wherever this process was started."""
+  path = pathlib.Path(Recorded(workdir).resolved(cfg.checkpoint.initial))
+  return path.parent, int(path.name)
+
+
+def check_trunk(found: str, saved: str | None, workdir: pathlib.Path, initial: object) -> None:
+  """Raises CheckpointError where the weights in `initial` are not those that the adapters in `workdir` belong to."""
+  if saved is not None and found != saved:
+    raise CheckpointError(
+      'CKPT-MISMATCH',
+      f'the adapters in {workdir} were trained on other weights than those in {initial} (fingerprint {saved[:8]}.., '
+      f'found {found[:8]}..). Nothing was changed; bring the weights back.',
+    )
+
+
+def checked_trunk(workdir: pathlib.Path, cfg: Experiment, step: int) -> tuple[pathlib.Path, int]:
+  """(run, step) under the adapters of a step of the run in `workdir`, whose config is `cfg`.
+
+  Raises CheckpointError where it is missing, or has other weights than those that the step was trained on.
+  """
+  run, number = trunk_of(workdir, cfg)
+  if not (run / 'checkpoints' / str(number)).is_dir():
+    raise CheckpointError(
+      'CKPT-NONE',
+      f'{workdir} holds adapters of {run}/{number}, which does not exist. Nothing was changed; bring that run back.',
+    )
+  with opened(workdir) as checkpoints:
+    saved = checkpoints.position(step).get(KEY)
+  check_trunk(fingerprint(run, number), saved, workdir, f'{run}/{number}')
+  return run, number
+
+
+def read_trunk(workdir: pathlib.Path, cfg: Experiment, step: int, abstract: Any) -> Any:
+  """The weights under the adapters of a step, sharded as in `abstract`; {} where the run has no adapters.
+
+  Raises the errors of `checked_trunk`.
+  """
+  return read_weights(*checked_trunk(workdir, cfg, step), abstract) if cfg.lora.rank else {}
+
+
+def read_weights(workdir: pathlib.Path, step: int, abstract: Any, *, ema: bool = False) -> Any:
+  """The weights of a step, sharded as in `abstract`; adapters are added to those of their trunk.
+
+  Raises CheckpointError where shapes differ, or the trunk is missing or another one.
+  """
+  saved = workdir / 'config.gin'
+  cfg = load_saved(saved) if saved.exists() else None
+  own = abstract if cfg is None or not cfg.lora.rank else _adapters(cfg, abstract)
+  with opened(workdir) as checkpoints:
+    params = checkpoints.restore_params(own, step, ema=ema)
+  if cfg is None or not cfg.lora.rank:
+    return params
+  return _merge(read_trunk(workdir, cfg, step, abstract), params, cfg.lora)
+
+
+def _adapters(cfg: Experiment, abstract: Any) -> Any:
+  """Shapes, dtypes and places of the adapters beside `abstract`, on its mesh."""
+  specs, mesh = build(cfg.model, lora=cfg.lora).adapters, jax.tree.leaves(abstract)[0].sharding.mesh
+  place = lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+  return jax.tree.map(place, specs, shardings(specs, mesh), is_leaf=is_spec)
+
+
+def _merge(weights: Any, adapters: Any, cfg: LoraConfig) -> Any:
+  places = jax.tree.map(lambda x: x.sharding, weights)
+  add = jax.jit(lambda own, adapters: merged({**own, **adapters}, cfg), out_shardings=places, donate_argnums=0)
+  return add(weights, adapters)
+
+
+def opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
+  return contextlib.closing(Checkpoints(workdir, CheckpointConfig(), read_only=True))
+
+
+@contextlib.contextmanager
+def weights_reader(workdir: pathlib.Path, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Any]]:
+  """Inside, `read(path)` is one weight of a step on the first device, None where there is none; adapters are added.
+
+  Raises the errors of `read_weights`; values are not compared with the manifest.
+  """
+  cfg, prefix = load_saved(workdir / 'config.gin'), 'extra/ema' if ema else 'params'
+  with opened(workdir) as checkpoints, contextlib.ExitStack() as stack:
+
+    def own(path: str) -> Any:
+      return checkpoints.arrays(step, [f'{prefix}/{path}']).get(f'{prefix}/{path}')
+
+    if not cfg.lora.rank:
+      yield own
+      return
+    under = stack.enter_context(weights_reader(*checked_trunk(workdir, cfg, step)))
+    adapted = {'/'.join(path) for path in pairs(build(cfg.model, lora=cfg.lora).adapters)}
+
+    def read(path: str) -> Any:
+      weight = under(path)
+      if weight is None or path not in adapted:
+        return weight
+      a, b = (own(f'{LORA}/{path}/{name}') for name in 'ab')
+      return weight + update(a, b, weight.ndim, cfg.lora)
+
+    yield read

@@ -1,0 +1,182 @@
+"""`pretrain checkpoints extend-vocabulary`: the weights of a step with the embeddings and head of another tokenizer.
+
+Tokens that both tokenizers have keep their rows, under their new ids. The others get rows by a method:
+mean: the mean of the old rows; multivariate: drawn from a normal distribution with the mean and covariance of the old
+rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); subword: the mean of the rows of
+the old tokens that spell the new one, and where it cannot be spelled, the mean of all.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from data.batches.source import open_data
+from data.objectives.objectives import OfUnits
+from data.stores.vocabulary import MODES, SPACE, UNKNOWN, Tokenizer
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.config import bindings
+from pretrain.devices.compilation_cache import cache_dir
+from pretrain.errors import ConfigError
+from pretrain.evaluation.imported import FOLDER, tokenizer_of
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.trunk import plain
+from pretrain.hosts.ownership import owned
+from pretrain.tools.weights import Step, _on_one_device, check_new, config_of
+
+Method = Literal['mean', 'multivariate', 'subword']
+METHODS: tuple[Method, ...] = ('mean', 'multivariate', 'subword')
+OBJECTIVES = {'decoder': 'causal_lm', 'encoder_decoder': 'span_corruption', 'encoder': 'mlm'}
+LARGEST_FACTOR = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended:
+  """How many tokens kept a row, how many got a new one, and the rows of the new tables."""
+
+  kept: int
+  new: int
+  rows: int
+
+
+def extend_vocabulary(
+  step: Step, model: bytes, method: Method, output: pathlib.Path, source: str, seed: int = 0
+) -> Extended:
+  """Writes a new workdir with the weights of `step` for the tokenizer in the bytes of `model`.
+
+  Raises ConfigError for a run whose tokenizer is not known; then nothing is written.
+  """
+  check_new(output, '--to')
+  cfg = plain(config_of(step.workdir))
+  old, new = tokenizer_of_run(step.workdir, cfg), Tokenizer(model, cfg.data.sentinels)
+  if new.fingerprint == old.fingerprint:
+    raise ConfigError(f'--tokenizer is that of {step.workdir}; there is nothing to extend. Nothing was written.')
+  places = old_ids(old, new)
+  rows = padded(new.vocabulary.size, cfg.model.vocab_size)
+  spelled = spellings(old, new, places) if method == 'subword' else None
+  program = _on_one_device(cfg)
+  axes = {path: spec.axes for path, spec in flatten_dict(dict(program.model.specs)).items()}
+  params = flatten_dict(step.read(program.abstract.params))
+  for path, x in params.items():
+    if 'vocab' in axes[path]:
+      dim = axes[path].index('vocab')
+      table = np.moveaxis(np.asarray(x), dim, 0)
+      flat = table.reshape(len(table), -1)
+      made = new_rows(flat, places, old.vocabulary.size, rows, filler(method, spelled, seed))
+      params[path] = jax.numpy.asarray(np.moveaxis(made.reshape(rows, *table.shape[1:]), 0, dim))
+  _write(output, unflatten_dict(params), _config(cfg, rows), new, source)
+  return Extended(int((places >= 0).sum()), int((places < 0).sum()), rows)
+
+
+def tokenizer_of_run(workdir: pathlib.Path, cfg: Experiment) -> Tokenizer:
+  """The tokenizer that the weights of a run were trained with."""
+  if cfg.data.name == 'synthetic':
+    model = tokenizer_of(workdir)
+    if model is None:
+      raise ConfigError(
+        f"{workdir}/config.gin: data.name='synthetic' has no tokenizer, so no row of it is known. Nothing was written; "
+        'choose a run that was trained on text, or imported with its tokenizer.'
+      )
+    return Tokenizer(model, cfg.data.sentinels)
+  data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  return data.tokenizer
+
+
+def written(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+  """(kind, name) of each id, equal for tokens that are the same in two tokenizers."""
+  names, _, kinds = tokenizer.pieces()
+  sentinels = [('sentinel', str(k)) for k in reversed(range(tokenizer.vocabulary.sentinels))]
+  return [*zip(kinds, names, strict=True), *sentinels, *(('mode', mode) for mode in MODES)]
+
+
+def old_ids(old: Tokenizer, new: Tokenizer) -> np.ndarray:
+  """int64: the old id of each new one, -1 for a token that the old tokenizer lacks."""
+  known = {token: i for i, token in reversed([*enumerate(written(old))])}
+  return np.array([known.get(token, -1) for token in written(new)])
+
+
+def spellings(old: Tokenizer, new: Tokenizer, places: np.ndarray) -> list[list[int]]:
+  """The ids of the old tokenizer for the text of each new token that it lacks; none where it cannot be spelled.
+
+  A piece without a space before it is spelled as inside of a word.
+  """
+  guarded, tokens = Tokenizer(old.model, 1), written(new)  # text behind a sentinel gets no space of its own
+
+  def spell(kind: str, name: str) -> list[int]:
+    ids = guarded.encode_prompt('<extra_id_0>' + name.replace(SPACE, ' '))[1:] if kind == 'text' else []
+    return [i for i in ids if i != UNKNOWN and i < old.vocabulary.pieces]
+
+  return [spell(*tokens[i]) for i in np.flatnonzero(places < 0)]
+
+
+def padded(size: int, before: int) -> int:
+  """At least `size`, and divisible by what divided the old number of rows, up to LARGEST_FACTOR."""
+  factor = LARGEST_FACTOR
+  while before % factor:
+    factor //= 2
+  return -(-size // factor) * factor
+
+
+Fill = Callable[[np.ndarray, int], np.ndarray]  # (old rows of tokens, number of new ones) -> new rows
+
+
+def filler(method: Method, spelled: Sequence[Sequence[int]] | None, seed: int) -> Fill:
+  match method:
+    case 'mean':
+      return lambda old, count: np.broadcast_to(old.mean(0), (count, old.shape[1]))
+    case 'multivariate':
+      return lambda old, count: drawn(old, count, seed)
+    case 'subword':
+      return lambda old, count: np.array([old[own].mean(0) if own else old.mean(0) for own in spelled or ()])
+
+
+def drawn(old: np.ndarray, count: int, seed: int) -> np.ndarray:
+  """float64[count, features] from the normal distribution with the mean and the covariance of the rows of `old`."""
+  values, vectors = np.linalg.eigh(np.cov(old, rowvar=False, bias=True))
+  noise = np.random.default_rng(seed).normal(size=(count, len(values)))
+  return old.mean(0) + (noise * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def new_rows(table: np.ndarray, places: np.ndarray, size: int, rows: int, fill: Fill) -> np.ndarray:
+  """[rows, features]: the row of each new token, in the dtype of `table`, whose first `size` rows are tokens.
+
+  Rows beyond the tokens, which no id uses, are the mean.
+  """
+  old = table[:size].astype(np.float64)
+  made = np.empty((rows, table.shape[1]), table.dtype)
+  made[:] = old.mean(0)
+  missing = np.flatnonzero(places < 0)
+  if len(missing):
+    made[missing] = fill(old, len(missing))
+  kept = np.flatnonzero(places >= 0)
+  made[kept] = table[places[kept]]
+  return made
+
+
+def _config(cfg: Experiment, rows: int) -> Experiment:
+  """The config of the new run: as after an import, on random tokens, until it is given text of the new tokenizer."""
+  data = ('batch_size', 'inputs_length', 'targets_length', 'sentinels')
+  values: dict[str, Any] = {f'data.{key}': getattr(cfg.data, key) for key in data}
+  values |= {'model.vocab_size': rows, 'data.name': 'synthetic', 'checkpoint.initial': None, 'phases': ()}
+  values |= {'evaluation.every': 0, 'evaluation.generate': 0, 'evaluation.lawa_checkpoints': 0}
+  values |= {'checkpoint.best_of': None, 'checkpoint.keep_best': 0}
+  if isinstance(cfg.objective, OfUnits):
+    values['objective.name'] = OBJECTIVES[cfg.model.name]
+  return bindings.override(cfg, values, 'extend-vocabulary')
+
+
+def _write(output: pathlib.Path, params: Any, cfg: Experiment, tokenizer: Tokenizer, source: str) -> None:
+  text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
+  with owned(output, '--to'):
+    checkpoints = Checkpoints(output, CheckpointConfig())
+    position = {'source': source, 'data': {'tokenizer': tokenizer.fingerprint}}
+    checkpoints.save_params(0, params, position, text)
+    checkpoints.close()
+    (output / FOLDER).mkdir()
+    (output / FOLDER / 'tokenizer.model').write_bytes(tokenizer.model)
+    (output / 'config.gin').write_text(text)  # last: a folder without it is not a run
