@@ -117,12 +117,13 @@ class Scorer:
       join([np.asarray(ids, np.int32) for ids in side])
       for side in ([p.inputs for p in pieces], [p.targets for p in pieces])
     )
+    first = np.full(len(pieces), self.writer.data.vocabulary.ids.first_input)
     if self._pair:
-      fields = encoder_decoder_features(inputs, targets, rows, self.batch, *size)
+      fields = encoder_decoder_features(inputs, targets, rows, self.batch, *size, first)
     elif prefix:
-      fields = decoder_features(inputs, targets, rows, self.batch, size[1])
+      fields = decoder_features(inputs, targets, rows, self.batch, size[1], first=first)
     else:
-      fields = decoder_features(None, interleave(inputs, targets)[0], rows, self.batch, size[1])
+      fields = decoder_features(None, interleave(inputs, targets)[0], rows, self.batch, size[1], first=first)
       begins = np.argwhere((fields['decoder_positions'] == 0) & (fields['decoder_segment_ids'] > 0))
       for (row, at), piece in zip(begins, pieces, strict=True):
         if piece.first is not None:

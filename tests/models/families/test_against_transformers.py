@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.build import KernelsConfig, build, check_model
-from models.decode import teacher_forced
+from models.decode.cached import teacher_forced
 from models.layers.norm import LayerNormConfig, RmsNormConfig
 from models.layers.rotary import NoScaling, Rope, Yarn, frequencies
 from models.partition import check_divisible, shardings

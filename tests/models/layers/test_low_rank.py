@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from models.build import build, check_lora
-from models.decode import teacher_forced
+from models.decode.cached import teacher_forced
 from models.layers.linear import linear
 from models.layers.low_rank import LoraConfig, LowRank, merged, pairs, update
 from models.specs import count, initialize
