@@ -41,7 +41,7 @@ def tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
   found = {}
   for path in sorted(folder.glob('*.safetensors')):
     with safe_open(path, framework='pt') as file:
-      found |= {name: file.get_tensor(name) for name in list(file.keys())}
+      found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   return found
 
 

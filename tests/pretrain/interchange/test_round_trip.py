@@ -1,10 +1,15 @@
 """pretrain import, then pretrain export: the files are those that `save_pretrained` wrote, byte for byte."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 
+from models.specs import ParamSpec
 from pretrain.cli.main import main
+from pretrain.interchange.layout import Entry
+from pretrain.interchange.safetensors import create, open_folder
 from tests.pretrain.interchange import goldens
 
 
@@ -16,3 +21,34 @@ def test_round_trip_gives_the_same_files(name, tmp_path):
   assert (out / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
   assert json.loads((out / 'config.json').read_text()) == json.loads((source / 'config.json').read_text())
   assert sorted(path.name for path in out.iterdir()) == ['config.json', 'generation_config.json', 'model.safetensors']
+
+
+def test_old_names_and_other_heads_come_back(tmp_path):
+  """As bert-base-uncased: gamma and beta, a pooler, a head for sentence pairs, and a second name of a bias."""
+  source = shutil.copytree(goldens.GOLDENS / 'bert', tmp_path / 'source')
+  found = {name: tensor.values() for name, tensor in open_folder(source).items()}
+  old = {name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): x
+         for name, x in found.items()}  # fmt: skip
+  old['bert.pooler.dense.weight'] = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+  old['cls.seq_relationship.bias'] = np.array([0.5, -1], np.float32)
+  old['cls.predictions.decoder.bias'] = found['cls.predictions.bias']
+  for name, array in create(source, {name: ('F32', x.shape) for name, x in old.items()}).items():
+    array[...] = old[name]
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  assert main(['export', f'--workdir={run}', f'--out={out}']) == 0
+  assert (out / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize(('scale', 'shift'), [(3.7, 0.0), (1.0, 1.0)])
+def test_a_fold_keeps_the_bits_of_values_that_did_not_change(scale, shift):
+  entry = Entry('x', 'x', 'embed', scale=scale, shift=shift)
+  spec = ParamSpec((4096,), np.float32, ('embed',), None)
+  before = np.random.default_rng(0).normal(size=4096).astype(np.float32)
+  ours = entry.read(before, spec)
+  assert (entry.unfold(ours, None) != before).any(), 'the inverse alone would do'
+  ours[:8] += 0.5
+  out = np.zeros_like(before)
+  entry.write(out, spec, ours, before, None)
+  np.testing.assert_array_equal(out[8:], before[8:])
+  np.testing.assert_allclose(out[:8], before[:8] + 0.5 / scale, atol=1e-6)

@@ -1,6 +1,6 @@
 """Host memory while weights are read: three shards of 1 GB, on one device or divided over eight simulated ones.
 
-python scripts/bench/importing.py [--devices 8] [--layers 9] [--width 3072] [--save]
+python scripts/bench/memory/importing.py [--devices 8] [--layers 6] [--width 3072] [--save]
 
 Arrays on simulated devices are memory of the host too, so what is measured is the rest: while each parameter is placed,
 the peak of the process's resident memory, less what it was before, less the parameter's own arrays. Files are read
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 MB = 1e6
 
@@ -101,7 +101,7 @@ def save(tree, workdir: pathlib.Path) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--devices', type=int, default=8)
-  parser.add_argument('--layers', type=int, default=9)
+  parser.add_argument('--layers', type=int, default=6)
   parser.add_argument('--width', type=int, default=3072)
   parser.add_argument('--save', action='store_true')
   options = parser.parse_args()
