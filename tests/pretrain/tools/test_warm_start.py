@@ -15,7 +15,7 @@ from pretrain.testing import logged_losses
 from tests.models import small
 from tests.pretrain import tiny
 
-PARTS = ("model.positions='rotary'", "model.norm.name='rms'", "model.mlp.activation='silu'", 'model.mlp.gated=True')
+PARTS = ("model.positions='rotary'", "model.norm.name='rmsnorm'", "model.mlp.activation='silu'", 'model.mlp.gated=True')
 
 
 def write(folder, cfg):
