@@ -56,7 +56,13 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
 
 def extend_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--workdir', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest')
-  action.add_argument('--tokenizer', required=True, type=shared.path, metavar='F', help='a SentencePiece model')
+  action.add_argument(
+    '--tokenizer',
+    required=True,
+    type=shared.path,
+    metavar='F',
+    help='a SentencePiece model or tokenizer.json, or the folder of one',
+  )
   action.add_argument(
     '--method', choices=('mean', 'multivariate', 'subword'), default='subword', help='how new tokens get their rows'
   )
@@ -175,11 +181,11 @@ def extend_vocabulary_command(options, overrides) -> None:
   """Write the weights of a run for another tokenizer; tokens that both have keep their embeddings."""
   weights = on_the_host()
   shared.check_workdir(options.to, '--to')
-  from data.prepare.prepare import load_model
+  from data.prepare.published import published
   from pretrain.tools.vocabulary import extend_vocabulary
 
-  step, model = weights.find(options.workdir), load_model(options.tokenizer)
-  done = extend_vocabulary(step, model, options.method, options.to, source_of(options), options.seed)
+  step, tokenizer = weights.find(options.workdir), published(options.tokenizer)
+  done = extend_vocabulary(step, tokenizer, options.method, options.to, source_of(options), options.seed)
   print(f'{options.to} ({done.kept} tokens kept their rows, {done.new} are new, model.vocab_size={done.rows})')
 
 

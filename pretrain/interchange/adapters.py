@@ -18,7 +18,7 @@ from models.layers.low_rank import KEY, LoraConfig
 from models.specs import ParamSpec
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.trunk import opened
-from pretrain.interchange.exporting import _family, origin
+from pretrain.interchange.exporting import _config_json, _family, origin
 from pretrain.interchange.importing import Source, placed
 from pretrain.interchange.layout import Entry
 from pretrain.interchange.safetensors import SINGLE, Tensor, create, open_file
@@ -45,8 +45,9 @@ def export_adapter(step: Step, output: pathlib.Path) -> int:
   cfg = config_of(step.workdir)
   if not cfg.lora.rank:
     raise ConfigError(f'--adapter: {step.workdir} has no adapters (lora.rank is 0). Nothing was written; leave it out.')
-  family = _family(cfg, origin(step.workdir, cfg))
-  places = placed(family, cfg.model)
+  imported = origin(step.workdir, cfg)
+  family = _family(cfg, imported)
+  places = placed(family, cfg.model, _config_json(cfg, family, imported))
   found = _adapters(step)
   tensors: dict[str, np.ndarray] = {}
   for entry, spec in places:
@@ -94,7 +95,7 @@ def _named(entry: Entry, spec: ParamSpec, a: np.ndarray, b: np.ndarray):
   for place, name in entry.names(spec).items():
     module = PREFIX + name.removesuffix('.weight')
     yield f'{module}.lora_A.weight', a[place].reshape(-1, rank).T
-    yield f'{module}.lora_B.weight', b[place].reshape(rank, -1).T
+    yield f'{module}.lora_B.weight', b[place].reshape(rank, -1).T / np.float32(entry.scale)
 
 
 def _config(lora: LoraConfig, model: str, places, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def check_modules(adapter: Adapter, source: Source) -> None:
   """Raises CheckpointError where a module of the adapter is not in the model, or has other sizes."""
   shapes = {
     name: (entry, entry.shape(spec))
-    for entry, spec in placed(source.family, source.model)
+    for entry, spec in placed(source.family, source.model, source.values)
     for name in entry.names(spec).values()
   }
   problems = []
@@ -203,16 +204,17 @@ def check_modules(adapter: Adapter, source: Source) -> None:
 
 def add_adapter(params: dict[str, Any], adapter: Adapter, source: Source) -> dict[str, Any]:
   """`params` plus the scaled product of each pair of factors: float32, each weight where it lies."""
-  for entry, spec in placed(source.family, source.model):
+  for entry, spec in placed(source.family, source.model, source.values):
     names = entry.names(spec)
     if not any(name.removesuffix('.weight') in adapter.factors for name in names.values()):
       continue
     update = np.zeros(spec.shape, np.float32)
     for place, name in names.items():
       if name.removesuffix('.weight') in adapter.factors:
-        a, b = (x.map().astype(np.float32) for x in adapter.factors[name.removesuffix('.weight')])
+        a, b = (x.values().astype(np.float32) for x in adapter.factors[name.removesuffix('.weight')])
         theirs = np.float32(adapter.scale) * (b @ a)
-        update[place] = entry.read(theirs.T if _inputs_first(entry) else theirs, spec)
+        own = entry.view(theirs.T if _inputs_first(entry) else theirs, spec)
+        update[place] = own.reshape(update[place].shape) * np.float32(entry.scale)  # a product has no shift and no row
     *parents, leaf = entry.ours.split('/')
     node = params
     for name in parents:

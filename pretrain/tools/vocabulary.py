@@ -7,7 +7,9 @@ the old tokens that spell the new one, and where it cannot be spelled, the mean 
 """
 
 import dataclasses
+import hashlib
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,7 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from data.batches.source import open_data
 from data.objectives.objectives import OfUnits
-from data.stores.vocabulary import MODES, SPACE, UNKNOWN, Tokenizer
+from data.prepare.published import Published
+from data.stores.vocabulary import MODES, SPACE, Tokenizer
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
@@ -33,6 +36,7 @@ Method = Literal['mean', 'multivariate', 'subword']
 METHODS: tuple[Method, ...] = ('mean', 'multivariate', 'subword')
 OBJECTIVES = {'decoder': 'causal_lm', 'encoder_decoder': 'span_corruption', 'encoder': 'mlm'}
 LARGEST_FACTOR = 128
+IDS_BESIDE = ('generation_config.json', 'tokenizer_config.json')  # they name the ids of a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +49,15 @@ class Extended:
 
 
 def extend_vocabulary(
-  step: Step, model: bytes, method: Method, output: pathlib.Path, source: str, seed: int = 0
+  step: Step, tokenizer: Published, method: Method, output: pathlib.Path, source: str, seed: int = 0
 ) -> Extended:
-  """Writes a new workdir with the weights of `step` for the tokenizer in the bytes of `model`.
+  """Writes a new workdir with the weights of `step` for another `tokenizer`.
 
   Raises ConfigError for a run whose tokenizer is not known; then nothing is written.
   """
   check_new(output, '--to')
   cfg = plain(config_of(step.workdir))
-  old, new = tokenizer_of_run(step.workdir, cfg), Tokenizer(model, cfg.data.sentinels)
+  old, new = tokenizer_of_run(step.workdir, cfg), tokenizer.open(cfg.data.sentinels)
   if new.fingerprint == old.fingerprint:
     raise ConfigError(f'--tokenizer is that of {step.workdir}; there is nothing to extend. Nothing was written.')
   places = old_ids(old, new)
@@ -69,7 +73,7 @@ def extend_vocabulary(
       flat = table.reshape(len(table), -1)
       made = new_rows(flat, places, old.vocabulary.size, rows, filler(method, spelled, seed))
       params[path] = jax.numpy.asarray(np.moveaxis(made.reshape(rows, *table.shape[1:]), 0, dim))
-  _write(output, unflatten_dict(params), _config(cfg, rows), new, source)
+  _write(output, unflatten_dict(params), _config(cfg, rows), tokenizer, source)
   return Extended(int((places >= 0).sum()), int((places < 0).sum()), rows)
 
 
@@ -82,7 +86,7 @@ def tokenizer_of_run(workdir: pathlib.Path, cfg: Experiment) -> Tokenizer:
         f"{workdir}/config.gin: data.name='synthetic' has no tokenizer, so no row of it is known. Nothing was written; "
         'choose a run that was trained on text, or imported with its tokenizer.'
       )
-    return Tokenizer(model, cfg.data.sentinels)
+    return model.open(cfg.data.sentinels)
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   return data.tokenizer
 
@@ -105,11 +109,14 @@ def spellings(old: Tokenizer, new: Tokenizer, places: np.ndarray) -> list[list[i
 
   A piece without a space before it is spelled as inside of a word.
   """
-  guarded, tokens = Tokenizer(old.model, 1), written(new)  # text behind a sentinel gets no space of its own
+  guarded, tokens = (
+    Tokenizer(old.model, 1, old.vocabulary.ids),
+    written(new),
+  )  # text behind a sentinel gets no space of its own
 
   def spell(kind: str, name: str) -> list[int]:
     ids = guarded.encode_prompt('<extra_id_0>' + name.replace(SPACE, ' '))[1:] if kind == 'text' else []
-    return [i for i in ids if i != UNKNOWN and i < old.vocabulary.pieces]
+    return [i for i in ids if i != old.vocabulary.ids.unknown and i < old.vocabulary.pieces]
 
   return [spell(*tokens[i]) for i in np.flatnonzero(places < 0)]
 
@@ -170,13 +177,16 @@ def _config(cfg: Experiment, rows: int) -> Experiment:
   return bindings.override(cfg, values, 'extend-vocabulary')
 
 
-def _write(output: pathlib.Path, params: Any, cfg: Experiment, tokenizer: Tokenizer, source: str) -> None:
+def _write(output: pathlib.Path, params: Any, cfg: Experiment, tokenizer: Published, source: str) -> None:
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
   with owned(output, '--to'):
     checkpoints = Checkpoints(output, CheckpointConfig())
-    position = {'source': source, 'data': {'tokenizer': tokenizer.fingerprint}}
+    position = {'source': source, 'data': {'tokenizer': hashlib.sha256(tokenizer.content).hexdigest()}}
     checkpoints.save_params(0, params, position, text)
     checkpoints.close()
     (output / FOLDER).mkdir()
-    (output / FOLDER / 'tokenizer.model').write_bytes(tokenizer.model)
+    (output / FOLDER / tokenizer.open(0).file_name).write_bytes(tokenizer.content)
+    for name in IDS_BESIDE:
+      if (path := tokenizer.path.with_name(name)).is_file():
+        shutil.copyfile(path, output / FOLDER / name)
     (output / 'config.gin').write_text(text)  # last: a folder without it is not a run
