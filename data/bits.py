@@ -1,11 +1,11 @@
-"""Random bits that depend on what they are for, never on the order in which they are drawn."""
+"""Random bits that depend on their seed, purpose and counters, never on the order in which they are drawn."""
 
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-_GOLDEN, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd: what they multiply stays apart
+_GOLDEN, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd: multiplication is one-to-one
 _MASK = 2**64 - 1
 _SMALL = 4096
 
@@ -14,7 +14,7 @@ def philox(seed: int, purpose: str, *counter: int) -> np.random.Philox:
   """The bit generator of (seed, purpose) at `counter` (at most three integers, e.g. epoch and row).
 
   Counter-based: two streams never meet, so hosts, workers and resumed runs draw the same bits. Draw with
-  `random_raw`: the raw stream is fixed for ever, NumPy's distributions may change between releases.
+  `random_raw`: the raw stream is stable, NumPy's distributions may change between releases.
   Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
   """
   place = np.zeros(4, np.uint64)
@@ -25,7 +25,7 @@ def philox(seed: int, purpose: str, *counter: int) -> np.random.Philox:
 def draws(seed: int, purpose: str, counters: Sequence[tuple[int, int, int]], counts: Sequence[int]) -> np.ndarray:
   """What `philox(seed, purpose, *counter).random_raw(count)` gives for each, end to end: uint64[sum(counts)].
 
-  One generator is set to each place in turn: to make one takes longer than to draw some hundred numbers.
+  One generator is moved to each counter in turn: creating a generator takes longer than drawing some hundred numbers.
   """
   generator = np.random.Philox(key=_philox_key(seed, purpose))
   state = generator.state
@@ -54,7 +54,7 @@ def stream_key(seed: int, purpose: str, *counter) -> np.ndarray:
   for i, value in enumerate(counter):
     if isinstance(value, np.ndarray):
       return _keys(key, counter[i:])
-    key = _mix_int(key ^ _mix_int(int(value) + int(_GOLDEN)))  # in Python numbers: ten times as fast as arrays of one
+    key = _mix_int(key ^ _mix_int(int(value) + int(_GOLDEN)))  # Python integers: ten times as fast as arrays
   return np.array([key], np.uint64)
 
 
@@ -66,7 +66,7 @@ def _keys(key: int, counter) -> np.ndarray:
 
 
 def orders(keys: np.ndarray, size: int) -> np.ndarray:
-  """int64[keys, size]: a uniformly random order of `range(size)` for each key. What `permute` is to large ranges."""
+  """int64[keys, size]: a uniformly random order of `range(size)` for each key; `permute` serves large ranges."""
   places = _mix(np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN)
   return np.argsort(_mix(keys[:, None] ^ places), axis=1, kind='stable')
 
@@ -85,7 +85,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> np.nd
   sizes, keys = (np.broadcast_to(values, place.shape) for values in (np.asarray(size).astype(np.uint64), key))
   if (place >= sizes).any():
     raise ValueError(f'indices {np.min(index)} .. {np.max(index)} are not all in range({np.min(size)}).')
-  # So many rounds make all orders equally likely, in small ranges and in large ones.
+  # Enough rounds to make all orders equally likely, in small ranges and in large ones.
   for outside, rounds in (np.flatnonzero(sizes < _SMALL), 16), (np.flatnonzero(sizes >= _SMALL), 8):
     while len(outside):
       place[outside] = _feistel(place[outside], sizes[outside], keys[outside], rounds)
@@ -106,7 +106,7 @@ def _feistel(place: np.ndarray, sizes: np.ndarray, keys: np.ndarray, rounds: int
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-  """A bijection of 64 bits in which every bit of the result hangs on every bit of `value` (splitmix64's)."""
+  """A bijection of 64 bits in which every bit of the result depends on every bit of `value` (splitmix64's)."""
   value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return value ^ (value >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Arrays of unequal lengths, end to end: what the vectorised parts of `data` hand to each other."""
+"""Arrays of unequal lengths stored end to end, as the vectorised functions of `data` pass them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

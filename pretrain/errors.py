@@ -32,13 +32,13 @@ class NonFiniteError(UserError):
 
 
 class SpikeError(UserError):
-  """The run has gone back to a step before a loss spike: the same command goes on from there."""
+  """The run has gone back to a step before a loss spike: the same command resumes from there."""
 
   code, exit_code = 'SPIKE', 72
 
 
 class ReplicaError(UserError):
-  """A device has computed wrongly: the same command goes on from the last step that was saved."""
+  """A device has computed wrong values: the same command resumes from the last saved step."""
 
   code, exit_code = 'REPLICAS', 74
 

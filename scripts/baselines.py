@@ -14,6 +14,7 @@ import sys
 from data.batches.source import Builtin, Data, StoreData
 from data.prepare.builtin import builtin_store
 from data.stores.ngrams import ngram_loss
+from data.stores.paths import looked_in
 from data.stores.store import open_store
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
@@ -45,7 +46,7 @@ def last_text_loss(workdir: pathlib.Path) -> tuple[float, int] | None:
 def main(workdir: pathlib.Path) -> None:
   file = workdir / 'config.gin'
   if not file.exists():
-    raise CheckpointError('CKPT-NONE', f'no run in {workdir}; nothing was written. Check the path.')
+    raise CheckpointError('CKPT-NONE', f'no run in {workdir}{looked_in(workdir)}; nothing was written. Check the path.')
   cfg = bindings.load(Experiment, [str(file)])
   train, heldout = stores(cfg.data, cfg.model.vocab_size)
   losses = dataclasses.asdict(ngram_loss(open_store(train), open_store(heldout)))

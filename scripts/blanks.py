@@ -1,7 +1,8 @@
 """What a run has learned: python scripts/blanks.py WORKDIR.
 
 Hides words in five held-out sentences and prints the run's three best fillings with their probabilities, beside the
-most frequent words of the training text. Needs a run on text that fills blanks (span_corruption, ul2, ul2r, fim).
+most frequent words of the training text; then compares the run with token counts over 64 sentences. Needs a run on text
+that fills blanks (span_corruption, ul2, ul2r, fim).
 """
 
 import pathlib

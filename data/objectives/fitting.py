@@ -1,4 +1,4 @@
-"""Whether an objective can be, with rows of given lengths and so many sentinels: one sentence for what cannot."""
+"""Checks that an objective fits the row lengths and the number of sentinels; each refusal is one sentence."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from data.objectives.objectives import (
 )
 from data.objectives.tasks import FIM_SENTINELS, Budget, Task, block_of
 
-# What an encoder-decoder learns answers from: its inputs are one text, not turns that are read and written in turn.
+# An encoder-decoder learns answers from pairs: its input is one text, not alternating turns.
 PAIRS_INSTEAD = (
   ', or make pairs of what is asked and answered (pretrain data prepare --inputs_field=… --targets_field=…) for '
   "objective.name='supervised'"
@@ -30,10 +30,10 @@ PAIRS_INSTEAD = (
 
 
 def check_objective(objective: Objective, inputs_length: int, targets_length: int, sentinels: int) -> None:
-  """Raises ValueError where `objective` cannot be: values out of range, rows too short, too few sentinels.
+  """Raises ValueError if `objective` cannot be trained: values out of range, rows too short, too few sentinels.
 
-  Sentinels must do for every piece that can occur. The place of a mode token is left out of the sum, so that turning
-  mode tokens on or off never changes the vocabulary.
+  There must be enough sentinels for the longest possible piece. That length is computed without a mode token, so that
+  turning mode tokens on or off never changes the vocabulary.
   """
   _check_mixture(objective)
   _check_family(objective, inputs_length)

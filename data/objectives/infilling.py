@@ -2,8 +2,8 @@
 
 Source: Lewis et al. 2019, arXiv:1910.13461, §2.2; fairseq/data/denoising_dataset.py (permute_sentences with ratio 1,
 add_whole_word_mask with mask_length=span-poisson and replace_length=1, add_insertion_noise), whose <s> and </s> stand
-outside our pieces. As there, lengths are drawn until they reach the budget and the last is cut to it; a span goes on in
-words from where it begins, to the end of the text at most, and a mask that another span covers is gone.
+outside our pieces. As there, lengths are drawn until they reach the budget and the last is cut to it; a span covers
+whole words from where it begins, to the end of the text at most, and a mask that another span covers is gone.
 """
 
 import math

@@ -242,7 +242,9 @@ def load_model(path: str | os.PathLike[str]) -> bytes:
   try:
     model = pathlib.Path(path).read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-  except (OSError, RuntimeError) as error:
+  except OSError as error:
+    raise DataError(f'{path}{looked_in(path)} cannot be read ({error.strerror}); check --tokenizer.') from error
+  except RuntimeError as error:
     reason = str(error).splitlines()[0]
     raise DataError(f'{path} is not a SentencePiece model ({reason}); check --tokenizer.') from error
   found = (processor.pad_id(), processor.eos_id(), processor.unk_id())

@@ -2,6 +2,7 @@
 
 import argparse
 
+from data.stores.paths import looked_in
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
@@ -26,7 +27,9 @@ def replay_command(options, overrides) -> int:
 
   saved = options.workdir / 'config.gin'
   if not saved.exists():
-    raise ConfigError(f'--workdir={options.workdir} is no run: it has no config.gin.')
+    raise ConfigError(
+      f'--workdir={options.workdir}{looked_in(options.workdir)} is no run: it has no config.gin; check the path.'
+    )
   if others := [key for key in overrides if not key.startswith('mesh.')]:
     raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')
   if overrides and options.rtol is None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gin import config_parser
 
 from data.arguments import expand_user
+from data.stores.paths import looked_in
 from pretrain.errors import ConfigError
 
 SURROGATES = re.compile('[\ud800-\udfff]')
@@ -113,7 +114,7 @@ def read_file(path: pathlib.Path, blame: str, including: tuple[pathlib.Path, ...
       raise ConfigError(f'{blame}{path} includes itself; remove one of the includes.')
     raw = path.read_bytes()
   except OSError as error:
-    raise ConfigError(f'{blame}{path} cannot be read ({error.strerror}); check the path.') from error
+    raise ConfigError(f'{blame}{path}{looked_in(path)} cannot be read ({error.strerror}); check the path.') from error
   except (RuntimeError, ValueError) as error:  # before Python 3.13 a circle of links; a NUL in a path
     raise ConfigError(f'{blame}{path} cannot be read ({error}); check the path.') from error
   yield from read_text(decode(raw, f'{blame}{path}'), path, None, (*including, resolved))

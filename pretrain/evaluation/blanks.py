@@ -1,6 +1,5 @@
 """What a run has learned, for a person: words of held-out sentences hidden, its best fillings beside a unigram's."""
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -13,6 +12,7 @@ from data.stores.store import Store
 from pretrain.errors import ConfigError
 from pretrain.evaluation.generate import Candidate, Writer, fills_middle, log_prob, open_writer, search
 from pretrain.evaluation.prompts import prompt_inputs, room_for
+from pretrain.evaluation.unigram import Unigram, count
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
 SENTENCE = re.compile(r"(?<![^.!?] )(?<!\S)[A-Z][a-z]*(?: [a-z][a-z'-]*,?)+\.(?!\S)")
@@ -84,13 +84,6 @@ def _hash(text: str) -> int:
   return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
 
-def word_shares(texts: Iterable[str]) -> dict[str, float]:
-  """Each word's share of all words of `texts`, the most frequent first: a unigram."""
-  counts = collections.Counter(word for text in texts for word in WORD.findall(text))
-  total = sum(counts.values())
-  return {word: count / total for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
-
-
 def texts_of(store: Store) -> list[str]:
   """The documents of a store as text."""
   tokenizer = store.tokenizer(0)
@@ -99,25 +92,53 @@ def texts_of(store: Store) -> list[str]:
   return [tokenizer.decode(ids[(ids > 1) & (ids < tokenizer.vocabulary.pieces)]) for ids in documents]
 
 
-def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3) -> Iterator[str]:
-  """Lines: `number` held-out sentences with hidden words, the `top` fillings of the run and those of a unigram.
+def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:
+  """Lines: `number` held-out sentences with hidden words, the `top` fillings of the run and those of a unigram; then
+  how likely the true words are to both, over `measured` sentences.
 
+  The unigram counts the training tokens, and its fillings are as long as the true words on average. Both
+  probabilities include that of ending after the filling.
   Raises ConfigError for a run without held-out text, and the errors of `answers` that concern the run.
   """
   writer = open_writer(workdir)
   heldout = list(writer.data.heldout_stores().values())
   if not heldout or any(store.kind != 'text' for store in heldout):
     raise ConfigError(f'{workdir} has no held-out text to hide words in; set data.heldout to stores of text.')
-  seen = [text for rows in writer.data.sources for text in texts_of(rows.store)]
-  chosen = choose((text for store in heldout for text in texts_of(store)), number, ' '.join(seen))
-  shares = word_shares(seen)
-  unigram = [Candidate(word, share, True) for word, share in itertools.islice(shares.items(), top)]
-  yield f'{len(chosen)} sentences of held-out documents, picked by their hash. The run was not trained on them:'
-  for blank in chosen:
-    by_count = math.prod(shares.get(word, 0.0) for word in WORD.findall(blank.truth))
-    yield from ('', f'  {blank.filled("_" * 6)}')
-    yield f'  true words: {blank.truth} (this run {truth_probability(writer, blank):.2g}, word counts {by_count:.2g})'
-    yield from _table(fillings(writer, blank, top), unigram)
+  stores = [rows.store for rows in writer.data.sources]
+  seen = ' '.join(text for store in stores for text in texts_of(store))
+  chosen = choose((text for store in heldout for text in texts_of(store)), max(number, measured), seen)
+  encode = writer.data.tokenizer.encode
+  unigram = count(stores, (encode(blank.truth) for blank in chosen))
+  frequent = list(itertools.islice(_frequent_words(unigram, writer), top))
+  pairs = []
+  shown = len(chosen[:number])
+  yield f'{shown} sentences of held-out documents, picked by their hash. The run was not trained on them:'
+  for k, blank in enumerate(chosen):
+    pairs.append((truth_log_prob(writer, blank), unigram.log_prob(encode(blank.truth))))
+    if k < number:
+      by_run, by_count = map(math.exp, pairs[-1])
+      yield from ('', f'  {blank.filled("_" * 6)}')
+      yield f'  true words: {blank.truth} (this run {by_run:.2g}, token counts {by_count:.2g})'
+      yield from _table(fillings(writer, blank, top), frequent)
+  if pairs:
+    yield from ('', _compared(pairs))
+
+
+def _compared(pairs: list[tuple[float, float]]) -> str:
+  """How likely the true words are to the run and to the unigram: `pairs` of natural logs of both probabilities."""
+  better, ratio = sum(a > b for a, b in pairs), math.exp(sum(a - b for a, b in pairs) / len(pairs))
+  return (
+    f'The true words of {len(pairs)} such sentences: {ratio:.3g} times as likely to this run as to token counts '
+    f'(geometric mean), more likely in {better} of them.'
+  )
+
+
+def _frequent_words(unigram: Unigram, writer: Writer) -> Iterator[Candidate]:
+  """Whole words of one token, the most frequent first, with the probability that a filling is this word alone."""
+  tokenizer = writer.data.tokenizer
+  for token in unigram.most_frequent():
+    if word := _whole_words(tokenizer.decode_after(tokenizer.encode('a'), [token])):
+      yield Candidate(word, math.exp(unigram.log_prob([token])), True)
 
 
 def fillings(writer: Writer, blank: Blank, top: int) -> list[Candidate]:
@@ -126,15 +147,20 @@ def fillings(writer: Writer, blank: Blank, top: int) -> list[Candidate]:
   found: dict[str, Candidate] = {}
   for ids, log_prob_of_ids, ended in search(writer, inputs, forced, MOST_TOKENS, SEARCHED):
     text = writer.data.tokenizer.decode_after(writer.data.tokenizer.encode('a'), ids)
-    words = text.split()
-    if text.startswith(' ') and words and all(map(WORD.fullmatch, words)):  # no ending of the word before the blank
-      found.setdefault(text.strip(), Candidate(text.strip(), math.exp(log_prob_of_ids), ended))
+    if words := _whole_words(text):
+      found.setdefault(words, Candidate(words, math.exp(log_prob_of_ids), ended))
   return list(found.values())[:top]
 
 
-def truth_probability(writer: Writer, blank: Blank) -> float:
-  """The probability that the run fills a blank with its true words, in the tokenizer's own spelling."""
-  return math.exp(log_prob(writer, *_prompt(writer, blank), writer.data.tokenizer.encode(blank.truth)))
+def _whole_words(text: str) -> str | None:
+  """`text`, which follows the word before a blank, without its first space; None where it continues that word."""
+  words = text.split()
+  return text.strip() if text.startswith(' ') and words and all(map(WORD.fullmatch, words)) else None
+
+
+def truth_log_prob(writer: Writer, blank: Blank) -> float:
+  """Natural log of the probability that the run fills a blank with its true words, as the tokenizer splits them."""
+  return log_prob(writer, *_prompt(writer, blank), writer.data.tokenizer.encode(blank.truth))
 
 
 def _prompt(writer: Writer, blank: Blank) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from data.batches.source import open_data
 from data.errors import DataError
 from data.objectives.fim import fim_ids
 from data.objectives.objectives import OfUnits, tasks_of
+from data.stores.paths import looked_in
 from data.stores.vocabulary import EOS, MODES, SPECIAL, UNKNOWN, Tokenizer
 from models.build import Model
 from models.decode import Sequences, beam, greedy, teacher_forced
@@ -205,7 +206,8 @@ def _config_of(workdir: pathlib.Path) -> Experiment:
   if not saved.exists():
     raise CheckpointError(
       'CKPT-NONE',
-      f'no run in {workdir} (config.gin is missing); train first: pretrain train --workdir={workdir}.',
+      f'no run in {workdir}{looked_in(workdir)}: config.gin is missing; '
+      f'train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
   if cfg.model.name == 'encoder':

@@ -34,7 +34,7 @@ def _unequal(old: Experiment, new: Experiment) -> list[str]:
 
 
 def identity(cfg: Experiment, skips: Ranges) -> dict[str, str]:
-  """What must be equal for a process to go on from what another one left in memory; `skips` are left out."""
+  """What must be equal for a process to resume from the state another process left in memory; excludes `skips`."""
   flat = bindings.flatten(by_contents(cfg))
   fixed = [f'{key}={value!r}' for key, value in flat.items() if not may_change(key)]
   return {

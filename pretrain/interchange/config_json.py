@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from data.stores.paths import looked_in
 from pretrain.errors import CheckpointError
 
 FILE = 'config.json'
@@ -99,7 +100,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / FILE
   if not path.is_file():
     raise CheckpointError(
-      'IMPORT', f'{folder} has no {FILE}. Nothing was written; --from is a folder that save_pretrained wrote.'
+      'IMPORT',
+      f'{folder}{looked_in(folder)} has no {FILE}. Nothing was written; --from is a folder that save_pretrained wrote.',
     )
   try:
     values = json.loads(path.read_text())

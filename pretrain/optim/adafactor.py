@@ -1,4 +1,4 @@
-"""Adafactor as T5X has it: second moments of matrices as a row and a column, one pair a layer."""
+"""Adafactor as in T5X: the second moment of each matrix is kept as row and column means, one pair per layer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from pretrain.optim.shared import Shared, num_stacked, own_dims, sides
 class Adafactor(Shared):
   """Source: Shazeer and Stern 2018, arXiv:1804.04235, and T5X's t5x/adafactor.py, whose updates it equals.
 
-  T5X's `weight_decay_rate` is not times the learning rate; `weight_decay` is, as in every optimizer here. `momentum`
-  (0 keeps none) averages updates before the learning rate, T5X's after it: equal where the rate is constant.
+  `weight_decay` is multiplied by the learning rate, as in every optimizer here; T5X's `weight_decay_rate` is not.
+  `momentum` (0: none) averages updates before they are multiplied by the learning rate; T5X averages after. Both are
+  equal while the rate is constant.
   """
 
   name: Literal['adafactor'] = 'adafactor'
@@ -45,7 +46,7 @@ class AdafactorState(NamedTuple):
 
 
 def factors(spec: ParamSpec, smallest: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-  """The dims of the factors: by size for a lone array of two dims, whatever its axes, by axes otherwise (T5X)."""
+  """The dims of the factors: by size for an unstacked array of two dims, by axes otherwise (as T5X)."""
   if len(spec.shape) <= 2 and not num_stacked(spec):
     return ((0,), (1,)) if len(spec.shape) == 2 and min(spec.shape) >= smallest else None
   return sides(spec)

@@ -1,4 +1,4 @@
-"""Averages of weights: one that follows the run, and combinations of checkpoints. Pure functions on nested dicts."""
+"""Averages of weights: a moving average during the run, and combinations of checkpoints. Pure functions on dicts."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class NoAveraging:
 class Ema:
   """Exponential moving average of the parameters after each update. Source: Polyak and Juditsky 1992.
 
-  Up to `start_step` it is a copy of them. With `warmup`, update t of the average weighs what was before by
+  Up to `start_step` it is a copy of them. With `warmup`, update t multiplies the old average by
   min(decay, (1 + t) / (10 + t)). Source: tf.train.ExponentialMovingAverage, `num_updates`.
   """
 
@@ -37,7 +37,7 @@ Averaging = NoAveraging | Ema
 
 
 def make_track(cfg: Averaging) -> Track:
-  """What the train step keeps in `TrainState.extra`: nothing, or {'ema': float32, shaped as the parameters}."""
+  """The transform whose state is `TrainState.extra`: nothing, or {'ema': float32, shaped as the parameters}."""
   match cfg:
     case NoAveraging():
       return NOTHING
@@ -48,12 +48,12 @@ def make_track(cfg: Averaging) -> Track:
 
 
 def track_shardings(cfg: Averaging, params: Params) -> dict[str, Params]:
-  """Where each array of `make_track(cfg).init` lies: where its parameter lies (`params` are shardings)."""
+  """The sharding of each array of `make_track(cfg).init`: that of its parameter (`params` are shardings)."""
   return {'ema': params} if isinstance(cfg, Ema) else {}
 
 
 def ema_decay(cfg: Ema, step: Array) -> Array:
-  """What the average before update `step` (1 is the first) weighs: 0 up to `start_step`, which makes it a copy."""
+  """The weight of the old average in update `step` (the first is 1): 0 up to `start_step`, which makes it a copy."""
   counted = jnp.maximum(step - cfg.start_step, 0).astype(jnp.float32)
   decay = jnp.minimum(cfg.decay, (1 + counted) / (10 + counted)) if cfg.warmup else cfg.decay
   return jnp.where(counted > 0, decay, 0.0)
@@ -78,7 +78,7 @@ _mix = jax.jit(lambda a, b, c: jax.tree.map(lambda x, y: x + c * (y - x), a, b),
 
 
 def linear_combination(terms: Iterable[tuple[float, Params]]) -> Params:
-  """The sum of coefficient * tree, float32. Trees are taken one at a time: it and the sum are all that is held.
+  """The sum of coefficient * tree, float32. Trees are read one at a time, so memory holds the sum and one tree.
 
   >>> linear_combination([(0.25, {'w': jnp.float32(4.0)}), (0.75, {'w': jnp.float32(8.0)})])['w'].item()
   7.0
@@ -124,7 +124,7 @@ def lawa_steps(step: int, every: int, count: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Tasted:
-  """A decision of `greedy_soup`: `score` is that of the soup with ingredient `index` in it, `before` without."""
+  """A decision of `greedy_soup`: `score` belongs to the soup with ingredient `index`, `before` to the one without."""
 
   index: int
   score: float
@@ -138,9 +138,9 @@ def greedy_soup(
   score: Callable[[Params], float],
   tell: Callable[[Tasted], Any],
 ) -> Params:
-  """The mean of the trees that, taken from the lowest score on, do not raise the score of the mean.
+  """The mean of those trees that do not raise its score, tried in the order of their own scores, the lowest first.
 
-  Holds two trees: the soup, and the one that is tried in it. A score that is NaN is higher than any.
+  Memory holds two trees: the soup, and the tree being tried. A score that is NaN is higher than any.
   Source: Wortsman et al. 2022, arXiv:2203.05482, algorithm 1.
   """
   best, *others = sorted(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i]))

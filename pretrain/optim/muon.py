@@ -1,4 +1,4 @@
-"""Muon: the momentum of each layer's matrix made orthogonal; what is no hidden matrix gets Adam."""
+"""Muon: the orthogonalised momentum of each layer's matrix; other parameters are updated by Adam."""
 
 import dataclasses
 import math
@@ -68,9 +68,9 @@ def orthogonal(x: Array, spec: ParamSpec, mesh: Mesh | None) -> Array:
 
 
 def by_layer(x: Array, f, mesh: Mesh | None) -> Array:
-  """f(x) of matrices that lie cut over fsdp, computed with whole ones spread over it: two all-to-alls, no all-gather.
+  """f(x) for matrices sharded over fsdp, computed on whole matrices spread over fsdp: two all-to-alls, no all-gather.
 
-  Left alone, the partitioner would give every device the whole stack. Layers are padded to fill the devices.
+  By default the partitioner gives every device the whole stack. Layers are padded to fill the devices.
   """
   if mesh is None or mesh.shape['fsdp'] == 1:
     return f(x)
@@ -87,7 +87,7 @@ def update_scale(spec: ParamSpec, cfg: Muon) -> float:
 
 
 def scale_by_muon(cfg: Muon, specs: Mapping[str, Any], mesh: Mesh | None) -> optax.GradientTransformation:
-  """Orthogonal Nesterov momentum of parameters that are all hidden matrices."""
+  """Orthogonalised Nesterov momentum; all parameters must be hidden matrices."""
 
   def init(params):
     return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))

@@ -29,8 +29,8 @@ class AdamW(Shared):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion(Shared):
-  """The sign of an interpolated momentum: one moment only. Its authors take a learning rate 3 to 10 times smaller than
-  AdamW's, and a decay as much larger. Source: Chen et al. 2023, arXiv:2302.06675, Algorithm 2.
+  """The sign of an interpolated momentum; keeps one moment. Its authors use a learning rate 3 to 10 times smaller than
+  AdamW's, and a weight decay larger by the same factor. Source: Chen et al. 2023, arXiv:2302.06675, Algorithm 2.
   """
 
   name: Literal['lion'] = 'lion'
@@ -43,7 +43,7 @@ Optimizer = AdamW | Adafactor | Lion | Muon
 
 
 def check_optimizer(cfg: Optimizer) -> None:
-  """Raises ValueError for a key that nothing would read."""
+  """Raises ValueError for a key that has no effect."""
   if isinstance(cfg, Adafactor) and not cfg.momentum and cfg.state_dtype != 'float32':
     raise ValueError(
       f"optimizer.state_dtype='{cfg.state_dtype}' is of moments of a parameter's size, and optimizer.name='adafactor' "
@@ -58,7 +58,7 @@ class SkipState(NamedTuple):
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Where the global gradient norm is not finite, the update is zero and `inner` keeps its state; both are counted."""
+  """If the gradient norm is not finite, the update is zero and `inner` keeps its state; both cases are counted."""
 
   def init(params):
     return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), inner.init(params))
@@ -94,7 +94,7 @@ def direction(cfg: Optimizer, specs: Mapping[str, Any], mesh: Mesh | None) -> op
 
 
 def only(label: str, labels: Mapping[str, Any], specs: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The specs of a label; in place of the others what optax.partition has there."""
+  """The specs of a label; the others are replaced by optax.MaskedNode, as optax.partition does."""
   return jax.tree.map(lambda own, spec: spec if own == label else optax.MaskedNode(), labels, specs)
 
 
@@ -109,7 +109,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clip by global norm, the optimizer, decay by axes; non-finite steps skipped; the schedule counts every step.
 
-  `mesh` is that of a run; muon spreads its work over it. Steps are compared, for `spikes`, with those after `since`.
+  Muon spreads its work over `mesh`, the mesh of the run. `spikes` compares a step only with steps after `since`.
   """
   momentum = cfg.momentum if isinstance(cfg, Adafactor) else 0
   moments = optax.chain(

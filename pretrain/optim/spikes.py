@@ -66,7 +66,7 @@ class SpikeState(NamedTuple):
 def guarded(tx: optax.GradientTransformation, cfg: Spikes, since: int) -> optax.GradientTransformation:
   """`tx` that makes no update of a spike; one after another is judged by updates after number `since` alone.
 
-  `tx` is a chain whose first part is `skip_nonfinite`. What stands behind it (the schedule's count) goes on. The state
+  `tx` is a chain whose first part is `skip_nonfinite`. Its later parts (the schedule's count) continue. The state
   of `tx` comes first in its own, where it would be without it.
   """
   match cfg:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.batches.source import wanted_shares
+from data.stores.paths import looked_in
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
@@ -42,7 +43,9 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   rows = read_metrics(workdir)
   if not rows:
-    raise CheckpointError('CKPT-NONE', f'no metrics of a run in {workdir}; nothing was written. Check the path.')
+    raise CheckpointError(
+      'CKPT-NONE', f'no metrics of a run in {workdir}{looked_in(workdir)}; nothing was written. Check the path.'
+    )
   baselines = read_baselines(workdir)
   images = draw(rows, baselines, workdir / 'plots', read_shares(workdir) if sources_of(rows) else ())
   report = workdir / 'report.html'

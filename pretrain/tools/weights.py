@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from data.batches.source import open_data
+from data.stores.paths import looked_in
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
@@ -248,7 +249,8 @@ def config_of(workdir: pathlib.Path) -> Experiment:
   """The config that a run was trained with. Raises CKPT-NONE where there is no run."""
   saved = workdir / 'config.gin'
   if not saved.exists():
-    raise CheckpointError('CKPT-NONE', f'no run in {workdir} (config.gin is missing); check the path.')
+    where = f'{workdir}{looked_in(workdir)}'
+    raise CheckpointError('CKPT-NONE', f'no run in {where}: config.gin is missing; check the path.')
   return load_saved(saved)
 
 
@@ -267,7 +269,8 @@ def _steps(workdir: pathlib.Path) -> list[int]:
     with _opened(workdir) as checkpoints:
       if there := checkpoints.finished():
         return there
-  raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; check the path.')
+  where = f'{workdir}/checkpoints{looked_in(workdir)}'
+  raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {where}; check the path.')
 
 
 def _opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:

@@ -186,11 +186,41 @@ def test_checkpoints_of_such_a_folder_are_looked_for(home, capsys):
 
 def test_a_path_with_such_bytes_is_shown_and_never_crashes_the_message(home):
   code, out, error = child('config', f'--gin_file={BAD}.gin')
+  where = f'caf\\udce9.gin (looked for in {os.getcwd()})'
   assert (code, error) == (
     64,
-    'CONFIG: --gin_file=caf\\udce9.gin cannot be read (No such file or directory); check the path.\n',
+    f'CONFIG: --gin_file={where} cannot be read (No such file or directory); check the path.\n',
   )
   pathlib.Path(f'{BAD}.gin').write_text(f"include '{tiny.DECODER}'\n")
   code, out, error = child('config', f'--gin_file={BAD}.gin', f'--plot={BAD}.png')
   assert (code, out, error) == (0, b'caf\xe9.png\n', '')
   assert pathlib.Path(f'{BAD}.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [
+    ('config', '--gin_file=no'),
+    ('train', '--gin_file=no', '--workdir=run'),
+    ('train', f'--gin_file={tiny.DECODER}', '--workdir=run', "--gin.checkpoint.initial='no/0'"),
+    ('data', 'plan', '--gin_file=no'),
+    ('data', 'prepare', '--out=store', '--tokenizer=no', str(tiny.ROOT / 'README.md')),
+    ('data', 'prepare', '--out=store', 'no'),
+    ('data', 'verify', 'no'),
+    ('data', 'stats', 'no', '--out=stats'),
+    ('generate', '--workdir=no', '--text=a'),
+    ('report', 'no'),
+    ('replay', '--workdir=no', '--step=1'),
+    ('checkpoints', 'list', '--workdir=no'),
+    ('import', '--from=no', '--workdir=run'),
+    ('export', '--workdir=no', '--out=out'),
+  ],
+  ids=lambda argv: '-'.join(argv[:2]),
+)
+def test_a_missing_relative_path_is_reported_with_the_folder_it_was_looked_for_in(home, capsys, argv):
+  before = set(os.listdir())
+  assert command.main(list(argv)) in (64, 65, 66)
+  error = capsys.readouterr().err
+  assert f' (looked for in {os.getcwd()})' in error
+  assert error.count('\n') == 1
+  assert set(os.listdir()) == before

@@ -1,6 +1,7 @@
 """Config files: what they may say, and the sentence for everything else."""
 
 import dataclasses
+import os
 from typing import Annotated, Literal
 
 import pytest
@@ -219,7 +220,10 @@ def test_the_resolved_text_is_one_line_a_key_grouped_by_section():
     ),
     ('import os', 'x.gin:3: import os: configs hold values, code holds code. Remove the line.'),
     ('eval/model.embed = 3', 'x.gin:3: eval/ is a scope; give each section its own key, e.g. model.embed = …'),
-    ("include 'no.gin'", 'x.gin:3: no.gin cannot be read (No such file or directory); check the path.'),
+    (
+      "include 'no.gin'",
+      'x.gin:3: no.gin (looked for in CWD) cannot be read (No such file or directory); check the path.',
+    ),
     ("include 'x.gin'", 'x.gin:3: x.gin includes itself; remove one of the includes.'),
     ('seed = 3 4', 'x.gin:3: syntax error; write one `key = value` to a line, strings in quotes.'),
     ('seed = [3', 'x.gin:3: syntax error; write one `key = value` to a line, strings in quotes.'),
@@ -229,7 +233,7 @@ def test_the_resolved_text_is_one_line_a_key_grouped_by_section():
   ],
 )
 def test_a_mistake_in_a_file_names_its_line(write, text, sentence):
-  assert message(write(BASE + text)) == f'CONFIG: {sentence}'
+  assert message(write(BASE + text)) == f'CONFIG: {sentence}'.replace('CWD', os.getcwd())
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,8 @@ def test_a_mistake_in_an_included_file_names_that_file(write):
 
 
 def test_a_file_that_is_not_there_or_not_text_is_named(write):
-  assert message('no.gin') == 'CONFIG: --gin_file=no.gin cannot be read (No such file or directory); check the path.'
+  where = f'no.gin (looked for in {os.getcwd()})'
+  assert message('no.gin') == f'CONFIG: --gin_file={where} cannot be read (No such file or directory); check the path.'
   with open('bytes.gin', 'wb') as file:
     file.write(b'seed = 1\n\xff\xfe')
   assert message('bytes.gin') == 'CONFIG: --gin_file=bytes.gin is not UTF-8 text (byte 9); is it a gin file?'

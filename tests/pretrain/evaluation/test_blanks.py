@@ -1,16 +1,16 @@
 """Held-out sentences with hidden words: readable, the same for everyone, and filled by the run's own probabilities."""
 
 import math
-import re
 
 import pytest
 
+from data.stores.store import open_store
 from pretrain.errors import ConfigError
 from pretrain.evaluation import blanks as module
-from pretrain.evaluation.blanks import choose, hide_words, sentences, show_blanks, word_shares
+from pretrain.evaluation.blanks import choose, hide_words, sentences, show_blanks
 from pretrain.evaluation.generate import generate
+from pretrain.evaluation.unigram import count
 from pretrain.run.train import train
-from tests.conftest import paragraphs
 from tests.pretrain import tiny
 
 PLAIN = [
@@ -63,10 +63,28 @@ def test_the_choice_is_by_hash_whatever_the_order_and_leaves_out_training_text()
   assert len(choose([' '.join(PLAIN)], 3)) == 1, 'one of each document'
 
 
-def test_frequent_words_have_their_share():
-  found = word_shares(['the work of the day', 'Work'])
-  assert list(found.items())[:2] == [('the', 2 / 6), ('Work', 1 / 6)]
-  assert sum(found.values()) == pytest.approx(1)
+def test_a_unigram_is_a_distribution_over_fillings_of_the_given_mean_length(text_store):
+  store = open_store(text_store)
+  unigram = count([store], [[5, 6], [7, 8, 9], [4]])
+  assert unigram.end == 1 / 2  # three fillings, six tokens
+  ids = store.read([(0, store.num_tokens)])[0]
+  text = ids[(ids > 2) & (ids < store.manifest['pieces'])]
+  token = int(text[0])
+  expected = ((text == token).sum() + 1) / (len(text) + store.manifest['pieces'])
+  assert unigram.shares[token] == pytest.approx(expected, rel=1e-12)
+  assert math.exp(unigram.log_prob([token, token])) == pytest.approx(expected * 0.5 * expected * 0.5, rel=1e-12)
+  one = sum(math.exp(unigram.log_prob([k])) for k in range(len(unigram.shares)))
+  assert one == pytest.approx(0.5), 'fillings of one token have half the probability'
+
+
+def test_the_last_line_compares_over_many_sentences():
+  line = module._compared(
+    [(math.log(0.2), math.log(0.1)), (math.log(0.8), math.log(0.1)), (math.log(0.1), math.log(0.2))]
+  )
+  assert line == (
+    'The true words of 3 such sentences: 2 times as likely to this run as to token counts (geometric mean), '
+    'more likely in 2 of them.'
+  )
 
 
 def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path, monkeypatch):
@@ -79,11 +97,13 @@ def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path
   words = [c for c in result.top['<extra_id_0>'] if c.text.isalpha()]
   assert lines[2] == f'  {blank.filled("______")}'
   assert lines[3].startswith(f'  true words: {blank.truth} (this run ')
-  known = re.findall(r"[A-Za-z]+(?:['-][A-Za-z]+)*", ' '.join(paragraphs()))
-  by_count = math.prod(known.count(word) / len(known) for word in blank.truth.split())
-  assert lines[3].endswith(f', word counts {by_count:.2g})')
+  ids = open_store(text_store).tokenizer(0).encode(blank.truth)
+  by_count = math.exp(count([open_store(text_store)], [ids]).log_prob(ids))
+  assert lines[3].endswith(f', token counts {by_count:.2g})')
   assert lines[4].split() == ['best', 'words', 'of', 'this', 'run', 'most', 'frequent', 'words']
   assert lines[5].split()[-1] == 'the'
+  assert lines.pop().startswith('The true words of 1 such sentences: ')
+  assert lines.pop() == ''
   assert len({line.rindex('%') for line in lines[5:]}) == 1, 'aligned'
   shown = [tuple(line.split()[:2]) for line in lines[5:]]
   expected = [(f'{c.probability:.2%}', c.text) for c in words]

@@ -1,6 +1,7 @@
 """`pretrain run`: several local processes that form one run, and end together."""
 
 import io
+import os
 import re
 import signal
 import subprocess
@@ -213,7 +214,8 @@ def test_output_lines_have_the_host_as_prefix():
 
 def test_the_command_runs_in_every_process(capsys):
   assert launch.run(2, ['train', '--gin_file=no.gin', '--workdir=none']) == 64
-  message = 'CONFIG: --gin_file=no.gin cannot be read (No such file or directory); check the path.'
+  where = f'no.gin (looked for in {os.getcwd()})'
+  message = f'CONFIG: --gin_file={where} cannot be read (No such file or directory); check the path.'
   lines = capsys.readouterr().out.splitlines()  # the second to fail may be ended before it can say so
   assert lines
   assert set(lines) <= {f'[{host}] {message}' for host in range(2)}

@@ -199,6 +199,7 @@ def test_a_training_is_refused_while_another_one_runs_and_readers_are_not(tmp_pa
   assert not (run / FILE).exists()
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_run_share_a_workdir_through_a_restart_and_refuse_others(tmp_path, impatient, monkeypatch):
   """Process 1 dies once; meanwhile, and before and after, no other run gets in."""
   run = tmp_path / 'run'

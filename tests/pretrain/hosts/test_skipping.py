@@ -20,6 +20,7 @@ def checksums(workdir) -> list[int]:
   return [row['batch_checksum'] for row in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_a_resume_of_a_run_with_skipped_examples_is_exact(tmp_path, monkeypatch):
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   cfg = tiny.decoder('train.steps=8', 'checkpoint.every=2', 'mesh.data=1')

@@ -121,6 +121,7 @@ t.train(tiny.decoder('train.steps=30', 'checkpoint.every=10', 'mesh.data=1'), sy
 """
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_real_run_that_was_killed_are_those_of_a_clock(tmp_path):
   """Within 2%, kill and all; the clock is this process's."""
   command = [sys.executable, '-c', RUN, tmp_path]

@@ -121,7 +121,9 @@ def numbers(workdir) -> list[tuple]:
   return [(row['step'], row['loss'], row['grad_norm']) for row in read_metrics(workdir)]
 
 
-@pytest.mark.parametrize(('step', 'found', 'alike', 'saved'), [(5, 6, 4, ['4']), (7, 8, 6, ['4'])])
+@pytest.mark.parametrize(
+  ('step', 'found', 'alike', 'saved'), [pytest.param(5, 6, 4, ['4'], marks=pytest.mark.slow), (7, 8, 6, ['4'])]
+)
 def test_a_run_stops_before_the_next_save_and_resumes_from_the_one_before(tmp_path, flips, step, found, alike, saved):
   """Found at the next check (6), or before the save of step 8: no saved step has a bad copy."""
   assert train(tiny.decoder(*KEYS), tmp_path / 'alone') == 0

@@ -32,6 +32,7 @@ def test_layout_does_not_change_the_answer_of_ul2_with_dropout(text_store):
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=6)
 
 
+@pytest.mark.slow
 def test_layout_does_not_change_the_answer_of_a_decoder():
   cfg = tiny.decoder('model.dropout=0.1', 'model.kv_heads=2')
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[3]), steps=4)
@@ -42,6 +43,7 @@ def test_layout_does_not_change_the_answer_of_an_encoder(text_store):
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=4)
 
 
+@pytest.mark.slow
 def test_bf16_agrees_to_a_thousandth():
   cfg = tiny.decoder('model.dropout=0.1', 'model.kv_heads=2', "model.dtype='bfloat16'")
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=4, rtol=1e-3)

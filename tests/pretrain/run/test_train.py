@@ -28,6 +28,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path
   assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
 
 
+@pytest.mark.slow
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   """A mutation: the check must notice a restore that loses the position in the data."""
   restore = starting.restore_or_initialise
@@ -196,7 +197,7 @@ def test_signal_handlers_are_restored(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize('log_every', [1, 1000])
+@pytest.mark.parametrize('log_every', [pytest.param(1, marks=pytest.mark.slow), 1000])
 def test_sigterm_saves_and_exits_75(tmp_path, log_every):
   """A run that is interrupted saves its step and can resume from it, also before its first row of metrics."""
   code = (
