@@ -29,7 +29,7 @@ def _cross_keys_values(decoder: Tree) -> int:
 def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
   """How many keys of its own row a query reads in all layers of a stack."""
   windows = cfg.windows or (None,)
-  wide = [length if w is None else min(length, w if causal else 2 * w - 1) for w in windows]
+  wide = [length if w is None else min(length, cfg.sinks + (w if causal else 2 * w - 1)) for w in windows]
   return layers // len(windows) * sum(wide)
 
 

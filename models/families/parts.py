@@ -28,6 +28,8 @@ class Parts:
   `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
   replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w
   away; `windows` gives one to each layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2.
+  Through a window the first `sinks` tokens of each document are seen too (LM-Infinite's mask, arXiv:2308.16137, §4.1;
+  StreamingLLM, arXiv:2309.17453).
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
@@ -52,6 +54,7 @@ class Parts:
   attention_softcap: Annotated[float, '> 0'] | None = None
   logit_softcap: Annotated[float, '> 0'] | None = None
   windows: tuple[Annotated[int, '>= 1'] | None, ...] = ()
+  sinks: Annotated[int, '>= 0'] = 0
   positions: Positions = 'relative'
   relative_buckets: Annotated[int, '>= 4'] = 32  # an encoder has one near and one far bucket on each side
   relative_max_distance: Annotated[int, '>= 1'] = 128
@@ -119,6 +122,11 @@ def _check_experts(cfg: Parts) -> None:
 
 
 def _check_windows(cfg: Parts) -> None:
+  if cfg.sinks and not any(cfg.windows):
+    raise ValueError(
+      f'model.sinks={cfg.sinks} with model.windows={cfg.windows}; without a window every token sees the first ones, so '
+      'set model.windows, or remove model.sinks.'
+    )
   for key in ('layers', 'encoder_layers', 'decoder_layers'):
     if cfg.windows and (layers := getattr(cfg, key, 0)) % len(cfg.windows):
       raise ValueError(
@@ -169,7 +177,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
     rate=cfg.dropout, experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
-  return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), own_bias=each)
+  return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
 
 
 def make_experts(cfg: Parts) -> ExpertsConfig | None:

@@ -136,16 +136,24 @@ class Stack(nnx.Module):
   """`layers` blocks of one shape, scanned, then a norm unless blocks end with one.
 
   `windows` gives the window of each layer and repeats: blocks are scanned in groups of its length, and so many are
-  compiled. `own_bias`: `see.relative_bias` has a table for each layer.
+  compiled; layers with one also see the first `sinks` tokens of each document. `own_bias`: `see.relative_bias` has a
+  table for each layer.
   """
 
   def __init__(
-    self, cfg: BlockConfig, layers: int, *, remat: Remat, windows: Windows = (None,), own_bias: bool = False
+    self,
+    cfg: BlockConfig,
+    layers: int,
+    *,
+    remat: Remat,
+    windows: Windows = (None,),
+    sinks: int = 0,
+    own_bias: bool = False,
   ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
     self.layers, self.remat, self.rate = layers, remat, cfg.rate
-    self.windows, self.own_bias = windows, own_bias
+    self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
 
   def __call__(
     self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
@@ -155,7 +163,8 @@ class Stack(nnx.Module):
     def one(window: int | None):
       def body(x, inputs):
         block, layer, table = inputs
-        x, _, aux = block(x, positions, _of_layer(see, window, table), cross, fold(keys, layer), layer, None)
+        own = _of_layer(see, window, self.sinks, table)
+        x, _, aux = block(x, positions, own, cross, fold(keys, layer), layer, None)
         return x, aux
 
       return rematerialise(body, self.remat)
@@ -172,8 +181,9 @@ class Stack(nnx.Module):
     def one(window: int | None):
       def body(carry, inputs):
         block, layer, table, cross_keys_values = inputs
+        x, cache = carry
         own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
-        return block(*carry[:1], positions, _of_layer(see, window, table), own, None, layer, carry[1])[:2], None
+        return block(x, positions, _of_layer(see, window, self.sinks, table), own, None, layer, cache)[:2], None
 
       return body
 
@@ -200,11 +210,11 @@ class Stack(nnx.Module):
     return jax.lax.map(lambda block: block.cross_attention.keys_values(memory, positions), self.blocks)
 
 
-def _of_layer(see: Visibility, window: int | None, table: Array | None) -> Visibility:
+def _of_layer(see: Visibility, window: int | None, sinks: int, table: Array | None) -> Visibility:
   """`see` of one layer: with its window and, where layers do not share one, its own table of relative biases."""
   if table is not None:
     see = dataclasses.replace(see, relative_bias=dataclasses.replace(see.relative_bias, table=table))
-  return see if window is None else dataclasses.replace(see, window=window)
+  return see if window is None else dataclasses.replace(see, window=window, num_sinks=sinks)
 
 
 def _in_turn(bodies: Sequence[Callable]) -> Callable:

@@ -136,7 +136,7 @@ def attention(
   if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
     raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
   _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
-  chosen = choose(implementation, dropout=dropout is not None)
+  chosen, see = choose(implementation, dropout=dropout is not None), see.count_sinks()
   if see.relative_bias is not None and chosen != 'reference':
     _check_positions(chosen, q, k, see)
   options = {'dropout': dropout} if chosen == 'reference' else {}

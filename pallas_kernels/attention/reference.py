@@ -38,7 +38,7 @@ class Visibility:
 
   Query i sees key j iff their segments are equal and not 0, and (not causal, or position j <= position i, or
   position j < prefix_end[j]), and |position i - position j| < window or position j < num_sinks. Positions default to
-  indices.
+  indices, with `num_sinks` to those inside a segment: the first tokens of each document, not of the row.
   """
 
   causal: bool = _static()
@@ -52,12 +52,27 @@ class Visibility:
   q_segment_ids: Int[Array, 'batch T'] | None = None
   relative_bias: RelativeBias | None = None
 
+  def count_sinks(self) -> 'Visibility':
+    """The same, with the positions inside contiguous segments where sinks need them and none are given."""
+    given = self.q_positions is not None or self.kv_positions is not None
+    if self.window is None or not self.num_sinks or self.kv_segment_ids is None or given:
+      return self
+    q_positions, kv_positions = _inside(self.q_segment_ids), _inside(self.kv_segment_ids)
+    return dataclasses.replace(self, q_positions=q_positions, kv_positions=kv_positions)
+
   def silence_padding(self, k: Array, v: Array) -> tuple[Array, Array]:
     """k and v with 0 for keys of segment 0: a weight of 0 does not silence a NaN."""
     if self.kv_segment_ids is None:
       return k, v
     silence = lambda x: jnp.where((self.kv_segment_ids != 0)[:, :, None, None], x, 0)
     return silence(k), silence(v)
+
+
+def _inside(segment_ids: Array) -> Array:
+  """int32[batch, length]: how many tokens of its own segment stand before each one."""
+  index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+  starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+  return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def relative_position_bucket(distance, *, buckets: int, bidirectional: bool, max_distance: int):
@@ -106,6 +121,7 @@ def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
 def _place(see: Visibility, q: Array, k: Array) -> Visibility:
   """`see` with positions: indices where it has none."""
   index = lambda x, given: jnp.arange(x.shape[1])[None] if given is None else given
+  see = see.count_sinks()
   return dataclasses.replace(see, q_positions=index(q, see.q_positions), kv_positions=index(k, see.kv_positions))
 
 

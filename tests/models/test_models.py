@@ -24,6 +24,7 @@ from tests.models.small import (
   IDS,
   LEARNED,
   LLAMA,
+  SINKS,
   T5,
   T5_1_0,
   T5_ALIBI,
@@ -45,6 +46,7 @@ WRITERS = {
   'alibi': ALIBI,
   'learned': LEARNED,
   'experts': EXPERTS,
+  'sinks': SINKS,
 }
 VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
@@ -236,8 +238,9 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
     *((cfg, False) for cfg in (LLAMA, ALIBI, LEARNED)),
     (LLAMA, True),
     *(pytest.param(cfg, True, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
+    pytest.param(SINKS, False, marks=pytest.mark.slow),
   ],
-  ids=['rotary', 'alibi', 'learned', 'rotary-prefix', 'alibi-prefix', 'learned-prefix'],
+  ids=['rotary', 'alibi', 'learned', 'rotary-prefix', 'alibi-prefix', 'learned-prefix', 'sinks'],
 )
 def test_prompts_of_unequal_lengths_are_continued_as_each_alone(cfg, prefix):
   """They stand at the end of their rows; without segment ids the padding would be read."""

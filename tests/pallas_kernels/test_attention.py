@@ -51,6 +51,10 @@ CASES = {
   'window': ({'causal': True, 'window': 3}, lambda b, i, j: i - 3 < j <= i),
   'window of everything': ({'causal': False, 'window': T}, lambda b, i, j: True),
   'window and sinks': ({'causal': True, 'window': 2, 'num_sinks': 1}, lambda b, i, j: j <= i and (j > i - 2 or j < 1)),
+  'sinks of packed documents': (
+    {'causal': True, 'window': 2, 'num_sinks': 1, 'q_segment_ids': SEGMENTS, 'kv_segment_ids': SEGMENTS},
+    lambda b, i, j: same_segment(b, i, j) and j <= i and (j > i - 2 or j == list(SEGMENTS[b]).index(SEGMENTS[b, i])),
+  ),
 }  # fmt: skip
 
 

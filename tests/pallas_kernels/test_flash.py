@@ -69,6 +69,17 @@ def test_it_is_the_definition_in_values_and_gradients(case):
 
 
 @pytest.mark.slow
+def test_sinks_of_packed_documents_are_those_of_the_definition():
+  """Through the op, which gives kernels the positions inside segments."""
+  q, k, v = draw(256, batch=2)
+  options = {'causal': True, 'window': 20, 'num_sinks': 3, **packed(ROW)}
+  found, expected = (flash_attention(q, k, v, implementation=name, **options) for name in ('interpret', 'reference'))
+  np.testing.assert_allclose(found, expected, atol=3e-6)
+  without = flash_attention(q, k, v, implementation='reference', **options | {'num_sinks': 0})
+  assert np.abs(without - expected).max() > 1e-2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('blocks', MANY, ids=['small', 'wide', 'tall', 'square', 'strips'])
 @pytest.mark.parametrize('case', CASES | MORE)
 def test_blocks_do_not_change_the_answer(case, blocks):

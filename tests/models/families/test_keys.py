@@ -23,6 +23,7 @@ from tests.models.small import ALIBI, ENCODER, LLAMA, T5
   [
     (LLAMA, {'windows': (4, None, None)}, 'model.windows has 3 entries, which do not divide model.layers=2'),
     (T5, {'windows': (4, None)}, 'model.windows has 2 entries, which do not divide model.decoder_layers=3'),
+    (LLAMA, {'sinks': 4}, 'model.sinks=4 with model.windows=(); without a window every token sees the first ones'),
     (LLAMA, {'experts_per_token': 3}, 'model.experts_per_token=3 without model.experts; set it, or remove this.'),
     (LLAMA, {'experts': 2, 'experts_per_token': 3}, 'model.experts_per_token=3 of model.experts=2'),
     (LLAMA, {'experts': 2, 'bias': 'all'}, "model.bias='all' with model.experts; experts have no biases"),
@@ -85,14 +86,23 @@ def test_windows_and_scalings_are_written_and_read():
   assert bindings.load(Experiment, [], written) == cfg
 
 
+SINKS = dataclasses.replace(LLAMA, sinks=4)
+
+
 @pytest.mark.parametrize(
   ('cfg', 'windows', 'pairs'),
-  [(LLAMA, (16, None), 16 + 100), (LLAMA, (200,), 100 + 100), (ENCODER, (16,), 31 + 31), (LLAMA, (), 200)],
+  [
+    (LLAMA, (16, None), 16 + 100),
+    (SINKS, (16,), 20 + 20),
+    (LLAMA, (200,), 100 + 100),
+    (ENCODER, (16,), 31 + 31),
+    (LLAMA, (), 200),
+  ],
 )
 def test_flops_count_the_keys_in_a_window(cfg, windows, pairs):
   """Two products for scores and two for mixing, forward and twice more backward, for each pair of two layers."""
   of = lambda cfg: sum(flops_per_position(cfg, inputs_length=0, targets_length=100).values())
-  saved = of(cfg) - of(dataclasses.replace(cfg, windows=windows))
+  saved = of(dataclasses.replace(cfg, sinks=0)) - of(dataclasses.replace(cfg, windows=windows))
   assert saved == 3 * 4 * cfg.heads * cfg.head_dim * (200 - pairs)
 
 
