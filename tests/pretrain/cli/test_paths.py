@@ -93,6 +93,7 @@ def test_no_flag_takes_a_string_that_is_neither_path_nor_text():
   plain = {(words, flag) for words, flag, kind in flags_of(shared.parser(command.COMMANDS)) if kind is None}
   assert plain == {
     (('plan',), '--topology'), (('data', 'prepare'), '--documents'), (('data', 'prepare'), '--records'),
+    (('checkpoints', 'extend-vocabulary'), '--method'), (('checkpoints', 'warm-start'), '--cross'),
   }  # fmt: skip
 
 
