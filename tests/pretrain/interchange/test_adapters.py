@@ -35,12 +35,12 @@ def folder(request, tmp_path_factory):
 
 
 def values(path) -> dict[str, np.ndarray]:
-  return {name: tensor.map().astype(np.float32) for name, tensor in open_folder(path).items()}
+  return {name: tensor.values().astype(np.float32) for name, tensor in open_folder(path).items()}
 
 
 def test_a_merged_export_has_the_weights_plus_the_product(folder):
   before, after = values(folder / 'source'), values(folder / 'out')
-  factors = {name: tensor.map() for name, tensor in open_file(folder / 'adapter' / WEIGHTS).items()}
+  factors = {name: tensor.values() for name, tensor in open_file(folder / 'adapter' / WEIGHTS).items()}
   assert before.keys() == after.keys()
   adapted = {name.removeprefix(PREFIX).removesuffix('.lora_A.weight') for name in factors if '.lora_A.' in name}
   for name, old in before.items():
@@ -105,7 +105,7 @@ def test_what_is_no_plain_lora_is_refused(folder, tmp_path, capsys):
 
 
 def rename(folder, names) -> None:
-  found = {names(name): tensor.map().copy() for name, tensor in open_file(folder / WEIGHTS).items()}
+  found = {names(name): tensor.values().copy() for name, tensor in open_file(folder / WEIGHTS).items()}
   for name, array in create(folder, {name: ('F32', x.shape) for name, x in found.items()}).items():
     array[...] = found[name]
   (folder / SINGLE).rename(folder / WEIGHTS)

@@ -28,7 +28,7 @@ def test_adapters_learn_from_pairs(pair_store, tmp_path):
   )  # fmt: skip
   train(cfg, tmp_path / 'tuned')
   losses = [row['loss'] for row in read_metrics(tmp_path / 'tuned')]
-  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.7
+  assert np.mean(losses[-5:]) < losses[0] - 0.7
   abstract = build_program(plain(cfg)).abstract.params
   before, after = (read_weights(tmp_path / run, step, abstract) for run, step in (('trunk', 1), ('tuned', 40)))
   same = jax.tree.map(lambda x, y: bool((x == y).all()), before, after)

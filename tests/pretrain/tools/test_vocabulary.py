@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from data.prepare.prepare import train_sentencepiece
 from data.stores.vocabulary import Tokenizer
@@ -17,6 +18,10 @@ from tests.pretrain import tiny
 LICENSE = (tiny.ROOT / 'LICENSE').read_text().splitlines()
 OTHER = (tiny.ROOT / 'CONTRIBUTING.md').read_text().splitlines()
 OLD_SIZE, NEW_SIZE, SENTINELS = 500, 700, 4
+
+
+def processor(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
+  return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
 
 
 @pytest.fixture(scope='module')
@@ -59,8 +64,8 @@ def tables(run) -> dict[str, np.ndarray]:
 def test_tokens_of_both_keep_their_rows_to_the_bit(folder, tmp_path, method, capsys):
   before, after = tables(folder / 'old'), extend(folder, method, tmp_path / 'new')
   old, new = tokenizers(folder)
-  names = {name: i for i, name in enumerate(old._processor.id_to_piece(list(range(old.vocabulary.pieces))))}
-  same = [(i, names[name]) for i in range(new.vocabulary.pieces) if (name := new._processor.id_to_piece(i)) in names]
+  names = {name: i for i, name in enumerate(processor(old).id_to_piece(list(range(old.vocabulary.pieces))))}
+  same = [(i, names[name]) for i in range(new.vocabulary.pieces) if (name := processor(new).id_to_piece(i)) in names]
   same += [(new.vocabulary.sentinel(k), old.vocabulary.sentinel(k)) for k in range(SENTINELS)]
   same += list(zip(new.vocabulary.mode_ids, old.vocabulary.mode_ids, strict=True))
   ours, theirs = (list(ids) for ids in zip(*same, strict=True))
@@ -75,11 +80,11 @@ def test_tokens_of_both_keep_their_rows_to_the_bit(folder, tmp_path, method, cap
       np.testing.assert_allclose(table[fresh], np.tile(known.mean(0), (len(fresh), 1)), atol=1e-6)
     if method == 'subword':
       words = [
-        i for i in fresh if i < NEW_SIZE and (piece := new._processor.id_to_piece(i))[:1] == '▁' and piece[1:].isalpha()
+        i for i in fresh if i < NEW_SIZE and (piece := processor(new).id_to_piece(i))[:1] == '▁' and piece[1:].isalpha()
       ]
       assert len(words) > 20
       for word in words:  # SentencePiece puts a space before a text of its own accord
-        pieces = old._processor.encode(new._processor.id_to_piece(word)[1:])
+        pieces = processor(old).encode(processor(new).id_to_piece(word)[1:])
         assert len(pieces) > 1
         np.testing.assert_allclose(table[word], known[pieces].mean(0), atol=1e-6)
 
@@ -107,7 +112,7 @@ def test_pieces_inside_of_words_are_spelled_without_a_space(folder):
   places = old_ids(old, new)
   spelled = dict(zip(np.flatnonzero(places < 0), spellings(old, new, places), strict=True))
   tokens = written(new)
-  names = lambda ids: ''.join(old._processor.id_to_piece(ids))
+  names = lambda ids: ''.join(processor(old).id_to_piece(ids))
   checked = [(tokens[i][1], names(ids)) for i, ids in spelled.items() if ids]
   assert len(checked) > 5
   whole = [pair for pair in checked if len(pair[0]) == len(pair[1])]

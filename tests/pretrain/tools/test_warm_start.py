@@ -78,7 +78,7 @@ def test_the_encoder_computes_what_it_computed(folder, tmp_path):
   trees = [nested(values(path)) for path in (tmp_path / 'new', folder / 'encoder')]
   trees[0]['embedding'] = trees[1]['embedding']  # the decoder's, in the new model
   batch = {k: v for k, v in small.batch().items() if k.startswith(('encoder', 'example'))}
-  ours = build(cfgs[0]).bind(trees[0]).encode(batch, None)
+  ours = build(cfgs[0]).bind(trees[0]).encode(batch, None)[0]
   theirs = build(cfgs[1]).apply(trees[1], batch)[0]
   real = batch['encoder_segment_ids'] > 0
   np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(theirs)[real], atol=1e-5)
