@@ -38,7 +38,7 @@ def test_tiny_beats_the_bigram(tmp_path):
   assert rows[-1]['eval/builtin/text_loss'] < baselines['bigram']
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_an_encoder_is_a_nat_and_a_half_below_the_unigram(tmp_path):
   rows, baselines = run('encoder/tiny', tmp_path)
   assert rows[-1]['eval/builtin/text_loss'] < baselines['unigram'] - 1.5
