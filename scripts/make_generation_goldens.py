@@ -102,7 +102,7 @@ def attempt(model, name: str, seed: int) -> dict[str, np.ndarray] | None:
 
 def check_weights(model, name: str) -> None:
   """The weights are drawn again, and must be those of the committed file."""
-  with np.load(GOLDENS / name / 'expected.npz') as golden:
+  with np.load(GOLDENS / name / 'expected.npz', allow_pickle=False) as golden:
     found = logits(model, golden['long'], golden.get('long_target'))
     assert np.abs(found - golden['long_logits']).max() < 1e-4, f'{name}: other weights than in {GOLDENS}'
 

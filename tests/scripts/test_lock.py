@@ -45,7 +45,7 @@ def test_each_package_has_a_version_and_hashes(name):
   assert len(found) > 40
   assert {package for package, (_, hashes) in found.items() if not hashes} == set()
   assert 'git+' not in (text := (ROOT / name).read_text())
-  assert 'http' not in re.sub(r'^\s*#.*$', '', text, flags=re.MULTILINE)
+  assert '://' not in re.sub(r'^\s*#.*$', '', text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize('name', LOCKS)

@@ -108,7 +108,7 @@ def epoch_scores(source, count: int, first: int = 0) -> np.ndarray:
   return np.array([np.average([scores[d] for d, _, _ in row], weights=[n for *_, n in row]) for row in rows])
 
 
-@pytest.mark.parametrize('direction', ['ascending', 'descending'])
+@pytest.mark.parametrize('direction', ['ascending', pytest.param('descending', marks=pytest.mark.slow)])
 def test_rows_of_a_run_follow_the_score_of_their_documents(scored, direction):
   found = {}
   for cfg in CURRICULA:

@@ -53,7 +53,7 @@ def with_examples(test):
 
 @with_examples
 @given(name=legal)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_at_a_path_is_read_from_it_and_nothing_else_changes(tokenizer_model, name):
   tokenizer = Tokenizer(tokenizer_model, 8)
   with tempfile.TemporaryDirectory() as folder:

@@ -170,6 +170,7 @@ def with_targets(data):
   return data | {'decoder_target_tokens': data['decoder_input_tokens'], 'decoder_loss_weights': weights}
 
 
+@pytest.mark.slow
 def test_accumulation_weighs_aux_by_targets():
   """Two microbatches with 12 and 5 targets: the value and the gradient are the means of theirs, weighed so."""
   model, params = model_and_params(EXPERTS)

@@ -27,7 +27,15 @@ def run_dir(text_store, tmp_path_factory, request):
   return workdir
 
 
-@pytest.mark.parametrize('how', [{}, {'sampling': DRAWN, 'seed': 5}, {'beams': 3}], ids=['greedy', 'drawn', 'beams'])
+@pytest.mark.parametrize(
+  'how',
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {'sampling': DRAWN, 'seed': 5},
+    pytest.param({'beams': 3}, marks=pytest.mark.slow),
+  ],
+  ids=['greedy', 'drawn', 'beams'],
+)
 def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
   alone = generate(run_dir, PROMPTS, 6, how=Decoding(**how))
   assert generate(run_dir, PROMPTS, 6, how=Decoding(**how, batch=4)) == alone

@@ -89,6 +89,7 @@ def own_devices(monkeypatch):
     monkeypatch.setenv(name, '')
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_by_itself_with_the_losses_of_an_uninterrupted_run(tmp_path):
   assert supervised(tmp_path / 'killed', 1, 30, signal.SIGKILL, host=0) == 0
   assert supervised(tmp_path / 'alone', 1, 30) == 0

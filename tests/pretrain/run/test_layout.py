@@ -38,6 +38,7 @@ def test_layout_does_not_change_the_answer_of_a_decoder():
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[3]), steps=4)
 
 
+@pytest.mark.slow
 def test_layout_does_not_change_the_answer_of_an_encoder(text_store):
   cfg = tiny.encoder(text_store, 'model.dropout=0.1')
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=4)

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from pretrain.experiment.program import build_program
 from pretrain.experiment.trunk import plain, read_weights
@@ -16,6 +17,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adapters_learn_from_pairs(pair_store, tmp_path):
   over = tiny.over(pair_store)
   trunk = tiny.experiment(

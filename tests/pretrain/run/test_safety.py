@@ -23,8 +23,11 @@ from tests.test_house import PACKAGES, ROOT, SOURCES
 PROGRAMS = sorted((ROOT / 'scripts').rglob('*.py'))
 RUNS = ('pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'jsonpickle', 'torch', 'code', 'runpy')
 CALLS = ('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'yaml.load', 'serialize_executable')
-# What the product is shown to refuse; what two scripts use that are run by hand, on models that they make themselves.
-PLANTED = {'safety.py': {'pickle'}, 'check_export.py': {'torch'}, 'make_interchange_goldens.py': {'torch'}}
+# What the product is shown to refuse; what scripts use that are run by hand, on models that they make themselves.
+PLANTED = {
+  'safety.py': {'pickle'}, 'check_export.py': {'torch'}, 'make_interchange_goldens.py': {'torch'},
+  'make_generation_goldens.py': {'torch'}, 'check_lm_eval.py': {'torch'},
+}  # fmt: skip
 
 
 def dangers(text: str) -> list[str]:
