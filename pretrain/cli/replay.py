@@ -2,7 +2,6 @@
 
 import argparse
 
-from data.stores.paths import looked_in
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
 
@@ -27,6 +26,8 @@ def replay_command(options, overrides) -> int:
 
   saved = options.workdir / 'config.gin'
   if not saved.exists():
+    from data.stores.paths import looked_in
+
     raise ConfigError(
       f'--workdir={options.workdir}{looked_in(options.workdir)} is no run: it has no config.gin; check the path.'
     )

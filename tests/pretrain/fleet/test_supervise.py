@@ -266,4 +266,4 @@ def test_skipping_is_refused_if_examples_cannot_be_left_out(capsys, tmp_path, fi
 
 def test_a_mistake_shows_before_a_process_is_started(capsys, tmp_path):
   assert main(['run', '--hosts=2', '--', 'train', '--gin_file=no.gin', f'--workdir={tmp_path}']) == 64
-  assert capsys.readouterr().err.startswith('CONFIG: --gin_file=no.gin cannot be read')
+  assert capsys.readouterr().err.startswith('CONFIG: --gin_file=no.gin (looked for in ')
