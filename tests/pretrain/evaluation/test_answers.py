@@ -48,10 +48,10 @@ def test_ids_that_the_tokenizer_lacks_are_never_chosen(run_dir, monkeypatch):
   """Their logits are made the greatest."""
   seen = []
 
-  def spoilt(model, params, batch, max_tokens, vocab_size):
+  def spoilt(model, params, batch, max_tokens, vocab_size, **ids):
     kernel = params['head']['kernel']
     params = params | {'head': {'kernel': kernel.at[:, vocab_size:].set(100 * kernel[:, :1])}}
-    both = greedy(model, params, batch, max_tokens), greedy(model, params, batch, max_tokens, vocab_size)
+    both = [greedy(model, params, batch, max_tokens, size, **ids) for size in (None, vocab_size)]
     seen.append((vocab_size, int(both[0].max()), int(both[1].max())))
     return both[1]
 
@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line(run_dir, capsys, flags, code, message):
 def writes(monkeypatch, output):
   """The model's output is `output`, whatever the prompt is."""
 
-  def fixed(model, params, batch, max_tokens, vocab_size):
+  def fixed(model, params, batch, max_tokens, vocab_size, **ids):
     return np.int32([(output + [EOS] + [0] * max_tokens)[:max_tokens]])
 
   monkeypatch.setattr(module, 'greedy', fixed)
