@@ -25,7 +25,7 @@ def _byte_level() -> Tokenizer:
   found.post_processor = processors.ByteLevel(trim_offsets=False)
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-  found.train_from_iterator(paragraphs(), trainer)
+  found.train_from_iterator([*paragraphs(), *["it's"] * 200], trainer)  # 's becomes a piece
   found.add_special_tokens(list(SPECIAL['byte_level']))
   return found
 
