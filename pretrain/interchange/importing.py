@@ -186,7 +186,7 @@ def import_run(
 ) -> None:
   """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
 
-  `change` of the parameters is what is written.
+  It writes `change(parameters)`.
   """
   program = build_program(cfg)
   params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
@@ -214,7 +214,7 @@ def _keep(source: Source, folder: pathlib.Path) -> None:
 
 
 def _to_keep(source: Source) -> set[str]:
-  """Tensors whose values the parameters do not give back: those that are none, and those that a fold rounds."""
+  """Tensors that cannot be restored from the parameters: unused tensors, and tensors that a fold rounds."""
   found = {name for name in source.tensors if _matches(name, source.family.carried)}
   found |= source.family.others(source.values).keys()
   for entry, spec in placed(source.family, source.model, source.values):
