@@ -96,7 +96,8 @@ def _tokenizer(folder: pathlib.Path, model: ModelConfig) -> Published | None:
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
   for old, new in family.renamed.items():
     name = re.sub(old, new, name)
-  whole = name if name.startswith(family.prefix) or name in family.aliases else family.prefix + name
+  known = (*family.aliases, *(family.tied or ()))
+  whole = name if name.startswith(family.prefix) or name in known else family.prefix + name
   return family.aliases.get(whole, whole)
 
 
