@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from models.build import ModelConfig, build
+from models.build import KernelsConfig, ModelConfig, build
 from models.specs import Tree
 from pretrain.interchange.importing import Source, flat, open_source, parameters
 
@@ -69,9 +69,11 @@ def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]
 PADDED, PACKED = [['long'], ['short']], [['short', 'long']]
 
 
-def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED)) -> float:
+def worst(
+  cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED), attention: str = 'auto'
+) -> float:
   """The largest error over padded and packed rows, as a fraction of the logits' scale."""
-  model, scale = build(cfg), np.abs(golden['long_logits']).max()
+  model, scale = build(cfg, KernelsConfig(attention=attention)), np.abs(golden['long_logits']).max()
   run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
   errors = []
   for order in orders:

@@ -24,6 +24,13 @@ def test_logits_are_those_of_transformers(golden):
   assert goldens.worst(source.model, params, expected) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_the_kernel_gives_the_logits_of_transformers(golden):
+  """TPU's, in the interpreter: padded rows of 200 tokens and packed rows of 260."""
+  _, source, params, expected = golden
+  assert goldens.worst(source.model, params, expected, attention='interpret') < TOLERANCE
+
+
 def nearly(values: dict) -> dict[str, dict]:
   """Other values for keys of a config.json, each nearly right: they are read, and change the logits."""
   rope = values.get('rope_parameters', {})
