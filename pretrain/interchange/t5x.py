@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data.prepare.published import JSON, SENTENCEPIECE, Published, published, tokenizer_in
@@ -23,6 +23,7 @@ from pretrain.interchange.zarr import checkpoint_in, open_checkpoint
 from pretrain.tools.weights import NOT_ARCHITECTURE
 
 ACTIVATION = 'model.mlp.activation'
+BUCKETS, USUAL_BUCKETS = 'model.relative_buckets', 32
 # Keys that no shape shows and that have one value in all of T5X's examples, or that any run may change.
 FREE = (*NOT_ARCHITECTURE, ACTIVATION, 'model.norm.eps', 'model.relative_max_distance')
 
@@ -81,12 +82,7 @@ def experiment(source: T5xSource, files: Sequence[str], overrides: Sequence[str]
   """
   given = {binding.key for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())}
   given |= {override.split('=', 1)[0].strip() for override in overrides}
-  if ACTIVATION not in given:
-    raise ConfigError(
-      f'the arrays in {source.folder} do not show {ACTIVATION}. Nothing was written; set it as mlp_activations in the '
-      f"checkpoint's config.gin: --gin.{ACTIVATION}=\"'relu'\" for T5 1.0, 'gelu_tanh' for ('gelu', 'linear') (T5 1.1, "
-      "mT5, ByT5, umT5), 'silu' for ('swish', 'linear') (UL2)."
-    )
+  _check_given(source, given)
   own = bindings.flatten(source.model, 'model.')
   start = [] if files else start_from(source)
   cfg = bindings.load(Experiment, files, [*start, *overrides], absent=own)
@@ -94,6 +90,24 @@ def experiment(source: T5xSource, files: Sequence[str], overrides: Sequence[str]
   check(cfg)
   family_for(cfg.model)  # `keep_files` writes its config.json
   return cfg
+
+
+def _check_given(source: T5xSource, given: Collection[str]) -> None:
+  """Raises ConfigError, with what to set, where the keys in `given` lack one that shapes do not show."""
+  missing, table = [], source.shown_by[BUCKETS]
+  if ACTIVATION not in given:
+    missing.append(
+      f"no shape shows the activation (mlp_activations in the checkpoint's config.gin): set --gin.{ACTIVATION}="
+      "\"'relu'\" for T5 1.0, 'gelu_tanh' for ('gelu', 'linear') (T5 1.1, mT5, ByT5, umT5), 'silu' for ('swish', "
+      "'linear') (UL2)"
+    )
+  if source.model.relative_buckets != USUAL_BUCKETS and BUCKETS not in given:  # else a transposed table may be read
+    missing.append(
+      f'{table} is {list(source.tensors[table].shape)}, heads first, then {source.model.relative_buckets} buckets, and '
+      f'T5X has {USUAL_BUCKETS}: set --gin.{BUCKETS}={source.model.relative_buckets} if that is right'
+    )
+  if missing:
+    raise ConfigError(f'{source.folder}: {"; ".join(missing)}. Nothing was written.')
 
 
 def _check_model(source: T5xSource, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
