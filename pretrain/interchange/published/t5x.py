@@ -100,7 +100,8 @@ def read(shapes: Shapes) -> Read:
 
 def _form(shapes: Shapes) -> Form:
   scanned = any(name.startswith('target.encoder.encoder.') for name in shapes)
-  form = Form(scanned, joined=True, each=f'target.encoder.{BIAS}' not in shapes)
+  each = any(re.match(rf'target\.encoder\.(encoder|layers_\d+)\.{BIAS}', name) for name in shapes)
+  form = Form(scanned, joined=True, each=each)
   query = shapes.get(f'{form.layer("encoder")}.attention.query.kernel', ())
   return dataclasses.replace(form, joined=len(query) != 3 + scanned)
 

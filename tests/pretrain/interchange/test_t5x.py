@@ -1,7 +1,8 @@
 """`pretrain import` of T5X's checkpoints: the goldens of `transformers` in T5X's names, and what is refused."""
 
+import dataclasses
 import json
-import shutil
+import pathlib
 
 import jax
 import ml_dtypes
@@ -11,15 +12,20 @@ import pytest
 from models import partition
 from models.build import build
 from pretrain.cli.main import main
+from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.evaluation.imported import FOLDER, tokenizer_of
+from pretrain.experiment.experiment import Experiment
 from pretrain.interchange import t5x, zarr
 from pretrain.interchange.importing import TENSORS, flat, parameters
+from pretrain.interchange.published.t5x import Form, entries
+from pretrain.interchange.published.t5x import read as read_shapes
 from tests.pretrain.interchange import goldens
 from tests.pretrain.interchange import t5x_folders as folders
 from tests.tokenizers_json import publish
 
+ROOT = pathlib.Path(__file__).parents[3]
 TOLERANCE = 3e-6
 SET = ['model.norm.eps=0.001', 'model.relative_max_distance=50', 'model.relative_buckets=16']  # of the goldens
 ACTIVATIONS = {'t5_v1_0': 'relu', 'ul2': 'silu', 'umt5': 'gelu_tanh'}
@@ -121,17 +127,19 @@ def grow(arrays):
   arrays['token_embedder/embedding'] = np.tile(table, (6, 1))
 
 
+TOKENIZER = {'generation_config': {'eos_token_id': 2}}
+
+
 @pytest.mark.parametrize('where', ['checkpoint_3', '.'])
-def test_the_tokenizer_lies_in_the_folder_or_beside_it(where, tmp_path, capsys):
+def test_the_tokenizer_lies_in_the_folder_or_beside_it(where, tmp_path):
   folder = written(tmp_path, 't5_v1_0', grow)
-  publish(tmp_path / 'tokenizer', 'byte_fallback')
-  shutil.copy(tmp_path / 'tokenizer/tokenizer.json', tmp_path / where)
+  publish(tmp_path / where, 'byte_fallback', **TOKENIZER)
   assert t5x.open_source(folder, None).tokenizer.path.parent == (tmp_path / where).absolute()
 
 
 def test_a_tokenizer_that_is_given_is_kept_with_its_ids(tmp_path, capsys):
   folder, given = written(tmp_path, 't5_v1_0', grow), tmp_path / 'tokenizer/tokenizer.json'
-  publish(tmp_path / 'tokenizer', 'byte_fallback', config={'eos_token_id': 2})
+  publish(given.parent, 'byte_fallback', **TOKENIZER)
   code, err = imported(capsys, folder, *flags_of('t5_v1_0'), f'--tokenizer={given}')
   assert code == 0, err
   found = tokenizer_of(tmp_path / 'run')
@@ -140,11 +148,10 @@ def test_a_tokenizer_that_is_given_is_kept_with_its_ids(tmp_path, capsys):
 
 
 def test_a_tokenizer_with_too_many_pieces(tmp_path, capsys):
-  folder = written(tmp_path, 't5_v1_0')
-  publish(tmp_path / 'tokenizer', 'byte_fallback')
-  err = refused(capsys, folder, 66, *flags_of('t5_v1_0'), f'--tokenizer={tmp_path / "tokenizer/tokenizer.json"}')
-  assert 'the embedding in' in err
-  assert 'has 96 rows' in err
+  folder, given = written(tmp_path, 't5_v1_0'), tmp_path / 'tokenizer/tokenizer.json'
+  publish(given.parent, 'byte_fallback', **TOKENIZER)
+  err = refused(capsys, folder, 66, *flags_of('t5_v1_0'), f'--tokenizer={given}')
+  assert f'{given} has 480 pieces, the embedding in {folder} has 96 rows' in err
 
 
 def flags_of(name: str) -> list[str]:
@@ -205,6 +212,21 @@ def test_unknown_arrays_and_types_are_listed(tmp_path, capsys):
   err = refused(capsys, written(tmp_path, 't5_v1_0', edit), 66, *flags_of('t5_v1_0'))
   assert 'unknown: target.encoder.adapter.kernel' in err
   assert 'target.encoder.layers_0.mlp.wi.kernel has type <f8' in err
+
+
+@pytest.mark.parametrize('form', [Form(False, True, False), Form(True, True, False), Form(True, False, True)])
+def test_the_sizes_of_ul2_are_read_from_its_shapes(form):
+  """In all forms that T5X's code writes; no array is needed for it."""
+  model = bindings.load(Experiment, [str(ROOT / 'configs/ul2/20b.gin')], []).model
+  model = dataclasses.replace(model, relative_layers='each' if form.each else 'shared')
+  specs, shapes = flat(build(model).specs), {}
+  for entry in (entry for entry in entries(model, form) if entry.ours in specs):
+    shapes |= dict.fromkeys(entry.names(specs[entry.ours]).values(), entry.shape(specs[entry.ours]))
+  found = read_shapes(shapes)
+  assert (found.form, found.complete, found.problems) == (form, True, [])
+  ours, theirs = (bindings.flatten(own, 'model.') for own in (model, found.model))
+  assert {key for key in ours if ours[key] != theirs[key]} <= set(t5x.FREE)
+  assert len(shapes) == (23 if form.scanned else 23 * 32) + 6  # 9 in a layer of the encoder, 14 in one of the decoder
 
 
 def test_layers_on_another_axis_are_refused(tmp_path, capsys):
