@@ -103,6 +103,7 @@ def test_bfloat16_is_read_exactly(tmp_path):
     np.testing.assert_array_equal(found, np.asarray(whole[path]).astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_swapped_gates_change_the_logits(tmp_path):
   def swap(arrays):
     for stack in ('encoder', 'decoder'):
@@ -123,8 +124,10 @@ def imported(capsys, folder, *flags) -> tuple[int, str]:
 
 
 def grow(arrays):
-  table = arrays['token_embedder/embedding']
-  arrays['token_embedder/embedding'] = np.tile(table, (6, 1))
+  """576 tokens: room for a tokenizer."""
+  arrays['token_embedder/embedding'] = np.tile(arrays['token_embedder/embedding'], (6, 1))
+  if 'decoder/logits_dense/kernel' in arrays:
+    arrays['decoder/logits_dense/kernel'] = np.tile(arrays['decoder/logits_dense/kernel'], (1, 6))
 
 
 TOKENIZER = {'generation_config': {'eos_token_id': 2}}
@@ -135,16 +138,6 @@ def test_the_tokenizer_lies_in_the_folder_or_beside_it(where, tmp_path):
   folder = written(tmp_path, 't5_v1_0', grow)
   publish(tmp_path / where, 'byte_fallback', **TOKENIZER)
   assert t5x.open_source(folder, None).tokenizer.path.parent == (tmp_path / where).absolute()
-
-
-def test_a_tokenizer_that_is_given_is_kept_with_its_ids(tmp_path, capsys):
-  folder, given = written(tmp_path, 't5_v1_0', grow), tmp_path / 'tokenizer/tokenizer.json'
-  publish(given.parent, 'byte_fallback', **TOKENIZER)
-  code, err = imported(capsys, folder, *flags_of('t5_v1_0'), f'--tokenizer={given}')
-  assert code == 0, err
-  found = tokenizer_of(tmp_path / 'run')
-  assert found.content == given.read_bytes()
-  assert (found.ids.end, found.ids.first_input) == (2, 0)
 
 
 def test_a_tokenizer_with_too_many_pieces(tmp_path, capsys):
@@ -159,20 +152,22 @@ def flags_of(name: str) -> list[str]:
 
 
 def test_an_import_is_exported_as_the_tensors_of_transformers(tmp_path, capsys):
-  """The folder around the checkpoint is enough; the optimizer's state is left out, and the output says so."""
-  written(tmp_path, 'ul2')
-  code, out = imported(capsys, tmp_path / 'checkpoint_3', *flags_of('ul2'))
-  assert code == 0, out
-  assert 'checkpoint_3: state left out' in out
-  kept = json.loads((tmp_path / 'run' / FOLDER / TENSORS).read_text())
-  assert set(kept['types'].values()) == {'F32'}
-  assert main(['export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}']) == 0
-  found = goldens.open_source(tmp_path / 'out')
-  whole = goldens.open_source(goldens.GOLDENS / 'ul2')
-  assert found.model == whole.model
+  """With the tokenizer that was given, and its end of text. The optimizer's state is left out; the output says so."""
+  given, run, out = tmp_path / 'tokenizer/tokenizer.json', tmp_path / 'run', tmp_path / 'out'
+  publish(given.parent, 'byte_fallback', **TOKENIZER)
+  code, text = imported(capsys, written(tmp_path, 'ul2', grow), *flags_of('ul2'), f'--tokenizer={given}')
+  assert code == 0, text
+  assert 'checkpoint_3: state left out' in text
+  assert set(json.loads((run / FOLDER / TENSORS).read_text())['types'].values()) == {'F32'}
+  assert tokenizer_of(run).content == given.read_bytes()
+  assert (tokenizer_of(run).ids.end, tokenizer_of(run).ids.first_input) == (2, 0)
+  assert main(['export', f'--workdir={run}', f'--out={out}']) == 0
+  found, whole = goldens.open_source(out), goldens.read_source('ul2')
+  assert found.model == dataclasses.replace(whole.model, vocab_size=576)
   assert found.tensors.keys() == whole.tensors.keys()
   for name, tensor in whole.tensors.items():
-    np.testing.assert_array_equal(found.tensors[name].values(), tensor.values(), err_msg=name)
+    values = found.tensors[name].values()
+    np.testing.assert_array_equal(values[:96] if 'block' not in name else values, tensor.values(), err_msg=name)
 
 
 def refused(capsys, folder, code: int, *flags) -> str:
