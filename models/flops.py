@@ -38,8 +38,8 @@ def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: 
 
   Products with parameters, and the position's own queries against all keys, whether these are padding or not, or
   against as many as a window has (those after a causal query count like those before it without a window); two FLOPs
-  for each multiply-add, nothing recomputed; of experts, those that a token goes to. Positions of one side cost the
-  same, padding or not.
+  for each multiply-add, nothing recomputed. Only the experts that a token is routed to are counted.
+  Positions of one side cost the same, padding or not.
   """
   specs = build(cfg).specs
   head = cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {}))  # tied or not

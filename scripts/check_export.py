@@ -41,7 +41,8 @@ def tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
   found = {}
   for path in sorted(folder.glob('*.safetensors')):
     with safe_open(path, framework='pt') as file:
-      found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      names = file.keys()  # the file itself cannot be iterated
+      found |= {name: file.get_tensor(name) for name in names}
   return found
 
 

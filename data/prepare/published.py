@@ -51,7 +51,7 @@ class Published:
 
 
 def tokenizer_in(folder: pathlib.Path) -> pathlib.Path | None:
-  """The tokenizer's file in `folder`, None if there is none.
+  """The path of the tokenizer in `folder`, or None.
 
   A SentencePiece model comes first, unless the files beside it name an id that it lacks: tokens that were added to such
   a model are in tokenizer.json alone.

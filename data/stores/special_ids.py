@@ -10,7 +10,7 @@ class SpecialIds:
   """The defaults are T5's, and those of every store whose manifest has no `special_ids`.
 
   `eos` ends a text: documents end with the first one, generation stops at any of them. A decoder reads `decoder_start`
-  before each prompt; where it is None, a prompt begins with its text, as that of Qwen. Padding in batches is known by
+  before each prompt; where it is None, a prompt begins with its text, as in Qwen. Padding in batches is marked by
   segment ids alone: where `pad` is None, every id may be text.
 
   >>> SpecialIds(pad=None, eos=(2,), unknown=0, bos=1, decoder_start=1).not_text
@@ -40,7 +40,7 @@ class SpecialIds:
 
   @property
   def filler(self) -> int:
-    """The id behind the end of a generated text: that of padding, or the end again."""
+    """The id that fills a generated row after its end: the padding id, or EOS if there is no padding id."""
     return self.end if self.pad is None else self.pad
 
   @property
@@ -63,7 +63,7 @@ class SpecialIds:
     """The ids that `to_json` wrote. Raises ValueError for anything else."""
     names = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(values, Mapping) or values.keys() != names:
-      raise ValueError(f'special_ids={values!r} has not the keys {", ".join(sorted(names))}')
+      raise ValueError(f'special_ids={values!r} lacks some of the keys {", ".join(sorted(names))}')
     eos = values['eos']
     one = lambda value: type(value) is int and value >= 0
     if not isinstance(eos, list) or not eos or not all(map(one, eos)):

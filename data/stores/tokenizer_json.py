@@ -28,7 +28,7 @@ def is_json(content: bytes) -> bool:
 
 
 class Description:
-  """The contents of a tokenizer.json. Raises ValueError for JSON that is none."""
+  """The contents of a tokenizer.json. Raises ValueError if it is not a JSON object of this format."""
 
   def __init__(self, content: bytes):
     try:
@@ -63,7 +63,7 @@ class Description:
 
   @property
   def reads_first(self) -> int | None:
-    """The id that the post-processor puts before a text, e.g. Llama 3's <|begin_of_text|>; None if there is none."""
+    """The id that the post-processor puts before a text, e.g. Llama 3's <|begin_of_text|>, or None."""
     for step in _flat(self.values.get('post_processor')):
       if step.get('type') == 'TemplateProcessing':
         head = (step.get('single') or [{}])[0].get('SpecialToken')

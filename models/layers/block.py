@@ -240,6 +240,6 @@ def rematerialise(body, remat: Remat):
 
 
 def _is_product(primitive, *args, **params) -> bool:
-  """Whether a result is kept: those of products with parameters, those of experts included."""
+  """Whether a result is kept: results of products with parameters, also in experts."""
   kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
   return kept or primitive.name == 'ragged_dot_general'

@@ -38,8 +38,8 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-  """Frequencies that turn less than `beta_slow` times in `original_max_positions` are divided by `factor`, those that
-  turn more than `beta_fast` times stay, with a ramp between them; `truncate` rounds its ends to whole dims.
+  """Frequencies of less than `beta_slow` turns in `original_max_positions` are divided by `factor`, frequencies of
+  more than `beta_fast` turns stay, with a ramp between them; `truncate` rounds its ends to whole dims.
 
   Sines and cosines are multiplied by `attention_factor`; None: 0.1 ln(factor) + 1. Source: Peng et al. 2023,
   arXiv:2309.00071; `transformers` modeling_rope_utils.py, yarn.

@@ -31,7 +31,7 @@ class Windows:
 def documents(path: pathlib.Path) -> list[str]:
   """The texts of a token store, of the records of a JSONL or Parquet file (field `text`), or of a whole text file.
 
-  Raises DataError for a path that is none of these, or that has no text.
+  Raises DataError for another kind of path, and for one without text.
   """
   if path.is_dir():
     return texts_of(open_store(path))

@@ -22,7 +22,7 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 SHORTEST, LONGEST, LEAST_WORDS = 40, 120, 8  # characters and words of a sentence
 MOST_WORDS = 3  # words hidden
 MOST_TOKENS = 16  # tokens of a filling
-SEARCHED = 16  # fillings searched for, of which those that are whole words are shown
+SEARCHED = 16  # fillings searched for; only fillings of whole words are shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ CONTINUING = (*LEFT_TO_RIGHT, 'uniform_prefix', 'last_quarter')  # kinds of task
 
 
 class DecodingIds(NamedTuple):
-  """What ends an output, what stands behind its end, and what a decoder behind an encoder reads first."""
+  """The ids that end an output, fill the row after it, and start the decoder of an encoder-decoder."""
 
   eos: tuple[int, ...]
   pad: int

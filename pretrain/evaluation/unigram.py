@@ -1,4 +1,4 @@
-"""A unigram over tokens: what a model of token counts alone would write into a blank."""
+"""A unigram over tokens: the probability of a filling from token counts alone."""
 
 import dataclasses
 import math

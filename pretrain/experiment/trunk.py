@@ -35,7 +35,7 @@ def plain(cfg: Experiment) -> Experiment:
 
 
 def fingerprint(workdir: pathlib.Path, step: int) -> str:
-  """A hash of the values of the parameters of a step and of what is under them; equal for copies of the run."""
+  """A hash of the parameters of a step and of the weights under its adapters; equal for copies of the run."""
   try:
     leaves = manifest.read(workdir / 'checkpoints' / str(step)).leaves
   except ValueError as error:
@@ -57,7 +57,7 @@ def trunk_of(workdir: pathlib.Path, cfg: Experiment) -> tuple[pathlib.Path, int]
 
 
 def check_trunk(found: str, saved: str | None, workdir: pathlib.Path, initial: object) -> None:
-  """Raises CheckpointError where the weights in `initial` are not those that the adapters in `workdir` belong to."""
+  """Raises CheckpointError if the adapters in `workdir` were trained on other weights than those in `initial`."""
   if saved is not None and found != saved:
     raise CheckpointError(
       'CKPT-MISMATCH',
@@ -69,7 +69,7 @@ def check_trunk(found: str, saved: str | None, workdir: pathlib.Path, initial: o
 def checked_trunk(workdir: pathlib.Path, cfg: Experiment, step: int) -> tuple[pathlib.Path, int]:
   """(run, step) under the adapters of a step of the run in `workdir`, whose config is `cfg`.
 
-  Raises CheckpointError where it is missing, or has other weights than those that the step was trained on.
+  Raises CheckpointError if it is missing, or if its weights differ from the weights that the step was trained on.
   """
   run, number = trunk_of(workdir, cfg)
   if not (run / 'checkpoints' / str(number)).is_dir():

@@ -18,7 +18,7 @@ from models.layers.low_rank import KEY, LoraConfig
 from models.specs import ParamSpec
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.trunk import opened
-from pretrain.interchange.exporting import _config_json, _family, origin
+from pretrain.interchange.exporting import chosen_family, config_values, origin
 from pretrain.interchange.importing import Source, placed
 from pretrain.interchange.layout import Entry
 from pretrain.interchange.safetensors import SINGLE, Tensor, create, open_file
@@ -46,8 +46,8 @@ def export_adapter(step: Step, output: pathlib.Path) -> int:
   if not cfg.lora.rank:
     raise ConfigError(f'--adapter: {step.workdir} has no adapters (lora.rank is 0). Nothing was written; leave it out.')
   imported = origin(step.workdir, cfg)
-  family = _family(cfg, imported)
-  places = placed(family, cfg.model, _config_json(cfg, family, imported))
+  family = chosen_family(cfg, imported)
+  places = placed(family, cfg.model, config_values(cfg, family, imported))
   found = _adapters(step)
   tensors: dict[str, np.ndarray] = {}
   for entry, spec in places:
@@ -130,7 +130,7 @@ class Adapter:
 
 
 def open_adapter(folder: pathlib.Path) -> Adapter:
-  """The adapter in `folder`. Raises CheckpointError for what is no plain LoRA, in one line that lists everything."""
+  """The adapter in `folder`. Raises CheckpointError, with all reasons in one line, if it is not plain LoRA."""
   values = _read_config(folder)
   problems = [f'{key}={values[key]!r}' for key in UNREAD if values.get(key)]
   problems += [f'peft_type={values.get("peft_type")!r}'] * (values.get('peft_type') != 'LORA')
@@ -173,7 +173,7 @@ def _factors(folder: pathlib.Path, rank: int) -> dict[str, tuple[Tensor, Tensor]
   if unknown or alone or wrong or not found:
     listed = ', '.join(sorted([*unknown, *alone, *wrong])) or 'no tensors'
     raise _refused(
-      folder, f'{WEIGHTS} has {listed}, which are no pairs of lora_A [{rank}, in] and lora_B [out, {rank}]'
+      folder, f'{WEIGHTS} has {listed}, which do not form pairs of lora_A [{rank}, in] and lora_B [out, {rank}]'
     )
   return found
 

@@ -40,13 +40,13 @@ def export(step: Step, output: pathlib.Path) -> Family:
   check_new(output, '--out')
   cfg = config_of(step.workdir)
   imported = origin(step.workdir, cfg)
-  family = _family(cfg, imported)
+  family = chosen_family(cfg, imported)
   partial = output.with_name(output.name + '.partial')
   if partial.exists():
     raise ConfigError(f'{partial} is left from an export that was interrupted; remove it.')
   partial.mkdir(parents=True)
   try:
-    values = _config_json(cfg, family, imported)
+    values = config_values(cfg, family, imported)
     _write_weights(step, cfg, family, values, imported, partial)
     _write_config(cfg, family, values, imported, partial)
     _write_tokenizer(cfg, family, imported, partial)
@@ -72,7 +72,7 @@ def origin(workdir: pathlib.Path, cfg: Experiment) -> pathlib.Path | None:
   return None
 
 
-def _family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
+def chosen_family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
   """The family of the import, if the model still has only parts of it; else the one that has all of its parts."""
   if imported is not None:
     family = FAMILIES[read_config(imported)['model_type']]
@@ -147,7 +147,7 @@ def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Pat
     (output / 'generation_config.json').write_text(_as_json(ids))
 
 
-def _config_json(cfg: Experiment, family: Family, imported: pathlib.Path | None) -> dict[str, Any]:
+def config_values(cfg: Experiment, family: Family, imported: pathlib.Path | None) -> dict[str, Any]:
   """The imported config.json, unchanged where it still makes the model; with the keys that changed elsewhere."""
   longest = max(cfg.data.inputs_length, cfg.data.targets_length)
   base = {

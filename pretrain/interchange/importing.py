@@ -204,12 +204,16 @@ def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> j
 
 
 def import_run(
-  source: Source, cfg: Experiment, workdir: pathlib.Path, command: str, change: Callable[[Any], Any] = lambda x: x,
+  source: Source,
+  cfg: Experiment,
+  workdir: pathlib.Path,
+  command: str,
+  change: Callable[[Any], Any] = lambda x: x,
   keep: Callable[[Source, Experiment, pathlib.Path], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
   """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
 
-  `change` of the parameters is what is written; `keep` writes the files beside them.
+  It writes `change(parameters)`; `keep` writes the other files beside them.
   """
   program = build_program(cfg)
   params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
@@ -237,7 +241,7 @@ def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
 
 
 def _to_keep(source: Source) -> set[str]:
-  """Tensors whose values the parameters do not give back: those that are none, and those that a fold rounds."""
+  """Tensors that cannot be restored from the parameters: unused tensors, and tensors that a fold rounds."""
   found = {name for name in source.tensors if _matches(name, source.family.carried)}
   found |= source.family.others(source.values).keys()
   for entry, spec in placed(source.family, source.model, source.values):

@@ -59,7 +59,7 @@ def extend_vocabulary(
   cfg = plain(config_of(step.workdir))
   old, new = tokenizer_of_run(step.workdir, cfg), tokenizer.open(cfg.data.sentinels)
   if new.fingerprint == old.fingerprint:
-    raise ConfigError(f'--tokenizer is that of {step.workdir}; there is nothing to extend. Nothing was written.')
+    raise ConfigError(f'--tokenizer is already the tokenizer of {step.workdir}. Nothing was written; give another one.')
   places = old_ids(old, new)
   rows = padded(new.vocabulary.size, cfg.model.vocab_size)
   spelled = spellings(old, new, places) if method == 'subword' else None

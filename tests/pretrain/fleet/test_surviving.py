@@ -107,7 +107,7 @@ def test_if_fewer_are_allowed_survivors_are_renumbered_and_none_is_started(tmp_p
   assert [i['action'] for i in incidents(tmp_path)] == ['survival with 2 hosts', 'survival with 1 hosts']
 
 
-@pytest.mark.parametrize('what', [int(signal.SIGSTOP), 'deaf'])
+@pytest.mark.parametrize('what', [int(signal.SIGSTOP), pytest.param('deaf', marks=pytest.mark.slow)])
 def test_if_survival_takes_too_long_all_are_ended_and_restarted(tmp_path, what):
   plan = {0: {1: (3, 9)}} if what == 'deaf' else {0: {1: (3, 9), 0: (2, what), 2: (2, what)}}
   assert run(tmp_path, plan, mode=str(what), survive=1.0, max_restarts=3) == 0

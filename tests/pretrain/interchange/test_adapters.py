@@ -96,7 +96,7 @@ def test_what_is_no_plain_lora_is_refused(folder, tmp_path, capsys):
   for part in ('use_dora=True', "rank_pattern={'q': 4}", "bias='all'", "init_lora_weights='pissa'"):
     assert part in err
   change(tmp_path / 'a', use_dora=False, rank_pattern={}, bias='none', init_lora_weights=True, r=3)
-  assert 'no pairs of lora_A [3, in] and lora_B [out, 3]' in attempt()
+  assert 'do not form pairs of lora_A [3, in] and lora_B [out, 3]' in attempt()
   change(tmp_path / 'a', r=RANK)
   rename(tmp_path / 'a', lambda name: name.replace('.0.', '.9.'))
   assert 'is not in the model' in attempt()

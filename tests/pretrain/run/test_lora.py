@@ -89,6 +89,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(folder):
   assert {k: x.tobytes() for k, x in ours.items()} == {k: x.tobytes() for k, x in theirs.items()}
 
 
+@pytest.mark.slow
 def test_a_mesh_and_microbatches_compute_the_same_losses(folder):
   keys = ('train.steps=3', 'mesh.fsdp=2', 'mesh.tensor=2', 'model.dropout=0.0')
   cfg = tuning(folder / 'trunk', 'train.steps=3', 'model.dropout=0.0')

@@ -126,6 +126,7 @@ def test_a_run_resumes_from_host_ram_bit_exactly_across_decisions(stores, whole,
   assert mixture_of(tmp_path / 'run', 11) == mixture_of(whole, 11)
 
 
+@pytest.mark.slow
 def test_another_mesh_decides_the_same(stores, whole, tmp_path, monkeypatch):
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   train(configured(stores, 'mesh.data=2', 'mesh.fsdp=4'), tmp_path)

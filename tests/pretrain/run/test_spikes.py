@@ -138,6 +138,7 @@ SKIP = (*KEYS, "spikes.name='skip'", 'spikes.sigmas=20.0')
 REWIND = (*KEYS, "spikes.name='rewind'", 'spikes.sigmas=20.0', 'spikes.steps=3')
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_losses_of_the_window(poison, tmp_path):
   """The spike is the first step after the resume: it is detected only if the window was restored."""
   poison({6: 100.0})

@@ -58,6 +58,7 @@ def test_only_the_last_checkpoints_and_the_multiples_are_kept(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_another_mesh(tmp_path):
   cfg = tiny.decoder('train.steps=4', 'checkpoint.every=2', 'mesh.fsdp=4', 'mesh.tensor=2')
   train(cfg, tmp_path / 'moved')

@@ -139,7 +139,7 @@ def test_rows_stay_divisible():
 @pytest.mark.parametrize(
   ('flags', 'code', 'message'),
   [
-    ('--tokenizer={old}/imported/tokenizer.model --to={new}', 64, 'there is nothing to extend'),
+    ('--tokenizer={old}/imported/tokenizer.model --to={new}', 64, 'is already the tokenizer of'),
     ('--tokenizer={new}.model --to={old}', 64, 'exists; nothing is overwritten'),
     ('--tokenizer={old}/nothing.model --to={new}', 65, 'nothing.model'),
   ],
