@@ -124,7 +124,7 @@ class Slice:
 
 
 def parse(topology: str, slices: int = 1) -> Slice:
-  """The slice of e.g. 'v5p:4x4x8' or 'v5e:16x16'. Raises ConfigError for one that does not exist, with those that do."""
+  """The slice of e.g. 'v5p:4x4x8'. Raises ConfigError for one that does not exist, naming those that do."""
   found = NAME.fullmatch(topology)
   chip = CHIPS.get(found[1]) if found else None
   if slices < 1:

@@ -10,7 +10,8 @@ def test_a_device_has_the_peak_of_its_part_of_the_chip():
   """459 TFLOP/s a v5p chip, one device; 2,307 an Ironwood chip, whose two cores are two devices."""
   assert flops_of_kind('TPU v5') == flops_of_kind('TPU v5p') == 459e12
   assert flops_of_kind('TPU7x') == 2307e12 / 2
-  assert flops_of_kind('cpu') is None and of_kind('NVIDIA H100 80GB HBM3') is None
+  assert flops_of_kind('cpu') is None
+  assert of_kind('NVIDIA H100 80GB HBM3') is None
 
 
 def test_no_two_chips_share_a_kind():
