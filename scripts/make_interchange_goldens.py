@@ -156,7 +156,9 @@ VARIANTS = {
     dict(
       vocab_size=40, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
       layer_norm_eps=1e-3, max_position_embeddings=256, use_parallel_residual=False, attention_bias=False,
-      rope_parameters=YARN['rope_parameters'] | {'partial_rotary_factor': 0.5},
+      rope_parameters={
+        **YARN['rope_parameters'], 'original_max_position_embeddings': 256, 'partial_rotary_factor': 0.5,
+      },
     ),
     'GPTNeoXForCausalLM',
   ),

@@ -37,7 +37,7 @@ def nearly(values: dict) -> dict[str, dict]:
   changes = {key: change(values[key]) for key, change in NEARLY.items() if values.get(key) is not None}
   found = {key: {key: value} for key, value in changes.items()}
   for key, change in NEARLY_ROPE.items():
-    if key in rope:
+    if key in rope and not values.get('alibi'):
       found[f'rope_parameters.{key}'] = {'rope_parameters': rope | {key: change(rope[key])}}
   return found
 
