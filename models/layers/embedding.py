@@ -43,7 +43,7 @@ class HeadTransform(nnx.Module):
   def __init__(self, embed: int, activation: Activation, norm: NormConfig, projections: Projections):
     # The second dim is `mlp`: `tensor` divides it, as it divides that of any matrix, while fsdp divides the first.
     self.kernel = weight((embed, embed), ('embed', 'mlp'), projections.init('embed'))
-    self.bias = projections.make_bias((embed,), ('mlp',))
+    self.bias = projections.make_bias((embed,), ('mlp',), 'head')
     self.norm, self.activation = make_norm(embed, norm), activation
 
   def __call__(self, x: Array) -> Array:

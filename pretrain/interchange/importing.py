@@ -112,7 +112,8 @@ def check_pieces(found: Published, model: ModelConfig, folder: pathlib.Path) -> 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
   for old, new in family.renamed.items():
     name = re.sub(old, new, name)
-  whole = name if name.startswith(family.prefix) or name in family.aliases else family.prefix + name
+  known = (*family.aliases, *(family.tied or ()))
+  whole = name if name.startswith(family.prefix) or name in known else family.prefix + name
   return family.aliases.get(whole, whole)
 
 

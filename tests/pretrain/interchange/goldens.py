@@ -14,6 +14,12 @@ FAMILIES = (
   't5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'umt5', 'llama', 'yi', 'mistral', 'qwen2', 'qwen3', 'olmo2', 'gemma2', 'gpt2',
   'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'mixtral',
 )  # fmt: skip
+# Other values of keys of their config.json, without goldens of generation.
+VARIANTS = (
+  'llama_bias', 'llama_mlp_bias', 'qwen2_windows', 'qwen3_bias', 'olmo2_bias', 'gemma2_bias', 'gpt2_unscaled',
+  'gpt_neox_yarn', 'falcon_rw',
+)  # fmt: skip
+ALL = FAMILIES + VARIANTS
 
 
 def read(name: str) -> tuple[Source, Tree]:
