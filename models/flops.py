@@ -27,10 +27,11 @@ def _cross_keys_values(decoder: Tree) -> int:
 
 
 def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
-  """How many keys of its own row a query reads in all layers of a stack."""
+  """How many keys of its own row, and vectors of positions, a query is multiplied with in all layers of a stack."""
   windows = cfg.windows or (None,)
   wide = [length if w is None else min(length, cfg.sinks + (w if causal else 2 * w - 1)) for w in windows]
-  return layers // len(windows) * sum(wide)
+  vectors = cfg.relative_buckets if cfg.positions == 'disentangled' else 0  # of queries and of keys, mixed by none
+  return layers // len(windows) * sum(wide) + layers * vectors
 
 
 def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:

@@ -116,6 +116,15 @@ FAMILIES = {
   'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
   'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
   'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
+  'deberta': (
+    'DebertaV2Config',
+    {
+      **BERT, 'type_vocab_size': 0, 'relative_attention': True, 'pos_att_type': 'p2c|c2p', 'share_att_key': True,
+      'norm_rel_ebd': 'layer_norm', 'position_biased_input': False, 'position_buckets': 16,
+      'max_relative_positions': 60, 'max_position_embeddings': 512,
+    },
+    'DebertaV2ForMaskedLM',
+  ),
   'mixtral': (
     'MixtralConfig',
     {**LLAMA, **rope(800.0), 'intermediate_size': 24, 'num_local_experts': 4, 'num_experts_per_tok': 2},

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
 from models.layers.clex import LearnedFrequencies
+from models.layers.disentangled import DisentangledPositions
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
@@ -15,7 +16,7 @@ from models.layers.positions import Alibi, NoBias, RelativePositionBias
 from models.layers.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
-Positions = Literal['relative', 'rotary', 'learned', 'alibi']
+Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,10 @@ class Parts:
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
 
-  `positions` picks which of the keys below it are used. `relative_layers` 'each' gives every layer its own biases
-  (umT5); `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases
-  by 1/sqrt(head_dim), as scores are (Falcon-RW).
+  `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders, with
+  `relative_buckets` vectors of positions. `relative_layers` 'each' gives every layer its own biases (umT5);
+  `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by
+  1/sqrt(head_dim), as scores are (Falcon-RW).
   """
 
   name: str  # each family sets it
@@ -80,16 +82,16 @@ class Parts:
   remat: Remat = 'none'
 
 
-KEYS_OF_POSITIONS: dict[str, Positions] = {
-  'relative_buckets': 'relative',
-  'relative_max_distance': 'relative',
-  'relative_layers': 'relative',
-  'rope_theta': 'rotary',
-  'rotary_fraction': 'rotary',
-  'rope_scaling': 'rotary',
-  'sink_distance': 'rotary',
-  'alibi_scaled': 'alibi',
-  'max_positions': 'learned',
+KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
+  'relative_buckets': ('relative', 'disentangled'),
+  'relative_max_distance': ('relative', 'disentangled'),
+  'relative_layers': ('relative',),
+  'rope_theta': ('rotary',),
+  'rotary_fraction': ('rotary',),
+  'rope_scaling': ('rotary',),
+  'sink_distance': ('rotary',),
+  'alibi_scaled': ('alibi',),
+  'max_positions': ('learned',),
 }
 
 
@@ -97,10 +99,11 @@ def check_parts(cfg: Parts) -> None:
   """Raises ValueError for values that do not fit each other, or that would have no effect."""
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
-    if cfg.positions != positions and (given := getattr(cfg, key)) != defaults[key]:
+    if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
       shown = f'.name={given.name!r}' if key == 'rope_scaling' else f'={given}'
       raise ValueError(
-        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
+        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to "
+        f'{" and ".join(map(repr, positions))}, remove it.'
       )
   if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
     raise ValueError(
@@ -173,11 +176,29 @@ def _check_positions(cfg: Parts) -> None:
     _check_clex(cfg)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
+  if cfg.positions == 'disentangled':
+    _check_disentangled(cfg)
   exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
   if cfg.positions == 'relative' and cfg.relative_max_distance <= exact:
     raise ValueError(
       f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
       f'whose first {exact} buckets are single distances; set model.relative_max_distance > {exact}.'
+    )
+
+
+def _check_disentangled(cfg: Parts) -> None:
+  if cfg.name != 'encoder':
+    raise ValueError(
+      f"model.positions='disentangled' with model.name='{cfg.name}'; only encoders have it, use 'relative' or 'rotary'."
+    )
+  for key in ('qk_norm', 'attention_softcap'):
+    if (given := getattr(cfg, key)) not in ('none', None):
+      raise ValueError(f"model.{key}={given!r} with model.positions='disentangled', which has none; remove it.")
+  if cfg.relative_buckets % 4 or cfg.relative_max_distance <= cfg.relative_buckets // 4 + 1:
+    raise ValueError(
+      f'model.relative_buckets={cfg.relative_buckets} with model.relative_max_distance={cfg.relative_max_distance}; '
+      "model.positions='disentangled' needs a multiple of 4, of which a quarter are single distances, and a larger "
+      f'distance: {cfg.relative_buckets // 4 * 4} and more than {cfg.relative_buckets // 4 + 1}.'
     )
 
 
@@ -231,7 +252,9 @@ def make_experts(cfg: Parts) -> ExpertsConfig | None:
   return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
 
 
-def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
+def make_bias(
+  cfg: Parts, layers: int, *, bidirectional: bool
+) -> RelativePositionBias | DisentangledPositions | Alibi | NoBias:
   """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
@@ -240,6 +263,10 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
       return bias if cfg.relative_layers == 'shared' else stack(bias, layers)
     case 'alibi':
       return Alibi(cfg.heads, cfg.head_dim**-0.5 if cfg.alibi_scaled else 1.0)
+    case 'disentangled':
+      std = 1.0 if cfg.init_std is None else cfg.init_std  # a norm follows
+      buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
+      return DisentangledPositions(cfg.embed, buckets=buckets, max_distance=distance, norm=cfg.norm, std=std)
     case 'rotary' | 'learned':
       return NoBias()
 

@@ -40,6 +40,7 @@ NEARLY = {
   'layer_norm_eps': lambda eps: 1.1 * eps,
   'layer_norm_epsilon': lambda eps: 1.1 * eps,
   'relative_attention_max_distance': lambda distance: distance - 5,
+  'max_relative_positions': lambda distance: distance - 5,
   'sliding_window': lambda window: window + 1,
   'query_pre_attn_scalar': lambda scalar: scalar + 1,
   'attn_logit_softcapping': lambda cap: 1.02 * cap,
