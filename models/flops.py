@@ -34,6 +34,13 @@ def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
   return layers // len(windows) * sum(wide) + layers * vectors
 
 
+def _head(cfg: ModelConfig, specs: Tree) -> int:
+  """How many parameters beside the stacks each token is multiplied with; a tied head is the table."""
+  narrow = isinstance(cfg, EncoderConfig) and cfg.head == 'tied' and cfg.embedding_size
+  head = cfg.embed if cfg.head == 'binary' else (narrow or cfg.embed) * cfg.vocab_size
+  return head + sum(_matrix_parameters(specs.get(name, {})) for name in ('head_transform', 'embedding_projection'))
+
+
 def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
   """FLOPs at one position of each side (encoder, decoder) of a row of these lengths, forward and backward.
 
@@ -43,7 +50,7 @@ def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: 
   Positions of one side cost the same, padding or not.
   """
   specs = build(cfg).specs
-  head = cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {}))  # tied or not
+  head = _head(cfg, specs)
   of = lambda stack: _matrix_parameters(specs[stack], cfg.experts_per_token)
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   cost = lambda parameters, pairs: FORWARD_AND_BACKWARD * (2 * parameters + attention * pairs)

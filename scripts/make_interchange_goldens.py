@@ -116,6 +116,10 @@ FAMILIES = {
   'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
   'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
   'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
+  'electra_small': ('ElectraConfig', BERT | {'embedding_size': 16}, 'ElectraForMaskedLM'),
+  'electra_discriminator': (
+    'ElectraConfig', BERT | {'embedding_size': 16, 'hidden_act': 'relu'}, 'ElectraForPreTraining',
+  ),
   'deberta': (
     'DebertaV2Config',
     {
@@ -241,7 +245,7 @@ def expected(model) -> dict[str, np.ndarray]:
     found |= {f'{name}_target': np.append(0, draw(length - 1)) for name, length in (('long', LONG), ('short', SHORT))}
   for name in ('long', 'short'):
     found[f'{name}_logits'] = logits(model, found[name], found.get(f'{name}_target'))
-  if not type(model).__name__.endswith('ForMaskedLM'):
+  if not type(model).__name__.endswith(('ForMaskedLM', 'ForPreTraining')):
     found['greedy'] = next_tokens(model, found['short'])
   return {key: value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) for key, value in found.items()}
 

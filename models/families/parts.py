@@ -7,6 +7,7 @@ from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
 from models.layers.clex import LearnedFrequencies
 from models.layers.disentangled import DisentangledPositions
+from models.layers.dropout import Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
@@ -42,6 +43,10 @@ class Parts:
   `relative_buckets` vectors of positions. `relative_layers` 'each' gives every layer its own biases (umT5);
   `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by
   1/sqrt(head_dim), as scores are (Falcon-RW).
+
+  `dropout_sites`: embeddings, attention weights and the output of each layer have dropout in any case. 't5' also drops
+  inside MLPs and after the last norm, with one mask for all positions of an example (T5X examples/t5/network.py);
+  'bert' has a mask for each position (BERT, GPT-2). 'none' states that there is no dropout.
   """
 
   name: str  # each family sets it
@@ -78,6 +83,7 @@ class Parts:
   init_std: Annotated[float, '> 0'] | None = None
   scale_residual_init: bool = False
   dropout: Annotated[float, '[0, 1)'] = 0.0
+  dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
 
@@ -114,6 +120,11 @@ def check_parts(cfg: Parts) -> None:
     raise ValueError(
       f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
       "through their norms, use model.norm_placement='pre'."
+    )
+  if cfg.dropout and cfg.dropout_sites == 'none':
+    raise ValueError(
+      f"model.dropout={cfg.dropout} with model.dropout_sites='none', where nothing is dropped; set model.dropout=0, or "
+      "model.dropout_sites='t5' or 'bert'."
     )
   _check_experts(cfg)
   _check_windows(cfg)
@@ -232,7 +243,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
     rope=make_rope(cfg) if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
     qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=cfg.dropout,
-    implementation=implementation,
+    implementation=implementation, sites=cfg.dropout_sites,
   )  # fmt: skip
 
 
@@ -242,7 +253,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
     parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
-    rate=cfg.dropout, experts=make_experts(cfg),
+    rate=cfg.dropout, sites=cfg.dropout_sites, experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
   return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
@@ -273,7 +284,12 @@ def make_bias(
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size, cfg.embed, rate=cfg.dropout, std=cfg.embedding_init_std, max_positions=cfg.max_positions
+    cfg.vocab_size,
+    cfg.embed,
+    rate=cfg.dropout,
+    std=cfg.embedding_init_std,
+    max_positions=cfg.max_positions,
+    sites=cfg.dropout_sites,
   )
 
 

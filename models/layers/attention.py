@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from models.layers.disentangled import TERMS, RelativeVectors, position_scores
-from models.layers.dropout import fold
+from models.layers.dropout import Sites, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
 from models.layers.rotary import Angles, Rope, rotary
@@ -45,6 +45,7 @@ class AttentionConfig:
   sink_distance: int | None
   dropout: float
   implementation: str
+  sites: Sites = 't5'
 
   @property
   def kv_axis(self) -> str:
@@ -209,8 +210,10 @@ class Attention(nnx.Module):
 
     return divided
 
-  def _dropped(self, keys: Array | None, site: int) -> tuple[float, Array] | None:
-    return None if keys is None or not self.cfg.dropout else (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
+  def _dropped(self, keys: Array | None, site: int) -> api.Dropout | None:
+    if keys is None or not self.cfg.dropout:
+      return None
+    return api.Dropout(self.cfg.dropout, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.sites == 't5')
 
   def _disentangled(self, q: Array, k: Array, v: Array, see: Visibility, *, keys: Array | None, site: int) -> Array:
     """As `_op`'s, with the scores of position vectors, which the projections of queries and keys project too."""

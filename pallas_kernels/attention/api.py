@@ -7,10 +7,10 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
-from pallas_kernels.attention.reference import RelativeBias, Visibility
+from pallas_kernels.attention.reference import Dropout, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
-__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
+__all__ = ['IMPLEMENTATIONS', 'Dropout', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
 
 
 def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
@@ -136,7 +136,7 @@ def attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
   added: Array | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
@@ -174,7 +174,7 @@ def flash_attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
 ):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,10 +158,17 @@ def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | 
   return scores if added is None else scores + added.reshape(scores.shape)
 
 
-def _drop(weights: Array, dropout: tuple[float, Array]) -> Array:
-  """Attention dropout, one mask for all queries of an example and head (T5X's broadcast_dropout)."""
-  rate, keys = dropout
-  shape = (*weights.shape[1:3], 1, weights.shape[-1])
+class Dropout(NamedTuple):
+  """`rate` of attention weights, key[batch]. `shared`: queries of an example and head share a mask, as in T5X."""
+
+  rate: float
+  keys: Array
+  shared: bool = True
+
+
+def _drop(weights: Array, dropout: Dropout | tuple[float, Array]) -> Array:
+  rate, keys, shared = Dropout(*dropout)
+  shape = (*weights.shape[1:3], 1 if shared else weights.shape[3], weights.shape[-1])
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
   return jnp.where(keep, weights / (1 - rate), 0.0)
 
@@ -175,7 +182,7 @@ def attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Float[Array, ' heads'] | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
   added: Float[Array, 'batch heads T S'] | None = None,
   return_lse: bool = False,
 ):

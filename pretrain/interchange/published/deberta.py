@@ -43,7 +43,7 @@ def read(config: ConfigJson, tensors: Tensors) -> EncoderConfig:
     relative_max_distance=distance if distance > 0 else longest, head='tied', norm_placement='post', bias='all',
     embedding_norm=True, norm=LayerNormConfig(eps=config.take('layer_norm_eps', 1e-7, float)),
     mlp=MlpConfig(hidden=config.take('intermediate_size'), activation=activation, gated=False),
-    head_transform=activation, head_bias=True,
+    head_transform=activation, head_bias=True, dropout_sites='bert',
   )  # fmt: skip
 
 

@@ -125,6 +125,7 @@ def test_written_values_are_those_that_were_read(golden):
 # Values that go into weights, or that transformers derives from others.
 SCALES = {
   'gemma2': ('query_pre_attn_scalar',), 'gemma2_bias': ('query_pre_attn_scalar',), 'falcon': ('num_kv_heads',),
+  'deberta': ('max_position_embeddings',),
   'qwen2': ('max_window_layers',), 'qwen3': ('max_window_layers',), 'gpt2_unscaled': ('n_inner',),
 }  # fmt: skip
 
