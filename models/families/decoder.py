@@ -21,7 +21,7 @@ from models.families.parts import (
 from models.layers.attention import Visibility
 from models.layers.dropout import example_keys
 from models.layers.mlp import Activation, MlpConfig
-from models.layers.rotary import Angles
+from models.layers.positions.rotary import Angles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.rotary import Angles, Clex, Rope, frequencies
+from models.layers.positions.rotary import Angles, Clex, Rope, frequencies
 from models.specs import Normal, Zeros, weight
 
 SITES = 2**31, 2**31 + 1  # above every example index, which keys of dropout fold in
