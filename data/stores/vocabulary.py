@@ -173,6 +173,22 @@ class Tokenizer:
     hexadecimal, that are no characters) or 'control'."""
     return self._text_model.pieces()
 
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """int64[pieces]: how many UTF-8 bytes each id adds to a text. A space in front of a text: see `spaces_before`."""
+    names, _, kinds = self.pieces()
+    sizes = {'text': lambda name: len(name.replace(SPACE, ' ').encode()), 'byte': lambda _: 1}
+    sizes |= {'part': lambda name: len(name) // 2, 'control': lambda _: 0}
+    found = np.array([sizes[kind](name) for name, kind in zip(names, kinds, strict=True)])
+    if self._ids.unknown is not None:
+      found[self._ids.unknown] = len(self.decode([self._ids.unknown]).encode())
+    return found
+
+  def spaces_before(self, token: int) -> int:
+    """How many spaces of `token`, as the first of a text, are not in the text: 1 where the tokenizer has added one."""
+    name = self.piece(token)
+    return len(name) - len(name.lstrip(SPACE)) and int(not self.decode([token]).startswith(' '))
+
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
 

@@ -61,10 +61,14 @@ class Decoder(nnx.Module):
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Hidden states [batch, length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
+    return self.decoder(*self.enter(batch, keys), keys=keys)
+
+  def enter(self, batch, keys: Array | None) -> tuple[Array, Array, Visibility]:
+    """What the first block reads of packed rows: vectors of the tokens, their positions, which keys each one sees."""
     segments, positions = batch['decoder_segment_ids'], batch['decoder_positions']
     prefix = {}
     if 'decoder_prefix_end' in batch:  # causal objectives have no prefix field
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, positions, see, keys=keys)
+    return x, positions, see
