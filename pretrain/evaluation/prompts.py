@@ -1,5 +1,7 @@
 """Prompts as a run reads them: the ids of its training inputs, the row they make, and the room they leave."""
 
+import copy
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +10,7 @@ import numpy as np
 
 from data.arguments import is_text
 from data.batches.batches import DataSource
+from data.errors import DataError
 from data.objectives.features import Batch, decoder_features, encoder_decoder_features
 from data.objectives.fim import fim_ids
 from data.objectives.objectives import Instruction, Supervised, pair_lengths, tasks_of
@@ -21,6 +24,9 @@ from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
 CONTINUING = (*LEFT_TO_RIGHT, 'uniform_prefix', 'last_quarter')  # kinds of tasks that continue text
+
+ALL = 'all'  # every special token of the tokenizer
+LIKE_SPECIAL = re.compile(r'<\|[^|<>\s]+\|>')
 
 
 class DecodingIds(NamedTuple):
@@ -74,6 +80,28 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '
   return [*ids, vocabulary.ids.end]
 
 
+def reading_special(data: DataSource, names: Sequence[str]) -> DataSource:
+  """`data` for prompts in which the special tokens `names` are tokens, or with ALL each that the tokenizer has.
+
+  Raises ConfigError, with the names that exist, for another one.
+  """
+  if not names:
+    return data
+  there = copy.copy(data)
+  try:
+    there.tokenizer = data.tokenizer.reading(data.tokenizer.special if ALL in names else names)
+  except DataError as error:
+    raise ConfigError(f'--special: {error.message}') from error
+  return there
+
+
+def check_special(prompt: str, data: DataSource) -> None:
+  """Where all special tokens are read: raises DataError, with their names, for text like <|name|> that is none."""
+  tokenizer = data.tokenizer
+  if tokenizer.read and tokenizer.read == frozenset(tokenizer.special) and is_text(prompt):
+    tokenizer.check_special(LIKE_SPECIAL.findall(prompt))
+
+
 def named(prompt: str, place: str) -> str:
   """Where a prompt was given, and how it begins and ends."""
   return f'{place}{reprlib.repr(prompt)}'
@@ -107,8 +135,10 @@ def sees_itself(inputs: list[int], cfg: Experiment, end: int) -> bool:
   match cfg.objective:
     case Instruction(prefix_attention=prefix):
       return prefix
-    case objective:
-      return isinstance(objective, Supervised) or inputs[-1:] == [end]
+    case Supervised():
+      return True
+    case objective:  # a special token at the end of a prompt may be EOS
+      return inputs[-1:] == [end] and any(task.kind not in LEFT_TO_RIGHT for task in tasks_of(objective))
 
 
 def continues_text(cfg: Experiment) -> bool:
