@@ -60,8 +60,7 @@ def test_a_name_that_is_not_asked_for_is_text():
 
 
 def test_symbols_of_a_sentencepiece_model(chat):
-  """Control symbols are read where they are asked for. Text behind a symbol gets no space in front; that at the beginning
-  has SentencePiece's."""
+  """Text behind a symbol gets no space in front; that at the beginning has SentencePiece's."""
   assert set(chat.special) == {'<pad>', '</s>', '<s>', '<|im_start|>', '<|im_end|>', '<tool>'}
   own, plain = chat.reading(['<|im_start|>', '<|im_end|>', '<s>', '<tool>']), sentencepiece.SentencePieceProcessor
   pieces = plain(model_proto=chat.model)
