@@ -1,5 +1,7 @@
 """What the steps of one phase work with."""
 
+import functools
+
 import jax
 
 from data.batches.source import open_data
@@ -31,6 +33,11 @@ class PhaseProgram:
     )
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
+
+  @functools.cached_property
+  def heldout_bytes(self) -> dict[str, int]:
+    """The bytes of the evaluation sets whose targets are a text; counted when the phase is first evaluated."""
+    return self.data.heldout_bytes(self.cfg.evaluation.batches)
 
   def activity_of(self, batch) -> Activity:
     """'compile' for the first batch of its shapes, 'step' for the others."""

@@ -165,7 +165,7 @@ def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], out
 def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: pathlib.Path, source: str) -> None:
   check_new(output)
   cfg = _one_architecture(steps)
-  abstract = _on_one_device(cfg).abstract.params
+  abstract = program_on_one_device(cfg).abstract.params
   terms = ((c, step.read(abstract)) for c, step in zip(coefficients, steps, strict=True))
   _write(output, linear_combination(terms), cfg, steps[0], source)
 
@@ -267,7 +267,8 @@ def check_new(output: pathlib.Path, flag: str = '--output') -> None:
     raise ConfigError(f'{flag}={output} exists; nothing is overwritten. Choose another folder.')
 
 
-def _on_one_device(cfg: Experiment) -> Program:
+def program_on_one_device(cfg: Experiment) -> Program:
+  """The program of a run whose arrays are whole on the first device, without the adapters' config."""
   return build_program(dataclasses.replace(plain(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
