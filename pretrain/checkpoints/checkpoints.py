@@ -22,6 +22,7 @@ from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
 from pretrain.step.train_step import TrainState
 
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
   state: TrainState

@@ -67,9 +67,7 @@ class Files:
       self._opened = ocp.CheckpointManager(plain_path(str(self._directory)), options=options, item_handlers=handlers)
     return self._opened
 
-  def begin(
-    self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None
-  ) -> None:
+  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
     """Returns when the arrays are copied; `wait` for the files.
 
     TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
