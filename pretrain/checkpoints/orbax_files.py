@@ -15,6 +15,8 @@ from orbax.checkpoint import args
 from data.stores.paths import plain_path
 from pretrain.checkpoints import manifest
 
+SMALL_FILE = 16 * 2**20  # bytes, for saves that may be slow and must need little memory
+
 
 def be_quiet() -> None:
   """Silences Orbax's hundreds of log lines about a failed save: `Checkpoints.poll` reports it in one."""
@@ -65,10 +67,14 @@ class Files:
       self._opened = ocp.CheckpointManager(plain_path(str(self._directory)), options=options, item_handlers=handlers)
     return self._opened
 
-  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str) -> None:
-    """Returns when the arrays are copied; `wait` for the files."""
+  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
+    """Returns when the arrays are copied; `wait` for the files.
+
+    TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
+    several files at a time.
+    """
     items = args.Composite(
-      state=args.PyTreeSave(tree),
+      state=args.PyTreeSave(tree, ocdbt_target_data_file_size=file_bytes),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
     )
