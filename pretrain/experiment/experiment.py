@@ -8,6 +8,7 @@ from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
 from models.layers.low_rank import LoraConfig
 from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.devices.compiler import CompilerConfig
 from pretrain.devices.mesh import MeshConfig
 from pretrain.experiment.phases import PhaseConfig
 from pretrain.fleet.surviving import ElasticConfig
@@ -73,6 +74,7 @@ class Experiment:
   elastic: ElasticConfig = ElasticConfig()
   replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
+  compiler: CompilerConfig = CompilerConfig()
   phases: tuple[PhaseConfig, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
@@ -91,6 +93,7 @@ MAY_CHANGE = (
   'checkpoint.retries',
   'snapshot.',
   'mesh.',
+  'compiler.',
   'watchdog.',
   'elastic.',
   'replicas.',
