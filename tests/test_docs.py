@@ -1,7 +1,7 @@
 """What documents name exists: files, links, commands, flags, config keys, and the values that pick a part.
 
-Text in backticks and code blocks is checked. Not checked: blocks marked `t5x`, `other` (other programs) or `wrong`, the first column of
-tables in docs/from_*.md (names of other programs), and docs/LOG.md, which records the past.
+Text in backticks and code blocks is checked. Not checked: blocks marked `t5x`, `other` (other programs) or `wrong`, the
+first column of tables in docs/from_*.md (names of other programs), and docs/LOG.md, which records the past.
 """
 
 import argparse
@@ -132,8 +132,8 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
   found += wrong_anchors(path, text)
-  # Flags of setup.sh, faults.py, pytest (--import-mode) and pip (--no-deps).
-  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no', '--dry_run'}
+  # Flags of setup.sh, faults.py, launch/, pytest (--import-mode) and pip (--no-deps).
+  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no', '--dry_run', '--signal'}
   known = all_flags(shared.parser(main.COMMANDS)) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]

@@ -24,7 +24,8 @@ from pretrain.step.loss import LossConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """`steps` ends the run; `accumulate` splits the global batch into that many microbatches.
+  """`steps` ends the run; `accumulate` splits the global batch into that many microbatches. `profile_steps` = (first,
+  last) are traced by every process, or only by those in `profile_hosts`.
 
   `decay_delay` = 1 starts the decay of the learning rate one step late: the peak comes twice. Versions before 0.1.0 did
   that, and their runs keep it when they are resumed; leave it at 0.
@@ -34,6 +35,9 @@ class TrainConfig:
   log_every: Annotated[int, '>= 1'] = 1
   accumulate: Annotated[int, '>= 1'] = 1
   profile_steps: tuple[int, int] | None = None
+  profile_hosts: tuple[Annotated[int, '>= 0'], ...] | None = dataclasses.field(
+    default=None, metadata={'rendered': 'if set'}
+  )
   decay_delay: Literal[0, 1] = 0
 
 
@@ -84,6 +88,7 @@ MAY_CHANGE = (
   'train.steps',
   'train.log_every',
   'train.profile_steps',
+  'train.profile_hosts',
   'evaluation.',
   'checkpoint.every',
   'checkpoint.keep',

@@ -4,6 +4,8 @@ import jax
 
 from data.batches.source import open_data
 from data.objectives.objectives import Supervised
+from models.flops import flops_per_step
+from pretrain.devices.chips import peak_flops
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import host_rows
 from pretrain.evaluation.exact_match import make_exact_match
@@ -24,6 +26,8 @@ class PhaseProgram:
     )
     self.program = build_program(self.cfg, schedule_start=phase.schedule_start, start=phase.start)
     self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
+    self.peak_flops = peak_flops(self.program.mesh.devices.flat)
+    self._flops: dict[tuple[int, int], float] = {}
     self.eval_step = jax.jit(
       make_eval_step(
         self.program.model, self.cfg.kernels, self.data.vocabulary.pieces, self.data.vocabulary.ids.not_text
@@ -31,6 +35,19 @@ class PhaseProgram:
     )
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
+
+  def flops_of(self, batch) -> float:
+    """FLOPs of the model for a global batch of these shapes (models/flops.py), on all devices; 0 with adapters, whose
+    frozen weights have no gradients."""
+    if self.cfg.lora.rank:
+      return 0.0
+    targets = batch['decoder_target_tokens'].shape[1]
+    two_stacks = {'encoder_input_tokens', 'decoder_input_tokens'} <= set(batch)
+    inputs = batch['encoder_input_tokens'].shape[1] if two_stacks else 0
+    if (inputs, targets) not in self._flops:
+      row = flops_per_step(self.cfg.model, inputs_length=inputs, targets_length=targets)
+      self._flops[inputs, targets] = row * self.cfg.data.batch_size
+    return self._flops[inputs, targets]
 
   def activity_of(self, batch) -> Activity:
     """'compile' for the first batch of its shapes, 'step' for the others."""
