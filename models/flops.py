@@ -27,10 +27,18 @@ def _cross_keys_values(decoder: Tree) -> int:
 
 
 def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
-  """How many keys of its own row a query reads in all layers of a stack."""
+  """How many keys of its own row, and vectors of positions, a query is multiplied with in all layers of a stack."""
   windows = cfg.windows or (None,)
   wide = [length if w is None else min(length, cfg.sinks + (w if causal else 2 * w - 1)) for w in windows]
-  return layers // len(windows) * sum(wide)
+  vectors = cfg.relative_buckets if cfg.positions == 'disentangled' else 0  # of queries and of keys, mixed by none
+  return layers // len(windows) * sum(wide) + layers * vectors
+
+
+def _head(cfg: ModelConfig, specs: Tree) -> int:
+  """How many parameters beside the stacks each token is multiplied with; a tied head is the table."""
+  narrow = isinstance(cfg, EncoderConfig) and cfg.head == 'tied' and cfg.embedding_size
+  head = cfg.embed if cfg.head == 'binary' else (narrow or cfg.embed) * cfg.vocab_size
+  return head + sum(_matrix_parameters(specs.get(name, {})) for name in ('head_transform', 'embedding_projection'))
 
 
 def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
@@ -42,7 +50,7 @@ def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: 
   Positions of one side cost the same, padding or not.
   """
   specs = build(cfg).specs
-  head = cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {}))  # tied or not
+  head = _head(cfg, specs)
   of = lambda stack: _matrix_parameters(specs[stack], cfg.experts_per_token)
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   cost = lambda parameters, pairs: FORWARD_AND_BACKWARD * (2 * parameters + attention * pairs)

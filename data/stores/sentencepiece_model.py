@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -26,7 +27,7 @@ class SentencePieceModel:
   def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
     return self.processor.encode(list(texts), num_threads=num_threads, return_type='numpy')
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self.processor.decode([int(i) for i in ids])
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:

@@ -84,7 +84,9 @@ def _decoder_step(module, batch, max_tokens: int):
       **module.decoder_bias(),
     )
     positions = jnp.maximum(positions, 0)
-    return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)
+    x = module.embedding(tokens, positions, dtype, None)
+    rotations = module.rotations_of_length(positions, cache.keys.shape[2] - empty)
+    return module.decoder.decode(x, rotations, see, cache)
 
   return step, cache
 

@@ -14,12 +14,14 @@ from models.families.parts import (
   check_parts,
   make_bias,
   make_embedding,
+  make_frequencies,
   make_head,
   make_stack,
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import example_keys
 from models.layers.mlp import Activation, MlpConfig
+from models.layers.rotary import Angles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Decoder(nnx.Module):
     self.embedding = make_embedding(cfg)
     self.decoder = make_stack(cfg, self.attention, cfg.layers, cross=False)
     self.decoder_bias = make_bias(cfg, cfg.layers, bidirectional=False)
+    self.frequencies = make_frequencies(cfg)
     self.head = make_head(cfg)
     self.cfg = cfg
 
@@ -67,4 +70,15 @@ class Decoder(nnx.Module):
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, positions, see, keys=keys)
+    return self.decoder(x, self._rotations(positions, segments, key), see, keys=keys)
+
+  def _rotations(self, positions: Array, segments: Array, key: Array | None) -> Array | Angles:
+    if self.frequencies is None:
+      return positions
+    if key is None:
+      return self.frequencies.of_documents(positions, segments)
+    return self.frequencies.of_step(positions.shape[1], key)
+
+  def rotations_of_length(self, positions: Array, length: Array | int) -> Array | Angles:
+    """What rotates positions of rows that will have `length` tokens."""
+    return positions if self.frequencies is None else self.frequencies.of_length(positions, length)

@@ -31,7 +31,7 @@ class Program:
   model: models.build.Model
   abstract: TrainState  # shapes, dtypes and shardings of the state
   init: Any
-  start: Any  # params -> the state of step 0 with them, which it takes over; adapters that they lack are drawn
+  start: Any  # params -> the state of step 0 with them, which it takes over; parameters that they lack are drawn
   train_step: Any
 
   @property
@@ -76,8 +76,8 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   )  # fmt: skip
 
   def start(params) -> TrainState:
-    added = functools.partial(specs.initialize, model.adapters)
-    return init_state(lambda key: {**added(key), **params}, tx, cfg.seed, track, model.split)
+    absent = {name: branch for name, branch in model.specs.items() if name not in params}
+    return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, track, model.split)
 
   return Program(
     mesh, model, abstract, jax.jit(init, out_shardings=placed),

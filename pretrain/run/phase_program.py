@@ -5,9 +5,9 @@ import jax
 from data.batches.source import open_data
 from data.objectives.objectives import Supervised
 from models.flops import flops_per_step
-from pretrain.devices.chips import peak_flops
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import host_rows
+from pretrain.devices.usage import peak_flops
 from pretrain.evaluation.exact_match import make_exact_match
 from pretrain.experiment.phases import Phase
 from pretrain.experiment.program import build_program

@@ -3,7 +3,7 @@
 import jax
 
 from data.packing.buckets import LengthBuckets
-from pretrain.devices import chips
+from pretrain.devices import usage
 from pretrain.hosts import pace
 from pretrain.records.stopwatch import Stopwatch
 from pretrain.run import saving
@@ -54,7 +54,7 @@ def telemetry(run: Run, watch: Stopwatch) -> dict[str, float]:
   used = {'mfu': watch.flops_per_second / peak} if peak and watch.flops_per_second else {}
   pace.tell(watch.own_seconds)
   slowest = pace.slowest() if jax.process_index() == 0 else {}  # the one that writes rows
-  return chips.memory(jax.local_devices()) | chips.host_memory() | used | slowest
+  return usage.memory(jax.local_devices()) | usage.host_memory() | used | slowest
 
 
 def row_length(run: Run, batch) -> dict[str, int]:

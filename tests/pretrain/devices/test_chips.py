@@ -1,88 +1,57 @@
-"""Peaks and memory of devices, and the utilisation that a run logs."""
+"""The table of chips: what JAX calls them, which slices exist, which of their sides are rings."""
 
-import types
-
-import jax
 import pytest
 
-from pretrain.devices import chips
-from pretrain.records import stopwatch
-from pretrain.records.metrics import read_metrics
-from pretrain.run import phase_program
-from pretrain.run.train import train
-from tests.pretrain import tiny
+from pretrain.devices.chips import CHIPS, flops_of_kind, of_kind, parse
+from pretrain.errors import ConfigError
 
 
-def device(kind: str = 'cpu', cores: int = 1, stats=None):
-  def memory_stats():
-    if isinstance(stats, Exception):
-      raise stats
-    return stats
+def test_a_device_has_the_peak_of_its_part_of_the_chip():
+  """459 TFLOP/s a v5p chip, one device; 2,307 an Ironwood chip, whose two cores are two devices."""
+  assert flops_of_kind('TPU v5') == flops_of_kind('TPU v5p') == 459e12
+  assert flops_of_kind('TPU7x') == 2307e12 / 2
+  assert flops_of_kind('cpu') is None
+  assert of_kind('NVIDIA H100 80GB HBM3') is None
 
-  return types.SimpleNamespace(device_kind=kind, num_cores=cores, memory_stats=memory_stats)
+
+def test_no_two_chips_share_a_kind():
+  kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+  assert len(kinds) == len(set(kinds))
 
 
 @pytest.mark.parametrize(
-  ('kind', 'cores', 'devices', 'chips_of_slice', 'tflops_of_chip'),
-  [('TPU v5', 2, 4, 4, 459), ('TPU v4', 2, 4, 4, 275), ('TPU v5 lite', 1, 8, 8, 197), ('TPU7x', 1, 8, 4, 2307)],
+  ('topology', 'rings'),
+  [
+    ('v5p:4x4x4', (True, True, True)), ('v5p:4x4x8', (True, True, True)), ('v5p:2x4x4', (False, False, False)),
+    ('v5e:16x16', (True, True)), ('v5e:8x16', (False, True)), ('v6e:4x8', (False, False)),
+  ],
+)  # fmt: skip
+def test_sides_are_rings_where_the_slice_is_a_torus(topology, rings):
+  assert parse(topology).rings == rings
+
+
+def test_devices_are_counted_over_slices():
+  assert parse('v5p:4x4x8').devices == 128
+  assert parse('v5p:4x4x8', 2).devices == 256
+  assert parse('tpu7x:2x2x1').devices == 8
+
+
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [
+    ('v9:1', r'^CONFIG: --topology=v9:1 is no TPU slice; write CHIP:SIZES with a chip of v5e, v5p, v6e, tpu7x'),
+    ('v5p', 'write CHIP:SIZES'),
+    ('v5p:4x4', r'one of v5p has 3 sides, .* Known: v5p:2x2x1, .*v5p:4x4x8'),
+    ('v5e:3x4', r'multiples of a host \(2x2\), at most 16x16\. Known: v5e:2x2'),
+    ('v5e:16x32', 'at most 16x16'),
+    ('v5p:0x4x4', 'v5p has 3 sides'),
+  ],
 )
-def test_the_peak_of_a_slice_is_that_of_its_chips(kind, cores, devices, chips_of_slice, tflops_of_chip):
-  """Chips and TFLOPs as Google publishes them; devices as JAX counts them."""
-  assert chips.peak_flops([device(kind, cores)] * devices) == chips_of_slice * tflops_of_chip * 1e12
+def test_a_slice_that_does_not_exist_is_refused_with_those_that_do(topology, message):
+  with pytest.raises(ConfigError, match=message):
+    parse(topology)
 
 
-def test_one_unknown_chip_means_no_peak():
-  assert chips.peak_flops([device('TPU v6 lite'), device('cpu')]) is None
-  assert chips.peak_flops([types.SimpleNamespace(device_kind='NVIDIA H200')] * 2) == 2 * 989e12
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1'])
-def test_the_table_has_the_names_that_libtpu_gives_its_devices(topology):
-  from pretrain.tools.plan import tpu_devices
-
-  assert chips.peak_flops(tpu_devices(topology)) > 4 * 100e12
-
-
-def test_memory_is_that_of_the_fullest_device_and_absent_where_none_says_it():
-  stats = [{'bytes_in_use': 2 * chips.MIB, 'peak_bytes_in_use': 3 * chips.MIB}, {'bytes_in_use': 5 * chips.MIB}]
-  assert chips.memory([device(stats=s) for s in stats]) == {'hbm_mib': 5.0, 'hbm_peak_mib': 3.0}
-  assert chips.memory([device(stats=None), device(stats=RuntimeError('UNIMPLEMENTED'))]) == {}
-  assert chips.memory(jax.devices()) == {}, 'a CPU does not say'
-
-
-def test_the_memory_of_the_process_is_what_the_kernel_says():
-  with open('/proc/self/status') as file:
-    (resident,) = (int(line.split()[1]) for line in file if line.startswith('VmRSS'))
-  assert chips.host_memory()['host_mib'] == pytest.approx(resident / 1024, rel=0.1)
-
-
-def test_a_run_logs_its_memory_and_no_utilisation_of_an_unknown_chip(tmp_path):
-  train(tiny.decoder('train.steps=3', 'checkpoint.every=100'), tmp_path)
-  for row in read_metrics(tmp_path):
-    assert row['host_mib'] > 50
-    assert not {'mfu', 'hbm_mib', 'hbm_peak_mib', 'slowest_host', 'slowest_ratio'} & set(row)
-
-
-def test_the_utilisation_is_a_count_by_hand(tmp_path, monkeypatch):
-  """A decoder of two layers: 32 wide, 4 heads of 8, gated MLP 64, vocabulary 512, 8 rows of 32 tokens."""
-  monkeypatch.setattr(phase_program, 'peak_flops', lambda devices: float(len(list(devices))))
-  train(tiny.decoder('train.steps=3', 'checkpoint.every=100', 'mesh.data=2'), tmp_path)
-  matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 32 * 512
-  pairs = 2 * 32  # keys of each query, in all layers
-  of_token = 3 * (2 * matrices + 4 * 32 * pairs)
-  row = read_metrics(tmp_path)[1]
-  assert row['mfu'] * row['step_seconds'] * 2 == pytest.approx(8 * 32 * of_token, rel=1e-6)
-
-
-def test_time_that_a_process_waits_for_devices_is_not_its_own(monkeypatch):
-  now = [0.0]
-  monkeypatch.setattr(stopwatch, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
-  watch = stopwatch.Stopwatch()
-  for _ in range(2):
-    now[0] += 1.0
-    with watch.blocked():
-      now[0] += 3.0
-    watch.count({}, flops=10.0)
-  watch.report()
-  assert (watch.own_seconds, watch.flops_per_second) == (1.0, 20.0 / 8.0)
+def test_no_slices_are_refused():
+  with pytest.raises(ConfigError, match='--num_slices=0'):
+    parse('v5e:2x4', 0)

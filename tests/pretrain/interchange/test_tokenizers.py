@@ -10,14 +10,15 @@ import pytest
 
 from data.batches.source import open_data
 from models.build import build
+from models.decode.writing import greedy
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
 from pretrain.interchange.config_json import ConfigJson
-from pretrain.interchange.families import FAMILIES
 from pretrain.interchange.importing import needed
+from pretrain.interchange.published import llama
 from pretrain.interchange.safetensors import create
 from tests.pretrain.interchange.goldens import load
 from tests.tokenizers_json import publish
@@ -43,7 +44,7 @@ def published_model(folder: pathlib.Path, kind: str, rows: int | None = None) ->
   tokenizer, size, files = KINDS[kind]
   config = {'model_type': 'llama', 'vocab_size': rows or size, **SIZES, **files['config']}
   publish(folder, tokenizer, **{**files, 'config': config})
-  family = FAMILIES['llama']
+  family = llama.LLAMA
   shapes = needed(family, family.read(ConfigJson(config, folder), {}), config)
   rng = np.random.default_rng(1)
   for array in create(folder, {name: ('F32', shape) for name, shape in shapes.items()}).values():
@@ -107,6 +108,16 @@ def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys
   copy = shutil.copytree(run, tmp_path / 'run')
   (copy / 'imported/generation_config.json').write_text(json.dumps({'eos_token_id': [2, written[at]]}))
   assert generated(copy, capsys, 'the work', 6) == tokenizer.render(written[:at]).strip()
+
+
+def test_behind_an_end_the_decoder_writes_padding(imported):
+  _, source, _ = imported
+  found, params = load(source)
+  written = continued(source, [300, 301], 6)
+  at = next(i for i in range(1, 6) if written[i] not in written[:i])
+  batch = {'decoder_input_tokens': np.array([[300, 301]], np.int32)}
+  got = greedy(build(found.model), params, batch, 6, eos=(399, written[at]), pad=7, decoder_start=0)
+  assert got.tolist() == [[*written[: at + 1], *[7] * (5 - at)]]
 
 
 def on_a_store(run: pathlib.Path, folder: pathlib.Path) -> Experiment:
