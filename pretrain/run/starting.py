@@ -12,7 +12,7 @@ from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
-from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.experiment import Experiment, TrainConfig
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
 from pretrain.experiment.trunk import KEY, check_trunk
@@ -99,11 +99,17 @@ def start(
   run = Run(
     cfg=cfg, text=text, workdir=workdir, skips=skips, timeline=timeline, checkpoints=checkpoints, snapshots=snapshots,
     metrics=metrics, judge=Judge(cfg, workdir, checkpoints, metrics, step), replicas=replicas,
-    profile=Profile(workdir, cfg.train.profile_steps), phase=phase, data=phase.data, state=found.state,
+    profile=Profile(workdir, traced_steps(cfg.train)), phase=phase, data=phase.data, state=found.state,
     position=found.position, mixing=mixing, trunk=found.trunk, step=step, saved_step=saved_step,
   )  # fmt: skip
   announce(run, found.changes)
   return run
+
+
+def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:
+  """The steps that this process traces."""
+  traces = cfg.profile_hosts is None or jax.process_index() in cfg.profile_hosts
+  return cfg.profile_steps if traces else None
 
 
 def check_config(cfg: Experiment, workdir: pathlib.Path, recorded: Rows, allow_data_change: bool) -> list[str]:
