@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -38,7 +39,7 @@ class SentencePieceModel:
       return [np.array(self.encode(text), np.int32) for text in texts]
     return self.processor.encode(list(texts), num_threads=num_threads, return_type='numpy')
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self.processor.decode([int(i) for i in ids])
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class TokenizerJson:
     found = self._fast.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(own.ids, np.int32) for own in found]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:

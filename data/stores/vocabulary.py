@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -85,6 +85,7 @@ class Vocabulary:
     return self.sentinel(int(digits))
 
 
+@runtime_checkable
 class TextModel(Protocol):
   """Text to ids and back, without special tokens: SentencePiece's or that of `tokenizers`.
 
@@ -105,7 +106,7 @@ class TextModel(Protocol):
   def special(self) -> dict[str, int]: ...
   def encode(self, text: str) -> list[int]: ...
   def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]: ...
-  def decode(self, ids: Iterable[int]) -> str: ...
+  def decode(self, ids: Iterable[SupportsIndex]) -> str: ...
   def spans(self, text: str) -> list[tuple[int, int, int]]: ...
   def piece(self, token: int) -> str: ...
   def pieces(self) -> tuple[list[str], list[float], list[str]]: ...
@@ -180,7 +181,7 @@ class Tokenizer:
     """`encode` of each text: int32[tokens]."""
     return self._text_model.encode_batch(texts, num_threads)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Ids of text -> text."""
     return self._text_model.decode(ids)
 

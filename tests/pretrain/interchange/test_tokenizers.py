@@ -10,6 +10,7 @@ import pytest
 
 from data.batches.source import open_data
 from models.build import build
+from models.decode.writing import greedy
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.evaluation.imported import tokenizer_of
@@ -107,6 +108,16 @@ def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys
   copy = shutil.copytree(run, tmp_path / 'run')
   (copy / 'imported/generation_config.json').write_text(json.dumps({'eos_token_id': [2, written[at]]}))
   assert generated(copy, capsys, 'the work', 6) == tokenizer.render(written[:at]).strip()
+
+
+def test_behind_an_end_the_decoder_writes_padding(imported):
+  _, source, _ = imported
+  found, params = load(source)
+  written = continued(source, [300, 301], 6)
+  at = next(i for i in range(1, 6) if written[i] not in written[:i])
+  batch = {'decoder_input_tokens': np.array([[300, 301]], np.int32)}
+  got = greedy(build(found.model), params, batch, 6, eos=(399, written[at]), pad=7, decoder_start=0)
+  assert got.tolist() == [[*written[: at + 1], *[7] * (5 - at)]]
 
 
 def on_a_store(run: pathlib.Path, folder: pathlib.Path) -> Experiment:
