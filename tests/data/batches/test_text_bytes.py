@@ -7,6 +7,7 @@ from data.batches.batches import DataSource
 from data.batches.rows import StoreRows
 from data.batches.text_bytes import text_bytes
 from data.examples.make import RowSpec
+from data.mixing.mixture import Mixture, Stage
 from data.objectives.objectives import CausalLm, PrefixLm
 from data.objectives.tasks import Budget
 from data.packing.packing import ConcatSplit
@@ -72,5 +73,5 @@ def test_a_source_has_the_bytes_of_its_held_out_rows(store, tokenizer):
     batch_size = 2
 
   rows = {'held': rows_of(store, tokenizer, CausalLm(), 24), 'other': rows_of(store, tokenizer, PrefixLm(), 24)}
-  source = DataSource(Cfg, tokenizer.vocabulary, tokenizer, {}, None, rows)
+  source = DataSource(Cfg, tokenizer.vocabulary, tokenizer, {}, Mixture([Stage(0, (1.0,))], 0), rows)
   assert source.heldout_bytes(1) == {'held': text_bytes(rows['held'], 2, tokenizer)}
