@@ -3,7 +3,6 @@
 It runs in a background thread of every process. All processes agree how it ended: the step exists for all or for none.
 """
 
-import pathlib
 import re
 import threading
 import time
@@ -16,6 +15,7 @@ from pretrain.checkpoints.manifest import File, Leaf, Manifest
 from pretrain.errors import HostError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
+from pretrain.workdirs.folder import Folder
 
 
 class Saving:
@@ -23,18 +23,19 @@ class Saving:
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: Folder,
     leaves: Mapping[str, tuple[jax.ShapeDtypeStruct, digest.Sums]],
     scores: Mapping[str, float],
     wait: Callable[[], None],
     retain: Callable[[], None],
+    before_commit: Callable[[], None] = lambda: None,
   ):
     self.step, self.size, self.seconds = int(folder.name), 0, 0.0
     self.error: Exception | None = RuntimeError('it has not ended')
     self.untidy: Exception | None = None  # why old steps could not be removed
     self._folder, self._leaves, self._scores, self._agreement = folder, leaves, scores, Agreement.about('save')
     self._wait, self._retain, self._files = wait, retain, dict[str, File]()
-    self._start = time.perf_counter()
+    self._start, self._before_commit = time.perf_counter(), before_commit
     self._thread = threading.Thread(target=self._run, name=f'save_{self.step}')
     self._thread.start()
 
@@ -93,6 +94,7 @@ class Saving:
     for process in range(1, jax.process_count()):
       files |= manifest.take_part(self._folder, process)
     whole = Manifest(self.step, files, leaves, self._scores, manifest.versions())
+    self._before_commit()
     manifest.write(self._folder, whole)
     step_folders.end(self._folder.parent, self.step)
     self.size = whole.size

@@ -36,6 +36,8 @@ from pretrain.interchange.layout import Entry
 from pretrain.interchange.placing import BLOCK, place
 from pretrain.interchange.safetensors import READ, Tensor, create, equal, open_folder
 from pretrain.tools.weights import NOT_ARCHITECTURE
+from pretrain.workdirs.copies import made_in
+from pretrain.workdirs.folder import Folder
 
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
 ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
@@ -182,7 +184,7 @@ def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> j
 
 
 def import_run(
-  source: Source, cfg: Experiment, workdir: pathlib.Path, command: str, change: Callable[[Any], Any] = lambda x: x
+  source: Source, cfg: Experiment, workdir: Folder, command: str, change: Callable[[Any], Any] = lambda x: x
 ) -> None:
   """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
 
@@ -196,12 +198,12 @@ def import_run(
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
     checkpoints.close()
-    _keep(source, workdir / FOLDER)
+    with made_in(workdir / FOLDER) as folder:
+      _keep(source, folder)
     (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
 
 
 def _keep(source: Source, folder: pathlib.Path) -> None:
-  folder.mkdir()
   for name in KEPT:
     if (source.folder / name).is_file():
       shutil.copyfile(source.folder / name, folder / name)
