@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ import jax
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.checkpoints.orbax_files import Files
-from pretrain.checkpoints.saving import Saving
+from pretrain.checkpoints.saving import Saving, failure
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
@@ -211,7 +209,7 @@ class Checkpoints:
     saving.join()
     if isinstance(saving.error, ConfigError):  # the workdir belongs to another run: it is not to be tried again
       raise saving.error
-    error = None if saving.error is None else self._failure(saving.step, saving.error)
+    error = None if saving.error is None else failure(self.directory, saving.step, self._needed, saving.error)
     self._failures = self._failures + 1 if error else 0
     self._ended.append(Saved(saving.step, self._stall, saving.seconds, saving.size, error, saving.untidy))
     if error:
@@ -343,22 +341,6 @@ class Checkpoints:
       f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
       f'{then}.',
     )
-
-  def _failure(self, step: int, error: Exception) -> CheckpointError:
-    if isinstance(self.directory, pathlib.Path) and any(word in str(error) for word in NO_SPACE):
-      free = shutil.disk_usage(self.directory).free / 2**20
-      text = (
-        f'saving step {step} needs {self._needed:.0f} MiB, {free:.0f} MiB free on {self.directory}. Earlier steps are '
-        'intact. Free space.'
-      )
-      return CheckpointError('CKPT-NOSPACE', text)
-    what = str(error).splitlines()[0][:300]
-    return CheckpointError(
-      'CKPT-WRITE', f'saving step {step} in {self.directory} failed: {what}. Earlier steps are intact.'
-    )
-
-
-NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

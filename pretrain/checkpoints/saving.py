@@ -4,6 +4,7 @@ It runs in a background thread of every process. All processes agree how it ende
 """
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,10 +13,12 @@ import jax
 
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.manifest import File, Leaf, Manifest
-from pretrain.errors import HostError
+from pretrain.errors import CheckpointError, HostError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
 from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.refusals import reason_of
+from pretrain.workdirs.store_path import StorePath
 
 
 class Saving:
@@ -98,6 +101,25 @@ class Saving:
     manifest.write(self._folder, whole)
     step_folders.end(self._folder.parent, self.step)
     self.size = whole.size
+
+
+def failure(directory: Folder, step: int, needed: float, error: Exception) -> CheckpointError:
+  """The error of a save that needed `needed` MiB and failed with `error`."""
+  if isinstance(directory, StorePath):
+    what = reason_of(directory.url, error)
+  elif any(word in str(error) for word in NO_SPACE):
+    free = shutil.disk_usage(directory).free / 2**20
+    text = (
+      f'saving step {step} needs {needed:.0f} MiB, {free:.0f} MiB free on {directory}. Earlier steps are intact. Free '
+      'space.'
+    )
+    return CheckpointError('CKPT-NOSPACE', text)
+  else:
+    what = str(error).splitlines()[0][:300]
+  return CheckpointError('CKPT-WRITE', f'saving step {step} in {directory} failed: {what}. Earlier steps are intact.')
+
+
+NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def owner(name: str) -> int:

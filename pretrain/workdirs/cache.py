@@ -4,14 +4,17 @@ import os
 import pathlib
 
 from data.arguments import expand_user
+from pretrain.workdirs.folder import as_folder
 
 DEFAULT = '~/.cache/pretrain'
 
 
 def cache_url() -> str | None:
-  """The URL in $PRETRAIN_CACHE; None where that is a folder of this host, or nothing."""
+  """The URL in $PRETRAIN_CACHE; None where that is a folder of this host, or nothing. Raises ConfigError for others."""
   found = os.environ.get('PRETRAIN_CACHE', '')
-  return found.rstrip('/') if found.startswith(('gs://', 's3://')) else None
+  if '://' not in found:
+    return None
+  return str(as_folder(found, 'PRETRAIN_CACHE'))
 
 
 def local_cache_dir() -> pathlib.Path:

@@ -52,6 +52,16 @@ def in_words(url: str, error: Exception) -> tuple[str, str]:
   return f'{meaning} ({short(error)}; bucket {bucket_of(url)}{where}, credentials from {credentials_of(url)})', fix
 
 
+def reason_of(url: str, error: Exception) -> str:
+  """Why something at `url` failed: the reason of a StoreError, or of an error of TensorStore that others passed on."""
+  if isinstance(error, StoreError):
+    return error.strerror
+  if isinstance(error, FileExistsError):
+    return f'{error.filename}: {error.strerror}'
+  cause = error.__cause__ if type(error) is Exception and isinstance(error.__cause__, Exception) else error
+  return in_words(url, cause)[0]
+
+
 def short(error: Exception) -> str:
   """The first line of a message of TensorStore, without headers and addresses of requests."""
   line = (str(error) or type(error).__name__).splitlines()[0]

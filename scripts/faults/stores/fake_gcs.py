@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import urllib.parse
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 # "POST /upload/storage/v1/b/B/o?name=N", "GET /storage/v1/b/B/o/N?alt=media", "DELETE …", "GET /storage/v1/b/B/o?…"
@@ -38,9 +39,12 @@ class Store:
   def names(self, bucket: str) -> list[str]:
     return sorted(name for where, name in self.objects if where == bucket)
 
-  def fault(self, match: str, status: int, times: int = 1, after: int = 0, done: bool = False) -> dict[str, Any]:
-    """The requests that match, but for the first `after`, get this status, `times` times."""
-    self.faults.append({'match': match, 'status': status, 'times': times, 'after': after, 'done': done})
+  def fault(
+    self, match: str, status: int = 503, times: int = 1, after: int = 0, done: bool = False,
+    act: Callable[[], None] = lambda: None,
+  ) -> dict[str, Any]:  # fmt: skip
+    """The requests that match, but for the first `after`, get this status, `times` times; `act` is called before."""
+    self.faults.append({'match': match, 'status': status, 'times': times, 'after': after, 'done': done, 'act': act})
     return self.faults[-1]
 
   def due(self, request: str) -> dict[str, Any] | None:
@@ -50,6 +54,7 @@ class Store:
           fault['after'] -= 1
           continue
         fault['times'] -= 1
+        fault['act']()
         return fault
     return None
 
