@@ -16,6 +16,8 @@ from pretrain.checkpoints import manifest, orbax_stores
 from pretrain.workdirs.folder import Folder
 from pretrain.workdirs.store_path import StorePath
 
+SMALL_FILE = 16 * 2**20  # bytes, for saves that may be slow and must need little memory
+
 
 def be_quiet() -> None:
   """Silences Orbax's hundreds of log lines about a failed save: `Checkpoints.poll` reports it in one."""
@@ -72,18 +74,22 @@ class Files:
     orbax_stores.use_stores()
     return self._directory.url
 
-  def _save_args(self, tree: Any) -> args.PyTreeSave:
+  def _save_args(self, tree: Any, file_bytes: int | None) -> args.PyTreeSave:
     """How the arrays are written: to a store in files of one request each."""
     if not isinstance(self._directory, StorePath):
-      return args.PyTreeSave(tree)
-    size = orbax_stores.FILE_BYTES
-    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), tree)
+      return args.PyTreeSave(tree, ocdbt_target_data_file_size=file_bytes)
+    size = min(orbax_stores.FILE_BYTES, file_bytes or orbax_stores.FILE_BYTES)
+    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=orbax_stores.FILE_BYTES), tree)
     return args.PyTreeSave(tree, save_args=parts, ocdbt_target_data_file_size=size)
 
-  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str) -> None:
-    """Returns when the arrays are copied; `wait` for the files."""
+  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
+    """Returns when the arrays are copied; `wait` for the files.
+
+    TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
+    several files at a time.
+    """
     items = args.Composite(
-      state=self._save_args(tree),
+      state=self._save_args(tree, file_bytes),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
     )

@@ -17,6 +17,7 @@ def replay_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='another mesh than that of the run'
   )
+  shared.cluster_flag(command)
 
 
 def replay_command(options, overrides) -> int:
@@ -36,8 +37,9 @@ def replay_command(options, overrides) -> int:
   if overrides and options.rtol is None:
     raise ConfigError(f'--gin.{overrides[0]}: only the mesh of the run gives its bits; give --rtol, e.g. --rtol=1e-5.')
   cfg = shared.load(options, overrides, saved)
+  found = launch.join_cluster(options.cluster, cfg.mesh.replica)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
-  launch.initialize_from_env()
+  launch.initialize_from_env(found=found)
   from pretrain.devices.compilation_cache import use_compilation_cache
   from pretrain.errors import CheckpointError
   from pretrain.hosts import coordination

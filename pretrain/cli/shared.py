@@ -92,6 +92,14 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
   )
 
 
+def cluster_flag(command: argparse.ArgumentParser) -> None:
+  from pretrain.fleet.cluster import CHOICES
+
+  command.add_argument(
+    '--cluster', choices=CHOICES, help='who started the processes of the run, where the environment names several'
+  )
+
+
 def mesh_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='devices along a mesh axis')
 

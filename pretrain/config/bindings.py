@@ -69,9 +69,12 @@ def override(cfg: T, values: Mapping[str, Any], place: str) -> T:
 
 
 def flatten(cfg: Any, prefix: str = '') -> dict[str, Any]:
-  """Every value of a config dataclass by its dotted key; tuples of dataclasses become lists of dicts."""
+  """Every value of a config dataclass by its dotted key; tuples of dataclasses become lists of dicts. A field that is
+  rendered 'if set' is left out where it has its default: configs that do not use it stay as they were."""
   flat: dict[str, Any] = {}
   for field in dataclasses.fields(cfg):
+    if not _is_rendered(field, cfg):
+      continue
     value, key = getattr(cfg, field.name), prefix + field.name
     flat |= flatten(value, key + '.') if dataclasses.is_dataclass(value) else {key: plain(value)}
   return flat
@@ -95,7 +98,8 @@ def plain(value: Any) -> Any:
 
 
 def _is_rendered(field: dataclasses.Field, value: Any) -> bool:
-  return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != field.default
+  default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+  return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != default
 
 
 def nest(keys: Mapping[str, Binding]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import numpy as np
 from models.specs import ParamSpec
 from pretrain.interchange.layout import Entry, Index
 from pretrain.interchange.safetensors import Tensor
+from pretrain.interchange.zarr import Array
 
 BLOCK = 4 * 2**20  # elements: 16 MiB of float32
 
-Tensors = Mapping[tuple[int, ...], Tensor]
+Tensors = Mapping[tuple[int, ...], Tensor | Array]
 
 
 def place(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None, sharding: jax.sharding.Sharding):
@@ -55,6 +56,14 @@ def _values(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None,
   added = None if row is None else row.read(0, row.shape[-1]).astype(np.float32)[wanted[-1].start : wanted[-1].stop]
   for at in np.ndindex(*map(len, wanted[:stacked])):
     tensor = tensors[tuple(own[i] for own, i in zip(wanted, at, strict=False))]
-    for block in entry.blocks(spec, wanted[stacked:], BLOCK):
-      own = entry.of_block(tensor.read(block.begin, block.end), spec, block)
-      yield (*at, *block.into), entry.fold(own, added)
+    for into, own in _blocks(entry, spec, tensor, wanted[stacked:]):
+      yield (*at, *into), entry.fold(own, added)
+
+
+def _blocks(entry: Entry, spec: ParamSpec, tensor: Tensor | Array, wanted) -> Iterator[tuple[Index, np.ndarray]]:
+  """Blocks of a file have at most BLOCK elements, or a row; those of a zarr folder are its chunks."""
+  if isinstance(tensor, Array):
+    yield from entry.boxes(spec, wanted, tensor.chunks, tensor.read)
+    return
+  for block in entry.blocks(spec, wanted, BLOCK):
+    yield block.into, entry.of_block(tensor.read(block.begin, block.end), spec, block)

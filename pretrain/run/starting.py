@@ -12,7 +12,7 @@ from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
-from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.experiment import Experiment, TrainConfig
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
 from pretrain.experiment.trunk import KEY, check_trunk
@@ -27,6 +27,7 @@ from pretrain.run.judging import Judge
 from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
+from pretrain.step.loss import check_predicts_tokens
 from pretrain.step.train_step import TrainState
 from pretrain.tools.weights import find, initial_params
 from pretrain.workdirs.folder import Folder
@@ -90,6 +91,7 @@ def start(
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
+  check_predicts_tokens(cfg.model)
   recorded = read_metrics(workdir)
   changes = check_config(cfg, files, recorded, allow_data_change)
   checkpoints, snapshots = files.checkpoints(), files.snapshots(skips)
@@ -102,11 +104,17 @@ def start(
   run = Run(
     cfg=cfg, text=text, workdir=workdir, skips=skips, timeline=timeline, checkpoints=checkpoints, snapshots=snapshots,
     metrics=metrics, judge=Judge(cfg, workdir, checkpoints, metrics, step), replicas=replicas,
-    profile=Profile(workdir, cfg.train.profile_steps), phase=phase, data=phase.data, state=found.state,
+    profile=Profile(workdir, traced_steps(cfg.train)), phase=phase, data=phase.data, state=found.state,
     position=found.position, mixing=mixing, trunk=found.trunk, step=step, saved_step=saved_step,
   )  # fmt: skip
   announce(run, found.changes)
   return run
+
+
+def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:
+  """The steps that this process traces."""
+  traces = cfg.profile_hosts is None or jax.process_index() in cfg.profile_hosts
+  return cfg.profile_steps if traces else None
 
 
 def check_config(cfg: Experiment, files: Files, recorded: Rows, allow_data_change: bool) -> list[str]:

@@ -184,6 +184,8 @@ UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
+  'hbm_mib': 'MiB of the fullest device', 'hbm_peak_mib': 'MiB of the fullest device', 'host_mib': 'MiB of process 0',
+  'mfu': 'share of peak FLOPs', 'slowest_host': 'process', 'slowest_ratio': 'times the median',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
   'padding_flops': 'share of FLOPs', 'grad_norm': 'global norm', 'learning_rate': 'of the last update',

@@ -29,7 +29,7 @@ from pretrain.evaluation.imported import FOLDER, tokenizer_of
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
 from pretrain.hosts.ownership import owned
-from pretrain.tools.weights import Step, _on_one_device, check_new, config_of
+from pretrain.tools.weights import Step, check_new, config_of, program_on_one_device
 from pretrain.workdirs.copies import made_in
 from pretrain.workdirs.folder import Folder
 
@@ -64,7 +64,7 @@ def extend_vocabulary(
   places = old_ids(old, new)
   rows = padded(new.vocabulary.size, cfg.model.vocab_size)
   spelled = spellings(old, new, places) if method == 'subword' else None
-  program = _on_one_device(cfg)
+  program = program_on_one_device(cfg)
   axes = {path: spec.axes for path, spec in flatten_dict(dict(program.model.specs)).items()}
   params = flatten_dict(step.read(program.abstract.params))
   for path, x in params.items():

@@ -22,7 +22,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
 from pretrain.hosts.ownership import owned
-from pretrain.tools.weights import MAY_DIFFER, Step, _on_one_device, check_new, config_of
+from pretrain.tools.weights import MAY_DIFFER, Step, check_new, config_of, program_on_one_device
 from pretrain.workdirs.folder import Folder
 
 Path = tuple[str, ...]
@@ -100,7 +100,7 @@ def _open(step: Step, model: ModelConfig) -> Source:
       f'{bad[0]} is {theirs[bad[0]]!r} in {step.workdir}/config.gin, {ours[bad[0]]!r} in --gin_file (first of '
       f'{len(bad)}). Nothing was written; set it as it is there.',
     )
-  return Source(step, own.model, flatten_dict(step.read(_on_one_device(own).abstract.params)))
+  return Source(step, own.model, flatten_dict(step.read(program_on_one_device(own).abstract.params)))
 
 
 def _value(path: Path, sources: Mapping[str, Source], cross: Cross) -> tuple[Any, Source]:

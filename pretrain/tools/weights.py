@@ -39,11 +39,14 @@ from pretrain.workdirs.folder import Folder, as_folder
 
 # Keys of model.* that change neither the shapes of weights nor what is computed from them.
 NOT_ARCHITECTURE = (
-  'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
-  'model.scale_residual_init',
+  'model.dropout', 'model.dropout_sites', 'model.dtype', 'model.remat', 'model.embedding_init_std',
+  'model.head_init_scale', 'model.init_std', 'model.scale_residual_init',
 )  # fmt: skip
 # Keys that a run that starts from another may change too: the scale of positions, for longer rows.
 MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
+# Keys that such a run may set where the other had nothing; to leave out what the other had is a mistake.
+MAY_BE_ADDED = ('model.windows', 'model.sinks', 'model.sink_distance')
+SCALING, LEARNED = 'model.rope_scaling.', 'frequencies'  # parameters that a scaling adds are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +92,23 @@ def find_step(workdir: Folder, number: int, *, ema: bool = False) -> Step:
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
   """The parameters that `checkpoint.initial` names, sharded for `program`, whose data have `tokenizer`.
 
-  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
+  Without the parameters that longer rows add. Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for
+  another architecture or tokenizer.
   """
   path = as_folder(initial, 'checkpoint.initial')
   step = find_step(path.parent, int(path.name))
   ours, theirs = bindings.flatten(program.model.cfg, 'model.'), bindings.flatten(config_of(step.workdir))
-  if bad := _differences(ours, theirs, MAY_DIFFER):
+  plain_rope = theirs.get(f'{SCALING}name') == 'none'
+  added = [key for key in MAY_BE_ADDED if not theirs.get(key)]
+  added += [key for key in ours.keys() | theirs.keys() if key.startswith(SCALING) and plain_rope]
+  if bad := _differences(ours, theirs, (*MAY_DIFFER, *added)):
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
       f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
     )
-  params, theirs = step.read(program.weights), step.tokenizer()
+  wanted = {name: x for name, x in program.weights.items() if name != LEARNED or not plain_rope}
+  params, theirs = step.read(wanted), step.tokenizer()
   if None not in (theirs, tokenizer) and theirs != tokenizer:
     raise CheckpointError(
       'CKPT-MISMATCH',
@@ -166,7 +174,7 @@ def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], out
 def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: Folder, source: str) -> None:
   check_new(output)
   cfg = _one_architecture(steps)
-  abstract = _on_one_device(cfg).abstract.params
+  abstract = program_on_one_device(cfg).abstract.params
   terms = ((c, step.read(abstract)) for c, step in zip(coefficients, steps, strict=True))
   _write(output, linear_combination(terms), cfg, steps[0], source)
 
@@ -266,7 +274,8 @@ def check_new(output: Folder, flag: str = '--output') -> None:
     raise ConfigError(f'{flag}={output} exists; nothing is overwritten. Choose another folder.')
 
 
-def _on_one_device(cfg: Experiment) -> Program:
+def program_on_one_device(cfg: Experiment) -> Program:
+  """The program of a run whose arrays are whole on the first device, without the adapters' config."""
   return build_program(dataclasses.replace(plain(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
