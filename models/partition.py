@@ -26,7 +26,6 @@ PARAMETER_RULES: Rules = {
   'buckets': None,
   'length': None,
   'rank': None,
-  'outputs': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),

@@ -27,7 +27,6 @@ from pretrain.run.judging import Judge
 from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
-from pretrain.step.loss import check_predicts_tokens
 from pretrain.step.train_step import TrainState
 from pretrain.tools.weights import find, initial_params
 from pretrain.workdirs.folder import Folder
@@ -91,7 +90,6 @@ def start(
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
-  check_predicts_tokens(cfg.model)
   recorded = read_metrics(workdir)
   changes = check_config(cfg, files, recorded, allow_data_change)
   checkpoints, snapshots = files.checkpoints(), files.snapshots(skips)
