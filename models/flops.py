@@ -33,6 +33,14 @@ def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
   return layers // len(windows) * sum(wide)
 
 
+def _head(cfg: ModelConfig) -> int:
+  """Parameters that make logits, tied or not."""
+  if cfg.head == 'binary':
+    return cfg.embed
+  tied = isinstance(cfg, EncoderConfig) and cfg.head != 'untied'
+  return (cfg.width if tied else cfg.embed) * cfg.vocab_size
+
+
 def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: int) -> dict[str, int]:
   """FLOPs at one position of each side (encoder, decoder) of a row of these lengths, forward and backward.
 
@@ -42,7 +50,9 @@ def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: 
   Positions of one side cost the same, padding or not.
   """
   specs = build(cfg).specs
-  head = cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {}))  # tied or not
+  head = _head(cfg) + sum(
+    _matrix_parameters(specs.get(name, {})) for name in ('head_transform', 'embedding_projection')
+  )
   of = lambda stack: _matrix_parameters(specs[stack], cfg.experts_per_token)
   attention = 4 * cfg.heads * cfg.head_dim  # scores and mixing: two products of 2 * heads * head_dim for each pair
   cost = lambda parameters, pairs: FORWARD_AND_BACKWARD * (2 * parameters + attention * pairs)
@@ -57,6 +67,8 @@ def flops_per_position(cfg: ModelConfig, *, inputs_length: int, targets_length: 
     }
   stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
   pairs = _keys(cfg, cfg.layers, targets_length, causal=stack == 'decoder')
+  if cfg.positions == 'disentangled':  # scores of positions: one product for twice as many columns as keys
+    pairs += len(cfg.position_scores) * cfg.layers * targets_length
   return {stack: cost(of(stack) + head, pairs)}
 
 

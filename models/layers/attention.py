@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.dropout import fold
+from models.layers.dropout import Dropout, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
 from models.layers.rotary import Rope, rotary
@@ -39,7 +39,7 @@ class AttentionConfig:
   qk_norm: QkNorm
   qk_norm_eps: float
   softcap: float | None
-  dropout: float
+  dropout: Dropout
   implementation: str
 
   @property
@@ -64,6 +64,16 @@ VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['table'], meta_fields=['scores', 'max_distance'])
+@dataclasses.dataclass(frozen=True)
+class RelativeEmbeddings:
+  """Embeddings [buckets, embed] of distances, of which each layer makes its `api.PositionScores`."""
+
+  table: Array
+  scores: tuple[str, ...]
+  max_distance: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility(api.Visibility):
@@ -71,9 +81,11 @@ class Visibility(api.Visibility):
 
   Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
-  of them than queries; there the reference is as fast as a kernel.
+  of them than queries; there the reference is as fast as a kernel. `relative`: embeddings of
+  distances for disentangled attention.
   """
 
+  relative: RelativeEmbeddings | None = None
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
@@ -132,17 +144,35 @@ class Attention(nnx.Module):
   def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]."""
     dropped = None
-    if keys is not None and self.cfg.dropout:
-      dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
-    whole = {'dropout': dropped is not None, 'divided': divides('length')}
+    if keys is not None and self.cfg.dropout.outer:
+      dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
+    scale, see = self._with_position_scores(see, q.dtype)
+    whole = {
+      'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
+    }  # fmt: skip
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
-    scale = 1.0 if self.cfg.folds_scale else None
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
       mixed = run(q, k, v, see, dropout=dropped)
     else:
       mixed = _on_each_device(run, see, self.cfg.kv_axis)(q, k, v, see)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
+
+  def _with_position_scores(self, see: Visibility, dtype) -> tuple[float | None, Visibility]:
+    """(the scale of scores, `see` with this layer's keys and queries of relative embeddings where there are any).
+
+    A score is a sum of 1 + len(scores) products, hence 1/sqrt(that * head_dim): He et al. 2020, eq. 4.
+    """
+    if see.relative is None:
+      return 1.0 if self.cfg.folds_scale else None, see
+    x, kinds = see.relative.table.astype(dtype), see.relative.scores
+    own = api.PositionScores(
+      keys=linear(x, self.key, self.key_bias) if 'c2p' in kinds else None,
+      queries=linear(x, self.query, self.query_bias) if 'p2c' in kinds else None,
+      max_distance=see.relative.max_distance,
+    )
+    scale = ((1 + len(kinds)) * self.cfg.head_dim) ** -0.5
+    return scale, dataclasses.replace(see, relative=None, position_scores=own)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])

@@ -19,6 +19,7 @@ from pretrain.devices.mesh import MeshConfig, make_mesh
 from tests.models.small import (
   ALIBI,
   BERT,
+  DEBERTA,
   ENCODER,
   EXPERTS,
   IDS,
@@ -48,7 +49,7 @@ WRITERS = {
   'experts': EXPERTS,
   'sinks': SINKS,
 }
-VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
+VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT, 'deberta': DEBERTA}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
 CACHED = pytest.mark.parametrize('cfg', WRITERS.values(), ids=WRITERS.keys())
 DECODERS = pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['llama', 'alibi', 'learned'])

@@ -1,5 +1,6 @@
 """Each family against logits that `transformers` wrote (scripts/make_interchange_goldens.py)."""
 
+import dataclasses
 import json
 import shutil
 
@@ -44,6 +45,7 @@ NEARLY = {
   'final_logit_softcapping': lambda cap: 1.02 * cap,
   'use_parallel_residual': lambda parallel: not parallel,
   'num_experts_per_tok': lambda number: number - 1,
+  'max_relative_positions': lambda distance: distance + 3,
   'activation_function': lambda name: 'gelu',
   'activation': lambda name: 'gelu_new',
   'feed_forward_proj': lambda name: {'relu': 'gelu_new', 'gated-gelu': 'gated-silu', 'gated-silu': 'gated-gelu'}[name],
@@ -75,6 +77,23 @@ def is_told_apart(name: str, key: str, tmp_path) -> bool:
 
 
 @pytest.mark.parametrize(
+  'mutation',
+  [
+    {'relative_norm': False}, {'position_scores': ('p2c', 'c2p', 'p2c')}, {'position_scores': ('c2p',)},
+    {'position_scores': ('p2c',)},
+  ],
+  ids=['norm_rel_ebd', 'scale of sqrt(4d)', 'c2p alone', 'p2c alone'],
+)  # fmt: skip
+def test_parts_of_disentangled_attention_are_told_apart(mutation):
+  """A third name changes the scale alone, to 1 / sqrt(4 head_dim)."""
+  source, params = goldens.read('deberta_v3')
+  if not mutation.get('relative_norm', True):
+    params['encoder_bias'].pop('norm')
+  model = dataclasses.replace(source.model, **mutation)
+  assert goldens.worst(model, params, goldens.expected('deberta_v3'), [goldens.PADDED]) > TOLERANCE
+
+
+@pytest.mark.parametrize(
   ('name', 'key'),
   [
     ('t5_v1_0', 'relative_attention_max_distance'),
@@ -85,6 +104,7 @@ def is_told_apart(name: str, key: str, tmp_path) -> bool:
     ('gpt_neox', 'use_parallel_residual'),
     ('falcon', 'rope_parameters.rope_theta'),
     ('roberta', 'layer_norm_eps'),
+    ('deberta_v3', 'max_relative_positions'),
   ],
 )
 def test_a_config_that_is_nearly_right_is_told_apart(name, key, tmp_path):
