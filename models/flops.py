@@ -11,6 +11,7 @@ from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.low_rank import NONE, LoraConfig, Path, pairs
 from models.specs import ParamSpec, Tree, is_matrix, is_spec
 
+BESIDE = ('head_transform', 'embedding_projection')  # beside the stacks and the head
 FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of the forward pass
 
 
@@ -66,6 +67,14 @@ def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
   return layers // len(windows) * sum(wide)
 
 
+def _head(cfg: ModelConfig) -> int:
+  """Parameters that make logits, tied or not."""
+  if cfg.head == 'binary':
+    return cfg.embed
+  tied = isinstance(cfg, EncoderConfig) and cfg.head != 'untied'
+  return (cfg.width if tied else cfg.embed) * cfg.vocab_size
+
+
 def flops_per_position(
   cfg: ModelConfig, *, inputs_length: int, targets_length: int, lora: LoraConfig = NONE
 ) -> dict[str, int]:
@@ -81,7 +90,7 @@ def flops_per_position(
   """
   specs = build(cfg, lora=lora).specs
   frozen = bool(lora.rank)
-  head = _Products(cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {})))  # tied or not
+  head = _Products(_head(cfg) + sum(map(_matrix_parameters, [specs.get(n, {}) for n in BESIDE])))
   of = lambda stack: (
     _Products(_matrix_parameters(specs[stack], cfg.experts_per_token)) + _adapters(specs, lambda path: path[0] == stack)
   )
@@ -89,6 +98,8 @@ def flops_per_position(
   if not isinstance(cfg, EncoderDecoderConfig):
     stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
     between = _keys(cfg, cfg.layers, targets_length, causal=stack == 'decoder')
+    if cfg.positions == 'disentangled':  # scores of positions: one product for twice as many columns as keys
+      between += len(cfg.position_scores) * cfg.layers * targets_length
     parameters = (of(stack) + head).flops(frozen=frozen, reaches=True)
     return {stack: parameters + FORWARD_AND_BACKWARD * 2 * product * between}
   encoder, cross = of('encoder'), _cross_keys_values(specs)
