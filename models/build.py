@@ -57,9 +57,12 @@ class Model:
       return self.bind(params)(batch, key)
 
   def head(self, params: Tree) -> Array:
-    """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`."""
+    """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`.
+
+    It is [embed, 1] for `cfg.head` 'binary'.
+    """
     match self.cfg.head:
-      case 'untied':
+      case 'untied' | 'binary':
         return params['head']['kernel']
       case 'tied':
         return params['embedding']['table'].T
@@ -71,7 +74,7 @@ class Model:
     return params['head']['bias'] if self.cfg.head_bias else None
 
   def logits(self, params: Tree, hidden: Array) -> Array:
-    """f32[…, vocab]."""
+    """f32[…, vocab]; for `cfg.head` 'binary' f32[…, 1]."""
     head = self.head(params).astype(hidden.dtype)
     logits, cap = jnp.matmul(hidden, head, preferred_element_type=jnp.float32), self.cfg.logit_softcap
     if self.cfg.head_bias:

@@ -26,6 +26,7 @@ PARAMETER_RULES: Rules = {
   'buckets': None,
   'length': None,
   'rank': None,
+  'outputs': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),

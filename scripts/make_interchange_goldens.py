@@ -116,6 +116,19 @@ FAMILIES = {
   'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
   'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
   'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
+  'electra_small': ('ElectraConfig', BERT | {'embedding_size': 16}, 'ElectraForMaskedLM'),
+  'electra_discriminator': (
+    'ElectraConfig', BERT | {'embedding_size': 16, 'hidden_act': 'relu'}, 'ElectraForPreTraining',
+  ),
+  'deberta': (
+    'DebertaV2Config',
+    {
+      **BERT, 'type_vocab_size': 0, 'relative_attention': True, 'pos_att_type': 'p2c|c2p', 'share_att_key': True,
+      'norm_rel_ebd': 'layer_norm', 'position_biased_input': False, 'position_buckets': 16,
+      'max_relative_positions': 60, 'max_position_embeddings': 512,
+    },
+    'DebertaV2ForMaskedLM',
+  ),
   'mixtral': (
     'MixtralConfig',
     {**LLAMA, **rope(800.0), 'intermediate_size': 24, 'num_local_experts': 4, 'num_experts_per_tok': 2},
@@ -234,7 +247,7 @@ def expected(model) -> dict[str, np.ndarray]:
     found |= {f'{name}_target': np.append(0, draw(length - 1)) for name, length in (('long', LONG), ('short', SHORT))}
   for name in ('long', 'short'):
     found[f'{name}_logits'] = logits(model, found[name], found.get(f'{name}_target'))
-  if not type(model).__name__.endswith('ForMaskedLM'):
+  if not type(model).__name__.endswith(('ForMaskedLM', 'ForPreTraining')):
     found['greedy'] = next_tokens(model, found['short'])
   return {key: value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) for key, value in found.items()}
 

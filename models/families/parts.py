@@ -5,17 +5,19 @@ from typing import Annotated, Literal
 
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
-from models.layers.clex import LearnedFrequencies
+from models.layers.dropout import Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
-from models.layers.positions import Alibi, NoBias, RelativePositionBias
-from models.layers.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
+from models.layers.positions.clex import LearnedFrequencies
+from models.layers.positions.disentangled import DisentangledPositions
+from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
-Positions = Literal['relative', 'rotary', 'learned', 'alibi']
+Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,14 @@ class Parts:
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
 
-  `positions` picks which of the keys below it are used. `relative_layers` 'each' gives every layer its own biases
-  (umT5); `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases
-  by 1/sqrt(head_dim), as scores are (Falcon-RW).
+  `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders, with
+  `relative_buckets` vectors of positions. `relative_layers` 'each' gives every layer its own biases (umT5);
+  `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by
+  1/sqrt(head_dim), as scores are (Falcon-RW).
+
+  `dropout_sites`: embeddings, attention weights and the output of each layer have dropout in any case. 't5' also drops
+  inside MLPs and after the last norm, with one mask for all positions of an example (T5X examples/t5/network.py);
+  'bert' has a mask for each position (BERT, GPT-2). 'none' states that there is no dropout.
   """
 
   name: str  # each family sets it
@@ -76,20 +83,21 @@ class Parts:
   init_std: Annotated[float, '> 0'] | None = None
   scale_residual_init: bool = False
   dropout: Annotated[float, '[0, 1)'] = 0.0
+  dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
 
 
-KEYS_OF_POSITIONS: dict[str, Positions] = {
-  'relative_buckets': 'relative',
-  'relative_max_distance': 'relative',
-  'relative_layers': 'relative',
-  'rope_theta': 'rotary',
-  'rotary_fraction': 'rotary',
-  'rope_scaling': 'rotary',
-  'sink_distance': 'rotary',
-  'alibi_scaled': 'alibi',
-  'max_positions': 'learned',
+KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
+  'relative_buckets': ('relative', 'disentangled'),
+  'relative_max_distance': ('relative', 'disentangled'),
+  'relative_layers': ('relative',),
+  'rope_theta': ('rotary',),
+  'rotary_fraction': ('rotary',),
+  'rope_scaling': ('rotary',),
+  'sink_distance': ('rotary',),
+  'alibi_scaled': ('alibi',),
+  'max_positions': ('learned',),
 }
 
 
@@ -97,10 +105,11 @@ def check_parts(cfg: Parts) -> None:
   """Raises ValueError for values that do not fit each other, or that would have no effect."""
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
-    if cfg.positions != positions and (given := getattr(cfg, key)) != defaults[key]:
+    if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
       shown = f'.name={given.name!r}' if key == 'rope_scaling' else f'={given}'
       raise ValueError(
-        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
+        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to "
+        f'{" and ".join(map(repr, positions))}, remove it.'
       )
   if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
     raise ValueError(
@@ -111,6 +120,11 @@ def check_parts(cfg: Parts) -> None:
     raise ValueError(
       f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
       "through their norms, use model.norm_placement='pre'."
+    )
+  if cfg.dropout and cfg.dropout_sites == 'none':
+    raise ValueError(
+      f"model.dropout={cfg.dropout} with model.dropout_sites='none', where nothing is dropped; set model.dropout=0, or "
+      "model.dropout_sites='t5' or 'bert'."
     )
   _check_experts(cfg)
   _check_windows(cfg)
@@ -173,11 +187,29 @@ def _check_positions(cfg: Parts) -> None:
     _check_clex(cfg)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
+  if cfg.positions == 'disentangled':
+    _check_disentangled(cfg)
   exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
   if cfg.positions == 'relative' and cfg.relative_max_distance <= exact:
     raise ValueError(
       f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
       f'whose first {exact} buckets are single distances; set model.relative_max_distance > {exact}.'
+    )
+
+
+def _check_disentangled(cfg: Parts) -> None:
+  if cfg.name != 'encoder':
+    raise ValueError(
+      f"model.positions='disentangled' with model.name='{cfg.name}'; only encoders have it, use 'relative' or 'rotary'."
+    )
+  for key in ('qk_norm', 'attention_softcap'):
+    if (given := getattr(cfg, key)) not in ('none', None):
+      raise ValueError(f"model.{key}={given!r} with model.positions='disentangled', which has none; remove it.")
+  if cfg.relative_buckets % 4 or cfg.relative_max_distance <= cfg.relative_buckets // 4 + 1:
+    raise ValueError(
+      f'model.relative_buckets={cfg.relative_buckets} with model.relative_max_distance={cfg.relative_max_distance}; '
+      "model.positions='disentangled' needs a multiple of 4, of which a quarter are single distances, and a larger "
+      f'distance: {cfg.relative_buckets // 4 * 4} and more than {cfg.relative_buckets // 4 + 1}.'
     )
 
 
@@ -211,7 +243,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
     rope=make_rope(cfg) if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
     qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=cfg.dropout,
-    implementation=implementation,
+    implementation=implementation, sites=cfg.dropout_sites,
   )  # fmt: skip
 
 
@@ -221,7 +253,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
     parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
-    rate=cfg.dropout, experts=make_experts(cfg),
+    rate=cfg.dropout, sites=cfg.dropout_sites, experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
   return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
@@ -231,7 +263,9 @@ def make_experts(cfg: Parts) -> ExpertsConfig | None:
   return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
 
 
-def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
+def make_bias(
+  cfg: Parts, layers: int, *, bidirectional: bool
+) -> RelativePositionBias | DisentangledPositions | Alibi | NoBias:
   """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
@@ -240,13 +274,22 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
       return bias if cfg.relative_layers == 'shared' else stack(bias, layers)
     case 'alibi':
       return Alibi(cfg.heads, cfg.head_dim**-0.5 if cfg.alibi_scaled else 1.0)
+    case 'disentangled':
+      std = 1.0 if cfg.init_std is None else cfg.init_std  # a norm follows
+      buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
+      return DisentangledPositions(cfg.embed, buckets=buckets, max_distance=distance, norm=cfg.norm, std=std)
     case 'rotary' | 'learned':
       return NoBias()
 
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size, cfg.embed, rate=cfg.dropout, std=cfg.embedding_init_std, max_positions=cfg.max_positions
+    cfg.vocab_size,
+    cfg.embed,
+    rate=cfg.dropout,
+    std=cfg.embedding_init_std,
+    max_positions=cfg.max_positions,
+    sites=cfg.dropout_sites,
   )
 
 

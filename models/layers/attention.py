@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.dropout import fold
+from models.layers.dropout import Sites, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
-from models.layers.rotary import Angles, Rope, rotary
+from models.layers.positions.disentangled import TERMS, RelativeVectors, position_scores
+from models.layers.positions.rotary import Angles, Rope, rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
 from pallas_kernels.attention import api
@@ -44,6 +45,7 @@ class AttentionConfig:
   sink_distance: int | None
   dropout: float
   implementation: str
+  sites: Sites = 't5'
 
   @property
   def kv_axis(self) -> str:
@@ -74,10 +76,11 @@ class Visibility(api.Visibility):
 
   Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
-  of them than queries; there the reference is as fast as a kernel.
+  of them than queries; there the reference is as fast as a kernel. `relative_vectors`: attention is disentangled.
   """
 
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
+  relative_vectors: RelativeVectors | None = None
 
 
 def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool):
@@ -191,9 +194,9 @@ class Attention(nnx.Module):
 
   def _op(self, see: Visibility, keys: Array | None, site: int) -> Callable:
     """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
-    dropped = None
-    if keys is not None and self.cfg.dropout:
-      dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
+    if see.relative_vectors is not None:
+      return functools.partial(self._disentangled, keys=keys, site=site)
+    dropped = self._dropped(keys, site)
     whole = {'dropout': dropped is not None, 'divided': divides('length')}
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     scale = 1.0 if self.cfg.folds_scale else None
@@ -206,6 +209,23 @@ class Attention(nnx.Module):
       return _on_each_device(own, see, self.cfg.kv_axis, return_lse=return_lse)(q, k, v, see)
 
     return divided
+
+  def _dropped(self, keys: Array | None, site: int) -> api.Dropout | None:
+    if keys is None or not self.cfg.dropout:
+      return None
+    return api.Dropout(self.cfg.dropout, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.sites == 't5')
+
+  def _disentangled(self, q: Array, k: Array, v: Array, see: Visibility, *, keys: Array | None, site: int) -> Array:
+    """As `_op`'s, with the scores of position vectors, which the projections of queries and keys project too."""
+    relative, scale = see.relative_vectors, (TERMS * self.cfg.head_dim) ** -0.5
+    vectors, dropped = relative.vectors.astype(q.dtype), self._dropped(keys, site)
+    pos_q, pos_k = linear(vectors, self.query, self.query_bias), linear(vectors, self.key, self.key_bias)
+    added = scale * position_scores(q, k, pos_q, pos_k, relative.max_distance)
+    whole = {'dropout': dropped is not None, 'divided': divides('length'), 'added': True}
+    return api.attention(
+      q, k, v, see, scale=scale, dropout=dropped, added=added,
+      implementation=api.choose(self.cfg.implementation, **whole),
+    )  # fmt: skip
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])

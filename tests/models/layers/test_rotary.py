@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers.clex import LearnedFrequencies
-from models.layers.rotary import Clex, NoScaling, Rope, Truncated, frequencies
+from models.layers.positions.clex import LearnedFrequencies
+from models.layers.positions.rotary import Clex, NoScaling, Rope, Truncated, frequencies
 from models.specs import as_function, initialize, param_specs
 from pretrain.step.loss import LossConfig, make_loss
 from tests.models import plain, small

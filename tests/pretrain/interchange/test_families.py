@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from models.layers.rotary import Linear
+from models.layers.positions.rotary import Linear
 from pretrain.interchange.config_json import ConfigJson
 from pretrain.interchange.families import family_for, lost
 from tests.pretrain.interchange import goldens
@@ -47,6 +47,7 @@ NEARLY = {
   'layer_norm_eps': lambda eps: 1.1 * eps,
   'layer_norm_epsilon': lambda eps: 1.1 * eps,
   'relative_attention_max_distance': lambda distance: distance - 5,
+  'max_relative_positions': lambda distance: distance - 5,
   'sliding_window': lambda window: window + 1,
   'query_pre_attn_scalar': lambda scalar: scalar + 1,
   'attn_logit_softcapping': lambda cap: 1.02 * cap,
@@ -131,6 +132,7 @@ def test_written_values_are_those_that_were_read(golden):
 # Values that go into weights, or that transformers derives from others.
 SCALES = {
   'gemma2': ('query_pre_attn_scalar',), 'gemma2_bias': ('query_pre_attn_scalar',), 'falcon': ('num_kv_heads',),
+  'deberta': ('max_position_embeddings',),
   'qwen2': ('max_window_layers',), 'qwen3': ('max_window_layers',), 'gpt2_unscaled': ('n_inner',),
 }  # fmt: skip
 
