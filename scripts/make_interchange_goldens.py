@@ -273,10 +273,10 @@ def write(name: str) -> None:
 
 def write_ropes() -> None:
   """Frequencies and the factor on sin and cos of each scaling, with a head_dim of 64, where all branches occur."""
-  found = {}
-  for name, values in {'llama3': LLAMA3, 'yarn': YARN, 'linear': LINEAR}.items():
+  found, exact = {}, {'rope_parameters': YARN['rope_parameters'] | {'truncate': False}}
+  for name, values in {'llama3': LLAMA3, 'yarn': YARN, 'linear': LINEAR, 'yarn_exact': exact}.items():
     cfg = transformers.LlamaConfig(**LLAMA | values | {'head_dim': 64})
-    frequencies, factor = ROPE_INIT_FUNCTIONS[name](cfg, torch.device('cpu'))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[name.partition('_')[0]](cfg, torch.device('cpu'))
     found |= {f'{name}_frequencies': frequencies.numpy(), f'{name}_factor': np.float32(factor)}
   np.savez(GOLDENS / 'rope.npz', **found)
 
