@@ -8,7 +8,6 @@ holds the same bits as a checkpoint. Sources: GEMINI (Wang et al., SOSP 2023); R
 import contextlib
 import dataclasses
 import json
-import pathlib
 import secrets
 import sys
 import time
@@ -29,7 +28,7 @@ from pretrain.snapshots.peers import ADDRESS, Answers, PeerError, Peers, Server,
 from pretrain.snapshots.slots import Header, Kind, Slots, SnapshotConfig, folder_of, remove_beyond
 from pretrain.snapshots.taking import Taken, Taking
 from pretrain.step.train_step import TrainState
-from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.folder import Folder, as_folder
 
 BUSY = 'the one before it is still being written'
 RUN_ID = 'run_id'  # RUN/run_id: distinguishes this run's snapshots from those of an earlier run in the same workdir
@@ -39,11 +38,11 @@ class Snapshots:
   """The snapshots of one run in this host's RAM. A snapshot is usable only if its identity equals `identity`."""
 
   def __init__(
-    self, cfg: SnapshotConfig, workdir: pathlib.Path, identity: Mapping[str, str], *, read_only: bool = False,
+    self, cfg: SnapshotConfig, workdir: Folder, identity: Mapping[str, str], *, read_only: bool = False,
     place: Folder | None = None,
   ):  # fmt: skip
     """`place` is the workdir itself where that is in a store, and `workdir` only has its small files."""
-    self._cfg, self._workdir, self._read_only = cfg, pathlib.Path(workdir), read_only
+    self._cfg, self._workdir, self._read_only = cfg, as_folder(workdir), read_only
     self._place = place or self._workdir
     self._identity = {'snapshot.group': str(cfg.group), **identity}
     self._host, self._count = jax.process_index(), jax.process_count()
