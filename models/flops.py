@@ -60,10 +60,18 @@ def _cross_keys_values(specs: Tree) -> dict[str, _Products]:
 
 
 def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
-  """How many keys of its own row a query reads in all layers of a stack."""
+  """How many keys of its own row, and vectors of positions, a query is multiplied with in all layers of a stack."""
   windows = cfg.windows or (None,)
   wide = [length if w is None else min(length, cfg.sinks + (w if causal else 2 * w - 1)) for w in windows]
-  return layers // len(windows) * sum(wide)
+  vectors = cfg.relative_buckets if cfg.positions == 'disentangled' else 0  # of queries and of keys, mixed by none
+  return layers // len(windows) * sum(wide) + layers * vectors
+
+
+def _head(cfg: ModelConfig, specs: Tree) -> int:
+  """How many parameters beside the stacks each token is multiplied with; a tied head is the table."""
+  narrow = isinstance(cfg, EncoderConfig) and cfg.head == 'tied' and cfg.embedding_size
+  head = cfg.embed if cfg.head == 'binary' else (narrow or cfg.embed) * cfg.vocab_size
+  return head + sum(_matrix_parameters(specs.get(name, {})) for name in ('head_transform', 'embedding_projection'))
 
 
 def flops_per_position(
@@ -81,7 +89,7 @@ def flops_per_position(
   """
   specs = build(cfg, lora=lora).specs
   frozen = bool(lora.rank)
-  head = _Products(cfg.embed * cfg.vocab_size + _matrix_parameters(specs.get('head_transform', {})))  # tied or not
+  head = _Products(_head(cfg, specs))
   of = lambda stack: (
     _Products(_matrix_parameters(specs[stack], cfg.experts_per_token)) + _adapters(specs, lambda path: path[0] == stack)
   )

@@ -108,7 +108,9 @@ def _step_behind(module, empty: Array | None, prefix: Array | None):
       **module.decoder_bias(),
     )
     positions = jnp.maximum(positions, 0)
-    return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)
+    x = module.embedding(tokens, positions, dtype, None)
+    rotations = module.rotations_of_length(positions, cache.keys.shape[2] - behind)
+    return module.decoder.decode(x, rotations, see, cache)
 
   return step
 
@@ -118,7 +120,9 @@ def _start_packed_decoder(module, batch, max_tokens: int):
   a row. A prefix needs no field there: all of it stands before every later token."""
   batch = {name: jnp.asarray(values) for name, values in batch.items()}
   places = batch[PLACES]
-  hidden, packed = module.decoder.decode(*module.enter(batch, None), _empty(module, *batch['decoder_positions'].shape))
+  x, positions, see = module.enter(batch, None)
+  rotations = module.rotations(positions, batch['decoder_segment_ids'], None, max_tokens)
+  hidden, packed = module.decoder.decode(x, rotations, see, _empty(module, *positions.shape))
   own = lambda x: jnp.pad(
     _taken(x, places, module.attention.kv_axis), ((0, 0), (0, 0), (0, max_tokens), (0, 0), (0, 0))
   )

@@ -7,7 +7,7 @@ from pretrain.errors import ConfigError
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument(
     '--text',
     action='append',

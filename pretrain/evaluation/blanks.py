@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -15,6 +14,7 @@ from pretrain.evaluation.prompts import prompt_inputs, room_for
 from pretrain.evaluation.texts import fills_middle
 from pretrain.evaluation.unigram import Unigram, count, read_documents
 from pretrain.evaluation.writer import Writer, open_writer
+from pretrain.workdirs.folder import Folder
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
 SENTENCE = re.compile(r"(?<![^.!?] )(?<!\S)[A-Z][a-z]*(?: [a-z][a-z'-]*,?)+\.(?!\S)")
@@ -91,7 +91,7 @@ def texts_of(store: Store) -> list[str]:
   return read_documents(store).texts()
 
 
-def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:
+def show_blanks(workdir: Folder, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:
   """Lines: `number` held-out sentences with hidden words, the `top` fillings of the run and those of a unigram; then
   how likely the true words are to both, over `measured` sentences.
 

@@ -19,6 +19,7 @@ from pretrain.evaluation.writer import ONE_DEVICE, Writer, open_run
 from pretrain.experiment.experiment import Experiment
 from pretrain.records.progress import Counter
 from pretrain.redact import redact
+from pretrain.workdirs.folder import Folder
 
 MOST_TOP = 64
 
@@ -48,7 +49,7 @@ class Refused:
 
 
 def show_generated(
-  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), out: pathlib.Path | None = None,
   special: Sequence[str] = (),
@@ -100,7 +101,7 @@ def _lines(result: Generated) -> Iterator[str]:
 
 
 def generate(
-  workdir: pathlib.Path,
+  workdir: Folder,
   prompts: Sequence[str],
   max_tokens: int = 64,
   top: int | None = None,
@@ -111,7 +112,7 @@ def generate(
 
 
 def answers(
-  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), counter: Counter | None = None,
   special: Sequence[str] = (),

@@ -14,7 +14,9 @@ from models.decode.sampling import Sampling
 from models.decode.writing import greedy, write
 from tests.models.small import (
   ALIBI,
+  CLEX,
   EXPERTS,
+  FAR_SINKS,
   IDS,
   LEARNED,
   LLAMA,
@@ -78,6 +80,7 @@ CASES = {
   'rotary': (LLAMA, False), 'relative': (RELATIVE, False), 'alibi': (ALIBI, False), 'learned': (LEARNED, False),
   'windows and sinks': (SINKS, False), 'experts': (EXPERTS, False), 'prefix': (LLAMA, True),
   'relative prefix': (RELATIVE, True), 't5': (T5, False), 't5 alibi': (T5_ALIBI, False),
+  'clex': (CLEX, False), 'far sinks': (FAR_SINKS, False),
 }  # fmt: skip
 RARE = ('experts', 'relative prefix', 't5 alibi')
 
