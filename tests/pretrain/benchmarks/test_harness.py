@@ -37,7 +37,12 @@ def without_start(writer, ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize('starts', [True, False])
 def test_log_probabilities_of_continuations(writer, starts):
   model, encode = Answers(writer, batch=2, starts=starts), writer.data.tokenizer.encode
-  pairs = [('the License', ' of the Work'), ('any ', 'person'), ('', 'You may'), ('the Work ' * 30, ' shall')]
+  pairs = [
+    ('the License', ' of the Work'),
+    ('any ', 'person'),
+    ('', 'You may'),
+    ('any person ' + 'the Work ' * 30 + 'copies of', ' shall'),
+  ]
   for (context, continuation), (found, greedy) in zip(pairs, model.loglikelihood(ask(*pairs)), strict=True):
     before, whole = len(encode(context.rstrip())), encode(context + continuation)
     if starts or not context:
