@@ -5,16 +5,16 @@ from typing import Annotated, Literal
 
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
-from models.layers.clex import LearnedFrequencies
-from models.layers.disentangled import DisentangledPositions
 from models.layers.dropout import Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
-from models.layers.positions import Alibi, NoBias, RelativePositionBias
-from models.layers.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
+from models.layers.positions.clex import LearnedFrequencies
+from models.layers.positions.disentangled import DisentangledPositions
+from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']

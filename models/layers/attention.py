@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.disentangled import TERMS, RelativeVectors, position_scores
 from models.layers.dropout import Sites, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
-from models.layers.rotary import Angles, Rope, rotary
+from models.layers.positions.disentangled import TERMS, RelativeVectors, position_scores
+from models.layers.positions.rotary import Angles, Rope, rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
 from pallas_kernels.attention import api

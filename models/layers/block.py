@@ -15,7 +15,7 @@ from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
-from models.layers.rotary import Angles
+from models.layers.positions.rotary import Angles
 from models.partition import constrain
 from models.specs import stack
 

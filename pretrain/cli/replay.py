@@ -7,7 +7,7 @@ from pretrain.errors import ConfigError
 
 
 def replay_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument('--step', required=True, type=int, help='the last step that is computed again')
   command.add_argument(
     '--rtol',
@@ -30,7 +30,7 @@ def replay_command(options, overrides) -> int:
     from data.stores.paths import looked_in
 
     raise ConfigError(
-      f'--workdir={options.workdir}{looked_in(options.workdir)} is no run: it has no config.gin; check the path.'
+      f'--workdir={options.workdir}{looked_in(str(options.workdir))} is no run: it has no config.gin; check the path.'
     )
   if others := [key for key in overrides if not key.startswith('mesh.')]:
     raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')

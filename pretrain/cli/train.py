@@ -8,7 +8,10 @@ from pretrain.cli import shared
 def train_flags(command: argparse.ArgumentParser) -> None:
   shared.config_flags(command)
   command.add_argument(
-    '--workdir', required=True, type=shared.path, help='the folder of the run; the same command resumes it'
+    '--workdir',
+    required=True,
+    type=shared.workdir,
+    help='the folder of the run, or a URL (gs://, s3://); the same command resumes it',
   )
   command.add_argument(
     '--allow_data_change', action='store_true', help='resume with other data, from the same row of each source'

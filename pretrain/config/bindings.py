@@ -11,6 +11,7 @@ from pretrain.config.gin_text import Binding, read_file, read_text
 from pretrain.config.macros import check_used, expand, is_macro
 from pretrain.config.schema import Builder
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import as_folder
 
 T = TypeVar('T')
 
@@ -25,7 +26,7 @@ def load(
   Raises ConfigError, naming file and line, for syntax errors and unknown, missing or mistyped keys.
   """
   bindings = [Binding(key, value, 'default') for key, value in (absent or {}).items()]
-  bindings += [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
+  bindings += [binding for file in files for binding in read_file(as_folder(file, '--gin_file'), '--gin_file=', ())]
   for override in overrides:
     name = '--gin.' + override.split('=', 1)[0].strip()
     bindings += read_text(override, pathlib.Path(), name, ())

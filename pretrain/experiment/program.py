@@ -72,7 +72,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
-    fill=make_fill(cfg.model), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+    fill=make_fill(cfg.model, cfg.lora), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
 
   def start(params) -> TrainState:

@@ -23,6 +23,8 @@ from pretrain import errors
 from pretrain.errors import ConfigError, HostError
 from pretrain.fleet import addresses, cluster
 from pretrain.fleet.cluster import COORDINATOR, HOST, NUM_HOSTS
+from pretrain.hosts import lease
+from pretrain.hosts.lease import Lease
 from pretrain.hosts.ownership import INHERITED
 from pretrain.redact import redact
 
@@ -166,7 +168,7 @@ class Group:
 
   def __init__(
     self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None,
-    lock: int | None = None,
+    lock: int | Lease | None = None,
   ):  # fmt: skip
     self._command, self._stream, self._lock = command, stream, lock
     env = env or {COORDINATOR: f'127.0.0.1:{free_port()}'}
@@ -275,9 +277,11 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def start(command: Sequence[str], env: dict[str, str], lock: int | None = None) -> subprocess.Popen:
+def start(command: Sequence[str], env: dict[str, str], lock: int | Lease | None = None) -> subprocess.Popen:
   """Starts a process that inherits `lock`, and that the kernel kills if this one dies, also by kill -9 (Linux)."""
-  if lock is not None:
+  if isinstance(lock, Lease):
+    env, lock = env | {lease.INHERITED: lock.owner}, None
+  elif lock is not None:
     env = env | {INHERITED: str(lock)}
   wrapped = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
   # In its own process group, because Ctrl-C in a terminal goes to the whole group and would arrive twice.

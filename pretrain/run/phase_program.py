@@ -1,5 +1,7 @@
 """What the steps of one phase work with."""
 
+import functools
+
 import jax
 
 from data.batches.source import open_data
@@ -36,16 +38,18 @@ class PhaseProgram:
     decodes = self.cfg.evaluation.generate and isinstance(self.cfg.objective, Supervised)
     self.exact_match = make_exact_match(self.cfg, self.program, self.data) if decodes else None
 
+  @functools.cached_property
+  def heldout_bytes(self) -> dict[str, int]:
+    """The bytes of the evaluation sets whose targets are a text; counted when the phase is first evaluated."""
+    return self.data.heldout_bytes(self.cfg.evaluation.batches)
+
   def flops_of(self, batch) -> float:
-    """FLOPs of the model for a global batch of these shapes (models/flops.py), on all devices; 0 with adapters, whose
-    frozen weights have no gradients."""
-    if self.cfg.lora.rank:
-      return 0.0
+    """FLOPs of the model for a global batch of these shapes (models/flops.py), on all devices."""
     targets = batch['decoder_target_tokens'].shape[1]
     two_stacks = {'encoder_input_tokens', 'decoder_input_tokens'} <= set(batch)
     inputs = batch['encoder_input_tokens'].shape[1] if two_stacks else 0
     if (inputs, targets) not in self._flops:
-      row = flops_per_step(self.cfg.model, inputs_length=inputs, targets_length=targets)
+      row = flops_per_step(self.cfg.model, inputs_length=inputs, targets_length=targets, lora=self.cfg.lora)
       self._flops[inputs, targets] = row * self.cfg.data.batch_size
     return self._flops[inputs, targets]
 

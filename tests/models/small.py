@@ -11,7 +11,7 @@ from models.families.encoder import EncoderConfig
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.mlp import MlpConfig
 from models.layers.norm import LayerNormConfig
-from models.layers.rotary import Clex
+from models.layers.positions.rotary import Clex
 from models.specs import initialize
 
 VOCAB = 64

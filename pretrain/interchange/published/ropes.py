@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.decoder import DecoderConfig
-from models.layers.rotary import Linear, Llama3, NoScaling, RopeScaling, Yarn
+from models.layers.positions.rotary import Linear, Llama3, NoScaling, RopeScaling, Yarn
 from pretrain.interchange.config_json import ConfigJson
 
 SUPPORTED: dict[str, type] = {'default': NoScaling, 'linear': Linear, 'llama3': Llama3, 'yarn': Yarn}

@@ -10,7 +10,7 @@ import pytest
 
 from models.build import check_model
 from models.flops import flops_per_position
-from models.layers.rotary import Linear, Llama3, Truncated, Yarn
+from models.layers.positions.rotary import Linear, Llama3, Truncated, Yarn
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pretrain.config import bindings
 from pretrain.errors import ConfigError

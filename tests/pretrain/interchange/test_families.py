@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from models.layers.rotary import Linear
+from models.layers.positions.rotary import Linear
 from pretrain.interchange.config_json import ConfigJson
 from pretrain.interchange.families import family_for, lost
 from tests.pretrain.interchange import goldens

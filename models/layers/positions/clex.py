@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.rotary import Angles, Clex, Rope, frequencies
+from models.layers.positions.rotary import Angles, Clex, Rope, frequencies
 from models.specs import Normal, Zeros, weight
 
 SITES = 2**31, 2**31 + 1  # above every example index, which keys of dropout fold in
@@ -63,9 +63,9 @@ class LearnedFrequencies(nnx.Module):
     scale = jnp.clip(-(-jnp.asarray(length, jnp.int32) // self.cfg.original_max_positions), 1, self.cfg.max_factor)
     return self.angles(positions, jnp.broadcast_to(scale, positions.shape))
 
-  def of_documents(self, positions: Array, segments: Array) -> Angles:
-    """Angles of each document at the scale of its own length: packing does not change them."""
-    return self.of_length(positions, _lengths(positions, segments))
+  def of_documents(self, positions: Array, segments: Array, more: int = 0) -> Angles:
+    """Angles of each document at the scale of its own length and `more` tokens: packing does not change them."""
+    return self.of_length(positions, _lengths(positions, segments) + more)
 
   def of_step(self, length: int, key: Array) -> Angles:
     """Angles of a training step: at one scale t for all rows, from 1 to `max_factor`, of `length` positions.

@@ -72,7 +72,7 @@ class Truncated:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clex:
-  """Frequencies learned as a function of the length: models/layers/clex.py.
+  """Frequencies learned as a function of the length: models/layers/positions/clex.py.
 
   A row of up to t * `original_max_positions` has the frequencies of scale t, at most `max_factor`. A training step
   draws t. `width` times the rotated dims are the units of the hidden layer; `steps` of the solver make one unit of t.
