@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretrain.devices.platform import has_accelerator, set_threads, threads
@@ -93,8 +95,35 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   sizes = axis_sizes(cfg, len(devices))
   if math.prod(sizes.values()) != len(devices):
     raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
+  return _arranged(sizes, devices)
+
+
+def _arranged(sizes: Mapping[str, int], devices) -> Mesh:
+  """The mesh of these sizes, each axis on sides of the torus of its own where there is a way."""
+  shape, slices = tuple(sizes.values()), len({getattr(device, 'slice_index', None) for device in devices})
   # make_mesh defaults to Explicit axes; our sharding is by constraints, which need Auto.
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  if devices[0].platform == 'tpu' and slices > 1:
+    return Mesh(arrange(shape, devices, slices), AXES, axis_types=types)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # two axes share a side, at half of its links each
+    return Mesh(arrange(shape, devices), AXES, axis_types=types)
+
+
+def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int = 1) -> np.ndarray:
+  """Devices in the shape of a mesh; axes may share a side of a torus. Only `replica`, the first, crosses slices.
+
+  Raises ConfigError where it cannot.
+  """
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
+    raise ConfigError(
+      f'mesh.replica={shape[0]} with {slices} slices: replica is the axis between slices; set mesh.replica={slices}.'
+    )
+  inside, across = [shape[0] // slices, *shape[1:]], [slices, *(1 for _ in shape[1:])]
+  return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def _check_threads(devices: int) -> None:

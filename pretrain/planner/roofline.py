@@ -1,0 +1,149 @@
+"""How long a step takes at the rates of a chip's maker: matrix products, HBM, links; no overlap of the three networks.
+
+Two numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
+0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
+Neither comes from a published run; scripts/bench/published.py prints the predictions beside those.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from models.flops import flops_per_step
+from models.specs import ParamSpec
+from pretrain.devices.chips import Slice
+from pretrain.planner import memory, torus
+from pretrain.planner.layouts import Layout
+from pretrain.planner.torus import Group, Time
+from pretrain.planner.workload import Layers, Workload
+
+PRODUCTS = 0.9
+ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
+# Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
+# residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
+PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
+BATCH_AXES = ('replica', 'data', 'fsdp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside them, links, links between slices.
+
+  `hidden`: seconds of links that the compiler overlaps with computation.
+  """
+
+  products: float
+  kernels: float
+  hbm: float
+  ici: float
+  dcn: float
+
+  @property
+  def compute(self) -> float:
+    return self.products + self.kernels + self.hbm
+
+  @property
+  def total(self) -> float:
+    """Without any overlap of links and computation."""
+    return self.compute + self.ici + self.dcn
+
+  @property
+  def overlapped(self) -> float:
+    """With all links overlapped."""
+    return max(self.compute, self.ici, self.dcn)
+
+  @property
+  def binds(self) -> str:
+    parts = {'compute': self.products + self.kernels, 'HBM': self.hbm, 'ICI': self.ici, 'DCN': self.dcn}
+    return max(parts, key=lambda name: parts[name])
+
+
+def mfu(work: Workload, of: Slice, seconds: float) -> float:
+  """Model FLOPs (attention over all pairs, nothing recomputed) over those that all devices could do."""
+  return model_flops(work) / (of.devices * of.flops * seconds)
+
+
+def model_flops(work: Workload) -> float:
+  data = work.cfg.data
+  return work.rows * flops_per_step(
+    work.cfg.model, inputs_length=data.inputs_length, targets_length=data.targets_length
+  )
+
+
+def tokens_per_chip(work: Workload, of: Slice, seconds: float) -> float:
+  return work.rows * work.tokens / seconds / (of.chips * of.slices)
+
+
+def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Step:
+  """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
+  stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
+  products = sum(s[0] for s in stacks) + _head(work, layout)
+  rate = of.flops * PRODUCTS
+  links = collectives(work, layout, of, over)
+  each = layout.accumulate
+  return Step(
+    products=each * products / rate,
+    kernels=each * sum(s[1] for s in stacks) / (of.flops * ATTENTION[of.chip.name]),
+    hbm=(each * (sum(s[2] for s in stacks)) + _update(work, layout)) / of.hbm_rate,
+    ici=links.ici,
+    dcn=links.dcn,
+  )
+
+
+def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[float, float, float]:
+  """(FLOPs of products, FLOPs of kernels, bytes of HBM outside of both) of a microbatch on one device.
+
+  A gradient costs two products more. What is not kept is made again, but for a layer's last product, which only a
+  residual reads; a kernel's output is a product's only with remat='none'.
+  """
+  sizes, own, found = layout.sizes, memory.tokens(work, layout, stack.length), memory.products(work, layout, stack)
+  each = work.cfg.model.experts_per_token
+  flops = lambda name, spec, n: 2 * n * memory.parts(spec, sizes, each) / (each if _routed(spec) else 1)
+  again = [p for p in found if p[0] not in (*memory.KEPT[layout.remat], 'down')]
+  rerun = 0 if layout.remat == 'none' else 1
+  heads = work.cfg.model.heads * work.cfg.model.head_dim / sizes['tensor']
+  scores = 4 * own * heads * sum(stack.keys)
+  hidden = sum(n * memory.width(s, sizes) for name, s, n in found if name == 'up')
+  passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
+  weights = 2 * sum(memory.parts(spec, sizes) for _, spec, _ in found)
+  moved = work.itemsize * (passes + PASSES['hidden'] * hidden + weights)
+  return (
+    stack.number * (3 * sum(flops(*p) for p in found) + (sum(flops(*p) for p in again) if rerun else 0)),
+    stack.number * scores * (1 + rerun + 2.5),
+    stack.number * moved * (1 + rerun + 2),
+  )
+
+
+def _routed(spec: ParamSpec) -> bool:
+  return 'experts' in spec.axes[:-1]
+
+
+def _head(work: Workload, layout: Layout) -> float:
+  """FLOPs of the head, forward and backward."""
+  own = memory.tokens(work, layout, work.stacks[-1].length)
+  return 6 * own * work.cfg.model.embed * work.cfg.model.vocab_size / layout.sizes['tensor']
+
+
+def _update(work: Workload, layout: Layout) -> float:
+  """Bytes of the optimizer: the state is read and written, gradients are read twice."""
+  mesh = memory.of_mesh(work, layout)
+  return 2 * mesh.state + 2 * mesh.parameters
+
+
+def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
+  """Links of a step: parameters gathered over fsdp in both passes of each microbatch, gradients summed over the rows'
+  axes (libtpu sums them whole, in the activations' dtype), activations summed over tensor."""
+  sizes, size = layout.sizes, work.itemsize
+  named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
+  time = Time()
+  whole = memory.of_mesh(work, layout).whole
+  if group := named(('fsdp',)):
+    time += torus.seconds('all-gather', size * whole, of, group).times(2)
+  if group := named(BATCH_AXES):
+    time += torus.seconds('all-reduce', size * whole, of, group)
+  if group := named(('tensor',)):
+    for stack in work.stacks:
+      sums = len(stack.keys) + 1
+      number = stack.number * (2 * sums + (sums - 1 if layout.remat == 'full' else 0))
+      own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
+      time += torus.seconds('all-reduce', own, of, group).times(number)
+  return time.times(layout.accumulate)
