@@ -14,9 +14,14 @@ from pretrain.planner.layouts import Layout
 from pretrain.planner.workload import Layers, Workload, divided
 
 F32 = 4
+LANES = 128
 # Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
-KEPT = {'full': (), 'dots': ('query', 'key', 'value', 'out', 'gate', 'up'),
-        'none': ('query', 'key', 'value', 'out', 'gate', 'up')}  # fmt: skip
+PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
+KEPT = {'full': (), 'dots': PRODUCTS, 'none': PRODUCTS}
+# With remat='none', arrays as wide as the MLP that its activation keeps beside its input and output; f32 arrays as wide
+# as the model that a norm keeps, beside two in the activations' dtype.
+OF_ACTIVATION = {'gelu_tanh': 4, 'gelu_exact': 3, 'silu': 1, 'relu': 0}
+OF_NORM = {'layernorm': 2, 'rmsnorm': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +69,25 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
     state=sum(array.bytes(sizes) for array in work.state),
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
     copies=0 if work.itemsize == F32 else work.itemsize * values(stacked.values(), sizes),
-    trained=values([spec for path, spec in every.items() if path in work.trained], sizes),
+    trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     whole=values(every.values(), only),
   )
 
 
+def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
+  """Values of a gradient on one device. Those of experts keep their order of dims, and the last is padded to a tile;
+  others are laid out so that a long dim is last."""
+  own = divided(spec.shape, spec.axes, sizes)
+  if 'experts' not in spec.axes[:-1] or not is_matrix(spec):
+    return own
+  last = divided(spec.shape[-1:], spec.axes[-1:], sizes)
+  return own // last * -(-last // LANES) * LANES
+
+
 def estimate(work: Workload, layout: Layout) -> Memory:
-  """What a step needs where it needs most: at the head, or in the backward pass of a stack."""
-  moments = [_at_head(work, layout), *(_in_backward(work, layout, stack) for stack in work.stacks)]
+  """What a step needs where it needs most: at the head, in the backward pass of a stack, or at the embedding."""
+  moments = [_at_head(work, layout), _at_embedding(work, layout)]
+  moments += [_in_backward(work, layout, stack) for stack in work.stacks]
   return max(moments, key=lambda found: found.total)
 
 
@@ -84,6 +100,14 @@ def _at_head(work: Workload, layout: Layout) -> Memory:
   kept = sum(kept_by(work, layout, stack) for stack in work.stacks)
   mesh = of_mesh(work, layout)
   return Memory(arguments(work, layout), kept, _accumulated(mesh, layout), mesh.copies, head(work, layout))
+
+
+def _at_embedding(work: Workload, layout: Layout) -> Memory:
+  """The gradient of a table is made whole, and summed whole."""
+  mesh = of_mesh(work, layout)
+  grads = _accumulated(mesh, layout) + F32 * mesh.trained
+  tables = 3 * work.itemsize * work.cfg.model.vocab_size / layout.sizes['tensor'] * work.cfg.model.embed
+  return Memory(arguments(work, layout), 0.0, grads, mesh.copies, tables)
 
 
 def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
@@ -135,14 +159,23 @@ def _multiplied(work: Workload, layout: Layout, stack: Layers, path: tuple[str, 
 
 
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
-  """Activations that all layers of a stack keep for the backward pass."""
-  embed, own = work.cfg.model.embed, tokens(work, layout, stack.length)
-  found = products(work, layout, stack)
-  values = own * embed + sum(n * width(s, layout.sizes) for name, s, n in found if name in KEPT[layout.remat])
-  if layout.remat == 'none':  # what attention mixes and the MLP's hidden layer too, and each norm's output
-    again = [(n, s) for name, s, n in found if name in ('query', 'up')]
-    values += own * 2 * embed + sum(n * width(s, layout.sizes) for n, s in again)
-  return values * work.itemsize * stack.number
+  """Bytes of activations that all layers of a stack keep for the backward pass."""
+  own, found = tokens(work, layout, stack.length), products(work, layout, stack)
+  if layout.remat == 'none':
+    return stack.number * _everything(work, layout, stack)
+  kept = sum(n * width(spec, layout.sizes) for name, spec, n in found if name in KEPT[layout.remat])
+  return stack.number * work.itemsize * (own * work.cfg.model.embed + kept)
+
+
+def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes that a layer keeps with remat='none': inputs of norms, queries, keys, values, what attention mixes (in the
+  kernel's order of dims and the layer's), every step of the MLP's activation."""
+  model, own, found = work.cfg.model, tokens(work, layout, stack.length), products(work, layout, stack)
+  of = lambda *names: sum(n * width(spec, layout.sizes) for name, spec, n in found if name in names)
+  norms = sum(path[-1] == 'scale' and spec.axes[1:] == ('embed',) for path, spec in stack.specs.items())
+  wide = norms * own * model.embed * (OF_NORM[model.norm.name] * F32 + 2 * work.itemsize)
+  inner = OF_ACTIVATION[model.mlp.activation] * of('up') + of('up', 'gate') + (2 if model.mlp.gated else 1) * of('up')
+  return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner)
 
 
 def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
@@ -150,16 +183,24 @@ def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
   sizes, own = layout.sizes, tokens(work, layout, stack.length)
   found = products(work, layout, stack)
   attention = len(stack.keys)  # self- and cross-attention have equal matrices, and are in work in turn
-  gathered = sum(parts(s, sizes) for name, s, _ in found if name in ('gate', 'up'))
+  gathered = sum(parts(s, sizes) * _copies(name, s) for name, s, _ in found)
   gathered += sum(parts(s, sizes) for name, s, _ in found if name in ('query', 'key', 'value', 'out')) / attention
   hidden = max((n * width(s, sizes) for name, s, n in found if name == 'up'), default=0.0)
   heads = sum(n * width(s, sizes) for name, s, n in found if name in ('query', 'key', 'value')) / attention
   return work.itemsize * (gathered + 4 * hidden + 2 * heads + 6 * own * work.cfg.model.embed)
 
 
+def _copies(name: str, spec: ParamSpec) -> int:
+  """How many whole copies of a matrix of the MLP are there at once; those of experts do not wait for their turn, and
+  their gradients are whole too."""
+  if 'experts' in spec.axes[:-1]:
+    return {'gate': 1, 'up': 1, 'down': 2}.get(name, 0)
+  return int(name in ('gate', 'up'))
+
+
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and their gradient, with the table of the head and of the embedding gathered over fsdp."""
+  """Logits in f32 and their gradient, with the table of the embedding gathered over fsdp, or of both in their uses."""
   own = tokens(work, layout, work.stacks[-1].length)
   vocab = work.cfg.model.vocab_size / layout.sizes['tensor']
-  table = vocab * work.cfg.model.embed * work.itemsize
-  return own * vocab * (F32 + work.itemsize) + 2 * table + 4 * own * work.cfg.model.embed * work.itemsize
+  tables = vocab * work.cfg.model.embed * work.itemsize * (1 if work.cfg.model.head == 'untied' else 3)
+  return own * vocab * (F32 + work.itemsize) + tables + 4 * own * work.cfg.model.embed * work.itemsize

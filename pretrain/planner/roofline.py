@@ -1,8 +1,11 @@
 """How long a step takes at the rates of a chip's maker: matrix products, HBM, links; no overlap of the three networks.
 
-Two numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
+Four numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
 0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
-Neither comes from a published run; scripts/bench/published.py prints the predictions beside those.
+WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
+loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
+with fsdp=16 and tensor=4; with data=4 and fsdp=16 it does not. None of the four comes from a published run;
+scripts/bench/published.py prints the predictions beside those.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from pretrain.planner.torus import Group, Time
 from pretrain.planner.workload import Layers, Workload
 
 PRODUCTS = 0.9
+WINDOWED, FEW = 3.0, 16
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
@@ -77,7 +81,7 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
   stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
   products = sum(s[0] for s in stacks) + _head(work, layout)
-  rate = of.flops * PRODUCTS
+  rate = of.flops * PRODUCTS / (WINDOWED if windowed(layout) else 1)
   links = collectives(work, layout, of, over)
   each = layout.accumulate
   return Step(
@@ -89,6 +93,12 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   )
 
 
+def windowed(layout: Layout) -> bool:
+  """Whether libtpu splits products with gathered parameters into loops over their shards."""
+  copies = layout.sizes['data'] * layout.sizes['replica']
+  return copies == 1 and 1 < layout.sizes['fsdp'] <= FEW
+
+
 def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[float, float, float]:
   """(FLOPs of products, FLOPs of kernels, bytes of HBM outside of both) of a microbatch on one device.
 
@@ -96,9 +106,10 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   residual reads; a kernel's output is a product's only with remat='none'.
   """
   sizes, own, found = layout.sizes, memory.tokens(work, layout, stack.length), memory.products(work, layout, stack)
-  each = work.cfg.model.experts_per_token
-  flops = lambda name, spec, n: 2 * n * memory.parts(spec, sizes, each) / (each if _routed(spec) else 1)
-  again = [p for p in found if p[0] not in (*memory.KEPT[layout.remat], 'down')]
+  # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
+  forward = lambda spec, n: 2 * n * memory.parts(spec, sizes, 1)
+  products = sum(forward(spec, n) * (2 + (spec.shape[1] if _routed(spec) else 1)) for _, spec, n in found)
+  again = sum(forward(spec, n) for name, spec, n in found if name not in (*memory.KEPT[layout.remat], 'down'))
   rerun = 0 if layout.remat == 'none' else 1
   heads = work.cfg.model.heads * work.cfg.model.head_dim / sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
@@ -106,10 +117,11 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
   weights = 2 * sum(memory.parts(spec, sizes) for _, spec, _ in found)
   moved = work.itemsize * (passes + PASSES['hidden'] * hidden + weights)
+  kept = memory.kept_by(work, layout, stack)
   return (
-    stack.number * (3 * sum(flops(*p) for p in found) + (sum(flops(*p) for p in again) if rerun else 0)),
+    stack.number * (products + rerun * again),
     stack.number * scores * (1 + rerun + 2.5),
-    stack.number * moved * (1 + rerun + 2),
+    stack.number * moved * (1 + rerun + 2) + 2 * kept,  # what is kept is written and read once more
   )
 
 

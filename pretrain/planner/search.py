@@ -109,17 +109,11 @@ def _next(
   left = [e for e in fits if e.layout.text not in done]
   anew = [e for e in left if e.layout.mesh not in meshes]
   if len(good) < max(number - 1, 1) and anew:
-    # Up to 16 devices along fsdp the compiler may split products into loops, at several times their cost.
-    plain = [e for e in anew if e.layout.sizes['fsdp'] == 1] if 1 < _fsdp(fits[0]) <= 16 and len(good) == 1 else []
-    return (plain or anew)[0]
+    return anew[0]
   best = min(good, key=lambda c: c.step.total).layout if good else None
   same = [e for e in left if best is not None and e.layout.mesh == best.mesh]
   other = [e for e in same if e.layout.remat != best.remat] if best is not None else []
   return next(iter((*other, *same, *left)), None)
-
-
-def _fsdp(one: Estimate) -> int:
-  return one.layout.sizes['fsdp']
 
 
 def _indivisible(cfg: Experiment, of: Slice) -> str:
