@@ -46,6 +46,10 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   return path
 
 
+# A search replaces the layout of a config, so that need not divide the rows.
+NO_LAYOUT = ('mesh.replica=1', 'mesh.data=1', 'mesh.fsdp=1', 'mesh.sequence=1', 'mesh.tensor=1', 'train.accumulate=1')
+
+
 def plan_flags(command: argparse.ArgumentParser) -> None:
   shared.config_flags(command)
   command.add_argument('--topology', required=True, help='e.g. v5e:2x4, v5p:4x4x8, v6e:2x4, tpu7x:2x2x1')
@@ -60,7 +64,7 @@ def plan_flags(command: argparse.ArgumentParser) -> None:
 def plan_command(options, overrides) -> None:
   """Compile the train step for TPU slices without one; print its memory, or with --search choose its layout."""
   rows = [] if options.global_batch is None else [f'data.batch_size={options.global_batch}']
-  cfg = shared.load(options, [*overrides, *rows])
+  cfg = shared.load(options, [*overrides, *rows, *(NO_LAYOUT if options.search else ())])
   if options.search or options.explain:
     from pretrain.planner.run import explain, search
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
 from pretrain.planner.layouts import Layout
-from pretrain.planner.workload import Layers, Workload, divided
+from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
 
 F32 = 4
-LANES = 128
 # Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
 PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
 KEPT = {'full': (), 'dots': PRODUCTS, 'none': PRODUCTS}
@@ -44,8 +43,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OfMesh:
-  """What depends on a workload and its mesh alone: bytes of the state and of casts, values of trained parameters on a
-  device, values of all parameters where only `tensor` divides them."""
+  """What depends on a workload and its mesh alone. Bytes: `state`, its `parameters`, `copies` in the dtype of
+  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor` divides them.
+  """
 
   state: float
   parameters: float
@@ -64,24 +64,23 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   only = dict.fromkeys(sizes, 1) | {'tensor': sizes['tensor']}
   stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
   every = {**work.ends, **stacked}
-  values = lambda specs, over: sum(divided(spec.shape, spec.axes, over) for spec in specs)
+  values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
   return OfMesh(
     state=sum(array.bytes(sizes) for array in work.state),
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
-    copies=0 if work.itemsize == F32 else work.itemsize * values(stacked.values(), sizes),
+    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
-    whole=values(every.values(), only),
+    whole=values(divided, every.values(), only),
   )
 
 
 def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
   """Values of a gradient on one device. Those of experts keep their order of dims, and the last is padded to a tile;
   others are laid out so that a long dim is last."""
-  own = divided(spec.shape, spec.axes, sizes)
   if 'experts' not in spec.axes[:-1] or not is_matrix(spec):
-    return own
-  last = divided(spec.shape[-1:], spec.axes[-1:], sizes)
-  return own // last * -(-last // LANES) * LANES
+    return stored(spec.shape, spec.axes, sizes)
+  *others, last = shard(spec.shape, spec.axes, sizes)
+  return math.prod(others) * lanes(last)
 
 
 def estimate(work: Workload, layout: Layout) -> Memory:
@@ -122,16 +121,55 @@ def _accumulated(mesh: OfMesh, layout: Layout) -> float:
   return F32 * mesh.trained if layout.accumulate > 1 else 0.0
 
 
-def parts(spec: ParamSpec, sizes: Mapping[str, int], experts: int | None = None) -> float:
-  """Values of one layer's matrix, gathered over fsdp: `tensor` still divides it. With `experts`, of so many."""
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A matrix of a layer. `tokens`: positions of one row that are multiplied with it, once for each of their experts;
+  `width`: values of a position's result on one device; `values`: those of the matrix, gathered over fsdp."""
+
+  name: str
+  spec: ParamSpec
+  tokens: float
+  width: float
+  values: float
+
+  @property
+  def routed(self) -> bool:
+    return 'experts' in self.spec.axes[:-1]
+
+  @property
+  def experts(self) -> int:
+    """Among how many experts its values are divided."""
+    return self.spec.shape[self.spec.axes.index('experts')] if self.routed else 1
+
+
+def products(work: Workload, layout: Layout, stack: Layers) -> tuple[Product, ...]:
+  return _products(work, stack, tuple(layout.sizes.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _products(work: Workload, stack: Layers, items: tuple[tuple[str, int], ...]) -> tuple[Product, ...]:
+  sizes = dict(items)
+  return tuple(
+    Product(path[-1], spec, _tokens(work, stack, path, sizes), _width(spec, sizes), _values(spec, sizes))
+    for path, spec in stack.specs.items()
+    if is_matrix(spec)
+  )
+
+
+def _tokens(work: Workload, stack: Layers, path: tuple[str, ...], sizes: Mapping[str, int]) -> float:
+  across = path[0] == 'cross_attention' and path[-1] in ('key', 'value')
+  routed = work.cfg.model.experts is not None and path[0] == 'mlp' and path[-1] != 'router'
+  length = (stack.memory if across else stack.length) / sizes['sequence']
+  return length * (work.cfg.model.experts_per_token if routed else 1)
+
+
+def _values(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
   one = math.prod(d for d, a in zip(spec.shape, spec.axes, strict=True) if a != 'layers')
-  if experts and 'experts' in spec.axes[:-1]:
-    one = one // spec.shape[spec.axes.index('experts')] * experts
   return one / math.prod(sizes[rule] for a in spec.axes if (rule := ACTIVATION_RULES.get(a)) == 'tensor')
 
 
-def width(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
-  """Values of one token's product with a matrix on one device: all its dims but the contracted ones."""
+def _width(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
+  """All dims but the contracted ones."""
   names = [a for a in spec.axes if a not in ('layers', 'experts')]
   dims = dict(zip(spec.axes, spec.shape, strict=True))
   outs = names[1:] if names[0] == 'embed' else names[-1:]
@@ -144,58 +182,48 @@ def tokens(work: Workload, layout: Layout, length: int) -> float:
   return layout.rows(work.rows) * length / layout.sizes['sequence']
 
 
-def products(work: Workload, layout: Layout, stack: Layers) -> list[tuple[str, ParamSpec, float]]:
-  """(name, matrix, positions multiplied with it) of a layer; a token counts once for each of its experts."""
-  return [
-    (path[-1], spec, _multiplied(work, layout, stack, path)) for path, spec in stack.specs.items() if is_matrix(spec)
-  ]
-
-
-def _multiplied(work: Workload, layout: Layout, stack: Layers, path: tuple[str, ...]) -> float:
-  across = path[0] == 'cross_attention' and path[-1] in ('key', 'value')
-  positions = tokens(work, layout, stack.memory if across else stack.length)
-  routed = work.cfg.model.experts is not None and path[0] == 'mlp' and path[-1] != 'router'
-  return positions * (work.cfg.model.experts_per_token if routed else 1)
+def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float:
+  """Values of a layer's products of these names for a microbatch, on one device."""
+  each = sum(p.tokens * p.width for p in products(work, layout, stack) if p.name in names)
+  return layout.rows(work.rows) * each
 
 
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of activations that all layers of a stack keep for the backward pass."""
-  own, found = tokens(work, layout, stack.length), products(work, layout, stack)
   if layout.remat == 'none':
     return stack.number * _everything(work, layout, stack)
-  kept = sum(n * width(spec, layout.sizes) for name, spec, n in found if name in KEPT[layout.remat])
-  return stack.number * work.itemsize * (own * work.cfg.model.embed + kept)
+  own = tokens(work, layout, stack.length) * work.cfg.model.embed
+  return stack.number * work.itemsize * (own + results(work, layout, stack, *KEPT[layout.remat]))
 
 
 def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes that a layer keeps with remat='none': inputs of norms, queries, keys, values, what attention mixes (in the
   kernel's order of dims and the layer's), every step of the MLP's activation."""
-  model, own, found = work.cfg.model, tokens(work, layout, stack.length), products(work, layout, stack)
-  of = lambda *names: sum(n * width(spec, layout.sizes) for name, spec, n in found if name in names)
+  model, own = work.cfg.model, tokens(work, layout, stack.length)
+  of = lambda *names: results(work, layout, stack, *names)
   norms = sum(path[-1] == 'scale' and spec.axes[1:] == ('embed',) for path, spec in stack.specs.items())
   wide = norms * own * model.embed * (OF_NORM[model.norm.name] * F32 + 2 * work.itemsize)
-  inner = OF_ACTIVATION[model.mlp.activation] * of('up') + of('up', 'gate') + (2 if model.mlp.gated else 1) * of('up')
+  inner = (OF_ACTIVATION[model.mlp.activation] + (2 if model.mlp.gated else 1)) * of('up') + of('up', 'gate')
   return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner)
 
 
 def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
   """The backward pass of one layer: gathered matrices, activations that are made again, and their gradients."""
-  sizes, own = layout.sizes, tokens(work, layout, stack.length)
-  found = products(work, layout, stack)
+  found, own = products(work, layout, stack), tokens(work, layout, stack.length)
   attention = len(stack.keys)  # self- and cross-attention have equal matrices, and are in work in turn
-  gathered = sum(parts(s, sizes) * _copies(name, s) for name, s, _ in found)
-  gathered += sum(parts(s, sizes) for name, s, _ in found if name in ('query', 'key', 'value', 'out')) / attention
-  hidden = max((n * width(s, sizes) for name, s, n in found if name == 'up'), default=0.0)
-  heads = sum(n * width(s, sizes) for name, s, n in found if name in ('query', 'key', 'value')) / attention
-  return work.itemsize * (gathered + 4 * hidden + 2 * heads + 6 * own * work.cfg.model.embed)
+  gathered = sum(p.values * _copies(p) for p in found)
+  gathered += sum(p.values for p in found if p.name in ('query', 'key', 'value', 'out')) / attention
+  heads = results(work, layout, stack, 'query', 'key', 'value') / attention
+  live = 4 * results(work, layout, stack, 'up') + 2 * heads + 6 * own * work.cfg.model.embed
+  return work.itemsize * (gathered + live)
 
 
-def _copies(name: str, spec: ParamSpec) -> int:
+def _copies(product: Product) -> int:
   """How many whole copies of a matrix of the MLP are there at once; those of experts do not wait for their turn, and
   their gradients are whole too."""
-  if 'experts' in spec.axes[:-1]:
-    return {'gate': 1, 'up': 1, 'down': 2}.get(name, 0)
-  return int(name in ('gate', 'up'))
+  if product.routed:
+    return {'gate': 1, 'up': 1, 'down': 2}.get(product.name, 0)
+  return int(product.name in ('gate', 'up'))
 
 
 def head(work: Workload, layout: Layout) -> float:

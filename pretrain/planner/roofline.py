@@ -4,15 +4,14 @@ Four numbers are not the maker's. PRODUCTS is the share of the peak that product
 0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
 WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
 loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
-with fsdp=16 and tensor=4; with data=4 and fsdp=16 it does not. None of the four comes from a published run;
-scripts/bench/published.py prints the predictions beside those.
+with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. None of the four comes from
+a published run; scripts/bench/published.py prints the predictions beside those.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
 from models.flops import flops_per_step
-from models.specs import ParamSpec
 from pretrain.devices.chips import Slice
 from pretrain.planner import memory, torus
 from pretrain.planner.layouts import Layout
@@ -20,7 +19,7 @@ from pretrain.planner.torus import Group, Time
 from pretrain.planner.workload import Layers, Workload
 
 PRODUCTS = 0.9
-WINDOWED, FEW = 3.0, 16
+WINDOWED, FEW = 3.0, 32
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
@@ -105,28 +104,23 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   A gradient costs two products more. What is not kept is made again, but for a layer's last product, which only a
   residual reads; a kernel's output is a product's only with remat='none'.
   """
-  sizes, own, found = layout.sizes, memory.tokens(work, layout, stack.length), memory.products(work, layout, stack)
+  found, own = memory.products(work, layout, stack), memory.tokens(work, layout, stack.length)
+  rows, rerun = layout.rows(work.rows), int(layout.remat != 'none')
   # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
-  forward = lambda spec, n: 2 * n * memory.parts(spec, sizes, 1)
-  products = sum(forward(spec, n) * (2 + (spec.shape[1] if _routed(spec) else 1)) for _, spec, n in found)
-  again = sum(forward(spec, n) for name, spec, n in found if name not in (*memory.KEPT[layout.remat], 'down'))
-  rerun = 0 if layout.remat == 'none' else 1
-  heads = work.cfg.model.heads * work.cfg.model.head_dim / sizes['tensor']
+  forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
+  products = sum(forward(p) * (2 + p.experts) for p in found)
+  again = sum(forward(p) for p in found if p.name not in (*memory.KEPT[layout.remat], 'down'))
+  heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
-  hidden = sum(n * memory.width(s, sizes) for name, s, n in found if name == 'up')
   passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
-  weights = 2 * sum(memory.parts(spec, sizes) for _, spec, _ in found)
-  moved = work.itemsize * (passes + PASSES['hidden'] * hidden + weights)
+  hidden = PASSES['hidden'] * memory.results(work, layout, stack, 'up')
+  moved = work.itemsize * (passes + hidden + 2 * sum(p.values for p in found))
   kept = memory.kept_by(work, layout, stack)
   return (
     stack.number * (products + rerun * again),
     stack.number * scores * (1 + rerun + 2.5),
     stack.number * moved * (1 + rerun + 2) + 2 * kept,  # what is kept is written and read once more
   )
-
-
-def _routed(spec: ParamSpec) -> bool:
-  return 'experts' in spec.axes[:-1]
 
 
 def _head(work: Workload, layout: Layout) -> float:

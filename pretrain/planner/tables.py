@@ -21,7 +21,7 @@ TIMES = ('compute', 'HBM', 'ICI', 'DCN', 'step')
 def _step(work: Workload, of: Slice, step: roofline.Step) -> list[str]:
   """Milliseconds, model FLOPs utilisation, tokens/s/chip and what binds."""
   parts = (step.products + step.kernels, step.hbm, step.ici, step.dcn, step.total)
-  shown = [f'{1e3 * part:,.0f}' for part in parts]
+  shown = [f'{1e3 * part:,.{0 if step.total > 0.1 else 2}f}' for part in parts]
   rate = roofline.tokens_per_chip(work, of, step.total)
   return [*shown, f'{roofline.mfu(work, of, step.total):.1%}', f'{rate:,.0f}', step.binds]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Held:
 
   def bytes(self, sizes: Mapping[str, int]) -> int:
     """On one device of a mesh with these axes."""
-    return self.itemsize * divided(self.shape, self.axes, sizes)
+    return self.itemsize * stored(self.shape, self.axes, sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,15 +67,34 @@ class Workload:
     return self.cfg.data.inputs_length + self.cfg.data.targets_length
 
 
+LANES = 128
+
+
 def divided(shape: Iterable[int], axes: Iterable[str | None] | None, sizes: Mapping[str, int]) -> int:
-  """How many values of an array one device holds; a dim that its mesh axis does not divide is whole."""
+  """How many values of an array one device holds."""
+  return math.prod(shard(shape, axes, sizes))
+
+
+def shard(shape: Iterable[int], axes: Iterable[str | None] | None, sizes: Mapping[str, int]) -> list[int]:
+  """The part of an array on one device; a dim that its mesh axis does not divide is whole."""
   if axes is None:
-    return math.prod(shape)
-  found = 1
-  for dim, axis in zip(shape, axes, strict=True):
-    parts = sizes.get(rule, 1) if axis is not None and isinstance(rule := PARAMETER_RULES[axis], str) else 1
-    found *= dim // parts if dim % parts == 0 else dim
-  return found
+    return list(shape)
+  parts = lambda axis: sizes.get(rule, 1) if axis and isinstance(rule := PARAMETER_RULES[axis], str) else 1
+  return [dim // parts(axis) if dim % parts(axis) == 0 else dim for dim, axis in zip(shape, axes, strict=True)]
+
+
+def stored(shape: Iterable[int], axes: Sequence[str | None] | None, sizes: Mapping[str, int]) -> int:
+  """`divided`, with the padding of tiles: one dim lies along the lanes, the one that the compiler pads least."""
+  own = shard(shape, axes, sizes)
+  choices = [n for n, axis in zip(own, axes or [None] * len(own), strict=True) if axis != 'layers']
+  if len(choices) < 2:
+    return math.prod(own)
+  return round(math.prod(own) * min(lanes(n) / n for n in choices))
+
+
+def lanes(n: int) -> int:
+  """A dim along the lanes of a tile, padded."""
+  return -(-n // LANES) * LANES
 
 
 def paths(tree: Tree) -> dict[Path, ParamSpec]:
