@@ -17,10 +17,9 @@ F32 = 4
 # Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
 PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
 KEPT = {'full': (), 'dots': PRODUCTS, 'none': PRODUCTS}
-# With remat='none', arrays as wide as the MLP that its activation keeps beside its input and output; f32 arrays as wide
-# as the model that a norm keeps, beside two in the activations' dtype.
+# With remat='none', arrays as wide as the MLP that its activation keeps beside its input and output; a norm keeps two
+# f32 arrays as wide as the model, and two in the dtype of activations.
 OF_ACTIVATION = {'gelu_tanh': 4, 'gelu_exact': 3, 'silu': 1, 'relu': 0}
-OF_NORM = {'layernorm': 2, 'rmsnorm': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
   model, own = work.cfg.model, tokens(work, layout, stack.length)
   of = lambda *names: results(work, layout, stack, *names)
   norms = sum(path[-1] == 'scale' and spec.axes[1:] == ('embed',) for path, spec in stack.specs.items())
-  wide = norms * own * model.embed * (OF_NORM[model.norm.name] * F32 + 2 * work.itemsize)
+  wide = norms * own * model.embed * 2 * (F32 + work.itemsize)
   inner = (OF_ACTIVATION[model.mlp.activation] + (2 if model.mlp.gated else 1)) * of('up') + of('up', 'gate')
   return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner)
 
