@@ -28,7 +28,7 @@ from pretrain.snapshots.peers import ADDRESS, Answers, PeerError, Peers, Server,
 from pretrain.snapshots.slots import Header, Kind, Slots, SnapshotConfig, folder_of, remove_beyond
 from pretrain.snapshots.taking import Taken, Taking
 from pretrain.step.train_step import TrainState
-from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.folder import Folder, as_folder
 
 BUSY = 'the one before it is still being written'
 RUN_ID = 'run_id'  # RUN/run_id: distinguishes this run's snapshots from those of an earlier run in the same workdir
@@ -42,7 +42,7 @@ class Snapshots:
     place: Folder | None = None,
   ):  # fmt: skip
     """`place` is the workdir itself where that is in a store, and `workdir` only has its small files."""
-    self._cfg, self._workdir, self._read_only = cfg, workdir, read_only
+    self._cfg, self._workdir, self._read_only = cfg, as_folder(workdir), read_only
     self._place = place or self._workdir
     self._identity = {'snapshot.group': str(cfg.group), **identity}
     self._host, self._count = jax.process_index(), jax.process_count()

@@ -204,11 +204,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
   do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
 
 
-def serve(*buckets: str, port: int = 0) -> http.server.ThreadingHTTPServer:
+class Server(http.server.ThreadingHTTPServer):
+  daemon_threads = True
+
+  def handle_error(self, request: Any, client_address: Any) -> None:
+    """A client that was killed is no error of the server."""
+    if not isinstance(sys.exception(), ConnectionError):
+      super().handle_error(request, client_address)
+
+
+def serve(*buckets: str, port: int = 0) -> Server:
   """A server on 127.0.0.1, in a thread; its store is `server.RequestHandlerClass.store`."""
   handler = type('Requests', (Handler,), {'store': Store(*buckets)})
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', port), handler)
-  server.daemon_threads = True
+  server = Server(('127.0.0.1', port), handler)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   return server
 

@@ -36,6 +36,7 @@ def run(trained, gcs):
   return gcs
 
 
+@pytest.mark.slow
 def test_each_command_reads_a_run_in_a_store(run, flags, tmp_path, capsys):
   wanted = {
     ('report', URL): f'{URL}/report.html',
@@ -54,6 +55,7 @@ def test_each_command_reads_a_run_in_a_store(run, flags, tmp_path, capsys):
   assert '<h1>run</h1>' in StorePath(f'{URL}/report.html').read_text()
 
 
+@pytest.mark.slow
 def test_each_command_writes_a_run_in_a_store(run, flags, capsys):
   new = 'gs://runs/new'
   assert main(['checkpoints', 'average', f'--workdir={URL}', '--steps=1,2', f'--output={new}']) == 0
