@@ -1,4 +1,5 @@
 """Which layout of a training step suits a TPU slice: estimated from parameter descriptions, then compiled.
 
-Knows configs, models' descriptions and libtpu's compiler; holds no arrays, and nothing of a run.
+Knows the whole Experiment, published numbers of chips and compiled programs; must not know the training loop or hold
+arrays.
 """

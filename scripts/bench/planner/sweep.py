@@ -1,6 +1,6 @@
 """Whether `pretrain plan --search` finds the best layout: every layout compiled, and the choice beside the best.
 
-  python scripts/bench/plan_sweep.py --gin_file=configs/decoder/tiny.gin --topology=v5e:2x2 --global_batch=4
+  python scripts/bench/planner/sweep.py --gin_file=configs/decoder/tiny.gin --topology=v5e:2x2 --global_batch=4
     [--compile=4] [--gin.KEY=VALUE …]
 
 Judged by the compiler's cycles and the bytes of collectives over the bandwidth of their links (`planner/compiled.py`).
@@ -12,7 +12,7 @@ import pathlib
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 
 def main(argv: list[str] | None = None) -> int:
