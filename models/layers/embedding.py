@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.dropout import dropout
+from models.layers.dropout import Dropout, dropout
 from models.layers.linear import Projections, linear
 from models.layers.mlp import ACTIVATIONS, Activation
 from models.layers.norm import NormConfig, make_norm
@@ -22,10 +22,10 @@ class Embedding(nnx.Module):
   GPT-2, BERT). Encoder and decoder share this table, as they share that of tokens; a position beyond it gives NaN.
   """
 
-  def __init__(self, vocab: int, embed: int, *, rate: float, std: float, max_positions: int | None = None):
+  def __init__(self, vocab: int, embed: int, *, drop: Dropout, std: float, max_positions: int | None = None):
     self.table = weight((vocab, embed), ('vocab', 'embed'), Normal(std))
     self.positions = None if max_positions is None else weight((max_positions, embed), ('length', 'embed'), Normal(std))
-    self.rate = rate
+    self.drop = drop
 
   def __call__(self, tokens: Array, positions: Array, dtype, keys: Array | None) -> Array:
     # Gathered over fsdp before the lookup: a table split along the features would leave the batch unsplit.
@@ -34,21 +34,37 @@ class Embedding(nnx.Module):
     if self.positions is not None:
       x = x + jnp.take(constrain(self.positions[...].astype(dtype), None, None), positions, axis=0)
     x = constrain(x, 'batch', 'length', 'embed')
-    return dropout(x, self.rate, keys, EMBEDDING_SITE)
+    return dropout(x, self.drop.outer, keys, EMBEDDING_SITE, shared=self.drop.shared)
+
+
+class EmbeddingProjection(nnx.Module):
+  """dense(x): embeddings of another width than the blocks. Source: google-research/electra modeling.py; ALBERT (Lan et
+  al. 2019, arXiv:1909.11942, §3.1)."""
+
+  def __init__(self, size: int, embed: int, projections: Projections):
+    # The second dim is `mlp`: `tensor` divides it, as it divides that of any matrix, while fsdp divides the first.
+    self.kernel = weight((size, embed), ('embed', 'mlp'), projections.init('embed'))
+    self.bias = projections.make_bias((embed,), ('mlp',), 'head')
+
+  def __call__(self, x: Array) -> Array:
+    return constrain(linear(x, self.kernel, self.bias), 'batch', 'length', 'embed')
 
 
 class HeadTransform(nnx.Module):
-  """N(activation(dense(x))), which BERT puts before the head. Source: google-research/bert run_pretraining.py."""
+  """N(activation(dense(x))), which BERT puts before the head: [..., embed] -> [..., size].
 
-  def __init__(self, embed: int, activation: Activation, norm: NormConfig, projections: Projections):
-    # The second dim is `mlp`: `tensor` divides it, as it divides that of any matrix, while fsdp divides the first.
-    self.kernel = weight((embed, embed), ('embed', 'mlp'), projections.init('embed'))
-    self.bias = projections.make_bias((embed,), ('mlp',))
-    self.norm, self.activation = make_norm(embed, norm), activation
+  Without `norm`, activation(dense(x)), as ELECTRA's discriminator has it. Source: google-research/bert
+  run_pretraining.py; google-research/electra run_pretraining.py, _get_discriminator_output.
+  """
+
+  def __init__(self, embed: int, size: int, activation: Activation, norm: NormConfig | None, projections: Projections):
+    self.kernel = weight((embed, size), ('embed', 'mlp'), projections.init('embed'))  # as in EmbeddingProjection
+    self.bias = projections.make_bias((size,), ('mlp',), 'head')
+    self.norm, self.activation = None if norm is None else make_norm(size, norm), activation
 
   def __call__(self, x: Array) -> Array:
-    hidden = ACTIVATIONS[self.activation](linear(x, self.kernel, self.bias))
-    return self.norm(constrain(hidden, 'batch', 'length', 'embed'))
+    hidden = constrain(ACTIVATIONS[self.activation](linear(x, self.kernel, self.bias)), 'batch', 'length', 'embed')
+    return hidden if self.norm is None else self.norm(hidden)
 
 
 class Head(nnx.Module):
@@ -58,6 +74,6 @@ class Head(nnx.Module):
   brings it nearer to ln(vocabulary). `bias` is added to the logits (BERT); with `init` None there is only that.
   """
 
-  def __init__(self, embed: int, vocab: int, init: Normal | None, *, bias: bool):
-    self.kernel = None if init is None else weight((embed, vocab), ('embed', 'vocab'), init)
-    self.bias = weight((vocab,), ('vocab',), Zeros()) if bias else None
+  def __init__(self, embed: int, outputs: int, init: Normal | None, *, bias: bool, axis: str = 'vocab'):
+    self.kernel = None if init is None else weight((embed, outputs), ('embed', axis), init)
+    self.bias = weight((outputs,), (axis,), Zeros()) if bias else None

@@ -6,6 +6,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.interchange.config_json import FILE, ConfigJson
 from pretrain.interchange.family import Family
 from pretrain.interchange.published.bert import BERT, ELECTRA, ROBERTA
+from pretrain.interchange.published.deberta import DEBERTA
 from pretrain.interchange.published.gpt import FALCON, GPT2, GPT_NEOX
 from pretrain.interchange.published.llama import GEMMA2, LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN2, QWEN3
 from pretrain.interchange.published.t5 import MT5, T5, UMT5
@@ -14,6 +15,7 @@ from pretrain.tools.weights import NOT_ARCHITECTURE
 # An export takes the first that has all parts of a model.
 ALL = (
   T5, UMT5, MT5, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GPT2, GPT_NEOX, FALCON, BERT, ROBERTA, ELECTRA,
+  DEBERTA,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in ALL}
 

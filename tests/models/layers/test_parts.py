@@ -14,7 +14,7 @@ from models.families.decoder import DecoderMlpConfig
 from models.families.parts import check_parts
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norm import LayerNormConfig, RmsNormConfig
-from models.layers.positions import alibi_slopes
+from models.layers.positions.biases import alibi_slopes
 from models.partition import shardings
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.step.loss import LossConfig, make_loss
@@ -150,7 +150,7 @@ def test_query_norms_remove_the_folded_scale_from_the_query_init():
     ),
     (
       {'relative_buckets': 16},
-      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative', remove it.",
+      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative' or 'disentangled', remove it.",
     ),
     (
       {'positions': 'learned'},
