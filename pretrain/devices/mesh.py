@@ -100,11 +100,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 def _arranged(sizes: Mapping[str, int], devices) -> Mesh:
   """The mesh of these sizes, each axis on sides of the torus of its own where there is a way."""
-  shape, slices = tuple(sizes.values()), len({getattr(device, 'slice_index', None) for device in devices})
+  shape = tuple(sizes.values())
   # make_mesh defaults to Explicit axes; our sharding is by constraints, which need Auto.
   types = (AxisType.Auto,) * len(AXES)
-  if devices[0].platform == 'tpu' and slices > 1:
-    return Mesh(arrange(shape, devices, slices), AXES, axis_types=types)
+  if len(slices := {getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) > 1:
+    return Mesh(arrange(shape, devices, len(slices)), AXES, axis_types=types)
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   except NotImplementedError:  # two axes share a side, at half of its links each
@@ -112,7 +112,8 @@ def _arranged(sizes: Mapping[str, int], devices) -> Mesh:
 
 
 def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int = 1) -> np.ndarray:
-  """Devices in the shape of a mesh; axes may share a side of a torus. Only `replica`, the first, crosses slices.
+  """Devices in the shape of a mesh; axes may share a side of a torus. Only `replica`, the first, crosses slices, so
+  that only its collectives use the slow network.
 
   Raises ConfigError where it cannot.
   """
@@ -120,8 +121,8 @@ def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int = 1) -> np
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if shape[0] % slices:
     raise ConfigError(
-      f'the devices are on {slices} slices and mesh.replica={shape[0]}; set mesh.replica to a multiple of {slices}: '
-      'its axis crosses slices.'
+      f'the devices are on {slices} slices and mesh.replica={shape[0]}; set mesh.replica to a multiple of '
+      f'{slices}: its axis crosses slices.'
     )
   inside, across = [shape[0] // slices, *shape[1:]], [slices, *(1 for _ in shape[1:])]
   return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)

@@ -5,7 +5,7 @@ Four numbers are not the maker's. PRODUCTS is the share of the peak that product
 WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
 loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
 with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. None of the four comes from
-a published run; scripts/bench/planning/published.py prints the predictions beside those.
+a published run; scripts/bench/planner/published.py prints the predictions beside those.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The planner's estimates beside published runs: tokens/s/chip, with no overlap of links and with all of it.
 
-  python scripts/bench/planning/published.py
+  python scripts/bench/planner/published.py
 
 Source of the runs: MaxText, docs/reference/models/tiering.md; rows of a device and what is kept:
 benchmarks/maxtext_trillium_model_configs.py. For Llama 2 70B on v5p neither is published: four rows, remat='full'.

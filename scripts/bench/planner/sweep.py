@@ -1,6 +1,6 @@
 """Whether `pretrain plan --search` finds the best layout: every layout compiled, and the choice beside the best.
 
-  python scripts/bench/planning/sweep.py --gin_file=configs/decoder/tiny.gin --topology=v5e:2x2 --global_batch=4
+  python scripts/bench/planner/sweep.py --gin_file=configs/decoder/tiny.gin --topology=v5e:2x2 --global_batch=4
     [--compile=4] [--gin.KEY=VALUE …]
 
 Judged by the compiler's cycles and the bytes of collectives over the bandwidth of their links (`planner/compiled.py`).
