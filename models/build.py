@@ -14,9 +14,12 @@ from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.layers.low_rank import NONE, LoraConfig, attach, grafted
+from models.precision import BF16, PrecisionConfig, check_blocks
+from models.precision import attach as attach_precision
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
+from pallas_kernels.quantized_matmul import api as quantized_matmul
 
 ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 
@@ -27,10 +30,13 @@ class KernelsConfig:
 
   `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
   'mosaic_gpu' or 'cudnn' (GPU; not yet tried there). Decoding with a cache uses the reference.
+  `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
+  and 'interpret'.
   """
 
   attention: str = 'auto'
   linear_cross_entropy: str = 'auto'
+  quantized_matmul: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity: a static argument of jit
@@ -98,7 +104,9 @@ def check_model(cfg: ModelConfig) -> None:
 
 def check_kernels(cfg: KernelsConfig) -> None:
   """Raises ValueError for an implementation that does not exist; one that cannot run here fails when called."""
-  ops = {'attention': attention, 'linear_cross_entropy': linear_cross_entropy}
+  ops = {
+    'attention': attention, 'linear_cross_entropy': linear_cross_entropy, 'quantized_matmul': quantized_matmul,
+  }  # fmt: skip
   for name, op in ops.items():
     given, known = getattr(cfg, name), ('auto', *op.IMPLEMENTATIONS)
     if given not in known:
@@ -113,6 +121,11 @@ def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
       'lora.rank=0 or another scaling.'
     )
   attach(make_module(cfg, KernelsConfig()), lora)
+
+
+def check_precision(cfg: ModelConfig, precision: PrecisionConfig, lengths: Mapping[str, int]) -> None:
+  """Raises ValueError for a name of no product or recipe, and where blocks divide a size or one of `lengths` not."""
+  check_blocks(precision, param_specs(make_module(cfg, KernelsConfig())), lengths)
 
 
 def make_module(cfg: ModelConfig, kernels: KernelsConfig) -> nnx.Module:
@@ -133,9 +146,13 @@ def build(
   kernels: KernelsConfig = KernelsConfig(),
   mesh: Mesh | AbstractMesh | None = None,
   lora: LoraConfig = NONE,
+  precision: PrecisionConfig = BF16,
 ) -> Model:
-  """A model without arrays. With a mesh, its activations are placed on it; with a `lora.rank`, it has adapters."""
+  """A model without arrays. With a mesh, its activations are placed on it; with a `lora.rank`, it has adapters;
+  `precision` quantizes its products.
+  """
   module = make_module(cfg, kernels)
+  attach_precision(module, precision, kernels.quantized_matmul)
   specs = param_specs(module)
   if not lora.rank:
     return Model(cfg, specs, as_function(module), mesh)

@@ -17,6 +17,7 @@ from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.layers.positions.rotary import Angles
 from models.partition import constrain
+from models.product import KEPT, rounding
 from models.specs import stack
 
 Remat = Literal['none', 'dots', 'full']
@@ -165,8 +166,9 @@ class Stack(nnx.Module):
     def one(window: int | None):
       def body(x, inputs):
         block, layer, table = inputs
-        own = _of_layer(see, window, self.sinks, table)
-        x, _, aux = block(x, positions, own, cross, fold(keys, layer), layer, None)
+        own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
+        with rounding(own_keys):
+          x, _, aux = block(x, positions, own, cross, own_keys, layer, None)
         return x, aux
 
       return rematerialise(body, self.remat)
@@ -242,6 +244,15 @@ def rematerialise(body, remat: Remat):
 
 
 def _is_product(primitive, *args, **params) -> bool:
-  """Whether a result is kept: results of products with parameters, also in experts."""
+  """Whether a result is kept: results of products with parameters, also in experts. Of a quantized product it is the
+  scaled result in the activations' dtype, and not the wider accumulator inside it.
+  """
+  if primitive.name == 'dot_general' and _is_accumulator(args[0], params):
+    return False
   kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-  return kept or primitive.name == 'ragged_dot_general'
+  return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == KEPT)
+
+
+def _is_accumulator(operand, params) -> bool:
+  out = params['preferred_element_type']
+  return out is not None and jnp.dtype(out).itemsize > operand.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The one matrix product of the models: the only place for quantisation and low-rank adapters."""
+"""The one matrix product of the models: the only place for quantization (models/product.py) and low-rank adapters."""
 
 import dataclasses
 from typing import Literal
@@ -6,7 +6,8 @@ from typing import Literal
 from flax import nnx
 from jax import Array
 
-from models.layers.low_rank import LowRank, contracted
+from models.layers.low_rank import LowRank
+from models.product import product
 from models.specs import Normal, Zeros, cast, weight
 
 Bias = Literal['none', 'qkv', 'attention', 'mlp', 'all']
@@ -43,5 +44,5 @@ class Projections:
 
 def linear(x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None = None, contract: int = 1) -> Array:
   """`x[..., *c]` times `w[*c, ...]`, contracting `contract` dims, plus `bias`, in x's dtype."""
-  product = w.product(x) if isinstance(w, LowRank) else contracted(x, cast(w, x), contract)
-  return product if bias is None else product + cast(bias, x)
+  out = w.product(x) if isinstance(w, LowRank) else product(x, w, contract)
+  return out if bias is None else out + cast(bias, x)

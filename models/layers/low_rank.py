@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from models.partition import constrain
+from models.product import contracted, product
 from models.specs import Normal, ParamSpec, Tree, Zeros, cast, is_matrix, param_specs, weight
 
 Path = tuple[str, ...]
@@ -58,13 +59,7 @@ class LowRank(nnx.Module):
     narrow = contracted(x, cast(self.a, x), self.inputs)
     if narrow.ndim == 3:
       narrow = constrain(narrow, 'batch', 'length', 'rank')
-    return contracted(x, cast(self.weight, x), self.inputs) + self.scale * contracted(narrow, cast(self.b, x), 1)
-
-
-def contracted(x: Array, w: Array, dims: int) -> Array:
-  """`x[..., *c]` times `w[*c, ...]`, summed over the `dims` dims c."""
-  own = tuple(range(x.ndim - dims, x.ndim))
-  return jax.lax.dot_general(x, w, ((own, tuple(range(dims))), ((), ())))
+    return product(x, self.weight, self.inputs) + self.scale * contracted(narrow, cast(self.b, x), 1)
 
 
 def inputs_of(axes: tuple[str, ...]) -> int:

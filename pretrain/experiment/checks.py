@@ -22,8 +22,9 @@ from data.objectives.objectives import (
 )
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
-from models.build import check_kernels, check_lora, check_model
+from models.build import check_kernels, check_lora, check_model, check_precision
 from models.layers.low_rank import LoraConfig
+from models.precision import PrecisionConfig
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.devices.compiler import check_options
@@ -94,6 +95,7 @@ def _check_one(cfg: Experiment) -> None:
   check_model(cfg.model)
   _check_experts(cfg)
   _check_lora(cfg)
+  _check_precision(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_optimizer(cfg.optimizer)
@@ -269,6 +271,16 @@ def _check_lora(cfg: Experiment) -> None:
       f'lora.rank={cfg.lora.rank} trains adapters of weights, and checkpoint.initial=None names none; set '
       "checkpoint.initial='RUN/<step>', or lora.rank=0."
     )
+
+
+def _check_precision(cfg: Experiment) -> None:
+  """Recipes are of products that exist, and their blocks divide the model's sizes and the rows."""
+  if cfg.precision != PrecisionConfig():
+    keys = ('inputs_length', 'targets_length')
+    lengths = {f'data.{key}': length for key in keys if (length := getattr(cfg.data, key))}
+    if isinstance(cfg.data.packing, LengthBuckets):
+      lengths |= {'data.packing.min_length': cfg.data.packing.min_length}
+    check_precision(cfg.model, cfg.precision, lengths)
 
 
 def _check_best(cfg: Experiment) -> None:

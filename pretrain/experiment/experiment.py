@@ -7,6 +7,7 @@ from data.batches.source import Data
 from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
 from models.layers.low_rank import LoraConfig
+from models.precision import PrecisionConfig
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.devices.compiler import CompilerConfig
 from pretrain.devices.mesh import MeshConfig
@@ -66,6 +67,7 @@ class Experiment:
   schedule: Schedule
   train: TrainConfig
   lora: LoraConfig = LoraConfig()
+  precision: PrecisionConfig = PrecisionConfig()
   loss: LossConfig = LossConfig()
   optimizer: Optimizer = AdamW()
   spikes: Spikes = NoSpikes()

@@ -14,7 +14,7 @@ from pretrain.errors import ConfigError
 # What a phase may set: nothing that would change the shape of the state.
 MAY_SET = (
   'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'train.accumulate',
-  'kernels.',
+  'kernels.', 'precision.',
 )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   mesh = make_mesh(cfg.mesh, devices)
   check_compiles(cfg.compiler, mesh)
   check_batch(cfg, batch_shards(mesh))
-  model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora)
+  model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.split(model.specs)[0], mesh, spikes=cfg.spikes, since=start)

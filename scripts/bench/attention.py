@@ -1,7 +1,7 @@
 """Attention on TPUs that this machine does not have: cycles of compiled programs, ours and jax's splash_attention.
 
   python scripts/bench/attention.py --aot [--chips v5e:2x4,v6e:2x4] [--blocks 512,1024] [--length 8192]
-  python scripts/bench/attention.py --gpu [--length 8192]    the GPU of this machine (attention_gpu.py)
+  python scripts/bench/attention.py --gpu [--length 8192]    the GPU of this machine (gpu/attention.py)
 
 `schedule.py` defines the cycles. 8 heads of 128, bfloat16, one row; each implementation at its best blocks, the bias
 also at block 512. Then rows of packed documents: the tiles that the kernel visits when it runs in an interpreter.
@@ -18,8 +18,9 @@ sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[2])
 )  # before this folder, whose data.py would be `data`
 
-import attention_gpu
 import schedule
+
+from scripts.bench.gpu import attention as attention_gpu
 
 HEADS, HEAD_DIM, COMPUTE = 8, 128, 512
 FORWARD, QUERIES, KEYS = 'forward', 'grad_queries', 'grad_keys_values'

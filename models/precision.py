@@ -1,0 +1,128 @@
+"""Which products of a model are quantized, and how: recipes, chosen for a whole model and for parts by their names.
+
+Parameters stay float32 and their tree is the same under every recipe, so a checkpoint moves between recipes.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from models.layers.low_rank import Path, inputs_of, products, words_of
+from models.product import KEY, Quantization
+from models.specs import ParamSpec, Tree, param_specs
+from pallas_kernels.quantized_matmul.api import Operand, Recipe
+
+RecipeName = Literal['bf16', 'int8', 'fp8', 'mxfp8', 'mxfp4', 'nvfp4']
+
+
+def _recipe(forward: str, gradient: str | None = None, **options: Any) -> Recipe:
+  """x and w in `forward`; the gradient that comes from above in `gradient`, rounded as `options` say."""
+  scale = {'scale': options.pop('scale')} if 'scale' in options else {}
+  own, g = Operand(forward, **scale), Operand(gradient or forward, **scale, **options)
+  return Recipe(forward=(own, own), dgrad=(g, own), wgrad=(own, g))
+
+
+# Stochastic rounding keeps the mean of gradients whose rounding errors would otherwise add up: Chmiel et al. 2021,
+# arXiv:2112.10769 (4 bits); Xi et al. 2023, arXiv:2306.11987. fp8: Micikevicius et al. 2022, arXiv:2209.05433, §3 with
+# the scale of the tensor at hand; mxfp8: Mishra et al. 2025, arXiv:2506.08027; nvfp4: NVIDIA 2025, arXiv:2509.25149,
+# §4.2 and §4.4 (without its transforms and blocks of 16 x 16).
+RECIPES: dict[str, Recipe | None] = {
+  'bf16': None,
+  'int8': _recipe('int8', rounding='stochastic'),
+  'fp8': _recipe('fp8_e4m3', 'fp8_e5m2', scale='tensor'),
+  'mxfp8': _recipe('mxfp8'),
+  'mxfp4': _recipe('mxfp4', rounding='stochastic'),
+  'nvfp4': _recipe('nvfp4', rounding='stochastic'),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+  """`recipe` quantizes the products with weights of all blocks, forward and backward; 'bf16' none: products are in
+  `model.dtype`. Embeddings, the head, norms, softmax and experts are never quantized.
+
+  `overrides` gives parts another recipe, by the names of products: 'attention', 'mlp', 'query',
+  'cross_attention.key', 'decoder.mlp', …; the name that says most about a product counts.
+
+  >>> PrecisionConfig(recipe='fp8', overrides={'mlp': 'nvfp4', 'mlp.down': 'bf16'}).recipe
+  'fp8'
+  """
+
+  recipe: RecipeName = 'bf16'
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+
+BF16 = PrecisionConfig()
+
+
+def names_of(path: Path) -> tuple[str, ...]:
+  """The names that choose the product at `path`; later ones say more.
+
+  >>> names_of(('decoder', 'blocks', 'mlp', 'up'))
+  ('all', 'mlp', 'up', 'mlp.up', 'decoder', 'decoder.mlp', 'decoder.up', 'decoder.mlp.up')
+  """
+  own = (*words_of(path), '.'.join(path[-2:]))
+  return (*own, path[0], *(f'{path[0]}.{word}' for word in own[1:]))
+
+
+def chosen(cfg: PrecisionConfig, specs: Tree) -> dict[Path, str]:
+  """The name of the recipe of each product. Raises ValueError for names of no product and of no recipe."""
+  paths = products(specs)
+  known = dict.fromkeys(name for path in paths for name in names_of(path))
+  for name, recipe in cfg.overrides.items():
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      fix = (
+        f'did you mean {close[0]!r}?'
+        if close
+        else f'choose from {", ".join(word for word in known if "." not in word)}.'
+      )
+      raise ValueError(f'precision.overrides has {name!r}, which is no product of this model; {fix}')
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+      raise ValueError(f'precision.overrides[{name!r}]={recipe!r} is not one of {", ".join(map(repr, RECIPES))}.')
+  own = lambda path: next((cfg.overrides[name] for name in reversed(names_of(path)) if name in cfg.overrides), None)
+  return {path: own(path) or cfg.recipe for path in paths}
+
+
+def attach(module: nnx.Module, cfg: PrecisionConfig, implementation: str = 'auto') -> None:
+  """Each weight of `module` that a recipe quantizes has it in its metadata. Raises ValueError as `chosen`."""
+  for path, name in chosen(cfg, param_specs(module)).items():
+    recipe = RECIPES[name]
+    if recipe is not None:
+      owner = functools.reduce(getattr, path[:-1], module)
+      site = zlib.crc32('/'.join(path).encode())
+      getattr(owner, path[-1]).set_metadata(**{KEY: Quantization(recipe, site, implementation)})
+
+
+def check_blocks(cfg: PrecisionConfig, specs: Tree, lengths: Mapping[str, int]) -> None:
+  """Raises ValueError where blocks of a recipe do not divide what a product sums over. `lengths` of rows by key."""
+  flat = flatten_dict(dict(specs))
+  for path, name in chosen(cfg, specs).items():
+    recipe, (inputs, outputs) = RECIPES[name], _sides(flat[path])
+    if recipe is not None:
+      sums = [('forward', *inputs), ('dgrad', *outputs), *(('wgrad', key, n) for key, n in lengths.items())]
+      for product, what, size in sums:
+        _check_divides(recipe.block(product), what, size, '.'.join(names_of(path)[-1:]), name)
+
+
+def _sides(spec: ParamSpec) -> tuple[tuple[str, int], tuple[str, int]]:
+  """(name and size of the inputs, of the outputs) of a stacked weight."""
+  axes, shape = spec.axes[1:], spec.shape[1:]
+  cut = inputs_of(axes)
+  side = lambda part: ('*'.join(axes[part]), math.prod(shape[part]))
+  return side(slice(cut)), side(slice(cut, None))
+
+
+def _check_divides(block: int, what: str, size: int, where: str, recipe: str) -> None:
+  if size % block:
+    raise ValueError(
+      f"precision: recipe '{recipe}' of {where} has blocks of {block}, which do not divide {what}={size}; use a "
+      f"multiple of {block}, e.g. {-(-size // block) * block}, or precision.overrides = {{'{where}': 'bf16'}}."
+    )

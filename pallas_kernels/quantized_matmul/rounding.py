@@ -1,0 +1,86 @@
+"""Rounding to the values of an element, to the nearest or at random: the same bits on every platform and any tiling.
+
+Only operations that are exact in float32 are used (comparison, floor, products with powers of two), and random bits
+come from a hash of a number's place in its matrix. So a tile or a device rounds as the whole array does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.quantized_matmul.formats import Element
+
+COLUMN, ROW = 0x85EBCA77, 0x9E3779B1  # odd: multiples of them differ for all 2**32 indices
+FRACTION_BITS, EXPONENT_BIAS = 23, 127
+
+
+class Noise(NamedTuple):
+  """Where the random bits of a matrix come from: `seed` uint32, and `rows` uint32[…], a number for each row of it.
+
+  A row is everything but the last dim. Rows that differ anywhere in a run have different numbers.
+  """
+
+  seed: Array
+  rows: Array
+
+  def of(self, operand: int) -> 'Noise':
+    """The same for another operand: no two of a product's share bits."""
+    return Noise(mix(jnp.uint32(self.seed) + jnp.uint32(operand * ROW & 0xFFFFFFFF)), self.rows)
+
+
+def mix(x: Array) -> Array:
+  """A bijection of uint32 in which every bit of the input flips about half of the output's.
+
+  Source: MurmurHash3's fmix32 (Appleby, public domain).
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def row_hashes(noise: Noise) -> Array:
+  """uint32 like `noise.rows`."""
+  return mix(noise.rows * jnp.uint32(ROW) ^ noise.seed)
+
+
+def bits(hashes: Array, columns: Array) -> Array:
+  """uint32: the random bits at rows with these hashes and at these column indices, which broadcast."""
+  return mix(hashes ^ (columns * jnp.uint32(COLUMN)))
+
+
+def bits_of(noise: Noise, width: int) -> Array:
+  """uint32[*rows, width]."""
+  return bits(row_hashes(noise)[..., None], jnp.arange(width, dtype=jnp.uint32))
+
+
+def power_of_two(exponent: Array) -> Array:
+  """2.0 ** exponent in float32, from its bits; exponents of normal numbers only."""
+  return jax.lax.bitcast_convert_type((exponent + EXPONENT_BIAS) << FRACTION_BITS, jnp.float32)
+
+
+def exponent_of(x: Array) -> Array:
+  """int32: floor(log2(abs(x))) of a normal float32; -127 for 0, 128 for inf and NaN."""
+  return ((jax.lax.bitcast_convert_type(x, jnp.int32) >> FRACTION_BITS) & 0xFF) - EXPONENT_BIAS
+
+
+def rounded(x: Array, element: Element, random: Array | None = None) -> Array:
+  """float32 `x` as a value of `element`: to the nearest one, ties to even, or with `random` bits to one of its two
+  neighbours, with the mean x. Beyond the largest value it is that value; NaN stays NaN.
+  """
+  if element.mantissa is None:
+    return jnp.clip(_whole(x, random), -element.largest, element.largest)
+  spacing = jnp.maximum(exponent_of(x), element.smallest_exponent) - element.mantissa
+  spacing = jnp.minimum(spacing, EXPONENT_BIAS - 1)  # of inf and NaN
+  nearby = _whole(x * power_of_two(-spacing), random) * power_of_two(spacing)
+  return jnp.clip(nearby, -element.largest, element.largest)
+
+
+def _whole(x: Array, random: Array | None) -> Array:
+  if random is None:
+    return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+  low = jnp.floor(x)
+  # x - low and 24 bits of a fraction are exact, so that the share rounded up is x - low within 2**-24.
+  share = (random >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)
+  return low + (share < x - low).astype(jnp.float32)

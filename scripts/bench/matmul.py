@@ -1,0 +1,139 @@
+"""Quantized products on TPUs that this machine does not have: cycles of compiled programs, ours and XLA's own.
+
+  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096]
+
+`schedule.py` defines the cycles. A shape is tokens x inputs x outputs, on one device. For bfloat16 and for codes: the
+product alone; `quantized`: of bfloat16 matrices that the product quantizes, with the search for their scales by XLA
+(`amax`). Ratios are to the faster bfloat16 product; `added` is what rounding inside our kernel costs it.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(
+  0, str(pathlib.Path(__file__).resolve().parents[2])
+)  # before this folder, whose data.py would be `data`
+
+import schedule
+
+SHAPES = '1024x4096x4096'
+KERNEL = 'quantized_matmul'
+# The formats that pay on a chip: docs/precision.md.
+FORMATS = {'v5e': ('int8', 'int4'), 'v5p': ('int8', 'int4'), 'v6e': ('int8', 'int4'), 'tpu7x': ('fp8_e4m3',)}
+
+
+def programs(formats: tuple[str, ...]) -> dict:
+  """{name: (function of two matrices, their dtype)}."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels.quantized_matmul import tpu, xla
+  from pallas_kernels.quantized_matmul.formats import Operand
+
+  bare = lambda x, w: tpu.matmul((x, None, 1), (w, None, 0), (None, None), dtype=jnp.bfloat16)
+  dot = lambda wide, x, w: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+  found = {
+    'bf16 kernel': (bare, jnp.bfloat16),
+    'bf16 xla': (functools.partial(dot, jnp.bfloat16), jnp.bfloat16),
+  }
+  for name in formats:
+    operand = Operand(name)
+    held = jnp.int8 if operand.element.is_integer else operand.element.dtype
+    wide = jnp.int32 if operand.element.is_integer else jnp.float32
+
+    def quantized(product, operand, x, w):
+      return product((x, None), (w, None), (operand, operand), ((1,), (0,))).astype(jnp.bfloat16)
+
+    found |= {
+      f'{name} kernel': (bare, held),
+      f'{name} xla': (functools.partial(dot, wide), held),
+      f'{name} kernel quantized': (functools.partial(quantized, tpu.product, operand), jnp.bfloat16),
+      f'{name} xla quantized': (functools.partial(quantized, xla.product, operand), jnp.bfloat16),
+    }
+  return found
+
+
+def compiled(chip: str, run, shapes, dtype):
+  import jax
+
+  from pretrain.tools.plan import tpu_devices
+
+  mesh = jax.make_mesh((1,), ('x',), devices=tpu_devices(chip)[:1])
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes)
+    return jax.jit(run).lower(*arrays).compile()
+
+
+def kernel_cycles(folder: pathlib.Path, sizes: tuple[int, int, int]) -> int:
+  """Of the kernel compiled last, over its grid: each step, and for each block of the output its first and last body.
+
+  A body between these makes the codes of a block of rows, once for all blocks of columns.
+  """
+  from pallas_kernels.quantized_matmul.tpu import block_of
+
+  inner, sides, rest = schedule.regions(schedule.dumped(folder, KERNEL))
+  m, k, n = (size // block_of(size) for size in sizes)
+  first, *codes, last = sides
+  return m * n * (k * (sum(inner) + rest) + first + last) + m * k * sum(codes)
+
+
+def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
+  """Prints one line of JSON for each program."""
+  import jax
+
+  folder = pathlib.Path(os.environ['DUMP'])
+  for m, k, n in shapes:
+    for name, (run, dtype) in programs(FORMATS[chip.split(':')[0]]).items():
+      row = {'chip': chip, 'shape': f'{m}x{k}x{n}', 'program': name}
+      try:
+        program = compiled(chip, run, ((m, k), (k, n)), dtype)
+      except jax.errors.JaxRuntimeError as error:
+        print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
+        continue
+      own = kernel_cycles(folder, (m, k, n)) if 'kernel' in name else 0
+      other = schedule.fusion_cycles(program.as_text())
+      print(json.dumps(row | {'kernel': own, 'xla': other, 'cycles': own + other}), flush=True)
+
+
+def shown(row: dict, others: dict, least: int) -> str:
+  if 'error' in row:
+    return f'{"does not compile":>18}'
+  text, name = f'{row["cycles"]:>10}{row["cycles"] / least:>8.3f}', row['program']
+  if not name.endswith('kernel quantized'):
+    return text
+  codes = others[name.removesuffix(' quantized')]['kernel']
+  return text + f'{row["xla"]:>10}{row["kernel"] / least:>9.3f}{row["kernel"] / codes - 1:>+8.1%}'
+
+
+def table(rows: list[dict]) -> str:
+  """A line for each program: its cycles, and their ratio to the faster product of bfloat16; `without` that search."""
+  lines = [f'{"chip":<13}{"shape":<16}{"program":<28}{"cycles":>10}{"ratio":>8}{"amax":>10}{"without":>9}{"added":>8}']
+  for place in dict.fromkeys((row['chip'], row['shape']) for row in rows):
+    own = {row['program']: row for row in rows if (row['chip'], row['shape']) == place}
+    least = min(own[f'bf16 {by}']['cycles'] for by in ('kernel', 'xla'))
+    lines += [f'{place[0]:<13}{place[1]:<16}{name:<28}{shown(row, own, least)}' for name, row in own.items()]
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--aot', action='store_true', required=True, help='compile for TPUs that this machine does not have'
+  )
+  parser.add_argument('--chips', default=','.join(schedule.CHIPS))
+  parser.add_argument('--shapes', default=SHAPES)
+  flags = parser.parse_args()
+  if 'DUMP' in os.environ:
+    of_chip(flags.chips, [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')])
+    return
+  found = schedule.at_once(__file__, flags.chips, [f'--shapes={flags.shapes}'])
+  print(table([row for rows in found for row in rows]))
+
+
+if __name__ == '__main__':
+  main()

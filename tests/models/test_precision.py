@@ -1,0 +1,247 @@
+"""Recipes in models: which products they quantize, on any mesh, in microbatches, under remat and beside adapters."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding
+
+from models import partition
+from models.build import KernelsConfig, build, check_precision, make_module
+from models.layers.dropout import example_keys, fold
+from models.layers.low_rank import LoraConfig
+from models.precision import BF16, RECIPES, PrecisionConfig, attach, chosen
+from models.product import KEY, rounding
+from models.specs import initialize, param_specs
+from pallas_kernels.quantized_matmul.api import Operand, Recipe
+from tests.models.small import LLAMA, T5, batch
+
+QUANTIZED = [name for name in RECIPES if name != 'bf16']
+# Sizes and rows that blocks of 32 divide.
+SMALL = dataclasses.replace(LLAMA, heads=4, kv_heads=4, mlp=dataclasses.replace(LLAMA.mlp, hidden=64))
+ROWS = [[20, 12], [25, 7], [32], [9, 9], [31], [16, 16], [3, 20], [30]]
+
+
+def rows() -> dict[str, np.ndarray]:
+  return batch(ROWS, 32)
+
+
+def precise(recipe: str, **overrides: str) -> PrecisionConfig:
+  return PrecisionConfig(recipe=recipe, overrides={name.replace('__', '.'): own for name, own in overrides.items()})
+
+
+def loss_of(model, params, own, key=None):
+  hidden, _ = model.apply(params, own, key)
+  logits = model.logits(params, hidden)
+  weights = (own['decoder_segment_ids'] != 0).astype(jnp.float32)
+  nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), own['decoder_input_tokens'][..., None], -1)[..., 0]
+  return (nats * weights).sum()
+
+
+@functools.cache
+def params():
+  return initialize(build(SMALL).specs, jax.random.key(0))
+
+
+@functools.cache
+def results(precision_name: str, cfg=SMALL):
+  """(loss, gradients) of all rows under a recipe."""
+  return run_with(build(cfg, precision=PrecisionConfig(recipe=precision_name)))
+
+
+def run_with(model, given=None, own=None, seed=1):
+  run = jax.jit(jax.value_and_grad(lambda p, own, key: loss_of(model, p, own, key)))
+  return run(params() if given is None else given, rows() if own is None else own, jax.random.key(seed))
+
+
+def distance(a, b) -> float:
+  """The largest relative distance of two trees' arrays."""
+  norms = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), a, b)
+  return max(jax.tree.leaves(norms))
+
+
+@pytest.mark.parametrize('name', QUANTIZED)
+def test_a_recipe_has_the_parameters_of_every_other_and_nearly_its_gradients(name):
+  model = build(SMALL, precision=PrecisionConfig(recipe=name))
+  assert model.specs == build(SMALL).specs
+  (loss, grads), (exact, exact_grads) = results(name), results('bf16')
+  assert loss != exact
+  most = {'int8': 0.01, 'fp8': 0.03, 'mxfp8': 0.03}.get(name, 0.12)
+  assert abs(loss - exact) < most * exact
+  blocks, exact_blocks = grads['decoder']['blocks'], exact_grads['decoder']['blocks']
+  assert distance(blocks['mlp'], exact_blocks['mlp']) < {'int8': 0.15, 'fp8': 0.4, 'mxfp8': 0.3}.get(name, 1.2)
+  assert distance(blocks['mlp'], exact_blocks['mlp']) > 1e-3
+
+
+def test_no_recipe_is_no_change():
+  text = lambda model: jax.jit(jax.grad(lambda p, own, key: loss_of(model, p, own, key))).lower(
+    params(), rows(), jax.random.key(1)
+  ).as_text()  # fmt: skip
+  plain, bf16 = build(SMALL), build(SMALL, precision=precise('nvfp4', all='bf16'))
+  assert text(plain) == text(bf16)
+  assert text(plain) != text(build(SMALL, precision=precise('bf16', mlp__down='int8')))
+
+
+def test_the_name_that_says_most_chooses_a_recipe():
+  cfg = precise('fp8', attention='int8', query='bf16', self_attention__value='mxfp8', decoder__mlp='nvfp4')
+  found = chosen(cfg, build(T5).specs)
+  own = {'.'.join((path[0], *path[-2:])): name for path, name in found.items()}
+  expected = {
+    'encoder.self_attention.query': 'bf16', 'encoder.self_attention.key': 'int8',
+    'encoder.self_attention.value': 'mxfp8', 'decoder.cross_attention.value': 'int8',
+    'decoder.cross_attention.out': 'int8', 'encoder.mlp.up': 'fp8', 'decoder.mlp.up': 'nvfp4',
+  }  # fmt: skip
+  assert {name: own[name] for name in expected} == expected
+  assert len(own) == 4 + 3 + 8 + 3
+
+
+def test_every_weight_of_a_block_is_quantized_by_its_own_recipe():
+  module = make_module(SMALL, KernelsConfig())
+  attach(module, precise('int8', attention='fp8'), 'reference')
+  block = module.decoder.blocks
+  own = lambda weight: weight.get_metadata()[KEY]
+  assert own(block.mlp.up).recipe == RECIPES['int8']
+  assert own(block.self_attention.out).recipe == RECIPES['fp8']
+  assert own(block.mlp.up).implementation == 'reference'
+  weights = [block.mlp.up, block.mlp.gate, block.mlp.down, block.self_attention.query, block.self_attention.key]
+  assert len({own(weight).site for weight in weights}) == 5
+  assert KEY not in module.embedding.table.get_metadata()
+  assert KEY not in module.head.kernel.get_metadata()
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('name', ['int8', 'nvfp4'])
+def test_recomputed_products_are_the_same(name, remat):
+  loss, grads = results(name, dataclasses.replace(SMALL, remat=remat))
+  expected, expected_grads = results(name)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert distance(grads, expected_grads) < 2e-3, 'a rounding may fall on the other side where a sum differs'
+
+
+def test_dots_keeps_results_and_not_their_accumulators(capsys):
+  cfg = dataclasses.replace(SMALL, remat='dots', dtype='bfloat16')
+  model = build(cfg, precision=PrecisionConfig(recipe='int8'))
+  jax.ad_checkpoint.print_saved_residuals(lambda p: loss_of(model, p, rows(), None), params())
+  kept = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+  # Queries, keys, values, what attention adds, and the three products of the MLP, of two layers.
+  for shape, number in (('bf16[2,8,32,4,8]', 3), ('bf16[2,8,32,32]', 2), ('bf16[2,8,32,64]', 2)):
+    assert kept.count(shape) >= number, kept
+  assert not [name for name in kept if name.startswith(('f32[2,8,32', 'i32[2,8,32', 'i8['))], kept
+
+
+def on_mesh(cfg, precision, shape):
+  mesh = jax.make_mesh(shape, ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage'),
+                       axis_types=(AxisType.Auto,) * 7)  # fmt: skip
+  model = build(cfg, mesh=mesh, precision=precision)
+  put = jax.tree.map(jax.device_put, params(), partition.shardings(model.specs, mesh))
+  place = lambda x: jax.device_put(x, NamedSharding(mesh, partition.spec_for(
+    ('batch', 'length')[: x.ndim], partition.ACTIVATION_RULES)))  # fmt: skip
+  return run_with(model, put, jax.tree.map(place, rows()))
+
+
+@pytest.mark.parametrize('name', ['int8', 'fp8', 'mxfp8', 'nvfp4'])
+@pytest.mark.parametrize('axes', ['fsdp', 'tensor'])
+def test_a_mesh_gives_what_one_device_does(name, axes):
+  """The same random bits everywhere; sums in another order move a number over a rounding border now and then."""
+  shape = {'fsdp': (1, 1, 8, 1, 1, 1, 1), 'tensor': (1, 1, 2, 1, 4, 1, 1)}[axes]
+  loss, grads = on_mesh(SMALL, PrecisionConfig(recipe=name), shape)
+  expected, expected_grads = results(name)
+  np.testing.assert_allclose(loss, expected, rtol=2e-4)
+  between = distance(grads, expected_grads)
+  from_seed = distance(run_with(build(SMALL, precision=PrecisionConfig(recipe=name)), seed=2)[1], expected_grads)
+  assert between < 2e-2
+  assert from_seed == 0 or between < from_seed / 4
+
+
+@pytest.mark.parametrize('name', ['mxfp8', 'mxfp4', 'int8', 'nvfp4'])
+def test_microbatches_add_up_to_the_batch(name):
+  """Blocks of a row are the same in a microbatch, and so are their random bits. Scales over the tokens of a batch
+  (int8's in the gradient of weights, nvfp4's of all blocks) are not: there microbatches differ as much as formats do.
+  """
+  model = build(SMALL, precision=PrecisionConfig(recipe=name))
+  part = lambda i: {key: x[i::2] for key, x in rows().items()}
+  (first, a), (second, b) = run_with(model, own=part(0)), run_with(model, own=part(1))
+  loss, grads = results(name)
+  most = {'mxfp8': 1e-3, 'mxfp4': 1e-3, 'int8': 0.05, 'nvfp4': 0.5}[name]
+  np.testing.assert_allclose(first + second, loss, rtol=1e-4 if name != 'nvfp4' else 0.02)
+  assert distance(jax.tree.map(jnp.add, a, b), grads) < most
+
+
+def test_random_bits_differ_between_steps_layers_examples_and_positions():
+  """What is equal in all of them is rounded differently in each."""
+  random = Operand('int8', rounding='stochastic')
+  recipe = Recipe(dgrad=(random, Operand('int8')))
+  module = make_module(SMALL, KernelsConfig())
+  attach(module, PrecisionConfig(recipe='int8'))
+  weight = module.decoder.blocks.mlp.up
+  own = dataclasses.replace(weight.get_metadata()[KEY], recipe=recipe)
+  one = weight.replace(jnp.asarray(params()['decoder']['blocks']['mlp']['up'][0]))
+  one.set_metadata(**{KEY: own})
+  from models.product import product
+
+  def gradient(key, layer):
+    x = jnp.ones((2, 3, 32))
+    with rounding(fold(example_keys(key, jnp.arange(2)), layer)):
+      _, back = jax.vjp(lambda x: product(x, one, 1), x)
+    return np.asarray(back(jnp.broadcast_to(jnp.linspace(-1, 1, 64), (2, 3, 64)))[0])
+
+  a, again = gradient(jax.random.key(1), 0), gradient(jax.random.key(1), 0)
+  np.testing.assert_array_equal(a, again)
+  others = [gradient(jax.random.key(2), 0), gradient(jax.random.key(1), 1)]
+  assert all((a != other).mean() > 0.5 for other in others)
+  flat = a.reshape(6, -1)
+  assert all((flat[i] != flat[j]).mean() > 0.5 for i in range(6) for j in range(i))
+
+
+def test_adapters_stay_exact_beside_a_quantized_weight():
+  lora = LoraConfig(rank=2, modules=('query', 'up'))
+  model = build(SMALL, lora=lora, precision=PrecisionConfig(recipe='int8'))
+  own = {**params(), **initialize(model.adapters, jax.random.key(3))}
+  loss, grads = run_with(model, own)
+  np.testing.assert_allclose(loss, results('int8')[0], rtol=1e-6)  # B is zero
+  assert all(float(jnp.abs(g).max()) > 0 for path, g in flatten_dict(grads['lora']).items() if path[-1] == 'b')
+
+
+@pytest.mark.parametrize('name', ['int8', 'nvfp4'])
+def test_cached_decoding_quantizes_as_the_whole_row_does(name):
+  """Scales of a token are its own, but for nvfp4's of the whole matrix: there a prefix has another."""
+  model = build(SMALL, precision=PrecisionConfig(recipe=name))
+  own = {key: x[:1] for key, x in batch([[16]], 16).items()}
+  whole = model.logits(params(), model.apply(params(), own)[0])
+  short = {key: (x if x.ndim == 1 else x[:, :8]) for key, x in own.items()}
+  part = model.logits(params(), model.apply(params(), short)[0])
+  error = float(jnp.abs(part - whole[:, :8]).max() / jnp.abs(whole).max())
+  assert error < {'int8': 1e-5, 'nvfp4': 0.3}[name]
+
+
+@pytest.mark.parametrize(('cfg', 'precision', 'message'), [
+  (SMALL, precise('bf16', mpl='fp8'), "precision.overrides has 'mpl', which is no product of this model; did you mean "
+   "'mlp'?"),
+  (SMALL, precise('bf16', zzz='fp8'), "no product of this model; choose from all, mlp, down, decoder, gate, up, att"),
+  (SMALL, precise('bf16', cross_attention='fp8'), "precision.overrides has 'cross_attention', which is no product"),
+  (SMALL, precise('bf16', mlp='fp9'), "precision.overrides['mlp']='fp9' is not one of 'bf16', 'int8', 'fp8', 'mxfp8'"),
+  (SMALL, PrecisionConfig(overrides={'mlp': ['fp8']}), "precision.overrides['mlp']=['fp8'] is not one of 'bf16'"),
+  (LLAMA, precise('mxfp8'), "precision: recipe 'mxfp8' of decoder.mlp.down has blocks of 32, which do not divide mlp=48"
+   "; use a multiple of 32, e.g. 64, or precision.overrides = {'decoder.mlp.down': 'bf16'}."),
+])  # fmt: skip
+def test_what_does_not_fit_the_model_is_refused(cfg, precision, message):
+  with pytest.raises(ValueError, match='precision') as caught:
+    check_precision(cfg, precision, {'data.targets_length': 32})
+  assert message in str(caught.value)
+
+
+def test_rows_that_blocks_do_not_divide_are_refused():
+  check_precision(SMALL, precise('mxfp8'), {'data.targets_length': 64})
+  check_precision(SMALL, precise('int8'), {'data.targets_length': 40})
+  with pytest.raises(ValueError, match=r'blocks of 32, which do not divide data\.targets_length=40') as caught:
+    check_precision(SMALL, precise('mxfp8'), {'data.targets_length': 40})
+  assert 'use a multiple of 32, e.g. 64' in str(caught.value)
+
+
+def test_the_default_is_bf16_and_chooses_nothing():
+  specs = param_specs(make_module(SMALL, KernelsConfig()))
+  assert set(chosen(BF16, specs).values()) == {'bf16'}

@@ -1,0 +1,125 @@
+"""The kernel for TPU in the interpreter against the definition, on any tiling; compiled ahead of time for chips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels.errors import KernelError
+from pallas_kernels.quantized_matmul import tpu
+from pallas_kernels.quantized_matmul.api import check, quantized_matmul
+from pallas_kernels.quantized_matmul.formats import Operand, Recipe
+from pretrain.tools.plan import compile_for, tpu_devices
+
+INT8, RANDOM = Operand('int8'), Operand('int8', rounding='stochastic')
+E4M3, E5M2 = Operand('fp8_e4m3', scale='tensor'), Operand('fp8_e5m2', scale='tensor', rounding='stochastic')
+RECIPES = {
+  'int8': Recipe(forward=(INT8, INT8), dgrad=(RANDOM, INT8), wgrad=(INT8, RANDOM)),
+  'fp8': Recipe(forward=(E4M3, E4M3), dgrad=(E5M2, E4M3), wgrad=(E4M3, E5M2)),
+}
+
+
+@functools.cache
+def arrays():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  return draw(2, 128, 256), draw(256, 384), draw(2, 128, 384)
+
+
+@functools.cache
+def results(name: str, implementation: str, block: int | None = None):
+  x, w, g = arrays()
+  with pytest.MonkeyPatch.context() as patch:
+    if block is not None:
+      patch.setattr(tpu, 'BLOCKS', (block,))
+
+    @jax.jit
+    def run(x, w, g):
+      own = {'seed': jnp.uint32(5), 'implementation': implementation}
+      out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES[name], **own), x, w)
+      return out, *back(g)
+
+    return tuple(np.asarray(a.astype(jnp.float32)) for a in run(x, w, g))
+
+
+@pytest.mark.parametrize('block', [None, 128])
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_kernel_is_the_definition_on_any_tiling(name, block):
+  """Three orientations, with random bits. Integers are equal to the last bit; sums of fp8 in another order are near."""
+  for found, expected in zip(results(name, 'interpret', block), results(name, 'reference'), strict=True):
+    if name == 'int8':
+      np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-3)
+    assert np.mean(found != expected) < 0.02
+
+
+def test_a_number_that_is_not_finite_is_seen():
+  x, w, _ = arrays()
+  run = jax.jit(lambda x, w: quantized_matmul(x, w, Recipe(forward=(INT8, INT8)), implementation='interpret'))
+  out = np.asarray(run(x.at[0, 3, 5].set(jnp.nan), w).astype(jnp.float32))
+  assert not np.isfinite(out[0, 3]).any()
+  assert np.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize(('make', 'message'), [
+  (
+    lambda x, w: quantized_matmul(
+      x, w, Recipe(forward=(Operand('nvfp4'), Operand('mxfp8'))), implementation='interpret'),
+    "kernels.quantized_matmul='tpu' has no nvfp4 and mxfp8; it has int8, int4 and fp8 with scales of tensors or chan"
+  ),
+  (
+    lambda x, w: quantized_matmul(x, w, Recipe(forward=(E4M3, INT8)), implementation='interpret'),
+    "kernels.quantized_matmul='tpu' has no products of integers and fp8; it has int8",
+  ),
+  (
+    lambda x, w: jax.eval_shape(
+      jax.grad(lambda w: quantized_matmul(
+        jnp.zeros((2**18, 1)), w, Recipe(wgrad=(INT8, INT8)), implementation='interpret').sum()), jnp.zeros((1, 1))),
+    "kernels.quantized_matmul='tpu' sums 262144 products of int8 in an int32, which may overflow; use 'auto' or 'xla'",
+  ),
+])  # fmt: skip
+def test_what_the_kernel_lacks_is_refused_by_name(make, message):
+  with pytest.raises(KernelError) as caught:
+    make(*arrays()[:2])
+  assert message in str(caught.value)
+
+
+def test_the_kernel_is_refused_on_other_devices_and_on_several():
+  one = jax.make_mesh((1,), ('x',), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+  with jax.sharding.use_abstract_mesh(one.abstract_mesh):
+    assert [check(name) for name in ('auto', 'xla', 'reference', 'interpret')] == [
+      'xla', 'xla', 'reference', 'interpret',
+    ]  # fmt: skip
+    with pytest.raises(KernelError, match="'tpu' runs on tpu, this mesh has cpu devices; use 'auto'"):
+      check('tpu')
+  many = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  several = pytest.raises(KernelError, match="'interpret' runs on one device, this mesh has 8; use 'auto' or 'xla'")
+  with jax.sharding.use_abstract_mesh(many.abstract_mesh), several:
+    check('interpret')
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(('chip', 'name'), [
+  ('v5e:2x4', 'int8'),
+  pytest.param('v5p:2x2x1', 'int8', marks=pytest.mark.slow),
+  pytest.param('v6e:2x4', 'int8', marks=pytest.mark.slow),
+  pytest.param('tpu7x:2x2x1', 'fp8', marks=pytest.mark.slow),
+])  # fmt: skip
+def test_all_three_products_compile_and_keep_their_codes_in_fast_memory(chip, name):
+  """The temporaries hold scales and sums in float32, and no codes of the operands."""
+  mesh = jax.make_mesh((1,), ('x',), axis_types=(AxisType.Auto,), devices=tpu_devices(chip)[:1])
+  place = NamedSharding(mesh, PartitionSpec())
+  shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=place)
+
+  def run(x, w, g):
+    own = {'seed': jnp.uint32(5), 'implementation': 'tpu'}
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES[name], **own), x, w)
+    return out, *back(g)
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    memory, compiled = compile_for(jax.jit(run), (shape(1024, 1024), shape(1024, 2048), shape(1024, 2048)))
+  assert compiled.as_text().count('tpu_custom_call') >= 3
+  assert memory.temporaries < 4 * (1024 * 2048 * 2 + 1024 * 1024) + 2**20

@@ -1,0 +1,121 @@
+"""Runs in low precision: recipes by phase, resumed exactly; checkpoints that move between recipes; what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.batches.loader import loader
+from data.batches.source import open_data
+from pretrain.cli.main import main
+from pretrain.config import bindings
+from pretrain.devices.mesh import host_rows, to_global
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.phases import phases_of
+from pretrain.experiment.program import build_program
+from pretrain.records.metrics import read_metrics
+from pretrain.run.train import train
+from pretrain.testing import assert_resumes_exactly, losses
+from tests.pretrain import tiny
+
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
+TO_BF16 = "phases=[{'start_step': 3, 'set': {'precision.recipe': 'bf16'}}]"
+NVFP4 = "precision.recipe='nvfp4'"
+
+
+def test_a_run_that_ends_in_another_recipe_resumes_exactly(tmp_path):
+  """nvfp4 with random rounding, stopped in it; the last steps are of 'bf16' with the same state."""
+  cfg = tiny.decoder(NVFP4, TO_BF16, 'train.steps=5', 'checkpoint.every=2', 'mesh.data=2')
+  assert_resumes_exactly(cfg, tmp_path, steps=5, stop_at=2)
+  rows = read_metrics(tmp_path / 'resumed')
+  assert [row['phase'] for row in rows] == [0, 0, 0, 1, 1]
+  plain = losses(tiny.decoder('mesh.data=2'), 1)
+  assert rows[0]['loss'] != plain[0]
+  assert rows[0]['loss'] == pytest.approx(float(plain[0]), rel=0.02)
+
+
+def test_a_checkpoint_moves_between_recipes(tmp_path):
+  """Weights of an int8 run start one in 'bf16': its parameters are those, as are its shapes."""
+  assert train(tiny.decoder("precision.recipe='int8'", 'train.steps=2', 'checkpoint.every=2'), tmp_path / 'int8') == 0
+  begun = tiny.decoder(f"checkpoint.initial='{tmp_path}/int8/2'", 'train.steps=1', 'checkpoint.every=2')
+  assert train(begun, tmp_path / 'bf16') == 0
+  first = [read_metrics(tmp_path / name)[0]['loss'] for name in ('int8', 'bf16')]
+  assert first[1] != first[0]
+  shapes = lambda cfg: jax.tree.map(lambda x: (x.shape, x.dtype), build_program(cfg).abstract)
+  assert shapes(tiny.decoder(NVFP4)) == shapes(tiny.decoder())
+
+
+def test_a_resumed_run_keeps_its_recipe(tmp_path, capsys):
+  assert train(tiny.decoder("precision.recipe='fp8'", 'train.steps=1'), tmp_path) == 0
+  arguments = [f'--gin_file={tiny.DECODER}', *(f'--gin.{key}' for key in tiny.SMALL_DECODER)]
+  assert main(['train', *arguments, f'--workdir={tmp_path}', '--gin.train.steps=2']) == 64
+  assert "precision.recipe is 'fp8' in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('recipe', ['int8', 'fp8', 'nvfp4'])
+def test_a_gradient_that_is_not_finite_still_skips_the_update(recipe, tmp_path):
+  """A NaN in one weight comes through the quantized products to the norm of the gradients."""
+  cfg = tiny.decoder(f"precision.recipe='{recipe}'", 'mesh.data=1')
+  program, data = build_program(cfg), open_data(cfg.data, cfg.objective, seed=0, vocab_size=512, cache_dir=tmp_path)
+  state = program.init()
+  params = jax.tree.map(lambda x: x, dict(state.params))
+  up = params['decoder']['blocks']['mlp']['up']
+  params['decoder']['blocks']['mlp']['up'] = up.at[0, 1, 2].set(jnp.nan)
+  _, batch = next(loader(data, {'examples': 0}, host_rows(program.mesh, cfg.data.batch_size)))
+  before = jax.tree.map(np.asarray, params)
+  state, metrics = program.train_step(state.replace(params=params), to_global(batch, program.mesh))
+  assert np.isnan(float(metrics['grad_norm']))
+  assert float(metrics['skipped']) == 1
+  jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, dict(state.params)))
+
+
+def test_phases_schedule_recipes_by_step():
+  cfg = tiny.decoder(
+    NVFP4, 'train.steps=30', "phases=[{'start_step': 10, 'set': {'precision.overrides': {'mlp': 'fp8'}}}, "
+    "{'start_step': 20, 'set': {'precision.recipe': 'bf16', 'precision.overrides': {}}}]",
+  )  # fmt: skip
+  found = [(phase.start, phase.cfg.precision.recipe, phase.cfg.precision.overrides) for phase in phases_of(cfg)]
+  assert found == [(0, 'nvfp4', {}), (10, 'nvfp4', {'mlp': 'fp8'}), (20, 'bf16', {})]
+  assert tiny.decoder(*bindings.render(cfg).splitlines()) == cfg
+
+
+@pytest.mark.parametrize('name', ['tiny_fp8', 'tiny_fp4'])
+def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
+  folder = tiny.ROOT / 'configs/decoder'
+  own, plain = (bindings.flatten(bindings.load(Experiment, [str(folder / f'{n}.gin')])) for n in (name, 'tiny'))
+  assert {key for key in own if own[key] != plain[key]} <= {'precision.recipe', 'phases'}
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    (["precision.recipe='fp9'"], "precision.recipe='fp9' is not one of 'bf16', 'int8', 'fp8', .*; did you mean 'fp8'"),
+    (
+      ["precision.overrides={'mpl': 'fp8'}"],
+      "precision.overrides has 'mpl', .* did you mean 'mlp'",
+    ),
+    (["precision.overrides={'mlp': 8}"], r"precision.overrides\['mlp'\]=8 is not one of 'bf16'"),
+    (
+      ["precision.recipe='mxfp8'", 'data.targets_length=40'],
+      'blocks of 32, .* divide data.targets_length=40',
+    ),
+    (
+      ["precision.recipe='mxfp8'", 'model.mlp.hidden=48'],
+      'of decoder.mlp.down has blocks of 32, .* mlp=48; use a mult',
+    ),
+    (["kernels.quantized_matmul='cuda'"], "kernels.quantized_matmul='cuda' is not one of 'auto', 'reference', 'xla'"),
+    (
+      [NVFP4, "phases=[{'start_step': 5, 'set': {'precision.recipe': 'fp8'}}, {'start_step': 5, 'set': {}}]"],
+      r'phases\[1\].start_step=5 is not after 5; list phases in order',
+    ),
+    (
+      ["phases=[{'start_step': 5, 'set': {'precision.recipe': 'mxfp8', 'data.targets_length': 40}}]"],
+      r'phases\[0\]: precision: .* data.targets_length=40',
+    ),
+  ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_built(overrides, message):
+  with pytest.raises(ConfigError, match=message):
+    tiny.decoder(*overrides)
