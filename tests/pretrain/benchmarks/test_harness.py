@@ -11,7 +11,7 @@ from data.ragged import join
 from models.decode.sampling import Sampling
 from pretrain.benchmarks import harness
 from pretrain.benchmarks.harness import Answers, harness_model, options_of
-from pretrain.benchmarks.scoring import Scored
+from pretrain.benchmarks.scoring import Piece, Scored
 from pretrain.errors import ConfigError
 from pretrain.evaluation.outputs import Decoding, outputs
 from pretrain.evaluation.prompts import packed_batch
@@ -67,6 +67,15 @@ def test_a_continuation_longer_than_rows_keeps_its_last_tokens(writer, starts):
   ((found, _),) = model.loglikelihood(ask(('any', ' ' + text)))
   ids = whole[-16:]
   assert found == pytest.approx(log_probs(writer, ids)[np.arange(16), ids].sum(), abs=1e-3)
+
+
+def test_a_row_that_loses_context_is_full(writer):
+  """16 tokens are asked for or read before the last one: behind the start, or behind the first token of the context."""
+  before, after = [*range(10, 40)], [50, 51]
+  assert Answers(writer, max_length=16)._cut(before, after) == Piece(before[-14:], after)
+  assert Answers(writer, max_length=16, starts=False)._cut(before, after) == Piece(
+    before[-14:], after, first=before[-15]
+  )
 
 
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is(writer):
