@@ -59,7 +59,7 @@ class Model:
   def head(self, params: Tree) -> Array:
     """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`.
 
-    It is [embed, 1] for `cfg.head` 'binary'.
+    With `cfg.head` 'binary' it is [embed, 1]. In an encoder whose head is tied, embed is the width of embeddings.
     """
     match self.cfg.head:
       case 'untied' | 'binary':
@@ -67,14 +67,15 @@ class Model:
       case 'tied':
         return params['embedding']['table'].T
       case 'tied_scaled':
-        return params['embedding']['table'].T * self.cfg.embed**-0.5
+        table = params['embedding']['table']
+        return table.T * table.shape[1] ** -0.5
 
   def head_bias(self, params: Tree) -> Array | None:
-    """f32[vocab], added to the logits before `cfg.logit_softcap`."""
+    """f32[vocab] or f32[1], added to the logits before `cfg.logit_softcap`."""
     return params['head']['bias'] if self.cfg.head_bias else None
 
   def logits(self, params: Tree, hidden: Array) -> Array:
-    """f32[…, vocab]; for `cfg.head` 'binary' f32[…, 1]."""
+    """f32[…, vocab]; f32[…, 1] with `cfg.head` 'binary': that of the probability that a token was replaced."""
     head = self.head(params).astype(hidden.dtype)
     logits, cap = jnp.matmul(hidden, head, preferred_element_type=jnp.float32), self.cfg.logit_softcap
     if self.cfg.head_bias:

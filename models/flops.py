@@ -11,6 +11,7 @@ from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.low_rank import NONE, LoraConfig, Path, pairs
 from models.specs import ParamSpec, Tree, is_matrix, is_spec
 
+BESIDE = ('head_transform', 'embedding_projection')  # beside the stacks and the head
 FORWARD_AND_BACKWARD = 3  # the backward pass costs two products for each one of the forward pass
 
 
@@ -60,18 +61,18 @@ def _cross_keys_values(specs: Tree) -> dict[str, _Products]:
 
 
 def _keys(cfg: ModelConfig, layers: int, length: int, *, causal: bool) -> int:
-  """How many keys of its own row, and vectors of positions, a query is multiplied with in all layers of a stack."""
+  """How many keys of its own row a query reads in all layers of a stack."""
   windows = cfg.windows or (None,)
   wide = [length if w is None else min(length, cfg.sinks + (w if causal else 2 * w - 1)) for w in windows]
-  vectors = cfg.relative_buckets if cfg.positions == 'disentangled' else 0  # of queries and of keys, mixed by none
-  return layers // len(windows) * sum(wide) + layers * vectors
+  return layers // len(windows) * sum(wide)
 
 
-def _head(cfg: ModelConfig, specs: Tree) -> int:
-  """How many parameters beside the stacks each token is multiplied with; a tied head is the table."""
-  narrow = isinstance(cfg, EncoderConfig) and cfg.head == 'tied' and cfg.embedding_size
-  head = cfg.embed if cfg.head == 'binary' else (narrow or cfg.embed) * cfg.vocab_size
-  return head + sum(_matrix_parameters(specs.get(name, {})) for name in ('head_transform', 'embedding_projection'))
+def _head(cfg: ModelConfig) -> int:
+  """Parameters that make logits, tied or not."""
+  if cfg.head == 'binary':
+    return cfg.embed
+  tied = isinstance(cfg, EncoderConfig) and cfg.head != 'untied'
+  return (cfg.width if tied else cfg.embed) * cfg.vocab_size
 
 
 def flops_per_position(
@@ -89,7 +90,7 @@ def flops_per_position(
   """
   specs = build(cfg, lora=lora).specs
   frozen = bool(lora.rank)
-  head = _Products(_head(cfg, specs))
+  head = _Products(_head(cfg) + sum(map(_matrix_parameters, [specs.get(n, {}) for n in BESIDE])))
   of = lambda stack: (
     _Products(_matrix_parameters(specs[stack], cfg.experts_per_token)) + _adapters(specs, lambda path: path[0] == stack)
   )
@@ -97,6 +98,8 @@ def flops_per_position(
   if not isinstance(cfg, EncoderDecoderConfig):
     stack = 'encoder' if isinstance(cfg, EncoderConfig) else 'decoder'
     between = _keys(cfg, cfg.layers, targets_length, causal=stack == 'decoder')
+    if cfg.positions == 'disentangled':  # scores of positions: one product for twice as many columns as keys
+      between += len(cfg.position_scores) * cfg.layers * targets_length
     parameters = (of(stack) + head).flops(frozen=frozen, reaches=True)
     return {stack: parameters + FORWARD_AND_BACKWARD * 2 * product * between}
   encoder, cross = of('encoder'), _cross_keys_values(specs)

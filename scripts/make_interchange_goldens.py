@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'tests/golden/interchange'
 VOCAB, LONG, SHORT, GREEDY = 96, 200, 60, 32
@@ -39,6 +40,10 @@ LLAMA = dict(
 BERT = dict(
   vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
   max_position_embeddings=220, layer_norm_eps=1e-3, type_vocab_size=2,
+)  # fmt: skip
+DEBERTA = BERT | dict(
+  type_vocab_size=0, relative_attention=True, position_biased_input=False, share_att_key=True, position_buckets=16,
+  max_relative_positions=70, pos_att_type=['p2c', 'c2p'], norm_rel_ebd='none',
 )  # fmt: skip
 FALCON = dict(
   vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layer_norm_epsilon=1e-3, bias=False,
@@ -116,19 +121,14 @@ FAMILIES = {
   'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
   'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
   'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
-  'electra_small': ('ElectraConfig', BERT | {'embedding_size': 16}, 'ElectraForMaskedLM'),
+  'electra_generator': ('ElectraConfig', BERT | {'embedding_size': 24}, 'ElectraForMaskedLM'),
   'electra_discriminator': (
-    'ElectraConfig', BERT | {'embedding_size': 16, 'hidden_act': 'relu'}, 'ElectraForPreTraining',
+    'ElectraConfig', BERT | {'embedding_size': 24, 'hidden_act': 'gelu_new'}, 'ElectraForPreTraining',
   ),
-  'deberta': (
-    'DebertaV2Config',
-    {
-      **BERT, 'type_vocab_size': 0, 'relative_attention': True, 'pos_att_type': 'p2c|c2p', 'share_att_key': True,
-      'norm_rel_ebd': 'layer_norm', 'position_biased_input': False, 'position_buckets': 16,
-      'max_relative_positions': 60, 'max_position_embeddings': 512,
-    },
-    'DebertaV2ForMaskedLM',
+  'deberta_v2': (
+    'DebertaV2Config', DEBERTA | {'position_buckets': 15, 'pos_att_type': ['c2p']}, 'DebertaV2ForMaskedLM',
   ),
+  'deberta_v3': ('DebertaV2Config', DEBERTA | {'legacy': False, 'norm_rel_ebd': 'layer_norm'}, 'DebertaV2ForMaskedLM'),
   'mixtral': (
     'MixtralConfig',
     {**LLAMA, **rope(800.0), 'intermediate_size': 24, 'num_local_experts': 4, 'num_experts_per_tok': 2},
@@ -225,7 +225,8 @@ def shake(model, generator: torch.Generator) -> None:
 @torch.no_grad()
 def logits(model, document: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
   own = {} if target is None else {'decoder_input_ids': torch.tensor(target)[None]}
-  return model(input_ids=torch.tensor(document)[None], **own).logits[0].float().numpy()
+  found = model(input_ids=torch.tensor(document)[None], **own).logits[0].float().numpy()
+  return found if found.ndim == 2 else found[:, None]  # a discriminator has one logit for each token
 
 
 def next_tokens(model, document: np.ndarray) -> np.ndarray:
@@ -272,12 +273,20 @@ def write(name: str) -> None:
 
 def write_ropes() -> None:
   """Frequencies and the factor on sin and cos of each scaling, with a head_dim of 64, where all branches occur."""
-  found = {}
-  for name, values in {'llama3': LLAMA3, 'yarn': YARN, 'linear': LINEAR}.items():
+  found, exact = {}, {'rope_parameters': YARN['rope_parameters'] | {'truncate': False}}
+  for name, values in {'llama3': LLAMA3, 'yarn': YARN, 'linear': LINEAR, 'yarn_exact': exact}.items():
     cfg = transformers.LlamaConfig(**LLAMA | values | {'head_dim': 64})
-    frequencies, factor = ROPE_INIT_FUNCTIONS[name](cfg, torch.device('cpu'))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[name.partition('_')[0]](cfg, torch.device('cpu'))
     found |= {f'{name}_frequencies': frequencies.numpy(), f'{name}_factor': np.float32(factor)}
   np.savez(GOLDENS / 'rope.npz', **found)
+
+
+def write_buckets() -> None:
+  """DeBERTa's bucket of each distance from -600 to 600, for pairs of buckets on each side and a largest distance."""
+  distance = torch.arange(-600, 601)
+  sizes = ((256, 512), (32, 128), (16, 70), (15, 70), (2, 40))
+  found = {f'{b}_{most}': make_log_bucket_position(distance, b, most).long().numpy() for b, most in sizes}
+  np.savez_compressed(GOLDENS / 'deberta_buckets.npz', **found)
 
 
 if __name__ == '__main__':
@@ -285,3 +294,4 @@ if __name__ == '__main__':
   for family in sys.argv[1:] or ALL:
     write(family)
   write_ropes()
+  write_buckets()

@@ -11,6 +11,7 @@ from models.families.parts import (
   Parts,
   Positions,
   attention_config,
+  check_no_encoder_parts,
   check_parts,
   make_bias,
   make_embedding,
@@ -46,6 +47,7 @@ def check_decoder(cfg: DecoderConfig) -> None:
     raise ValueError(
       f'model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}; each serves equally many.'
     )
+  check_no_encoder_parts(cfg)
   check_parts(cfg)
 
 

@@ -12,6 +12,7 @@ from models.families.parts import (
   Positions,
   attention_config,
   check_parts,
+  dropout_of,
   make_bias,
   make_embedding,
   make_head,
@@ -19,7 +20,7 @@ from models.families.parts import (
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import dropout, example_keys
-from models.layers.embedding import EMBEDDING_SITE, BinaryHead, EmbeddingProjection, Head, HeadTransform
+from models.layers.embedding import EMBEDDING_SITE, EmbeddingProjection, HeadTransform
 from models.layers.linear import Projections
 from models.layers.mlp import Activation
 from models.layers.norm import make_norm
@@ -30,31 +31,42 @@ class EncoderConfig(Parts):
   """`embedding_norm` normalises embeddings, as BERT does; other keys: models/families/parts.py.
 
   `head_transform` puts N(activation(dense(x))) before the head (BERT, RoBERTa, ELECTRA's generator). There is no pooler
-  and there are no token types: an embedding of type 0 can be added to that of every position. With `embedding_size`
-  tables are narrower than layers, and are projected (ELECTRA). `head` 'binary' makes one logit for each token, whether
-  it was replaced (ELECTRA's discriminator); its transform has no norm.
+  and there are no token types: an embedding of type 0 can be added to that of every position. `embedding_size` is the
+  width of embeddings where it is not `embed`: they are normalised at it, then projected (ELECTRA). A tied head has that
+  width too, so it needs a transform. With `head='binary'` (ELECTRA's discriminator) the transform has no norm.
   """
 
   name: Literal['encoder'] = 'encoder'
   layers: Annotated[int, '>= 1']
   positions: Positions = 'rotary'
-  head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
-  embedding_size: Annotated[int, '>= 1'] | None = None
   embedding_norm: bool = False
+  embedding_size: Annotated[int, '>= 1'] | None = None
   head_transform: Activation | None = None
+
+  @property
+  def width(self) -> int:
+    """Features of an embedding."""
+    return self.embedding_size or self.embed
 
 
 def check_encoder(cfg: EncoderConfig) -> None:
   """Raises ValueError for values that do not fit each other."""
   check_parts(cfg)
-  if cfg.embedding_size is not None and (cfg.head == 'tied_scaled' or (cfg.head == 'tied' and not cfg.head_transform)):
+  if cfg.embedding_size == cfg.embed:
+    raise ValueError(f'model.embedding_size={cfg.embedding_size} is model.embed; remove it, nothing is projected then.')
+  if cfg.embedding_size and cfg.head in ('tied', 'tied_scaled') and cfg.head_transform is None:
     raise ValueError(
-      f"model.embedding_size={cfg.embedding_size} with model.head='{cfg.head}' and model.head_transform="
-      f"{cfg.head_transform!r}; the table is the head, so set model.head='tied' and model.head_transform, which makes "
-      'hidden states as narrow as the table.'
+      f"model.head='{cfg.head}' with model.embedding_size={cfg.embedding_size} and model.embed={cfg.embed}: the table "
+      "does not fit the last layer; set model.head_transform, or model.head='untied'."
     )
-  if cfg.head == 'binary' and not cfg.head_bias:
-    raise ValueError("model.head='binary' with model.head_bias=False; that head has a bias, set model.head_bias=True.")
+
+
+def make_head_transform(cfg: EncoderConfig, projections: Projections) -> HeadTransform | None:
+  if cfg.head_transform is None:
+    return None
+  size = cfg.width if cfg.head in ('tied', 'tied_scaled') else cfg.embed
+  norm = None if cfg.head == 'binary' else cfg.norm
+  return HeadTransform(cfg.embed, size, cfg.head_transform, norm, projections)
 
 
 class Encoder(nnx.Module):
@@ -62,16 +74,14 @@ class Encoder(nnx.Module):
 
   def __init__(self, cfg: EncoderConfig, implementation: str):
     attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=False)
-    width = cfg.embedding_size or cfg.embed
-    narrow = dataclasses.replace(cfg, dropout=0.0, embed=width)  # dropout comes after the norm
-    self.embedding = make_embedding(narrow)
-    self.embedding_norm = make_norm(width, cfg.norm) if cfg.embedding_norm else None
+    # Dropout comes after the norm.
+    self.embedding = make_embedding(dataclasses.replace(cfg, dropout=0.0, embed=cfg.width))
+    self.embedding_norm = make_norm(cfg.width, cfg.norm) if cfg.embedding_norm else None
+    projections = Projections(std=cfg.init_std, bias=cfg.bias)
+    self.embedding_projection = EmbeddingProjection(cfg.width, cfg.embed, projections) if cfg.embedding_size else None
     self.encoder = make_stack(cfg, attention, cfg.layers, cross=False)
     self.encoder_bias = make_bias(cfg, cfg.layers, bidirectional=True)
-    projections = Projections(std=cfg.init_std, bias=cfg.bias)
-    project = cfg.embedding_size is not None
-    self.embedding_projection = EmbeddingProjection(width, cfg.embed, projections) if project else None
-    self.head_transform, self.head = _make_transform(cfg, projections), _make_head(cfg, projections)
+    self.head_transform, self.head = make_head_transform(cfg, projections), make_head(cfg)
     self.cfg = cfg
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
@@ -81,18 +91,8 @@ class Encoder(nnx.Module):
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     x = self.embedding(batch['encoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), None)
     x = x if self.embedding_norm is None else self.embedding_norm(x)
-    x = dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE, self.cfg.dropout_sites)
+    drop = dropout_of(self.cfg)
+    x = dropout(x, drop.outer, keys, EMBEDDING_SITE, shared=drop.shared)
     x = x if self.embedding_projection is None else self.embedding_projection(x)
     x, aux = self.encoder(x, positions, see, keys=keys)
     return x if self.head_transform is None else self.head_transform(x), aux
-
-
-def _make_transform(cfg: EncoderConfig, projections: Projections) -> HeadTransform | None:
-  if cfg.head_transform is None:
-    return None
-  width = cfg.embed if cfg.head != 'tied' else cfg.embedding_size or cfg.embed
-  return HeadTransform(cfg.embed, width, cfg.head_transform, None if cfg.head == 'binary' else cfg.norm, projections)
-
-
-def _make_head(cfg: EncoderConfig, projections: Projections) -> Head | BinaryHead | None:
-  return BinaryHead(cfg.embed, projections) if cfg.head == 'binary' else make_head(cfg)

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.families.parts import Parts, attention_config, check_parts, make_bias, make_embedding, make_head, make_stack
+from models.families.parts import (
+  Parts,
+  attention_config,
+  check_no_encoder_parts,
+  check_parts,
+  make_bias,
+  make_embedding,
+  make_head,
+  make_stack,
+)
 from models.layers.attention import Visibility
 from models.layers.block import Aux, Cross
 from models.layers.dropout import example_keys, fold
@@ -32,6 +41,7 @@ def check_encoder_decoder(cfg: EncoderDecoderConfig) -> None:
       f"model.parallel='{cfg.parallel}' with model.name='encoder_decoder'; cross-attention reads the output of "
       "self-attention, use model.parallel='none'."
     )
+  check_no_encoder_parts(cfg)
   check_parts(cfg)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
-from models.layers.dropout import Sites
+from models.layers.dropout import Dropout, Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
@@ -13,11 +13,12 @@ from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
 from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
 from models.layers.positions.clex import LearnedFrequencies
-from models.layers.positions.disentangled import DisentangledPositions
+from models.layers.positions.disentangled import Disentangled
 from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
+PositionScore = Literal['c2p', 'p2c']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Parts:
 
   `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et al.
   2020; T5X examples/t5/network.py, logits_via_embedding), as does Gemma with its table times sqrt(embed);
-  `head_bias` adds a bias to the logits. `bias` gives a bias to projections, not to norms: to all of them, or to those
+  'binary' gives each token one logit: whether it was replaced (ELECTRA's discriminator). `head_bias` adds a bias to the
+  logits. `bias` gives a bias to projections, not to norms: to all of them, or to those
   of queries, keys and values ('qkv', Qwen2), of attention, or of MLPs. Earlier versions had True for `bias='all'` and
   `qk_norm='heads'`.
   `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
@@ -39,14 +41,12 @@ class Parts:
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
 
-  `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders, with
-  `relative_buckets` vectors of positions. `relative_layers` 'each' gives every layer its own biases (umT5);
-  `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by
-  1/sqrt(head_dim), as scores are (Falcon-RW).
+  `dropout_sites` are the places where `dropout` acts: T5's, BERT's or none (layers/dropout.py).
 
-  `dropout_sites`: embeddings, attention weights and the output of each layer have dropout in any case. 't5' also drops
-  inside MLPs and after the last norm, with one mask for all positions of an example (T5X examples/t5/network.py);
-  'bert' has a mask for each position (BERT, GPT-2). 'none' states that there is no dropout.
+  `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders alone: it adds
+  `position_scores` of content to position and of position to content, and `relative_norm` normalises its table.
+  `relative_layers` 'each' gives every layer its own biases (umT5); `rotary_fraction` rotates that share of each head
+  (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by 1/sqrt(head_dim), as scores are (Falcon-RW).
   """
 
   name: str  # each family sets it
@@ -76,7 +76,9 @@ class Parts:
   rope_scaling: RopeScaling = NoScaling()
   alibi_scaled: bool = False
   max_positions: Annotated[int, '>= 1'] | None = None  # for learned positions
-  head: Literal['untied', 'tied', 'tied_scaled'] = 'untied'
+  position_scores: tuple[PositionScore, ...] = ('c2p', 'p2c')
+  relative_norm: bool = False
+  head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
   head_bias: bool = False
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
@@ -98,6 +100,8 @@ KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
   'sink_distance': ('rotary',),
   'alibi_scaled': ('alibi',),
   'max_positions': ('learned',),
+  'position_scores': ('disentangled',),
+  'relative_norm': ('disentangled',),
 }
 
 
@@ -107,11 +111,9 @@ def check_parts(cfg: Parts) -> None:
   for key, positions in KEYS_OF_POSITIONS.items():
     if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
       shown = f'.name={given.name!r}' if key == 'rope_scaling' else f'={given}'
-      raise ValueError(
-        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to "
-        f'{" and ".join(map(repr, positions))}, remove it.'
-      )
-  if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
+      owners = ' or '.join(map(repr, positions))
+      raise ValueError(f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to {owners}, remove it.")
+  if cfg.head in ('tied', 'tied_scaled') and cfg.head_init_scale != 1.0:
     raise ValueError(
       f"model.head_init_scale={cfg.head_init_scale} with model.head='{cfg.head}', which is the embedding's table; "
       'remove it, or set model.embedding_init_std.'
@@ -121,14 +123,21 @@ def check_parts(cfg: Parts) -> None:
       f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
       "through their norms, use model.norm_placement='pre'."
     )
-  if cfg.dropout and cfg.dropout_sites == 'none':
+  if cfg.dropout_sites == 'none' and cfg.dropout:
     raise ValueError(
-      f"model.dropout={cfg.dropout} with model.dropout_sites='none', where nothing is dropped; set model.dropout=0, or "
-      "model.dropout_sites='t5' or 'bert'."
+      f"model.dropout={cfg.dropout} with model.dropout_sites='none', where nothing drops; use model.dropout=0, or "
+      "sites 't5' or 'bert'."
     )
   _check_experts(cfg)
   _check_windows(cfg)
   _check_positions(cfg)
+
+
+def check_no_encoder_parts(cfg: Parts) -> None:
+  """Raises ValueError for parts that only an encoder has."""
+  for key, value in (('head', 'binary'), ('positions', 'disentangled')):
+    if getattr(cfg, key) == value:
+      raise ValueError(f"model.{key}='{value}' with model.name='{cfg.name}'; only an encoder has it, choose another.")
 
 
 def _check_experts(cfg: Parts) -> None:
@@ -187,29 +196,12 @@ def _check_positions(cfg: Parts) -> None:
     _check_clex(cfg)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
-  if cfg.positions == 'disentangled':
-    _check_disentangled(cfg)
+  _check_disentangled(cfg)
   exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
-  if cfg.positions == 'relative' and cfg.relative_max_distance <= exact:
+  if cfg.positions in KEYS_OF_POSITIONS['relative_buckets'] and cfg.relative_max_distance <= exact:
     raise ValueError(
       f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
       f'whose first {exact} buckets are single distances; set model.relative_max_distance > {exact}.'
-    )
-
-
-def _check_disentangled(cfg: Parts) -> None:
-  if cfg.name != 'encoder':
-    raise ValueError(
-      f"model.positions='disentangled' with model.name='{cfg.name}'; only encoders have it, use 'relative' or 'rotary'."
-    )
-  for key in ('qk_norm', 'attention_softcap'):
-    if (given := getattr(cfg, key)) not in ('none', None):
-      raise ValueError(f"model.{key}={given!r} with model.positions='disentangled', which has none; remove it.")
-  if cfg.relative_buckets % 4 or cfg.relative_max_distance <= cfg.relative_buckets // 4 + 1:
-    raise ValueError(
-      f'model.relative_buckets={cfg.relative_buckets} with model.relative_max_distance={cfg.relative_max_distance}; '
-      "model.positions='disentangled' needs a multiple of 4, of which a quarter are single distances, and a larger "
-      f'distance: {cfg.relative_buckets // 4 * 4} and more than {cfg.relative_buckets // 4 + 1}.'
     )
 
 
@@ -238,12 +230,24 @@ def make_rope(cfg: Parts) -> Rope:
   return Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
 
 
+def _check_disentangled(cfg: Parts) -> None:
+  if cfg.positions != 'disentangled':
+    return
+  if not cfg.position_scores or len(set(cfg.position_scores)) < len(cfg.position_scores):
+    raise ValueError(f"model.position_scores={cfg.position_scores}; name each of 'c2p' and 'p2c' once, or one of them.")
+  if cfg.relative_buckets % 2:
+    raise ValueError(
+      f"model.relative_buckets={cfg.relative_buckets} with model.positions='disentangled', where each side has half of "
+      f'them; use {cfg.relative_buckets + 1}.'
+    )
+
+
 def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale: bool) -> AttentionConfig:
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
     rope=make_rope(cfg) if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
-    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=cfg.dropout,
-    implementation=implementation, sites=cfg.dropout_sites,
+    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=dropout_of(cfg),
+    implementation=implementation,
   )  # fmt: skip
 
 
@@ -253,19 +257,21 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
     parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
-    rate=cfg.dropout, sites=cfg.dropout_sites, experts=make_experts(cfg),
+    dropout=dropout_of(cfg), experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
   return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
+
+
+def dropout_of(cfg: Parts) -> Dropout:
+  return Dropout(rate=cfg.dropout, sites=cfg.dropout_sites)
 
 
 def make_experts(cfg: Parts) -> ExpertsConfig | None:
   return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
 
 
-def make_bias(
-  cfg: Parts, layers: int, *, bidirectional: bool
-) -> RelativePositionBias | DisentangledPositions | Alibi | NoBias:
+def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | Disentangled | NoBias:
   """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
@@ -275,25 +281,23 @@ def make_bias(
     case 'alibi':
       return Alibi(cfg.heads, cfg.head_dim**-0.5 if cfg.alibi_scaled else 1.0)
     case 'disentangled':
-      std = 1.0 if cfg.init_std is None else cfg.init_std  # a norm follows
-      buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
-      return DisentangledPositions(cfg.embed, buckets=buckets, max_distance=distance, norm=cfg.norm, std=std)
+      return Disentangled(
+        cfg.embed, buckets=cfg.relative_buckets, max_distance=cfg.relative_max_distance, scores=cfg.position_scores,
+        norm=cfg.norm if cfg.relative_norm else None, std=cfg.embedding_init_std,
+      )  # fmt: skip
     case 'rotary' | 'learned':
       return NoBias()
 
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size,
-    cfg.embed,
-    rate=cfg.dropout,
-    std=cfg.embedding_init_std,
-    max_positions=cfg.max_positions,
-    sites=cfg.dropout_sites,
+    cfg.vocab_size, cfg.embed, drop=dropout_of(cfg), std=cfg.embedding_init_std, max_positions=cfg.max_positions
   )
 
 
 def make_head(cfg: Parts) -> Head | None:
   """None where the embedding's table is the head, without a bias."""
-  own = Projections(std=cfg.init_std).init('embed', scale=cfg.head_init_scale) if cfg.head == 'untied' else None
-  return Head(cfg.embed, cfg.vocab_size, own, bias=cfg.head_bias) if own or cfg.head_bias else None
+  tied = cfg.head in ('tied', 'tied_scaled')
+  own = None if tied else Projections(std=cfg.init_std).init('embed', scale=cfg.head_init_scale)
+  outputs, axis = (1, 'outputs') if cfg.head == 'binary' else (cfg.vocab_size, 'vocab')
+  return Head(cfg.embed, outputs, own, bias=cfg.head_bias, axis=axis) if own or cfg.head_bias else None

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.dropout import Sites, fold
+from models.layers.dropout import Dropout, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
-from models.layers.positions.disentangled import TERMS, RelativeVectors, position_scores
+from models.layers.positions.disentangled import RelativeEmbeddings
 from models.layers.positions.rotary import Angles, Rope, rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
@@ -43,9 +43,8 @@ class AttentionConfig:
   qk_norm_eps: float
   softcap: float | None
   sink_distance: int | None
-  dropout: float
+  dropout: Dropout
   implementation: str
-  sites: Sites = 't5'
 
   @property
   def kv_axis(self) -> str:
@@ -76,11 +75,12 @@ class Visibility(api.Visibility):
 
   Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
-  of them than queries; there the reference is as fast as a kernel. `relative_vectors`: attention is disentangled.
+  of them than queries; there the reference is as fast as a kernel. `relative`: embeddings of
+  distances for disentangled attention.
   """
 
+  relative: RelativeEmbeddings | None = None
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
-  relative_vectors: RelativeVectors | None = None
 
 
 def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool):
@@ -173,7 +173,8 @@ class Attention(nnx.Module):
     positions: Array | Angles | None = None,
   ) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]. `positions` are those of q."""
-    run = self._op(see, keys, site)
+    scale, see = self._with_position_scores(see, q.dtype)
+    run = self._op(see, keys, site, scale)
     mixed = run(q, k, v, see) if self.cfg.sink_distance is None else self._attend_sinks(q, k, v, see, run, positions)
     return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
 
@@ -192,14 +193,15 @@ class Attention(nnx.Module):
     parts = (near, dataclasses.replace(see, num_sinks=0)), (far, _of_sinks(see, positions, kv_positions))
     return _joined(*(run(*arrays, own, return_lse=True) for arrays, own in parts))
 
-  def _op(self, see: Visibility, keys: Array | None, site: int) -> Callable:
+  def _op(self, see: Visibility, keys: Array | None, site: int, scale: float | None) -> Callable:
     """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
-    if see.relative_vectors is not None:
-      return functools.partial(self._disentangled, keys=keys, site=site)
-    dropped = self._dropped(keys, site)
-    whole = {'dropout': dropped is not None, 'divided': divides('length')}
+    dropped = None
+    if keys is not None and self.cfg.dropout.outer:
+      dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
+    whole = {
+      'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
+    }  # fmt: skip
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
-    scale = 1.0 if self.cfg.folds_scale else None
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
       return functools.partial(run, dropout=dropped)
@@ -210,22 +212,21 @@ class Attention(nnx.Module):
 
     return divided
 
-  def _dropped(self, keys: Array | None, site: int) -> api.Dropout | None:
-    if keys is None or not self.cfg.dropout:
-      return None
-    return api.Dropout(self.cfg.dropout, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.sites == 't5')
+  def _with_position_scores(self, see: Visibility, dtype) -> tuple[float | None, Visibility]:
+    """(the scale of scores, `see` with this layer's keys and queries of relative embeddings where there are any).
 
-  def _disentangled(self, q: Array, k: Array, v: Array, see: Visibility, *, keys: Array | None, site: int) -> Array:
-    """As `_op`'s, with the scores of position vectors, which the projections of queries and keys project too."""
-    relative, scale = see.relative_vectors, (TERMS * self.cfg.head_dim) ** -0.5
-    vectors, dropped = relative.vectors.astype(q.dtype), self._dropped(keys, site)
-    pos_q, pos_k = linear(vectors, self.query, self.query_bias), linear(vectors, self.key, self.key_bias)
-    added = scale * position_scores(q, k, pos_q, pos_k, relative.max_distance)
-    whole = {'dropout': dropped is not None, 'divided': divides('length'), 'added': True}
-    return api.attention(
-      q, k, v, see, scale=scale, dropout=dropped, added=added,
-      implementation=api.choose(self.cfg.implementation, **whole),
-    )  # fmt: skip
+    A score is a sum of 1 + len(scores) products, hence 1/sqrt(that * head_dim): He et al. 2020, eq. 4.
+    """
+    if see.relative is None:
+      return 1.0 if self.cfg.folds_scale else None, see
+    x, kinds = see.relative.table.astype(dtype), see.relative.scores
+    own = api.PositionScores(
+      keys=linear(x, self.key, self.key_bias) if 'c2p' in kinds else None,
+      queries=linear(x, self.query, self.query_bias) if 'p2c' in kinds else None,
+      max_distance=see.relative.max_distance,
+    )
+    scale = ((1 + len(kinds)) * self.cfg.head_dim) ** -0.5
+    return scale, dataclasses.replace(see, relative=None, position_scores=own)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from models.layers.attention import Attention, AttentionConfig, Cache, Visibility
-from models.layers.dropout import Sites, dropout, fold
+from models.layers.dropout import Dropout, dropout, fold
 from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
@@ -57,14 +57,8 @@ class BlockConfig:
   parallel: Parallel
   projections: Projections
   cross: bool
-  rate: float
-  sites: Sites = 't5'
+  dropout: Dropout
   experts: ExpertsConfig | None = None
-
-  @property
-  def rate_inside(self) -> float:
-    """The rate in MLPs and after the last norm, where T5 alone drops."""
-    return self.rate if self.sites == 't5' else 0.0
 
 
 class Sublayer(NamedTuple):
@@ -90,7 +84,7 @@ class Block(nnx.Module):
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
     self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
     self.mlp = make_mlp(cfg)
-    self.placement, self.parallel, self.rate, self.sites = cfg.placement, cfg.parallel, cfg.rate, cfg.sites
+    self.placement, self.parallel, self.dropout = cfg.placement, cfg.parallel, cfg.dropout
 
   def __call__(
     self,
@@ -129,14 +123,15 @@ class Block(nnx.Module):
   def _add(self, x: Array, update: Array, keys: Array | None, at: Sublayer) -> Array:
     out_norm = at.norm if self.placement == 'inner' else at.out_norm
     update = update if out_norm is None else out_norm(update)
-    x = constrain(x + dropout(update, self.rate, keys, at.site, self.sites), 'batch', 'length', 'embed')
+    dropped = dropout(update, self.dropout.outer, keys, at.site, shared=self.dropout.shared)
+    x = constrain(x + dropped, 'batch', 'length', 'embed')
     return at.norm(x) if self.placement == 'post' else x
 
 
 def make_mlp(cfg: BlockConfig) -> Mlp | Experts:
   if cfg.experts is None:
-    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate_inside)
-  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.rate_inside)
+    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.dropout.inner)
+  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.dropout.inner)
 
 
 class Stack(nnx.Module):
@@ -159,7 +154,7 @@ class Stack(nnx.Module):
   ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
-    self.layers, self.remat, self.rate = layers, remat, cfg.rate_inside
+    self.layers, self.remat, self.rate = layers, remat, cfg.dropout.inner
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
 
   def __call__(

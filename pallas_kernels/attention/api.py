@@ -7,10 +7,19 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
-from pallas_kernels.attention.reference import Dropout, RelativeBias, Visibility
+from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
-__all__ = ['IMPLEMENTATIONS', 'Dropout', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
+__all__ = [
+  'IMPLEMENTATIONS',
+  'Dropout',
+  'PositionScores',
+  'RelativeBias',
+  'Visibility',
+  'attention',
+  'choose',
+  'flash_attention',
+]
 
 
 def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
@@ -33,19 +42,19 @@ PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool, divided: bool = False, added: bool = False) -> str:
+def choose(implementation: str, *, dropout: bool, divided: bool = False, position_scores: bool = False) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
   GPU 'auto' selects the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, few) and 'cudnn' (few) have not run
   on a GPU yet and must be named.
-  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference. `added`: the caller
-  adds an array to the scores (disentangled attention).
+  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
+  `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
 
   Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided, added)
+    chosen, reason = _automatic(dropout, divided, position_scores)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -64,15 +73,15 @@ def choose(implementation: str, *, dropout: bool, divided: bool = False, added: 
       f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 needs; "
       "use 'auto' or 'reference', or model.dropout=0."
     )
-  if added and implementation != 'reference':
-    raise KernelError(
-      f"kernels.attention='{implementation}' has no scores between content and positions, which "
-      "model.positions='disentangled' needs; use 'auto' or 'reference'."
-    )
   if divided and implementation != 'reference':
     raise KernelError(
       f"kernels.attention='{implementation}' needs whole rows, which mesh.sequence > 1 divides: each device would do "
       "all of the work; use mesh.sequence=1 with mesh.fsdp or mesh.tensor, or kernels.attention='reference'."
+    )
+  if position_scores and implementation != 'reference':
+    raise KernelError(
+      f"kernels.attention='{implementation}' has no disentangled attention, which model.positions='disentangled' "
+      "needs; use 'auto' or 'reference'."
     )
   return implementation
 
@@ -83,7 +92,7 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool, divided: bool, added: bool) -> tuple[str, str]:
+def _automatic(dropout: bool, divided: bool, position_scores: bool) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
@@ -92,7 +101,7 @@ def _automatic(dropout: bool, divided: bool, added: bool) -> tuple[str, str]:
     return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
-  if added:
+  if position_scores:
     return 'reference', 'disentangled attention'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
@@ -127,6 +136,16 @@ def _check_positions(chosen: str, q: Array, k: Array, see: Visibility) -> None:
     )
 
 
+def _check_position_scores(q: Array, k: Array, see: Visibility) -> None:
+  """Raises KernelError for shapes that do not fit, and for positions that are given: distances are those of indices."""
+  heads, own = q.shape[2:], see.position_scores.given
+  if wrong := [f'position_scores.{name}{x.shape}' for name, x in own.items() if x.shape[1:] != heads]:
+    raise KernelError(f'attention got {", ".join(wrong)}; pass [buckets, heads={heads[0]}, head_dim={heads[1]}].')
+  if k.shape[2] != heads[0] or see.q_positions is not None or see.kv_positions is not None:
+    given = 'positions' if k.shape[2] == heads[0] else f'{k.shape[2]} key heads for {heads[0]} query heads'
+    raise KernelError(f'attention got position_scores and {given}; pass rows without positions, and as many key heads.')
+
+
 def attention(
   q: Array,
   k: Array,
@@ -137,20 +156,21 @@ def attention(
   scale: float | None = None,
   sink_logits: Array | None = None,
   dropout: Dropout | tuple[float, Array] | None = None,
-  added: Array | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
 ):
-  """`flash_attention`, for a caller that has a `Visibility`, or an array to add to the scores. Raises KernelError as
-  that does.
-  """
+  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does."""
   if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
     raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
   _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
-  chosen, see = choose(implementation, dropout=dropout is not None, added=added is not None), see.count_sinks()
+  if see.position_scores is not None:
+    _check_position_scores(q, k, see)
+  has_scores = see.position_scores is not None
+  chosen = choose(implementation, dropout=dropout is not None, position_scores=has_scores)
+  see = see.count_sinks()
   if see.relative_bias is not None and chosen != 'reference':
     _check_positions(chosen, q, k, see)
-  options = {'dropout': dropout, 'added': added} if chosen == 'reference' else {}
+  options = {'dropout': dropout} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](
     q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, return_lse=return_lse, **options
   )
@@ -181,8 +201,8 @@ def flash_attention(
   """Attention of q[batch, T, heads, head_dim] over k, v[batch, S, kv_heads, head_dim]; heads = kv_heads * group.
 
   `Visibility` defines which keys a query sees, from `causal` to `alibi` (slopes[heads]). `softcap`,
-  `sink_logits[heads]` and `dropout` (rate, keys[batch]) act as `reference.attention` defines. Returns q's shape and
-  dtype, and lse f32[batch, T, heads] if `return_lse`.
+  `sink_logits[heads]` and `dropout` (rate, keys[batch], shared) act as `reference.attention` defines. Returns q's
+  shape and dtype, and lse f32[batch, T, heads] if `return_lse`.
 
   Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
   segment, as in packed rows. They have no gradient of `alibi`, and no dropout.

@@ -26,6 +26,26 @@ class RelativeBias:
   max_distance: int
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'queries'], meta_fields=['max_distance'])
+@dataclasses.dataclass(frozen=True)
+class PositionScores:
+  """Disentangled attention: scale * (q_i . keys[b] + queries[b] . k_j) is added to the scores, content to position
+  (c2p) and position to content (p2c), where b = `signed_log_bucket(i - j)`; None leaves one out.
+
+  Distances are those of indices, which inside a contiguous segment are those of positions. Each kind costs
+  2 T (T + S) head_dim FLOPs a head, twice what the scores cost, and f32[batch, heads, T, T + S], twice their memory.
+  Source: He et al. 2020, arXiv:2006.03654, eq. 3 and 4.
+  """
+
+  keys: Float[Array, 'buckets heads head_dim'] | None
+  queries: Float[Array, 'buckets heads head_dim'] | None
+  max_distance: int
+
+  @property
+  def given(self) -> dict[str, Array]:
+    return {name: x for name, x in (('keys', self.keys), ('queries', self.queries)) if x is not None}
+
+
 def _static(**options) -> Any:
   """A field that belongs to the tree's structure: each value compiles its own program."""
   return dataclasses.field(**options, metadata={'static': True})
@@ -51,6 +71,7 @@ class Visibility:
   q_positions: Int[Array, 'batch T'] | None = None
   q_segment_ids: Int[Array, 'batch T'] | None = None
   relative_bias: RelativeBias | None = None
+  position_scores: PositionScores | None = None
 
   def count_sinks(self) -> 'Visibility':
     """The same, with the positions inside contiguous segments where sinks need them and none are given."""
@@ -118,6 +139,50 @@ def _bias(bias: RelativeBias, q_positions: Array, kv_positions: Array) -> Array:
   return jnp.einsum('btsk,kn->bnts', hot, bias.table.astype(jnp.float32))
 
 
+def signed_log_bucket(distance: np.ndarray, *, buckets: int, max_distance: int) -> np.ndarray:
+  """The bucket of each `distance` = query position - key position, 0 at the middle one, `buckets // 2`.
+
+  Each side has half of the buckets: one for each distance up to half of that, then buckets that grow logarithmically up
+  to `max_distance`; what is further away is in the last. All in float32, as in the source.
+  Source: microsoft/DeBERTa da_utils.py, make_log_bucket_position; He et al. 2021, arXiv:2111.09543.
+  """
+  span = buckets // 2
+  middle = span // 2
+  far = np.maximum(np.abs(distance), middle).astype(np.float32)
+  whole = np.log(np.float32((max_distance - 1) / middle))
+  steps = np.ceil(np.log(far / np.float32(middle)) / whole * np.float32(middle - 1)).astype(np.int32) + middle
+  bucket = np.where(np.abs(distance) <= middle, distance, np.sign(distance) * steps)
+  return np.clip(bucket + span, 0, 2 * span - 1).astype(np.int32)
+
+
+def _add_position_scores(scores: Array, q: Array, k: Array, own: PositionScores) -> Array:
+  """`scores` f32[batch, heads, T, S] with those of positions added; `q` and `k` are scaled."""
+  length, width = scores.shape[-2:]
+  expand = lambda table, distance: table[
+    signed_log_bucket(distance, buckets=table.shape[0], max_distance=own.max_distance)
+  ]
+  columns, product = np.arange(length + width), functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  if own.keys is not None:
+    scores = scores + _skew(product('bthd,ehd->bhte', q, expand(own.keys, length - 1 - columns)))
+  if own.queries is not None:
+    own_scores = _skew(product('bshd,ehd->bhse', k, expand(own.queries, columns - width + 1)))
+    scores = scores + jnp.swapaxes(own_scores, -1, -2)
+  return scores
+
+
+def _skew(x: Array) -> Array:
+  """[..., R, R + C] -> [..., R, C]: row i begins at column R - 1 - i, so columns that were distances are places.
+
+  Views alone, with no gather (Transformer-XL's relative shift, Dai et al. 2019, arXiv:1901.02860, appendix B).
+
+  >>> _skew(jnp.arange(8).reshape(2, 4)).tolist()
+  [[1, 2], [4, 5]]
+  """
+  rows, both = x.shape[-2:]
+  flat = x.reshape(*x.shape[:-2], rows * both)[..., rows - 1 : rows * both - 1]
+  return flat.reshape(*x.shape[:-1], both - 1)[..., : both - rows]
+
+
 def _place(see: Visibility, q: Array, k: Array) -> Visibility:
   """`see` with positions: indices where it has none."""
   index = lambda x, given: jnp.arange(x.shape[1])[None] if given is None else given
@@ -142,7 +207,7 @@ def _mask(see: Visibility) -> Array | None:
   return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | None, added: Array | None) -> Array:
+def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | None) -> Array:
   """f32[batch, kv_heads, group, T, S], of a `see` with positions."""
   batch, length, _, head_dim = q.shape
   grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, head_dim)
@@ -152,23 +217,27 @@ def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | 
   if see.relative_bias is not None:
     bias = _bias(see.relative_bias, see.q_positions, see.kv_positions)
     scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:3], *bias.shape[2:])
+  if see.position_scores is not None:  # one key head for each query head, so `group` is 1
+    scaled = k * jnp.asarray(scale, k.dtype)
+    scores = _add_position_scores(scores[:, :, 0], grouped[:, :, :, 0], scaled, see.position_scores)[:, :, None]
   if see.alibi is not None:
     distance = jnp.abs(see.kv_positions[:, None, :] - see.q_positions[:, :, None]).astype(jnp.float32)
     scores = scores - see.alibi.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
-  return scores if added is None else scores + added.reshape(scores.shape)
+  return scores
 
 
 class Dropout(NamedTuple):
-  """`rate` of attention weights, key[batch]. `shared`: queries of an example and head share a mask, as in T5X."""
+  """Attention dropout at `rate` with keys[batch]; `shared`: one mask for all queries of an example and head, as T5X's
+  broadcast_dropout; otherwise each weight has its own, as in BERT."""
 
   rate: float
   keys: Array
   shared: bool = True
 
 
-def _drop(weights: Array, dropout: Dropout | tuple[float, Array]) -> Array:
-  rate, keys, shared = Dropout(*dropout)
-  shape = (*weights.shape[1:3], 1 if shared else weights.shape[3], weights.shape[-1])
+def _drop(weights: Array, dropout: Dropout) -> Array:
+  rate, keys, shared = dropout
+  shape = (*weights.shape[1:3], 1 if shared else weights.shape[-2], weights.shape[-1])
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
   return jnp.where(keep, weights / (1 - rate), 0.0)
 
@@ -183,19 +252,18 @@ def attention(
   scale: float | None = None,
   sink_logits: Float[Array, ' heads'] | None = None,
   dropout: Dropout | tuple[float, Array] | None = None,
-  added: Float[Array, 'batch heads T S'] | None = None,
   return_lse: bool = False,
 ):
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
   add one logit without a value to each head's softmax; a query without a visible key then has it as its lse.
-  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN. `added` is added to the scores.
+  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN.
   """
   k, v = see.silence_padding(k, v)
   see = _place(see, q, k)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  scores = _scores(q, k, see, scale, softcap, added)
+  scores = _scores(q, k, see, scale, softcap)
   mask = _mask(see)
   if mask is not None:
     mask = mask[:, None, None]
@@ -206,7 +274,7 @@ def attention(
   weights = jnp.exp(scores - top)
   total = weights.sum(-1, keepdims=True)
   total = total if sinks is None else total + jnp.exp(sinks - top)
-  weights = weights if dropout is None else _drop(weights, dropout)
+  weights = weights if dropout is None else _drop(weights, Dropout(*dropout))
   mixed = jnp.einsum('bkgts,bskd->bkgtd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
   # Divide after the product: head_dim divisions for each query instead of S.
   mixed = mixed / total

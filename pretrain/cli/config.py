@@ -46,13 +46,30 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
   return path
 
 
+# A search replaces the layout of a config, so that need not divide the rows.
+NO_LAYOUT = ('mesh.replica=1', 'mesh.data=1', 'mesh.fsdp=1', 'mesh.sequence=1', 'mesh.tensor=1', 'train.accumulate=1')
+
+
 def plan_flags(command: argparse.ArgumentParser) -> None:
   shared.config_flags(command)
-  command.add_argument('--topology', required=True, help='e.g. v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1')
+  command.add_argument('--topology', required=True, help='e.g. v5e:2x4, v5p:4x4x8, v6e:2x4, tpu7x:2x2x1')
+  command.add_argument('--num_slices', type=int, default=1, metavar='N', help='slices of it, joined by mesh.replica')
+  command.add_argument('--global_batch', type=int, metavar='ROWS', help='rows of a step, in place of data.batch_size')
+  command.add_argument('--search', action='store_true', help='find the fastest mesh, remat and microbatches that fit')
+  command.add_argument('--explain', action='store_true', help='where the memory is, and which collectives cost')
+  command.add_argument('--compile', type=int, default=4, metavar='N', help='how many layouts --search compiles')
+  command.add_argument('--output', type=shared.path, metavar='F.gin', help="the layout's file (mesh_TOPOLOGY.gin)")
 
 
 def plan_command(options, overrides) -> None:
-  """Compile the train step for a TPU slice without one; print the memory it needs."""
+  """Compile the train step for TPU slices without one; print its memory, or with --search choose its layout."""
+  rows = [] if options.global_batch is None else [f'data.batch_size={options.global_batch}']
+  cfg = shared.load(options, [*overrides, *rows, *(NO_LAYOUT if options.search else ())])
+  if options.search or options.explain:
+    from pretrain.planner.run import explain, search
+
+    (search if options.search else explain)(cfg, options)
+    return
   from pretrain.tools import plan
 
-  print(plan.plan(shared.load(options, overrides), options.topology))
+  print(plan.plan(cfg, options.topology, options.num_slices))

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,23 +95,37 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   sizes = axis_sizes(cfg, len(devices))
   if math.prod(sizes.values()) != len(devices):
     raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
-  if len(slices := {getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) > 1:
-    return _mesh_of_slices(sizes, len(slices), devices)
+  return _arranged(sizes, devices)
+
+
+def _arranged(sizes: Mapping[str, int], devices) -> Mesh:
+  """The mesh of these sizes, each axis on sides of the torus of its own where there is a way."""
+  shape = tuple(sizes.values())
   # make_mesh defaults to Explicit axes; our sharding is by constraints, which need Auto.
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  if len(slices := {getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) > 1:
+    return Mesh(arrange(shape, devices, len(slices)), AXES, axis_types=types)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # two axes share a side, at half of its links each
+    return Mesh(arrange(shape, devices), AXES, axis_types=types)
 
 
-def _mesh_of_slices(sizes: Mapping[str, int], slices: int, devices) -> Mesh:
-  """The mesh over several TPU slices: only `replica` crosses them, so only its collectives use the slow network."""
-  if sizes['replica'] % slices:
+def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int = 1) -> np.ndarray:
+  """Devices in the shape of a mesh; axes may share a side of a torus. Only `replica`, the first, crosses slices, so
+  that only its collectives use the slow network.
+
+  Raises ConfigError where it cannot.
+  """
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
     raise ConfigError(
-      f'the devices are on {slices} slices and mesh.replica={sizes["replica"]}; set mesh.replica to a multiple of '
+      f'the devices are on {slices} slices and mesh.replica={shape[0]}; set mesh.replica to a multiple of '
       f'{slices}: its axis crosses slices.'
     )
-  inside = {**sizes, 'replica': sizes['replica'] // slices}
-  across = [slices if axis == 'replica' else 1 for axis in AXES]
-  placed = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), across, devices)
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  inside, across = [shape[0] // slices, *shape[1:]], [slices, *(1 for _ in shape[1:])]
+  return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def _check_threads(devices: int) -> None:

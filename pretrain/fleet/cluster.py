@@ -48,7 +48,9 @@ class Member:
     return f'{self.processes} processes by {NAMES[self.how]}; this is {self.this}; coordinator {self.coordinator}'
 
 
-def find(environ: Environ, choice: str | None = None, *, tpu: bool | None = None, attribute: Attribute | None = None):
+def find(
+  environ: Environ, choice: str | None = None, *, tpu: bool | None = None, attribute: Attribute | None = None
+) -> Member | None:
   """The Member that this process is; None where it is the only process.
 
   `choice` (--cluster) is a key of NAMES or 'none'. `tpu`: whether the machine has a TPU; `attribute` asks the metadata
@@ -222,10 +224,11 @@ def gke(environ: Environ) -> Member | None:
     return None
   slices = number(environ, 'MEGASCALE_NUM_SLICES') if environ.get('MEGASCALE_NUM_SLICES') else 1
   replicas = environ.get('JOBSET_REPLICAS', '')
-  if 'TPU_WORKER_ID' not in environ:
-    missing = 'TPU_WORKER_HOSTNAMES is set and TPU_WORKER_ID is not: this pod does not know its number'
-    return Member('', len(listed.split(',')) * slices, 0, 'gke', problem=missing)
   hosts = [host.rsplit(':', 1)[0] for host in listed.split(',')]
+  alone = len(hosts) == 1 and slices == 1 and replicas in ('', '1')
+  if 'TPU_WORKER_ID' not in environ or alone:  # libtpu sets it to a sentence where it does not find a number
+    missing = 'TPU_WORKER_HOSTNAMES is set and TPU_WORKER_ID is not: this pod does not know its number'
+    return Member('', len(hosts) * slices, 0, 'gke', problem='' if alone else missing)
   found = tpu_hosts('gke', hosts, number(environ, 'TPU_WORKER_ID'), lambda name: environ.get(f'MEGASCALE_{name}'))
   if replicas.isdigit() and int(replicas) > 1 and int(replicas) != slices:
     text = f'the JobSet has {replicas} replicas and MEGASCALE_NUM_SLICES is {slices}: each would be a run of its own'

@@ -21,7 +21,7 @@ from pretrain.evaluation.imported import FOLDER
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import weights_reader
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
-from pretrain.interchange.families import family_for, family_of, lost
+from pretrain.interchange.families import FAMILIES, family_for, lost
 from pretrain.interchange.family import Family
 from pretrain.interchange.importing import KEPT, ORIGINALS, TENSORS, needed, placed
 from pretrain.interchange.layout import Entry
@@ -77,7 +77,7 @@ def origin(workdir: Folder, cfg: Experiment) -> pathlib.Path | None:
 def chosen_family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
   """The family of the import, if the model still has only parts of it; else the one that has all of its parts."""
   if imported is not None:
-    family = family_of(ConfigJson(read_config(imported), imported / FILE))
+    family = FAMILIES[read_config(imported)['model_type']]
     if not lost(family, cfg.model):
       return family
   return family_for(cfg.model)

@@ -273,6 +273,8 @@ def experiment(source: Source, files: Sequence[str], overrides: Sequence[str]) -
     if key in own:
       raise ConfigError(f'--gin.{key} is set by {source.folder / FILE} ({own[key]!r}); remove it.')
   given = [] if files else start_from(source)
+  if (sites := source.model.dropout_sites) != 't5':  # the recipe's, where --gin has no other ones
+    given = [*given, f'model.dropout_sites={sites!r}']
   cfg = bindings.load(Experiment, files, [*given, *overrides, *(f'{key}={value!r}' for key, value in own.items())])
   check(cfg)
   return cfg

@@ -10,6 +10,7 @@ import jax
 from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
+from pretrain.errors import ConfigError
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
 from pretrain.experiment.experiment import Experiment, TrainConfig
@@ -27,7 +28,6 @@ from pretrain.run.judging import Judge
 from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
-from pretrain.step.loss import check_predicts_tokens
 from pretrain.step.train_step import TrainState
 from pretrain.tools.weights import find, initial_params
 from pretrain.workdirs.folder import Folder
@@ -88,10 +88,10 @@ def start(
 
   Everything that can be refused is refused before a file is written.
   """
+  check_head(cfg)
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
-  check_predicts_tokens(cfg.model)
   recorded = read_metrics(workdir)
   changes = check_config(cfg, files, recorded, allow_data_change)
   checkpoints, snapshots = files.checkpoints(), files.snapshots(skips)
@@ -115,6 +115,15 @@ def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:
   """The steps that this process traces."""
   traces = cfg.profile_hosts is None or jax.process_index() in cfg.profile_hosts
   return cfg.profile_steps if traces else None
+
+
+def check_head(cfg: Experiment) -> None:
+  """Raises ConfigError for a head that no objective trains: labels of all of them are tokens of the vocabulary."""
+  if cfg.model.head == 'binary':
+    raise ConfigError(
+      "model.head='binary' has one logit for each token, and no objective trains it yet. Nothing was written; import "
+      "and export work, and model.head='tied' or 'untied' can be trained."
+    )
 
 
 def check_config(cfg: Experiment, files: Files, recorded: Rows, allow_data_change: bool) -> list[str]:

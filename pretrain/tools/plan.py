@@ -1,8 +1,10 @@
 """Compiles a step for TPUs without having one, and prints its memory per device. The only user of libtpu topologies."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax.experimental import topologies
 
 from data.batches.source import Synthetic, open_data
 from data.objectives.objectives import CausalLm, Instruction, Objective, PrefixLm, Supervised
+from pretrain.devices.chips import Slice, parse
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.devices.mesh import batch_sharding
 from pretrain.errors import ConfigError
@@ -36,25 +39,46 @@ class Memory:
   donated: int  # arguments whose memory the outputs reuse
   temporaries: int
   code: int
+  peak: int = 0  # arguments, outputs and temporaries where most are in use at once; the rest of `total` is gaps
 
   @property
   def total(self) -> int:
     return self.arguments + self.outputs - self.donated + self.temporaries + self.code
 
 
-def tpu_devices(topology: str) -> list[Any]:
-  """The devices of a TPU slice (v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1, …) that programs can be compiled for.
+def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
+  """The devices of TPU slices (v5e:2x4, v5p:4x4x8, v6e:2x4, tpu7x:2x2x1, …) that programs can be compiled for.
 
-  Raises ConfigError for a slice that does not exist and where libtpu is not installed. The first call loads libtpu.
+  A slice is the torus that it is in a pod; libtpu by itself compiles for one without rings. Raises ConfigError for a
+  slice that does not exist, and where libtpu is not the one that JAX is made for. The first call loads libtpu.
   """
-  if importlib.util.find_spec('libtpu') is None:
-    raise ConfigError(f'--topology={topology} needs libtpu, which is not installed; run ./scripts/setup.sh --dev.')
+  of = parse(topology, slices)
+  check_libtpu(topology)
   os.environ.update(ENVIRONMENT)
   try:
-    return list(topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **_form(of)).devices)
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
     reason = str(error).splitlines()[0]
     raise ConfigError(f'--topology={topology} is no TPU slice ({reason}); write e.g. v5e:2x4 or v5p:2x2x1.') from error
+
+
+def _form(of: Slice) -> dict[str, Any]:
+  """What libtpu has to be told of a slice: which of three sides are rings, and how many slices there are."""
+  wrap = {'wrap': (*of.rings, *(False,) * (3 - len(of.rings)))} if any(of.rings) else {}
+  return wrap | ({'num_slices': of.slices} if of.slices > 1 else {})
+
+
+def check_libtpu(topology: str) -> None:
+  """Raises ConfigError where libtpu is missing, or is not the one that JAX is made for."""
+  if importlib.util.find_spec('libtpu') is None:
+    raise ConfigError(f'--topology={topology} needs libtpu, which is not installed; run ./scripts/setup.sh --dev.')
+  pins = [re.match(r'libtpu ?==([\d.]+)\*.*extra == .tpu.', line) for line in importlib.metadata.requires('jax') or ()]
+  pinned, own = next((pin[1] for pin in pins if pin), ''), importlib.metadata.version('libtpu')
+  if not f'{own}.'.startswith(pinned):
+    raise ConfigError(
+      f'--topology={topology} needs libtpu {pinned}*, which JAX {jax.__version__} is made for; libtpu {own} is '
+      'installed, whose programs this JAX cannot read. Run ./scripts/setup.sh --dev.'
+    )
 
 
 def compile_for(function, abstract_args) -> tuple[Memory, Any]:
@@ -74,7 +98,7 @@ def compile_for(function, abstract_args) -> tuple[Memory, Any]:
   stats = compiled.memory_analysis()
   memory = Memory(
     arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, donated=stats.alias_size_in_bytes,
-    temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes, peak=stats.peak_memory_in_bytes,
   )  # fmt: skip
   return memory, compiled
 
@@ -104,17 +128,17 @@ def _of_text(objective: Objective) -> Objective:
       return objective
 
 
-def compile_train_step(cfg: Experiment, topology: str) -> tuple[Memory, Any]:
-  """`compile_for` of the train step of `cfg`, on a slice as large as its mesh."""
-  program = build_program(cfg, tpu_devices(topology))
+def compile_train_step(cfg: Experiment, topology: str, slices: int = 1) -> tuple[Memory, Any]:
+  """`compile_for` of the train step of `cfg`, on slices as large as its mesh."""
+  program = build_program(cfg, tpu_devices(topology, slices))
   return compile_for(program.train_step, (program.abstract, abstract_batch(cfg, program)))
 
 
-def plan(cfg: Experiment, topology: str) -> str:
+def plan(cfg: Experiment, topology: str, slices: int = 1) -> str:
   """What `pretrain plan` prints: the memory of the train step of each phase."""
   lines = []
   for phase in phases_of(cfg):
-    memory, _ = compile_train_step(phase.cfg, topology)
+    memory, _ = compile_train_step(phase.cfg, topology, slices)
     since = f' from step {phase.start}' if cfg.phases else ''
     lines.append(f'train step on {topology}{since}, MiB per device:')
     for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):

@@ -44,6 +44,10 @@ BERT = dataclasses.replace(
   ENCODER, positions='learned', max_positions=14, norm=LayerNormConfig(eps=1e-12), bias='all', norm_placement='post',
   head='tied', embedding_norm=True, mlp=MlpConfig(hidden=48, activation='gelu_exact', gated=False),
 )  # fmt: skip
+DEBERTA = dataclasses.replace(
+  BERT, positions='disentangled', max_positions=None, relative_buckets=8, relative_max_distance=12, relative_norm=True,
+  dropout_sites='bert', head_transform='gelu_exact', embedding_size=16,
+)  # fmt: skip
 SINKS = dataclasses.replace(LLAMA, windows=(2, 3), sinks=2)
 T5_FAR_SINKS = dataclasses.replace(T5_ROTARY, windows=(2,), sinks=2, sink_distance=2)
 FAR_SINKS = dataclasses.replace(LLAMA, windows=(2,), sinks=2, sink_distance=2)

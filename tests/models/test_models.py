@@ -20,6 +20,7 @@ from tests.models.small import (
   ALIBI,
   BERT,
   CLEX,
+  DEBERTA,
   ENCODER,
   EXPERTS,
   FAR_SINKS,
@@ -54,7 +55,7 @@ WRITERS = {
   't5_far_sinks': pytest.param(T5_FAR_SINKS, marks=pytest.mark.slow),
   'clex': CLEX,
 }
-VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
+VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT, 'deberta': DEBERTA}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
 CACHED = pytest.mark.parametrize('cfg', WRITERS.values(), ids=WRITERS.keys())
 DECODERS = pytest.mark.parametrize('cfg', [LLAMA, ALIBI, LEARNED], ids=['llama', 'alibi', 'learned'])

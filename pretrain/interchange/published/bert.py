@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and ELECTRA's generator as models for masked tokens; ELECTRA's discriminator of replaced tokens."""
+"""BERT, RoBERTa and ELECTRA: models for masked tokens, and ELECTRA's discriminator."""
 
 import dataclasses
 import functools
@@ -13,20 +13,17 @@ from pretrain.interchange.layout import Entry
 from pretrain.interchange.published.gpt import ACTIVATIONS, NAMES
 
 BLOCK = 'encoder/blocks'
+DISCRIMINATOR, HEAD = 'ElectraForPreTraining', 'discriminator_predictions'
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What differs: names of the head, and the positions of a table before the first one that is used.
-
-  `norm` is that of the transform before the head, `head` the kernel of a head that is not the table; '' for none.
-  """
+  """What differs: names of the head, and the positions of a table before the first one that is used."""
 
   name: str
   dense: str
   norm: str
   bias: str
-  head: str = ''
 
   @property
   def types(self) -> str:
@@ -55,12 +52,6 @@ ELECTRA_KIND = Kind(
 )
 
 
-DISCRIMINATOR_KIND = Kind(
-  'electra', 'discriminator_predictions.dense', '', 'discriminator_predictions.dense_prediction.bias',
-  head='discriminator_predictions.dense_prediction.weight',
-)  # fmt: skip
-
-
 def read(kind: Kind, config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   config.expect('position_embedding_type', 'absolute')
   config.expect('add_cross_attention', False)
@@ -71,23 +62,24 @@ def read(kind: Kind, config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   config.take('type_vocab_size', 2)
   config.take('pad_token_id', None)
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
-  width = config.take('embedding_size', 128) if kind.name == 'electra' else embed
+  size = config.take('embedding_size', 128) if kind is ELECTRA_KIND else embed
   activation = config.choose('hidden_act', ACTIVATIONS, 'gelu')
+  binary = kind is ELECTRA_KIND and config.values.get('architectures') == [DISCRIMINATOR]
   return EncoderConfig(
     vocab_size=config.take('vocab_size'), embed=embed, layers=config.take('num_hidden_layers'), heads=heads,
-    head_dim=embed // heads, positions='learned', head='binary' if kind.head else 'tied', norm_placement='post',
-    bias='all', embedding_norm=True, embedding_size=None if width == embed else width,
+    head_dim=embed // heads, positions='learned', head='binary' if binary else 'tied', norm_placement='post',
+    bias='all', embedding_norm=True, embedding_size=None if size == embed else size,
     max_positions=config.take('max_position_embeddings', 512) - kind.skipped(config.values),
     norm=LayerNormConfig(eps=config.take('layer_norm_eps', 1e-12, float)),
     mlp=MlpConfig(hidden=config.take('intermediate_size'), activation=activation, gated=False),
-    head_transform=activation if kind in (BERT_KIND, DISCRIMINATOR_KIND) else 'gelu_exact', head_bias=True,
-    dropout_sites='bert',
+    head_transform=activation if binary or kind is BERT_KIND else 'gelu_exact', head_bias=True, dropout_sites='bert',
   )  # fmt: skip
 
 
 def write(kind: Kind, cfg: EncoderConfig) -> dict[str, Any]:
   ids = {'bos_token_id': 0, 'eos_token_id': 2, 'pad_token_id': 1} if kind is ROBERTA_KIND else {'pad_token_id': 0}
-  width = {'embedding_size': cfg.embedding_size or cfg.embed} if kind.name == 'electra' else {}
+  width = {'embedding_size': cfg.width} if kind is ELECTRA_KIND else {}
+  width |= {'architectures': [DISCRIMINATOR]} if cfg.head == 'binary' and kind is ELECTRA_KIND else {}
   return {
     'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed, 'num_hidden_layers': cfg.layers,
     'num_attention_heads': cfg.heads, 'intermediate_size': cfg.mlp.hidden, 'hidden_act': NAMES[cfg.mlp.activation],
@@ -99,39 +91,53 @@ def write(kind: Kind, cfg: EncoderConfig) -> dict[str, Any]:
 
 def entries(kind: Kind, cfg: EncoderConfig, values: Values) -> list[Entry]:
   """Token type 0, which all tokens of a text have, is added to every position."""
-  layer, skipped = f'{kind.name}.encoder.layer.{{0}}', kind.skipped(values)
+  skipped = kind.skipped(values)
   length = f'length@{skipped}/{cfg.max_positions + skipped}'
-  attention = f'{BLOCK}/self_attention'
   found = [
     Entry('embedding/table', kind.table, 'vocab embed'),
     Entry('embedding/positions', kind.positions, f'{length} embed', row=kind.types),
-    Entry('head_transform/kernel', f'{kind.dense}.weight', 'mlp embed'),
-    Entry('head_transform/bias', f'{kind.dense}.bias', 'mlp'),
-    Entry('head/bias', kind.bias, 'outputs' if kind.head else 'vocab'),
+    *norm_entries('embedding_norm', f'{kind.name}.embeddings.LayerNorm'),
+    *block_entries(f'{kind.name}.encoder.layer.{{0}}'),
+  ]
+  if cfg.embedding_size:
+    found += _dense('embedding_projection', f'{kind.name}.embeddings_project', 'mlp embed')
+  if cfg.head == 'binary':
+    last = f'{HEAD}.dense_prediction'
+    return [
+      *found, *_dense('head_transform', f'{HEAD}.dense', 'mlp embed'), *_dense('head', last, 'outputs embed'),
+    ]  # fmt: skip
+  return [
+    *found, *_dense('head_transform', kind.dense, 'mlp embed'), *norm_entries('head_transform/norm', kind.norm),
+    Entry('head/bias', kind.bias, 'vocab'),
+  ]  # fmt: skip
+
+
+def _dense(ours: str, theirs: str, layout: str) -> list[Entry]:
+  return [
+    Entry(f'{ours}/kernel', f'{theirs}.weight', layout), Entry(f'{ours}/bias', f'{theirs}.bias', layout.split()[0]),
+  ]  # fmt: skip
+
+
+def norm_entries(ours: str, theirs: str) -> list[Entry]:
+  return [Entry(f'{ours}/scale', f'{theirs}.weight', 'embed'), Entry(f'{ours}/bias', f'{theirs}.bias', 'embed')]
+
+
+def block_entries(layer: str, suffix: str = '') -> list[Entry]:
+  """The blocks of BERT and its relatives; `suffix` of the names of queries, keys and values."""
+  attention = f'{BLOCK}/self_attention'
+  found = [
     Entry(f'{attention}/out', f'{layer}.attention.output.dense.weight', 'embed (heads head_dim)'),
     Entry(f'{attention}/out_bias', f'{layer}.attention.output.dense.bias', 'embed'),
   ]
-  if kind.name == 'electra':
-    project = 'electra.embeddings_project'
-    found.append(Entry('embedding_projection/kernel', f'{project}.weight', 'mlp embed'))
-    found.append(Entry('embedding_projection/bias', f'{project}.bias', 'mlp'))
-  if kind.head:
-    found.append(Entry('head/kernel', kind.head, 'outputs embed'))
   for name, heads in (('query', 'heads'), ('key', 'kv_heads'), ('value', 'kv_heads')):
-    theirs = f'{layer}.attention.self.{name}'
+    theirs = f'{layer}.attention.self.{name}{suffix}'
     found.append(Entry(f'{attention}/{name}', f'{theirs}.weight', f'({heads} head_dim) embed'))
     found.append(Entry(f'{attention}/{name}_bias', f'{theirs}.bias', f'({heads} head_dim)'))
   for ours, theirs, layout in (('up', 'intermediate', 'mlp embed'), ('down', 'output', 'embed mlp')):
     found.append(Entry(f'{BLOCK}/mlp/{ours}', f'{layer}.{theirs}.dense.weight', layout))
     found.append(Entry(f'{BLOCK}/mlp/{ours}_bias', f'{layer}.{theirs}.dense.bias', layout.split()[0]))
-  norms = {
-    'embedding_norm': f'{kind.name}.embeddings.LayerNorm',
-    **({'head_transform/norm': kind.norm} if kind.norm else {}),
-    f'{BLOCK}/self_norm': f'{layer}.attention.output.LayerNorm', f'{BLOCK}/mlp_norm': f'{layer}.output.LayerNorm',
-  }  # fmt: skip
-  for ours, theirs in norms.items():
-    found += [Entry(f'{ours}/scale', f'{theirs}.weight', 'embed'), Entry(f'{ours}/bias', f'{theirs}.bias', 'embed')]
-  return found
+  found += norm_entries(f'{BLOCK}/self_norm', f'{layer}.attention.output.LayerNorm')
+  return found + norm_entries(f'{BLOCK}/mlp_norm', f'{layer}.output.LayerNorm')
 
 
 def _family(kind: Kind, architecture: str, aliases: dict[str, str], *carried: str) -> Family:
@@ -147,7 +153,7 @@ def _family(kind: Kind, architecture: str, aliases: dict[str, str], *carried: st
 
 
 def _width(kind: Kind, values: Values) -> int:
-  return values.get('embedding_size', 128) if kind.name == 'electra' else values['hidden_size']
+  return values.get('embedding_size', 128) if kind is ELECTRA_KIND else values['hidden_size']
 
 
 def _pattern(name: str) -> str:
@@ -165,4 +171,3 @@ ROBERTA = _family(
   r'roberta\.pooler\.dense\.(weight|bias)',
 )  # fmt: skip
 ELECTRA = _family(ELECTRA_KIND, 'ElectraForMaskedLM', {'generator_lm_head.weight': ELECTRA_KIND.table})
-DISCRIMINATOR = _family(DISCRIMINATOR_KIND, 'ElectraForPreTraining', {})

@@ -15,7 +15,7 @@ from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from tests.models.small import ALIBI, CLEX, ENCODER, FAR_SINKS, LLAMA, T5
+from tests.models.small import ALIBI, BERT, CLEX, DEBERTA, ENCODER, FAR_SINKS, LLAMA, T5
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,18 @@ from tests.models.small import ALIBI, CLEX, ENCODER, FAR_SINKS, LLAMA, T5
     (LLAMA, {'rotary_fraction': 0.3}, 'model.rotary_fraction=0.3 of model.head_dim=8 is 2.4 dims'),
     (LLAMA, {'rotary_fraction': 0.125}, 'is 1 dims, not an even number; rotary positions rotate pairs, use 0.25'),
     (ALIBI, {'rotary_fraction': 0.5}, "model.rotary_fraction=0.5 with model.positions='alibi'"),
+    (BERT, {'embedding_size': 32}, 'model.embedding_size=32 is model.embed; remove it, nothing is projected then.'),
+    (
+      BERT,
+      {'embedding_size': 16},
+      "model.head='tied' with model.embedding_size=16 and model.embed=32: the table does not fit the last layer",
+    ),
+    (LLAMA, {'head': 'binary'}, "model.head='binary' with model.name='decoder'; only an encoder has it"),
+    (T5, {'positions': 'disentangled'}, "model.positions='disentangled' with model.name='encoder_decoder'"),
+    (DEBERTA, {'position_scores': ()}, "model.position_scores=(); name each of 'c2p' and 'p2c' once, or one of them."),
+    (DEBERTA, {'position_scores': ('c2p', 'c2p')}, "model.position_scores=('c2p', 'c2p'); name each"),
+    (DEBERTA, {'relative_buckets': 9}, "model.relative_buckets=9 with model.positions='disentangled'"),
+    (ENCODER, {'relative_norm': True}, "model.relative_norm=True with model.positions='rotary'"),
     (ALIBI, {'rope_scaling': Linear(factor=2.0)}, "model.rope_scaling.name='linear' with model.positions='alibi'"),
     (LLAMA, {'relative_layers': 'each'}, "model.relative_layers=each with model.positions='rotary'"),
     (

@@ -150,7 +150,7 @@ def test_query_norms_remove_the_folded_scale_from_the_query_init():
     ),
     (
       {'relative_buckets': 16},
-      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative', remove it.",
+      "model.relative_buckets=16 with model.positions='rotary'; it belongs to 'relative' or 'disentangled', remove it.",
     ),
     (
       {'positions': 'learned'},

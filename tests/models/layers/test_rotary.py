@@ -129,7 +129,7 @@ def test_a_model_learns_its_frequencies():
   def step(params, key):
     with jax.numpy_dtype_promotion('standard'):
       (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(params, data, key, weight)
-    return value, jax.tree.map(lambda p, g: p - 0.3 * g, params, gradients)
+    return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
 
   def trained():
     found, values = params, []
@@ -138,6 +138,8 @@ def test_a_model_learns_its_frequencies():
       values.append(float(value))
     return values, found
 
+  first = {float(step(params, jax.random.fold_in(jax.random.key(0), number))[0]) for number in range(4)}
+  assert len(first) > 1, 'each step draws its scale'
   values, found = trained()
   assert values[-1] < values[0] - 0.5
   assert all(np.abs(found['frequencies'][name] - params['frequencies'][name]).max() > 1e-6 for name in ('up', 'down'))

@@ -133,12 +133,12 @@ def test_a_map_has_a_row_for_each_length_and_a_column_for_each_depth(text_store)
       for piece in pieces:
         size = len(piece.inputs) + len(piece.targets)
         found = size < 150 and 'The secret' in writer.data.tokenizer.render(piece.inputs[:20])
-        yield Scored(np.full(len(piece.targets), 0.5), np.arange(len(piece.targets)) >= (not found))
+        yield Scored(np.full(len(piece.targets), 0.5 if found else 2.0), np.arange(len(piece.targets)) >= (not found))
 
   Reader.writer = writer
   found = probe(Reader(), Haystacks(lengths=(100, 200, 140), depths=(0.0, 1.0), trials=3), lambda done: None)
   assert found['accuracy'] == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
-  assert found['nats_per_token'] == [[0.5, 0.5]] * 3
+  assert found['nats_per_token'] == [[0.5, 2.0], [2.0, 2.0], [0.5, 2.0]]
 
 
 SENTENCES = [

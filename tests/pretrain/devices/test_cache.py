@@ -25,8 +25,8 @@ def test_compiled_programs_are_kept_in_a_store_and_found_there(gcs, own_programs
   use_compilation_cache()
   compilation_cache.reset_cache()
   for _ in range(2):  # another function each time, with the same program
-    assert float(jax.jit(lambda x: x * 3.25 + 1.5)(2.0)) == 8.0
-  kept = [name for name in gcs.names('runs') if name.startswith('cache/xla/jit') and name.endswith('-cache')]
+    assert jax.jit(lambda x: x * 3.25 + 1.5)(2.0) == 8.0
+  kept = [name for name in gcs.names('runs') if name.startswith('cache/xla/jit__lambda') and name.endswith('-cache')]
   assert len(kept) == 1
   assert gcs.log['GET /storage/v1/b/runs/o/NAME'] > 1
   assert cache_dir() == pathlib.Path('~/.cache/pretrain').expanduser()  # built corpora stay on the host

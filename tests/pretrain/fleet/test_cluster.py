@@ -79,6 +79,7 @@ def test_the_environment_names_the_processes(environ, how, coordinator, processe
   [
     {}, {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '1'}, SLURM | {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'},
     {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0', 'JOB_COMPLETION_INDEX': '0'},
+    {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': 'WARNING: could not determine TPU worker number'},
     {'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'},
     POD | {'PRETRAIN_NUM_HOSTS': '1', 'JOB_COMPLETION_INDEX': '0'},
   ],
@@ -284,24 +285,34 @@ jax.distributed.shutdown()
 """
 
 
-@pytest.mark.parametrize('more', [{}, {'CUDA_VISIBLE_DEVICES': '0,1'}])
-def test_tasks_of_slurm_meet_on_the_address_of_the_first_node(more):
+@pytest.mark.parametrize(
+  ('more', 'visible'),
+  [({}, ['all', 'all']), ({'CUDA_VISIBLE_DEVICES': '0,1'}, ['0', '1']), ({'PRETRAIN_NUM_HOSTS': '2'}, ['all', 'all'])],
+  ids=['slurm', 'slurm_with_gpus', 'our_variables_under_slurm'],
+)
+def test_tasks_of_slurm_meet_on_the_address_of_the_first_node(more, visible):
   """Port 8476 (211C) of the first node's address alone; JAX's own detection would leave each task one GPU of eight."""
   if port_is_taken():
     pytest.skip('port 8476 is taken')
   base = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'localhost', 'JAX_PLATFORMS': 'cpu'} | more
   base |= {'SLURM_STEP_TASKS_PER_NODE': '2', 'SLURM_NODEID': '0', 'PYTHONPATH': str(tiny.ROOT)}
-  start = lambda rank: subprocess.Popen(
-    [sys.executable, '-c', MEET], env=dict(os.environ) | base | {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank)},
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  processes = [start(rank) for rank in range(2)]
+  processes = [start_task(base, rank) for rank in range(2)]
   said = [process.communicate(timeout=120) for process in processes]
   for rank, (out, err) in enumerate(said):
-    assert f'2 processes by Slurm; this is {rank}; coordinator localhost:8476' in err, err
-    visible = rank if more else 'all'
-    assert out.startswith(f'met 2 {visible} '), out + err
+    line = f'2 processes by Slurm; this is {rank}; coordinator localhost:8476'
+    assert (line in err) == (cluster.NUM_HOSTS not in more), err
+    assert out.startswith(f'met 2 {visible[rank]} '), out + err
     assert re.search(r"\['\w*0100007F'\]$", out.strip()), '127.0.0.1 alone, not all addresses'
+
+
+def start_task(environ: dict[str, str], rank: int) -> subprocess.Popen:
+  own = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank)}
+  if cluster.NUM_HOSTS in environ:
+    own |= {cluster.COORDINATOR: f'localhost:{cluster.PORT}', cluster.HOST: str(rank)}
+  return subprocess.Popen(
+    [sys.executable, '-c', MEET], env=dict(os.environ) | environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
 
 
 def port_is_taken() -> bool:

@@ -12,8 +12,8 @@ from pretrain.interchange.importing import Source, flat, open_source, parameters
 GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
 FAMILIES = (
   't5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'umt5', 'llama', 'yi', 'mistral', 'qwen2', 'qwen3', 'olmo2', 'gemma2', 'gpt2',
-  'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'mixtral', 'deberta', 'electra_small',
-  'electra_discriminator',
+  'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'electra_generator', 'electra_discriminator',
+  'deberta_v2', 'deberta_v3', 'mixtral',
 )  # fmt: skip
 # Other values of keys of their config.json, without goldens of generation.
 VARIANTS = (
@@ -82,5 +82,5 @@ def worst(
     for own, row in zip(logits, order, strict=True):
       ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])
       for name, part in zip(row, np.split(own[: ends[-1]], ends[:-1]), strict=True):
-        errors.append(np.abs(part - golden[f'{name}_logits'].reshape(part.shape)).max() / scale)
+        errors.append(np.abs(part - golden[f'{name}_logits']).max() / scale)
   return float(max(errors))

@@ -47,13 +47,13 @@ NEARLY = {
   'layer_norm_eps': lambda eps: 1.1 * eps,
   'layer_norm_epsilon': lambda eps: 1.1 * eps,
   'relative_attention_max_distance': lambda distance: distance - 5,
-  'max_relative_positions': lambda distance: distance - 5,
   'sliding_window': lambda window: window + 1,
   'query_pre_attn_scalar': lambda scalar: scalar + 1,
   'attn_logit_softcapping': lambda cap: 1.02 * cap,
   'final_logit_softcapping': lambda cap: 1.02 * cap,
   'use_parallel_residual': lambda parallel: not parallel,
   'num_experts_per_tok': lambda number: number - 1,
+  'max_relative_positions': lambda distance: distance + 3,
   'activation_function': lambda name: 'gelu',
   'activation': lambda name: 'gelu_new',
   'scale_attn_weights': lambda scaled: not scaled,
@@ -87,6 +87,23 @@ def is_told_apart(name: str, key: str, tmp_path) -> bool:
 
 
 @pytest.mark.parametrize(
+  'mutation',
+  [
+    {'relative_norm': False}, {'position_scores': ('p2c', 'c2p', 'p2c')}, {'position_scores': ('c2p',)},
+    {'position_scores': ('p2c',)},
+  ],
+  ids=['norm_rel_ebd', 'scale of sqrt(4d)', 'c2p alone', 'p2c alone'],
+)  # fmt: skip
+def test_parts_of_disentangled_attention_are_told_apart(mutation):
+  """A third name changes the scale alone, to 1 / sqrt(4 head_dim)."""
+  source, params = goldens.read('deberta_v3')
+  if not mutation.get('relative_norm', True):
+    params['encoder_bias'].pop('norm')
+  model = dataclasses.replace(source.model, **mutation)
+  assert goldens.worst(model, params, goldens.expected('deberta_v3'), [goldens.PADDED]) > TOLERANCE
+
+
+@pytest.mark.parametrize(
   ('name', 'key'),
   [
     ('t5_v1_0', 'relative_attention_max_distance'),
@@ -100,6 +117,7 @@ def is_told_apart(name: str, key: str, tmp_path) -> bool:
     ('gpt2_unscaled', 'scale_attn_weights'),
     ('falcon_rw', 'alibi'),
     ('qwen2_windows', 'sliding_window'),
+    ('deberta_v3', 'max_relative_positions'),
   ],
 )
 def test_a_config_that_is_nearly_right_is_told_apart(name, key, tmp_path):
@@ -129,10 +147,10 @@ def test_written_values_are_those_that_were_read(golden):
   assert len(shared) > 8
 
 
-# Values that go into weights, or that transformers derives from others.
+# Values that go into weights, that have other forms, or that transformers derives from others.
 SCALES = {
+  'deberta_v3': ('legacy', 'pos_att_type'),
   'gemma2': ('query_pre_attn_scalar',), 'gemma2_bias': ('query_pre_attn_scalar',), 'falcon': ('num_kv_heads',),
-  'deberta': ('max_position_embeddings',),
   'qwen2': ('max_window_layers',), 'qwen3': ('max_window_layers',), 'gpt2_unscaled': ('n_inner',),
 }  # fmt: skip
 

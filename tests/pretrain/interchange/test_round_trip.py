@@ -40,6 +40,26 @@ def test_old_names_and_other_heads_come_back(tmp_path):
   assert (out / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
 
 
+def test_names_of_the_published_deberta_v3_come_back(tmp_path):
+  """As microsoft/deberta-v3-base: no `legacy`, scores in one string, and a head for replaced tokens."""
+  source = shutil.copytree(goldens.GOLDENS / 'deberta_v3', tmp_path / 'source')
+  values = json.loads((source / 'config.json').read_text())
+  values |= {'pos_att_type': 'p2c|c2p', 'max_relative_positions': -1, 'max_position_embeddings': 70}
+  del values['legacy']
+  (source / 'config.json').write_text(json.dumps(values))
+  found = {name: tensor.values() for name, tensor in open_folder(source).items()}
+  assert 'lm_predictions.lm_head.dense.weight' in found
+  found['mask_predictions.classifier.weight'] = np.linspace(0, 1, 32, dtype=np.float32).reshape(1, 32)
+  for name, array in create(source, {name: ('F32', x.shape) for name, x in found.items()}).items():
+    array[...] = found[name]
+  assert goldens.load(source)[0].model == goldens.read_source('deberta_v3').model
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  assert main(['export', f'--workdir={run}', f'--out={out}']) == 0
+  assert (out / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
+  assert json.loads((out / 'config.json').read_text()) == values
+
+
 @pytest.mark.parametrize(('scale', 'shift'), [(3.7, 0.0), (1.0, 1.0)])
 def test_a_fold_keeps_the_bits_of_values_that_did_not_change(scale, shift):
   entry = Entry('x', 'x', 'embed', scale=scale, shift=shift)

@@ -17,8 +17,8 @@ from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
 from pretrain.interchange.config_json import ConfigJson
+from pretrain.interchange.families import FAMILIES
 from pretrain.interchange.importing import needed
-from pretrain.interchange.published import llama
 from pretrain.interchange.safetensors import create
 from tests.pretrain.interchange.goldens import load
 from tests.tokenizers_json import publish
@@ -44,7 +44,7 @@ def published_model(folder: pathlib.Path, kind: str, rows: int | None = None) ->
   tokenizer, size, files = KINDS[kind]
   config = {'model_type': 'llama', 'vocab_size': rows or size, **SIZES, **files['config']}
   publish(folder, tokenizer, **{**files, 'config': config})
-  family = llama.LLAMA
+  family = FAMILIES['llama']
   shapes = needed(family, family.read(ConfigJson(config, folder), {}), config)
   rng = np.random.default_rng(1)
   for array in create(folder, {name: ('F32', shape) for name, shape in shapes.items()}).values():

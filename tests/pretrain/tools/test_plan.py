@@ -1,5 +1,6 @@
 """Compiling for a TPU without one. A missing libtpu fails these tests: `./scripts/setup.sh --dev` installs it."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -66,8 +67,34 @@ def test_a_planned_batch_has_the_shapes_of_training(store_for, objective, overri
 
 
 def test_a_slice_that_does_not_exist_is_refused():
-  with pytest.raises(ConfigError, match=r'^CONFIG: --topology=v9:1 is no TPU slice \(.*\); write e.g. v5e:2x4'):
+  with pytest.raises(ConfigError, match=r'^CONFIG: --topology=v9:1 is no TPU slice; write .* e\.g\. v5e:2x4'):
     tpu_devices('v9:1')
+
+
+def test_a_torus_is_compiled_for_as_one():
+  """A gather over all devices of v5p:4x4x4 runs over three rings at once; without rings libtpu takes another way."""
+  from jax.experimental import topologies
+
+  def gathered(devices) -> str:
+    mesh = jax.make_mesh((64,), ('fsdp',), axis_types=(AxisType.Auto,), devices=devices)
+    whole = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return whole.lower(matrix(mesh, ('fsdp',), 4096)).compile().as_text()
+
+  flat = topologies.get_topology_desc(platform='tpu', topology_name='v5p:4x4x4').devices
+  assert '3DAllGather' in gathered(tpu_devices('v5p:4x4x4'))
+  assert '3DAllGather' not in gathered(list(flat))
+
+
+def test_slices_have_devices_of_their_own():
+  found = [device.slice_index for device in tpu_devices('v5p:2x2x1', 2)]
+  assert sorted(found) == [0] * 4 + [1] * 4
+
+
+def test_a_libtpu_that_jax_is_not_made_for_is_named(monkeypatch):
+  real = importlib.metadata.version
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.0.1.2' if name == 'libtpu' else real(name))
+  with pytest.raises(ConfigError, match=r'needs libtpu 0\.0\.\d+\.\*, which JAX .* libtpu 0\.0\.1\.2 is installed'):
+    tpu_devices('v5e:2x4')
 
 
 def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):

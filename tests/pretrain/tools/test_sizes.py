@@ -76,6 +76,23 @@ class Gpt:
     return self.layers * block + 2 * self.embed + (50257 + self.positions) * self.embed
 
 
+@dataclasses.dataclass(frozen=True)
+class Deberta:
+  """Sizes of microsoft/deberta-v3-base (config.json), with the head of DebertaV2ForMaskedLM."""
+
+  embed: int = 768
+  layers: int = 12
+  vocab: int = 128100
+  buckets: int = 256  # on each side
+
+  def parameters(self) -> int:
+    block = 12 * self.embed**2 + 13 * self.embed  # as in BERT: positions have no projections of their own
+    positions = 2 * self.buckets * self.embed + 2 * self.embed  # a table and its norm
+    backbone = self.vocab * self.embed + 2 * self.embed + self.layers * block + positions
+    assert backbone == 183_831_552
+    return backbone + self.embed**2 + 3 * self.embed + self.vocab
+
+
 # The parameters in each published checkpoint (t5-large's file holds an unused table of 512 more). ul2/20b's are not
 # published to the last digit: the sum of its config's sizes, the paper's 20B.
 PUBLISHED = {
@@ -99,6 +116,7 @@ PUBLISHED = {
   'decoder/gemma2_9b': (9_241_705_984, Llama(3584, 42, 16, 8, 14336, vocab=256000, head_dim=256, norms=4, tied=True)),
   'decoder/mixtral_8x7b': (46_702_792_704, Llama(4096, 32, 32, 8, 14336, experts=8)),
   'ul2/flan_20b': (19_591_209_984, T5(4096, 32, 16, 16384, head_dim=256)),
+  'encoder/deberta_v3_base': (184_551_780, Deberta()),
   'prefix/1b': (1_100_048_384, Llama(2048, 22, 32, 4, 5632)),
 }
 
@@ -121,7 +139,9 @@ def test_a_config_leaves_ids_for_its_sentinels_and_modes(name):
   cfg = load(name)
   check(cfg)
   pieces = cfg.model.vocab_size - cfg.data.sentinels - 3
-  needed = {'t5': 32000, 't5_1_0': 32000, 'ul2': 31869, 'prefix': 31485, 'decoder': 31997}[name.split('/')[0]]
+  needed = {'t5': 32000, 't5_1_0': 32000, 'ul2': 31869, 'prefix': 31485, 'decoder': 31997, 'encoder': 128000}[
+    name.split('/')[0]
+  ]
   assert pieces >= needed
 
 

@@ -1,0 +1,136 @@
+"""What a compiled step costs: the compiler's cycles, its collectives over the links of the slice, its memory."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pretrain.devices.chips import Slice
+from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.program import build_program
+from pretrain.planner import hlo, roofline, torus
+from pretrain.planner.hlo import Buffer, Instruction, Program
+from pretrain.planner.layouts import Layout
+from pretrain.planner.torus import Time
+from pretrain.planner.workload import Workload
+from pretrain.tools import plan
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all', 'ragged-all-to-all')
+GROUPS = re.compile(r'replica_groups=(.*?), (?:[a-z_]+=)')
+RINGS = re.compile(r'"emitter":"(\d)D|StrategyND\{colors:(\d)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of the program. `bytes`: the whole array; `group`: the devices of the first group."""
+
+  kind: str
+  bytes: int
+  times: int
+  devices: tuple[int, ...]
+  rings: int | None  # sides of the slice that it uses at once, where the compiler says
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A layout that was compiled: its step and its memory, in bytes of one device."""
+
+  layout: Layout
+  step: roofline.Step
+  memory: plan.Memory
+  collectives: tuple[tuple[Collective, Time], ...]
+  at_peak: tuple[Buffer, ...]
+
+
+def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
+  """The cost of a layout's step, by its program. Raises ConfigError where it does not fit.
+
+  Pallas kernels carry no estimate; they have the time that `roofline` gives them.
+  """
+  cfg = layout.of(work.cfg)
+  memory, compiled, devices = compile_step(cfg, of)
+  program = hlo.parse(compiled.as_text())
+  timed = tuple(timed_collectives(program, devices, of))
+  links = sum((time.times(one.times) for one, time in timed), Time())
+  guess = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
+  cycles = sum(times * one.cycles for times, one in program.executed())
+  step = roofline.Step(cycles / of.chip.clock, guess.kernels, 0.0, links.ici, links.dcn)
+  return Compiled(layout, step, memory, timed, tuple(hlo.at_peak(program)))
+
+
+def compile_step(cfg: Experiment, of: Slice) -> tuple[plan.Memory, Any, Sequence[Any]]:
+  """(memory, program, devices in the order in which its collectives number them) of a config's train step."""
+  program = build_program(cfg, plan.tpu_devices(of.name, of.slices))
+  memory, compiled = plan.compile_for(program.train_step, (program.abstract, plan.abstract_batch(cfg, program)))
+  return memory, compiled, list(program.mesh.devices.flat)
+
+
+def timed_collectives(program: Program, devices: Sequence[Any], of: Slice) -> Iterator[tuple[Collective, Time]]:
+  """Each collective with the time of one run."""
+  for one in collected(program, len(devices)):
+    over = torus.group([devices[i] for i in one.devices], of)
+    yield one, torus.seconds(one.kind, one.bytes, of, over, one.rings)
+
+
+def collected(program: Program, number: int) -> list[Collective]:
+  """The collectives of a program over so many devices.
+
+  One that is split over fusions, to overlap it with other work, stands in each of them: it counts once a channel.
+  """
+  found, seen = [], set()
+  for times, one, inside in _visited(program, program.entry, 1, ''):
+    kind = next((kind for kind in KINDS if one.op in (kind, f'{kind}-start')), None)
+    if kind is None:
+      continue
+    channel = re.search(r'channel_id=(\d+)', one.rest)
+    key = kind, channel[1] if channel else one.name
+    if inside and key in seen:
+      continue
+    seen.add(key)
+    scatters = kind == 'all-reduce' and 'reduce-scatter' in inside
+    groups, rings = GROUPS.search(one.rest), RINGS.search(one.rest)
+    members = tuple(torus.members(groups[1] if groups else '', number))
+    size = _size(one, kind) * (len(members) if kind == 'reduce-scatter' else 1)
+    sides = int(rings[1] or rings[2]) if rings else None
+    found.append(Collective('reduce-scatter' if scatters else kind, size, times, members, sides, one.source))
+  return found
+
+
+def _size(one: Instruction, kind: str) -> int:
+  """Bytes of the result; that of a start is a tuple of operands and results."""
+  parts = hlo.elements(one.shape) if one.shape.startswith('(') else [one.shape]
+  if one.op.endswith('-start') and kind != 'all-reduce' and len(parts) > 1:
+    parts = parts[1:2]
+  return sum(sum(hlo.sizes(part)) for part in parts)
+
+
+def _visited(program: Program, name: str, times: int, inside: str) -> Iterator[tuple[int, Instruction, str]]:
+  """(how often it runs, instruction, name of the fusion around it), bodies and fusions included."""
+  for one in program.computations.get(name, ()):
+    yield times, one, inside
+    if one.op == 'while':
+      yield from _visited(program, one.of_loop('body'), times * program.turns(one), inside)
+    elif one.op in ('call', 'async-start', 'conditional', 'fusion'):
+      for other in one.called:
+        yield from _visited(program, other, times, inside or (one.name if one.op == 'fusion' else ''))
+
+
+def by_source(timed: Iterable[tuple[Collective, Time]]) -> list[tuple[str, str, int, float, float]]:
+  """(kind, what it is for, times, GB, seconds), the most seconds first; equal ones together."""
+  total: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+  for one, time in timed:
+    row = total[one.kind, short(one.source)]
+    row[0] += one.times
+    row[1] += one.times * one.bytes / 1e9
+    row[2] += one.times * time.total
+  rows = [(*key, int(times), size, spent) for key, (times, size, spent) in total.items()]
+  return sorted(rows, key=lambda row: -row[4])
+
+
+def short(source: str) -> str:
+  """A JAX operation in few words: in which pass, and which product."""
+  passes = 'backward' if 'transpose(jvp' in source else 'forward' if 'jvp' in source else 'update'
+  again = ', made again' if 'rematted' in source else ''
+  return f'{passes}{again}: {source.rsplit("/", 1)[-1] or "combined"}'

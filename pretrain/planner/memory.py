@@ -1,0 +1,233 @@
+"""How much of a device's HBM a step needs, from the parameter descriptions alone: what is kept, what is in work.
+
+The parts are those that stand in the programs that libtpu 0.0.42 compiles (`pretrain plan --explain` lists them).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+from models.partition import ACTIVATION_RULES
+from models.specs import ParamSpec, is_matrix
+from pretrain.planner.layouts import Layout
+from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
+
+F32 = 4
+# Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
+PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
+KEPT = {'full': (), 'dots': PRODUCTS, 'none': PRODUCTS}
+# With remat='none', arrays as wide as the MLP that its activation keeps beside its input and output; a norm keeps two
+# f32 arrays as wide as the model, and two in the dtype of activations.
+OF_ACTIVATION = {'gelu_tanh': 4, 'gelu_exact': 3, 'silu': 1, 'relu': 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device. `arguments`: the state and the batch; `kept`: activations for the backward pass; `gradients`
+  with those of earlier microbatches; `weights`: copies of parameters in the activations' dtype; `layer`: the layer or
+  the head in work, with its gathered weights.
+  """
+
+  arguments: float
+  kept: float
+  gradients: float
+  weights: float
+  layer: float
+
+  @property
+  def total(self) -> float:
+    return self.arguments + self.kept + self.gradients + self.weights + self.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class OfMesh:
+  """What depends on a workload and its mesh alone. Bytes: `state`, its `parameters`, `copies` in the dtype of
+  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor` divides them.
+  """
+
+  state: float
+  parameters: float
+  copies: float
+  trained: float
+  whole: float
+
+
+def of_mesh(work: Workload, layout: Layout) -> OfMesh:
+  return _of_mesh(work, tuple(layout.sizes.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
+  sizes = dict(items)
+  only = dict.fromkeys(sizes, 1) | {'tensor': sizes['tensor']}
+  stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
+  every = {**work.ends, **stacked}
+  values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
+  return OfMesh(
+    state=sum(array.bytes(sizes) for array in work.state),
+    parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
+    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
+    trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
+    whole=values(divided, every.values(), only),
+  )
+
+
+def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
+  """Values of a gradient on one device. Those of experts keep their order of dims, and the last is padded to a tile;
+  others are laid out so that a long dim is last."""
+  if 'experts' not in spec.axes[:-1] or not is_matrix(spec):
+    return stored(spec.shape, spec.axes, sizes)
+  *others, last = shard(spec.shape, spec.axes, sizes)
+  return math.prod(others) * lanes(last)
+
+
+def estimate(work: Workload, layout: Layout) -> Memory:
+  """What a step needs where it needs most: at the head, in the backward pass of a stack, or at the embedding."""
+  moments = [_at_head(work, layout), _at_embedding(work, layout)]
+  moments += [_in_backward(work, layout, stack) for stack in work.stacks]
+  return max(moments, key=lambda found: found.total)
+
+
+def arguments(work: Workload, layout: Layout) -> float:
+  """The state and the rows: ids, segments, positions and weights, four bytes each."""
+  return of_mesh(work, layout).state + work.rows / layout.shards * work.tokens * 4 * 4
+
+
+def _at_head(work: Workload, layout: Layout) -> Memory:
+  kept = sum(kept_by(work, layout, stack) for stack in work.stacks)
+  mesh = of_mesh(work, layout)
+  return Memory(arguments(work, layout), kept, _accumulated(mesh, layout), mesh.copies, head(work, layout))
+
+
+def _at_embedding(work: Workload, layout: Layout) -> Memory:
+  """The gradient of a table is made whole, and summed whole."""
+  mesh = of_mesh(work, layout)
+  grads = _accumulated(mesh, layout) + F32 * mesh.trained
+  tables = 3 * work.itemsize * work.cfg.model.vocab_size / layout.sizes['tensor'] * work.cfg.model.embed
+  return Memory(arguments(work, layout), 0.0, grads, mesh.copies, tables)
+
+
+def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
+  """Stacks go backwards in turn: activations of those after `stack` are gone, gradients of all are there."""
+  place, mesh = work.stacks.index(stack), of_mesh(work, layout)
+  kept = sum(kept_by(work, layout, s) for s in work.stacks[: place + 1])
+  grads = _accumulated(mesh, layout) + F32 * mesh.trained
+  return Memory(arguments(work, layout), kept, grads, mesh.copies, in_layer(work, layout, stack))
+
+
+def _accumulated(mesh: OfMesh, layout: Layout) -> float:
+  return F32 * mesh.trained if layout.accumulate > 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A matrix of a layer. `tokens`: positions of one row that are multiplied with it, once for each of their experts;
+  `width`: values of a position's result on one device; `values`: those of the matrix, gathered over fsdp."""
+
+  name: str
+  spec: ParamSpec
+  tokens: float
+  width: float
+  values: float
+
+  @property
+  def routed(self) -> bool:
+    return 'experts' in self.spec.axes[:-1]
+
+  @property
+  def experts(self) -> int:
+    """Among how many experts its values are divided."""
+    return self.spec.shape[self.spec.axes.index('experts')] if self.routed else 1
+
+
+def products(work: Workload, layout: Layout, stack: Layers) -> tuple[Product, ...]:
+  return _products(work, stack, tuple(layout.sizes.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _products(work: Workload, stack: Layers, items: tuple[tuple[str, int], ...]) -> tuple[Product, ...]:
+  sizes = dict(items)
+  return tuple(
+    Product(path[-1], spec, _tokens(work, stack, path, sizes), _width(spec, sizes), _values(spec, sizes))
+    for path, spec in stack.specs.items()
+    if is_matrix(spec)
+  )
+
+
+def _tokens(work: Workload, stack: Layers, path: tuple[str, ...], sizes: Mapping[str, int]) -> float:
+  across = path[0] == 'cross_attention' and path[-1] in ('key', 'value')
+  routed = work.cfg.model.experts is not None and path[0] == 'mlp' and path[-1] != 'router'
+  length = (stack.memory if across else stack.length) / sizes['sequence']
+  return length * (work.cfg.model.experts_per_token if routed else 1)
+
+
+def _values(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
+  one = math.prod(d for d, a in zip(spec.shape, spec.axes, strict=True) if a != 'layers')
+  return one / math.prod(sizes[rule] for a in spec.axes if (rule := ACTIVATION_RULES.get(a)) == 'tensor')
+
+
+def _width(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
+  """All dims but the contracted ones."""
+  names = [a for a in spec.axes if a not in ('layers', 'experts')]
+  dims = dict(zip(spec.axes, spec.shape, strict=True))
+  outs = names[1:] if names[0] == 'embed' else names[-1:]
+  shared = math.prod(sizes[rule] for axis in outs if (rule := ACTIVATION_RULES.get(axis)) == 'tensor')
+  return math.prod(dims[axis] for axis in outs) / shared
+
+
+def tokens(work: Workload, layout: Layout, length: int) -> float:
+  """Positions of a microbatch on one device."""
+  return layout.rows(work.rows) * length / layout.sizes['sequence']
+
+
+def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float:
+  """Values of a layer's products of these names for a microbatch, on one device."""
+  each = sum(p.tokens * p.width for p in products(work, layout, stack) if p.name in names)
+  return layout.rows(work.rows) * each
+
+
+def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of activations that all layers of a stack keep for the backward pass."""
+  if layout.remat == 'none':
+    return stack.number * _everything(work, layout, stack)
+  own = tokens(work, layout, stack.length) * work.cfg.model.embed
+  return stack.number * work.itemsize * (own + results(work, layout, stack, *KEPT[layout.remat]))
+
+
+def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes that a layer keeps with remat='none': inputs of norms, queries, keys, values, what attention mixes (in the
+  kernel's order of dims and the layer's), every step of the MLP's activation."""
+  model, own = work.cfg.model, tokens(work, layout, stack.length)
+  of = lambda *names: results(work, layout, stack, *names)
+  norms = sum(path[-1] == 'scale' and spec.axes[1:] == ('embed',) for path, spec in stack.specs.items())
+  wide = norms * own * model.embed * 2 * (F32 + work.itemsize)
+  inner = (OF_ACTIVATION[model.mlp.activation] + (2 if model.mlp.gated else 1)) * of('up') + of('up', 'gate')
+  return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner)
+
+
+def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
+  """The backward pass of one layer: gathered matrices, activations that are made again, and their gradients."""
+  found, own = products(work, layout, stack), tokens(work, layout, stack.length)
+  attention = len(stack.keys)  # self- and cross-attention have equal matrices, and are in work in turn
+  gathered = sum(p.values * _copies(p) for p in found)
+  gathered += sum(p.values for p in found if p.name in ('query', 'key', 'value', 'out')) / attention
+  heads = results(work, layout, stack, 'query', 'key', 'value') / attention
+  live = 4 * results(work, layout, stack, 'up') + 2 * heads + 6 * own * work.cfg.model.embed
+  return work.itemsize * (gathered + live)
+
+
+def _copies(product: Product) -> int:
+  """How many whole copies of a matrix of the MLP are there at once; those of experts do not wait for their turn, and
+  their gradients are whole too."""
+  if product.routed:
+    return {'gate': 1, 'up': 1, 'down': 2}.get(product.name, 0)
+  return int(product.name in ('gate', 'up'))
+
+
+def head(work: Workload, layout: Layout) -> float:
+  """Logits in f32 and their gradient, with the table of the embedding gathered over fsdp, or of both in their uses."""
+  own = tokens(work, layout, work.stacks[-1].length)
+  vocab = work.cfg.model.vocab_size / layout.sizes['tensor']
+  tables = vocab * work.cfg.model.embed * work.itemsize * (1 if work.cfg.model.head == 'untied' else 3)
+  return own * vocab * (F32 + work.itemsize) + tables + 4 * own * work.cfg.model.embed * work.itemsize

@@ -1,0 +1,155 @@
+"""How long a step takes at the rates of a chip's maker: matrix products, HBM, links; no overlap of the three networks.
+
+Four numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
+0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
+WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
+loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
+with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. None of the four comes from
+a published run; scripts/bench/planner/published.py prints the predictions beside those.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from models.flops import flops_per_step
+from pretrain.devices.chips import Slice
+from pretrain.planner import memory, torus
+from pretrain.planner.layouts import Layout
+from pretrain.planner.torus import Group, Time
+from pretrain.planner.workload import Layers, Workload
+
+PRODUCTS = 0.9
+WINDOWED, FEW = 3.0, 32
+ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
+# Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
+# residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
+PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
+BATCH_AXES = ('replica', 'data', 'fsdp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside them, links, links between slices.
+
+  `hidden`: seconds of links that the compiler overlaps with computation.
+  """
+
+  products: float
+  kernels: float
+  hbm: float
+  ici: float
+  dcn: float
+
+  @property
+  def compute(self) -> float:
+    return self.products + self.kernels + self.hbm
+
+  @property
+  def total(self) -> float:
+    """Without any overlap of links and computation."""
+    return self.compute + self.ici + self.dcn
+
+  @property
+  def overlapped(self) -> float:
+    """With all links overlapped."""
+    return max(self.compute, self.ici, self.dcn)
+
+  @property
+  def binds(self) -> str:
+    parts = {'compute': self.products + self.kernels, 'HBM': self.hbm, 'ICI': self.ici, 'DCN': self.dcn}
+    return max(parts, key=lambda name: parts[name])
+
+
+def mfu(work: Workload, of: Slice, seconds: float) -> float:
+  """Model FLOPs (attention over all pairs, nothing recomputed) over those that all devices could do."""
+  return model_flops(work) / (of.devices * of.flops * seconds)
+
+
+def model_flops(work: Workload) -> float:
+  data = work.cfg.data
+  return work.rows * flops_per_step(
+    work.cfg.model, inputs_length=data.inputs_length, targets_length=data.targets_length
+  )
+
+
+def tokens_per_chip(work: Workload, of: Slice, seconds: float) -> float:
+  return work.rows * work.tokens / seconds / (of.chips * of.slices)
+
+
+def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Step:
+  """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
+  stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
+  products = sum(s[0] for s in stacks) + _head(work, layout)
+  rate = of.flops * PRODUCTS / (WINDOWED if windowed(layout) else 1)
+  links = collectives(work, layout, of, over)
+  each = layout.accumulate
+  return Step(
+    products=each * products / rate,
+    kernels=each * sum(s[1] for s in stacks) / (of.flops * ATTENTION[of.chip.name]),
+    hbm=(each * (sum(s[2] for s in stacks)) + _update(work, layout)) / of.hbm_rate,
+    ici=links.ici,
+    dcn=links.dcn,
+  )
+
+
+def windowed(layout: Layout) -> bool:
+  """Whether libtpu splits products with gathered parameters into loops over their shards."""
+  copies = layout.sizes['data'] * layout.sizes['replica']
+  return copies == 1 and 1 < layout.sizes['fsdp'] <= FEW
+
+
+def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[float, float, float]:
+  """(FLOPs of products, FLOPs of kernels, bytes of HBM outside of both) of a microbatch on one device.
+
+  A gradient costs two products more. What is not kept is made again, but for a layer's last product, which only a
+  residual reads; a kernel's output is a product's only with remat='none'.
+  """
+  found, own = memory.products(work, layout, stack), memory.tokens(work, layout, stack.length)
+  rows, rerun = layout.rows(work.rows), int(layout.remat != 'none')
+  # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
+  forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
+  products = sum(forward(p) * (2 + p.experts) for p in found)
+  again = sum(forward(p) for p in found if p.name not in (*memory.KEPT[layout.remat], 'down'))
+  heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
+  scores = 4 * own * heads * sum(stack.keys)
+  passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
+  hidden = PASSES['hidden'] * memory.results(work, layout, stack, 'up')
+  moved = work.itemsize * (passes + hidden + 2 * sum(p.values for p in found))
+  kept = memory.kept_by(work, layout, stack)
+  return (
+    stack.number * (products + rerun * again),
+    stack.number * scores * (1 + rerun + 2.5),
+    stack.number * moved * (1 + rerun + 2) + 2 * kept,  # what is kept is written and read once more
+  )
+
+
+def _head(work: Workload, layout: Layout) -> float:
+  """FLOPs of the head, forward and backward."""
+  own = memory.tokens(work, layout, work.stacks[-1].length)
+  return 6 * own * work.cfg.model.embed * work.cfg.model.vocab_size / layout.sizes['tensor']
+
+
+def _update(work: Workload, layout: Layout) -> float:
+  """Bytes of the optimizer: the state is read and written, gradients are read twice."""
+  mesh = memory.of_mesh(work, layout)
+  return 2 * mesh.state + 2 * mesh.parameters
+
+
+def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
+  """Links of a step: parameters gathered over fsdp in both passes of each microbatch, gradients summed over the rows'
+  axes (libtpu sums them whole, in the activations' dtype), activations summed over tensor."""
+  sizes, size = layout.sizes, work.itemsize
+  named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
+  time = Time()
+  whole = memory.of_mesh(work, layout).whole
+  if group := named(('fsdp',)):
+    time += torus.seconds('all-gather', size * whole, of, group).times(2)
+  if group := named(BATCH_AXES):
+    time += torus.seconds('all-reduce', size * whole, of, group)
+  if group := named(('tensor',)):
+    for stack in work.stacks:
+      sums = len(stack.keys) + 1
+      number = stack.number * (2 * sums + (sums - 1 if layout.remat == 'full' else 0))
+      own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
+      time += torus.seconds('all-reduce', own, of, group).times(number)
+  return time.times(layout.accumulate)

@@ -1,0 +1,150 @@
+"""`pretrain plan --search`: every layout estimated in seconds, the best few compiled, one chosen."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from models.build import build
+from pretrain.devices.chips import Slice
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import Experiment
+from pretrain.planner import compiled, layouts, memory, roofline, torus, workload
+from pretrain.planner.compiled import Compiled
+from pretrain.planner.layouts import Layout
+from pretrain.planner.workload import Workload
+
+MIB = 2**20
+CLOSEST = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A layout with its estimated memory and step."""
+
+  layout: Layout
+  memory: memory.Memory
+  step: roofline.Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """`estimates`: those that fit, the fastest first; `tried`: those compiled, with a program or why there is none."""
+
+  work: Workload
+  of: Slice
+  estimates: Sequence[Estimate]
+  counted: int  # how many layouts there are
+  seconds: float  # of the estimates
+  tried: Sequence[tuple[Estimate, Compiled | str]]
+
+  @property
+  def best(self) -> Compiled:
+    """The fastest of the compiled ones; links are added to the cycles, none overlapped."""
+    return min((c for _, c in self.tried if isinstance(c, Compiled)), key=lambda c: c.step.total)
+
+
+def estimates(work: Workload, of: Slice, options: Iterable[Layout]) -> list[Estimate]:
+  """All layouts, the fastest first; of equally fast ones, the smallest."""
+  groups: dict[tuple[int, ...], dict] = {}
+  found = []
+  for layout in options:
+    key = tuple(layout.sizes.values())
+    if key not in groups:
+      groups[key] = torus.groups(layout.sizes, of)
+    step = roofline.estimate(work, layout, of, groups[key])
+    found.append(Estimate(layout, memory.estimate(work, layout), step))
+  return sorted(found, key=lambda e: (e.step.total, e.memory.total))
+
+
+def search(cfg: Experiment, of: Slice, number: int, report: Callable[[str], None] = lambda line: None) -> Found:
+  """The layouts of `cfg` on `of`, the best `number` of them compiled.
+
+  Raises ConfigError where no layout divides the rows and the parameters, or none fits the memory.
+  """
+  began = time.monotonic()
+  work = workload.describe(cfg)
+  every = estimates(work, of, layouts.candidates(cfg, build(cfg.model, lora=cfg.lora).specs, of))
+  if not every:
+    raise ConfigError(_indivisible(cfg, of))
+  fits = [e for e in every if e.memory.total <= of.chip.hbm]
+  seconds = time.monotonic() - began
+  if not fits:
+    raise ConfigError(_too_large(work, of, every))
+  report(f'{len(every)} layouts estimated in {seconds:.1f} s, {len(fits)} fit; compiling {min(number, len(fits))}.')
+  tried = _compiled(work, of, fits, number, report)
+  if not any(isinstance(program, Compiled) for _, program in tried):
+    raise ConfigError(
+      f'none of the {len(tried)} best layouts fits {of.name} when compiled; the last: {tried[-1][1]} Use more chips, '
+      'or a smaller data.batch_size.'
+    )
+  return Found(work, of, fits, len(every), seconds, tried)
+
+
+def _compiled(work: Workload, of: Slice, fits: Sequence[Estimate], number: int, report: Callable[[str], None]):
+  """[(estimate, program or error)]: the best layout of each mesh, then others on the best of these meshes.
+
+  Where the estimate errs it errs for a mesh (how products and gathers are split), so meshes come first. At most twice
+  `number` are tried.
+  """
+  tried: list[tuple[Estimate, Compiled | str]] = []
+  while len(tried) < 2 * number and len(good := [c for _, c in tried if isinstance(c, Compiled)]) < number:
+    if (one := _next(fits, tried, number, good)) is None:
+      break
+    began = time.monotonic()
+    try:
+      program = compiled.measure(work, one.layout, of)
+    except ConfigError as error:
+      program = str(error).removeprefix('CONFIG: ')
+    tried.append((one, program))
+    did = 'compiled' if isinstance(program, Compiled) else 'does not fit:'
+    report(f'{did} {one.layout.text} ({time.monotonic() - began:.0f} s)')
+  return tried
+
+
+def _next(
+  fits: Sequence[Estimate], tried: Sequence[tuple[Estimate, Compiled | str]], number: int, good: Sequence[Compiled]
+) -> Estimate | None:
+  """The layout to compile next, if any is left."""
+  done, meshes = {e.layout.text for e, _ in tried}, {e.layout.mesh for e, c in tried if isinstance(c, Compiled)}
+  left = [e for e in fits if e.layout.text not in done]
+  anew = [e for e in left if e.layout.mesh not in meshes]
+  if len(good) < max(number - 1, 1) and anew:
+    return anew[0]
+  best = min(good, key=lambda c: c.step.total).layout if good else None
+  same = [e for e in left if best is not None and e.layout.mesh == best.mesh]
+  other = [e for e in same if e.layout.remat != best.remat] if best is not None else []
+  return next(iter((*other, *same, *left)), None)
+
+
+def _indivisible(cfg: Experiment, of: Slice) -> str:
+  rows, devices = cfg.data.batch_size, of.devices
+  return (
+    f'data.batch_size={rows} with {devices} devices of {of.slices} x {of.name}: no mesh divides both the rows and the '
+    f'parameters; take a multiple of {devices} rows, e.g. --global_batch={-(-rows // devices) * devices}.'
+  )
+
+
+def _too_large(work: Workload, of: Slice, every: Sequence[Estimate]) -> str:
+  """What is missing, of the layouts that need least, and what would help."""
+  smallest = sorted(every, key=lambda e: e.memory.total)[:CLOSEST]
+  over = lambda e: f'{e.memory.total / MIB:,.0f} MiB, {(e.memory.total - of.chip.hbm) / MIB:,.0f} too many'
+  near = '; '.join(
+    f'{e.layout.mesh} remat={e.layout.remat} train.accumulate={e.layout.accumulate} needs {over(e)}' for e in smallest
+  )
+  return (
+    f'no layout fits {of.slices} x {of.name}, which has {of.chip.hbm / MIB:,.0f} MiB a device. Closest: {near}. '
+    f'{_help(work, smallest[0])}.'
+  )
+
+
+def _help(work: Workload, least: Estimate) -> str:
+  """What would shrink the largest part."""
+  parts = {f.name: getattr(least.memory, f.name) for f in dataclasses.fields(least.memory)}
+  largest = max(parts, key=lambda name: parts[name])
+  share = f'{largest} take {parts[largest] / least.memory.total:.0%}'
+  if largest == 'kept':
+    return f'Most is kept activations ({share}): a smaller data.batch_size, shorter rows, or more chips'
+  if largest == 'layer':
+    return f'Most is the layer in work ({share}): more chips along tensor, shorter rows, or a smaller data.batch_size'
+  smaller = '' if work.cfg.optimizer.name == 'adafactor' else ", optimizer.name='adafactor', optimizer.state_dtype"
+  return f'Most is the state ({share}): more chips{smaller}'

@@ -1,0 +1,96 @@
+"""Reading compiled programs: sizes, loops, memory in use, collectives."""
+
+import pytest
+
+from pretrain.planner import hlo
+from pretrain.planner.compiled import collected
+
+# As libtpu writes it: a loop of three turns, a gather split over two fusions, an array in VMEM.
+PROGRAM = """HloModule step, is_scheduled=true
+
+%start (p: f32[1024]) -> f32[8192] {
+  %p = f32[1024]{0:T(1024)} parameter(0)
+  ROOT %all-gather.1 = f32[8192]{0:T(1024)} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%done (p: f32[1024]) -> f32[8192] {
+  %p = f32[1024]{0:T(1024)} parameter(0)
+  ROOT %all-gather.3 = f32[8192]{0:T(1024)} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%body (state: (f32[1024], f32[4096])) -> (f32[1024], f32[4096]) {
+  %state = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) parameter(0)
+  %get-tuple-element.1 = f32[1024]{0:T(1024)} get-tuple-element(%state), index=0
+  %get-tuple-element.2 = f32[4096]{0:T(1024)} get-tuple-element(%state), index=1
+  %fusion.1 = f32[8192]{0:T(1024)} fusion(%get-tuple-element.1), kind=kCustom, calls=%start
+  %fusion.2 = f32[8192]{0:T(1024)} fusion(%get-tuple-element.1), kind=kCustom, calls=%done
+  %convert.1 = f32[65536]{0:T(1024)S(1)} convert(%fusion.1)
+  %all-reduce.1 = f32[1024]{0:T(1024)} all-reduce(%get-tuple-element.1), channel_id=9, replica_groups={}, to_apply=%add
+  ROOT %tuple.1 = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) tuple(%all-reduce.1, %get-tuple-element.2)
+}
+
+%condition (state: (f32[1024], f32[4096])) -> pred[] {
+  %state = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) parameter(0)
+  ROOT %any = pred[]{:T(512)} constant(true)
+}
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0:T(1024)} parameter(0)
+  %broadcast.1 = f32[4096]{0:T(1024)} broadcast(%a), dimensions={}, metadata={op_name="jit(train_step)/kept"}
+  %fusion.9 = f32[2048]{0:T(1024)} fusion(%a), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"500"}
+  %tuple.2 = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) tuple(%a, %broadcast.1)
+  %while.1 = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) while(%tuple.2), condition=%condition, body=%body, TURNS
+  %get-tuple-element.9 = f32[1024]{0:T(1024)} get-tuple-element(%while.1), index=0
+  ROOT %add.1 = f32[1024]{0:T(1024)} add(%get-tuple-element.9, %get-tuple-element.9)
+}
+""".replace('TURNS', 'backend_config={"known_trip_count":{"n":"3"}}')
+
+
+@pytest.mark.parametrize(
+  ('shape', 'size'),
+  [
+    ('f32[2,3]', 24),
+    ('f32[3,5]{1,0:T(8,128)}', 8 * 128 * 4),
+    ('f32[5,3]{0,1:T(8,128)}', 8 * 128 * 4),
+    ('bf16[4,64,12,64]{1,3,0,2:T(8,128)(2,1)}', 4 * 128 * 12 * 64 * 2),
+    ('u32[]{:T(128)}', 4),
+    ('pred[16]{0}', 16),
+  ],
+)
+def test_sizes_have_the_padding_of_tiles(shape, size):
+  assert hlo.sizes(shape) == [size]
+
+
+def test_other_memories_are_left_out():
+  assert hlo.sizes('(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[8,128]{1,0:T(8,128)})', hbm_only=True) == [0, 4096]
+
+
+def test_elements_of_nested_tuples():
+  assert hlo.elements('((f32[2]{0:T(128)}, f32[3]{0}), f32[4,5]{1,0})') == [
+    '(f32[2]{0:T(128)}, f32[3]{0})', ' f32[4,5]{1,0}',
+  ]  # fmt: skip
+
+
+def test_a_loop_counts_for_each_turn():
+  times = {one.name: times for times, one in hlo.parse(PROGRAM).executed()}
+  assert (times['while.1'], times['all-reduce.1'], times['fusion.9']) == (1, 3, 1)
+  assert sum(times * one.cycles for times, one in hlo.parse(PROGRAM).executed()) == 500
+
+
+def test_a_loop_without_a_number_of_turns_is_refused():
+  program = hlo.parse(PROGRAM.replace('known_trip_count', 'unknown'))
+  with pytest.raises(ValueError, match=r'no known number of iterations: while\.1'):
+    list(program.executed())
+
+
+def test_memory_in_use_at_the_peak():
+  """In the loop: what is kept and both parts of the gather; not VMEM, not arguments, not what is dead."""
+  found = hlo.at_peak(hlo.parse(PROGRAM))
+  assert [(b.bytes, b.source) for b in found][-1] == (4096 * 4, 'jit(train_step)/kept')
+  assert sum(b.bytes for b in found) == 4 * (4096 + 8192 + 8192)
+
+
+def test_a_gather_in_parts_counts_once():
+  gather, reduce = collected(hlo.parse(PROGRAM), 8)[:2]
+  assert (gather.kind, gather.bytes, gather.times, len(gather.devices)) == ('all-gather', 8192 * 4, 3, 8)
+  assert (reduce.kind, reduce.bytes, reduce.times) == ('all-reduce', 1024 * 4, 3)

@@ -1,0 +1,89 @@
+"""The estimated memory of shipped configs beside the compiler's."""
+
+import time
+
+import pytest
+
+from models.build import build
+from models.layers.block import Remat
+from pretrain.config import bindings
+from pretrain.devices.chips import parse
+from pretrain.experiment.experiment import Experiment
+from pretrain.planner import layouts, memory, search, workload
+from tests.pretrain import tiny
+
+MIB = 2**20
+NONE = "model.remat='none'"
+# (config, slice, changed keys) -> (arguments, arguments and temporaries in use at once) in MiB of a device, as libtpu
+# 0.0.42.1 says of the compiled step (memory_analysis: argument_size and peak_memory).
+COMPILED = {
+  ('ul2/20b', 'v5p:4x4x8'): (602.7, 4639.2),
+  ('decoder/7b', 'v5p:4x4x4'): (1206.2, 6247.0),
+  ('decoder/llama3_8b', 'v5p:4x4x4'): (1437.2, 11328.0),
+  ('decoder/mixtral_8x7b', 'v5p:4x8x8'): (2088.3, 12959.0),
+  ('decoder/1b', 'v5e:4x8'): (468.9, 2107.0),
+  ('t5/base', 'v5e:4x4'): (82.2, 5486.0),
+  ('decoder/7b', 'v5p:4x4x4', 'mesh.fsdp=16', 'mesh.tensor=4', "model.remat='dots'"): (1210.1, 38630.0),
+  ('decoder/7b', 'v5p:4x4x4', 'mesh.fsdp=16', 'mesh.data=4', 'train.accumulate=4'): (4820.9, 16255.0),
+  ('decoder/125m', 'v5e:2x4', NONE): (195.3, 4717.0),
+  ('ul2/20b', 'v5p:4x4x8', 'mesh.fsdp=32', 'mesh.tensor=4', 'train.accumulate=4', NONE): (589.4, 49639.0),
+  ('decoder/125m', 'v5e:2x4', 'data.batch_size=208', 'train.accumulate=2'): (195.3, 12426.1),
+}
+
+
+def load(name: str, *overrides: str) -> Experiment:
+  return bindings.load(Experiment, [str(tiny.ROOT / 'configs' / f'{name}.gin')], list(overrides))
+
+
+def estimated(name: str, topology: str, *overrides: str):
+  cfg = load(name, *overrides)
+  work = workload.describe(cfg)
+  layout = layouts.of_config(cfg, parse(topology).devices)
+  return memory.arguments(work, layout) / MIB, memory.estimate(work, layout).total / MIB
+
+
+@pytest.mark.parametrize('case', COMPILED, ids=' '.join)
+def test_the_estimate_is_near_the_compilers_memory(case):
+  """Arguments within a MiB, everything within 10%."""
+  arguments, total = estimated(*case)
+  assert arguments == pytest.approx(COMPILED[case][0], abs=1.5)
+  assert total == pytest.approx(COMPILED[case][1], rel=0.1)
+
+
+def test_every_way_to_keep_activations_is_known():
+  assert set(memory.KEPT) == set(Remat.__args__)
+
+
+def test_all_layouts_of_the_largest_config_are_estimated_in_seconds():
+  cfg, of = load('ul2/20b'), parse('v5p:4x4x8')
+  began = time.process_time()
+  found = search.estimates(workload.describe(cfg), of, layouts.candidates(cfg, build(cfg.model).specs, of))
+  assert time.process_time() - began < 5
+  assert len(found) > 400
+  assert [e.step.total for e in found] == sorted(e.step.total for e in found)
+
+
+def test_layouts_divide_rows_parameters_and_devices():
+  cfg, of = load('decoder/llama3_8b'), parse('v5p:4x4x4')
+  for layout in layouts.candidates(cfg, build(cfg.model).specs, of):
+    sizes = layout.sizes
+    assert sizes['data'] * sizes['fsdp'] * sizes['tensor'] == of.devices
+    assert cfg.data.batch_size == layout.rows(cfg.data.batch_size) * layout.shards * layout.accumulate
+    assert sizes['tensor'] <= cfg.model.kv_heads  # eight heads of keys cannot be cut in sixteen
+
+
+def test_slices_are_joined_by_replica():
+  cfg, of = load('ul2/20b'), parse('v5p:4x4x8', 2)
+  found = list(layouts.candidates(cfg, build(cfg.model).specs, of))
+  assert found
+  assert {layout.sizes['replica'] for layout in found} == {2}
+
+
+def test_a_layout_written_to_a_file_is_the_layout_that_is_read(tmp_path):
+  cfg = load('ul2/20b')
+  layout = layouts.Layout(layouts.of_config(cfg, 128).sizes | {'fsdp': 64, 'data': 2}, 4, 'dots')
+  (tmp_path / 'mesh.gin').write_text(layouts.gin(layout, ['chosen']))
+  files = [str(tiny.ROOT / 'configs/ul2/20b.gin'), str(tmp_path / 'mesh.gin')]
+  read = bindings.load(Experiment, files, [])
+  assert read == layout.of(cfg)
+  assert layouts.of_config(read, 128) == layout

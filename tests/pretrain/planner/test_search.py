@@ -1,0 +1,137 @@
+"""The search without a compiler: which layouts it compiles, what it prints and writes, what it refuses."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from pretrain.cli.main import main
+from pretrain.config import bindings
+from pretrain.devices.chips import parse
+from pretrain.errors import ConfigError
+from pretrain.experiment.experiment import Experiment
+from pretrain.planner import compiled, roofline, search, tables, torus
+from pretrain.planner.layouts import Layout
+from pretrain.tools import plan
+from tests.pretrain import tiny
+
+UL2 = str(tiny.ROOT / 'configs/ul2/20b.gin')
+SLICE = 'v5p:4x4x8'
+FLAGS = ['plan', f'--gin_file={UL2}', f'--topology={SLICE}', '--search']
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+  """A compiler whose programs cost what is estimated, times `slower` of the layout; `refuses` is what does not fit."""
+
+  class Fake:
+    asked: list[Layout]
+
+    def __init__(self):
+      self.asked, self.slower, self.refuses = [], lambda layout: 1.0, lambda layout: False
+
+    def measure(self, work, layout, of):
+      self.asked.append(layout)
+      if self.refuses(layout):
+        raise ConfigError('RESOURCE_EXHAUSTED: too large.')
+      step = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
+      step = dataclasses.replace(step, products=step.products * self.slower(layout))
+      return compiled.Compiled(layout, step, plan.Memory(2**30, 0, 0, 2**30, 0, 2**31), (), ())
+
+  fake = Fake()
+  monkeypatch.setattr(compiled, 'measure', fake.measure)
+  return fake
+
+
+def load(*overrides: str) -> Experiment:
+  return bindings.load(Experiment, [UL2], list(overrides))
+
+
+def test_meshes_come_first_then_other_ways_on_the_best_of_them(compiler):
+  found = search.search(load(), parse(SLICE), 4)
+  meshes = [layout.mesh for layout in compiler.asked]
+  assert len(set(meshes[:3])) == 3
+  assert compiler.asked[3].mesh == found.best.layout.mesh
+  assert compiler.asked[3].remat != compiler.asked[meshes.index(meshes[3])].remat
+  assert found.best.step.total == min(c.step.total for _, c in found.tried)
+
+
+def test_the_compiler_decides_not_the_estimate(compiler):
+  first = search.search(load(), parse(SLICE), 2).best.layout
+  compiler.slower = lambda layout: 10.0 if layout.mesh == first.mesh else 1.0
+  assert search.search(load(), parse(SLICE), 3).best.layout.mesh != first.mesh
+
+
+def test_a_layout_that_does_not_fit_when_compiled_makes_room_for_the_next(compiler):
+  compiler.refuses = lambda layout: layout.remat == 'none'
+  found = search.search(load(), parse(SLICE), 2)
+  assert found.best.layout.remat != 'none'
+  assert 'does not fit: ' in tables.table(found)
+
+
+def test_where_none_of_the_best_fits_it_says_so(compiler):
+  compiler.refuses = lambda layout: True
+  with pytest.raises(ConfigError, match=r'none of the 4 best layouts fits v5p:4x4x8 when compiled; .*too large'):
+    search.search(load(), parse(SLICE), 2)
+
+
+def test_the_command_prints_the_table_and_writes_the_layout(compiler, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(plan, 'check_libtpu', lambda topology: None)
+  path = tmp_path / 'mesh.gin'
+  assert main([*FLAGS, '--compile=2', f'--output={path}', '--explain']) == 0
+  out, err = capsys.readouterr()
+  assert 'layouts estimated in' in err
+  assert 'Not searched: sequence (attention kernels need whole rows).' in out
+  assert f'--gin_file={UL2} --gin_file={path}' in out
+  cfg = bindings.load(Experiment, [UL2, str(path)], [])
+  assert compiler.asked[0].of(load()) == cfg
+  star = next(line for line in out.splitlines() if line.startswith('* '))
+  assert star.split()[1:3] == ['fsdp=128', cfg.model.remat]
+  assert main([*FLAGS, '--compile=1', f'--output={path}']) == 0  # its own file it replaces
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--topology=v5p:4x4'], r'^CONFIG: --topology=v5p:4x4 is no TPU slice.* Known: v5p:2x2x1'),
+    (['--num_slices=0'], r'^CONFIG: --num_slices=0'),
+    (['--compile=0'], r'^CONFIG: --compile=0 compiles no layout'),
+    (['--global_batch=100'], r'^CONFIG: data.batch_size=100 with 128 devices .*e\.g\. --global_batch=128\.'),
+    (['--topology=v5e:2x2'], r'no layout fits 1 x v5e:2x2, .* 16,128 MiB a device\. Closest: .*MiB, .* too many'),
+    (['--output=no/such/folder.gin'], r'^CONFIG: --output=no/such/folder\.gin: the folder .* does not exist'),
+    ([f'--output={UL2}'], r'^CONFIG: --output=.*20b\.gin exists and was not written by pretrain plan'),
+  ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_anything_is_compiled(compiler, capsys, tmp_path, monkeypatch, flags, message):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(plan, 'check_libtpu', lambda topology: None)
+  flag = flags[0].split('=')[0]
+  assert main([*(f for f in FLAGS if not f.startswith(f'{flag}=')), *flags]) == 64
+  err = capsys.readouterr().err
+  assert re.search(message, err), err
+  assert len(err.splitlines()) == 1
+  assert not compiler.asked
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_would_help_is_the_largest_part():
+  with pytest.raises(ConfigError, match=r"Most is the state \(\w+ take \d+%\): more chips, optimizer.name='adafactor'"):
+    search.search(load("optimizer.name='adamw'"), parse('v5p:2x2x1'), 1)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+  step = roofline.Step(products=2.0, kernels=1.0, hbm=0.5, ici=4.0, dcn=0.25)
+  assert step.total == 7.75
+  assert step.overlapped == 4.0
+  assert step.binds == 'ICI'
+
+
+def test_model_flops_count_nothing_twice():
+  """MFU of a step at the peak of all devices is 1."""
+  from pretrain.planner import workload
+
+  work, of = workload.describe(load()), parse(SLICE)
+  seconds = roofline.model_flops(work) / (128 * 459e12)
+  assert math.isclose(roofline.mfu(work, of, seconds), 1.0)
+  assert math.isclose(roofline.tokens_per_chip(work, of, 2.0), 1024 * 1024 / 2 / 128)
