@@ -82,7 +82,7 @@ class Watchdog:
   def tick(self, seconds: float) -> None:
     """`seconds` have passed."""
     timeline = self._timeline
-    if timeline.due():
+    if timeline.due() and timeline.activity != 'done':  # then the record is complete, and may be uploaded already
       timeline.flush()
     if timeline.serial != self._serial:
       self._stuck, self._serial = 0.0, timeline.serial

@@ -57,6 +57,31 @@ def test_a_process_that_makes_progress_is_not_ended(dog, tmp_path):
     watch.tick(0.5)
 
 
+def test_stacks_are_brought_to_where_the_run_is_kept_before_the_process_ends(dog, tmp_path, capsys):
+  timeline, _ = dog
+  brought = []
+  upload = lambda path: brought.append(path.read_text()) or f'gs://bucket/run/{path.name}'
+  watch = Watchdog(timeline, WatchdogConfig(data=1.0), tmp_path, upload)
+  watch.tick(0.0)
+  with pytest.raises(Expired):
+    watch.tick(1.5)
+  assert ['Current thread' in text for text in brought] == [True]
+  assert 'stacks in gs://bucket/run/hang_7_p0.txt.' in capsys.readouterr().err
+
+
+def test_a_record_that_is_complete_is_not_written_again(dog, tmp_path, monkeypatch):
+  """It may be uploaded already; on a slow machine the copy would lack a line."""
+  timeline, watch = dog
+  monkeypatch.setattr(timeline, 'due', lambda: True)
+  timeline.enter('close')
+  watch.tick(0.0)
+  timeline.enter('done')
+  timeline.flush()
+  before = read_timeline(tmp_path)
+  watch.tick(0.5)
+  assert read_timeline(tmp_path) == before
+
+
 def test_a_limit_of_zero_means_no_limit(dog, tmp_path):
   timeline, watch = dog
   timeline.enter('save')
