@@ -20,6 +20,7 @@ from pretrain.planner.workload import Layers, Workload
 
 PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
+THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # in compiler.options it ends that
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
@@ -80,7 +81,7 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
   stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
   products = sum(s[0] for s in stacks) + _head(work, layout)
-  rate = of.flops * PRODUCTS / (WINDOWED if windowed(layout) else 1)
+  rate = of.flops * PRODUCTS / (WINDOWED if windowed(work, layout) else 1)
   links = collectives(work, layout, of, over)
   each = layout.accumulate
   return Step(
@@ -92,8 +93,10 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   )
 
 
-def windowed(layout: Layout) -> bool:
+def windowed(work: Workload, layout: Layout) -> bool:
   """Whether libtpu splits products with gathered parameters into loops over their shards."""
+  if THRESHOLD in dict(work.cfg.compiler.options):
+    return False
   copies = layout.sizes['data'] * layout.sizes['replica']
   return copies == 1 and 1 < layout.sizes['fsdp'] <= FEW
 

@@ -9,6 +9,7 @@ import pytest
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
+from pretrain.devices.mesh import AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.planner import compiled, roofline, search, tables, torus
@@ -135,3 +136,16 @@ def test_model_flops_count_nothing_twice():
   seconds = roofline.model_flops(work) / (128 * 459e12)
   assert math.isclose(roofline.mfu(work, of, seconds), 1.0)
   assert math.isclose(roofline.tokens_per_chip(work, of, 2.0), 1024 * 1024 / 2 / 128)
+
+
+def test_products_in_loops_are_dear_unless_an_option_ends_them():
+  from pretrain.planner import workload
+
+  def products(*keys: str, **sizes: int) -> float:
+    work, of = workload.describe(load('data.batch_size=64', 'train.accumulate=1', *keys)), parse('v5p:2x2x4')
+    layout = Layout(dict.fromkeys(AXES, 1) | sizes, 1, 'full')
+    return roofline.estimate(work, layout, of, torus.groups(layout.sizes, of)).products
+
+  option = "compiler.options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}"
+  assert math.isclose(products(fsdp=16), 3 * products(data=2, fsdp=8))
+  assert math.isclose(products(option, fsdp=16), products(data=2, fsdp=8))
