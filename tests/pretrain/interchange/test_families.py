@@ -134,10 +134,10 @@ def test_written_values_are_those_that_were_read(golden):
   assert len(shared) > 8
 
 
-# Values that go into weights, or that transformers derives from others.
+# Values that go into weights, that transformers derives from others, or that change names and order alone.
 SCALES = {
   'gemma2': ('query_pre_attn_scalar',), 'falcon': ('num_kv_heads',), 'qwen2': ('max_window_layers',),
-  'qwen3': ('max_window_layers',),
+  'qwen3': ('max_window_layers',), 'deberta_v3': ('legacy', 'pos_att_type'),
 }  # fmt: skip
 
 
