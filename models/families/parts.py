@@ -11,8 +11,10 @@ from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
-from models.layers.positions import Alibi, Disentangled, NoBias, RelativePositionBias
-from models.layers.rotary import NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
+from models.layers.positions.clex import LearnedFrequencies
+from models.layers.positions.disentangled import Disentangled
+from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
@@ -23,15 +25,18 @@ PositionScore = Literal['c2p', 'p2c']
 class Parts:
   """`dtype` is the dtype of activations; parameters, softmax and loss are f32.
 
-  `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et
-  al. 2020; T5X examples/t5/network.py, logits_via_embedding), as does Gemma with its table times sqrt(embed);
-  'binary' gives each token one logit: was it replaced (ELECTRA's discriminator)? `head_bias` adds a bias to the
-  logits. `bias` gives a bias to projections, not to norms: to all of them, or to those of queries, keys and values
-  ('qkv', Qwen2). Earlier versions had True for `bias='all'` and `qk_norm='heads'`. `init_std` None draws projections
-  by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap replaces x by cap * tanh(x / cap)
-  (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w away; `windows` gives one to each
-  layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2. Through a window the first `sinks`
-  tokens of each document are seen too (LM-Infinite's mask, arXiv:2308.16137, §4.1; StreamingLLM, arXiv:2309.17453).
+  `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et al.
+  2020; T5X examples/t5/network.py, logits_via_embedding), as does Gemma with its table times sqrt(embed);
+  'binary' gives each token one logit: whether it was replaced (ELECTRA's discriminator). `head_bias` adds a bias to the
+  logits. `bias` gives a bias to projections, not to norms: to all of them, or to those
+  of queries, keys and values ('qkv', Qwen2), of attention, or of MLPs. Earlier versions had True for `bias='all'` and
+  `qk_norm='heads'`.
+  `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
+  replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w
+  away; `windows` gives one to each layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2.
+  Through a window the first `sinks` tokens of each document are seen too (LM-Infinite's mask, arXiv:2308.16137, §4.1;
+  StreamingLLM, arXiv:2309.17453); `sink_distance` rotates those outside the window as if they were so far away, so that
+  no distance is longer than in the first training (its distance ceiling: set it and the window to that length).
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
@@ -41,7 +46,7 @@ class Parts:
   `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders alone: it adds
   `position_scores` of content to position and of position to content, and `relative_norm` normalises its table.
   `relative_layers` 'each' gives every layer its own biases (umT5); `rotary_fraction` rotates that share of each head
-  (0.25 in GPT-NeoX).
+  (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by 1/sqrt(head_dim), as scores are (Falcon-RW).
   """
 
   name: str  # each family sets it
@@ -61,6 +66,7 @@ class Parts:
   logit_softcap: Annotated[float, '> 0'] | None = None
   windows: tuple[Annotated[int, '>= 1'] | None, ...] = ()
   sinks: Annotated[int, '>= 0'] = 0
+  sink_distance: Annotated[int, '>= 1'] | None = None
   positions: Positions = 'relative'
   relative_buckets: Annotated[int, '>= 4'] = 32  # an encoder has one near and one far bucket on each side
   relative_max_distance: Annotated[int, '>= 1'] = 128
@@ -68,6 +74,7 @@ class Parts:
   rope_theta: Annotated[float, '> 0'] = 10_000.0
   rotary_fraction: Annotated[float, '(0, 1]'] = 1.0
   rope_scaling: RopeScaling = NoScaling()
+  alibi_scaled: bool = False
   max_positions: Annotated[int, '>= 1'] | None = None  # for learned positions
   position_scores: tuple[PositionScore, ...] = ('c2p', 'p2c')
   relative_norm: bool = False
@@ -90,6 +97,8 @@ KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
   'rope_theta': ('rotary',),
   'rotary_fraction': ('rotary',),
   'rope_scaling': ('rotary',),
+  'sink_distance': ('rotary',),
+  'alibi_scaled': ('alibi',),
   'max_positions': ('learned',),
   'position_scores': ('disentangled',),
   'relative_norm': ('disentangled',),
@@ -139,8 +148,11 @@ def _check_experts(cfg: Parts) -> None:
       f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
       f'experts, use at most {cfg.experts}.'
     )
-  if cfg.experts is not None and cfg.bias == 'all':
-    raise ValueError("model.bias='all' with model.experts; experts have no biases, use model.bias='qkv' or 'none'.")
+  if cfg.experts is not None and cfg.bias in ('all', 'mlp'):
+    raise ValueError(
+      f"model.bias='{cfg.bias}' with model.experts; experts have no biases, use model.bias='attention', 'qkv' or "
+      "'none'."
+    )
 
 
 def _check_windows(cfg: Parts) -> None:
@@ -149,6 +161,15 @@ def _check_windows(cfg: Parts) -> None:
       f'model.sinks={cfg.sinks} with model.windows={cfg.windows}; without a window every token sees the first ones, so '
       'set model.windows, or remove model.sinks.'
     )
+  smallest = min((window for window in cfg.windows if window is not None), default=0)
+  if cfg.sink_distance is not None and not cfg.sinks:
+    raise ValueError(f'model.sink_distance={cfg.sink_distance} without model.sinks; set model.sinks, or remove this.')
+  for key, value in (('sinks', cfg.sinks), ('sink_distance', cfg.sink_distance or 0)):
+    if cfg.sink_distance is not None and value > smallest:
+      raise ValueError(
+        f'model.{key}={value} with model.windows={cfg.windows} and model.sink_distance; only sinks outside a window '
+        f'have that distance, so use at most {smallest}, or longer windows.'
+      )
   for key in ('layers', 'encoder_layers', 'decoder_layers'):
     if cfg.windows and (layers := getattr(cfg, key, 0)) % len(cfg.windows):
       raise ValueError(
@@ -171,6 +192,8 @@ def _check_positions(cfg: Parts) -> None:
       f'number; rotary positions rotate pairs, use {max(2, 2 * round(dims / 2)) / cfg.head_dim}.'
     )
   check_scaling(cfg.rope_scaling)
+  if isinstance(cfg.rope_scaling, Clex):
+    _check_clex(cfg)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
   _check_disentangled(cfg)
@@ -180,6 +203,31 @@ def _check_positions(cfg: Parts) -> None:
       f'model.relative_max_distance={cfg.relative_max_distance} with model.relative_buckets={cfg.relative_buckets}, '
       f'whose first {exact} buckets are single distances; set model.relative_max_distance > {exact}.'
     )
+
+
+def _check_clex(cfg: Parts) -> None:
+  if cfg.name != 'decoder':
+    raise ValueError(
+      f"model.rope_scaling.name='clex' with model.name='{cfg.name}'; only decoders have it, choose another scaling."
+    )
+  if cfg.sink_distance is not None:
+    raise ValueError(
+      f"model.rope_scaling.name='clex' with model.sink_distance={cfg.sink_distance}; both keep distances as short as "
+      'in the first training, remove one.'
+    )
+  if _rotated_dims(cfg) == 2:
+    raise ValueError(
+      "model.rope_scaling.name='clex' with 2 rotated dims; a single frequency cannot be scaled so, use more dims."
+    )
+
+
+def make_frequencies(cfg: Parts) -> LearnedFrequencies | None:
+  """What makes the angles of rotary positions where they are learned (CLEX)."""
+  return LearnedFrequencies(make_rope(cfg), cfg.rope_scaling) if isinstance(cfg.rope_scaling, Clex) else None
+
+
+def make_rope(cfg: Parts) -> Rope:
+  return Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
 
 
 def _check_disentangled(cfg: Parts) -> None:
@@ -195,11 +243,11 @@ def _check_disentangled(cfg: Parts) -> None:
 
 
 def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale: bool) -> AttentionConfig:
-  rope = Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
-    rope=rope if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
-    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, dropout=dropout_of(cfg), implementation=implementation,
+    rope=make_rope(cfg) if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
+    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=dropout_of(cfg),
+    implementation=implementation,
   )  # fmt: skip
 
 
@@ -231,7 +279,7 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
       bias = RelativePositionBias(cfg.heads, bidirectional=bidirectional, buckets=buckets, max_distance=distance)
       return bias if cfg.relative_layers == 'shared' else stack(bias, layers)
     case 'alibi':
-      return Alibi(cfg.heads)
+      return Alibi(cfg.heads, cfg.head_dim**-0.5 if cfg.alibi_scaled else 1.0)
     case 'disentangled':
       return Disentangled(
         cfg.embed, buckets=cfg.relative_buckets, max_distance=cfg.relative_max_distance, scores=cfg.position_scores,

@@ -15,6 +15,7 @@ from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
+from models.layers.positions.rotary import Angles
 from models.partition import constrain
 from models.specs import stack
 
@@ -79,7 +80,7 @@ class Block(nnx.Module):
     if cfg.cross:
       self.cross_norm, self.cross_out_norm = norm(), out_norm()
       # There is no distance between an encoder's position and a decoder's.
-      across = dataclasses.replace(cfg.attention, rope=None)
+      across = dataclasses.replace(cfg.attention, rope=None, sink_distance=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
     self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
     self.mlp = make_mlp(cfg)
@@ -88,7 +89,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x: Array,
-    positions: Array,
+    positions: Array | Angles,
     see: Visibility,
     cross: Cross | None,
     keys: Array | None,
@@ -101,7 +102,7 @@ class Block(nnx.Module):
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
-    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE)
+    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':
       update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids)
       x = self._add(x, mixed, keys, at)
@@ -157,7 +158,7 @@ class Stack(nnx.Module):
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
 
   def __call__(
-    self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
+    self, x: Array, positions: Array | Angles, see: Visibility, cross: Cross | None = None, keys: Array | None = None
   ) -> tuple[Array, Aux]:
     """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
 
@@ -175,7 +176,7 @@ class Stack(nnx.Module):
     return x, jax.tree.map(jnp.mean, aux)
 
   def decode(
-    self, x: Array, positions: Array, see: Visibility, cache: Cache, cross: Cross | None = None
+    self, x: Array, positions: Array | Angles, see: Visibility, cache: Cache, cross: Cross | None = None
   ) -> tuple[Array, Cache]:
     """As `__call__`, for tokens that follow those in `cache`; the cache is updated in place in the carry."""
 

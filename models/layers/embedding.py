@@ -44,7 +44,7 @@ class EmbeddingProjection(nnx.Module):
   def __init__(self, size: int, embed: int, projections: Projections):
     # The second dim is `mlp`: `tensor` divides it, as it divides that of any matrix, while fsdp divides the first.
     self.kernel = weight((size, embed), ('embed', 'mlp'), projections.init('embed'))
-    self.bias = projections.make_bias((embed,), ('mlp',))
+    self.bias = projections.make_bias((embed,), ('mlp',), 'head')
 
   def __call__(self, x: Array) -> Array:
     return constrain(linear(x, self.kernel, self.bias), 'batch', 'length', 'embed')
@@ -59,7 +59,7 @@ class HeadTransform(nnx.Module):
 
   def __init__(self, embed: int, size: int, activation: Activation, norm: NormConfig | None, projections: Projections):
     self.kernel = weight((embed, size), ('embed', 'mlp'), projections.init('embed'))  # as in EmbeddingProjection
-    self.bias = projections.make_bias((size,), ('mlp',))
+    self.bias = projections.make_bias((size,), ('mlp',), 'head')
     self.norm, self.activation = None if norm is None else make_norm(size, norm), activation
 
   def __call__(self, x: Array) -> Array:

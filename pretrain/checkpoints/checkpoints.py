@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,12 +13,13 @@ import jax
 
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.config import CheckpointConfig
-from pretrain.checkpoints.orbax_files import Files
-from pretrain.checkpoints.saving import Saving
-from pretrain.errors import CheckpointError
+from pretrain.checkpoints.orbax_files import SMALL_FILE, Files
+from pretrain.checkpoints.saving import Saving, failure
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
 from pretrain.step.train_step import TrainState
+from pretrain.workdirs.folder import Folder, as_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,13 @@ class Checkpoints:
   is compared with it. Steps from before there were manifests are read too, with a warning that they are unverified.
   """
 
-  def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
-    self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
-    self._cfg, self._read_only = cfg, read_only
+  def __init__(
+    self, workdir: Folder, cfg: CheckpointConfig, *, read_only: bool = False,
+    before_commit: Callable[[], None] = lambda: None,
+  ):  # fmt: skip
+    """`before_commit` is called by process 0 before a step begins to exist; if it raises, the save has failed."""
+    self.directory = as_folder(workdir).resolve() / 'checkpoints'
+    self._cfg, self._read_only, self._before_commit = cfg, read_only, before_commit
     self._files = Files(self.directory, read_only=read_only)
     self._saving: Saving | None = None
     self._stall, self._failures, self._ended = 0.0, 0, list[Saved]()
@@ -144,10 +147,15 @@ class Checkpoints:
     self._save(step, _as_dict(state), position, config, scores or {})
 
   def save_params(self, step: int, params: Any, position: dict[str, Any], config: str) -> None:
-    """Writes a step that holds only parameters (an average or a merge). A run can start from it, but not resume."""
-    self._save(step, {'params': params}, position, config, {})
+    """Writes a step that holds only parameters (an average or a merge). A run can start from it, but not resume.
 
-  def _save(self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str, scores) -> None:
+    The host needs about 0.3 GB beside the parameters: nothing trains meanwhile, so the files may be many and small.
+    """
+    self._save(step, {'params': params}, position, config, {}, SMALL_FILE)
+
+  def _save(
+    self, step: int, tree: dict[str, Any], position: dict[str, Any], config: str, scores, file_bytes: int | None = None
+  ) -> None:
     start = time.perf_counter()
     self._settle()
     if self._ended and self._ended[-1].error and self._failures > self._cfg.retries:
@@ -160,7 +168,7 @@ class Checkpoints:
     def write() -> None:
       if jax.process_index() == 0:
         step_folders.begin(self.directory, step)
-      self._files.begin(step, tree, position, config)
+      self._files.begin(step, tree, position, config, file_bytes)
 
     failed = _error_of(write)
     sums = digest.digests(tree)  # dispatched before the next step reuses the arrays
@@ -173,6 +181,7 @@ class Checkpoints:
     self._saving = Saving(
       self.directory / str(step), {key: (x, sums[key]) for key, x in leaves.items()},
       {key: value for key, value in scores.items() if math.isfinite(value)}, wait, self._retain,
+      self._before_commit,
     )  # fmt: skip
     self._needed = _mebibytes(tree)
     self._stall = time.perf_counter() - start
@@ -203,7 +212,9 @@ class Checkpoints:
     if saving is None:
       return
     saving.join()
-    error = None if saving.error is None else self._failure(saving.step, saving.error)
+    if isinstance(saving.error, ConfigError):  # the workdir belongs to another run: it is not to be tried again
+      raise saving.error
+    error = None if saving.error is None else failure(self.directory, saving.step, self._needed, saving.error)
     self._failures = self._failures + 1 if error else 0
     self._ended.append(Saved(saving.step, self._stall, saving.seconds, saving.size, error, saving.untidy))
     if error:
@@ -335,22 +346,6 @@ class Checkpoints:
       f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
       f'{then}.',
     )
-
-  def _failure(self, step: int, error: Exception) -> CheckpointError:
-    free = shutil.disk_usage(self.directory).free / 2**20
-    if any(word in str(error) for word in NO_SPACE):
-      text = (
-        f'saving step {step} needs {self._needed:.0f} MiB, {free:.0f} MiB free on {self.directory}. Earlier steps are '
-        'intact. Free space.'
-      )
-      return CheckpointError('CKPT-NOSPACE', text)
-    what = str(error).splitlines()[0][:300]
-    return CheckpointError(
-      'CKPT-WRITE', f'saving step {step} in {self.directory} failed: {what}. Earlier steps are intact.'
-    )
-
-
-NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args
 
 from data.stores.paths import plain_path
-from pretrain.checkpoints import manifest
+from pretrain.checkpoints import manifest, orbax_stores
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
+
+SMALL_FILE = 16 * 2**20  # bytes, for saves that may be slow and must need little memory
 
 
 def be_quiet() -> None:
@@ -43,7 +46,7 @@ def forget_processes() -> None:
 class Files:
   """Orbax's manager of a folder of steps, opened at the first read or write, because opening makes the folder."""
 
-  def __init__(self, directory: pathlib.Path, *, read_only: bool):
+  def __init__(self, directory: Folder, *, read_only: bool):
     self._directory, self._read_only = directory, read_only
     self._opened: ocp.CheckpointManager | None = None
 
@@ -62,13 +65,31 @@ class Files:
         'position': ocp.JsonCheckpointHandler(),
         'config': ocp.JsonCheckpointHandler(),
       }
-      self._opened = ocp.CheckpointManager(plain_path(str(self._directory)), options=options, item_handlers=handlers)
+      self._opened = ocp.CheckpointManager(self._name(), options=options, item_handlers=handlers)
     return self._opened
 
-  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str) -> None:
-    """Returns when the arrays are copied; `wait` for the files."""
+  def _name(self) -> str:
+    if not isinstance(self._directory, StorePath):
+      return plain_path(str(self._directory))
+    orbax_stores.use_stores()
+    return self._directory.url
+
+  def _save_args(self, tree: Any, file_bytes: int | None) -> args.PyTreeSave:
+    """How the arrays are written: to a store in files of one request each."""
+    if not isinstance(self._directory, StorePath):
+      return args.PyTreeSave(tree, ocdbt_target_data_file_size=file_bytes)
+    size = min(orbax_stores.FILE_BYTES, file_bytes or orbax_stores.FILE_BYTES)
+    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=orbax_stores.FILE_BYTES), tree)
+    return args.PyTreeSave(tree, save_args=parts, ocdbt_target_data_file_size=size)
+
+  def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
+    """Returns when the arrays are copied; `wait` for the files.
+
+    TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
+    several files at a time.
+    """
     items = args.Composite(
-      state=args.PyTreeSave(tree),
+      state=self._save_args(tree, file_bytes),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
     )

@@ -11,7 +11,7 @@ def import_flags(command: argparse.ArgumentParser) -> None:
     '--from', required=True, type=shared.path, dest='source', metavar='DIR',
     help='config.json and *.safetensors, or a checkpoint of T5X',
   )  # fmt: skip
-  command.add_argument('--workdir', required=True, type=shared.path, help='a new workdir, to generate or start from')
+  command.add_argument('--workdir', required=True, type=shared.workdir, help='a new workdir, to generate or start from')
   command.add_argument(
     '--adapter', type=shared.path, metavar='DIR', help='adapter_config.json and adapter_model.safetensors of peft'
   )
@@ -70,7 +70,7 @@ def _refuse_tokenizer(options) -> None:
 
 
 def export_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument('--step', type=int, help='without it, the newest')
   command.add_argument('--out', required=True, type=shared.path, metavar='DIR', help='a new folder')
   command.add_argument('--adapter', action='store_true', help="the adapters of a run with lora alone, in peft's layout")

@@ -27,11 +27,13 @@ from pretrain.interchange.importing import KEPT, ORIGINALS, TENSORS, needed, pla
 from pretrain.interchange.layout import Entry
 from pretrain.interchange.safetensors import Tensor, create, open_folder
 from pretrain.tools.weights import NOT_ARCHITECTURE, Step, check_new, config_of
+from pretrain.workdirs.copies import local_copy
+from pretrain.workdirs.folder import Folder, as_folder
 
 Names = Mapping[str, str]
 
 
-def export(step: Step, output: pathlib.Path) -> Family:
+def export(step: Step, output: Folder) -> Family:
   """Writes `step` to a new folder: weights, config.json, generation_config.json and the tokenizer's files.
 
   An imported run gets its tensors' names and types back, and its other files. Raises ConfigError for a folder that
@@ -57,17 +59,17 @@ def export(step: Step, output: pathlib.Path) -> Family:
   return family
 
 
-def origin(workdir: pathlib.Path, cfg: Experiment) -> pathlib.Path | None:
+def origin(workdir: Folder, cfg: Experiment) -> pathlib.Path | None:
   """The files of the import that a run's weights come from: its own, or those of the run that it started from."""
-  seen: set[pathlib.Path] = set()
+  seen: set[Folder] = set()
   while workdir not in seen:
     seen.add(workdir)
     if (workdir / FOLDER / TENSORS).is_file():
-      return workdir / FOLDER
+      return local_copy(workdir / FOLDER)
     initial = cfg.checkpoint.initial
-    if initial is None or not (pathlib.Path(initial).parent / 'config.gin').is_file():
+    if initial is None or not (as_folder(initial).parent / 'config.gin').is_file():
       return None
-    workdir = pathlib.Path(initial).parent
+    workdir = as_folder(initial).parent
     cfg = config_of(workdir)
   return None
 
@@ -188,7 +190,7 @@ def _as_json(values: Mapping[str, Any]) -> str:
   return json.dumps(dict(sorted(values.items())), indent=2, ensure_ascii=False) + '\n'
 
 
-def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: pathlib.Path) -> None:
+def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: Folder) -> None:
   """The tokenizer's files of the import, or the SentencePiece model of the run's data under the family's name."""
   if imported is not None:
     for name in KEPT:

@@ -37,6 +37,8 @@ from pretrain.interchange.placing import BLOCK, place
 from pretrain.interchange.safetensors import READ, Tensor, create, equal, open_folder
 from pretrain.interchange.zarr import checkpoint_in
 from pretrain.tools.weights import NOT_ARCHITECTURE
+from pretrain.workdirs.copies import made_in
+from pretrain.workdirs.folder import Folder
 
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
 ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
@@ -112,7 +114,8 @@ def check_pieces(found: Published, model: ModelConfig, folder: pathlib.Path) -> 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
   for old, new in family.renamed.items():
     name = re.sub(old, new, name)
-  whole = name if name.startswith(family.prefix) or name in family.aliases else family.prefix + name
+  known = (*family.aliases, *(family.tied or ()))
+  whole = name if name.startswith(family.prefix) or name in known else family.prefix + name
   return family.aliases.get(whole, whole)
 
 
@@ -206,7 +209,7 @@ def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> j
 def import_run(
   source: Source,
   cfg: Experiment,
-  workdir: pathlib.Path,
+  workdir: Folder,
   command: str,
   change: Callable[[Any], Any] = lambda x: x,
   keep: Callable[[Source, Experiment, pathlib.Path], None] | None = None,
@@ -223,12 +226,12 @@ def import_run(
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
     checkpoints.close()
-    (keep or keep_files)(source, cfg, workdir / FOLDER)
+    with made_in(workdir / FOLDER) as folder:
+      (keep or keep_files)(source, cfg, folder)
     (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
 
 
 def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
-  folder.mkdir()
   for name in KEPT:
     if (source.folder / name).is_file():
       shutil.copyfile(source.folder / name, folder / name)

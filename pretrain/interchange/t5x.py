@@ -130,7 +130,6 @@ def _difference(source: T5xSource, key: str, own: Mapping[str, Any], found: Mapp
 
 def keep_files(source: T5xSource, cfg: Experiment, folder: pathlib.Path) -> None:
   """Writes what an export reads: a config.json of the model, the types of the arrays, and the tokenizer's file."""
-  folder.mkdir()
   if source.tokenizer is not None:
     name = JSON if is_json(source.tokenizer.content) else SENTENCEPIECE[0]
     (folder / name).write_bytes(source.tokenizer.content)

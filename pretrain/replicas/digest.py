@@ -45,7 +45,8 @@ def sums(x: Array) -> Sums:
     place = 2 * place[..., None] + jnp.arange(2, dtype=jnp.uint32)
   first = mix(bits ^ (place * jnp.uint32(0x9E3779B1)), FMIX32)
   second = mix(bits + place * jnp.uint32(0x27D4EB2F) + jnp.uint32(0x165667B1), LOWBIAS32)
-  return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
+  zero, axes = jnp.uint32(0), tuple(range(first.ndim))  # one reduction: with two, XLA on CPUs stores both operands
+  return jax.lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
 
 
 def bits_of(x: Array) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from models.build import KernelsConfig, build, check_model
 from models.decode.cached import teacher_forced
 from models.layers.norm import LayerNormConfig, RmsNormConfig
-from models.layers.rotary import NoScaling, Rope, Yarn, frequencies
+from models.layers.positions.rotary import NoScaling, Rope, Yarn, frequencies
 from models.partition import check_divisible, shardings
 from models.specs import is_spec
 from pretrain.devices.mesh import MeshConfig, make_mesh
@@ -151,12 +151,15 @@ def test_rematerialised_layers_have_the_same_gradients(remat, name):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('kind', ['linear', 'llama3', 'yarn'])
+@pytest.mark.parametrize('kind', ['linear', 'llama3', 'yarn', 'yarn_exact'])
 def test_frequencies_of_a_scaled_rope_equal_those_of_transformers(kind):
-  """Of a head of 64 dims, where some frequencies stay, some are divided and some lie between."""
-  family = {'linear': 'yi', 'llama3': 'llama', 'yarn': 'qwen3'}[kind]
+  """Of a head of 64 dims, where some frequencies stay, some are divided and some lie between; `yarn_exact` does not
+  round the ends of its ramp.
+  """
+  family = {'linear': 'yi', 'llama3': 'llama', 'yarn': 'qwen3', 'yarn_exact': 'qwen3'}[kind]
   cfg, golden = published.read(family)[0], np.load(published.GOLDENS / 'rope.npz')
-  rope = Rope(theta=cfg.rope_theta, dims=64, scaling=cfg.rope_scaling)
+  exact = {'truncate': False} if kind == 'yarn_exact' else {}
+  rope = Rope(theta=cfg.rope_theta, dims=64, scaling=dataclasses.replace(cfg.rope_scaling, **exact))
   found, factor = frequencies(rope)
   np.testing.assert_allclose(found, golden[f'{kind}_frequencies'], rtol=1e-6)
   assert factor == pytest.approx(float(golden[f'{kind}_factor']), rel=1e-7)

@@ -232,6 +232,21 @@ def test_if_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch):
   assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['1', '2']
 
 
+def test_parameters_alone_are_saved_in_small_files(tmp_path, monkeypatch):
+  """Orbax holds what a file will have; training writes few large files."""
+  monkeypatch.setattr('pretrain.checkpoints.checkpoints.SMALL_FILE', 2**16)
+  params = {'x': jax.random.normal(jax.random.key(0), (16, 2**14))}
+  with contextlib.closing(Checkpoints(tmp_path, CFG)) as checkpoints:
+    checkpoints.save_params(0, params, POSITION, '')
+    checkpoints._save(1, {'params': params}, POSITION, '', {})
+  count = lambda step: len(list((tmp_path / f'checkpoints/{step}/state/ocdbt.process_0/d').iterdir()))
+  assert count(0) > 8 > 4 > count(1)
+  with contextlib.closing(Checkpoints(tmp_path, CFG, read_only=True)) as checkpoints:
+    for step in (0, 1):
+      found = checkpoints.arrays(step, ['params/x'])['params/x']
+      assert (found == params['x']).all()
+
+
 def test_a_step_can_be_saved_again_after_it_was_set_aside(run, program, state):
   flip(some_file(run / 'checkpoints/2', FILES['arrays']))
   checkpoints = Checkpoints(run, CFG)

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from models.build import ModelConfig, build
+from models.build import KernelsConfig, ModelConfig, build
 from models.specs import Tree
 from pretrain.interchange.importing import Source, flat, open_source, parameters
 
@@ -15,6 +15,12 @@ FAMILIES = (
   'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'electra_generator', 'electra_discriminator',
   'deberta_v2', 'deberta_v3', 'mixtral',
 )  # fmt: skip
+# Other values of keys of their config.json, without goldens of generation.
+VARIANTS = (
+  'llama_bias', 'llama_mlp_bias', 'qwen2_windows', 'qwen3_bias', 'olmo2_bias', 'gemma2_bias', 'gpt2_unscaled',
+  'gpt_neox_yarn', 'falcon_rw',
+)  # fmt: skip
+ALL = FAMILIES + VARIANTS
 
 
 def read(name: str) -> tuple[Source, Tree]:
@@ -64,9 +70,11 @@ def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]
 PADDED, PACKED = [['long'], ['short']], [['short', 'long']]
 
 
-def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED)) -> float:
+def worst(
+  cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED), attention: str = 'auto'
+) -> float:
   """The largest error over padded and packed rows, as a fraction of the logits' scale."""
-  model, scale = build(cfg), np.abs(golden['long_logits']).max()
+  model, scale = build(cfg, KernelsConfig(attention=attention)), np.abs(golden['long_logits']).max()
   run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
   errors = []
   for order in orders:

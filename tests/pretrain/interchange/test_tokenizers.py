@@ -210,3 +210,16 @@ def test_an_imported_bert_reads_its_own_tokens_around_a_text(tmp_path):
   assert weight[[0, -1]].tolist() == [0, 0]
   assert weight.sum() == 1
   assert read.max() < 300, 'no sentinel, for which the table has no row'
+
+
+def test_a_chat_template_comes_back_unchanged(tmp_path):
+  """In tokenizer_config.json, where `transformers` had it, and in a file of its own, where it has it now."""
+  source = published_model(tmp_path / 'source', 'qwen')
+  template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %} — ½"
+  config = json.loads((source / 'tokenizer_config.json').read_text()) | {'chat_template': template}
+  (source / 'tokenizer_config.json').write_text(json.dumps(config, indent=7, ensure_ascii=False))
+  (source / 'chat_template.jinja').write_text(template)
+  assert main(['import', f'--from={source}', f'--workdir={tmp_path / "run"}']) == 0
+  assert main(['export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}']) == 0
+  for name in ('tokenizer_config.json', 'chat_template.jinja'):
+    assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()

@@ -45,6 +45,11 @@ def test_it_is_the_same_in_every_version():
 GOLDEN = '70deab9490802553'
 
 
+def test_it_needs_no_copy_of_the_array():
+  memory = digest.sums.lower(jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 2**16, 'the array has 4 MiB'
+
+
 @pytest.mark.parametrize('mesh', [{'fsdp': 8}, {'fsdp': 2, 'tensor': 4}, {'tensor': 4}])
 def test_it_does_not_depend_on_the_sharding(mesh):
   axes = PartitionSpec(('fsdp', 'tensor')) if mesh == {'fsdp': 8} else PartitionSpec('fsdp', 'tensor')

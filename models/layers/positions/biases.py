@@ -1,4 +1,4 @@
-"""Positions of tokens in the attention op: T5's relative buckets and ALiBi, which are biases, and DeBERTa's scores."""
+"""Positions of tokens: T5's relative buckets and ALiBi, which are biases in the attention op."""
 
 from typing import Any
 
@@ -6,9 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.layers.attention import RelativeEmbeddings
-from models.layers.norm import NormConfig, make_norm
-from models.specs import Normal, UniformFanAvg, weight
+from models.specs import UniformFanAvg, weight
 from pallas_kernels.attention.reference import RelativeBias
 
 
@@ -43,34 +41,13 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 class Alibi(nnx.Module):
-  """-slope * |distance| added to the scores, without parameters; an encoder has it on both sides."""
+  """-scale * slope * |distance| added to the scores, without parameters; an encoder has it on both sides."""
 
-  def __init__(self, heads: int):
-    self.heads = heads
-
-  def __call__(self) -> dict[str, Any]:
-    return {'alibi': jnp.asarray(alibi_slopes(self.heads))}
-
-
-class Disentangled(nnx.Module):
-  """An embedding for each bucket of distances, which all layers share; each layer makes keys and queries of them with
-  the weights that it has for tokens.
-
-  Half of the buckets are for each side. Source: He et al. 2020, arXiv:2006.03654, §3.1; shared weights, logarithmic
-  buckets and the norm: He et al. 2021, arXiv:2111.09543, and microsoft/DeBERTa disentangled_attention.py. There the
-  embeddings drop too, with one mask for a batch; here they do not, since masks belong to examples.
-  """
-
-  def __init__(
-    self, embed: int, *, buckets: int, max_distance: int, scores: tuple[str, ...], norm: NormConfig | None, std: float
-  ):
-    self.table = weight((buckets, embed), ('buckets', 'embed'), Normal(std))
-    self.norm = None if norm is None else make_norm(embed, norm)
-    self.max_distance, self.scores = max_distance, scores
+  def __init__(self, heads: int, scale: float = 1.0):
+    self.heads, self.scale = heads, scale
 
   def __call__(self) -> dict[str, Any]:
-    table = self.table[...] if self.norm is None else self.norm(self.table[...])
-    return {'relative': RelativeEmbeddings(table, scores=self.scores, max_distance=self.max_distance)}
+    return {'alibi': jnp.asarray(alibi_slopes(self.heads) * np.float32(self.scale))}
 
 
 class NoBias(nnx.Module):
