@@ -8,13 +8,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from tests.conftest import paragraphs
 
-SPECIAL = {'byte_level': ('<|endoftext|>', '<|im_end|>'), 'byte_fallback': ('<unk>', '<s>', '</s>')}
+SPECIAL = {
+  'byte_level': ('<|endoftext|>', '<|im_end|>'),
+  'byte_fallback': ('<unk>', '<s>', '</s>'),
+  'wordpiece': ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'),
+}
 
 
 @functools.cache
 def content(kind: str) -> bytes:
-  """tokenizer.json: 'byte_level' as GPT-2's and Qwen's, 'byte_fallback' as Llama's, 'unigram' as T5's."""
-  return {'byte_level': _byte_level, 'byte_fallback': _byte_fallback, 'unigram': _unigram}[kind]().to_str().encode()
+  """tokenizer.json: 'byte_level' as GPT-2's and Qwen's, 'byte_fallback' as Llama's, 'unigram' as T5's, 'wordpiece' as
+  BERT's."""
+  makers = {'byte_level': _byte_level, 'byte_fallback': _byte_fallback, 'unigram': _unigram, 'wordpiece': _wordpiece}
+  return makers[kind]().to_str().encode()
 
 
 def _byte_level() -> Tokenizer:
@@ -48,6 +54,19 @@ def _byte_fallback() -> Tokenizer:
   values['pre_tokenizer'] = None
   found = Tokenizer.from_str(json.dumps(values))
   found.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+  return found
+
+
+def _wordpiece() -> Tokenizer:
+  """[PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4."""
+  found = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+  found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+  found.decoder = decoders.WordPiece()
+  trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[*SPECIAL['wordpiece']], show_progress=False)
+  found.train_from_iterator(paragraphs(), trainer)
+  found.post_processor = processors.TemplateProcessing(
+    single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
+  )
   return found
 
 

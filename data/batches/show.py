@@ -110,7 +110,7 @@ def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:
   """The encoder's inputs in segment `k`, then the answer at each position with loss, and what the input has there."""
   names = ('encoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
   inputs, targets, weights = (fields[name][fields['encoder_segment_ids'] == k] for name in names)
-  mask, answers = source.vocabulary.first_sentinel, []
+  mask, answers = source.vocabulary.mask, []
   for read, answer in zip(inputs[weights > 0], targets[weights > 0], strict=True):
     how = '' if read == mask else ' (kept)' if read == answer else f' (reads {_render(source, [read])})'
     answers.append(_render(source, [answer]) + how)

@@ -19,7 +19,7 @@ from data.mixing.curriculum import Order, Random, check_order
 from data.mixing.mixture import Mixture, Stage, by_size, check_seen
 from data.mixing.online import Odm, check_online
 from data.objectives.fitting import check_objective
-from data.objectives.objectives import Objective, OfUnits, tasks_of
+from data.objectives.objectives import Objective, OfUnits, is_encoder_only, tasks_of
 from data.objectives.tasks import Budget
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import ConcatSplit, Packing, check_packing
@@ -215,11 +215,13 @@ def _open_stores(
 
 
 def _check_size(cfg, objective: Objective, vocabulary: Vocabulary, vocab_size: int, path: str) -> None:
-  """Raises DataError for a model without a row for each id that rows may have. Mode tokens count if a task has one."""
+  """Raises DataError for a model without a row for each id that rows may have. Mode tokens count if a task has one;
+  sentinels do not where a masked objective has the tokenizer's own mask token."""
   modes = len(MODES) * (
     not isinstance(objective, OfUnits) and any(task.mode is not None for task in tasks_of(objective))
   )
-  needed = vocabulary.pieces + vocabulary.sentinels + modes
+  masks = vocabulary.ids.mask is not None and is_encoder_only(objective)
+  needed = vocabulary.pieces + (0 if masks else vocabulary.sentinels) + modes
   if vocab_size < needed:
     free = max(vocab_size - vocabulary.pieces - modes, 0)
     own = f', or data.sentinels <= {free} if objective.name needs no more' if vocab_size >= vocabulary.pieces else ''

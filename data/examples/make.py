@@ -33,14 +33,19 @@ class RowSpec:
 
   @functools.cached_property
   def tasks(self) -> tuple[Task, ...]:
-    """The tasks of rows. Fill-in-the-middle tasks include the extra tokens that cuts inside a token cost.
+    """The tasks of rows. Fill-in-the-middle tasks include the extra tokens that cuts inside a token cost; masked ones
+    the token before each text, where the tokenizer has one.
 
     Raises DataError if rows have no room for these.
     """
     tasks = tasks_of(self.objective)
-    if not any(task.kind == 'fim' for task in tasks):
+    opened = self.vocabulary.ids.cls is not None and any(task.kind == 'masked' for task in tasks)
+    if opened:
+      tasks = tuple(dataclasses.replace(task, opened=True) for task in tasks)
+    elif any(task.kind == 'fim' for task in tasks):
+      tasks = tuple(dataclasses.replace(task, growth=self.lexicon.halves.growth) for task in tasks)
+    else:
       return tasks
-    tasks = tuple(dataclasses.replace(task, growth=self.lexicon.halves.growth) for task in tasks)
     try:
       check_room(tasks, self.budget)
     except ValueError as error:

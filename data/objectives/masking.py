@@ -23,6 +23,8 @@ def mask_tokens(
 ) -> tuple[Ragged, np.ndarray, np.ndarray]:
   """(inputs, targets, chosen) of pieces, each with an EOS behind: what is read, the text itself, bool.
 
+  A tokenizer with a `cls` has it in front of each piece, as BERT has [CLS] and [SEP] around a text.
+
   Piece i gets the noise of `tasks[own[i]]`. `bits` is uint64[tokens + pieces], random: for each piece one for each
   token, then one more, for its EOS, which is not used. EOS is never chosen, also inside a piece. A piece's
   result depends on its own tokens, task and bits alone.
@@ -38,7 +40,11 @@ def mask_tokens(
   chosen = choose(Ragged(targets != vocabulary.ids.end, lengths), bits, rates)
   read = corrupt(targets, bits, np.repeat(masked, lengths), np.repeat(random, lengths), vocabulary)
   inputs = np.where(chosen, read, targets)
-  return Ragged(inputs, lengths), targets, chosen
+  if (first := vocabulary.ids.cls) is None:
+    return Ragged(inputs, lengths), targets, chosen
+  before = starts(lengths)
+  inputs, targets = (np.insert(x, before, np.int32(first)) for x in (inputs, targets))
+  return Ragged(inputs, lengths + 1), targets, np.insert(chosen, before, False)
 
 
 def choose(candidates: Ragged, bits: np.ndarray, rate: float | np.ndarray) -> np.ndarray:
@@ -58,7 +64,7 @@ def choose(candidates: Ragged, bits: np.ndarray, rate: float | np.ndarray) -> np
 def corrupt(
   tokens: np.ndarray, bits: np.ndarray, mask: np.ndarray, random: np.ndarray, vocabulary: Vocabulary
 ) -> np.ndarray:
-  """Each token as it is read if chosen: <extra_id_0> or a random piece, with these probabilities, or as it is.
+  """Each token as it is read if chosen: the mask token or a random piece, with these probabilities, or as it is.
 
   The low 40 bits of its own number select the case and, for `random`, the piece.
   """
@@ -66,4 +72,4 @@ def corrupt(
   masked, replaced = (np.rint(share * 2.0**_BITS).astype(np.uint64) for share in (mask, np.minimum(mask + random, 1.0)))
   piece = vocabulary.text_ids[(drawn - masked) % np.uint64(len(vocabulary.text_ids))]
   read = np.where(drawn < replaced, piece.astype(tokens.dtype), tokens)
-  return np.where(drawn < masked, np.int32(vocabulary.first_sentinel), read)
+  return np.where(drawn < masked, np.int32(vocabulary.mask), read)

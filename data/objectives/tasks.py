@@ -31,6 +31,7 @@ class Task:
   `noise_density` is the share of what is hidden: tokens, words (infilling), or pieces that are cut in three (fim, of
   these the share `spm` with the suffix first). Of the chosen tokens of a masked task, the share `mask` is hidden and
   the share `random` replaced (masking.py); of the masks of an iid task too. `full`: the targets are all the text.
+  `opened`: the tokenizer has a token that an encoder reads before each text ([CLS]), which a masked task pays for.
   `growth` is the most tokens that a cut inside a token adds (data/objectives/fim.py).
   """
 
@@ -48,6 +49,7 @@ class Task:
   permute: bool = False
   spm: float = 0.0
   growth: int = 0
+  opened: bool = False
   loss_on_inputs: bool = False
 
   @property
@@ -66,7 +68,7 @@ class Task:
     return np.where(lengths > 1, noise, 0), spans
 
   def costs(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets): positions that pieces take, with mode token, sentinels and EOS; 0 for an empty piece.
+    """(inputs, targets): positions that pieces take, with mode token, [CLS], sentinels and EOS; 0 for an empty piece.
 
     Exact, but for the split of a uniform prefix, spans of one token or with random_roll, and what depends on the text
     or on chance alone (iid, infilling, fim): upper bounds.
@@ -77,7 +79,7 @@ class Task:
       case 'causal':
         inputs, targets = np.zeros_like(lengths), lengths
       case 'masked':  # one sequence, read and answered at the same positions
-        inputs, targets = np.zeros_like(lengths), lengths + 1
+        inputs, targets = np.zeros_like(lengths), lengths + 1 + self.opened
       case 'uniform_prefix':
         inputs, targets = lengths + extra, np.maximum(lengths, 2)
       case 'last_quarter':

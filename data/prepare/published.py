@@ -5,12 +5,14 @@ A later source replaces ids of an earlier one:
 1. the file itself: SentencePiece's bos, eos, pad and unk; the unknown token of a tokenizer.json
 2. config.json: bos_token_id, eos_token_id, pad_token_id, decoder_start_token_id
 3. generation_config.json: the same keys
-4. tokenizer_config.json: the ids of its bos_token, eos_token, pad_token and unk_token
+4. tokenizer_config.json: the ids of its bos_token, eos_token, pad_token and unk_token; of an encoder's cls_token,
+   sep_token and mask_token, which BERT and its relatives have by name where the file has no such key
 
 Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none; of 1, where none has any); documents end with that
-of 4, else with the first. A decoder reads bos first unless `add_bos_token` in 4 is false; where 4 has no such key, if
-the post-processor of tokenizer.json puts it there, or the file is a SentencePiece model. decoder_start_token_id, which
-an encoder-decoder has, comes before bos. In the folder of a store, the store's manifest alone has the ids.
+of 4, else with the first; where there is none, with sep_token. A decoder reads bos first unless `add_bos_token` in 4 is
+false; where 4 has no such key, if the post-processor of tokenizer.json puts it there, or the file is a SentencePiece
+model. decoder_start_token_id, which an encoder-decoder has, comes before bos. In the folder of a store, the store's
+manifest alone has the ids.
 """
 
 import dataclasses
@@ -27,9 +29,18 @@ from data.stores.special_ids import SpecialIds
 from data.stores.tokenizer_json import Description, is_json
 from data.stores.vocabulary import Tokenizer
 
-SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'spm.model')
 JSON = 'tokenizer.json'
-TOKENS = {'pad': 'pad_token', 'unknown': 'unk_token', 'bos': 'bos_token', 'eos': 'eos_token'}
+TOKENS = {
+  'pad': 'pad_token', 'unknown': 'unk_token', 'bos': 'bos_token', 'eos': 'eos_token', 'cls': 'cls_token',
+  'sep': 'sep_token', 'mask': 'mask_token',
+}  # fmt: skip
+# The tokens of `transformers` for files that name none (tokenization_bert.py, tokenization_deberta_v2.py, …).
+BERT_TOKENS = {'pad_token': '[PAD]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]'}
+ENCODERS = {
+  'bert': BERT_TOKENS, 'electra': BERT_TOKENS, 'deberta-v2': BERT_TOKENS,
+  'roberta': {'cls_token': '<s>', 'sep_token': '</s>', 'mask_token': '<mask>'},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +134,10 @@ def _ids_of(path: pathlib.Path, own: _Own) -> SpecialIds:
     _read(folder / name) for name in ('config.json', 'generation_config.json', 'tokenizer_config.json')
   )
   merged = _given(config) | _given(generation)
-  named = _named(tokens, own)
+  usual = ENCODERS.get(config.get('model_type', ''), {})
+  named = _named({**usual, **tokens}, own)
   eos = [own.special.get('eos')] if 'eos' not in merged else merged['eos']
-  eos = list(dict.fromkeys(i for i in [named.get('eos'), *eos] if i is not None))
+  eos = list(dict.fromkeys(i for i in [named.get('eos'), *eos] if i is not None)) or _sep(named)
   if not eos:
     raise DataError(
       f'{path} has no end of text: neither it nor config.json, generation_config.json or tokenizer_config.json beside '
@@ -135,9 +147,14 @@ def _ids_of(path: pathlib.Path, own: _Own) -> SpecialIds:
   pad, bos = single.get('pad'), single.get('bos')
   pad = None if pad is None or pad >= own.pieces else pad  # never read: batches know padding by segment ids
   start = _decoder_start(own, tokens, merged, pad, bos)
-  found = SpecialIds(pad=pad, eos=tuple(eos), unknown=single.get('unknown'), bos=bos, decoder_start=start)
+  around = {name: named[name] for name in ('cls', 'mask') if name in named}
+  found = SpecialIds(pad=pad, eos=tuple(eos), unknown=single.get('unknown'), bos=bos, decoder_start=start, **around)
   _check(path, found, own.pieces)
   return found
+
+
+def _sep(named: Mapping[str, int]) -> list[int]:
+  return [named['sep']] if 'sep' in named else []
 
 
 def _decoder_start(own: _Own, tokens: Mapping[str, Any], merged: Mapping[str, Any], pad, bos) -> int | None:

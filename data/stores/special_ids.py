@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+OF_ENCODERS = ('cls', 'mask')
+SINGLE = ('pad', 'unknown', 'bos', 'decoder_start', *OF_ENCODERS)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialIds:
@@ -11,7 +14,8 @@ class SpecialIds:
 
   `eos` ends a text: documents end with the first one, generation stops at any of them. A decoder reads `decoder_start`
   before each prompt; where it is None, a prompt begins with its text, as in Qwen. Padding in batches is marked by
-  segment ids alone: where `pad` is None, every id may be text.
+  segment ids alone: where `pad` is None, every id may be text. An encoder reads `cls` before each text, BERT's [CLS],
+  and `mask` in place of a token that it predicts: where these are None, the text alone, and <extra_id_0>.
 
   >>> SpecialIds(pad=None, eos=(2,), unknown=0, bos=1, decoder_start=1).not_text
   (1, 2)
@@ -22,6 +26,8 @@ class SpecialIds:
   unknown: int | None = 2
   bos: int | None = None
   decoder_start: int | None = 0
+  cls: int | None = None
+  mask: int | None = None
 
   @property
   def end(self) -> int:
@@ -46,24 +52,30 @@ class SpecialIds:
   @property
   def not_text(self) -> tuple[int, ...]:
     """The ids that no text contains, ascending. An unknown piece is text."""
-    return tuple(sorted({i for i in (self.pad, *self.eos, self.bos, self.decoder_start) if i is not None}))
+    own = (self.pad, *self.eos, self.bos, self.decoder_start, self.cls, self.mask)
+    return tuple(sorted({i for i in own if i is not None}))
 
   @property
   def used(self) -> Mapping[str, int]:
     """Each id by its name."""
-    single = {name: getattr(self, name) for name in ('pad', 'unknown', 'bos', 'decoder_start')}
+    single = {name: getattr(self, name) for name in SINGLE}
     several = {f'eos[{i}]' if i else 'eos': token for i, token in enumerate(self.eos)}
     return several | {name: token for name, token in single.items() if token is not None}
 
   def to_json(self) -> dict[str, Any]:
-    return {**dataclasses.asdict(self), 'eos': list(self.eos)}
+    """Without those of an encoder where there are none, so that manifests of before are unchanged."""
+    own = {
+      name: token for name, token in dataclasses.asdict(self).items() if name not in OF_ENCODERS or token is not None
+    }
+    return {**own, 'eos': list(self.eos)}
 
   @classmethod
   def from_json(cls, values: Any) -> 'SpecialIds':
     """The ids that `to_json` wrote. Raises ValueError for anything else."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(values, Mapping) or values.keys() != names:
+    names = {field.name for field in dataclasses.fields(cls)} - {*OF_ENCODERS}
+    if not isinstance(values, Mapping) or values.keys() - {*OF_ENCODERS} != names:
       raise ValueError(f'special_ids={values!r} lacks some of the keys {", ".join(sorted(names))}')
+    names |= values.keys()
     eos = values['eos']
     one = lambda value: type(value) is int and value >= 0
     if not isinstance(eos, list) or not eos or not all(map(one, eos)):

@@ -53,6 +53,11 @@ class Vocabulary:
     """The id of <extra_id_0>; the ids of later sentinels descend."""
     return self.pieces + self.sentinels - 1
 
+  @property
+  def mask(self) -> int:
+    """What an encoder reads in place of a token that it predicts: the tokenizer's own mask token, or <extra_id_0>."""
+    return self.first_sentinel if self.ids.mask is None else self.ids.mask
+
   def sentinel(self, k: int) -> int:
     return self.first_sentinel - k
 
@@ -66,8 +71,10 @@ class Vocabulary:
     return base, base + 1, base + 2
 
   def special(self, token: int) -> str | None:
-    """The written form of a special token: <extra_id_k>, [NLU], <pad>, <s>, </s>. None if `token` is text."""
+    """The written form of a special token: <extra_id_k>, [NLU], <pad>, <s>, </s>, [CLS], [MASK]; None for text."""
     if token in self.ids.not_text:
+      if token in (self.ids.cls, self.ids.mask):
+        return '[CLS]' if token == self.ids.cls else '[MASK]'
       return '</s>' if token in self.ids.eos else '<s>' if token == self.ids.bos else '<pad>'
     if self.is_sentinel(token):
       return f'<extra_id_{self.first_sentinel - token}>'

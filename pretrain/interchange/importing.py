@@ -286,11 +286,11 @@ def start_from(source: Source) -> list[str]:
   longest = min(ROW, getattr(model, 'max_positions', None) or ROW)
   pieces = 4 if source.tokenizer is None else source.tokenizer.pieces
   room = model.vocab_size - pieces - len(MODES)
-  pair = model.name == 'encoder_decoder'
+  pair, least = model.name == 'encoder_decoder', int(model.name == 'encoder')  # the mask token takes its place
   return [
     f"objective.name='{OBJECTIVES[model.name]}'", "data.name='synthetic'", 'data.batch_size=8',
     f'data.targets_length={longest // 4 if pair else longest}', f'data.inputs_length={longest if pair else 0}',
-    f'data.sentinels={max(0, min(100, room)) if model.name != "decoder" else 0}', "schedule.name='constant'",
+    f'data.sentinels={max(least, min(100, room)) if model.name != "decoder" else 0}', "schedule.name='constant'",
     'schedule.peak=1e-4', 'train.steps=1000',
   ]  # fmt: skip
 

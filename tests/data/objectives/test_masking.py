@@ -1,5 +1,6 @@
 """BERT's noise: the reference's counts, and the laws of which tokens are chosen and what is read in their places."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from data.objectives.features import encoder_features
 from data.objectives.masking import choose, mask_tokens
 from data.objectives.objectives import MaskedLm, tasks_of
 from data.ragged import Ragged, join
+from data.stores.special_ids import SpecialIds
 from data.stores.vocabulary import EOS, UNKNOWN, Vocabulary
 
 VOCABULARY = Vocabulary(100, 4)
@@ -20,13 +22,32 @@ def random_bits(count: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, 2**64, count, np.uint64)
 
 
-def mask(pieces, objective=None, seed: int = 0):
+def mask(pieces, objective=None, seed: int = 0, vocabulary=VOCABULARY):
   """(inputs, targets, chosen) of each piece."""
   tokens = join([np.asarray(piece, np.int32) for piece in pieces])
   (task,) = tasks_of(objective or MaskedLm())
   bits = random_bits(len(tokens.values) + len(pieces), seed)
-  inputs, targets, chosen = mask_tokens(tokens, [task], np.zeros(len(pieces), int), bits, VOCABULARY)
+  inputs, targets, chosen = mask_tokens(tokens, [task], np.zeros(len(pieces), int), bits, vocabulary)
   return zip(inputs.split(), *(Ragged(x, inputs.lengths).split() for x in (targets, chosen)), strict=True)
+
+
+def test_a_tokenizer_with_cls_and_mask_has_them_around_and_in_each_text():
+  """[CLS] text [SEP] (Devlin et al. 2019, §3); the same tokens are chosen as without [CLS], and never these two."""
+  ids = SpecialIds(pad=0, eos=(2,), unknown=3, bos=None, decoder_start=None, cls=1, mask=4)
+  bert, plain = Vocabulary(100, 4, ids), Vocabulary(100, 4, dataclasses.replace(ids, cls=None))
+  pieces = [np.arange(10, 10 + n) for n in (1, 5, 40)]
+  options = {'objective': MaskedLm(rate=0.5, mask=1.0, random=0.0)}
+  both = zip(mask(pieces, vocabulary=bert, **options), mask(pieces, vocabulary=plain, **options), pieces, strict=True)
+  for (inputs, targets, chosen), without, piece in both:
+    assert targets.tolist() == [1, *piece, 2]
+    assert inputs[[0, -1]].tolist() == [1, 2]
+    assert not chosen[[0, -1]].any()
+    assert (inputs[chosen] == 4).all()
+    for own, other in zip((inputs, targets, chosen), without, strict=True):
+      assert own[1:].tolist() == other.tolist()
+  (task,) = tasks_of(MaskedLm())
+  lengths = np.array([0, 1, 5, 40])
+  assert dataclasses.replace(task, opened=True).costs(lengths)[1].tolist() == [0, 3, 7, 42]
 
 
 def unlikely(counts, expected=None) -> bool:

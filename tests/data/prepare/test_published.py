@@ -62,6 +62,31 @@ def test_later_files_replace_earlier_ones(tmp_path, llama_model):
   assert published(folder).ids == SpecialIds(pad=None, eos=(6,), unknown=0, bos=1, decoder_start=None)
 
 
+@pytest.mark.parametrize(
+  'files',
+  [
+    {'config': {'model_type': 'bert'}, 'tokenizer_config': {'do_lower_case': True}},
+    {'tokenizer_config': {
+      'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': {'content': '[MASK]'}, 'pad_token': '[PAD]',
+    }},
+  ],
+  ids=['as bert-base-uncased', 'named'],
+)  # fmt: skip
+def test_bert_has_ids_around_a_text_and_a_mask(tmp_path, files):
+  """bert-base-uncased's tokenizer_config.json names no token; `transformers` has their names."""
+  found = published(publish(tmp_path / 'm', 'wordpiece', **files)).ids
+  assert (found.pad, found.eos, found.cls, found.mask) == (0, (3,), 2, 4)
+  assert SpecialIds.from_json(found.to_json()) == found
+
+
+def test_ids_of_encoders_are_written_only_where_there_are_some():
+  """So manifests and fingerprints of other stores are those of before."""
+  assert T5_IDS.to_json().keys() == {'pad', 'eos', 'unknown', 'bos', 'decoder_start'}
+  assert SpecialIds.from_json(T5_IDS.to_json()) == T5_IDS
+  with pytest.raises(ValueError, match='lacks some of the keys'):
+    SpecialIds.from_json({**T5_IDS.to_json(), 'other': 3})
+
+
 def test_qwen_has_no_first_token_and_two_ends(tmp_path):
   folder = publish(
     tmp_path / 'm', 'byte_level', config={'bos_token_id': 400, 'eos_token_id': 401},

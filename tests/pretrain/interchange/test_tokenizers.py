@@ -184,6 +184,34 @@ def test_a_part_of_a_tokenizer_reads_no_prompt(imported, tmp_path, capsys):
   assert 'has only vocab.json, which is a part of a tokenizer (spiece.model, tokenizer.model' in err
 
 
+def test_an_imported_bert_reads_its_own_tokens_around_a_text(tmp_path):
+  """[CLS] text [SEP] and [MASK], in a table that has no row for a sentinel."""
+  source, run = tmp_path / 'bert', tmp_path / 'run'
+  config = {
+    'model_type': 'bert', 'vocab_size': 300, 'max_position_embeddings': 64, 'type_vocab_size': 2,
+    **{key: SIZES[key] for key in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')},
+  }  # fmt: skip
+  publish(source, 'wordpiece', config=config, tokenizer_config={'do_lower_case': True})
+  family = FAMILIES['bert']
+  shapes = needed(family, family.read(ConfigJson(config, source), {}), config)
+  for array in create(source, {name: ('F32', shape) for name, shape in shapes.items()}).values():
+    array[...] = 0.1
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  cfg = on_a_store(run, tmp_path)
+  assert cfg.data.sentinels == 1
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=tmp_path)
+  batch = data.batch(0, slice(0, 1))
+  used = batch['encoder_segment_ids'][0] == 1
+  read, answer, weight = (
+    batch[name][0][used] for name in ('encoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
+  )
+  assert answer.tolist() == [2, *data.tokenizer.encode('the work'), 3]
+  assert read[[0, -1]].tolist() == [2, 3]
+  assert weight[[0, -1]].tolist() == [0, 0]
+  assert weight.sum() == 1
+  assert read.max() < 300, 'no sentinel, for which the table has no row'
+
+
 def test_a_chat_template_comes_back_unchanged(tmp_path):
   """In tokenizer_config.json, where `transformers` had it, and in a file of its own, where it has it now."""
   source = published_model(tmp_path / 'source', 'qwen')
