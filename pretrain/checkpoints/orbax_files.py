@@ -15,7 +15,7 @@ from orbax.checkpoint import args
 from data.stores.paths import plain_path
 from pretrain.checkpoints import manifest
 
-SMALL_FILE = 16 * 2**20  # bytes, for saves that may be slow and must need little memory
+SMALL_FILE = 16 * 2**20  # bytes, for saves of parameters alone: they must need little memory and may take longer
 
 
 def be_quiet() -> None:
@@ -71,10 +71,12 @@ class Files:
     """Returns when the arrays are copied; `wait` for the files.
 
     TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
-    several files at a time.
+    several files at a time. With `file_bytes`, each layer of a larger array has chunks of its own, so that it can be
+    read alone.
     """
+    layers = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=_layers(x, file_bytes)), tree) if file_bytes else None
     items = args.Composite(
-      state=args.PyTreeSave(tree, ocdbt_target_data_file_size=file_bytes),
+      state=args.PyTreeSave(tree, save_args=layers, ocdbt_target_data_file_size=file_bytes),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
     )
@@ -123,6 +125,11 @@ class Files:
     is_leaf = lambda x: hasattr(x, 'shape')
     tree = jax.tree_util.tree_map_with_path(choose, self.metadata(step), is_leaf=is_leaf)
     return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=False))).state
+
+
+def _layers(x: jax.Array, file_bytes: int) -> tuple[int, ...]:
+  """The axis of layers: the first of three or more. Orbax would divide longer axes before it."""
+  return (0,) if x.ndim >= 3 and x.nbytes > file_bytes else ()
 
 
 def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:

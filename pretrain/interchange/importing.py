@@ -33,9 +33,9 @@ from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import family_of
 from pretrain.interchange.family import Family
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.placing import BLOCK, place
-from pretrain.interchange.safetensors import READ, Tensor, create, equal, open_folder
-from pretrain.tools.weights import NOT_ARCHITECTURE
+from pretrain.interchange.placing import BLOCK, copy, place
+from pretrain.interchange.safetensors import READ, Tensor, allocate, equal, open_folder
+from pretrain.tools.weights import NOT_ARCHITECTURE, check_space
 
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
 ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
@@ -188,16 +188,21 @@ def import_run(
 
   It writes `change(parameters)`.
   """
+  check_space(workdir, sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values()), '--workdir')
   program = build_program(cfg)
   params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
   fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()
-  with owned(workdir):
-    checkpoints = Checkpoints(workdir, CheckpointConfig())
-    checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
-    checkpoints.close()
-    _keep(source, workdir / FOLDER)
-    (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
+  try:
+    with owned(workdir):
+      checkpoints = Checkpoints(workdir, CheckpointConfig())
+      checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
+      checkpoints.close()
+      _keep(source, workdir / FOLDER)
+      (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
+  except BaseException:
+    shutil.rmtree(workdir, ignore_errors=True)  # it was new, and is no run
+    raise
 
 
 def _keep(source: Source, folder: pathlib.Path) -> None:
@@ -209,8 +214,8 @@ def _keep(source: Source, folder: pathlib.Path) -> None:
   (folder / TENSORS).write_text(json.dumps({'names': dict(source.names), 'types': types}, indent=1) + '\n')
   if kept := {name: source.tensors[name] for name in sorted(_to_keep(source))}:
     (folder / ORIGINALS).mkdir()
-    for name, array in create(folder / ORIGINALS, {name: (t.dtype, t.shape) for name, t in kept.items()}).items():
-      array[...] = kept[name].values()
+    for name, tensor in allocate(folder / ORIGINALS, {name: (t.dtype, t.shape) for name, t in kept.items()}).items():
+      copy(kept[name], tensor)
 
 
 def _to_keep(source: Source) -> set[str]:
