@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorstore
@@ -62,10 +63,10 @@ class Stored:
         raise self._corrupt(str(error).splitlines()[0][:300]) from error
     return found
 
-  def _slices(self, shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[slice | tuple[()]]:
+  def _slices(self, shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Any]:
     """Parts of the first axis that consist of whole chunks, each about PART bytes."""
     if not shape:
-      yield ()
+      yield ...
       return
     step = chunk[0] * max(1, PART // max(1, self._bytes((chunk[0], *shape[1:]))))
     for begin in range(0, shape[0], step):
