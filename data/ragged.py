@@ -16,7 +16,7 @@ class Ragged(NamedTuple):
     return np.split(self.values, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
 
-def join(pieces: Sequence[np.ndarray], dtype=np.int32) -> Ragged:
+def join(pieces: Sequence[np.ndarray | Sequence[int]], dtype=np.int32) -> Ragged:
   """Pieces -> Ragged.
 
   >>> join([np.int32([1, 2]), np.int32([3])]).lengths.tolist()

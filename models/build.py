@@ -57,9 +57,12 @@ class Model:
       return self.bind(params)(batch, key)
 
   def head(self, params: Tree) -> Array:
-    """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`."""
+    """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`.
+
+    It is [embed, 1] for `cfg.head` 'binary'.
+    """
     match self.cfg.head:
-      case 'untied':
+      case 'untied' | 'binary':
         return params['head']['kernel']
       case 'tied':
         return params['embedding']['table'].T
@@ -71,7 +74,7 @@ class Model:
     return params['head']['bias'] if self.cfg.head_bias else None
 
   def logits(self, params: Tree, hidden: Array) -> Array:
-    """f32[…, vocab]."""
+    """f32[…, vocab]; for `cfg.head` 'binary' f32[…, 1]."""
     head = self.head(params).astype(hidden.dtype)
     logits, cap = jnp.matmul(hidden, head, preferred_element_type=jnp.float32), self.cfg.logit_softcap
     if self.cfg.head_bias:
@@ -102,7 +105,12 @@ def check_kernels(cfg: KernelsConfig) -> None:
 
 
 def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
-  """Raises ValueError for a name in `lora.modules` that is no product of the model."""
+  """Raises ValueError for a name in `lora.modules` that is no product of the model, and for learned frequencies."""
+  if cfg.rope_scaling.name == 'clex':
+    raise ValueError(
+      f"lora.rank={lora.rank} with model.rope_scaling.name='clex', whose frequencies would stay as drawn; use "
+      'lora.rank=0 or another scaling.'
+    )
   attach(make_module(cfg, KernelsConfig()), lora)
 
 

@@ -26,6 +26,7 @@ PARAMETER_RULES: Rules = {
   'buckets': None,
   'length': None,
   'rank': None,
+  'outputs': None,
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp'),
@@ -86,18 +87,19 @@ def divides(axis: str) -> bool:
   return any(sizes.get(name, 1) > 1 for name in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
-def per_shard(kernel, in_axes, out_axes: Sequence[str | None]):
+def per_shard(kernel, in_axes, out_axes):
   """`kernel` on each device's part of arrays with these logical axes; axes that are None are not divided.
 
   For what cannot be partitioned automatically (a Pallas call). Without a mesh it returns `kernel`. `in_axes` has a
-  tuple of axes for each argument, or a dict of tuples.
+  tuple of axes for each argument, or a dict of tuples; `out_axes` those of the result, or of each result.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return kernel
   spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
   in_specs = jax.tree.map(spec, in_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
+  out_specs = jax.tree.map(spec, out_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
   # A kernel does not declare along which axes its outputs vary, so that check is off.
-  return jax.shard_map(kernel, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
+  return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _nested(x) -> bool:

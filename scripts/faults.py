@@ -32,16 +32,20 @@ from faults.refusals import f6, f15, f17
 from faults.runs import f4, f5, f10, f11, f19
 from faults.safety import f18
 from faults.snapshots import f20, f21
+from faults.stores.runs import f22, f23, f24, f25, f26, f27, f28, f29, f30
 from faults.values import f9, f16
 
 from pretrain.devices.platform import cores
 from pretrain.fleet import supervise
 from pretrain.snapshots.slots import MEMORY
 
-BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21)
+BESIDE = (f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11, f12, f13, f14, f15, f16, f17, f18, f20, f21,
+          f22, f23, f24, f25, f26, f27, f28, f29, f30)  # fmt: skip
 AFTERWARDS = (f19, mttr)  # f19 uses all runs above; mttr runs alone
 FAULTS = {f.__name__.upper(): f for f in (*BESIDE, *AFTERWARDS)}
-PARTS = {'F1': 4, 'F2': 4, 'F3': 3, 'F4': 2, 'F5': 3, 'F7': 2, 'F10': 3, 'F11': 2, 'F16': 4}  # with --full
+PARTS = {
+  'F1': 4, 'F2': 4, 'F3': 3, 'F4': 2, 'F5': 3, 'F7': 2, 'F10': 3, 'F11': 2, 'F16': 4, 'F22': 4, 'F27': 2,  # with --full
+}  # fmt: skip
 LONGEST_FIRST = ('F3', 'F10', 'F7', 'F1', 'F4', 'F2', 'F5')
 
 

@@ -116,22 +116,86 @@ FAMILIES = {
   'bert': ('BertConfig', BERT, 'BertForMaskedLM'),
   'roberta': ('RobertaConfig', BERT, 'RobertaForMaskedLM'),
   'electra': ('ElectraConfig', BERT | {'embedding_size': 32}, 'ElectraForMaskedLM'),
+  'electra_small': ('ElectraConfig', BERT | {'embedding_size': 16}, 'ElectraForMaskedLM'),
+  'electra_discriminator': (
+    'ElectraConfig', BERT | {'embedding_size': 16, 'hidden_act': 'relu'}, 'ElectraForPreTraining',
+  ),
+  'deberta': (
+    'DebertaV2Config',
+    {
+      **BERT, 'type_vocab_size': 0, 'relative_attention': True, 'pos_att_type': 'p2c|c2p', 'share_att_key': True,
+      'norm_rel_ebd': 'layer_norm', 'position_biased_input': False, 'position_buckets': 16,
+      'max_relative_positions': 60, 'max_position_embeddings': 512,
+    },
+    'DebertaV2ForMaskedLM',
+  ),
   'mixtral': (
     'MixtralConfig',
     {**LLAMA, **rope(800.0), 'intermediate_size': 24, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'MixtralForCausalLM',
   ),
 }  # fmt: skip
+# Keys of a family's config.json that its model above does not have. Smaller, so that the files are.
+TINY, HALF = LLAMA | {'vocab_size': 40, 'hidden_size': 16, 'head_dim': 8}, rope(800.0)
+WINDOWED = {'use_sliding_window': True, 'sliding_window': 40}
+VARIANTS = {
+  'llama_bias': ('LlamaConfig', TINY | HALF | {'attention_bias': True, 'mlp_bias': True}, 'LlamaForCausalLM'),
+  'llama_mlp_bias': ('LlamaConfig', TINY | HALF | {'mlp_bias': True, 'num_hidden_layers': 1}, 'LlamaForCausalLM'),
+  'qwen2_windows': (
+    'Qwen2Config', {**TINY, **HALF, **WINDOWED, 'head_dim': 4, 'num_hidden_layers': 3, 'max_window_layers': 2},
+    'Qwen2ForCausalLM',
+  ),
+  'qwen3_bias': (
+    'Qwen3Config', TINY | LINEAR | WINDOWED | {'max_window_layers': 1, 'attention_bias': True}, 'Qwen3ForCausalLM',
+  ),
+  'olmo2_bias': (
+    'Olmo2Config', {**TINY, **HALF, 'head_dim': 4, 'num_hidden_layers': 1, 'attention_bias': True, 'eos_token_id': 2},
+    'Olmo2ForCausalLM',
+  ),
+  'gemma2_bias': (
+    'Gemma2Config', {**TINY, **HALF, 'sliding_window': 40, 'query_pre_attn_scalar': 20, 'attention_bias': True},
+    'Gemma2ForCausalLM',
+  ),
+  'gpt2_unscaled': (
+    'GPT2Config',
+    dict(
+      vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=220, layer_norm_epsilon=1e-3, bos_token_id=2,
+      eos_token_id=2, scale_attn_weights=False, tie_word_embeddings=False, activation_function='relu',
+    ),
+    'GPT2LMHeadModel',
+  ),
+  'gpt_neox_yarn': (
+    'GPTNeoXConfig',
+    dict(
+      vocab_size=40, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+      layer_norm_eps=1e-3, max_position_embeddings=256, use_parallel_residual=False, attention_bias=False,
+      rope_parameters={
+        **YARN['rope_parameters'], 'original_max_position_embeddings': 256, 'partial_rotary_factor': 0.5,
+      },
+    ),
+    'GPTNeoXForCausalLM',
+  ),
+  # With its eager attention, transformers 5.24 adds ALiBi's biases twice: in the mask, and to the scores.
+  'falcon_rw': (
+    'FalconConfig',
+    dict(
+      vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layer_norm_epsilon=1e-3, bias=True,
+      alibi=True, parallel_attn=False, multi_query=False, new_decoder_architecture=False, attn_implementation='sdpa',
+    ),
+    'FalconForCausalLM',
+  ),
+}  # fmt: skip
+ALL = FAMILIES | VARIANTS
 
 
 def is_untied_t5(name: str) -> bool:
-  kind, arguments, _ = FAMILIES[name]
+  kind, arguments, _ = ALL[name]
   return 'T5' in kind and arguments.get('tie_word_embeddings') is False
 
 
 def make_model(name: str):
-  kind, arguments, model = FAMILIES[name]
-  cfg = getattr(transformers, kind)(**arguments, attn_implementation='eager')
+  kind, arguments, model = ALL[name]
+  cfg = getattr(transformers, kind)(**{'attn_implementation': 'eager'} | arguments)
   for site in (key for key in vars(cfg) if 'dropout' in key or key.endswith('pdrop')):
     setattr(cfg, site, 0.0)
   found = getattr(transformers, model)(cfg).eval().float()
@@ -176,14 +240,14 @@ def next_tokens(model, document: np.ndarray) -> np.ndarray:
 
 
 def expected(model) -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(0)
-  draw = lambda length: rng.integers(3, VOCAB, length).astype(np.int32)  # low ids are padding, end, start
+  rng, pieces = np.random.default_rng(0), model.config.vocab_size
+  draw = lambda length: rng.integers(3, pieces, length).astype(np.int32)  # low ids are padding, end, start
   found = {'long': draw(LONG), 'short': draw(SHORT)}
   if model.config.is_encoder_decoder:
     found |= {f'{name}_target': np.append(0, draw(length - 1)) for name, length in (('long', LONG), ('short', SHORT))}
   for name in ('long', 'short'):
     found[f'{name}_logits'] = logits(model, found[name], found.get(f'{name}_target'))
-  if not type(model).__name__.endswith('ForMaskedLM'):
+  if not type(model).__name__.endswith(('ForMaskedLM', 'ForPreTraining')):
     found['greedy'] = next_tokens(model, found['short'])
   return {key: value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) for key, value in found.items()}
 
@@ -218,6 +282,6 @@ def write_ropes() -> None:
 
 if __name__ == '__main__':
   GOLDENS.mkdir(parents=True, exist_ok=True)
-  for family in sys.argv[1:] or FAMILIES:
+  for family in sys.argv[1:] or ALL:
     write(family)
   write_ropes()

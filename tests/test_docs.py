@@ -1,7 +1,7 @@
 """What documents name exists: files, links, commands, flags, config keys, and the values that pick a part.
 
-Text in backticks and code blocks is checked. Not checked: blocks marked `t5x` or `wrong`, the first column of
-tables in docs/from_*.md (names of other programs), and docs/LOG.md, which records the past.
+Text in backticks and code blocks is checked. Not checked: blocks marked `t5x`, `other` (other programs) or `wrong`, the
+first column of tables in docs/from_*.md (names of other programs), and docs/LOG.md, which records the past.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DOCUMENTS = [
 ]
 PACKAGES = ('pretrain', 'models', 'data', 'pallas_kernels')
 SECTIONS = '|'.join(field.name for field in dataclasses.fields(Experiment))
-FOLDERS = 'configs|data|docs|models|pallas_kernels|pretrain|scripts|tests'
+FOLDERS = 'configs|data|docs|launch|models|pallas_kernels|pretrain|scripts|tests'
 START = r'(?:(?<=--gin\.)|(?<![\w./-]))'
 KEY = re.compile(rf'{START}((?:{SECTIONS})(?:\.[a-z]\w*)+)(?!\w|/|\.[a-z])')
 ASSIGNED = re.compile(r"""(?:^|--gin\.|['"])([a-z]\w*(?:\.[a-z]\w*)+)['"]?\s*[=:]""", re.MULTILINE)
@@ -69,7 +69,7 @@ for key, values in keys_of(Experiment):
 
 def code_of(text: str, foreign_column: bool) -> list[str]:
   """Code blocks (but of other programs, and mistakes) and inline code of a document."""
-  blocks = [body for language, body in BLOCK.findall(text) if language not in ('t5x', 'wrong')]
+  blocks = [body for language, body in BLOCK.findall(text) if language not in ('t5x', 'other', 'wrong')]
   prose = BLOCK.sub('', text)
   if foreign_column:
     prose = re.sub(r'^\|(?:[^|`]|`[^`]*`)*\|', '|', prose, flags=re.MULTILINE)
@@ -132,8 +132,8 @@ def mistakes(path: pathlib.Path, text: str) -> list[str]:
   """What a document names and the program does not have."""
   found = [f'link {link}' for link in LINK.findall(text) if not (path.parent / link).exists()]
   found += wrong_anchors(path, text)
-  # Flags of setup.sh, faults.py, pytest (--import-mode) and pip (--no-deps).
-  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no'}
+  # Flags of setup.sh, faults.py, launch/, pytest (--import-mode) and pip (--no-deps).
+  of_scripts = {'--dev', '--full', '--times', '--jobs', '--go_on', '--import', '--no', '--dry_run', '--signal'}
   known = all_flags(shared.parser(main.COMMANDS)) | of_scripts | {'--gin'}
   for code in code_of(text, path.name.startswith('from_')):
     found += [f'file {name}' for name in FILE.findall(code) if not (ROOT / name).exists()]

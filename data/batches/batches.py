@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.batches.rows import StoreRows
+from data.batches.text_bytes import text_bytes
 from data.examples.units import Losses
 from data.mixing.mixture import Mixture
 from data.objectives.features import Batch
@@ -174,6 +175,12 @@ class DataSource:
     """At most `num_batches` batches of each evaluation set, the same ones in every call."""
     size = self.cfg.batch_size
     return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
+
+  def heldout_bytes(self, num_batches: int) -> dict[str, int]:
+    """`text_bytes` of the rows of `heldout`, of each evaluation set that has them."""
+    rows = num_batches * self.cfg.batch_size
+    found = {name: text_bytes(own, rows, self.tokenizer) for name, own in self._heldout.items() if self.tokenizer}
+    return {name: size for name, size in found.items() if size}
 
   def heldout_stores(self) -> dict[str, Store]:
     """The store of each evaluation set."""

@@ -20,7 +20,7 @@ from data.packing.kept_plans import KeptPlans
 from data.packing.order import WINDOW, Deal, EpochOrder
 from data.packing.packing import Packing
 from data.packing.plan import Pieces, Plan, cut_out, joined, runs_of
-from data.ragged import Ragged, join, starts
+from data.ragged import Ragged, join, spread, starts
 
 RANDOM = Random()
 GAP = 64  # two pieces of a row with at most so many tokens between them are read in one range
@@ -219,6 +219,17 @@ class StoreRows:
     pieces = self.pieces(epoch, shards, rows)
     bits = lambda: self._bits(epoch, shards, rows, pieces)
     return self._maker.make(self._tokens(pieces), pieces, tasks, bits)
+
+  def scored_text(self, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """(tokens, their places in the store) that carry loss in the first `count` rows of epoch 0; None unless all rows
+    are text read from left to right."""
+    if self._units or any(task.kind != 'causal' for task in self._tasks):
+      return None
+    shards, rows, _ = self.locate(0, np.arange(min(count, self.num_rows(0))))
+    pieces = self.pieces(0, shards, rows)
+    tokens, places = self._tokens(pieces).values, spread(pieces.places, pieces.lengths)
+    asked = self._maker.asked(pieces)
+    return (tokens, places) if asked is None else (tokens[asked], places[asked])
 
   def _tokens(self, pieces: Pieces) -> Ragged:
     ranges, places = runs_of(pieces, GAP)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import assert_never
+from typing import SupportsIndex, assert_never
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def _masked_segment(source: DataSource, fields: Batch, k: int) -> list[str]:
   return [f'  inputs ({len(inputs)}): {text}', f'  answers ({len(answers)}): {" | ".join(answers)}']
 
 
-def _render(source: DataSource, ids: Sequence[int] | np.ndarray) -> str:
+def _render(source: DataSource, ids: Sequence[SupportsIndex] | np.ndarray) -> str:
   """Text, or the first ids if there is no tokenizer (synthetic data)."""
   if source.tokenizer is not None:
     return source.tokenizer.render(ids)

@@ -352,7 +352,7 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
   return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets, numbered)
 
 
-def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path, name: str, number: int) -> StoreRows:
+def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path | None, name: str, number: int) -> StoreRows:
   """The rows of a source, in the order that belongs to this source number."""
   purpose = f'source {number}'
   return StoreRows(stores[name], spec, cfg.packing, seed=seed, purpose=purpose, plans=plans, order=cfg.order)

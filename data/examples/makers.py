@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from data.packing.plan import Pieces, Planner
 from data.ragged import Ragged
 
 
+@runtime_checkable
 class Maker(Protocol):
   """Makes the fields of `len(tasks)` rows from pieces and their tokens; `bits()` gives random bits."""
 

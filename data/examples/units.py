@@ -7,7 +7,7 @@ rows differs between epochs. What is cut is counted and printed (`Losses`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Units(NamedTuple):
   sides: Sequence[np.ndarray]
 
 
+@runtime_checkable
 class Losses(Protocol):
   """How much of a store is cut or left out because rows are too short; `any` is False if nothing is."""
 
@@ -40,6 +41,7 @@ class Losses(Protocol):
   def __str__(self) -> str: ...
 
 
+@runtime_checkable
 class UnitStream(Protocol):
   losses: Losses
 

@@ -24,7 +24,7 @@ class Mixture:
   """The stages of a run, in order. The first one begins at row 0, or at the row at which the run's sources or weights
   changed; `used` is the number of rows of each source before that row."""
 
-  def __init__(self, stages: Sequence[Stage], seed: int, used: Sequence[int] | None = None):
+  def __init__(self, stages: Sequence[Stage], seed: int, used: Sequence[int] | np.ndarray | None = None):
     self.stages, self._seed = tuple(stages), seed
     self._deals = [Deal(quotas(stage.weights), seed, 'mixture') for stage in stages]
     self._starts = np.array([stage.start for stage in stages])

@@ -1,7 +1,7 @@
 """Pieces of text -> inputs and targets of their tasks: many at once for rows, one for people and tests."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from data.ragged import Ragged, first_of, join, merge, select
 from data.stores.vocabulary import Vocabulary
 
 
+@runtime_checkable
 class Maker(Protocol):
   def apply(self, tokens: Ragged, tasks: np.ndarray, bits: np.ndarray) -> tuple[Ragged, Ragged]: ...
 

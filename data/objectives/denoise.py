@@ -1,5 +1,7 @@
 """Noise replaced by sentinels, and prefixes: pieces of text -> inputs and targets."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data.objectives.masking import corrupt
@@ -12,7 +14,7 @@ from data.stores.vocabulary import Vocabulary
 class Recipes:
   """The tasks of an objective as tables over (task, length of a piece), for pieces of at most `longest` tokens."""
 
-  def __init__(self, tasks: tuple[Task, ...], longest: int, vocabulary: Vocabulary):
+  def __init__(self, tasks: Sequence[Task], longest: int, vocabulary: Vocabulary):
     counts = [task.counts(np.arange(longest + 1)) for task in tasks]
     self._noise, self._spans = (np.stack(table) for table in zip(*counts, strict=True))
     self._iid = np.array([task.kind == 'iid' for task in tasks])

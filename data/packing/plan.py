@@ -7,7 +7,7 @@ training reads the rows.
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class Stream:
     return Pieces(stretches[some], self.first + documents[some], places[some], lengths[some])
 
 
+@runtime_checkable
 class Plan(Protocol):
   """The rows of a shard; `tasks` (int8[rows]) is the task of each row."""
 
@@ -93,6 +94,7 @@ class Bins:
     return Pieces(np.repeat(np.arange(len(rows)), counts), *(values[own] for values in self.listed[1:]))
 
 
+@runtime_checkable
 class Planner(Protocol):
   """Makes plans: pure functions of its own arguments, the shard and the variant.
 

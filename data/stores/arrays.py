@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from data.buckets import CONTEXT, spec_of
 from data.errors import DataError
 from data.stores.paths import absolute, is_local, local_path, plain_path, with_names
 
@@ -22,11 +23,7 @@ FILE, CHUNK = 2**23, 2**16  # elements; a file is held in memory while it is wri
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
 RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
 # The pool holds only the files' indexes. Each array keeps its decoded chunks, so reading one calls no TensorStore code.
-# A retry waits up to 32 s: eight survive two minutes without a network, and a wrong address still fails soon.
-_RETRIES = {'max_retries': 8}
-_CONTEXT = tensorstore.Context(
-  {'cache_pool': {'total_bytes_limit': 2**24}, 's3_request_retries': _RETRIES, 'gcs_request_retries': _RETRIES}
-)
+_CONTEXT = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}, **CONTEXT})
 
 
 def place_of(path: str | os.PathLike[str], name: str) -> str:
@@ -51,24 +48,14 @@ def is_inside(name: str) -> bool:
 def _kvstore(path: str | os.PathLike[str], name: str = '') -> str | dict[str, Any]:
   """TensorStore's spec for a store, or for a folder in it.
 
-  A local path is passed as a path, because `%`, `#` and `?` have a meaning in a URL. An s3:// URL is completed from
-  the environment (AWS_ENDPOINT_URL, AWS_REGION, keys). Raises DataError for a name that leads out of the store, which
-  a damaged manifest may contain.
+  A local path is passed as a path, because `%`, `#` and `?` have a meaning in a URL. Raises DataError for a name that
+  leads out of the store, which a damaged manifest may contain.
   """
   if not is_inside(name):
     raise DataError(f'{name!r} is not a valid name inside {os.fspath(path)}. {RESTORE}', 'DATA-CORRUPT')
   if is_local(path):
     return {'driver': 'file', 'path': f'{plain_path(local_path(path)).rstrip("/")}/{name}'}
-  url, endpoint = place_of(path, name), os.environ.get('AWS_ENDPOINT_URL')
-  if not url.startswith('s3://'):
-    return url
-  bucket, _, folder = url.removeprefix('s3://').partition('/')
-  spec: dict[str, Any] = {'driver': 's3', 'bucket': bucket, 'path': folder}
-  if endpoint:
-    spec |= {'endpoint': endpoint.rstrip('/'), 'aws_region': os.environ.get('AWS_REGION', 'us-east-1')}
-  if 'AWS_ACCESS_KEY_ID' in os.environ:  # otherwise TensorStore searches all of AWS's places, slowly and noisily
-    spec['aws_credentials'] = {'type': 'environment'}
-  return spec
+  return spec_of(place_of(path, name))
 
 
 def _open_files(path: str | os.PathLike[str]) -> tensorstore.KvStore:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class SpecialIds:
     return {**dataclasses.asdict(self), 'eos': list(self.eos)}
 
   @classmethod
-  def from_json(cls, values: Any) -> Self:
+  def from_json(cls, values: Any) -> 'SpecialIds':
     """The ids that `to_json` wrote. Raises ValueError for anything else."""
     names = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(values, Mapping) or values.keys() != names:
@@ -73,7 +73,7 @@ class SpecialIds:
     return cls(**{**values, 'eos': tuple(eos)})
 
   @classmethod
-  def of(cls, manifest: Mapping[str, Any]) -> Self:
+  def of(cls, manifest: Mapping[str, Any]) -> 'SpecialIds':
     """The ids of a store; T5's where its manifest has none. Raises ValueError for damaged ones."""
     return cls.from_json(manifest['special_ids']) if 'special_ids' in manifest else cls()
 

@@ -29,7 +29,7 @@ class StoreStats:
   frequencies: np.ndarray
   num_duplicates: int
 
-  def percentile(self, percent: float) -> int:
+  def percentile(self, percent: int) -> int:
     """The smallest length that at least `percent` of the documents do not exceed."""
     sizes = sorted(self.lengths)
     reached = np.cumsum([self.lengths[size] for size in sizes])

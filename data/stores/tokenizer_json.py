@@ -8,8 +8,8 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -97,11 +97,15 @@ class TokenizerJson:
 
   file_name, library = 'tokenizer.json', LIBRARY
 
-  def __init__(self, content: bytes, ids: SpecialIds):
+  def __init__(self, content: bytes, ids: SpecialIds, read: Collection[str] = ()):
     """Raises DataError without the package, ValueError for a file that it cannot read."""
     self.described = Description(content)
     self.size = self.described.size
-    self._fast = _load(self.described, ids)
+    self._fast = _load(self.described, ids, read)
+
+  @property
+  def special(self) -> dict[str, int]:
+    return {token['content']: i for i, token in sorted(self.described.added.items()) if i < self.size}
 
   def encode(self, text: str) -> list[int]:
     return self._fast.encode(text, add_special_tokens=False).ids
@@ -113,7 +117,7 @@ class TokenizerJson:
     found = self._fast.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(own.ids, np.int32) for own in found]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:
@@ -171,8 +175,8 @@ def _of_bytes(value: bytes) -> tuple[str, str]:
     return value.hex().upper(), 'byte' if len(value) == 1 else 'part'
 
 
-def _load(described: Description, ids: SpecialIds):
-  """The package's tokenizer: no text becomes a special token, nothing is added, cut or padded."""
+def _load(described: Description, ids: SpecialIds, read: Collection[str]):
+  """The package's tokenizer: no text becomes a special token but those of `read`, nothing is added, cut or padded."""
   try:
     import tokenizers
   except ImportError as error:
@@ -180,6 +184,7 @@ def _load(described: Description, ids: SpecialIds):
       "a tokenizer.json is read with the package tokenizers, which is not installed; pip install 'pretrain[hf]'."
     ) from error
   special = {i for i, token in described.added.items() if token.get('special')} | set(ids.used.values())
+  special -= {i for i, token in described.added.items() if token['content'] in read}
   rename = {i: f'\ue000{i}\ue000' for i in special} if described.kind == 'Unigram' else {}
   added = [
     {**token, 'special': i in special, 'content': rename.get(i, token['content'])}

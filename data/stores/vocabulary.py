@@ -6,19 +6,18 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
 from data.errors import DataError
-from data.stores.sentencepiece_model import SentencePieceModel
+from data.stores.sentencepiece_model import PRIVATE_USE, SentencePieceModel
 from data.stores.special_ids import T5_IDS, SpecialIds
 from data.stores.tokenizer_json import TokenizerJson, is_json
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # T5's, which a tokenizer that is trained here has; others are in `SpecialIds`
 MODES = ('[NLU]', '[NLG]', '[S2S]')
 SPECIAL = re.compile(r'(<extra_id_[0-9]+>|' + '|'.join(re.escape(mode) for mode in MODES) + ')')
-PRIVATE_USE = tuple(map(chr, range(0xE000, 0xF900)))
 SPACE = '▁'  # SentencePiece's
 
 
@@ -86,11 +85,13 @@ class Vocabulary:
     return self.sentinel(int(digits))
 
 
+@runtime_checkable
 class TextModel(Protocol):
   """Text to ids and back, without special tokens: SentencePiece's or that of `tokenizers`.
 
   `file_name` is that of the model in a store, `library` the package that reads it. `size` counts the pieces, `names`
-  are in SentencePiece's notation. With `adds_space`, text gets a space at one end.
+  are in SentencePiece's notation. With `adds_space`, text gets a space at one end. `special` are the tokens whose names
+  can be read as tokens in text: control and user-defined symbols, added tokens.
   """
 
   file_name: str
@@ -101,9 +102,11 @@ class TextModel(Protocol):
   def adds_space(self) -> bool: ...
   @property
   def names(self) -> list[str]: ...
+  @property
+  def special(self) -> dict[str, int]: ...
   def encode(self, text: str) -> list[int]: ...
   def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]: ...
-  def decode(self, ids: Iterable[int]) -> str: ...
+  def decode(self, ids: Iterable[SupportsIndex]) -> str: ...
   def spans(self, text: str) -> list[tuple[int, int, int]]: ...
   def piece(self, token: int) -> str: ...
   def pieces(self) -> tuple[list[str], list[float], list[str]]: ...
@@ -114,11 +117,11 @@ class Tokenizer:
 
   `model` has the bytes of a SentencePiece model or of a tokenizer.json. Raises DataError for a tokenizer.json without
   the package `tokenizers`, and for special ids that are not among the pieces; ValueError or RuntimeError for bytes that
-  are no model.
+  are no model. The names in `read` are tokens wherever they stand in a text: see `reading`.
   """
 
-  def __init__(self, model: bytes, sentinels: int, ids: SpecialIds = T5_IDS):
-    self.model, self._ids = model, ids
+  def __init__(self, model: bytes, sentinels: int, ids: SpecialIds = T5_IDS, read: frozenset[str] = frozenset()):
+    self.model, self._ids, self.read = model, ids, read
     pieces = self._text_model.size
     if beyond := {name: token for name, token in ids.used.items() if token >= pieces}:
       name, token = next(iter(beyond.items()))
@@ -128,11 +131,32 @@ class Tokenizer:
     self.vocabulary = Vocabulary(pieces, sentinels, ids)
 
   def __getstate__(self):
-    return {'model': self.model, 'vocabulary': self.vocabulary, '_ids': self._ids}
+    return {'model': self.model, 'vocabulary': self.vocabulary, '_ids': self._ids, 'read': self.read}
 
   @functools.cached_property
   def _text_model(self) -> TextModel:
-    return TokenizerJson(self.model, self._ids) if is_json(self.model) else SentencePieceModel(self.model)
+    if is_json(self.model):
+      return TokenizerJson(self.model, self._ids, self.read)
+    return SentencePieceModel(self.model, self.read)
+
+  @property
+  def special(self) -> dict[str, int]:
+    """The ids of special tokens, by the names that `reading` takes."""
+    return self._text_model.special
+
+  def check_special(self, names: Iterable[str]) -> None:
+    """Raises DataError, with the names that exist, for a name of no special token."""
+    if wrong := [name for name in names if name not in self.special]:
+      raise DataError(f'{wrong[0]!r} is no special token of this tokenizer; it has {_listed(self.special)}.')
+
+  def reading(self, names: Iterable[str]) -> 'Tokenizer':
+    """This tokenizer, for which the special tokens `names` are tokens in a text; without it, names are text.
+
+    Raises the error of `check_special`.
+    """
+    names = tuple(names)
+    self.check_special(names)
+    return Tokenizer(self.model, self.vocabulary.sentinels, self._ids, frozenset(names))
 
   @property
   def fingerprint(self) -> str:
@@ -157,7 +181,7 @@ class Tokenizer:
     """`encode` of each text: int32[tokens]."""
     return self._text_model.encode_batch(texts, num_threads)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Ids of text -> text."""
     return self._text_model.decode(ids)
 
@@ -172,6 +196,22 @@ class Tokenizer:
     """(names, scores, kinds) of all pieces. A kind is 'text', 'byte' or 'part' (the name has one or several bytes, in
     hexadecimal, that are no characters) or 'control'."""
     return self._text_model.pieces()
+
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """int64[pieces]: how many UTF-8 bytes each id adds to a text. A space in front of a text: see `spaces_before`."""
+    names, _, kinds = self.pieces()
+    sizes = {'text': lambda name: len(name.replace(SPACE, ' ').encode()), 'byte': lambda _: 1}
+    sizes |= {'part': lambda name: len(name) // 2, 'control': lambda _: 0}
+    found = np.array([sizes[kind](name) for name, kind in zip(names, kinds, strict=True)])
+    if self._ids.unknown is not None:
+      found[self._ids.unknown] = len(self.decode([self._ids.unknown]).encode())
+    return found
+
+  def spaces_before(self, token: int) -> int:
+    """How many spaces of `token`, as the first of a text, are not in the text: 1 where the tokenizer has added one."""
+    name = self.piece(token)
+    return len(name) - len(name.lstrip(SPACE)) and int(not self.decode([token]).startswith(' '))
 
   def encode_prompt(self, text: str) -> list[int]:
     """Text in which <extra_id_k>, [NLU], [NLG] and [S2S] are special tokens -> ids, without EOS.
@@ -252,3 +292,8 @@ class Tokenizer:
     """`Vocabulary.special`; a tokenizer.json has its own names, such as <|endoftext|>."""
     own = is_json(self.model) and token in self.vocabulary.ids.not_text
     return self.piece(token) if own else self.vocabulary.special(token)
+
+
+def _listed(names: Iterable[str], most: int = 40) -> str:
+  shown = list(names)
+  return ', '.join(shown[:most]) + (f' and {len(shown) - most} more' if shown[most:] else '') or 'none'

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.build import Model
-from models.decode.cached import start
+from models.decode.cached import repeated, start
 from models.decode.writing import is_any, on_several
 from models.layers.attention import Cache
 from models.specs import Tree
@@ -49,7 +49,7 @@ def beam_search(
 
   Source: transformers 5.24, generation/utils.py _beam_search with num_beams=beams and early_stopping=False.
   """
-  rows = {name: jnp.repeat(jnp.asarray(values), beams, axis=0) for name, values in batch.items()}
+  rows = repeated(batch, beams)
   rooms = None if rooms is None else rooms[:, None]
   with on_several(model):
     step, carry, token = start(model.bind(params), rows, max_tokens, decoder_start)

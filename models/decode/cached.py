@@ -11,7 +11,12 @@ from models.build import Model
 from models.families.encoder_decoder import EncoderDecoder
 from models.layers.attention import Cache, Visibility
 from models.layers.block import Cross
+from models.partition import constrain
 from models.specs import Tree
+
+PLACES = 'prompt_places'
+"""int32[prompts, length]: where in the packed rows, counted from their beginning to end, each token of a prompt stands.
+A prompt is at the end of its row, behind -1."""
 
 
 def start(module, batch: Mapping[str, Array], max_tokens: int, decoder_start: int):
@@ -21,6 +26,10 @@ def start(module, batch: Mapping[str, Array], max_tokens: int, decoder_start: in
   `decoder_input_tokens` are the prompts, and `decoder_prefix_end` makes the first positions visible to each other.
   Shorter prompts stand at the end of their rows, behind padding whose `decoder_segment_ids` are 0; without this field
   there is no padding.
+
+  Packed prefill: with a field `PLACES`, the other fields are packed rows as training has them. They are read in one
+  forward pass, and each prompt's keys and values are then copied to a row of the cache of its own.
+  Source: Zhao et al. 2024, arXiv:2404.09529, Prepacking.
   """
   if isinstance(module, EncoderDecoder):
     step, carry, rows = _start_encoder_decoder(module, batch, max_tokens)
@@ -44,8 +53,13 @@ def _filled(positions: Array) -> Array:
 
 def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
   memory, _ = module.encode(batch, None)
-  segments, rows = batch['encoder_segment_ids'], memory.shape[0]
+  segments = batch['encoder_segment_ids']
   cross_keys_values = module.decoder.cross_keys_values(memory, batch['encoder_positions'])
+  if PLACES in batch:
+    places = jnp.asarray(batch[PLACES])
+    segments = _filled(places)
+    cross_keys_values = tuple(_taken(x, places, module.attention.kv_axis) for x in cross_keys_values)
+  rows = segments.shape[0]
   cache = Cache.empty(module.cfg.decoder_layers, rows, max_tokens + 1, module.attention, memory.dtype)
 
   def step(tokens: Array, cache: Cache):
@@ -57,23 +71,33 @@ def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
     x = module.embedding(tokens, positions, memory.dtype, None)
     return module.decoder.decode(x, positions, see, cache, Cross(see=across, keys_values=cross_keys_values))
 
-  return step, (memory[:, :1], cache), rows
+  return step, (jnp.zeros((rows, 1, memory.shape[2]), memory.dtype), cache), rows
 
 
 def _decoder_step(module, batch, max_tokens: int):
   """(step, empty cache) with room for the prompt of `batch` and `max_tokens` more."""
   rows, length = batch['decoder_input_tokens'].shape
-  dtype = jnp.dtype(module.cfg.dtype)
-  cache = Cache.empty(module.cfg.layers, rows, length + max_tokens, module.attention, dtype)
+  cache = _empty(module, rows, length + max_tokens)
   segments = batch.get('decoder_segment_ids')
-  empty = 0 if segments is None else (jnp.asarray(segments) == 0).sum(1, keepdims=True, dtype=jnp.int32)
+  empty = None if segments is None else (jnp.asarray(segments) == 0).sum(1, keepdims=True, dtype=jnp.int32)
   prefix = batch.get('decoder_prefix_end')
   if prefix is not None:
     prefix = jnp.pad(jnp.asarray(prefix), ((0, 0), (0, cache.keys.shape[2] - prefix.shape[1])))
+  return _step_behind(module, empty, prefix), cache
+
+
+def _empty(module, rows: int, slots: int) -> Cache:
+  return Cache.empty(module.cfg.layers, rows, slots, module.attention, jnp.dtype(module.cfg.dtype))
+
+
+def _step_behind(module, empty: Array | None, prefix: Array | None):
+  """The step of a decoder whose rows begin after `empty` slots, int32[rows, 1]; None: after none."""
+  dtype = jnp.dtype(module.cfg.dtype)
 
   def step(tokens: Array, cache: Cache):
-    positions, slots = _positions(cache, tokens, empty), _slots(cache, empty)
-    own = {} if segments is None else {f'{k}_segment_ids': _filled(p) for k, p in (('q', positions), ('kv', slots))}
+    behind = 0 if empty is None else empty
+    positions, slots = _positions(cache, tokens, behind), _slots(cache, behind)
+    own = {} if empty is None else {f'{k}_segment_ids': _filled(p) for k, p in (('q', positions), ('kv', slots))}
     see = Visibility(
       causal=True,
       cached=True,
@@ -84,12 +108,54 @@ def _decoder_step(module, batch, max_tokens: int):
       **module.decoder_bias(),
     )
     positions = jnp.maximum(positions, 0)
-    return module.decoder.decode(module.embedding(tokens, positions, dtype, None), positions, see, cache)
+    x = module.embedding(tokens, positions, dtype, None)
+    rotations = module.rotations_of_length(positions, cache.keys.shape[2] - behind)
+    return module.decoder.decode(x, rotations, see, cache)
 
-  return step, cache
+  return step
+
+
+def _start_packed_decoder(module, batch, max_tokens: int):
+  """Packed rows are read as in training, with the kernels of training; the steps after them are those of one prompt
+  a row. A prefix needs no field there: all of it stands before every later token."""
+  batch = {name: jnp.asarray(values) for name, values in batch.items()}
+  places = batch[PLACES]
+  x, positions, see = module.enter(batch, None)
+  rotations = module.rotations(positions, batch['decoder_segment_ids'], None, max_tokens)
+  hidden, packed = module.decoder.decode(x, rotations, see, _empty(module, *positions.shape))
+  own = lambda x: jnp.pad(
+    _taken(x, places, module.attention.kv_axis), ((0, 0), (0, 0), (0, max_tokens), (0, 0), (0, 0))
+  )
+  cache = Cache(own(packed.keys), own(packed.values), jnp.int32(places.shape[1]))
+  last = hidden.reshape(-1, hidden.shape[2])[places[:, -1:]]
+  return _step_behind(module, (places < 0).sum(1, keepdims=True, dtype=jnp.int32), None), (last, cache), None
+
+
+def _taken(x: Array, places: Array, axis: str) -> Array:
+  """[layers, prompts, length, heads, head_dim] at `places` of `x`[layers, rows, …]. What empty slots have is masked."""
+  flat = x.reshape(x.shape[0], -1, *x.shape[3:])
+  return constrain(flat[:, jnp.maximum(places, 0)], None, 'batch', None, axis, 'head_dim')
+
+
+def repeated(batch: Mapping[str, Array], times: int) -> dict[str, Array]:
+  """`batch` with so many equal rows for each prompt, one after another; packed rows are read once for all of them."""
+  names = [PLACES] if PLACES in batch else list(batch)
+  return {**batch, **{name: jnp.repeat(jnp.asarray(batch[name]), times, axis=0) for name in names}}
+
+
+def tokens_read(batch: Mapping[str, Array]) -> tuple[Array, Array | None]:
+  """(tokens[prompts, length] of a decoder's prompts, which of them are no padding, or None where there is none)."""
+  tokens = jnp.asarray(batch['decoder_input_tokens'])
+  if PLACES in batch:
+    places = jnp.asarray(batch[PLACES])
+    return tokens.reshape(-1)[jnp.maximum(places, 0)], places >= 0
+  segments = batch.get('decoder_segment_ids')
+  return tokens, None if segments is None else jnp.asarray(segments) > 0
 
 
 def _start_decoder(module, batch, max_tokens: int):
+  if PLACES in batch:
+    return _start_packed_decoder(module, batch, max_tokens)
   step, cache = _decoder_step(module, batch, max_tokens)
   return step, step(jnp.asarray(batch['decoder_input_tokens']), cache), None
 

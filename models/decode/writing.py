@@ -9,7 +9,7 @@ from jax import Array
 
 from models import partition
 from models.build import Model
-from models.decode.cached import start
+from models.decode.cached import start, tokens_read
 from models.decode.sampling import Sampling, row_keys, step_keys
 from models.specs import Tree
 
@@ -80,10 +80,9 @@ def on_several(model: Model):
 
 def _read(model: Model, batch: Mapping[str, Array], token: Array | None, vocab_size: int | None) -> Array:
   """bool[batch, vocab]: the tokens that the decoder has read, without padding."""
-  tokens = batch['decoder_input_tokens'] if token is None else token
-  segments = batch.get('decoder_segment_ids') if token is None else None
+  tokens, own = tokens_read(batch) if token is None else (token, None)
   vocab = model.cfg.vocab_size if vocab_size is None else vocab_size
   # Ids beyond the vocabulary are dropped by the scatter, and so is padding.
-  tokens = jnp.asarray(tokens) if segments is None else jnp.where(jnp.asarray(segments) > 0, tokens, vocab)
+  tokens = tokens if own is None else jnp.where(own, tokens, vocab)
   rows = jnp.arange(tokens.shape[0])[:, None]
   return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].set(True, mode='drop')

@@ -14,12 +14,14 @@ from models.families.parts import (
   check_parts,
   make_bias,
   make_embedding,
+  make_frequencies,
   make_head,
   make_stack,
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import example_keys
 from models.layers.mlp import Activation, MlpConfig
+from models.layers.positions.rotary import Angles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,16 +57,34 @@ class Decoder(nnx.Module):
     self.embedding = make_embedding(cfg)
     self.decoder = make_stack(cfg, self.attention, cfg.layers, cross=False)
     self.decoder_bias = make_bias(cfg, cfg.layers, bidirectional=False)
+    self.frequencies = make_frequencies(cfg)
     self.head = make_head(cfg)
     self.cfg = cfg
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Hidden states [batch, length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
+    x, positions, see = self.enter(batch, keys)
+    return self.decoder(x, self.rotations(positions, batch['decoder_segment_ids'], key), see, keys=keys)
+
+  def enter(self, batch, keys: Array | None) -> tuple[Array, Array, Visibility]:
+    """What the first block reads of packed rows: vectors of the tokens, their positions, which keys each one sees."""
     segments, positions = batch['decoder_segment_ids'], batch['decoder_positions']
     prefix = {}
     if 'decoder_prefix_end' in batch:  # causal objectives have no prefix field
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
     see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
-    return self.decoder(x, positions, see, keys=keys)
+    return x, positions, see
+
+  def rotations(self, positions: Array, segments: Array, key: Array | None, more: int = 0) -> Array | Angles:
+    """What rotates positions of packed rows; each document will have `more` tokens behind those that are there."""
+    if self.frequencies is None:
+      return positions
+    if key is None:
+      return self.frequencies.of_documents(positions, segments, more)
+    return self.frequencies.of_step(positions.shape[1], key)
+
+  def rotations_of_length(self, positions: Array, length: Array | int) -> Array | Angles:
+    """What rotates positions of rows that will have `length` tokens."""
+    return positions if self.frequencies is None else self.frequencies.of_length(positions, length)

@@ -19,7 +19,7 @@ from models.families.parts import (
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import dropout, example_keys
-from models.layers.embedding import EMBEDDING_SITE, HeadTransform
+from models.layers.embedding import EMBEDDING_SITE, BinaryHead, EmbeddingProjection, Head, HeadTransform
 from models.layers.linear import Projections
 from models.layers.mlp import Activation
 from models.layers.norm import make_norm
@@ -30,12 +30,16 @@ class EncoderConfig(Parts):
   """`embedding_norm` normalises embeddings, as BERT does; other keys: models/families/parts.py.
 
   `head_transform` puts N(activation(dense(x))) before the head (BERT, RoBERTa, ELECTRA's generator). There is no pooler
-  and there are no token types: an embedding of type 0 can be added to that of every position.
+  and there are no token types: an embedding of type 0 can be added to that of every position. With `embedding_size`
+  tables are narrower than layers, and are projected (ELECTRA). `head` 'binary' makes one logit for each token, whether
+  it was replaced (ELECTRA's discriminator); its transform has no norm.
   """
 
   name: Literal['encoder'] = 'encoder'
   layers: Annotated[int, '>= 1']
   positions: Positions = 'rotary'
+  head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
+  embedding_size: Annotated[int, '>= 1'] | None = None
   embedding_norm: bool = False
   head_transform: Activation | None = None
 
@@ -43,6 +47,14 @@ class EncoderConfig(Parts):
 def check_encoder(cfg: EncoderConfig) -> None:
   """Raises ValueError for values that do not fit each other."""
   check_parts(cfg)
+  if cfg.embedding_size is not None and (cfg.head == 'tied_scaled' or (cfg.head == 'tied' and not cfg.head_transform)):
+    raise ValueError(
+      f"model.embedding_size={cfg.embedding_size} with model.head='{cfg.head}' and model.head_transform="
+      f"{cfg.head_transform!r}; the table is the head, so set model.head='tied' and model.head_transform, which makes "
+      'hidden states as narrow as the table.'
+    )
+  if cfg.head == 'binary' and not cfg.head_bias:
+    raise ValueError("model.head='binary' with model.head_bias=False; that head has a bias, set model.head_bias=True.")
 
 
 class Encoder(nnx.Module):
@@ -50,15 +62,16 @@ class Encoder(nnx.Module):
 
   def __init__(self, cfg: EncoderConfig, implementation: str):
     attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=False)
-    self.embedding = make_embedding(dataclasses.replace(cfg, dropout=0.0))  # dropout comes after the norm
-    self.embedding_norm = make_norm(cfg.embed, cfg.norm) if cfg.embedding_norm else None
+    width = cfg.embedding_size or cfg.embed
+    narrow = dataclasses.replace(cfg, dropout=0.0, embed=width)  # dropout comes after the norm
+    self.embedding = make_embedding(narrow)
+    self.embedding_norm = make_norm(width, cfg.norm) if cfg.embedding_norm else None
     self.encoder = make_stack(cfg, attention, cfg.layers, cross=False)
     self.encoder_bias = make_bias(cfg, cfg.layers, bidirectional=True)
     projections = Projections(std=cfg.init_std, bias=cfg.bias)
-    transform = (
-      None if cfg.head_transform is None else HeadTransform(cfg.embed, cfg.head_transform, cfg.norm, projections)
-    )
-    self.head_transform, self.head = transform, make_head(cfg)
+    project = cfg.embedding_size is not None
+    self.embedding_projection = EmbeddingProjection(width, cfg.embed, projections) if project else None
+    self.head_transform, self.head = _make_transform(cfg, projections), _make_head(cfg, projections)
     self.cfg = cfg
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
@@ -68,5 +81,18 @@ class Encoder(nnx.Module):
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     x = self.embedding(batch['encoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), None)
     x = x if self.embedding_norm is None else self.embedding_norm(x)
-    x, aux = self.encoder(dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE), positions, see, keys=keys)
+    x = dropout(x, self.cfg.dropout, keys, EMBEDDING_SITE, self.cfg.dropout_sites)
+    x = x if self.embedding_projection is None else self.embedding_projection(x)
+    x, aux = self.encoder(x, positions, see, keys=keys)
     return x if self.head_transform is None else self.head_transform(x), aux
+
+
+def _make_transform(cfg: EncoderConfig, projections: Projections) -> HeadTransform | None:
+  if cfg.head_transform is None:
+    return None
+  width = cfg.embed if cfg.head != 'tied' else cfg.embedding_size or cfg.embed
+  return HeadTransform(cfg.embed, width, cfg.head_transform, None if cfg.head == 'binary' else cfg.norm, projections)
+
+
+def _make_head(cfg: EncoderConfig, projections: Projections) -> Head | BinaryHead | None:
+  return BinaryHead(cfg.embed, projections) if cfg.head == 'binary' else make_head(cfg)

@@ -5,16 +5,19 @@ from typing import Annotated, Literal
 
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
+from models.layers.dropout import Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
-from models.layers.positions import Alibi, NoBias, RelativePositionBias
-from models.layers.rotary import NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
+from models.layers.positions.clex import LearnedFrequencies
+from models.layers.positions.disentangled import DisentangledPositions
+from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.specs import stack
 
-Positions = Literal['relative', 'rotary', 'learned', 'alibi']
+Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,18 +27,26 @@ class Parts:
   `head` 'tied' makes logits with the embedding table; 'tied_scaled' with table / sqrt(embed), as T5 1.0 (Raffel et al.
   2020; T5X examples/t5/network.py, logits_via_embedding), as does Gemma with its table times sqrt(embed);
   `head_bias` adds a bias to the logits. `bias` gives a bias to projections, not to norms: to all of them, or to those
-  of queries, keys and values ('qkv', Qwen2). Earlier versions had True for `bias='all'` and `qk_norm='heads'`.
+  of queries, keys and values ('qkv', Qwen2), of attention, or of MLPs. Earlier versions had True for `bias='all'` and
+  `qk_norm='heads'`.
   `init_std` None draws projections by fan-in; `scale_residual_init` scales as GPT-2 does (layers/linear.py). A cap
   replaces x by cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118, §2). A layer of window w sees positions less than w
   away; `windows` gives one to each layer and repeats (None: no window): (4096,) in Mistral, (4096, None) in Gemma 2.
   Through a window the first `sinks` tokens of each document are seen too (LM-Infinite's mask, arXiv:2308.16137, §4.1;
-  StreamingLLM, arXiv:2309.17453).
+  StreamingLLM, arXiv:2309.17453); `sink_distance` rotates those outside the window as if they were so far away, so that
+  no distance is longer than in the first training (its distance ceiling: set it and the window to that length).
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
 
-  `positions` picks which of the keys below it are used. `relative_layers` 'each' gives every layer its own biases
-  (umT5); `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX).
+  `positions` picks which of the keys below it are used; 'disentangled' (DeBERTa) is for encoders, with
+  `relative_buckets` vectors of positions. `relative_layers` 'each' gives every layer its own biases (umT5);
+  `rotary_fraction` rotates that share of each head (0.25 in GPT-NeoX); `alibi_scaled` multiplies ALiBi's biases by
+  1/sqrt(head_dim), as scores are (Falcon-RW).
+
+  `dropout_sites`: embeddings, attention weights and the output of each layer have dropout in any case. 't5' also drops
+  inside MLPs and after the last norm, with one mask for all positions of an example (T5X examples/t5/network.py);
+  'bert' has a mask for each position (BERT, GPT-2). 'none' states that there is no dropout.
   """
 
   name: str  # each family sets it
@@ -55,6 +66,7 @@ class Parts:
   logit_softcap: Annotated[float, '> 0'] | None = None
   windows: tuple[Annotated[int, '>= 1'] | None, ...] = ()
   sinks: Annotated[int, '>= 0'] = 0
+  sink_distance: Annotated[int, '>= 1'] | None = None
   positions: Positions = 'relative'
   relative_buckets: Annotated[int, '>= 4'] = 32  # an encoder has one near and one far bucket on each side
   relative_max_distance: Annotated[int, '>= 1'] = 128
@@ -62,6 +74,7 @@ class Parts:
   rope_theta: Annotated[float, '> 0'] = 10_000.0
   rotary_fraction: Annotated[float, '(0, 1]'] = 1.0
   rope_scaling: RopeScaling = NoScaling()
+  alibi_scaled: bool = False
   max_positions: Annotated[int, '>= 1'] | None = None  # for learned positions
   head: Literal['untied', 'tied', 'tied_scaled'] = 'untied'
   head_bias: bool = False
@@ -70,18 +83,21 @@ class Parts:
   init_std: Annotated[float, '> 0'] | None = None
   scale_residual_init: bool = False
   dropout: Annotated[float, '[0, 1)'] = 0.0
+  dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Remat = 'none'
 
 
-KEYS_OF_POSITIONS: dict[str, Positions] = {
-  'relative_buckets': 'relative',
-  'relative_max_distance': 'relative',
-  'relative_layers': 'relative',
-  'rope_theta': 'rotary',
-  'rotary_fraction': 'rotary',
-  'rope_scaling': 'rotary',
-  'max_positions': 'learned',
+KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
+  'relative_buckets': ('relative', 'disentangled'),
+  'relative_max_distance': ('relative', 'disentangled'),
+  'relative_layers': ('relative',),
+  'rope_theta': ('rotary',),
+  'rotary_fraction': ('rotary',),
+  'rope_scaling': ('rotary',),
+  'sink_distance': ('rotary',),
+  'alibi_scaled': ('alibi',),
+  'max_positions': ('learned',),
 }
 
 
@@ -89,10 +105,11 @@ def check_parts(cfg: Parts) -> None:
   """Raises ValueError for values that do not fit each other, or that would have no effect."""
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
-    if cfg.positions != positions and (given := getattr(cfg, key)) != defaults[key]:
+    if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
       shown = f'.name={given.name!r}' if key == 'rope_scaling' else f'={given}'
       raise ValueError(
-        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to '{positions}', remove it."
+        f"model.{key}{shown} with model.positions='{cfg.positions}'; it belongs to "
+        f'{" and ".join(map(repr, positions))}, remove it.'
       )
   if cfg.head != 'untied' and cfg.head_init_scale != 1.0:
     raise ValueError(
@@ -103,6 +120,11 @@ def check_parts(cfg: Parts) -> None:
     raise ValueError(
       f"model.parallel='{cfg.parallel}' with model.norm_placement='{cfg.norm_placement}'; parallel layers read x "
       "through their norms, use model.norm_placement='pre'."
+    )
+  if cfg.dropout and cfg.dropout_sites == 'none':
+    raise ValueError(
+      f"model.dropout={cfg.dropout} with model.dropout_sites='none', where nothing is dropped; set model.dropout=0, or "
+      "model.dropout_sites='t5' or 'bert'."
     )
   _check_experts(cfg)
   _check_windows(cfg)
@@ -117,8 +139,11 @@ def _check_experts(cfg: Parts) -> None:
       f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
       f'experts, use at most {cfg.experts}.'
     )
-  if cfg.experts is not None and cfg.bias == 'all':
-    raise ValueError("model.bias='all' with model.experts; experts have no biases, use model.bias='qkv' or 'none'.")
+  if cfg.experts is not None and cfg.bias in ('all', 'mlp'):
+    raise ValueError(
+      f"model.bias='{cfg.bias}' with model.experts; experts have no biases, use model.bias='attention', 'qkv' or "
+      "'none'."
+    )
 
 
 def _check_windows(cfg: Parts) -> None:
@@ -127,6 +152,15 @@ def _check_windows(cfg: Parts) -> None:
       f'model.sinks={cfg.sinks} with model.windows={cfg.windows}; without a window every token sees the first ones, so '
       'set model.windows, or remove model.sinks.'
     )
+  smallest = min((window for window in cfg.windows if window is not None), default=0)
+  if cfg.sink_distance is not None and not cfg.sinks:
+    raise ValueError(f'model.sink_distance={cfg.sink_distance} without model.sinks; set model.sinks, or remove this.')
+  for key, value in (('sinks', cfg.sinks), ('sink_distance', cfg.sink_distance or 0)):
+    if cfg.sink_distance is not None and value > smallest:
+      raise ValueError(
+        f'model.{key}={value} with model.windows={cfg.windows} and model.sink_distance; only sinks outside a window '
+        f'have that distance, so use at most {smallest}, or longer windows.'
+      )
   for key in ('layers', 'encoder_layers', 'decoder_layers'):
     if cfg.windows and (layers := getattr(cfg, key, 0)) % len(cfg.windows):
       raise ValueError(
@@ -149,8 +183,12 @@ def _check_positions(cfg: Parts) -> None:
       f'number; rotary positions rotate pairs, use {max(2, 2 * round(dims / 2)) / cfg.head_dim}.'
     )
   check_scaling(cfg.rope_scaling)
+  if isinstance(cfg.rope_scaling, Clex):
+    _check_clex(cfg)
   if cfg.positions == 'learned' and cfg.max_positions is None:
     raise ValueError("model.positions='learned' needs model.max_positions; set it to the longest row or more.")
+  if cfg.positions == 'disentangled':
+    _check_disentangled(cfg)
   exact = cfg.relative_buckets // 2  # in a decoder, which sees one side only
   if cfg.positions == 'relative' and cfg.relative_max_distance <= exact:
     raise ValueError(
@@ -159,12 +197,53 @@ def _check_positions(cfg: Parts) -> None:
     )
 
 
+def _check_disentangled(cfg: Parts) -> None:
+  if cfg.name != 'encoder':
+    raise ValueError(
+      f"model.positions='disentangled' with model.name='{cfg.name}'; only encoders have it, use 'relative' or 'rotary'."
+    )
+  for key in ('qk_norm', 'attention_softcap'):
+    if (given := getattr(cfg, key)) not in ('none', None):
+      raise ValueError(f"model.{key}={given!r} with model.positions='disentangled', which has none; remove it.")
+  if cfg.relative_buckets % 4 or cfg.relative_max_distance <= cfg.relative_buckets // 4 + 1:
+    raise ValueError(
+      f'model.relative_buckets={cfg.relative_buckets} with model.relative_max_distance={cfg.relative_max_distance}; '
+      "model.positions='disentangled' needs a multiple of 4, of which a quarter are single distances, and a larger "
+      f'distance: {cfg.relative_buckets // 4 * 4} and more than {cfg.relative_buckets // 4 + 1}.'
+    )
+
+
+def _check_clex(cfg: Parts) -> None:
+  if cfg.name != 'decoder':
+    raise ValueError(
+      f"model.rope_scaling.name='clex' with model.name='{cfg.name}'; only decoders have it, choose another scaling."
+    )
+  if cfg.sink_distance is not None:
+    raise ValueError(
+      f"model.rope_scaling.name='clex' with model.sink_distance={cfg.sink_distance}; both keep distances as short as "
+      'in the first training, remove one.'
+    )
+  if _rotated_dims(cfg) == 2:
+    raise ValueError(
+      "model.rope_scaling.name='clex' with 2 rotated dims; a single frequency cannot be scaled so, use more dims."
+    )
+
+
+def make_frequencies(cfg: Parts) -> LearnedFrequencies | None:
+  """What makes the angles of rotary positions where they are learned (CLEX)."""
+  return LearnedFrequencies(make_rope(cfg), cfg.rope_scaling) if isinstance(cfg.rope_scaling, Clex) else None
+
+
+def make_rope(cfg: Parts) -> Rope:
+  return Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
+
+
 def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale: bool) -> AttentionConfig:
-  rope = Rope(theta=cfg.rope_theta, dims=_rotated_dims(cfg), scaling=cfg.rope_scaling)
   return AttentionConfig(
     heads=cfg.heads, kv_heads=kv_heads, head_dim=cfg.head_dim, t5_scale=t5_scale,
-    rope=rope if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
-    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, dropout=cfg.dropout, implementation=implementation,
+    rope=make_rope(cfg) if cfg.positions == 'rotary' else None, qk_norm=cfg.qk_norm,
+    qk_norm_eps=cfg.norm.eps, softcap=cfg.attention_softcap, sink_distance=cfg.sink_distance, dropout=cfg.dropout,
+    implementation=implementation, sites=cfg.dropout_sites,
   )  # fmt: skip
 
 
@@ -174,7 +253,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   block = BlockConfig(
     embed=cfg.embed, attention=attention, mlp=cfg.mlp, norm=cfg.norm, placement=cfg.norm_placement,
     parallel=cfg.parallel, projections=Projections(std=cfg.init_std, residual=residual, bias=cfg.bias), cross=cross,
-    rate=cfg.dropout, experts=make_experts(cfg),
+    rate=cfg.dropout, sites=cfg.dropout_sites, experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
   return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
@@ -184,7 +263,9 @@ def make_experts(cfg: Parts) -> ExpertsConfig | None:
   return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
 
 
-def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | NoBias:
+def make_bias(
+  cfg: Parts, layers: int, *, bidirectional: bool
+) -> RelativePositionBias | DisentangledPositions | Alibi | NoBias:
   """What a stack adds to its attention scores; calling it gives arguments of `Visibility`."""
   match cfg.positions:
     case 'relative':
@@ -192,14 +273,23 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
       bias = RelativePositionBias(cfg.heads, bidirectional=bidirectional, buckets=buckets, max_distance=distance)
       return bias if cfg.relative_layers == 'shared' else stack(bias, layers)
     case 'alibi':
-      return Alibi(cfg.heads)
+      return Alibi(cfg.heads, cfg.head_dim**-0.5 if cfg.alibi_scaled else 1.0)
+    case 'disentangled':
+      std = 1.0 if cfg.init_std is None else cfg.init_std  # a norm follows
+      buckets, distance = cfg.relative_buckets, cfg.relative_max_distance
+      return DisentangledPositions(cfg.embed, buckets=buckets, max_distance=distance, norm=cfg.norm, std=std)
     case 'rotary' | 'learned':
       return NoBias()
 
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size, cfg.embed, rate=cfg.dropout, std=cfg.embedding_init_std, max_positions=cfg.max_positions
+    cfg.vocab_size,
+    cfg.embed,
+    rate=cfg.dropout,
+    std=cfg.embedding_init_std,
+    max_positions=cfg.max_positions,
+    sites=cfg.dropout_sites,
   )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.layers.dropout import fold
+from models.layers.dropout import Sites, fold
 from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
-from models.layers.rotary import Rope, rotary
+from models.layers.positions.disentangled import TERMS, RelativeVectors, position_scores
+from models.layers.positions.rotary import Angles, Rope, rotary
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
 from pallas_kernels.attention import api
@@ -28,7 +30,8 @@ class AttentionConfig:
   `qk_norm` normalises queries and keys before positions enter, as an RMS norm whatever `model.norm.name`, with
   `qk_norm_eps` = `model.norm.eps`: each head by itself ('heads': Qwen3, Gemma 3) or all heads together ('all': OLMo 2);
   the scores are then scaled in any case.
-  `softcap` bends scores to softcap * tanh(scores / softcap).
+  `softcap` bends scores to softcap * tanh(scores / softcap). With `sink_distance`, sinks outside the window are rotated
+  as if they were so far away, and keys are cached as they are before rotation.
   """
 
   heads: int
@@ -39,8 +42,10 @@ class AttentionConfig:
   qk_norm: QkNorm
   qk_norm_eps: float
   softcap: float | None
+  sink_distance: int | None
   dropout: float
   implementation: str
+  sites: Sites = 't5'
 
   @property
   def kv_axis(self) -> str:
@@ -71,17 +76,45 @@ class Visibility(api.Visibility):
 
   Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
-  of them than queries; there the reference is as fast as a kernel.
+  of them than queries; there the reference is as fast as a kernel. `relative_vectors`: attention is disentangled.
   """
 
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
+  relative_vectors: RelativeVectors | None = None
 
 
-def _on_each_device(run, see: Visibility, kv_axis: str):
+def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool):
   """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
   heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, kv_axis, 'head_dim')
   given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
-  return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), heads)
+  out = (heads, heads[:3]) if return_lse else heads
+  return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), out)
+
+
+def _of_sinks(see: Visibility, q_positions: Array, kv_positions: Array) -> Visibility:
+  """The sinks that `see` has outside its window: those at least `see.window` before the query, in its segment.
+
+  A sink ahead of a query is always in its window: there are at most as many sinks as a window has positions.
+  """
+  is_sink = (kv_positions >= 0) & (kv_positions < see.num_sinks)
+  if see.kv_segment_ids is None:
+    q_segments, kv_segments = jnp.ones(q_positions.shape, jnp.int32), is_sink.astype(jnp.int32)
+  else:
+    q_segments, kv_segments = see.q_segment_ids, jnp.where(is_sink, see.kv_segment_ids, 0)
+  return Visibility(
+    causal=True, cached=see.cached, q_segment_ids=q_segments, kv_segment_ids=kv_segments,
+    q_positions=q_positions - see.window, kv_positions=kv_positions,
+  )  # fmt: skip
+
+
+def _joined(near: tuple[Array, Array], far: tuple[Array, Array]) -> Array:
+  """Attention over the keys of both, of which each has (values, lse); `near` sees a key wherever `far` does."""
+  (near_values, near_lse), (far_values, far_lse) = near, far
+  seen = jnp.isfinite(far_lse)
+  difference = jnp.where(seen, far_lse, 0.0) - jnp.where(seen, near_lse, 0.0)
+  share = jnp.where(seen, jax.nn.sigmoid(difference), 0.0)[..., None]
+  f32 = near_values.astype(jnp.float32), far_values.astype(jnp.float32)
+  return (f32[0] + share * (f32[1] - f32[0])).astype(near_values.dtype)
 
 
 def _head_norm(cfg: AttentionConfig, heads: int, axis: str) -> RmsNorm | None:
@@ -104,45 +137,95 @@ class Attention(nnx.Module):
     heads, kv_heads, head_dim, kv_axis = cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.kv_axis
     query = projections.init('embed', scale=head_dim**-0.5 if cfg.folds_scale else 1.0)
     self.query = weight((embed, heads, head_dim), ('embed', 'heads', 'head_dim'), query)
-    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'), qkv=True)
+    self.query_bias = projections.make_bias((heads, head_dim), ('heads', 'head_dim'), 'qkv')
     wide = lambda: weight((embed, kv_heads, head_dim), ('embed', kv_axis, 'head_dim'), projections.init('embed'))
-    bias = lambda: projections.make_bias((kv_heads, head_dim), (kv_axis, 'head_dim'), qkv=True)
+    bias = lambda: projections.make_bias((kv_heads, head_dim), (kv_axis, 'head_dim'), 'qkv')
     self.key, self.key_bias = wide(), bias()
     self.value, self.value_bias = wide(), bias()
     out = projections.init_residual('heads', 'head_dim')
     self.out = weight((heads, head_dim, embed), ('heads', 'head_dim', 'embed'), out)
-    self.out_bias = projections.make_bias((embed,), ('embed',))
+    self.out_bias = projections.make_bias((embed,), ('embed',), 'out')
     self.query_norm, self.key_norm = _head_norm(cfg, heads, 'heads'), _head_norm(cfg, kv_heads, kv_axis)
     self.cfg = cfg
 
-  def queries(self, x: Array, positions: Array) -> Array:
+  def queries(self, x: Array, positions: Array | Angles) -> Array:
     """[batch, length, heads, head_dim]."""
     q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
     return self._rotate(q if self.query_norm is None else self.query_norm(q), positions)
 
-  def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
+  def keys_values(self, x: Array, positions: Array | Angles) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
     k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
     v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
     return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
 
-  def _rotate(self, x: Array, positions: Array) -> Array:
-    return x if self.cfg.rope is None else rotary(x, positions, self.cfg.rope)
+  def _rotate(self, x: Array, positions: Array | Angles) -> Array:
+    return x if self.cfg.rope is None or self.cfg.sink_distance is not None else rotary(x, positions, self.cfg.rope)
 
-  def attend(self, q: Array, k: Array, v: Array, see: Visibility, keys: Array | None, site: int) -> Array:
-    """The values, mixed by attention and projected back: [batch, length, embed]."""
-    dropped = None
-    if keys is not None and self.cfg.dropout:
-      dropped = (self.cfg.dropout, fold(keys, WEIGHTS_SITE + site))
+  def attend(
+    self,
+    q: Array,
+    k: Array,
+    v: Array,
+    see: Visibility,
+    keys: Array | None,
+    site: int,
+    positions: Array | Angles | None = None,
+  ) -> Array:
+    """The values, mixed by attention and projected back: [batch, length, embed]. `positions` are those of q."""
+    run = self._op(see, keys, site)
+    mixed = run(q, k, v, see) if self.cfg.sink_distance is None else self._attend_sinks(q, k, v, see, run, positions)
+    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
+
+  def _attend_sinks(self, q: Array, k: Array, v: Array, see: Visibility, run: Callable, positions: Array) -> Array:
+    """As `run`, of q and k that are not rotated, with sinks outside the window at `sink_distance`.
+
+    Source: Han et al. 2024 (LM-Infinite), arXiv:2308.16137, §4; its code, lambda_attention.py: keys of sinks stay at
+    position 0, and queries are at position `sink_distance` for them.
+    """
+    rope, kv_positions = self.cfg.rope, see.kv_positions if see.cached else positions
+    near = rotary(q, positions, rope), rotary(k, kv_positions, rope), v
+    if see.window is None:
+      return run(*near, see)
+    at = lambda x, position: rotary(x, jnp.full(x.shape[:2], position), rope)
+    far = at(q, self.cfg.sink_distance), at(k, 0), v
+    parts = (near, dataclasses.replace(see, num_sinks=0)), (far, _of_sinks(see, positions, kv_positions))
+    return _joined(*(run(*arrays, own, return_lse=True) for arrays, own in parts))
+
+  def _op(self, see: Visibility, keys: Array | None, site: int) -> Callable:
+    """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
+    if see.relative_vectors is not None:
+      return functools.partial(self._disentangled, keys=keys, site=site)
+    dropped = self._dropped(keys, site)
     whole = {'dropout': dropped is not None, 'divided': divides('length')}
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     scale = 1.0 if self.cfg.folds_scale else None
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
-      mixed = run(q, k, v, see, dropout=dropped)
-    else:
-      mixed = _on_each_device(run, see, self.cfg.kv_axis)(q, k, v, see)
-    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
+      return functools.partial(run, dropout=dropped)
+
+    def divided(q: Array, k: Array, v: Array, see: Visibility, *, return_lse: bool = False):
+      own = functools.partial(run, return_lse=return_lse)
+      return _on_each_device(own, see, self.cfg.kv_axis, return_lse=return_lse)(q, k, v, see)
+
+    return divided
+
+  def _dropped(self, keys: Array | None, site: int) -> api.Dropout | None:
+    if keys is None or not self.cfg.dropout:
+      return None
+    return api.Dropout(self.cfg.dropout, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.sites == 't5')
+
+  def _disentangled(self, q: Array, k: Array, v: Array, see: Visibility, *, keys: Array | None, site: int) -> Array:
+    """As `_op`'s, with the scores of position vectors, which the projections of queries and keys project too."""
+    relative, scale = see.relative_vectors, (TERMS * self.cfg.head_dim) ** -0.5
+    vectors, dropped = relative.vectors.astype(q.dtype), self._dropped(keys, site)
+    pos_q, pos_k = linear(vectors, self.query, self.query_bias), linear(vectors, self.key, self.key_bias)
+    added = scale * position_scores(q, k, pos_q, pos_k, relative.max_distance)
+    whole = {'dropout': dropped is not None, 'divided': divides('length'), 'added': True}
+    return api.attention(
+      q, k, v, see, scale=scale, dropout=dropped, added=added,
+      implementation=api.choose(self.cfg.implementation, **whole),
+    )  # fmt: skip
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])

@@ -10,11 +10,12 @@ from flax import nnx
 from jax import Array
 
 from models.layers.attention import Attention, AttentionConfig, Cache, Visibility
-from models.layers.dropout import dropout, fold
+from models.layers.dropout import Sites, dropout, fold
 from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
+from models.layers.positions.rotary import Angles
 from models.partition import constrain
 from models.specs import stack
 
@@ -57,7 +58,13 @@ class BlockConfig:
   projections: Projections
   cross: bool
   rate: float
+  sites: Sites = 't5'
   experts: ExpertsConfig | None = None
+
+  @property
+  def rate_inside(self) -> float:
+    """The rate in MLPs and after the last norm, where T5 alone drops."""
+    return self.rate if self.sites == 't5' else 0.0
 
 
 class Sublayer(NamedTuple):
@@ -79,16 +86,16 @@ class Block(nnx.Module):
     if cfg.cross:
       self.cross_norm, self.cross_out_norm = norm(), out_norm()
       # There is no distance between an encoder's position and a decoder's.
-      across = dataclasses.replace(cfg.attention, rope=None)
+      across = dataclasses.replace(cfg.attention, rope=None, sink_distance=None)
       self.cross_attention = Attention(cfg.embed, across, cfg.projections)
     self.mlp_norm, self.mlp_out_norm = None if cfg.parallel == 'one_norm' else norm(), out_norm()
     self.mlp = make_mlp(cfg)
-    self.placement, self.parallel, self.rate = cfg.placement, cfg.parallel, cfg.rate
+    self.placement, self.parallel, self.rate, self.sites = cfg.placement, cfg.parallel, cfg.rate, cfg.sites
 
   def __call__(
     self,
     x: Array,
-    positions: Array,
+    positions: Array | Angles,
     see: Visibility,
     cross: Cross | None,
     keys: Array | None,
@@ -101,7 +108,7 @@ class Block(nnx.Module):
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
-    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE)
+    mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':
       update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids)
       x = self._add(x, mixed, keys, at)
@@ -122,14 +129,14 @@ class Block(nnx.Module):
   def _add(self, x: Array, update: Array, keys: Array | None, at: Sublayer) -> Array:
     out_norm = at.norm if self.placement == 'inner' else at.out_norm
     update = update if out_norm is None else out_norm(update)
-    x = constrain(x + dropout(update, self.rate, keys, at.site), 'batch', 'length', 'embed')
+    x = constrain(x + dropout(update, self.rate, keys, at.site, self.sites), 'batch', 'length', 'embed')
     return at.norm(x) if self.placement == 'post' else x
 
 
 def make_mlp(cfg: BlockConfig) -> Mlp | Experts:
   if cfg.experts is None:
-    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate)
-  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.rate)
+    return Mlp(cfg.embed, cfg.mlp, cfg.projections, cfg.rate_inside)
+  return Experts(cfg.embed, cfg.mlp, cfg.experts, cfg.projections, cfg.rate_inside)
 
 
 class Stack(nnx.Module):
@@ -152,11 +159,11 @@ class Stack(nnx.Module):
   ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
-    self.layers, self.remat, self.rate = layers, remat, cfg.rate
+    self.layers, self.remat, self.rate = layers, remat, cfg.rate_inside
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
 
   def __call__(
-    self, x: Array, positions: Array, see: Visibility, cross: Cross | None = None, keys: Array | None = None
+    self, x: Array, positions: Array | Angles, see: Visibility, cross: Cross | None = None, keys: Array | None = None
   ) -> tuple[Array, Aux]:
     """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
 
@@ -174,7 +181,7 @@ class Stack(nnx.Module):
     return x, jax.tree.map(jnp.mean, aux)
 
   def decode(
-    self, x: Array, positions: Array, see: Visibility, cache: Cache, cross: Cross | None = None
+    self, x: Array, positions: Array | Angles, see: Visibility, cache: Cache, cross: Cross | None = None
   ) -> tuple[Array, Cache]:
     """As `__call__`, for tokens that follow those in `cache`; the cache is updated in place in the carry."""
 

@@ -9,7 +9,11 @@ from jax import Array
 from models.layers.low_rank import LowRank, contracted
 from models.specs import Normal, Zeros, cast, weight
 
-Bias = Literal['none', 'qkv', 'all']
+Bias = Literal['none', 'qkv', 'attention', 'mlp', 'all']
+BiasOf = Literal['qkv', 'out', 'mlp', 'head']
+BIASED: dict[Bias, tuple[BiasOf, ...]] = {
+  'none': (), 'qkv': ('qkv',), 'attention': ('qkv', 'out'), 'mlp': ('mlp',), 'all': ('qkv', 'out', 'mlp', 'head'),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +22,9 @@ class Projections:
 
   `std` None draws each at 1/sqrt(fan-in) (T5X examples/t5/layers.py); a number draws all at that std (0.02 in GPT-2 and
   BERT). `residual` multiplies the std of the matrices that write to the residual stream: 1/sqrt(number of additions to
-  it) in GPT-2 (Radford et al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product ('all'), or to those
-  that make queries, keys and values ('qkv', Qwen2).
+  it) in GPT-2 (Radford et al. 2019, §2.3). `bias` adds a vector, drawn as zeros, to every product ('all'), to those
+  that make queries, keys and values ('qkv', Qwen2), to these and attention's output ('attention', `attention_bias` of
+  Llama and Qwen3), or to those of MLPs ('mlp').
   """
 
   std: float | None = None
@@ -32,8 +37,8 @@ class Projections:
   def init_residual(self, *fan_in: str) -> Normal:
     return self.init(*fan_in, scale=self.residual)
 
-  def make_bias(self, shape: tuple[int, ...], axes: tuple[str, ...], *, qkv: bool = False) -> nnx.Param | None:
-    return weight(shape, axes, Zeros()) if self.bias == 'all' or (qkv and self.bias == 'qkv') else None
+  def make_bias(self, shape: tuple[int, ...], axes: tuple[str, ...], of: BiasOf) -> nnx.Param | None:
+    return weight(shape, axes, Zeros()) if of in BIASED[self.bias] else None
 
 
 def linear(x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None = None, contract: int = 1) -> Array:

@@ -42,11 +42,11 @@ class Mlp(nnx.Module):
 
   def __init__(self, embed: int, cfg: MlpConfig, projections: Projections, rate: float):
     matrix = lambda: weight((embed, cfg.hidden), ('embed', 'mlp'), projections.init('embed'))
-    bias = lambda: projections.make_bias((cfg.hidden,), ('mlp',))
+    bias = lambda: projections.make_bias((cfg.hidden,), ('mlp',), 'mlp')
     self.up, self.up_bias = matrix(), bias()
     self.gate, self.gate_bias = (matrix(), bias()) if cfg.gated else (None, None)
     self.down = weight((cfg.hidden, embed), ('mlp', 'embed'), projections.init_residual('mlp'))
-    self.down_bias = projections.make_bias((embed,), ('embed',))
+    self.down_bias = projections.make_bias((embed,), ('embed',), 'mlp')
     self.activation, self.rate = cfg.activation, rate
 
   def __call__(

@@ -7,10 +7,10 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
-from pallas_kernels.attention.reference import RelativeBias, Visibility
+from pallas_kernels.attention.reference import Dropout, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
-__all__ = ['IMPLEMENTATIONS', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
+__all__ = ['IMPLEMENTATIONS', 'Dropout', 'RelativeBias', 'Visibility', 'attention', 'choose', 'flash_attention']
 
 
 def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
@@ -33,18 +33,19 @@ PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
+def choose(implementation: str, *, dropout: bool, divided: bool = False, added: bool = False) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
   GPU 'auto' selects the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, few) and 'cudnn' (few) have not run
   on a GPU yet and must be named.
-  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
+  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference. `added`: the caller
+  adds an array to the scores (disentangled attention).
 
   Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided)
+    chosen, reason = _automatic(dropout, divided, added)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -63,6 +64,11 @@ def choose(implementation: str, *, dropout: bool, divided: bool = False) -> str:
       f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 needs; "
       "use 'auto' or 'reference', or model.dropout=0."
     )
+  if added and implementation != 'reference':
+    raise KernelError(
+      f"kernels.attention='{implementation}' has no scores between content and positions, which "
+      "model.positions='disentangled' needs; use 'auto' or 'reference'."
+    )
   if divided and implementation != 'reference':
     raise KernelError(
       f"kernels.attention='{implementation}' needs whole rows, which mesh.sequence > 1 divides: each device would do "
@@ -77,7 +83,7 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool, divided: bool) -> tuple[str, str]:
+def _automatic(dropout: bool, divided: bool, added: bool) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
@@ -86,6 +92,8 @@ def _automatic(dropout: bool, divided: bool) -> tuple[str, str]:
     return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
+  if added:
+    return 'reference', 'disentangled attention'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
@@ -128,18 +136,21 @@ def attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
+  added: Array | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
 ):
-  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does."""
+  """`flash_attention`, for a caller that has a `Visibility`, or an array to add to the scores. Raises KernelError as
+  that does.
+  """
   if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
     raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
   _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
-  chosen, see = choose(implementation, dropout=dropout is not None), see.count_sinks()
+  chosen, see = choose(implementation, dropout=dropout is not None, added=added is not None), see.count_sinks()
   if see.relative_bias is not None and chosen != 'reference':
     _check_positions(chosen, q, k, see)
-  options = {'dropout': dropout} if chosen == 'reference' else {}
+  options = {'dropout': dropout, 'added': added} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](
     q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, return_lse=return_lse, **options
   )
@@ -163,7 +174,7 @@ def flash_attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Array | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
 ):

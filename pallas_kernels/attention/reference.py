@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def _mask(see: Visibility) -> Array | None:
   return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | None) -> Array:
+def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | None, added: Array | None) -> Array:
   """f32[batch, kv_heads, group, T, S], of a `see` with positions."""
   batch, length, _, head_dim = q.shape
   grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, head_dim)
@@ -155,13 +155,20 @@ def _scores(q: Array, k: Array, see: Visibility, scale: float, softcap: float | 
   if see.alibi is not None:
     distance = jnp.abs(see.kv_positions[:, None, :] - see.q_positions[:, :, None]).astype(jnp.float32)
     scores = scores - see.alibi.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
-  return scores
+  return scores if added is None else scores + added.reshape(scores.shape)
 
 
-def _drop(weights: Array, dropout: tuple[float, Array]) -> Array:
-  """Attention dropout, one mask for all queries of an example and head (T5X's broadcast_dropout)."""
-  rate, keys = dropout
-  shape = (*weights.shape[1:3], 1, weights.shape[-1])
+class Dropout(NamedTuple):
+  """`rate` of attention weights, key[batch]. `shared`: queries of an example and head share a mask, as in T5X."""
+
+  rate: float
+  keys: Array
+  shared: bool = True
+
+
+def _drop(weights: Array, dropout: Dropout | tuple[float, Array]) -> Array:
+  rate, keys, shared = Dropout(*dropout)
+  shape = (*weights.shape[1:3], 1 if shared else weights.shape[3], weights.shape[-1])
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
   return jnp.where(keep, weights / (1 - rate), 0.0)
 
@@ -175,19 +182,20 @@ def attention(
   softcap: float | None = None,
   scale: float | None = None,
   sink_logits: Float[Array, ' heads'] | None = None,
-  dropout: tuple[float, Array] | None = None,
+  dropout: Dropout | tuple[float, Array] | None = None,
+  added: Float[Array, 'batch heads T S'] | None = None,
   return_lse: bool = False,
 ):
   """softmax(scale q k^T + biases, over visible keys) v, f32 inside: [batch, T, heads, head_dim] in q's dtype.
 
   Positions default to indices. A query of segment 0, or with no visible key, gives 0 and lse = -inf. `sink_logits`
   add one logit without a value to each head's softmax; a query without a visible key then has it as its lse.
-  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN.
+  lse: f32[batch, T, heads]. Keys of segment 0 have no effect, even if they are NaN. `added` is added to the scores.
   """
   k, v = see.silence_padding(k, v)
   see = _place(see, q, k)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  scores = _scores(q, k, see, scale, softcap)
+  scores = _scores(q, k, see, scale, softcap, added)
   mask = _mask(see)
   if mask is not None:
     mask = mask[:, None, None]

@@ -13,6 +13,7 @@ from data.stores.store import open_store
 from pretrain.benchmarks.scoring import Piece, Scorer
 from pretrain.errors import ConfigError
 from pretrain.evaluation.blanks import texts_of
+from pretrain.evaluation.losses import bits_per_byte
 from pretrain.evaluation.prompts import continues_text, framed, special_ids
 from pretrain.evaluation.writer import Writer
 
@@ -86,7 +87,7 @@ def pieces_of(ids: Sequence[int], windows: Windows, writer: Writer) -> Iterator[
 def score_domain(scorer: Scorer, texts: Iterable[str], windows: Windows, said=lambda done: None) -> dict[str, float]:
   """Results of a domain. A document's tokens are those of its text and EOS; its bytes are those of the text in UTF-8.
 
-  bits_per_byte = nats / (ln 2 x bytes); perplexity = exp(nats / tokens). Raises DataError where there is no text.
+  perplexity = exp(nats / tokens). Raises DataError where there is no text.
   """
   writer, pieces, skipped, count, size = scorer.writer, [], [], 0, 0
   end = special_ids(writer.data).eos[0]
@@ -101,6 +102,6 @@ def score_domain(scorer: Scorer, texts: Iterable[str], windows: Windows, said=la
   nats, tokens = float(sum(map(np.sum, scores))), sum(map(len, scores))
   return {
     'documents': count, 'tokens': tokens, 'bytes': size, 'nats': nats, 'nats_per_token': nats / tokens,
-    'perplexity': math.exp(min(nats / tokens, 700.0)), 'bits_per_byte': nats / (math.log(2) * size),
+    'perplexity': math.exp(min(nats / tokens, 700.0)), 'bits_per_byte': bits_per_byte(nats, size),
     'context': windows.length, 'stride': windows.stride,
   }  # fmt: skip

@@ -17,6 +17,7 @@ from pretrain.benchmarks.tasks import exact, rank
 from pretrain.errors import ConfigError
 from pretrain.evaluation.writer import Writer
 from pretrain.records.progress import Counter
+from pretrain.workdirs.folder import Folder, write_whole
 
 Named = tuple[tuple[str, pathlib.Path], ...]
 FILE = 'eval.json'
@@ -85,12 +86,9 @@ def _counted(measure: Callable, what: str) -> Any:
     counter.close()
 
 
-def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
+def write_results(path: Folder, results: dict[str, Any]) -> None:
   """Writes the whole file, or leaves it as it was."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-  temporary.replace(path)
+  write_whole(path, json.dumps(results, indent=1, ensure_ascii=False) + '\n')
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:

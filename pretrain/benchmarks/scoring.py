@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from data.objectives.features import decoder_features, encoder_decoder_features
+from data.packing.best_fit import fill
 from data.ragged import interleave, join
 from pretrain.devices.mesh import batch_shards, replicated, to_global
 from pretrain.errors import ConfigError
@@ -77,16 +78,13 @@ class Scorer:
     return 0, len(piece.inputs) + len(piece.targets)
 
   def _batches(self, pieces: list[tuple[int, Piece]], size: tuple[int, int]) -> Iterator[list[list[tuple[int, Piece]]]]:
-    """Batches of rows of pieces: the longest first, each row filled until the next piece does not fit."""
-    pieces = sorted(pieces, key=lambda each: self._lengths(each[1]), reverse=True)
-    rows: list[list[tuple[int, Piece]]] = []
-    used = size
-    for number, piece in pieces:
-      used = tuple(a + b for a, b in zip(used, self._lengths(piece), strict=True))
-      if not rows or any(a > b for a, b in zip(used, size, strict=True)):
-        rows.append([])
-        used = self._lengths(piece)
-      rows[-1].append((number, piece))
+    """Batches of rows of pieces: the longest first, each in the fullest row that holds it."""
+    lengths = np.array([self._lengths(piece) for _, piece in pieces], np.int64).reshape(-1, 2)
+    sides = [(lengths[:, side], size[side]) for side in (1, 0) if size[side]]  # by the number of the piece
+    bins = fill(np.arange(len(pieces)), *sides) if pieces else np.zeros(0, np.int64)
+    rows: list[list[tuple[int, Piece]]] = [[] for _ in range(bins.max(initial=-1) + 1)]
+    for row, each in zip(bins.tolist(), pieces, strict=True):
+      rows[row].append(each)
     for i in range(0, len(rows), self.batch):
       yield rows[i : i + self.batch]
 

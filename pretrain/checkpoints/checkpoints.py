@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,13 +15,14 @@ import jax
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.checkpoints.orbax_files import SMALL_FILE, Files
-from pretrain.checkpoints.saving import Saving
+from pretrain.checkpoints.saving import Saving, failure
 from pretrain.checkpoints.stored import Stored
 from pretrain.checkpoints.wording import among, first_of, shown
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
 from pretrain.step.train_step import TrainState
+from pretrain.workdirs.folder import Folder, as_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +60,13 @@ class Checkpoints:
   is compared with it. Steps from before there were manifests are read too, with a warning that they are unverified.
   """
 
-  def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, *, read_only: bool = False):
-    self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
-    self._cfg, self._read_only = cfg, read_only
+  def __init__(
+    self, workdir: Folder, cfg: CheckpointConfig, *, read_only: bool = False,
+    before_commit: Callable[[], None] = lambda: None,
+  ):  # fmt: skip
+    """`before_commit` is called by process 0 before a step begins to exist; if it raises, the save has failed."""
+    self.directory = as_folder(workdir).resolve() / 'checkpoints'
+    self._cfg, self._read_only, self._before_commit = cfg, read_only, before_commit
     self._files = Files(self.directory, read_only=read_only)
     self._saving: Saving | None = None
     self._stall, self._failures, self._ended = 0.0, 0, list[Saved]()
@@ -181,6 +184,7 @@ class Checkpoints:
     self._saving = Saving(
       self.directory / str(step), {key: (x, sums[key]) for key, x in leaves.items()},
       {key: value for key, value in scores.items() if math.isfinite(value)}, wait, self._retain,
+      self._before_commit,
     )  # fmt: skip
     self._needed = _mebibytes(tree)
     self._stall = time.perf_counter() - start
@@ -211,7 +215,9 @@ class Checkpoints:
     if saving is None:
       return
     saving.join()
-    error = None if saving.error is None else self._failure(saving.step, saving.error)
+    if isinstance(saving.error, ConfigError):  # the workdir belongs to another run: it is not to be tried again
+      raise saving.error
+    error = None if saving.error is None else failure(self.directory, saving.step, self._needed, saving.error)
     self._failures = self._failures + 1 if error else 0
     self._ended.append(Saved(saving.step, self._stall, saving.seconds, saving.size, error, saving.untidy))
     if error:
@@ -349,22 +355,6 @@ class Checkpoints:
       f'step {step} of {self.directory} cannot be read: {what}. Nothing was changed; restore its files from a copy, or '
       f'{then}.',
     )
-
-  def _failure(self, step: int, error: Exception) -> CheckpointError:
-    free = shutil.disk_usage(self.directory).free / 2**20
-    if any(word in str(error) for word in NO_SPACE):
-      text = (
-        f'saving step {step} needs {self._needed:.0f} MiB, {free:.0f} MiB free on {self.directory}. Earlier steps are '
-        'intact. Free space.'
-      )
-      return CheckpointError('CKPT-NOSPACE', text)
-    what = str(error).splitlines()[0][:300]
-    return CheckpointError(
-      'CKPT-WRITE', f'saving step {step} in {self.directory} failed: {what}. Earlier steps are intact.'
-    )
-
-
-NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

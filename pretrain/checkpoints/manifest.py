@@ -16,6 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
+
 FILE = 'MANIFEST.json'
 FORMAT = 1
 HASH_THREADS = 4  # sha256 of one file uses one core; Orbax starts another file every 2 GB
@@ -79,7 +82,7 @@ def decode(data: bytes) -> Manifest:
   return Manifest(found['step'], files, leaves, found['scores'], found['versions'])
 
 
-def read(folder: pathlib.Path) -> Manifest:
+def read(folder: Folder) -> Manifest:
   """The manifest of a step's folder. Raises ValueError if it is missing, damaged, or belongs to another step."""
   if folder.is_symlink():
     raise ValueError('its folder is a symbolic link')
@@ -96,8 +99,14 @@ def read(folder: pathlib.Path) -> Manifest:
   return manifest
 
 
-def write(folder: pathlib.Path, manifest: Manifest) -> None:
-  """The commit: after it, the step exists. The files it lists must already be on the disk (`hash_files`)."""
+def write(folder: Folder, manifest: Manifest) -> None:
+  """The commit: after it, the step exists. The files it lists must already be on the disk (`hash_files`).
+
+  In a store the manifest is written only if there is none. Raises FileExistsError for that of another writer.
+  """
+  if isinstance(folder, StorePath):
+    (folder / FILE).create(encode(manifest))
+    return
   temporary = folder / (FILE + '.tmp')
   with temporary.open('wb') as file:
     file.write(encode(manifest))
@@ -108,7 +117,9 @@ def write(folder: pathlib.Path, manifest: Manifest) -> None:
   sync_folder(folder.parent)
 
 
-def sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: Folder) -> None:
+  if isinstance(folder, StorePath):  # it has what it has answered
+    return
   number = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(number)
@@ -116,42 +127,52 @@ def sync_folder(folder: pathlib.Path) -> None:
     os.close(number)
 
 
-def names_in(folder: pathlib.Path) -> list[str]:
+def names_in(folder: Folder) -> list[str]:
   """The files of a step, without manifests."""
+  if isinstance(folder, StorePath):
+    return [name for name in folder.names() if not name.rpartition('/')[2].startswith(FILE)]
   paths = (path for path in folder.rglob('*') if path.is_file() and not path.name.startswith(FILE))
   return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def hash_files(folder: pathlib.Path, names: Sequence[str]) -> dict[str, File]:
-  """Size and sha256 of each file, after fsync of the file and its folder, which Orbax does not do."""
+def hash_files(folder: Folder, names: Sequence[str]) -> dict[str, File]:
+  """Size and sha256 of each file, after fsync of the file and its folder, which Orbax does not do.
+
+  From a store each object is read back: its hash is that of what the store holds.
+  """
   with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
     found = dict(zip(names, pool.map(lambda name: hash_file(folder / name, sync=True), names), strict=True))
-  for parent in {(folder / name).parent for name in names}:
-    sync_folder(parent)
+  if isinstance(folder, pathlib.Path):
+    for parent in {(folder / name).parent for name in names}:
+      sync_folder(parent)
   return found
 
 
-def hash_file(path: pathlib.Path, *, sync: bool = False) -> File:
+def hash_file(path: Folder, *, sync: bool = False) -> File:
+  if isinstance(path, StorePath):
+    data = path.read_bytes()
+    return File(len(data), hashlib.sha256(data).hexdigest())
   with path.open('rb') as file:
     if sync:
       os.fsync(file.fileno())
     return File(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, 'sha256').hexdigest())
 
 
-def damage(folder: pathlib.Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
+def damage(folder: Folder, manifest: Manifest, names: Sequence[str]) -> list[str]:
   """A sentence for each of `names` that has changed; every file is read completely."""
   with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
     found = pool.map(lambda name: _damage(folder / name, name, manifest.files[name]), names)
   return [sentence for sentence in found if sentence]
 
 
-def _damage(path: pathlib.Path, name: str, wanted: File) -> str:
-  if any(part.is_symlink() for part in (path, *path.parents[: name.count('/')])):
+def _damage(path: Folder, name: str, wanted: File) -> str:
+  if isinstance(path, pathlib.Path) and any(part.is_symlink() for part in (path, *path.parents[: name.count('/')])):
     return f'{name} is a symbolic link, or lies behind one'
   try:
-    if (size := path.stat().st_size) != wanted.size:
+    found = hash_file(path) if isinstance(path, StorePath) else None
+    if (size := found.size if found else path.stat().st_size) != wanted.size:
       return f'{name} has {size} bytes, {wanted.size} in {FILE}'
-    found = hash_file(path)
+    found = found or hash_file(path)
   except FileNotFoundError:
     return f'{name} ({wanted.size} bytes) is missing'
   except OSError as error:
@@ -161,17 +182,17 @@ def _damage(path: pathlib.Path, name: str, wanted: File) -> str:
   return ''
 
 
-def part_of(folder: pathlib.Path, process: int) -> pathlib.Path:
+def part_of(folder: Folder, process: int) -> Folder:
   """The file in which a process other than the first leaves its hashes, until the first has joined all parts."""
   return folder / f'{FILE}.{process}'
 
 
-def write_part(folder: pathlib.Path, process: int, files: Mapping[str, File]) -> None:
+def write_part(folder: Folder, process: int, files: Mapping[str, File]) -> None:
   entries: dict[str, Any] = {name: dataclasses.asdict(file) for name, file in files.items()}
   part_of(folder, process).write_text(json.dumps(entries))
 
 
-def take_part(folder: pathlib.Path, process: int) -> dict[str, File]:
+def take_part(folder: Folder, process: int) -> dict[str, File]:
   path = part_of(folder, process)
   entries = json.loads(path.read_text())
   path.unlink()

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args
 
 from data.stores.paths import plain_path
-from pretrain.checkpoints import manifest
+from pretrain.checkpoints import manifest, orbax_stores
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
 
 SMALL_FILE = 16 * 2**20  # bytes, for saves of parameters alone: they must need little memory and may take longer
 
@@ -45,7 +46,7 @@ def forget_processes() -> None:
 class Files:
   """Orbax's manager of a folder of steps, opened at the first read or write, because opening makes the folder."""
 
-  def __init__(self, directory: pathlib.Path, *, read_only: bool):
+  def __init__(self, directory: Folder, *, read_only: bool):
     self._directory, self._read_only = directory, read_only
     self._opened: ocp.CheckpointManager | None = None
 
@@ -64,8 +65,23 @@ class Files:
         'position': ocp.JsonCheckpointHandler(),
         'config': ocp.JsonCheckpointHandler(),
       }
-      self._opened = ocp.CheckpointManager(plain_path(str(self._directory)), options=options, item_handlers=handlers)
+      self._opened = ocp.CheckpointManager(self._name(), options=options, item_handlers=handlers)
     return self._opened
+
+  def _name(self) -> str:
+    if not isinstance(self._directory, StorePath):
+      return plain_path(str(self._directory))
+    orbax_stores.use_stores()
+    return self._directory.url
+
+  def _save_args(self, tree: Any, file_bytes: int | None) -> args.PyTreeSave:
+    """How the arrays are written: to a store in files of one request each."""
+    largest = orbax_stores.FILE_BYTES if isinstance(self._directory, StorePath) else None
+    if file_bytes is None and largest is None:
+      return args.PyTreeSave(tree)
+    size = min(filter(None, (largest, file_bytes)))
+    save = lambda x: ocp.SaveArgs(chunk_byte_size=largest, shard_axes=_layers(x, file_bytes))
+    return args.PyTreeSave(tree, save_args=jax.tree.map(save, tree), ocdbt_target_data_file_size=size)
 
   def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
     """Returns when the arrays are copied; `wait` for the files.
@@ -74,9 +90,8 @@ class Files:
     several files at a time. With `file_bytes`, each layer of a larger array has chunks of its own, so that it can be
     read alone.
     """
-    layers = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=_layers(x, file_bytes)), tree) if file_bytes else None
     items = args.Composite(
-      state=args.PyTreeSave(tree, save_args=layers, ocdbt_target_data_file_size=file_bytes),
+      state=self._save_args(tree, file_bytes),
       position=args.JsonSave(position),
       config=args.JsonSave({'text': config, 'manifest': manifest.FORMAT}),
     )
@@ -127,9 +142,9 @@ class Files:
     return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=False))).state
 
 
-def _layers(x: jax.Array, file_bytes: int) -> tuple[int, ...]:
+def _layers(x: jax.Array, file_bytes: int | None) -> tuple[int, ...]:
   """The axis of layers: the first of three or more. Orbax would divide longer axes before it."""
-  return (0,) if x.ndim >= 3 and x.nbytes > file_bytes else ()
+  return (0,) if file_bytes and x.ndim >= 3 and x.nbytes > file_bytes else ()
 
 
 def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:

@@ -3,8 +3,8 @@
 It runs in a background thread of every process. All processes agree how it ended: the step exists for all or for none.
 """
 
-import pathlib
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +13,12 @@ import jax
 
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.manifest import File, Leaf, Manifest
-from pretrain.errors import HostError
+from pretrain.errors import CheckpointError, HostError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.refusals import reason_of
+from pretrain.workdirs.store_path import StorePath
 
 
 class Saving:
@@ -23,18 +26,19 @@ class Saving:
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: Folder,
     leaves: Mapping[str, tuple[jax.ShapeDtypeStruct, digest.Sums]],
     scores: Mapping[str, float],
     wait: Callable[[], None],
     retain: Callable[[], None],
+    before_commit: Callable[[], None] = lambda: None,
   ):
     self.step, self.size, self.seconds = int(folder.name), 0, 0.0
     self.error: Exception | None = RuntimeError('it has not ended')
     self.untidy: Exception | None = None  # why old steps could not be removed
     self._folder, self._leaves, self._scores, self._agreement = folder, leaves, scores, Agreement.about('save')
     self._wait, self._retain, self._files = wait, retain, dict[str, File]()
-    self._start = time.perf_counter()
+    self._start, self._before_commit = time.perf_counter(), before_commit
     self._thread = threading.Thread(target=self._run, name=f'save_{self.step}')
     self._thread.start()
 
@@ -93,9 +97,29 @@ class Saving:
     for process in range(1, jax.process_count()):
       files |= manifest.take_part(self._folder, process)
     whole = Manifest(self.step, files, leaves, self._scores, manifest.versions())
+    self._before_commit()
     manifest.write(self._folder, whole)
     step_folders.end(self._folder.parent, self.step)
     self.size = whole.size
+
+
+def failure(directory: Folder, step: int, needed: float, error: Exception) -> CheckpointError:
+  """The error of a save that needed `needed` MiB and failed with `error`."""
+  if isinstance(directory, StorePath):
+    what = reason_of(directory.url, error)
+  elif any(word in str(error) for word in NO_SPACE):
+    free = shutil.disk_usage(directory).free / 2**20
+    text = (
+      f'saving step {step} needs {needed:.0f} MiB, {free:.0f} MiB free on {directory}. Earlier steps are intact. Free '
+      'space.'
+    )
+    return CheckpointError('CKPT-NOSPACE', text)
+  else:
+    what = str(error).splitlines()[0][:300]
+  return CheckpointError('CKPT-WRITE', f'saving step {step} in {directory} failed: {what}. Earlier steps are intact.')
+
+
+NO_SPACE = ('RESOURCE_EXHAUSTED', 'No space left', 'File too large')
 
 
 def owner(name: str) -> int:

@@ -1,20 +1,22 @@
-"""The folders of checkpoints on a disk: which of them are steps, which are removed, which are set aside.
+"""The folders of checkpoints: which of them are steps, which are removed, which are set aside.
 
-No other module renames them. `<step>/` is a step if it holds MANIFEST.json. `<step>.saving` marks a step that is being
-written, `<step>.deleting/` one that is being removed. `<step>.corrupt/` is a damaged step, kept for inspection.
-`<step>.undone/` is a step that the run discarded when it went back before a loss spike.
+No other module renames them, except `store_steps` those in a store. `<step>/` is a step if it holds MANIFEST.json.
+`<step>.saving` marks a step that is being written, `<step>.deleting/` one that is being removed. `<step>.corrupt/` is a
+damaged step, kept for inspection. `<step>.undone/` is a step that the run discarded when it went back before a loss
+spike.
 """
 
 import contextlib
 import json
 import math
-import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pretrain.checkpoints import manifest
+from pretrain.checkpoints import manifest, store_steps
 from pretrain.errors import CheckpointError
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
 
 ORBAX_COMMIT = 'commit_success.txt'
 CONFIG = 'config/metadata'  # JSON: `text`, and `manifest` if the step will have one
@@ -22,7 +24,7 @@ Kind = Literal['finished', 'unverified', 'unfinished']
 MORE_IS_BETTER = ('accuracy', 'exact_match')
 
 
-def kind_of(folder: pathlib.Path) -> Kind:
+def kind_of(folder: Folder) -> Kind:
   """'finished' has a manifest; 'unverified' was written before manifests existed, which its config item shows."""
   if folder.is_symlink():  # its target is outside of this folder
     return 'unfinished'
@@ -37,7 +39,7 @@ def kind_of(folder: pathlib.Path) -> Kind:
   return 'unfinished' if 'manifest' in config else 'unverified'
 
 
-def folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+def folders(directory: Folder) -> dict[int, Folder]:
   """Every folder with the name of a step, oldest first, with any contents."""
   paths = directory.iterdir() if directory.is_dir() else ()
   return dict(sorted((int(path.name), path) for path in paths if _is_step(path.name) and path.is_dir()))
@@ -51,49 +53,59 @@ def _is_step(name: str) -> bool:
   return name.isdecimal() and str(int(name)) == name
 
 
-def finished(directory: pathlib.Path) -> list[int]:
+def finished(directory: Folder) -> list[int]:
   """The steps that exist, oldest first, including those from before manifests existed."""
   return [step for step, folder in folders(directory).items() if kind_of(folder) != 'unfinished']
 
 
-def quarantined(directory: pathlib.Path) -> list[str]:
+def quarantined(directory: Folder) -> list[str]:
   return sorted(path.name for path in directory.glob('*.corrupt*')) if directory.is_dir() else []
 
 
-def _mark(directory: pathlib.Path, step: int) -> pathlib.Path:
+def _mark(directory: Folder, step: int) -> Folder:
   return directory / f'{step}.saving'
 
 
-def is_marked(directory: pathlib.Path, step: int) -> bool:
+def is_marked(directory: Folder, step: int) -> bool:
   """Whether `step` is being written, or its save was cut off."""
   return _mark(directory, step).exists()
 
 
-def begin(directory: pathlib.Path, step: int) -> None:
+def begin(directory: Folder, step: int) -> None:
   """Marks `step` as being written. If the save is cut off before `end`, the next start removes its remains."""
   directory.mkdir(parents=True, exist_ok=True)
   _mark(directory, step).touch()
 
 
-def end(directory: pathlib.Path, step: int) -> None:
+def end(directory: Folder, step: int) -> None:
   _mark(directory, step).unlink(missing_ok=True)
 
 
-def discard(directory: pathlib.Path, step: int) -> None:
+def discard(directory: Folder, step: int) -> None:
   """Removes the remains of a save that failed."""
-  shutil.rmtree(directory / str(step), ignore_errors=True)
+  _remove_tree(directory / str(step))
   end(directory, step)
 
 
-def remove(directory: pathlib.Path, step: int) -> None:
+def _remove_tree(folder: Folder) -> None:
+  if isinstance(folder, StorePath):
+    folder.remove_tree()
+  else:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(directory: Folder, step: int) -> None:
   """Removes a finished step. It is renamed first, so a removal that is cut off leaves no damaged step."""
+  if isinstance(directory, StorePath):
+    store_steps.remove(directory, step)
+    return
   going = directory / f'{step}.deleting'
   shutil.rmtree(going, ignore_errors=True)
   (directory / str(step)).rename(going)
   shutil.rmtree(going)
 
 
-def tidy(directory: pathlib.Path) -> None:
+def tidy(directory: Folder) -> None:
   """Removes the remains of saves and removals that were cut off."""
   for mark in directory.glob('*.saving'):
     if not _is_step(mark.stem):  # a file of somebody else
@@ -103,20 +115,26 @@ def tidy(directory: pathlib.Path) -> None:
       end(directory, step)
     else:
       discard(directory, step)
+  if isinstance(directory, StorePath):
+    store_steps.tidy(directory)
+    return
   for path in directory.glob('*.deleting'):
     if _is_step(path.stem):
       shutil.rmtree(path, ignore_errors=True)
 
 
-def quarantine(directory: pathlib.Path, step: int) -> str:
+def quarantine(directory: Folder, step: int) -> str:
   """Sets a damaged step aside; returns its new name."""
   return put_aside(directory, step, 'corrupt')
 
 
-def put_aside(directory: pathlib.Path, step: int, why: Literal['corrupt', 'undone']) -> str:
+def put_aside(directory: Folder, step: int, why: Literal['corrupt', 'undone']) -> str:
   """Renames a step so that it is no longer found as a step; returns the new name. Nothing is deleted."""
   names = (f'{step}.{why}{f".{n}" if n else ""}' for n in range(1000))
   name = next(name for name in names if not (directory / name).exists())
+  if isinstance(directory, StorePath):
+    store_steps.move(directory, step, name)
+    return name
   (directory / str(step)).rename(directory / name)
   manifest.sync_folder(directory)
   return name
@@ -137,7 +155,7 @@ def superfluous(
   return [step for step in steps if step not in kept]
 
 
-def scores_of(directory: pathlib.Path, steps: Sequence[int], key: str) -> dict[int, float]:
+def scores_of(directory: Folder, steps: Sequence[int], key: str) -> dict[int, float]:
   """The score `key` of each evaluated step, negated if higher is better, so that lower is always better."""
   found = {}
   for step in steps:
@@ -147,7 +165,7 @@ def scores_of(directory: pathlib.Path, steps: Sequence[int], key: str) -> dict[i
   return {step: sign * value for step, value in found.items() if value is not None}
 
 
-def none_left(directory: pathlib.Path, damaged: Mapping[int, str], aside: Sequence[str]) -> CheckpointError:
+def none_left(directory: Folder, damaged: Mapping[int, str], aside: Sequence[str]) -> CheckpointError:
   """The error for a run that has checkpoints, none of which can be read."""
   seen = [f'{step}: {reason}' for step, reason in damaged.items()] + [f'{name}: quarantined' for name in aside]
   return CheckpointError(

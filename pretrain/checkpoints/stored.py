@@ -1,17 +1,26 @@
 """One array of a step, read a part at a time with TensorStore from the files that Orbax wrote."""
 
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorstore
 
+from data.buckets import CONTEXT, spec_of
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
+
 PART = 64 * 2**20  # bytes that are read at a time: TensorStore holds as much again while it unpacks them
 LEAST_CACHE = 16 * 2**20  # bytes: for the index of the files
 
 Place = tuple[int, ...]
+
+
+def _files(folder: Folder) -> Any:
+  if isinstance(folder, StorePath):
+    return spec_of(f'{folder.url}/')
+  return {'driver': 'file', 'path': f'{folder.resolve()}/'}
 
 
 class Stored:
@@ -20,10 +29,10 @@ class Stored:
   `corrupt` makes the error for files that cannot be read.
   """
 
-  def __init__(self, folder: pathlib.Path, key: str, corrupt: Callable[[str], Exception]):
+  def __init__(self, folder: Folder, key: str, corrupt: Callable[[str], Exception]):
     self._spec = {
       'driver': 'zarr', 'path': key.replace('/', '.') + '/', 'recheck_cached_data': 'open',
-      'kvstore': {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{(folder / "state").resolve()}/'}},
+      'kvstore': {'driver': 'ocdbt', 'base': _files(folder / 'state')},
     }  # fmt: skip
     self._corrupt = corrupt
     array = self._opened(LEAST_CACHE)
@@ -47,7 +56,7 @@ class Stored:
     return next(self.parts([()]))
 
   def _opened(self, cache: int) -> tensorstore.TensorStore:
-    context = {'cache_pool': {'total_bytes_limit': cache}, 'file_io_concurrency': {'limit': 4}}
+    context = CONTEXT | {'cache_pool': {'total_bytes_limit': cache}, 'file_io_concurrency': {'limit': 4}}
     try:
       return tensorstore.open(self._spec, read=True, context=tensorstore.Context(context)).result()
     except (ValueError, OSError) as error:

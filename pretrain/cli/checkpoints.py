@@ -31,7 +31,7 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
   average, soup, merge, restore = (added[name] for name in ('average', 'soup', 'merge', 'restore-as'))
   shared.config_flags(soup)
   for action in (added['list'], added['verify'], average):
-    action.add_argument('--workdir', required=True, type=shared.path)
+    action.add_argument('--workdir', required=True, type=shared.workdir)
   average.add_argument('--steps', required=True, type=int_list, metavar='100,200')
   average.add_argument('--weights', type=float_list, metavar='1,2', help='one for each step; without them, equal')
   merge.add_argument(
@@ -51,7 +51,7 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
   extend_flags(added['extend-vocabulary'])
   warm_start_flags(added['warm-start'])
   for action in (average, soup, merge, restore):
-    action.add_argument('--output', required=True, type=shared.path, help='a new workdir, to generate or start from')
+    action.add_argument('--output', required=True, type=shared.workdir, help='a new workdir, to generate or start from')
 
 
 def positive(value: str) -> int:
@@ -77,7 +77,7 @@ def extend_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--max_words', type=positive, metavar='N', help='of ofa: read the first N vectors')
   action.add_argument('--rank', type=positive, metavar='R', help='of ofa: the rank of the new tables')
   action.add_argument('--seed', type=int, default=0, help='of the draws of multivariate and ofa')
-  action.add_argument('--to', required=True, type=shared.path, metavar='NEW', help='a new workdir')
+  action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
 
 
 def warm_start_flags(action: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def warm_start_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument(
     '--cross', choices=('random', 'self'), default='random', help='cross-attention: drawn, or a copy of self-attention'
   )
-  action.add_argument('--to', required=True, type=shared.path, metavar='NEW', help='a new workdir')
+  action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
 
 
 def path_list(value: str) -> list[str]:

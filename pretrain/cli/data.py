@@ -55,7 +55,7 @@ def _config_flags(action: argparse.ArgumentParser, required: bool = True) -> Non
 def _row_flags(action: argparse.ArgumentParser) -> None:
   _config_flags(action, required=False)
   action.add_argument(
-    '--workdir', type=shared.path, metavar='RUN', help='the rows that this run has read; its config.gin by default'
+    '--workdir', type=shared.workdir, metavar='RUN', help='the rows that this run has read; its config.gin by default'
   )
   action.add_argument('--step', type=int, default=0)
   action.add_argument('--row', type=int, default=0)

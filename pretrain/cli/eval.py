@@ -8,7 +8,7 @@ from pretrain.errors import ConfigError
 
 
 def eval_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', type=shared.path, help='a run; results are written to eval.json there')
+  command.add_argument('--workdir', type=shared.workdir, help='a run; results are written to eval.json there')
   command.add_argument('--step', type=int, help='of the run; without it, the newest')
   command.add_argument(
     '--from', type=shared.path, dest='source', metavar='DIR', help='published weights: config.json and *.safetensors'
@@ -73,12 +73,12 @@ def eval_command(options, overrides) -> None:
     print(write_report(options.workdir))
 
 
-def out_of(options) -> pathlib.Path | None:
+def out_of(options):
   """Where the results go. Raises ConfigError where they cannot be written."""
   from pretrain.benchmarks.evaluate import FILE
 
   out = options.out or (options.workdir and options.workdir / FILE)
-  if out is not None and (options.out is not None or options.workdir.exists()):
+  if isinstance(out, pathlib.Path) and (options.out is not None or options.workdir.exists()):
     shared.check_file(out, '--out' if options.out else '--workdir')
   return out
 

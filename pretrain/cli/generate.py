@@ -7,7 +7,7 @@ from pretrain.errors import ConfigError
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument(
     '--text',
     action='append',
@@ -17,6 +17,11 @@ def generate_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--prompts', type=shared.path, metavar='FILE', help='prompts: JSONL with a field "text", or one prompt a line'
   )
+  command.add_argument(
+    '--special', action='append', default=[], metavar='NAME',
+    help="read this special token in prompts, e.g. '<|im_start|>' (repeatable; 'all' for each of the tokenizer's); "
+    'without it such text is text',
+  )  # fmt: skip
   command.add_argument('--out', type=shared.path, metavar='FILE.jsonl', help='write the answers here, not to stdout')
   command.add_argument(
     '--max_tokens', type=int, default=64, help='at most; an output also ends where a training row did'
@@ -57,5 +62,5 @@ def generate_command(options, overrides) -> int:
   how = Decoding(sampling=sampling, beams=options.beams, seed=options.seed, batch=batch)
   return show_generated(
     options.workdir, [text for _, text in given], options.max_tokens, options.top, how,
-    mesh=devices, places=places, out=options.out,
+    mesh=devices, places=places, out=options.out, special=options.special,
   )  # fmt: skip

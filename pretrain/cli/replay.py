@@ -7,7 +7,7 @@ from pretrain.errors import ConfigError
 
 
 def replay_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.path)
+  command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument('--step', required=True, type=int, help='the last step that is computed again')
   command.add_argument(
     '--rtol',
@@ -17,6 +17,7 @@ def replay_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='another mesh than that of the run'
   )
+  shared.cluster_flag(command)
 
 
 def replay_command(options, overrides) -> int:
@@ -29,15 +30,16 @@ def replay_command(options, overrides) -> int:
     from data.stores.paths import looked_in
 
     raise ConfigError(
-      f'--workdir={options.workdir}{looked_in(options.workdir)} is no run: it has no config.gin; check the path.'
+      f'--workdir={options.workdir}{looked_in(str(options.workdir))} is no run: it has no config.gin; check the path.'
     )
   if others := [key for key in overrides if not key.startswith('mesh.')]:
     raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')
   if overrides and options.rtol is None:
     raise ConfigError(f'--gin.{overrides[0]}: only the mesh of the run gives its bits; give --rtol, e.g. --rtol=1e-5.')
   cfg = shared.load(options, overrides, saved)
+  found = launch.join_cluster(options.cluster, cfg.mesh.replica)
   mesh.prepare_platform(cfg.mesh, launch.num_hosts())
-  launch.initialize_from_env()
+  launch.initialize_from_env(found=found)
   from pretrain.devices.compilation_cache import use_compilation_cache
   from pretrain.errors import CheckpointError
   from pretrain.hosts import coordination

@@ -6,7 +6,7 @@ from pretrain.cli import shared
 
 
 def report_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('workdir', type=shared.path)
+  command.add_argument('workdir', type=shared.workdir)
 
 
 def report_command(options, overrides) -> None:

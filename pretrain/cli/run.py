@@ -56,6 +56,8 @@ def supervised(options) -> int:
   from pretrain.fleet.supervise import Policy, Supervisor
 
   train, overrides = shared.parse(options.rest, [('train', train_command, train_flags)])
+  if train.cluster not in (None, 'pretrain'):
+    raise ConfigError(f'--cluster={train.cluster}: pretrain run starts the processes itself; leave the flag out.')
   cfg = shared.load(train, overrides)
   shared.check_workdir(train.workdir)
   if options.skip_poisoned:

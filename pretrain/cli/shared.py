@@ -56,6 +56,14 @@ def path(value: str) -> pathlib.Path:
   return arguments.path(value)
 
 
+def workdir(value: str):
+  """A flag that is the folder of a run: a path, or the URL of a folder in a store."""
+  from data import arguments
+  from pretrain.workdirs.folder import as_folder
+
+  return as_folder(arguments.expand_user(value))
+
+
 def location(value: str) -> str:
   """A flag that is a path or a URL."""
   from data import arguments
@@ -84,6 +92,14 @@ def config_flags(command: argparse.ArgumentParser, required: bool = True) -> Non
   )
 
 
+def cluster_flag(command: argparse.ArgumentParser) -> None:
+  from pretrain.fleet.cluster import CHOICES
+
+  command.add_argument(
+    '--cluster', choices=CHOICES, help='who started the processes of the run, where the environment names several'
+  )
+
+
 def mesh_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='devices along a mesh axis')
 
@@ -98,7 +114,7 @@ def mesh_of(overrides: Sequence[str], command: str):
   return bindings.load(MeshConfig, [], [key.strip().removeprefix('mesh.') for key in overrides])
 
 
-def load(options, overrides, saved: pathlib.Path | None = None):
+def load(options, overrides, saved=None):
   """The checked config of a command, from --gin_file or from the config.gin of a run."""
   from pretrain.config import bindings
   from pretrain.experiment import checks, experiment
@@ -110,10 +126,12 @@ def load(options, overrides, saved: pathlib.Path | None = None):
   return cfg
 
 
-def check_workdir(workdir: pathlib.Path, flag: str = '--workdir') -> None:
-  """Raises ConfigError where no run can be written; leaves nothing behind."""
+def check_workdir(workdir, flag: str = '--workdir') -> None:
+  """Raises ConfigError where no run can be written; leaves nothing behind. A store is asked when it is written to."""
   from data.arguments import is_text
 
+  if not isinstance(workdir, pathlib.Path):
+    return
   if not is_text(str(workdir.absolute())):
     raise ConfigError(
       f'{flag}={workdir} is the folder {workdir.absolute()}, whose name has bytes that are not UTF-8: checkpoints '

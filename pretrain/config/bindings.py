@@ -11,6 +11,7 @@ from pretrain.config.gin_text import Binding, read_file, read_text
 from pretrain.config.macros import check_used, expand, is_macro
 from pretrain.config.schema import Builder
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import as_folder
 
 T = TypeVar('T')
 
@@ -25,7 +26,7 @@ def load(
   Raises ConfigError, naming file and line, for syntax errors and unknown, missing or mistyped keys.
   """
   bindings = [Binding(key, value, 'default') for key, value in (absent or {}).items()]
-  bindings += [binding for file in files for binding in read_file(pathlib.Path(file), '--gin_file=', ())]
+  bindings += [binding for file in files for binding in read_file(as_folder(file, '--gin_file'), '--gin_file=', ())]
   for override in overrides:
     name = '--gin.' + override.split('=', 1)[0].strip()
     bindings += read_text(override, pathlib.Path(), name, ())
@@ -68,9 +69,12 @@ def override(cfg: T, values: Mapping[str, Any], place: str) -> T:
 
 
 def flatten(cfg: Any, prefix: str = '') -> dict[str, Any]:
-  """Every value of a config dataclass by its dotted key; tuples of dataclasses become lists of dicts."""
+  """Every value of a config dataclass by its dotted key; tuples of dataclasses become lists of dicts. A field that is
+  rendered 'if set' is left out where it has its default: configs that do not use it stay as they were."""
   flat: dict[str, Any] = {}
   for field in dataclasses.fields(cfg):
+    if not _is_rendered(field, cfg):
+      continue
     value, key = getattr(cfg, field.name), prefix + field.name
     flat |= flatten(value, key + '.') if dataclasses.is_dataclass(value) else {key: plain(value)}
   return flat
@@ -94,7 +98,8 @@ def plain(value: Any) -> Any:
 
 
 def _is_rendered(field: dataclasses.Field, value: Any) -> bool:
-  return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != field.default
+  default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+  return field.metadata.get('rendered') != 'if set' or getattr(value, field.name) != default
 
 
 def nest(keys: Mapping[str, Binding]) -> dict[str, Any]:

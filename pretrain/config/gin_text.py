@@ -16,6 +16,7 @@ from gin import config_parser
 from data.arguments import expand_user
 from data.stores.paths import looked_in
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import Folder
 
 SURROGATES = re.compile('[\ud800-\udfff]')
 DIGITS = 30  # of a whole number; keys have closer limits
@@ -106,7 +107,7 @@ def problem_of(value: Any) -> str | None:
   return None
 
 
-def read_file(path: pathlib.Path, blame: str, including: tuple[pathlib.Path, ...]) -> Iterator[Binding]:
+def read_file(path: Folder, blame: str, including: tuple[Folder, ...]) -> Iterator[Binding]:
   """The bindings of a file and of what it includes. `blame` begins the sentence when it cannot be read."""
   try:
     resolved = path.resolve()
@@ -114,7 +115,9 @@ def read_file(path: pathlib.Path, blame: str, including: tuple[pathlib.Path, ...
       raise ConfigError(f'{blame}{path} includes itself; remove one of the includes.')
     raw = path.read_bytes()
   except OSError as error:
-    raise ConfigError(f'{blame}{path}{looked_in(path)} cannot be read ({error.strerror}); check the path.') from error
+    raise ConfigError(
+      f'{blame}{path}{looked_in(str(path))} cannot be read ({error.strerror}); check the path.'
+    ) from error
   except (RuntimeError, ValueError) as error:  # before Python 3.13 a circle of links; a NUL in a path
     raise ConfigError(f'{blame}{path} cannot be read ({error}); check the path.') from error
   yield from read_text(decode(raw, f'{blame}{path}'), path, None, (*including, resolved))

@@ -1,23 +1,26 @@
 """The cache of built corpora and compiled programs, shared by processes."""
 
 import contextlib
-import os
 import pathlib
 
 import jax
 from jax._src import compilation_cache, compiler, distributed  # the choice of who writes the cache is not public
 
-from data.arguments import expand_user
+from pretrain.workdirs import fsspec_bridge
+from pretrain.workdirs.cache import cache_url, local_cache_dir
 
 
 def cache_dir() -> pathlib.Path:
-  """The folder of built corpora and compiled programs: $PRETRAIN_CACHE, else ~/.cache/pretrain."""
-  return pathlib.Path(expand_user(os.environ.get('PRETRAIN_CACHE', '~/.cache/pretrain')))
+  """The folder of this host for built corpora: $PRETRAIN_CACHE unless that is a URL, else ~/.cache/pretrain."""
+  return local_cache_dir()
 
 
 def use_compilation_cache() -> None:
-  """Compiled programs are kept on disk: a second start compiles nothing."""
-  jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+  """Compiled programs are kept: a second start compiles nothing. In a store ($PRETRAIN_CACHE=gs://…), for all hosts."""
+  url = cache_url()
+  if url is not None:
+    fsspec_bridge.register()
+  jax.config.update('jax_compilation_cache_dir', f'{url}/xla' if url else str(cache_dir() / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   if jax.config.jax_platforms == 'cpu' and distributed.global_state.process_id:
     compiler._cache_write = keep_program

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretrain.devices.platform import has_accelerator, set_threads, threads
@@ -93,8 +94,23 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   sizes = axis_sizes(cfg, len(devices))
   if math.prod(sizes.values()) != len(devices):
     raise ConfigError(f'mesh.* uses {product} of {len(devices)} devices; set one axis to -1 to use them all.')
+  if len(slices := {getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) > 1:
+    return _mesh_of_slices(sizes, len(slices), devices)
   # make_mesh defaults to Explicit axes; our sharding is by constraints, which need Auto.
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _mesh_of_slices(sizes: Mapping[str, int], slices: int, devices) -> Mesh:
+  """The mesh over several TPU slices: only `replica` crosses them, so only its collectives use the slow network."""
+  if sizes['replica'] % slices:
+    raise ConfigError(
+      f'the devices are on {slices} slices and mesh.replica={sizes["replica"]}; set mesh.replica to a multiple of '
+      f'{slices}: its axis crosses slices.'
+    )
+  inside = {**sizes, 'replica': sizes['replica'] // slices}
+  across = [slices if axis == 'replica' else 1 for axis in AXES]
+  placed = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), across, devices)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _check_threads(devices: int) -> None:

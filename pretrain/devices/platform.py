@@ -2,11 +2,23 @@
 
 import glob
 import os
+from collections.abc import Mapping
 
 
 def has_accelerator() -> bool:
   """True where a TPU or GPU device file exists; importing libtpu to find out would take seconds, or hang."""
   return any(glob.glob(pattern) for pattern in ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/kfd'))
+
+
+def has_tpu() -> bool:
+  """True where a device file of a TPU exists. A few machines without one have such files too (`/dev/vfio`)."""
+  return any(glob.glob(pattern) for pattern in ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*'))
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+  """NVIDIA GPUs that a process with this environment sees."""
+  listed = environ.get('CUDA_VISIBLE_DEVICES')
+  return len(glob.glob('/dev/nvidia[0-9]*')) if listed is None else len([x for x in listed.split(',') if x.strip()])
 
 
 def set_threads(devices: int) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -13,8 +12,9 @@ from pretrain.errors import ConfigError
 from pretrain.evaluation.best import Candidate, log_prob, search
 from pretrain.evaluation.prompts import prompt_inputs, room_for
 from pretrain.evaluation.texts import fills_middle
-from pretrain.evaluation.unigram import Unigram, count
+from pretrain.evaluation.unigram import Unigram, count, read_documents
 from pretrain.evaluation.writer import Writer, open_writer
+from pretrain.workdirs.folder import Folder
 
 # A capital, words, commas, a full stop; behind a full stop or at the beginning. No code, no title, no list.
 SENTENCE = re.compile(r"(?<![^.!?] )(?<!\S)[A-Z][a-z]*(?: [a-z][a-z'-]*,?)+\.(?!\S)")
@@ -88,13 +88,10 @@ def _hash(text: str) -> int:
 
 def texts_of(store: Store) -> list[str]:
   """The documents of a store as text."""
-  tokenizer = store.tokenizer(0)
-  lengths = (store.offsets[1:] - store.offsets[:-1]).tolist()
-  documents = store.read(list(zip(store.offsets[:-1].tolist(), lengths, strict=True)))
-  return [tokenizer.decode(ids[tokenizer.vocabulary.is_text(ids)]) for ids in documents]
+  return read_documents(store).texts()
 
 
-def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:
+def show_blanks(workdir: Folder, number: int = 5, top: int = 3, measured: int = 64) -> Iterator[str]:
   """Lines: `number` held-out sentences with hidden words, the `top` fillings of the run and those of a unigram; then
   how likely the true words are to both, over `measured` sentences.
 
@@ -106,11 +103,11 @@ def show_blanks(workdir: pathlib.Path, number: int = 5, top: int = 3, measured: 
   heldout = list(writer.data.heldout_stores().values())
   if not heldout or any(store.kind != 'text' for store in heldout):
     raise ConfigError(f'{workdir} has no held-out text to hide words in; set data.heldout to stores of text.')
-  stores = [rows.store for rows in writer.data.sources]
-  seen = ' '.join(text for store in stores for text in texts_of(store))
+  trained = [read_documents(rows.store) for rows in writer.data.sources]  # read once, for the search and the counts
+  seen = ' '.join(text for documents in trained for text in documents.texts())
   chosen = choose((text for store in heldout for text in texts_of(store)), max(number, measured), seen)
   encode = writer.data.tokenizer.encode
-  unigram = count(stores, (encode(blank.truth) for blank in chosen))
+  unigram = count(trained, (encode(blank.truth) for blank in chosen))
   frequent = list(itertools.islice(_frequent_words(unigram, writer), top))
   pairs = []
   shown = len(chosen[:number])

@@ -13,12 +13,13 @@ from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.best import Candidate, best_outputs
 from pretrain.evaluation.outputs import GREEDY, Decoding, check_decoding, outputs
-from pretrain.evaluation.prompts import named, not_utf8, prompt_inputs, room_for
+from pretrain.evaluation.prompts import check_special, named, not_utf8, prompt_inputs, reading_special, room_for
 from pretrain.evaluation.texts import answers_whole, filled
 from pretrain.evaluation.writer import ONE_DEVICE, Writer, open_run
 from pretrain.experiment.experiment import Experiment
 from pretrain.records.progress import Counter
 from pretrain.redact import redact
+from pretrain.workdirs.folder import Folder
 
 MOST_TOP = 64
 
@@ -48,9 +49,10 @@ class Refused:
 
 
 def show_generated(
-  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), out: pathlib.Path | None = None,
+  special: Sequence[str] = (),
 ) -> int:  # fmt: skip
   """Prints each answer, or writes all of them to `out`, and prints a line on stderr for each refused prompt.
 
@@ -58,7 +60,8 @@ def show_generated(
   """
   code, encoding, records = 0, sys.stdout.encoding or 'utf-8', []
   counter = Counter(len(prompts), 'prompts') if places or how.batch > 1 else None
-  for result in answers(workdir, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter):
+  found = answers(workdir, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter, special=special)
+  for result in found:
     records.append(record(result))
     if isinstance(result, Refused):
       code = code or result.error.exit_code
@@ -98,7 +101,7 @@ def _lines(result: Generated) -> Iterator[str]:
 
 
 def generate(
-  workdir: pathlib.Path,
+  workdir: Folder,
   prompts: Sequence[str],
   max_tokens: int = 64,
   top: int | None = None,
@@ -109,14 +112,16 @@ def generate(
 
 
 def answers(
-  workdir: pathlib.Path, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), counter: Counter | None = None,
+  special: Sequence[str] = (),
 ) -> Iterator[Generated | Refused]:  # fmt: skip
   """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held.
 
   Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Outputs are those of `how`, by default
-  greedy; with `top` they are the best of an exact beam search, and come with the `top` best candidates. Raises
+  greedy; with `top` they are the best of an exact beam search, and come with the `top` best candidates. The names of
+  special tokens in `special` are tokens in prompts, and text otherwise (`prompts.reading_special`). Raises
   ConfigError for a run without text or of an encoder, CheckpointError where `workdir` holds no checkpoint. A prompt
   longer than the rows of training, one that the objective cannot answer, and one with a sentinel that does not exist
   are `Refused`, with their `places` (default: `--text=`); the others are answered. All of them are checked before a
@@ -132,7 +137,8 @@ def answers(
   if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
     return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
   run = open_run(workdir)
-  inputs = [_read_prompt(prompt, place, run.cfg, run.data) for prompt, place in zip(prompts, places, strict=True)]
+  data = reading_special(run.data, special)
+  inputs = [_read_prompt(prompt, place, run.cfg, data) for prompt, place in zip(prompts, places, strict=True)]
   if all(isinstance(own, Refused) for own in inputs):
     return (own for own in inputs if isinstance(own, Refused))
   return _answers(run.writer(mesh), prompts, inputs, max_tokens, top, how, counter)
@@ -147,6 +153,7 @@ def _check_counts(max_tokens: int, top: int | None) -> None:
 
 def _read_prompt(prompt: str, place: str, cfg: Experiment, data: DataSource) -> list[int] | Refused:
   try:
+    check_special(prompt, data)
     inputs = prompt_inputs(prompt, cfg, data, place)
     _check_ids(inputs, cfg.model.vocab_size)
     room_for(prompt, inputs, cfg, place)

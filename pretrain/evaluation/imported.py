@@ -4,19 +4,21 @@ import pathlib
 
 from data.prepare.published import JSON, SENTENCEPIECE, Published, published, tokenizer_in
 from pretrain.errors import ConfigError
+from pretrain.workdirs.copies import local_copy
+from pretrain.workdirs.folder import Folder
 
 FOLDER = 'imported'
 OTHER_TOKENIZERS = ('vocab.json', 'vocab.txt')
 
 
-def tokenizer_of(workdir: pathlib.Path) -> Published | None:
+def tokenizer_of(workdir: Folder) -> Published | None:
   """The tokenizer that was imported into `workdir`; None where nothing was imported.
 
   Raises ConfigError for imported weights with a tokenizer that Pretrain does not read, or none; DataError for a damaged
   one.
   """
   folder = workdir / FOLDER
-  return tokenizer_from(folder) if folder.is_dir() else None
+  return tokenizer_from(local_copy(folder)) if folder.is_dir() else None
 
 
 def tokenizer_from(folder: pathlib.Path) -> Published:

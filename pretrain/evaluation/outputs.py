@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.decode.beam import beam_search
+from models.decode.cached import PLACES
 from models.decode.sampling import Sampling
 from models.decode.writing import write
 from pretrain.devices.mesh import batch_shards, to_global
 from pretrain.errors import ConfigError
-from pretrain.evaluation.prompts import prompt_batch, special_ids
+from pretrain.evaluation.prompts import packed_batch, prompt_batch, special_ids
 from pretrain.evaluation.texts import until_end
 from pretrain.evaluation.writer import Writer
 
@@ -23,13 +24,15 @@ MOST_BEAMS = 64
 class Decoding:
   """How outputs are found: by `beams`, or token by token by `sampling`; `batch` prompts at once.
 
-  `seed` and the number of a prompt decide what is drawn for it, whatever the batch.
+  `seed` and the number of a prompt decide what is drawn for it, whatever the batch. `packed`: prompts of a batch are
+  read in fewer rows where that saves some.
   """
 
   sampling: Sampling = Sampling()
   beams: int | None = None
   seed: int = 0
   batch: int = 1
+  packed: bool = True
 
 
 GREEDY = Decoding()
@@ -84,9 +87,7 @@ def outputs(
     alone = how.batch == 1
     length = len(inputs[numbers[0]]) if alone else padded(len(inputs[numbers[0]]))
     filled = (numbers + numbers[:1] * how.batch)[: how.batch]  # rows that are left over repeat a prompt
-    rows = prompt_batch([inputs[number] for number in filled], writer.cfg, length, writer.data.vocabulary.ids)
-    if not starts:  # as padding, it is not read
-      rows['decoder_segment_ids'] = rows['decoder_segment_ids'] * (rows['decoder_positions'] > 0)
+    rows = _rows(writer, [inputs[number] for number in numbers], length, how, shards, starts)
     limits, keys = [rooms[number] for number in filled], [drawn[number] for number in filled]
     found = _decode(writer, rows, limits[0] if alone else most, limits, keys, how)
     for number, row in zip(numbers, found.tolist(), strict=False):
@@ -101,6 +102,22 @@ def grouped(inputs: Sequence[list[int]], batch: int, eos: tuple[int, ...]) -> li
   for number in sorted(range(len(inputs)), key=lambda number: -len(inputs[number])):
     kinds.setdefault(inputs[number][-1:] in [[token] for token in eos], []).append(number)
   return [own[i : i + batch] for own in kinds.values() for i in range(0, len(own), batch)]
+
+
+def _rows(
+  writer: Writer, prompts: list[list[int]], length: int, how: Decoding, shards: int, starts: bool
+) -> dict[str, np.ndarray]:
+  """`how.batch` rows of prompts, or fewer packed ones; those left over repeat the first prompt."""
+  ids = writer.data.vocabulary.ids
+  if how.packed and how.batch > 1:
+    packed = packed_batch(prompts, writer.cfg, length, ids, shards, starts)
+    if packed is not None:
+      again = np.repeat(packed[PLACES][:1], how.batch - len(prompts), 0)
+      return packed | {PLACES: np.concatenate([packed[PLACES], again])}
+  rows = prompt_batch((prompts + prompts[:1] * how.batch)[: how.batch], writer.cfg, length, ids)
+  if not starts:  # as padding, it is not read
+    rows['decoder_segment_ids'] = rows['decoder_segment_ids'] * (rows['decoder_positions'] > 0)
+  return rows
 
 
 def _decode(writer: Writer, rows, most: int, rooms: list[int], numbers: list[int], how: Decoding) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Prompts as a run reads them: the ids of its training inputs, the row they make, and the room they leave."""
 
+import copy
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,17 +10,23 @@ import numpy as np
 
 from data.arguments import is_text
 from data.batches.batches import DataSource
+from data.errors import DataError
 from data.objectives.features import Batch, decoder_features, encoder_decoder_features
 from data.objectives.fim import fim_ids
 from data.objectives.objectives import Instruction, Supervised, pair_lengths, tasks_of
 from data.objectives.tasks import LEFT_TO_RIGHT
+from data.packing.best_fit import fill
 from data.prepare.messages import marker
 from data.ragged import interleave, join
 from data.stores.special_ids import SpecialIds
+from models.decode.cached import PLACES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
 CONTINUING = (*LEFT_TO_RIGHT, 'uniform_prefix', 'last_quarter')  # kinds of tasks that continue text
+
+ALL = 'all'  # every special token of the tokenizer
+LIKE_SPECIAL = re.compile(r'<\|[^|<>\s]+\|>')
 
 
 class DecodingIds(NamedTuple):
@@ -72,6 +80,28 @@ def prompt_inputs(prompt: str, cfg: Experiment, data: DataSource, place: str = '
   return [*ids, vocabulary.ids.end]
 
 
+def reading_special(data: DataSource, names: Sequence[str]) -> DataSource:
+  """`data` for prompts in which the special tokens `names` are tokens, or with ALL each that the tokenizer has.
+
+  Raises ConfigError, with the names that exist, for another one.
+  """
+  if not names:
+    return data
+  there = copy.copy(data)
+  try:
+    there.tokenizer = data.tokenizer.reading(data.tokenizer.special if ALL in names else names)
+  except DataError as error:
+    raise ConfigError(f'--special: {error.message}') from error
+  return there
+
+
+def check_special(prompt: str, data: DataSource) -> None:
+  """Where all special tokens are read: raises DataError, with their names, for text like <|name|> that is none."""
+  tokenizer = data.tokenizer
+  if tokenizer.read and tokenizer.read == frozenset(tokenizer.special) and is_text(prompt):
+    tokenizer.check_special(LIKE_SPECIAL.findall(prompt))
+
+
 def named(prompt: str, place: str) -> str:
   """Where a prompt was given, and how it begins and ends."""
   return f'{place}{reprlib.repr(prompt)}'
@@ -105,8 +135,10 @@ def sees_itself(inputs: list[int], cfg: Experiment, end: int) -> bool:
   match cfg.objective:
     case Instruction(prefix_attention=prefix):
       return prefix
-    case objective:
-      return isinstance(objective, Supervised) or inputs[-1:] == [end]
+    case Supervised():
+      return True
+    case objective:  # a special token at the end of a prompt may be EOS
+      return inputs[-1:] == [end] and any(task.kind not in LEFT_TO_RIGHT for task in tasks_of(objective))
 
 
 def continues_text(cfg: Experiment) -> bool:
@@ -135,17 +167,78 @@ def prompt_batch(prompts: Sequence[list[int]], cfg: Experiment, length: int, ids
   from left to right do not end with EOS (`prompt_inputs`); all prompts must be of one kind. Weights that were imported
   and not trained here read `ids.decoder_start` first, and where it is None the text alone, as in `transformers`.
   """
-  number, first = len(prompts), np.full(len(prompts), ids.first_input)
-  if cfg.data.name == 'synthetic' and ids.decoder_start is None and not cfg.data.inputs_length:
-    first = np.array([own[0] if own else ids.first_input for own in prompts])
-    prompts = [own[1:] for own in prompts]
-  inputs = join([np.asarray(own, np.int32) for own in prompts])
-  target, rows = join([np.zeros(1, np.int32)] * number), np.arange(number)
+  number, (first, prompts) = len(prompts), _begun(prompts, cfg, ids)
+  fields = _rows_of(prompts, cfg, np.arange(number), number, length, first, ids.end)
   if cfg.data.inputs_length:
-    return encoder_decoder_features(inputs, target, rows, number, length, 1, first)
-  if not sees_itself(prompts[0], cfg, ids.end):
-    fields = decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1, first=first)
-  else:
-    fields = decoder_features(inputs, target, rows, number, length + 1, first=first)
-  order = (np.arange(length + 1) + inputs.lengths[:, None] + 1) % (length + 1)
+    return fields
+  order = (np.arange(length + 1) + np.array(list(map(len, prompts)))[:, None] + 1) % (length + 1)
   return {name: np.take_along_axis(values, order, 1) for name, values in fields.items()}
+
+
+def _begun(prompts: Sequence[list[int]], cfg: Experiment, ids: SpecialIds) -> tuple[np.ndarray, list[list[int]]]:
+  """(what a decoder reads first, the tokens behind it) of each prompt."""
+  if cfg.data.name == 'synthetic' and ids.decoder_start is None and not cfg.data.inputs_length:
+    return np.array([own[0] if own else ids.first_input for own in prompts]), [own[1:] for own in prompts]
+  return np.full(len(prompts), ids.first_input), list(prompts)
+
+
+def _rows_of(
+  prompts: Sequence[list[int]], cfg: Experiment, rows: np.ndarray, number: int, length: int, first: np.ndarray, end: int
+) -> Batch:
+  """Prompt i in row `rows[i]` (ascending) of `number` rows, with room for one target behind each."""
+  inputs, target = join([np.asarray(own, np.int32) for own in prompts]), join([np.zeros(1, np.int32)] * len(prompts))
+  if cfg.data.inputs_length:
+    most = int(np.bincount(rows).max())
+    return encoder_decoder_features(inputs, target, rows, number, length, most, first)
+  if not sees_itself(prompts[0], cfg, end):
+    return decoder_features(None, interleave(inputs, target)[0], rows, number, length + 1, first=first)
+  return decoder_features(inputs, target, rows, number, length + 1, first=first)
+
+
+class Packed(NamedTuple):
+  """Packed rows: `rows` has the row of each prompt, out of `number`."""
+
+  rows: np.ndarray
+  number: int
+
+
+def packing_of(lengths: Sequence[int], length: int, shards: int) -> Packed:
+  """The rows, of `length` positions, of prompts that take `lengths` positions: best fit, the longest first.
+
+  Their number is rounded up to an eighth of the prompts, and to a multiple of `shards`: few programs are compiled.
+  """
+  rows = fill(np.array(lengths), (np.arange(length + 1), length))
+  unit = shards * -(-len(lengths) // (8 * shards))
+  return Packed(rows, unit * -(-int(rows.max(initial=0) + 1) // unit))
+
+
+def packed_batch(
+  prompts: Sequence[list[int]], cfg: Experiment, length: int, ids: SpecialIds, shards: int = 1, starts: bool = True
+) -> Batch | None:
+  """As `prompt_batch`, with several prompts in a row, for packed prefill (`models.decode.cached.start`).
+
+  None where more than three quarters of the rows would be left: too little is saved for another program. Without
+  `starts`, a decoder does not read the token that rows of training begin with.
+  """
+  first, prompts = _begun(prompts, cfg, ids)
+  decodes = not cfg.data.inputs_length
+  taken = np.array([len(own) + decodes for own in prompts])
+  packed = packing_of(taken.tolist(), length + decodes, shards)
+  if 4 * packed.number > 3 * len(prompts):
+    return None
+  order = np.argsort(packed.rows, kind='stable')
+  rows = packed.rows[order]
+  fields = _rows_of([prompts[i] for i in order], cfg, rows, packed.number, length, first[order], ids.end)
+  if not decodes:
+    fields = {name: values for name, values in fields.items() if name.startswith('encoder')}
+  if decodes and not starts:
+    fields['decoder_segment_ids'] = fields['decoder_segment_ids'] * (fields['decoder_positions'] > 0)
+    fields['decoder_positions'] = np.maximum(fields['decoder_positions'] - 1, 0)
+  before = np.cumsum(taken[order]) - taken[order]
+  begins = rows * (length + decodes) + before - before[np.searchsorted(rows, rows)]
+  places = np.full((len(prompts), length + decodes), -1, np.int32)
+  skipped = int(decodes and not starts)
+  for prompt, begin in zip(order.tolist(), begins.tolist(), strict=True):
+    own = np.arange(begin + skipped, begin + taken[prompt])
+    places[prompt, places.shape[1] - len(own) :] = own
+  return fields | {PLACES: places}

@@ -7,6 +7,26 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data.stores.store import Store
+from data.stores.vocabulary import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """The tokens of each document of a store, and its tokenizer."""
+
+  tokenizer: Tokenizer
+  ids: Sequence[np.ndarray]
+
+  def texts(self) -> list[str]:
+    """Each document as text, without EOS and other special tokens."""
+    is_text, decode = self.tokenizer.vocabulary.is_text, self.tokenizer.decode
+    return [decode(own[is_text(own)]) for own in self.ids]
+
+
+def read_documents(store: Store) -> Documents:
+  """All documents of a store, read once."""
+  lengths = (store.offsets[1:] - store.offsets[:-1]).tolist()
+  return Documents(store.tokenizer(0), store.read(list(zip(store.offsets[:-1].tolist(), lengths, strict=True))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +49,15 @@ class Unigram:
     return iter(np.argsort(-self.shares, kind='stable').tolist())
 
 
-def count(stores: Iterable[Store], fillings: Iterable[Sequence[int]]) -> Unigram:
+def count(stores: Iterable[Documents], fillings: Iterable[Sequence[int]]) -> Unigram:
   """The unigram of the text tokens in `stores` (add-one smoothing, as `data.stores.ngrams`).
 
   Its fillings have the mean length of `fillings`.
   """
   counts: np.ndarray | None = None
   for store in stores:
-    vocabulary = store.tokenizer(0).vocabulary
-    lengths = (store.offsets[1:] - store.offsets[:-1]).tolist()
-    for ids in store.read(list(zip(store.offsets[:-1].tolist(), lengths, strict=True))):
+    vocabulary = store.tokenizer.vocabulary
+    for ids in store.ids:
       text = ids[vocabulary.is_text(ids) & (ids != vocabulary.ids.unknown)]
       found = np.bincount(text, minlength=vocabulary.pieces)
       counts = found if counts is None else counts + found

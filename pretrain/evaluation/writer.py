@@ -1,7 +1,6 @@
 """A run that writes: its config, its data and the parameters of a step, on one device or on a mesh."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.trunk import plain, read_weights
+from pretrain.workdirs.folder import Folder
 
 ONE_DEVICE = MeshConfig()
 
@@ -64,12 +64,12 @@ def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:
   )
 
 
-def open_writer(workdir: pathlib.Path, step: int | None = None, mesh: MeshConfig = ONE_DEVICE) -> Writer:
+def open_writer(workdir: Folder, step: int | None = None, mesh: MeshConfig = ONE_DEVICE) -> Writer:
   """A step of a run, the newest by default. Raises the errors of `open_run`, and ConfigError for a mesh."""
   return open_run(workdir, step).writer(mesh)
 
 
-def open_run(workdir: pathlib.Path, step: int | None = None) -> Opened:
+def open_run(workdir: Folder, step: int | None = None) -> Opened:
   """A run that writes text, at a step, by default the newest. Raises ConfigError for a run without text or of an
   encoder, CheckpointError where `workdir` has no finished step, or not this one."""
   whole = config_of(workdir)
@@ -96,13 +96,13 @@ def data_of(cfg: Experiment, tokenizer: Published | None = None) -> DataSource:
   )
 
 
-def config_of(workdir: pathlib.Path) -> Experiment:
+def config_of(workdir: Folder) -> Experiment:
   """The config of a run on text whose model writes, for one device."""
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError(
       'CKPT-NONE',
-      f'no run in {workdir}{looked_in(workdir)}: config.gin is missing; '
+      f'no run in {workdir}{looked_in(str(workdir))}: config.gin is missing; '
       f'train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())

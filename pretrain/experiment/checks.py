@@ -26,6 +26,7 @@ from models.build import check_kernels, check_lora, check_model
 from models.layers.low_rank import LoraConfig
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
+from pretrain.devices.compiler import check_options
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
@@ -79,6 +80,7 @@ def _check_sentinels(cfg: Experiment) -> None:
 
 
 def _check_one(cfg: Experiment) -> None:
+  check_options(cfg.compiler)
   _check_family(cfg)
   _check_units(cfg)
   _check_documents(cfg)

@@ -8,6 +8,7 @@ from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
 from models.layers.low_rank import LoraConfig
 from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.devices.compiler import CompilerConfig
 from pretrain.devices.mesh import MeshConfig
 from pretrain.experiment.phases import PhaseConfig
 from pretrain.fleet.surviving import ElasticConfig
@@ -23,7 +24,8 @@ from pretrain.step.loss import LossConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """`steps` ends the run; `accumulate` splits the global batch into that many microbatches.
+  """`steps` ends the run; `accumulate` splits the global batch into that many microbatches. `profile_steps` = (first,
+  last) are traced by every process, or only by those in `profile_hosts`.
 
   `decay_delay` = 1 starts the decay of the learning rate one step late: the peak comes twice. Versions before 0.1.0 did
   that, and their runs keep it when they are resumed; leave it at 0.
@@ -33,6 +35,9 @@ class TrainConfig:
   log_every: Annotated[int, '>= 1'] = 1
   accumulate: Annotated[int, '>= 1'] = 1
   profile_steps: tuple[int, int] | None = None
+  profile_hosts: tuple[Annotated[int, '>= 0'], ...] | None = dataclasses.field(
+    default=None, metadata={'rendered': 'if set'}
+  )
   decay_delay: Literal[0, 1] = 0
 
 
@@ -73,6 +78,7 @@ class Experiment:
   elastic: ElasticConfig = ElasticConfig()
   replicas: ReplicasConfig = ReplicasConfig()
   kernels: KernelsConfig = KernelsConfig()
+  compiler: CompilerConfig = CompilerConfig()
   phases: tuple[PhaseConfig, ...] = ()
   seed: Annotated[int, '[0, 4294967296)'] = 0  # a JAX key holds 32 bits of it: seed 2**32 would be seed 0
 
@@ -82,6 +88,7 @@ MAY_CHANGE = (
   'train.steps',
   'train.log_every',
   'train.profile_steps',
+  'train.profile_hosts',
   'evaluation.',
   'checkpoint.every',
   'checkpoint.keep',
@@ -91,6 +98,7 @@ MAY_CHANGE = (
   'checkpoint.retries',
   'snapshot.',
   'mesh.',
+  'compiler.',
   'watchdog.',
   'elastic.',
   'replicas.',

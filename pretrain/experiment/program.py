@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
+from pretrain.devices.compiler import check_compiles
 from pretrain.devices.mesh import batch_shards, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch
@@ -30,7 +31,7 @@ class Program:
   model: models.build.Model
   abstract: TrainState  # shapes, dtypes and shardings of the state
   init: Any
-  start: Any  # params -> the state of step 0 with them, which it takes over; adapters that they lack are drawn
+  start: Any  # params -> the state of step 0 with them, which it takes over; parameters that they lack are drawn
   train_step: Any
 
   @property
@@ -51,9 +52,10 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   """Everything a run needs that holds no arrays; nothing is allocated. The schedule counts from `schedule_start`, a
   phase's losses from its `start`.
 
-  Raises ConfigError where the mesh does not divide the batch or a parameter.
+  Raises ConfigError where the mesh does not divide the batch or a parameter, and where the compiler refuses an option.
   """
   mesh = make_mesh(cfg.mesh, devices)
+  check_compiles(cfg.compiler, mesh)
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora)
   check_divisible(model.specs, mesh)
@@ -70,15 +72,17 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
-    fill=make_fill(cfg.model), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+    fill=make_fill(cfg.model, cfg.lora), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
 
   def start(params) -> TrainState:
-    added = functools.partial(specs.initialize, model.adapters)
-    return init_state(lambda key: {**added(key), **params}, tx, cfg.seed, track, model.split)
+    absent = {name: branch for name, branch in model.specs.items() if name not in params}
+    return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, track, model.split)
 
   return Program(
     mesh, model, abstract, jax.jit(init, out_shardings=placed),
     jax.jit(start, donate_argnums=0, out_shardings=placed),
-    jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+    jax.jit(
+      step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=dict(cfg.compiler.options) or None
+    ),
   )  # fmt: skip

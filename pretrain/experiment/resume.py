@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.same_stores import Recorded, by_contents
 from pretrain.experiment.saved import load_saved
 from pretrain.hosts.skipping import Ranges
+from pretrain.workdirs.folder import Folder
 
 
 def may_change(key: str) -> bool:
@@ -45,7 +45,7 @@ def identity(cfg: Experiment, skips: Ranges) -> dict[str, str]:
   }
 
 
-def check_same_run(saved: pathlib.Path, cfg: Experiment, *, allow_data_change: bool = False) -> list[str]:
+def check_same_run(saved: Folder, cfg: Experiment, *, allow_data_change: bool = False) -> list[str]:
   """Raises ConfigError where `cfg` is not the run whose resolved config is `saved`; reads only.
 
   With `allow_data_change` keys of `data` may differ, but for `_is_fixed`: a line for each is returned.
@@ -74,11 +74,11 @@ def _is_fixed(key: str, before: Experiment, after: Experiment) -> bool:
   return key == 'data.sentinels'
 
 
-def has_checkpoint(workdir: pathlib.Path) -> bool:
+def has_checkpoint(workdir: Folder) -> bool:
   return any((workdir / 'checkpoints').glob('[0-9]*'))
 
 
-def check_not_lost(latest: int | None, recorded, every: int, workdir: pathlib.Path) -> None:
+def check_not_lost(latest: int | None, recorded, every: int, workdir: Folder) -> None:
   """Raises CheckpointError where the metrics tell of checkpoints that are not there: a save ends before the next."""
   if latest is None and every > 0 and recorded and recorded[-1]['step'] > 2 * every:
     raise CheckpointError(
@@ -92,7 +92,7 @@ def check_same_data(
   saved: Mapping[str, Any],
   found: Mapping[str, Any],
   step: int,
-  workdir: pathlib.Path,
+  workdir: Folder,
   *,
   allow_data_change: bool = False,
 ) -> list[str]:

@@ -7,7 +7,6 @@ path. So a run can be resumed from another folder, and with stores that were mov
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.saved import load_saved
+from pretrain.workdirs.folder import Folder
 
 FILE = 'stores.json'
 _LISTS = ('data.sources', 'data.heldout')
@@ -35,7 +35,7 @@ def record(cfg: Experiment) -> str:
 class Recorded:
   """What the run in `workdir` has recorded of its stores; a run of an older version has recorded nothing."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: Folder):
     try:
       read = json.loads((workdir / FILE).read_text())
       self._folder, self._stores = str(read['folder']), dict(read['stores'])
@@ -64,7 +64,7 @@ def by_contents(cfg: Experiment, recorded: Recorded | None = None) -> Experiment
   return _changed(cfg, change)
 
 
-def as_begun(workdir: pathlib.Path, cfg: Experiment) -> Experiment:
+def as_begun(workdir: Folder, cfg: Experiment) -> Experiment:
   """`cfg` whose stores have the names that the run in `workdir` gave them, whatever their paths are now.
 
   Metrics, and positions in mixtures, are kept by these names.

@@ -1,23 +1,23 @@
 """The config that a run has saved. A run begun with an earlier version of Pretrain keeps what that version did."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
+from pretrain.workdirs.folder import Folder
 
 # Keys that earlier versions did not save -> the value that does what those versions did.
 BEFORE = {'train.decay_delay': 1}
 
 
-def load_saved(saved: pathlib.Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_saved(saved: Folder, overrides: Sequence[str] = ()) -> Experiment:
   """The config in RUN/config.gin. A key that the version which saved it did not have gets its value in BEFORE."""
   return bindings.load(Experiment, [str(saved)], overrides, absent=BEFORE)
 
 
-def as_begun(cfg: Experiment, saved: pathlib.Path) -> Experiment:
+def as_begun(cfg: Experiment, saved: Folder) -> Experiment:
   """`cfg` with the learning rates of the run whose resolved config is `saved`; as it is where there is no such run.
 
   A config that cannot be read is reported where the run is resumed (`check_same_run`).

@@ -7,7 +7,6 @@ the run reads both, and refuses another trunk.
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.same_stores import Recorded
 from pretrain.experiment.saved import load_saved
+from pretrain.workdirs.folder import Folder, as_folder
 
 KEY = 'trunk'  # of a saved position: the fingerprint of the trunk
 
@@ -36,7 +36,7 @@ def plain(cfg: Experiment) -> Experiment:
   return dataclasses.replace(cfg, lora=LoraConfig())
 
 
-def fingerprint(workdir: pathlib.Path, step: int) -> str:
+def fingerprint(workdir: Folder, step: int) -> str:
   """A hash of the parameters of a step and of the weights under its adapters; equal for copies of the run."""
   try:
     leaves = manifest.read(workdir / 'checkpoints' / str(step)).leaves
@@ -52,13 +52,13 @@ def fingerprint(workdir: pathlib.Path, step: int) -> str:
   return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
-def trunk_of(workdir: pathlib.Path, cfg: Experiment) -> tuple[pathlib.Path, int]:
+def trunk_of(workdir: Folder, cfg: Experiment) -> tuple[Folder, int]:
   """(run, step) that `checkpoint.initial` of the run in `workdir` names, wherever this process was started."""
-  path = pathlib.Path(Recorded(workdir).resolved(cfg.checkpoint.initial))
+  path = as_folder(Recorded(workdir).resolved(cfg.checkpoint.initial))
   return path.parent, int(path.name)
 
 
-def check_trunk(found: str, saved: str | None, workdir: pathlib.Path, initial: object) -> None:
+def check_trunk(found: str, saved: str | None, workdir: Folder, initial: object) -> None:
   """Raises CheckpointError if the adapters in `workdir` were trained on other weights than those in `initial`."""
   if saved is not None and found != saved:
     raise CheckpointError(
@@ -68,7 +68,7 @@ def check_trunk(found: str, saved: str | None, workdir: pathlib.Path, initial: o
     )
 
 
-def checked_trunk(workdir: pathlib.Path, cfg: Experiment, step: int) -> tuple[pathlib.Path, int]:
+def checked_trunk(workdir: Folder, cfg: Experiment, step: int) -> tuple[Folder, int]:
   """(run, step) under the adapters of a step of the run in `workdir`, whose config is `cfg`.
 
   Raises CheckpointError if it is missing, or if its weights differ from the weights that the step was trained on.
@@ -85,7 +85,7 @@ def checked_trunk(workdir: pathlib.Path, cfg: Experiment, step: int) -> tuple[pa
   return run, number
 
 
-def read_trunk(workdir: pathlib.Path, cfg: Experiment, step: int, abstract: Any) -> Any:
+def read_trunk(workdir: Folder, cfg: Experiment, step: int, abstract: Any) -> Any:
   """The weights under the adapters of a step, sharded as in `abstract`; {} where the run has no adapters.
 
   Raises the errors of `checked_trunk`.
@@ -93,7 +93,7 @@ def read_trunk(workdir: pathlib.Path, cfg: Experiment, step: int, abstract: Any)
   return read_weights(*checked_trunk(workdir, cfg, step), abstract) if cfg.lora.rank else {}
 
 
-def read_weights(workdir: pathlib.Path, step: int, abstract: Any, *, ema: bool = False) -> Any:
+def read_weights(workdir: Folder, step: int, abstract: Any, *, ema: bool = False) -> Any:
   """The weights of a step, sharded as in `abstract`; adapters are added to those of their trunk.
 
   Raises CheckpointError where shapes differ, or the trunk is missing or another one.
@@ -121,7 +121,7 @@ def _merge(weights: Any, adapters: Any, cfg: LoraConfig) -> Any:
   return add(weights, adapters)
 
 
-def opened(workdir: pathlib.Path) -> contextlib.closing[Checkpoints]:
+def opened(workdir: Folder) -> contextlib.closing[Checkpoints]:
   return contextlib.closing(Checkpoints(workdir, CheckpointConfig(), read_only=True))
 
 
@@ -155,7 +155,7 @@ class Adapted:
 
 
 @contextlib.contextmanager
-def weights_reader(workdir: pathlib.Path, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Weight | None]]:
+def weights_reader(workdir: Folder, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Weight | None]]:
   """Inside, `read(path)` is one weight of a step, None where there is none; adapters are added. Nothing is read yet.
 
   Raises the errors of `read_weights`; values are not compared with the manifest.

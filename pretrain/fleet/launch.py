@@ -21,10 +21,13 @@ from typing import TextIO
 
 from pretrain import errors
 from pretrain.errors import ConfigError, HostError
+from pretrain.fleet import addresses, cluster
+from pretrain.fleet.cluster import COORDINATOR, HOST, NUM_HOSTS
+from pretrain.hosts import lease
+from pretrain.hosts.lease import Lease
 from pretrain.hosts.ownership import INHERITED
 from pretrain.redact import redact
 
-COORDINATOR, NUM_HOSTS, HOST = 'PRETRAIN_COORDINATOR', 'PRETRAIN_NUM_HOSTS', 'PRETRAIN_HOST'
 SERVED = 'PRETRAIN_MEMBERS'  # set if the supervisor runs the coordinator: the file that names the next coordinator
 IDLE = '127.0.0.1:0'  # process 0 then starts a coordinator of JAX that no process uses
 PREEMPTED, HANG, REWOUND, CORRUPTED = 75, 70, 72, 74
@@ -32,11 +35,7 @@ USER_CODES = (64, 65, 66, 71)  # a restart would fail the same way
 POLL_SECONDS = 0.02
 HEARTBEAT_SECONDS = 60  # detects a silent peer (stopped, cut off); the launcher sees dead ones at once
 MEETING_SECONDS = 300.0
-MEET_FIX = (
-  'Nothing was changed; start the missing processes, open the port in firewalls, or set a longer watchdog.init.'
-)
 LOWEST_PORT = 10_000  # most services use lower ports
-EVERYWHERE = ('0.0.0.0', '::', '*')
 GRACE_SECONDS = 3  # between SIGTERM and SIGKILL
 GRACE_AFTER_KILL = 0.3  # a process that waits in a collective for a killed one has no step to save
 PR_SET_PDEATHSIG = 1
@@ -44,46 +43,50 @@ ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
 
 def num_hosts() -> int:
-  """Processes of this run, from the environment; 1 when it was not started by `pretrain run`."""
-  return _integer(NUM_HOSTS) if NUM_HOSTS in os.environ else 1
+  """Processes of this run, from the environment; 1 when it was not started by `pretrain run` or a cluster."""
+  return cluster.number(os.environ, NUM_HOSTS, '`pretrain run`') if NUM_HOSTS in os.environ else 1
 
 
-def _integer(name: str) -> int:
-  try:
-    return int(os.environ[name])
-  except ValueError as error:
-    raise ConfigError(f'{name}={os.environ[name]!r} is not a number; `pretrain run` sets it.') from error
+def join_cluster(choice: str | None, replica: int) -> cluster.Member | None:
+  """Which processes form this run: `cluster.find`, and the environment names them. None for one process.
 
-
-def initialize_from_env(seconds: float = MEETING_SECONDS) -> None:
-  """Joins the processes that `pretrain run` started; does nothing for one process. Call before JAX's backend starts.
-
-  Raises ConfigError if only some of the three variables are set, or process 0 cannot listen on the coordinator's
-  address; HostError if not all processes have connected within `seconds`.
+  `choice` is the flag --cluster, `replica` the size of that mesh axis. Raises what `find` and `check_slices` raise.
   """
-  found = [name for name in (COORDINATOR, NUM_HOSTS, HOST) if name in os.environ]
-  if not found:
+  member = cluster.find(os.environ, choice)
+  cluster.check_slices(member, replica)
+  cluster.adopt(member, os.environ)
+  if member is not None and member.how != 'pretrain':
+    print(member, file=sys.stderr, flush=True)
+  return member
+
+
+def initialize_from_env(seconds: float = MEETING_SECONDS, found: cluster.Member | None = None) -> None:
+  """Joins the processes that the environment names; does nothing for one process. Call before JAX's backend starts.
+
+  `found` is what `join_cluster` returned. Raises ConfigError if only some of the three variables are set, or process 0
+  cannot listen on the coordinator's address; HostError if not all processes have connected within `seconds`.
+  """
+  cluster.check_whole(os.environ)
+  if (member := cluster.ours(os.environ)) is None:
     return
-  if len(found) < 3:
-    raise ConfigError(f'{" and ".join(found)} set, but not all of {COORDINATOR}, {NUM_HOSTS}, {HOST}; set all or none.')
-  address, host, number = os.environ[COORDINATOR], _integer(HOST), num_hosts()
-  if not 0 <= host < number:
-    raise ConfigError(f'{HOST}={host} with {NUM_HOSTS}={number}; processes are numbered from 0.')
-  place, deadline = place_of(address), time.monotonic() + seconds
-  serves = host == 0 and SERVED not in os.environ
+  address, deadline = member.coordinator, time.monotonic() + seconds
+  place, serves = addresses.place_of(address), member.this == 0 and SERVED not in os.environ
+  bind = IDLE
   if serves:
-    check_free(place, address)
+    address = bind = addresses.bind_address(address, found, seconds)
+    addresses.check_free(addresses.place_of(bind), address)
   else:
-    wait_until_heard(place, address, host, seconds)
+    addresses.wait_until_heard(place, address, member.this, seconds)
   import jax
 
-  with ending_after(max(0.1, deadline - time.monotonic()), f'process {host} of {number} has not connected to the '
-                    f'others at {address} within {seconds:.0f} s. {MEET_FIX}'):  # fmt: skip
+  with ending_after(max(0.1, deadline - time.monotonic()), f'process {member.this} of {member.processes} has not '
+                    f'connected to the others at {address} within {seconds:.0f} s. {addresses.MEET_FIX}'):  # fmt: skip
     jax.distributed.initialize(
       coordinator_address=address,
-      num_processes=number,
-      process_id=host,
-      coordinator_bind_address=address if serves else IDLE,
+      num_processes=member.processes,
+      process_id=member.this,
+      cluster_detection_method='deactivate',  # it would limit each process of Slurm and Open MPI to one GPU
+      coordinator_bind_address=bind,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       initialization_timeout=math.ceil(seconds) + 60,  # later than our own: JAX aborts without naming the address
     )
@@ -104,53 +107,6 @@ def ending_after(seconds: float, message: str) -> Iterator[None]:
     yield
   finally:
     timer.cancel()
-
-
-def place_of(address: str) -> tuple[str, int]:
-  """(host, port) of the coordinator's address. Raises ConfigError if it is not an address, or open to every network.
-
-  >>> place_of('10.0.0.7:8476')
-  ('10.0.0.7', 8476)
-  """
-  host, _, port = address.rpartition(':')
-  host = host.strip('[]')
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ConfigError(f'{COORDINATOR}={address} is not an address; write HOST:PORT, e.g. 10.0.0.7:8476.')
-  if host in EVERYWHERE:
-    raise ConfigError(
-      f'{COORDINATOR}={address} would open the coordinator, which has no password, to every network; name the '
-      'address of one network, e.g. 10.0.0.7:8476.'
-    )
-  return host, int(port)
-
-
-def check_free(place: tuple[str, int], address: str) -> None:
-  """Raises ConfigError if process 0 cannot listen there."""
-  try:
-    family, *_, where = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family) as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      probe.bind(where)
-  except OSError as error:
-    raise ConfigError(
-      f'{COORDINATOR}={address}: process 0 cannot listen there ({error.strerror}). No process was started; end the '
-      'program that listens there, or use another port.'
-    ) from error
-
-
-def wait_until_heard(place: tuple[str, int], address: str, host: int, seconds: float) -> None:
-  """Returns when something listens there; raises HostError if nothing does within `seconds`."""
-  deadline = time.monotonic() + seconds
-  while True:
-    try:
-      socket.create_connection(place, timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
-      return
-    except OSError as error:
-      if time.monotonic() > deadline:
-        raise HostError(
-          f'process {host} has not reached the coordinator at {address} within {seconds:.0f} s ({error}). {MEET_FIX}'
-        ) from error
-    time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -212,7 +168,7 @@ class Group:
 
   def __init__(
     self, hosts: int, command: Sequence[str], stream: TextIO, env: Mapping[str, str] | None = None,
-    lock: int | None = None,
+    lock: int | Lease | None = None,
   ):  # fmt: skip
     self._command, self._stream, self._lock = command, stream, lock
     env = env or {COORDINATOR: f'127.0.0.1:{free_port()}'}
@@ -321,9 +277,11 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def start(command: Sequence[str], env: dict[str, str], lock: int | None = None) -> subprocess.Popen:
+def start(command: Sequence[str], env: dict[str, str], lock: int | Lease | None = None) -> subprocess.Popen:
   """Starts a process that inherits `lock`, and that the kernel kills if this one dies, also by kill -9 (Linux)."""
-  if lock is not None:
+  if isinstance(lock, Lease):
+    env, lock = env | {lease.INHERITED: lock.owner}, None
+  elif lock is not None:
     env = env | {INHERITED: str(lock)}
   wrapped = [sys.executable, '-I', '-S', '-c', DIE_WITH_PARENT, str(os.getpid()), *command]
   # In its own process group, because Ctrl-C in a terminal goes to the whole group and would arrive twice.

@@ -25,11 +25,14 @@ from pretrain.fleet.launch import (
   Outcome,
 )
 from pretrain.fleet.surviving import MEMBERS, Coordinator, announce
+from pretrain.hosts.lease import kept
 from pretrain.hosts.ownership import owned
 from pretrain.hosts.skipping import add_skip, leave_out, read_skips
 from pretrain.records.goodput import CLOCK_TICK, processes, spent_in, write_goodput
 from pretrain.records.metrics import read_metrics
 from pretrain.records.timeline import FILE, append, end_line, parse, read_timeline
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.run_files import run_files
 
 INCIDENTS, SURVIVAL = 'incidents.jsonl', 'survival'
 SAME_STEP = 3  # failures without a new step, after which the run ends
@@ -58,10 +61,12 @@ class Supervisor:
   """Runs `command` in `hosts` processes and restarts it. `fits(n)`: whether n processes can share the batch."""
 
   def __init__(
-    self, hosts: int, command: Sequence[str], workdir: pathlib.Path, policy: Policy,
+    self, hosts: int, command: Sequence[str], workdir: Folder, policy: Policy,
     fits: Callable[[int], bool] = lambda n: True, stream: TextIO | None = None, batch_size: int = 0,
   ):  # fmt: skip
-    self._hosts, self._command, self._workdir, self._policy, self._fits = hosts, command, workdir, policy, fits
+    self._hosts, self._command, self._policy, self._fits = hosts, command, policy, fits
+    self._files = run_files(workdir)
+    self._workdir = self._files.folder
     self._log, self._batch_size = Log(stream or sys.stdout), batch_size
     self._incident: dict[str, Any] | None = None  # an incident from which the run has not recovered yet
     self._group: Group | None = None
@@ -76,7 +81,7 @@ class Supervisor:
 
     Owns the workdir until the end. Raises ConfigError where another run owns it.
     """
-    with owned(self._workdir) as self._lock:
+    with self._files.named(), owned(self._files.place) as self._lock, kept(self._files, self._lock):
       self._tail = Tail(self._workdir / FILE)
       return self._run()
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 from pretrain import errors
 from pretrain.errors import HostError
-from pretrain.fleet import launch
+from pretrain.fleet import addresses, launch
 
 MEMBERS = 'members.json'  # in the workdir: the supervisor writes the new members of the run into it
 SECONDS_TO_HEAR = 10.0  # from an error to the supervisor's report of a death; without a report it is a plain error
@@ -119,7 +119,7 @@ class News:
         found = json.loads(self._path.read_text())
         if found['left'] == self._left and (host := found['numbers'].get(str(os.getpid()))) is not None:
           self._place = {'host': host, 'hosts': found['hosts'], 'coordinator': found['coordinator']}
-    self._hang_up(launch.place_of(self._left)[1])
+    self._hang_up(addresses.place_of(self._left)[1])
     self._heard.set()
 
 

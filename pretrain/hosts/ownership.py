@@ -2,8 +2,7 @@
 
 The owner holds an exclusive `flock` on WORKDIR/run.lock. The kernel frees it when the last process that has the file
 open ends, also by kill -9. `pretrain run` holds it for its whole life, and its processes inherit the open file.
-Otherwise process 0 of a run holds it for all. No other module contains how a workdir is owned: a workdir in an object
-store, which has no locks, will need a lease that is renewed, and that is to be added here.
+Otherwise process 0 of a run holds it for all. An object store has no locks: there the owner has a lease (`lease.py`).
 """
 
 import contextlib
@@ -20,7 +19,10 @@ from collections.abc import Iterator
 from jax._src import distributed  # no public name has the number of processes without starting a backend
 
 from pretrain.errors import ConfigError
-from pretrain.hosts import coordination
+from pretrain.hosts import coordination, lease
+from pretrain.hosts.lease import Lease
+from pretrain.workdirs.folder import Folder
+from pretrain.workdirs.store_path import StorePath
 
 FILE = 'run.lock'
 INHERITED = 'PRETRAIN_LOCK'  # the number of the open lock file that a process of `pretrain run` has inherited
@@ -29,11 +31,16 @@ POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
-def owned(workdir: pathlib.Path, flag: str = '--workdir') -> Iterator[int]:
+def owned(workdir: Folder, flag: str = '--workdir') -> Iterator[int | Lease]:
   """Inside the block `workdir` belongs to this process; yields the open lock file, for processes that it starts.
 
-  Raises ConfigError that names the owner where there is one already. Leaves nothing behind.
+  In a store it yields the lease. Raises ConfigError that names the owner where there is one already. Leaves nothing
+  behind.
   """
+  if isinstance(workdir, StorePath):
+    with lease.leased(workdir, flag) as holding:
+      yield holding
+    return
   created = [path for path in (workdir, *workdir.parents) if not path.exists()]
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -51,26 +58,29 @@ def owned(workdir: pathlib.Path, flag: str = '--workdir') -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def owned_by_run(workdir: pathlib.Path) -> Iterator[None]:
+def owned_by_run(workdir: Folder) -> Iterator[Lease | None]:
   """Inside the block `workdir` belongs to the run of this process. All processes of a run call it.
 
-  Raises ConfigError in all of them where another run owns it.
+  Yields the lease of a workdir in a store to process 0. Raises ConfigError in all of them where another run owns it.
   """
-  if _has_inherited(workdir):
-    yield
+  if isinstance(workdir, StorePath) and (holding := lease.inherited(workdir)):
+    yield holding if coordination.host() == 0 else None
+    return
+  if isinstance(workdir, pathlib.Path) and _has_inherited(workdir):
+    yield None
     return
   with contextlib.ExitStack() as stack:
-    refused = ''
+    refused, lock = '', None
     if coordination.host() == 0:
       try:
-        stack.enter_context(owned(workdir))
+        lock = stack.enter_context(owned(workdir))
       except ConfigError as error:
         refused = str(error).removeprefix(f'{ConfigError.code}: ')
     if distributed.global_state.num_processes > 1:
       refused = coordination.Agreement.about('owner').first(refused)
     if refused:
       raise ConfigError(refused)
-    yield
+    yield lock if isinstance(lock, Lease) else None
 
 
 def _has_inherited(workdir: pathlib.Path) -> bool:

@@ -7,17 +7,17 @@ when it starts, so that a resumed run makes the same steps. The position in each
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import Folder
 
 FILE, REWINDS = 'skipped.json', 'rewinds.jsonl'
 Ranges = Sequence[tuple[int, int]]
 
 
-def read_skips(workdir: pathlib.Path) -> list[tuple[int, int]]:
+def read_skips(workdir: Folder) -> list[tuple[int, int]]:
   """The ranges of a run, in order; empty without the file. Raises ConfigError if the file holds anything else."""
   path = workdir / FILE
   try:
@@ -43,7 +43,7 @@ def check_skips(ranges: Ranges, examples: int, batch_size: int) -> None:
       )
 
 
-def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
+def add_skip(workdir: Folder, first: int, end: int) -> None:
   """Examples `first` to `end - 1` are left out from the next start on."""
   ranges = sorted({*read_skips(workdir), (first, end)})
   temporary = (workdir / FILE).with_suffix('.tmp')
@@ -51,7 +51,7 @@ def add_skip(workdir: pathlib.Path, first: int, end: int) -> None:
   temporary.replace(workdir / FILE)
 
 
-def read_rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_rewinds(workdir: Folder) -> list[dict[str, Any]]:
   """{'time', 'step' of the spike, 'to': the step it went back to, 'examples': [first, end] left out} of each rewind.
 
   A line that was cut off when the machine died is ignored.

@@ -8,6 +8,7 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 from pretrain.hosts import coordination
@@ -54,8 +55,11 @@ class Watchdog:
   sleeping machine) does not count: only time that this thread has measured counts.
   """
 
-  def __init__(self, timeline: Timeline, cfg: WatchdogConfig, workdir: pathlib.Path):
-    self._timeline, self._cfg, self._workdir = timeline, cfg, workdir
+  def __init__(
+    self, timeline: Timeline, cfg: WatchdogConfig, workdir: pathlib.Path, upload: Callable[[pathlib.Path], str] = str
+  ):
+    """`upload` brings a file that was written in `workdir` to where the run is kept; returns its name there."""
+    self._timeline, self._cfg, self._workdir, self._upload = timeline, cfg, workdir, upload
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
     self._stuck, self._serial = 0.0, -1
@@ -105,12 +109,13 @@ class Watchdog:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w') as file:
       faulthandler.dump_traceback(file, all_threads=True)
+    place = self._upload(path)
     median = timeline.median_step()
     usual = f' (median step {median:.2g} s)' if median is not None else ''
     print(
       f'HANG: process {coordination.host()} in phase {timeline.activity} '
       f'for {self._stuck:.0f} s since step {timeline.step}, '
-      f'watchdog.{timeline.activity} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {path}. '
+      f'watchdog.{timeline.activity} allows {limit:.0f} s{usual}{coordination.others()}; stacks in {place}. '
       'Saved steps are intact; the same command resumes.',
       file=sys.stderr,
       flush=True,

@@ -24,12 +24,14 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import Weight, weights_reader
 from pretrain.interchange import placing
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
-from pretrain.interchange.families import FAMILIES, family_for, lost
+from pretrain.interchange.families import family_for, family_of, lost
 from pretrain.interchange.family import Family
 from pretrain.interchange.importing import KEPT, ORIGINALS, TENSORS, needed, placed
 from pretrain.interchange.layout import Entry
 from pretrain.interchange.safetensors import SHARD_BYTES, SIZES, Tensor, allocate, open_folder
 from pretrain.tools.weights import NOT_ARCHITECTURE, Step, check_new, check_space, config_of
+from pretrain.workdirs.copies import local_copy
+from pretrain.workdirs.folder import Folder, as_folder
 
 Names = Mapping[str, str]
 TYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}  # of --dtype
@@ -81,17 +83,17 @@ def new_folder(output: pathlib.Path, size: int = 0) -> Iterator[pathlib.Path]:
     raise
 
 
-def origin(workdir: pathlib.Path, cfg: Experiment) -> pathlib.Path | None:
+def origin(workdir: Folder, cfg: Experiment) -> pathlib.Path | None:
   """The files of the import that a run's weights come from: its own, or those of the run that it started from."""
-  seen: set[pathlib.Path] = set()
+  seen: set[Folder] = set()
   while workdir not in seen:
     seen.add(workdir)
     if (workdir / FOLDER / TENSORS).is_file():
-      return workdir / FOLDER
+      return local_copy(workdir / FOLDER)
     initial = cfg.checkpoint.initial
-    if initial is None or not (pathlib.Path(initial).parent / 'config.gin').is_file():
+    if initial is None or not (as_folder(initial).parent / 'config.gin').is_file():
       return None
-    workdir = pathlib.Path(initial).parent
+    workdir = as_folder(initial).parent
     cfg = config_of(workdir)
   return None
 
@@ -99,7 +101,7 @@ def origin(workdir: pathlib.Path, cfg: Experiment) -> pathlib.Path | None:
 def chosen_family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
   """The family of the import, if the model still has only parts of it; else the one that has all of its parts."""
   if imported is not None:
-    family = FAMILIES[read_config(imported)['model_type']]
+    family = family_of(ConfigJson(read_config(imported), imported / FILE))
     if not lost(family, cfg.model):
       return family
   return family_for(cfg.model)
@@ -219,7 +221,7 @@ def _as_json(values: Mapping[str, Any]) -> str:
   return json.dumps(dict(sorted(values.items())), indent=2, ensure_ascii=False) + '\n'
 
 
-def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: pathlib.Path) -> None:
+def _write_tokenizer(cfg: Experiment, family: Family, imported: pathlib.Path | None, output: Folder) -> None:
   """The tokenizer's files of the import, or the SentencePiece model of the run's data under the family's name."""
   if imported is not None:
     for name in KEPT:

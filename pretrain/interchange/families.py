@@ -5,7 +5,8 @@ from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.interchange.config_json import FILE, ConfigJson
 from pretrain.interchange.family import Family
-from pretrain.interchange.published.bert import BERT, ELECTRA, ROBERTA
+from pretrain.interchange.published.bert import BERT, DISCRIMINATOR, ELECTRA, ROBERTA
+from pretrain.interchange.published.deberta import DEBERTA
 from pretrain.interchange.published.gpt import FALCON, GPT2, GPT_NEOX
 from pretrain.interchange.published.llama import GEMMA2, LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN2, QWEN3
 from pretrain.interchange.published.t5 import MT5, T5, UMT5
@@ -14,20 +15,25 @@ from pretrain.tools.weights import NOT_ARCHITECTURE
 # An export takes the first that has all parts of a model.
 ALL = (
   T5, UMT5, MT5, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GPT2, GPT_NEOX, FALCON, BERT, ROBERTA, ELECTRA,
+  DISCRIMINATOR, DEBERTA,
 )  # fmt: skip
-FAMILIES = {family.model_type: family for family in ALL}
+TYPES = tuple(dict.fromkeys(family.model_type for family in ALL))
 
 
 def family_of(config: ConfigJson) -> Family:
-  """The family that config.json names. Raises CheckpointError for one that is not in FAMILIES."""
-  found = config.values.get('model_type')
-  if found not in FAMILIES:
+  """The family that config.json names: of one with several heads, the one in `architectures`, by default the first.
+
+  Raises CheckpointError for a model_type that is not in TYPES.
+  """
+  found, named = config.values.get('model_type'), config.values.get('architectures') or ()
+  fitting = [family for family in ALL if family.model_type == found]
+  if not fitting:
     raise CheckpointError(
       'IMPORT',
-      f'{config.where} has model_type={found!r}; the families that can be imported are {", ".join(FAMILIES)}. Nothing '
+      f'{config.where} has model_type={found!r}; the families that can be imported are {", ".join(TYPES)}. Nothing '
       'was written.',
     )
-  return FAMILIES[found]
+  return next((family for family in fitting if family.architecture in named), fitting[0])
 
 
 def family_for(cfg: ModelConfig) -> Family:
@@ -35,13 +41,13 @@ def family_for(cfg: ModelConfig) -> Family:
 
   Raises ConfigError, with the parts that the nearest family lacks, where there is none.
   """
-  missing = {family.model_type: lost(family, cfg) for family in FAMILIES.values()}
-  if fitting := [name for name, parts in missing.items() if not parts]:
-    return FAMILIES[fitting[0]]
-  nearest = min(missing, key=lambda name: len(missing[name]))
+  missing = [lost(family, cfg) for family in ALL]
+  if [] in missing:
+    return ALL[missing.index([])]
+  fewest = min(missing, key=len)
   raise ConfigError(
-    f'this model cannot be exported: no family of {", ".join(FAMILIES)} has all of its parts; {nearest} lacks '
-    f'{", ".join(missing[nearest])}. Nothing was written.'
+    f'this model cannot be exported: no family of {", ".join(TYPES)} has all of its parts; '
+    f'{ALL[missing.index(fewest)].model_type} lacks {", ".join(fewest)}. Nothing was written.'
   )
 
 

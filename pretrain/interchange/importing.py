@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,10 @@ from pretrain.interchange.family import Family
 from pretrain.interchange.layout import Entry
 from pretrain.interchange.placing import BLOCK, copy, place
 from pretrain.interchange.safetensors import READ, Tensor, allocate, equal, open_folder
+from pretrain.interchange.zarr import checkpoint_in
 from pretrain.tools.weights import NOT_ARCHITECTURE, check_space
+from pretrain.workdirs.copies import made_in
+from pretrain.workdirs.folder import Folder
 
 TENSORS = 'tensors.json'  # the names and types of the imported tensors, so that an export has the same
 ORIGINALS = 'originals'  # tensors that an export cannot make from the parameters alone
@@ -62,6 +65,7 @@ class Source:
 
 def open_source(folder: pathlib.Path) -> Source:
   """The model in `folder`. Raises CheckpointError unless each tensor has one place and each parameter its tensors."""
+  _refuse_t5x(folder)
   config = ConfigJson(read_config(folder), folder / FILE)
   family, found = family_of(config), open_folder(folder)
   names = {name: _first_name(name, family, found) for name in found if not _unused(name, family)}
@@ -75,6 +79,14 @@ def open_source(folder: pathlib.Path) -> Source:
   return source
 
 
+def _refuse_t5x(folder: pathlib.Path) -> None:
+  if not (folder / FILE).is_file() and (found := checkpoint_in(folder)) is not None:
+    raise ConfigError(
+      f'{found} is a checkpoint of T5X, which has no {FILE}. Nothing was written; make a run of it with '
+      f'pretrain import --from={folder} --workdir=RUN, and take the run.'
+    )
+
+
 def _by_first_name(names: Mapping[str, str], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   tensors = {first: found[name] for name, first in reversed(names.items())}
   return tensors | {name: found[name] for name, first in names.items() if name == first}
@@ -84,19 +96,26 @@ def _tokenizer(folder: pathlib.Path, model: ModelConfig) -> Published | None:
   """The tokenizer in `folder`. Raises CheckpointError for one with more pieces than the embedding has rows."""
   path = tokenizer_in(folder)
   found = None if path is None else published(path)
-  if found is not None and found.pieces > model.vocab_size:
+  if found is not None:
+    check_pieces(found, model, folder)
+  return found
+
+
+def check_pieces(found: Published, model: ModelConfig, folder: pathlib.Path) -> None:
+  """Raises CheckpointError for a tokenizer with more pieces than the embedding has rows."""
+  if found.pieces > model.vocab_size:
     raise CheckpointError(
       'IMPORT',
       f'{found.path} has {found.pieces} pieces, the embedding in {folder} has {model.vocab_size} rows. Nothing was '
       'written; both must be of one model.',
     )
-  return found
 
 
 def _first_name(name: str, family: Family, found: Mapping[str, Tensor]) -> str:
   for old, new in family.renamed.items():
     name = re.sub(old, new, name)
-  whole = name if name.startswith(family.prefix) or name in family.aliases else family.prefix + name
+  known = (*family.aliases, *(family.tied or ()))
+  whole = name if name.startswith(family.prefix) or name in known else family.prefix + name
   return family.aliases.get(whole, whole)
 
 
@@ -130,23 +149,29 @@ def needed(family: Family, model: ModelConfig, values: Mapping[str, Any]) -> dic
 
 
 def _check_tensors(source: Source) -> None:
-  family, tensors = source.family, source.tensors
+  family = source.family
   wanted = needed(family, source.model, source.values)
-  carried = {name for name in tensors if _matches(name, family.carried)}
-  shapes = [
-    f'{name} is {list(tensors[name].shape)}, config.json makes it {list(shape)}'
-    for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape
-  ]  # fmt: skip
-  read = wanted.keys() | carried
-  kinds = [f'{name} has type {t.dtype}' for name, t in tensors.items() if name in read and t.dtype not in READ]
-  missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - read)
-  problems = [*_listed('missing: ', missing), *_listed('unknown: ', unknown), *_listed('', shapes), *_listed('', kinds)]
-  if problems:
+  carried = {name for name in source.tensors if _matches(name, family.carried)}
+  if problems := differences(source.tensors, wanted, carried, 'config.json makes it'):
     raise CheckpointError(
       'IMPORT',
       f'the tensors in {source.folder} are not those of the {family.model_type} in its {FILE}: {"; ".join(problems)}. '
       'Nothing was written; both must be of one model.',
     )
+
+
+def differences(
+  tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], others: Collection[str], makes: str
+) -> list[str]:
+  """What is wrong with tensors that should be those in `wanted`, and may be those in `others`."""
+  shapes = [
+    f'{name} is {list(tensors[name].shape)}, {makes} {list(shape)}'
+    for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape
+  ]  # fmt: skip
+  read = wanted.keys() | others
+  kinds = [f'{name} has type {t.dtype}' for name, t in tensors.items() if name in read and t.dtype not in READ]
+  missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - read)
+  return [*_listed('missing: ', missing), *_listed('unknown: ', unknown), *_listed('', shapes), *_listed('', kinds)]
 
 
 def _listed(label: str, items: Sequence[str]) -> list[str]:
@@ -182,11 +207,16 @@ def parameter(source: Source, entry: Entry, spec: ParamSpec, sharding: Any) -> j
 
 
 def import_run(
-  source: Source, cfg: Experiment, workdir: pathlib.Path, command: str, change: Callable[[Any], Any] = lambda x: x
+  source: Source,
+  cfg: Experiment,
+  workdir: Folder,
+  command: str,
+  change: Callable[[Any], Any] = lambda x: x,
+  keep: Callable[[Source, Experiment, pathlib.Path], None] | None = None,
 ) -> None:
   """Writes a new workdir with the weights of `source` and the config `cfg`, which `experiment` made for them.
 
-  It writes `change(parameters)`.
+  It writes `change(parameters)`; `keep` writes the other files beside them.
   """
   check_space(workdir, sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values()), '--workdir')
   program = build_program(cfg)
@@ -198,15 +228,16 @@ def import_run(
       checkpoints = Checkpoints(workdir, CheckpointConfig())
       checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
       checkpoints.close()
-      _keep(source, workdir / FOLDER)
+      with made_in(workdir / FOLDER) as folder:
+        (keep or keep_files)(source, cfg, folder)
       (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
   except BaseException:
-    shutil.rmtree(workdir, ignore_errors=True)  # it was new, and is no run
+    if isinstance(workdir, pathlib.Path):
+      shutil.rmtree(workdir, ignore_errors=True)  # it was new, and is no run
     raise
 
 
-def _keep(source: Source, folder: pathlib.Path) -> None:
-  folder.mkdir()
+def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
   for name in KEPT:
     if (source.folder / name).is_file():
       shutil.copyfile(source.folder / name, folder / name)

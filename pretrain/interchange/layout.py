@@ -5,9 +5,10 @@ Ours are the axes of the parameter (models/specs.py), without `layers`: their fi
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -149,6 +150,29 @@ class Entry:
     first = slice(None) if self._axis_of(lead, spec)[0] is not None else _index(lead, sizes)
     return self._arranged(whole[(first, *(_index(atom, sizes) for atom in others))], spec)
 
+  def boxes(
+    self, spec: ParamSpec, wanted: Sequence[range], chunks: Sequence[int], read: Callable[[Index], np.ndarray]
+  ) -> Iterator[tuple[Index, np.ndarray]]:
+    """(places in the part `wanted` of the parameter, values) of each chunk of a tensor, which `read`s a box of itself.
+
+    For layouts of whole axes. Boxes end where chunks do, or where the next whole row of inner axes does.
+    """
+    sizes, own, dims = self._sizes(spec), self._own(spec), _parse(self.layout)
+    inner = [math.prod(sizes[name] for name in dim[1:]) for dim in dims]
+    spans = [
+      _spans(wanted[own.index(dim[0])], -(-chunk // size)) for dim, chunk, size in zip(dims, chunks, inner, strict=True)
+    ]
+    for at in itertools.product(*spans):
+      box = tuple(slice(low * size, high * size) for (low, high), size in zip(at, inner, strict=True))
+      shape = [n for (low, high), dim in zip(at, dims, strict=True) for n in (high - low, *map(sizes.get, dim[1:]))]
+      lead = {dim[0]: span for dim, span in zip(dims, at, strict=True)}
+      cut = [slice(None) if name in lead else slice(w.start, w.stop) for name, w in zip(own, wanted, strict=True)]
+      into = [
+        slice(lead[name][0] - w.start, lead[name][1] - w.start) if name in lead else slice(0, len(w))
+        for name, w in zip(own, wanted, strict=True)
+      ]
+      yield tuple(into), self._arranged(read(box).reshape(shape), spec)[tuple(cut)]
+
   def _axis_of(self, lead: str, spec: ParamSpec) -> tuple[int | None, int]:
     """(the axis of ours whose outermost part is the atom `lead`, how many of it are in a row); None: there is none."""
     name = lead.partition('@')[0]
@@ -183,6 +207,15 @@ def _parse(layout: str) -> list[list[str]]:
   [['embed'], ['@1/3', 'heads', 'head_dim']]
   """
   return [dim.strip('()').split() for dim in re.findall(r'\([^)]*\)|[^\s()]+', layout)]
+
+
+def _spans(wanted: range, step: int) -> list[tuple[int, int]]:
+  """
+  >>> _spans(range(3, 9), 4)
+  [(3, 4), (4, 8), (8, 9)]
+  """
+  starts = range(wanted.start // step * step, wanted.stop, step)
+  return [(max(start, wanted.start), min(start + step, wanted.stop)) for start in starts]
 
 
 def _total(atom: str, sizes: Sizes) -> int:

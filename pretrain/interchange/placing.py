@@ -11,10 +11,11 @@ import numpy as np
 from models.specs import ParamSpec
 from pretrain.interchange.layout import Entry, Index
 from pretrain.interchange.safetensors import READ, Tensor, not_finite
+from pretrain.interchange.zarr import Array, damaged
 
 BLOCK = 4 * 2**20  # elements: 16 MiB of float32
 
-Tensors = Mapping[tuple[int, ...], Tensor]
+Tensors = Mapping[tuple[int, ...], Tensor | Array]
 
 
 def place(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None, sharding: jax.sharding.Sharding):
@@ -56,12 +57,23 @@ def _values(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None,
   added = None if row is None else row.read(0, row.shape[-1]).astype(np.float32)[wanted[-1].start : wanted[-1].stop]
   for at in np.ndindex(*map(len, wanted[:stacked])):
     tensor = tensors[tuple(own[i] for own, i in zip(wanted, at, strict=False))]
-    for block in entry.blocks(spec, wanted[stacked:], BLOCK):
-      elements = tensor.read(block.begin, block.end)
-      if not np.isfinite(elements).all():
-        raise not_finite(tensor, elements, block.begin)
-      own = entry.of_block(elements, spec, block)
-      yield (*at, *block.into), entry.fold(own, added)
+    for into, own in _blocks(entry, spec, tensor, wanted[stacked:]):
+      yield (*at, *into), entry.fold(own, added)
+
+
+def _blocks(entry: Entry, spec: ParamSpec, tensor: Tensor | Array, wanted) -> Iterator[tuple[Index, np.ndarray]]:
+  """Blocks of a file have at most BLOCK elements, or a row; those of a zarr folder are its chunks."""
+  if isinstance(tensor, Array):
+    for into, values in entry.boxes(spec, wanted, tensor.chunks, tensor.read):
+      if not np.isfinite(values).all():
+        raise damaged(tensor.path, f'{tensor.name} has values that are not finite')
+      yield into, values
+    return
+  for block in entry.blocks(spec, wanted, BLOCK):
+    elements = tensor.read(block.begin, block.end)
+    if not np.isfinite(elements).all():
+      raise not_finite(tensor, elements, block.begin)
+    yield block.into, entry.of_block(elements, spec, block)
 
 
 def write(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pretrain.errors import ConfigError
 from pretrain.records.names import one_line
 from pretrain.records.progress import make_display
+from pretrain.workdirs.folder import Folder, as_folder
 
 FILE = 'metrics.jsonl'
 
@@ -85,13 +86,13 @@ def decode(line: bytes) -> dict[str, float]:
   return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(workdir: str | os.PathLike[str] | Folder) -> list[dict[str, float]]:
   """The rows of a run, in order; a last line that is being written is left out. No file: no rows."""
-  path = pathlib.Path(workdir) / FILE
+  path = as_folder(workdir) / FILE
   return scan(path, math.inf)[0] if path.exists() else []
 
 
-def scan(path: pathlib.Path, last_step: float) -> tuple[list[dict[str, float]], list[int]]:
+def scan(path: Folder, last_step: float) -> tuple[list[dict[str, float]], list[int]]:
   """(rows up to `last_step`, [0 and the byte at which each of them ends]).
 
   Raises ConfigError for a damaged line that is not the last: only a person should delete the rows after it.

@@ -13,15 +13,21 @@ WHOLE = 0.5  # of the seconds of the steps before it; a step that seems faster w
 
 
 class Stopwatch:
-  """Seconds, tokens, seconds waited for data and sums of step metrics since the last report."""
+  """Seconds, tokens, seconds waited for data and sums of step metrics since the last report.
+
+  `own_seconds`: seconds per step that the process did not wait for devices; `flops_per_second`: of all devices. Both
+  are those of the last report.
+  """
 
   def __init__(self):
+    self.own_seconds, self.flops_per_second = 0.0, 0.0
     self._rates: dict[str, float] = {}
     self._values: dict[str, list[float]] = collections.defaultdict(list)
     self._restart()
 
   def _restart(self) -> None:
     self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+    self._blocked, self._flops = 0.0, 0.0
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -30,8 +36,16 @@ class Stopwatch:
     yield
     self._waited += time.perf_counter() - start
 
-  def count(self, batch) -> None:
-    """Adds a step with `batch`. Its tokens are those of this process's rows."""
+  @contextlib.contextmanager
+  def blocked(self) -> Iterator[None]:
+    """The time inside the block is spent waiting for devices, and so for other processes."""
+    start = time.perf_counter()
+    yield
+    self._blocked += time.perf_counter() - start
+
+  def count(self, batch, flops: float = 0.0) -> None:
+    """Adds a step with `batch`. Its tokens are those of this process's rows, its `flops` those of the global batch."""
+    self._flops += flops
     self._tokens += sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.endswith('_segment_ids'))
     self._steps += 1
 
@@ -61,5 +75,7 @@ class Stopwatch:
       'tokens_per_second': self._tokens * jax.process_count() / seconds,
       'data_wait': self._waited / seconds,
     }
+    self.own_seconds = max(seconds - self._blocked, 0.0) / max(self._steps, 1)
+    self.flops_per_second = self._flops / seconds
     self._restart()
     return self._rates

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from pretrain.workdirs.folder import Folder, as_folder
+
 FILE = 'timeline.jsonl'
 Activity = Literal['init', 'compile', 'restore', 'data', 'step', 'save', 'eval', 'close', 'done']
 SECONDS_BETWEEN_LINES = 1.0
@@ -137,9 +139,9 @@ def end_line(path: pathlib.Path) -> None:
       file.write(b'\n')
 
 
-def read_timeline(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_timeline(workdir: str | os.PathLike[str] | Folder) -> list[dict[str, Any]]:
   """The lines of a run in their order; a line that was cut off is left out. No file: no lines."""
-  path = pathlib.Path(workdir) / FILE
+  path = as_folder(workdir) / FILE
   return list(parse(path.read_bytes())) if path.exists() else []
 
 

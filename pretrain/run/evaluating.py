@@ -17,7 +17,7 @@ def evaluate(run: Run) -> None:
   pairs = phase.data.heldout_pairs(cfg.generate)
   for average, trained in weights(run) if sets else ():
     params = run.state.whole(trained)
-    values |= evaluate_sets(phase.eval_step, params, sets, phase.program.mesh, average)
+    values |= evaluate_sets(phase.eval_step, params, sets, phase.program.mesh, average, phase.heldout_bytes)
     if phase.exact_match is not None:
       values |= matches(phase.exact_match, params, pairs, average)
   run.metrics.eval(run.step, values)

@@ -56,7 +56,7 @@ def run_steps(run: Run, interrupt: Interrupt) -> None:
       saving.take_snapshot(run)
     if pending is not None:
       step_numbers.log(run, run.step - 1, pending, watch)
-    watch.count(batch)  # after the row of the step before it
+    watch.count(batch, phase.flops_of(batch))  # after the row of the step before it
     pending = step_numbers.numbers_of(run, metrics, batch)
     if pauses:
       step_numbers.log(run, run.step, pending, watch)

@@ -7,7 +7,6 @@ deterministic replay finds the incorrect computations of hardware.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from pretrain.checkpoints import manifest, step_folders
@@ -26,12 +25,13 @@ from pretrain.run.loop import loop
 from pretrain.run.starting import Files, start
 from pretrain.snapshots.snapshots import Snapshots
 from pretrain.step.train_step import TrainState
+from pretrain.workdirs.folder import Folder
 
 COMPARED = ('loss', 'grad_norm', 'batch_checksum')
 Tell = Callable[[str], None]
 
 
-def replay(cfg: Experiment, workdir: pathlib.Path, step: int, tell: Tell, *, rtol: float | None = None) -> bool:
+def replay(cfg: Experiment, workdir: Folder, step: int, tell: Tell, *, rtol: float | None = None) -> bool:
   """Whether the steps from the newest whole checkpoint before `step` up to `step` are equal to their records.
 
   `cfg` is the config of the run. Losses and gradient norms may differ by `rtol`. Without `rtol` all bits are compared,
@@ -68,7 +68,7 @@ def _as_replayed(cfg: Experiment, step: int) -> Experiment:
 class Record:
   """What a run has recorded of its steps. It takes the place of the replay's metrics, and compares with them."""
 
-  def __init__(self, workdir: pathlib.Path, tell: Tell, rtol: float | None):
+  def __init__(self, workdir: Folder, tell: Tell, rtol: float | None):
     self.rows = {row['step']: row for row in read_metrics(workdir) if COMPARED[0] in row}
     self.differing: list[int] = []
     self._folder, self._tell, self._rtol = workdir / 'checkpoints', tell, rtol
@@ -121,7 +121,7 @@ def _parameters_first(key: str) -> tuple[bool, str]:
 class Earlier(Checkpoints):
   """The checkpoints of a run before a step, for reading. A save compares the arrays with what is on disk."""
 
-  def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig, before: int, record: Record | None = None):
+  def __init__(self, workdir: Folder, cfg: CheckpointConfig, before: int, record: Record | None = None):
     super().__init__(workdir, cfg, read_only=True)
     self._before, self._record = before, record
 
@@ -142,7 +142,7 @@ class Earlier(Checkpoints):
 class ReplayFiles(Files):
   """The files of a replay: it reads the checkpoints and the metrics of the run, and writes nothing."""
 
-  def __init__(self, record: Record, cfg: Experiment, workdir: pathlib.Path):
+  def __init__(self, record: Record, cfg: Experiment, workdir: Folder):
     super().__init__(cfg, workdir)
     self._record = record
 

@@ -12,7 +12,7 @@ from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
-from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.experiment import Experiment, TrainConfig
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_not_lost, check_same_data, check_same_run, has_checkpoint, identity
 from pretrain.experiment.trunk import KEY, check_trunk
@@ -27,8 +27,10 @@ from pretrain.run.judging import Judge
 from pretrain.run.phase_program import PhaseProgram
 from pretrain.run.run import Run
 from pretrain.snapshots.snapshots import Snapshots, freshest
+from pretrain.step.loss import check_predicts_tokens
 from pretrain.step.train_step import TrainState
 from pretrain.tools.weights import find, initial_params
+from pretrain.workdirs.folder import Folder
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -36,14 +38,18 @@ Rows = Sequence[Mapping[str, float]]
 class Files:
   """The files of a run in `workdir`: what it restores from, and what it writes."""
 
-  def __init__(self, cfg: Experiment, workdir: pathlib.Path):
-    self.cfg, self.workdir = cfg, workdir
+  def __init__(
+    self, cfg: Experiment, workdir: Folder, place: Folder | None = None,
+    before_commit: Callable[[], None] = lambda: None,
+  ):  # fmt: skip
+    """`place` is the workdir itself where that is in a store, and `workdir` only has its small files."""
+    self.cfg, self.workdir, self.place, self._before_commit = cfg, workdir, place or workdir, before_commit
 
   def checkpoints(self) -> Checkpoints:
-    return Checkpoints(self.workdir, self.cfg.checkpoint)
+    return Checkpoints(self.place, self.cfg.checkpoint, before_commit=self._before_commit)
 
   def snapshots(self, skips: Ranges) -> Snapshots:
-    return Snapshots(self.cfg.snapshot, self.workdir, identity(self.cfg, skips))
+    return Snapshots(self.cfg.snapshot, self.workdir, identity(self.cfg, skips), place=self.place)
 
   def check_not_lost(self, latest: int | None, recorded: Rows) -> None:
     """Raises CheckpointError where the run had checkpoints and none is left."""
@@ -72,11 +78,11 @@ class Beginning:
 
 def start(
   cfg: Experiment,
-  workdir: pathlib.Path,
+  workdir: Folder,
   timeline: Timeline,
   *,
   allow_data_change: bool = False,
-  open_files: Callable[[Experiment, pathlib.Path], Files] = Files,
+  open_files: Callable[[Experiment, Folder], Files] = Files,
 ) -> Run:
   """A run that is ready for its next step: restored from its newest whole step, or new.
 
@@ -85,8 +91,9 @@ def start(
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
+  check_predicts_tokens(cfg.model)
   recorded = read_metrics(workdir)
-  changes = check_config(cfg, workdir, recorded, allow_data_change)
+  changes = check_config(cfg, files, recorded, allow_data_change)
   checkpoints, snapshots = files.checkpoints(), files.snapshots(skips)
   found = restore_or_initialise(files, timeline, checkpoints, snapshots, recorded, changes, allow_data_change)
   phase, step, examples = found.phase, int(found.state.step), found.position['examples']
@@ -97,17 +104,23 @@ def start(
   run = Run(
     cfg=cfg, text=text, workdir=workdir, skips=skips, timeline=timeline, checkpoints=checkpoints, snapshots=snapshots,
     metrics=metrics, judge=Judge(cfg, workdir, checkpoints, metrics, step), replicas=replicas,
-    profile=Profile(workdir, cfg.train.profile_steps), phase=phase, data=phase.data, state=found.state,
+    profile=Profile(workdir, traced_steps(cfg.train)), phase=phase, data=phase.data, state=found.state,
     position=found.position, mixing=mixing, trunk=found.trunk, step=step, saved_step=saved_step,
   )  # fmt: skip
   announce(run, found.changes)
   return run
 
 
-def check_config(cfg: Experiment, workdir: pathlib.Path, recorded: Rows, allow_data_change: bool) -> list[str]:
+def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:
+  """The steps that this process traces."""
+  traces = cfg.profile_hosts is None or jax.process_index() in cfg.profile_hosts
+  return cfg.profile_steps if traces else None
+
+
+def check_config(cfg: Experiment, files: Files, recorded: Rows, allow_data_change: bool) -> list[str]:
   """How the data of the config has changed since the run was saved. Raises ConfigError where it is another run."""
-  saved = workdir / 'config.gin'
-  if saved.exists() and (recorded or has_checkpoint(workdir)):  # otherwise it belongs to a run that never began
+  saved = files.workdir / 'config.gin'
+  if saved.exists() and (recorded or has_checkpoint(files.place)):  # otherwise it belongs to a run that never began
     return check_same_run(saved, cfg, allow_data_change=allow_data_change)
   return []
 

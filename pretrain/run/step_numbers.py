@@ -3,6 +3,8 @@
 import jax
 
 from data.packing.buckets import LengthBuckets
+from pretrain.devices import usage
+from pretrain.hosts import pace
 from pretrain.records.stopwatch import Stopwatch
 from pretrain.run import saving
 from pretrain.run.judging import shown
@@ -22,7 +24,8 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
 
   Raises what `Judge` raises where the run must not continue.
   """
-  found = jax.device_get(numbers)
+  with watch.blocked():
+    found = jax.device_get(numbers)
   examples = found.pop('examples')
   run.timeline.completed(step, examples)
   by_source = found.pop('source_loss', None), found.pop('source_weight', None)
@@ -34,7 +37,8 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
   ends = run.judge.is_end(values)
   if ends or step % run.cfg.train.log_every == 0 or step == run.cfg.train.steps:
     phase = {'phase': run.phase.index} if run.cfg.phases else {}
-    run.metrics.write(step, shown(values) | watch.report(last=step == run.step) | phase)
+    rates = watch.report(last=step == run.step)
+    run.metrics.write(step, shown(values) | rates | phase | telemetry(run, watch))
   if digests is not None:
     run.judge.check_replicas(run.replicas, digests, step)
   elif ends:
@@ -42,6 +46,15 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
     saving.check_replicas(run)  # a device that computes wrongly is a reason to restart, not to stop
   run.judge.check(step, range(examples - run.phase.cfg.data.batch_size, examples), values)
   run.snapshots.recorded(step, run.mixture())
+
+
+def telemetry(run: Run, watch: Stopwatch) -> dict[str, float]:
+  """Memory, the share of the peak FLOPs, and the slowest process since the last row. No collective, nothing waits."""
+  peak = run.phase.peak_flops
+  used = {'mfu': watch.flops_per_second / peak} if peak and watch.flops_per_second else {}
+  pace.tell(watch.own_seconds)
+  slowest = pace.slowest() if jax.process_index() == 0 else {}  # the one that writes rows
+  return usage.memory(jax.local_devices()) | usage.host_memory() | used | slowest
 
 
 def row_length(run: Run, batch) -> dict[str, int]:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import Folder, as_folder
 
 Kind = Literal['block', 'parity']
 SLOTS = (0, 1)
@@ -50,7 +51,7 @@ def check_snapshot(cfg: SnapshotConfig) -> None:
       raise ConfigError(f'snapshot.{key}={given!r} with snapshot.every=0: it would never be used; set snapshot.every.')
 
 
-def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.Path:
+def folder_of(cfg: SnapshotConfig, workdir: Folder, host: int) -> pathlib.Path:
   """The folder of this host's snapshots of the run in `workdir`. Raises ConfigError if it cannot be written, or
   belongs to another user."""
   parent = pathlib.Path(cfg.folder) if cfg.folder else MEMORY
@@ -59,7 +60,7 @@ def folder_of(cfg: SnapshotConfig, workdir: pathlib.Path, host: int) -> pathlib.
       f'snapshot.folder={cfg.folder!r}: no folder {parent} that can be written; name one in RAM (a tmpfs), or set '
       'snapshot.every=0.'
     )
-  name = hashlib.sha256(os.fsencode(pathlib.Path(workdir).resolve())).hexdigest()[:12]
+  name = hashlib.sha256(os.fsencode(str(as_folder(workdir).resolve()))).hexdigest()[:12]
   folder = parent / f'pretrain-{name}-{host}'
   if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
     raise ConfigError(f'{folder} does not belong to this user; remove it, or set snapshot.folder.')

@@ -8,7 +8,6 @@ holds the same bits as a checkpoint. Sources: GEMINI (Wang et al., SOSP 2023); R
 import contextlib
 import dataclasses
 import json
-import pathlib
 import secrets
 import sys
 import time
@@ -29,6 +28,7 @@ from pretrain.snapshots.peers import ADDRESS, Answers, PeerError, Peers, Server,
 from pretrain.snapshots.slots import Header, Kind, Slots, SnapshotConfig, folder_of, remove_beyond
 from pretrain.snapshots.taking import Taken, Taking
 from pretrain.step.train_step import TrainState
+from pretrain.workdirs.folder import Folder
 
 BUSY = 'the one before it is still being written'
 RUN_ID = 'run_id'  # RUN/run_id: distinguishes this run's snapshots from those of an earlier run in the same workdir
@@ -38,9 +38,12 @@ class Snapshots:
   """The snapshots of one run in this host's RAM. A snapshot is usable only if its identity equals `identity`."""
 
   def __init__(
-    self, cfg: SnapshotConfig, workdir: pathlib.Path, identity: Mapping[str, str], *, read_only: bool = False
-  ):
-    self._cfg, self._workdir, self._read_only = cfg, pathlib.Path(workdir), read_only
+    self, cfg: SnapshotConfig, workdir: Folder, identity: Mapping[str, str], *, read_only: bool = False,
+    place: Folder | None = None,
+  ):  # fmt: skip
+    """`place` is the workdir itself where that is in a store, and `workdir` only has its small files."""
+    self._cfg, self._workdir, self._read_only = cfg, workdir, read_only
+    self._place = place or self._workdir
     self._identity = {'snapshot.group': str(cfg.group), **identity}
     self._host, self._count = jax.process_index(), jax.process_count()
     self._groups = parities.groups(self._count, cfg.group)
@@ -63,7 +66,7 @@ class Snapshots:
       path = self._workdir / RUN_ID
       run = self._agreement.first(path.read_text() if path.exists() else '')
       self._identity['run'] = run or self._agreement.first(secrets.token_hex(8))
-      self._slots = Slots(folder_of(self._cfg, self._workdir, self._host), self._identity)
+      self._slots = Slots(folder_of(self._cfg, self._place, self._host), self._identity)
       found, reasons = self._slots.find()
       own = {step: [dataclasses.asdict(header), protected] for step, (header, protected) in found.items()}
       answers = self._agreement.gather(json.dumps([own, reasons]))
@@ -192,7 +195,7 @@ class Snapshots:
   def _discard(self) -> None:
     """Removes the snapshots of an earlier start, which could otherwise be taken for newer ones later."""
     with contextlib.suppress(ConfigError):  # the folder does not exist, so there is nothing in it
-      Slots(folder_of(self._cfg, self._workdir, self._host), {}).remove()
+      Slots(folder_of(self._cfg, self._place, self._host), {}).remove()
 
   def _write(self, taking: Taking) -> int:
     """Runs in the thread: writes the block, all agree; writes parity, all agree. Returns the bytes on this host."""

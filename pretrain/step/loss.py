@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.build import KernelsConfig, Model
+from models.build import KernelsConfig, Model, ModelConfig
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pretrain.errors import ConfigError
 from pretrain.step.train_step import Batch, LossFn, Metrics
 
 
@@ -25,6 +26,15 @@ class LossConfig:
   label_smoothing: Annotated[float, '[0, 1)'] = 0.0
   load_balance: Annotated[float, '>= 0'] = 0.0
   router_z: Annotated[float, '>= 0'] = 0.0
+
+
+def check_predicts_tokens(cfg: ModelConfig) -> None:
+  """Raises ConfigError for a model whose head has no logits of tokens."""
+  if cfg.head == 'binary':
+    raise ConfigError(
+      "model.head='binary' has one logit for each token, whether it was replaced; objectives and evaluations need "
+      "logits of tokens. Such weights can be imported and exported; set model.head='untied' to train."
+    )
 
 
 def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
@@ -69,6 +79,7 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 
 def make_token_step(model: Model, kernels: KernelsConfig):
   """`token_step(params, batch)` -> (nats, hits) of each target: float32[batch, length]; no dropout, no z-loss."""
+  check_predicts_tokens(model.cfg)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
     (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
@@ -83,7 +94,9 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
 
   Text = targets that are pieces of text: not a sentinel, mode token, EOS or another id of `not_text`. A denoising model
   predicts those almost perfectly, so only a loss without them can be compared with an n-gram model.
+  Raises ConfigError for a model whose head has no logits of tokens.
   """
+  check_predicts_tokens(model.cfg)
 
   def eval_step(params, batch: Batch) -> Metrics:
     (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)

@@ -7,6 +7,7 @@ from data.batches.batches import DataSource
 from data.batches.plan_report import Used, is_ordered, packed, used_positions
 from models.build import ModelConfig
 from models.flops import flops_by_side
+from models.layers.low_rank import NONE, LoraConfig
 from pretrain.experiment.phases import Phase
 from pretrain.records.names import one_line
 
@@ -46,21 +47,23 @@ class Filling:
     return self._padding_flops / self._flops if self._flops else 0.0
 
 
-def fillings(source: DataSource, model: ModelConfig, first: int = 0, end: int | None = None) -> list[Filling]:
+def fillings(
+  source: DataSource, model: ModelConfig, first: int = 0, end: int | None = None, lora: LoraConfig = NONE
+) -> list[Filling]:
   """The sampled rows between examples `first` and `end`: all of them, then those of each source."""
   found = [Filling() for _ in range(1 + len(source.names))]
   for batch in used_positions(source, first, end):
-    flops = _flops_of(model, batch.lengths)
+    flops = _flops_of(model, batch.lengths, lora)
     _add(found[0], batch, slice(None), flops)
     for i, own in enumerate(found[1:]):
       _add(own, batch, batch.sources == i, flops)
   return found
 
 
-def _flops_of(model: ModelConfig, lengths: Mapping[str, int]) -> dict[str, int]:
+def _flops_of(model: ModelConfig, lengths: Mapping[str, int], lora: LoraConfig) -> dict[str, int]:
   """FLOPs of each side of a row; one stack's length is `targets_length` in the config of a model."""
   inputs, targets = (lengths[side] for side in SIDES) if len(lengths) == 2 else (0, *lengths.values())
-  return flops_by_side(model, inputs_length=inputs, targets_length=targets)
+  return flops_by_side(model, inputs_length=inputs, targets_length=targets, lora=lora)
 
 
 def _add(to: Filling, batch: Used, rows, flops: Mapping[str, int]) -> None:
@@ -71,7 +74,7 @@ def _add(to: Filling, batch: Used, rows, flops: Mapping[str, int]) -> None:
 def report(phase: Phase, source: DataSource) -> str:
   """What `pretrain data plan` prints for one phase."""
   end = None if phase.end is None else phase.example(phase.end)
-  all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end)
+  all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end, phase.cfg.lora)
   paths = [one_line(rows.store.path) for rows in source.sources]
   named = list(zip(by_source, paths, strict=True))
   if len(named) > 1:

@@ -55,7 +55,8 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 def describe(cfg: Experiment) -> str:
   """Everything `pretrain config` prints."""
-  flops = flops_per_token(cfg.model, inputs_length=cfg.data.inputs_length, targets_length=cfg.data.targets_length)
+  lengths = {'inputs_length': cfg.data.inputs_length, 'targets_length': cfg.data.targets_length}
+  flops = flops_per_token(cfg.model, **lengths, lora=cfg.lora)
   lines = [f'# {name}: {value:,.0f}' for name, value in flops.items()]
   parameters = '\n'.join(f'# {line}' for line in table(parameter_rows(cfg), COLUMNS).splitlines())
   return (

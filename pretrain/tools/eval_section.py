@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain.errors import CheckpointError
 from pretrain.records.heat_map import draw_needles
+from pretrain.workdirs.folder import Folder
 
 FILE = 'eval.json'
 # Kind of result -> heading, and (key, name, unit) of its rows.
@@ -28,7 +29,7 @@ TABLES = {
 }
 
 
-def read_results(workdir: pathlib.Path) -> dict[str, Any]:
+def read_results(workdir: Folder) -> dict[str, Any]:
   """The results of the last `pretrain eval` of a run; empty without any. Raises CheckpointError for a damaged file."""
   path = workdir / FILE
   if not path.exists():

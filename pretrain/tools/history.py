@@ -1,6 +1,5 @@
 """Which rows a run has read: those of its config, corrected by what only its newest checkpoint records."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +10,10 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.resume import check_same_data
 from pretrain.hosts.skipping import behind
+from pretrain.workdirs.folder import Folder
 
 
-def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: int) -> tuple[DataSource, int]:
+def data_of_run(workdir: Folder, cfg: Experiment, data: DataSource, step: int) -> tuple[DataSource, int]:
   """(`data` as the run in `workdir` had it at `step`, the first example of that step).
 
   Sources may have been changed (--allow_data_change), weights set from losses (data.online). Raises CheckpointError
@@ -38,7 +38,7 @@ def data_of_run(workdir: pathlib.Path, cfg: Experiment, data: DataSource, step: 
 
 
 def _check_known(
-  workdir: pathlib.Path, cfg: Experiment, position: Mapping[str, Any], step: int, example: int, latest: int
+  workdir: Folder, cfg: Experiment, position: Mapping[str, Any], step: int, example: int, latest: int
 ) -> None:
   began = position.get('mixture')
   if not began:

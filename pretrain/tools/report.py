@@ -20,6 +20,8 @@ from pretrain.records.metrics import read_metrics
 from pretrain.records.names import one_line
 from pretrain.records.plots import Shares, draw, plots_of, sources_of
 from pretrain.tools.eval_section import eval_section, read_results
+from pretrain.workdirs.copies import small_files
+from pretrain.workdirs.folder import Folder, as_folder
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -36,12 +38,18 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; line
 """
 
 
-def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike[str] | Folder) -> Folder:
   """Draws workdir/plots/*.png and workdir/report.html again from the files of the run; returns the report's path.
 
   Raises CheckpointError where there is neither a metrics.jsonl with a row in it nor an eval.json.
   """
-  workdir = pathlib.Path(workdir)
+  place = as_folder(workdir)
+  with small_files(place) as folder:
+    return place / draw_report(folder).name
+
+
+def draw_report(workdir: pathlib.Path) -> pathlib.Path:
+  """`write_report`, for a folder of a disk."""
   rows, results = read_metrics(workdir), read_results(workdir)
   if not rows and not results:
     raise CheckpointError(
@@ -176,6 +184,8 @@ UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
+  'hbm_mib': 'MiB of the fullest device', 'hbm_peak_mib': 'MiB of the fullest device', 'host_mib': 'MiB of process 0',
+  'mfu': 'share of peak FLOPs', 'slowest_host': 'process', 'slowest_ratio': 'times the median',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
   'padding_flops': 'share of FLOPs', 'grad_norm': 'global norm', 'learning_rate': 'of the last update',

@@ -7,7 +7,6 @@ The losses that spikes are measured against are kept if no key of `spikes` diffe
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +26,12 @@ from pretrain.experiment.saved import load_saved
 from pretrain.experiment.trunk import read_trunk
 from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of
+from pretrain.workdirs.folder import Folder
 
 FREE = ('optimizer.', 'averaging.', 'schedule.', 'spikes.')
 
 
-def restore_as(step: Step, overrides: Sequence[str], output: pathlib.Path, source: str) -> list[str]:
+def restore_as(step: Step, overrides: Sequence[str], output: Folder, source: str) -> list[str]:
   """Writes a new workdir that a run can resume from; returns the parts of the state that start fresh."""
   check_new(output)
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
@@ -70,7 +70,7 @@ def _at(step: jax.Array, opt_state):
   return first, rate._replace(count=step), *(state._replace(updates=step) for state in spikes)
 
 
-def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
+def _changed(workdir: Folder, overrides: Sequence[str]) -> Experiment:
   """The config of a run with `overrides`. Raises ConfigError for a key that changes the model or the data."""
   saved = workdir / 'config.gin'
   old, new = load_saved(saved), load_saved(saved, overrides)
@@ -86,7 +86,7 @@ def _changed(workdir: pathlib.Path, overrides: Sequence[str]) -> Experiment:
   return new
 
 
-def _write(output: pathlib.Path, step: int, state, position: dict[str, Any], text: str) -> None:
+def _write(output: Folder, step: int, state, position: dict[str, Any], text: str) -> None:
   """The config is written last: a folder without it is not a run."""
   with owned(output, '--output'):
     checkpoints = Checkpoints(output, CheckpointConfig())

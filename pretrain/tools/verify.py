@@ -18,11 +18,12 @@ from pretrain.errors import CheckpointError
 from pretrain.replicas import digest
 from pretrain.tools.describe import table
 from pretrain.tools.weights import Step
+from pretrain.workdirs.folder import Folder
 
 GROUP_BYTES = 2**28  # read at a time
 
 
-def verify(workdir: pathlib.Path, steps: Collection[int], tell: Callable[[str], None]) -> list[int]:
+def verify(workdir: Folder, steps: Collection[int], tell: Callable[[str], None]) -> list[int]:
   """The damaged steps among `steps`, or among all if it is empty; calls `tell` with a line for each step."""
   directory = workdir.resolve() / 'checkpoints'
   there = step_folders.folders(directory)

@@ -31,8 +31,10 @@ from pretrain.evaluation.imported import FOLDER, tokenizer_of
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
 from pretrain.hosts.ownership import owned
-from pretrain.tools.weights import Step, _on_one_device, check_new, config_of
+from pretrain.tools.weights import Step, check_new, config_of, program_on_one_device
 from pretrain.tools.word_vectors import Nearest, factorised, nearest
+from pretrain.workdirs.copies import made_in
+from pretrain.workdirs.folder import Folder
 
 Method = Literal['mean', 'multivariate', 'subword', 'ofa']
 METHODS: tuple[Method, ...] = ('mean', 'multivariate', 'subword', 'ofa')
@@ -63,7 +65,7 @@ def extend_vocabulary(
   step: Step,
   tokenizer: Published,
   method: Method,
-  output: pathlib.Path,
+  output: Folder,
   source: str,
   seed: int = 0,
   vectors: WordVectors | None = None,
@@ -84,7 +86,7 @@ def extend_vocabulary(
   spelled = spellings(old, new, places) if method == 'subword' else None
   missing, rank = np.flatnonzero(places < 0), vectors and vectors.rank
   near = nearest(vectors.path, old, new, missing, vectors.most) if vectors is not None and len(missing) else None
-  program = _on_one_device(cfg)
+  program = program_on_one_device(cfg)
   axes = {path: spec.axes for path, spec in flatten_dict(dict(program.model.specs)).items()}
   params = flatten_dict(step.read(program.abstract.params))
   for path, x in params.items():
@@ -99,7 +101,7 @@ def extend_vocabulary(
   return Extended(int((places >= 0).sum()), int((places < 0).sum()), rows)
 
 
-def tokenizer_of_run(workdir: pathlib.Path, cfg: Experiment) -> Tokenizer:
+def tokenizer_of_run(workdir: Folder, cfg: Experiment) -> Tokenizer:
   """The tokenizer that the weights of a run were trained with."""
   if cfg.data.name == 'synthetic':
     model = tokenizer_of(workdir)
@@ -219,16 +221,16 @@ def _config(cfg: Experiment, rows: int) -> Experiment:
   return bindings.override(cfg, values, 'extend-vocabulary')
 
 
-def _write(output: pathlib.Path, params: Any, cfg: Experiment, tokenizer: Published, source: str) -> None:
+def _write(output: Folder, params: Any, cfg: Experiment, tokenizer: Published, source: str) -> None:
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
   with owned(output, '--to'):
     checkpoints = Checkpoints(output, CheckpointConfig())
     position = {'source': source, 'data': {'tokenizer': hashlib.sha256(tokenizer.content).hexdigest()}}
     checkpoints.save_params(0, params, position, text)
     checkpoints.close()
-    (output / FOLDER).mkdir()
-    (output / FOLDER / tokenizer.open(0).file_name).write_bytes(tokenizer.content)
-    for name in IDS_BESIDE:
-      if (path := tokenizer.path.with_name(name)).is_file():
-        shutil.copyfile(path, output / FOLDER / name)
+    with made_in(output / FOLDER) as folder:
+      (folder / tokenizer.open(0).file_name).write_bytes(tokenizer.content)
+      for name in IDS_BESIDE:
+        if (path := tokenizer.path.with_name(name)).is_file():
+          shutil.copyfile(path, folder / name)
     (output / 'config.gin').write_text(text)  # last: a folder without it is not a run

@@ -5,7 +5,6 @@ lack, is drawn as in a new model, or here also copied from the self-attention of
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
 from pretrain.hosts.ownership import owned
-from pretrain.tools.weights import MAY_DIFFER, Step, _on_one_device, check_new, config_of
+from pretrain.tools.weights import MAY_DIFFER, Step, check_new, config_of, program_on_one_device
+from pretrain.workdirs.folder import Folder
 
 Path = tuple[str, ...]
 Cross = Literal['random', 'self']
@@ -47,7 +47,7 @@ class Source:
 
 
 def warm_start(
-  cfg: Experiment, encoder: Step | None, decoder: Step | None, cross: Cross, output: pathlib.Path, source: str
+  cfg: Experiment, encoder: Step | None, decoder: Step | None, cross: Cross, output: Folder, source: str
 ) -> list[str]:
   """Writes a new workdir with the weights of an encoder-decoder; returns a line for each that is not a copy.
 
@@ -100,7 +100,7 @@ def _open(step: Step, model: ModelConfig) -> Source:
       f'{bad[0]} is {theirs[bad[0]]!r} in {step.workdir}/config.gin, {ours[bad[0]]!r} in --gin_file (first of '
       f'{len(bad)}). Nothing was written; set it as it is there.',
     )
-  return Source(step, own.model, flatten_dict(step.read(_on_one_device(own).abstract.params)))
+  return Source(step, own.model, flatten_dict(step.read(program_on_one_device(own).abstract.params)))
 
 
 def _value(path: Path, sources: Mapping[str, Source], cross: Cross) -> tuple[Any, Source]:
@@ -130,7 +130,7 @@ def _folds_scale(cfg: ModelConfig) -> bool:
   return attention_config(cfg, 'reference', kv_heads=cfg.heads, t5_scale=t5).folds_scale
 
 
-def _write(output: pathlib.Path, params: Any, cfg: Experiment, tokenizer: str | None, source: str) -> None:
+def _write(output: Folder, params: Any, cfg: Experiment, tokenizer: str | None, source: str) -> None:
   cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, initial=None))
   text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
   with owned(output, '--to'):

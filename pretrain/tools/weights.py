@@ -16,6 +16,7 @@ import jax
 
 from data.batches.source import open_data
 from data.stores.paths import looked_in
+from pretrain.checkpoints import manifest
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
@@ -35,21 +36,25 @@ from pretrain.records.metrics import read_metrics
 from pretrain.snapshots.slots import folder_of, remembered
 from pretrain.step.loss import make_eval_step
 from pretrain.tools.describe import table
+from pretrain.workdirs.folder import Folder, as_folder
 
 # Keys of model.* that change neither the shapes of weights nor what is computed from them.
 NOT_ARCHITECTURE = (
-  'model.dropout', 'model.dtype', 'model.remat', 'model.embedding_init_std', 'model.head_init_scale', 'model.init_std',
-  'model.scale_residual_init',
+  'model.dropout', 'model.dropout_sites', 'model.dtype', 'model.remat', 'model.embedding_init_std',
+  'model.head_init_scale', 'model.init_std', 'model.scale_residual_init',
 )  # fmt: skip
 # Keys that a run that starts from another may change too: the scale of positions, for longer rows.
 MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
+# Keys that such a run may set where the other had nothing; to leave out what the other had is a mistake.
+MAY_BE_ADDED = ('model.windows', 'model.sinks', 'model.sink_distance')
+SCALING, LEARNED = 'model.rope_scaling.', 'frequencies'  # parameters that a scaling adds are drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
   """A finished step of a run; with `ema`, the moving average of its parameters."""
 
-  workdir: pathlib.Path
+  workdir: Folder
   number: int
   ema: bool = False
 
@@ -68,13 +73,13 @@ class Step:
 
 def find(text: str, *, ema: bool = False) -> Step:
   """The step that RUN/<step> names; RUN alone names its newest. Raises CKPT-NONE where it does not exist."""
-  path = pathlib.Path(text)
+  path = as_folder(text)
   if path.name.isdecimal() and not (path / 'checkpoints').exists():
     return find_step(path.parent, int(path.name), ema=ema)
   return Step(path, _steps(path)[-1], ema)
 
 
-def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
+def find_step(workdir: Folder, number: int, *, ema: bool = False) -> Step:
   """A step of a run. Raises CKPT-NONE, with the list of those that exist, where it has no such step."""
   there = _steps(workdir)
   if number not in there:
@@ -88,18 +93,23 @@ def find_step(workdir: pathlib.Path, number: int, *, ema: bool = False) -> Step:
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
   """The parameters that `checkpoint.initial` names, sharded for `program`, whose data have `tokenizer`.
 
-  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
+  Without the parameters that longer rows add. Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for
+  another architecture or tokenizer.
   """
-  path = pathlib.Path(initial)
+  path = as_folder(initial, 'checkpoint.initial')
   step = find_step(path.parent, int(path.name))
   ours, theirs = bindings.flatten(program.model.cfg, 'model.'), bindings.flatten(config_of(step.workdir))
-  if bad := _differences(ours, theirs, MAY_DIFFER):
+  plain_rope = theirs.get(f'{SCALING}name') == 'none'
+  added = [key for key in MAY_BE_ADDED if not theirs.get(key)]
+  added += [key for key in ours.keys() | theirs.keys() if key.startswith(SCALING) and plain_rope]
+  if bad := _differences(ours, theirs, (*MAY_DIFFER, *added)):
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
       f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
     )
-  params, theirs = step.read(program.weights), step.tokenizer()
+  wanted = {name: x for name, x in program.weights.items() if name != LEARNED or not plain_rope}
+  params, theirs = step.read(wanted), step.tokenizer()
   if None not in (theirs, tokenizer) and theirs != tokenizer:
     raise CheckpointError(
       'CKPT-MISMATCH',
@@ -109,7 +119,7 @@ def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any
   return params
 
 
-def list_steps(workdir: pathlib.Path) -> str:
+def list_steps(workdir: Folder) -> str:
   """A table of the finished steps of a run: size on disk, and the losses that were logged at each."""
   numbers = _steps(workdir)
   rows = {row['step']: row for row in read_metrics(workdir)}
@@ -117,13 +127,20 @@ def list_steps(workdir: pathlib.Path) -> str:
   losses.sort(key=lambda key: key != 'loss')
   lines = []
   for number in numbers:
-    size = sum(p.stat().st_size for p in (workdir / 'checkpoints' / str(number)).rglob('*') if p.is_file())
+    size = size_of(workdir / 'checkpoints' / str(number))
     values = [f'{rows[number][key]:.4f}' if key in rows.get(number, {}) else '-' for key in losses]
     lines.append((str(number), f'{size / 2**20:.1f}', *values))
   return table(lines, ('step', 'MiB', *losses))
 
 
-def in_memory(workdir: pathlib.Path) -> str:
+def size_of(folder: Folder) -> int:
+  """Bytes of the files of a step; in a store, those that its manifest lists."""
+  if isinstance(folder, pathlib.Path):
+    return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+  return manifest.read(folder).size
+
+
+def in_memory(workdir: Folder) -> str:
   """One line about the snapshots of a run in this host's RAM; '' where there are none."""
   try:
     return remembered(folder_of(config_of(workdir).snapshot, workdir, 0), time.time())
@@ -131,7 +148,7 @@ def in_memory(workdir: pathlib.Path) -> str:
     return ''
 
 
-def average(steps: Sequence[Step], weights: Sequence[float] | None, output: pathlib.Path, source: str) -> None:
+def average(steps: Sequence[Step], weights: Sequence[float] | None, output: Folder, source: str) -> None:
   """Writes the mean of `steps`, uniform or weighted, to a new workdir.
 
   Needs memory for two copies of the parameters, and a third while a file is read, for any number of steps.
@@ -144,7 +161,7 @@ def average(steps: Sequence[Step], weights: Sequence[float] | None, output: path
   _combine(steps, normalized(weights), output, source)
 
 
-def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], output: pathlib.Path, source: str) -> None:
+def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], output: Folder, source: str) -> None:
   """Writes base + sum c_i (input_i - base) to a new workdir; memory as for `average`."""
   if len(coefficients) != len(inputs):
     raise ConfigError(
@@ -155,17 +172,15 @@ def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], out
   _combine([base, *inputs], task_vector_coefficients(coefficients), output, source)
 
 
-def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: pathlib.Path, source: str) -> None:
+def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: Folder, source: str) -> None:
   check_new(output)
   cfg = _one_architecture(steps)
-  abstract = _on_one_device(cfg).abstract.params
+  abstract = program_on_one_device(cfg).abstract.params
   terms = ((c, step.read(abstract)) for c, step in zip(coefficients, steps, strict=True))
   _write(output, linear_combination(terms), cfg, steps[0], source)
 
 
-def soup(
-  cfg: Experiment, steps: Sequence[Step], metric: str, output: pathlib.Path, source: str, tell: Callable
-) -> None:
+def soup(cfg: Experiment, steps: Sequence[Step], metric: str, output: Folder, source: str, tell: Callable) -> None:
   """Writes the greedy soup of `steps`, scored by `metric` on the held-out sets of `cfg`, to a new workdir.
 
   Calls `tell` with a line for each decision. Memory as for `average`; each input is read twice.
@@ -246,17 +261,19 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Seque
   return [key for key in [*keys, *others] if ours.get(key) != theirs.get(key)]
 
 
-def config_of(workdir: pathlib.Path) -> Experiment:
+def config_of(workdir: Folder) -> Experiment:
   """The config that a run was trained with. Raises CKPT-NONE where there is no run."""
   saved = workdir / 'config.gin'
   if not saved.exists():
-    where = f'{workdir}{looked_in(workdir)}'
+    where = f'{workdir}{looked_in(str(workdir))}'
     raise CheckpointError('CKPT-NONE', f'no run in {where}: config.gin is missing; check the path.')
   return load_saved(saved)
 
 
-def check_space(output: pathlib.Path, size: float, flag: str) -> None:
-  """Raises ConfigError where the disk of a new folder has less than `size` bytes free."""
+def check_space(output: Folder, size: float, flag: str) -> None:
+  """Raises ConfigError where the disk of a new folder has less than `size` bytes free; a store is not asked."""
+  if not isinstance(output, pathlib.Path):
+    return
   existing = next(path for path in output.absolute().parents if path.exists())
   free = shutil.disk_usage(existing).free
   if free < size:
@@ -266,26 +283,27 @@ def check_space(output: pathlib.Path, size: float, flag: str) -> None:
     )
 
 
-def check_new(output: pathlib.Path, flag: str = '--output') -> None:
+def check_new(output: Folder, flag: str = '--output') -> None:
   if output.exists():
     raise ConfigError(f'{flag}={output} exists; nothing is overwritten. Choose another folder.')
 
 
-def _on_one_device(cfg: Experiment) -> Program:
+def program_on_one_device(cfg: Experiment) -> Program:
+  """The program of a run whose arrays are whole on the first device, without the adapters' config."""
   return build_program(dataclasses.replace(plain(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
-def _steps(workdir: pathlib.Path) -> list[int]:
+def _steps(workdir: Folder) -> list[int]:
   """The finished steps of a run, at least one."""
   if (workdir / 'checkpoints').is_dir():
     with _opened(workdir) as checkpoints:
       if there := checkpoints.finished():
         return there
-  where = f'{workdir}/checkpoints{looked_in(workdir)}'
+  where = f'{workdir}/checkpoints{looked_in(str(workdir))}'
   raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {where}; check the path.')
 
 
-def _write(output: pathlib.Path, params: Any, cfg: Experiment, first: Step, source: str) -> None:
+def _write(output: Folder, params: Any, cfg: Experiment, first: Step, source: str) -> None:
   """The config is written last: a folder without it is not a run."""
   text = f'# Parameters made by: {source}\n{bindings.render(plain(cfg))}'
   with owned(output, '--output'):

@@ -5,15 +5,17 @@ import dataclasses
 import jax
 import numpy as np
 
-from models.build import build
+from models.build import KernelsConfig, build
 from models.families.decoder import DecoderConfig, DecoderMlpConfig
 from models.families.encoder import EncoderConfig
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.mlp import MlpConfig
 from models.layers.norm import LayerNormConfig
+from models.layers.positions.rotary import Clex
 from models.specs import initialize
 
 VOCAB = 64
+KERNELS = KernelsConfig()
 IDS = {'eos': (1,), 'pad': 0, 'decoder_start': 0}
 T5 = EncoderDecoderConfig(
   vocab_size=VOCAB, embed=32, encoder_layers=2, decoder_layers=3, heads=4, head_dim=8, mlp=MlpConfig(hidden=48)
@@ -43,6 +45,9 @@ BERT = dataclasses.replace(
   head='tied', embedding_norm=True, mlp=MlpConfig(hidden=48, activation='gelu_exact', gated=False),
 )  # fmt: skip
 SINKS = dataclasses.replace(LLAMA, windows=(2, 3), sinks=2)
+T5_FAR_SINKS = dataclasses.replace(T5_ROTARY, windows=(2,), sinks=2, sink_distance=2)
+FAR_SINKS = dataclasses.replace(LLAMA, windows=(2,), sinks=2, sink_distance=2)
+CLEX = dataclasses.replace(LLAMA, rope_scaling=Clex(original_max_positions=4, max_factor=3))
 EXPERTS = dataclasses.replace(LLAMA, experts=4)
 ROUTED_T5 = dataclasses.replace(T5, experts=4)
 

@@ -19,8 +19,10 @@ from pretrain.devices.mesh import MeshConfig, make_mesh
 from tests.models.small import (
   ALIBI,
   BERT,
+  CLEX,
   ENCODER,
   EXPERTS,
+  FAR_SINKS,
   IDS,
   LEARNED,
   LLAMA,
@@ -28,6 +30,7 @@ from tests.models.small import (
   T5,
   T5_1_0,
   T5_ALIBI,
+  T5_FAR_SINKS,
   T5_ROTARY,
   alone,
   batch,
@@ -47,6 +50,9 @@ WRITERS = {
   'learned': LEARNED,
   'experts': EXPERTS,
   'sinks': SINKS,
+  'far_sinks': FAR_SINKS,
+  't5_far_sinks': pytest.param(T5_FAR_SINKS, marks=pytest.mark.slow),
+  'clex': CLEX,
 }
 VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
@@ -238,9 +244,9 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
     *((cfg, False) for cfg in (LLAMA, ALIBI, LEARNED)),
     (LLAMA, True),
     *(pytest.param(cfg, True, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
-    pytest.param(SINKS, False, marks=pytest.mark.slow),
+    *(pytest.param(cfg, False, marks=pytest.mark.slow) for cfg in (SINKS, FAR_SINKS, CLEX)),
   ],
-  ids=['rotary', 'alibi', 'learned', 'rotary-prefix', 'alibi-prefix', 'learned-prefix', 'sinks'],
+  ids=['rotary', 'alibi', 'learned', 'rotary-prefix', 'alibi-prefix', 'learned-prefix', 'sinks', 'far_sinks', 'clex'],
 )
 def test_prompts_of_unequal_lengths_are_continued_as_each_alone(cfg, prefix):
   """They stand at the end of their rows; without segment ids the padding would be read."""

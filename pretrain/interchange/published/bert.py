@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and ELECTRA's generator as models for masked tokens."""
+"""BERT, RoBERTa and ELECTRA's generator as models for masked tokens; ELECTRA's discriminator of replaced tokens."""
 
 import dataclasses
 import functools
@@ -17,12 +17,16 @@ BLOCK = 'encoder/blocks'
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What differs: names of the head, and the positions of a table before the first one that is used."""
+  """What differs: names of the head, and the positions of a table before the first one that is used.
+
+  `norm` is that of the transform before the head, `head` the kernel of a head that is not the table; '' for none.
+  """
 
   name: str
   dense: str
   norm: str
   bias: str
+  head: str = ''
 
   @property
   def types(self) -> str:
@@ -51,6 +55,12 @@ ELECTRA_KIND = Kind(
 )
 
 
+DISCRIMINATOR_KIND = Kind(
+  'electra', 'discriminator_predictions.dense', '', 'discriminator_predictions.dense_prediction.bias',
+  head='discriminator_predictions.dense_prediction.weight',
+)  # fmt: skip
+
+
 def read(kind: Kind, config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   config.expect('position_embedding_type', 'absolute')
   config.expect('add_cross_attention', False)
@@ -61,22 +71,23 @@ def read(kind: Kind, config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   config.take('type_vocab_size', 2)
   config.take('pad_token_id', None)
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
-  if kind is ELECTRA_KIND:
-    config.expect('embedding_size', embed)
+  width = config.take('embedding_size', 128) if kind.name == 'electra' else embed
   activation = config.choose('hidden_act', ACTIVATIONS, 'gelu')
   return EncoderConfig(
     vocab_size=config.take('vocab_size'), embed=embed, layers=config.take('num_hidden_layers'), heads=heads,
-    head_dim=embed // heads, positions='learned', head='tied', norm_placement='post', bias='all', embedding_norm=True,
+    head_dim=embed // heads, positions='learned', head='binary' if kind.head else 'tied', norm_placement='post',
+    bias='all', embedding_norm=True, embedding_size=None if width == embed else width,
     max_positions=config.take('max_position_embeddings', 512) - kind.skipped(config.values),
     norm=LayerNormConfig(eps=config.take('layer_norm_eps', 1e-12, float)),
     mlp=MlpConfig(hidden=config.take('intermediate_size'), activation=activation, gated=False),
-    head_transform=activation if kind is BERT_KIND else 'gelu_exact', head_bias=True,
+    head_transform=activation if kind in (BERT_KIND, DISCRIMINATOR_KIND) else 'gelu_exact', head_bias=True,
+    dropout_sites='bert',
   )  # fmt: skip
 
 
 def write(kind: Kind, cfg: EncoderConfig) -> dict[str, Any]:
   ids = {'bos_token_id': 0, 'eos_token_id': 2, 'pad_token_id': 1} if kind is ROBERTA_KIND else {'pad_token_id': 0}
-  width = {'embedding_size': cfg.embed} if kind is ELECTRA_KIND else {}
+  width = {'embedding_size': cfg.embedding_size or cfg.embed} if kind.name == 'electra' else {}
   return {
     'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed, 'num_hidden_layers': cfg.layers,
     'num_attention_heads': cfg.heads, 'intermediate_size': cfg.mlp.hidden, 'hidden_act': NAMES[cfg.mlp.activation],
@@ -96,10 +107,16 @@ def entries(kind: Kind, cfg: EncoderConfig, values: Values) -> list[Entry]:
     Entry('embedding/positions', kind.positions, f'{length} embed', row=kind.types),
     Entry('head_transform/kernel', f'{kind.dense}.weight', 'mlp embed'),
     Entry('head_transform/bias', f'{kind.dense}.bias', 'mlp'),
-    Entry('head/bias', kind.bias, 'vocab'),
+    Entry('head/bias', kind.bias, 'outputs' if kind.head else 'vocab'),
     Entry(f'{attention}/out', f'{layer}.attention.output.dense.weight', 'embed (heads head_dim)'),
     Entry(f'{attention}/out_bias', f'{layer}.attention.output.dense.bias', 'embed'),
   ]
+  if kind.name == 'electra':
+    project = 'electra.embeddings_project'
+    found.append(Entry('embedding_projection/kernel', f'{project}.weight', 'mlp embed'))
+    found.append(Entry('embedding_projection/bias', f'{project}.bias', 'mlp'))
+  if kind.head:
+    found.append(Entry('head/kernel', kind.head, 'outputs embed'))
   for name, heads in (('query', 'heads'), ('key', 'kv_heads'), ('value', 'kv_heads')):
     theirs = f'{layer}.attention.self.{name}'
     found.append(Entry(f'{attention}/{name}', f'{theirs}.weight', f'({heads} head_dim) embed'))
@@ -108,7 +125,8 @@ def entries(kind: Kind, cfg: EncoderConfig, values: Values) -> list[Entry]:
     found.append(Entry(f'{BLOCK}/mlp/{ours}', f'{layer}.{theirs}.dense.weight', layout))
     found.append(Entry(f'{BLOCK}/mlp/{ours}_bias', f'{layer}.{theirs}.dense.bias', layout.split()[0]))
   norms = {
-    'embedding_norm': f'{kind.name}.embeddings.LayerNorm', 'head_transform/norm': kind.norm,
+    'embedding_norm': f'{kind.name}.embeddings.LayerNorm',
+    **({'head_transform/norm': kind.norm} if kind.norm else {}),
     f'{BLOCK}/self_norm': f'{layer}.attention.output.LayerNorm', f'{BLOCK}/mlp_norm': f'{layer}.output.LayerNorm',
   }  # fmt: skip
   for ours, theirs in norms.items():
@@ -122,10 +140,14 @@ def _family(kind: Kind, architecture: str, aliases: dict[str, str], *carried: st
     kind.name, architecture, functools.partial(read, kind), functools.partial(write, kind),
     functools.partial(entries, kind), aliases=aliases,
     renamed={r'LayerNorm\.gamma$': 'LayerNorm.weight', r'LayerNorm\.beta$': 'LayerNorm.bias'},
-    others=lambda values: {kind.types: (values.get('type_vocab_size', 2), values['hidden_size'])},
+    others=lambda values: {kind.types: (values.get('type_vocab_size', 2), _width(kind, values))},
     carried=(_pattern(kind.positions), *carried), unused=(rf'{kind.name}\.embeddings\.position_ids',),
     sentencepiece='spiece.model',
   )  # fmt: skip
+
+
+def _width(kind: Kind, values: Values) -> int:
+  return values.get('embedding_size', 128) if kind.name == 'electra' else values['hidden_size']
 
 
 def _pattern(name: str) -> str:
@@ -143,3 +165,4 @@ ROBERTA = _family(
   r'roberta\.pooler\.dense\.(weight|bias)',
 )  # fmt: skip
 ELECTRA = _family(ELECTRA_KIND, 'ElectraForMaskedLM', {'generator_lm_head.weight': ELECTRA_KIND.table})
+DISCRIMINATOR = _family(DISCRIMINATOR_KIND, 'ElectraForPreTraining', {})

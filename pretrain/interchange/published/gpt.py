@@ -19,10 +19,10 @@ ATTENTION = f'{BLOCK}/self_attention'
 
 
 def read_gpt2(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  config.expect('scale_attn_weights', True)
+  config.take('scale_attn_weights', True, bool)  # a factor on queries undoes our scale: see `entries_gpt2`
   config.expect('scale_attn_by_inverse_layer_idx', False)
   config.expect('add_cross_attention', False)
-  config.expect('tie_word_embeddings', True)
+  tied = config.take('tie_word_embeddings', True, bool)
   config.ignore(
     'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'n_ctx', 'reorder_and_upcast_attn', 'summary_activation',
     'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
@@ -36,7 +36,7 @@ def read_gpt2(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
       activation=config.choose('activation_function', ACTIVATIONS, 'gelu_new'),
     ),
     norm=LayerNormConfig(eps=config.take('layer_norm_epsilon', 1e-5, float)), bias='all', positions='learned',
-    max_positions=config.take('n_positions', 1024), head='tied',
+    max_positions=config.take('n_positions', 1024), head='tied' if tied else 'untied',
   )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def write_gpt2(cfg: DecoderConfig) -> dict[str, Any]:
     'vocab_size': cfg.vocab_size, 'n_embd': cfg.embed, 'n_head': cfg.heads, 'n_layer': cfg.layers,
     'n_inner': cfg.mlp.hidden, 'n_positions': cfg.max_positions, 'layer_norm_epsilon': cfg.norm.eps,
     'activation_function': NAMES[cfg.mlp.activation], 'bos_token_id': 0, 'eos_token_id': 1, 'pad_token_id': 0,
-    'attn_pdrop': cfg.dropout, 'embd_pdrop': cfg.dropout, 'resid_pdrop': cfg.dropout, 'tie_word_embeddings': True,
+    'attn_pdrop': cfg.dropout, 'embd_pdrop': cfg.dropout, 'resid_pdrop': cfg.dropout,
+    'tie_word_embeddings': cfg.head == 'tied',
   }  # fmt: skip
 
 
@@ -59,8 +60,9 @@ def _norms(names: dict[str, str]) -> list[Entry]:
 
 def entries_gpt2(cfg: DecoderConfig, values: Values) -> list[Entry]:
   """Matrices are stored [in, out]."""
-  layer = 'transformer.h.{0}'
+  layer, unscaled = 'transformer.h.{0}', cfg.head_dim**0.5 if values.get('scale_attn_weights') is False else 1.0
   found = [
+    Entry('head/kernel', 'lm_head.weight', 'vocab embed'),
     Entry('embedding/table', 'transformer.wte.weight', 'vocab embed'),
     Entry('embedding/positions', 'transformer.wpe.weight', 'length embed'),
     Entry(f'{ATTENTION}/out', f'{layer}.attn.c_proj.weight', '(heads head_dim) embed'),
@@ -71,22 +73,25 @@ def entries_gpt2(cfg: DecoderConfig, values: Values) -> list[Entry]:
     Entry(f'{BLOCK}/mlp/down_bias', f'{layer}.mlp.c_proj.bias', 'embed'),
   ]
   for i, (name, heads) in enumerate((('query', 'heads'), ('key', 'kv_heads'), ('value', 'kv_heads'))):
-    found.append(Entry(f'{ATTENTION}/{name}', f'{layer}.attn.c_attn.weight', f'embed (@{i}/3 {heads} head_dim)'))
-    found.append(Entry(f'{ATTENTION}/{name}_bias', f'{layer}.attn.c_attn.bias', f'(@{i}/3 {heads} head_dim)'))
+    fused, scale = f'(@{i}/3 {heads} head_dim)', unscaled if name == 'query' else 1.0
+    found.append(Entry(f'{ATTENTION}/{name}', f'{layer}.attn.c_attn.weight', f'embed {fused}', scale=scale))
+    found.append(Entry(f'{ATTENTION}/{name}_bias', f'{layer}.attn.c_attn.bias', fused, scale=scale))
   norms = {f'{BLOCK}/self_norm': f'{layer}.ln_1', f'{BLOCK}/mlp_norm': f'{layer}.ln_2'}
   return found + _norms(norms | {'decoder/norm': 'transformer.ln_f'})
 
 
 def read_gpt_neox(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  config.expect('attention_bias', True)
+  bias = 'all' if config.take('attention_bias', True, bool) else 'mlp'
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
-  # Files of before transformers 5 have rotary_emb_base and rotary_pct.
-  theta = config.take('rotary_emb_base', 10_000.0, float)
-  rope = read_rope(config, theta, config.take('rotary_pct', 0.25, float))
+  # Files of before transformers 5 have rotary_emb_base and rotary_pct, which count where the common names differ.
+  theta, fraction = config.take('rotary_emb_base', 10_000.0, float), config.take('rotary_pct', 0.25, float)
+  config.expect('rope_theta', theta)
+  config.expect('partial_rotary_factor', fraction)
+  rope = read_rope(config, theta, fraction)
   tied = config.take('tie_word_embeddings', False, bool)
   return DecoderConfig(
     vocab_size=config.take('vocab_size'), embed=embed, heads=heads, head_dim=embed // heads,
-    layers=config.take('num_hidden_layers'), bias='all', head='tied' if tied else 'untied',
+    layers=config.take('num_hidden_layers'), bias=bias, head='tied' if tied else 'untied',
     mlp=DecoderMlpConfig(
       hidden=config.take('intermediate_size'), gated=False, activation=config.choose('hidden_act', ACTIVATIONS, 'gelu')
     ),
@@ -101,7 +106,8 @@ def write_gpt_neox(cfg: DecoderConfig) -> dict[str, Any]:
   return rope | {
     'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed, 'num_attention_heads': cfg.heads,
     'num_hidden_layers': cfg.layers, 'intermediate_size': cfg.mlp.hidden, 'hidden_act': NAMES[cfg.mlp.activation],
-    'layer_norm_eps': cfg.norm.eps, 'use_parallel_residual': cfg.parallel == 'two_norms', 'attention_bias': True,
+    'layer_norm_eps': cfg.norm.eps, 'use_parallel_residual': cfg.parallel == 'two_norms',
+    'attention_bias': cfg.bias == 'all',
     'rotary_emb_base': cfg.rope_theta, 'rotary_pct': cfg.rotary_fraction, 'tie_word_embeddings': cfg.head == 'tied',
     'bos_token_id': 0, 'eos_token_id': 1, 'pad_token_id': 0,
   }  # fmt: skip
@@ -134,7 +140,6 @@ def _dense_mlp(layer: str) -> list[Entry]:
 
 def read_falcon(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
   """`num_kv_heads` counts only where each group of heads or each head has keys of its own."""
-  config.expect('alibi', False)  # it adds ALiBi's biases before it scales the scores
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
   new, multi = config.take('new_decoder_architecture', False, bool), config.take('multi_query', True, bool)
   given = config.take('num_kv_heads', None) or heads
@@ -149,8 +154,16 @@ def read_falcon(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
       activation=config.choose('activation', ACTIVATIONS, 'gelu'),
     ),
     norm=LayerNormConfig(eps=config.take('layer_norm_epsilon', 1e-5, float)), parallel=_parallel(config, new),
-    **read_rope(config, 10_000.0),
+    **_falcon_positions(config),
   )  # fmt: skip
+
+
+def _falcon_positions(config: ConfigJson) -> dict[str, Any]:
+  """Falcon-RW adds ALiBi's biases before it scales the scores, so they are scaled too."""
+  if not config.take('alibi', False, bool):
+    return read_rope(config, 10_000.0)
+  config.ignore('rope_theta', 'rope_scaling', 'rope_parameters')
+  return {'positions': 'alibi', 'alibi_scaled': True}
 
 
 def _parallel(config: ConfigJson, new: bool) -> str:
@@ -163,12 +176,12 @@ def _parallel(config: ConfigJson, new: bool) -> str:
 def write_falcon(cfg: DecoderConfig) -> dict[str, Any]:
   kv_heads = cfg.kv_heads or cfg.heads
   new = cfg.parallel == 'two_norms' or kv_heads not in (1, cfg.heads)
-  return write_rope(cfg) | {
+  return ({} if cfg.positions == 'alibi' else write_rope(cfg)) | {
     'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed, 'num_attention_heads': cfg.heads, 'num_kv_heads': kv_heads,
     'num_hidden_layers': cfg.layers, 'ffn_hidden_size': cfg.mlp.hidden, 'activation': NAMES[cfg.mlp.activation],
     'layer_norm_epsilon': cfg.norm.eps, 'new_decoder_architecture': new, 'multi_query': new or kv_heads == 1,
     'num_ln_in_parallel_attn': (2 if cfg.parallel == 'two_norms' else 1) if new else None,
-    'parallel_attn': cfg.parallel != 'none', 'alibi': False, 'bias': cfg.bias == 'all',
+    'parallel_attn': cfg.parallel != 'none', 'alibi': cfg.positions == 'alibi', 'bias': cfg.bias == 'all',
     'tie_word_embeddings': cfg.head == 'tied', 'bos_token_id': 0, 'eos_token_id': 1, 'pad_token_id': 0,
   }  # fmt: skip
 
@@ -197,7 +210,7 @@ def entries_falcon(cfg: DecoderConfig, values: Values) -> list[Entry]:
 
 GPT2 = Family(
   'gpt2', 'GPT2LMHeadModel', read_gpt2, write_gpt2, entries_gpt2, prefix='transformer.',
-  aliases={'lm_head.weight': 'transformer.wte.weight'}, unused=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
+  tied=('lm_head.weight', 'transformer.wte.weight'), unused=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
 )  # fmt: skip
 GPT_NEOX = Family(
   'gpt_neox', 'GPTNeoXForCausalLM', read_gpt_neox, write_gpt_neox, entries_gpt_neox,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from models.families.decoder import DecoderConfig, DecoderMlpConfig
+from models.layers.linear import Bias
 from models.layers.norm import RmsNormConfig
 from pretrain.interchange.config_json import ConfigJson
 from pretrain.interchange.family import Family, Tensors, Values
@@ -16,16 +17,22 @@ ACTIVATIONS = {
 NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 HEAD, TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
 SLIDING, FULL = 'sliding_attention', 'full_attention'
+WORDS: dict[tuple[bool, bool], Bias] = {  # of attention_bias and mlp_bias
+  (False, False): 'none', (True, False): 'attention', (False, True): 'mlp', (True, True): 'all',
+}  # fmt: skip
+BIASES = {'attention_bias': ('attention', 'all'), 'mlp_bias': ('mlp', 'all')}
 
 
 def common(
   config: ConfigJson, *, tied: bool = False, theta: float = 10_000.0, eps: float = 1e-6, kv_heads: int | None = None,
-  head_dim: int | None = None, activation: str = 'hidden_act',
+  head_dim: int | None = None, activation: str = 'hidden_act', attention_bias: bool = True, mlp_bias: bool = False,
 ) -> DecoderConfig:  # fmt: skip
-  """What all of them share, with the defaults of the family's config class."""
+  """What all of them share, with the defaults of the family's config class.
+
+  `attention_bias`, `mlp_bias`: whether the family has this key, and biases where it is true.
+  """
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
   kv_heads = config.take('num_key_value_heads', kv_heads) or heads
-  config.expect('mlp_bias', False)
   config.expect('pretraining_tp', 1, 2, 4, 8)  # splits a product into parts with the same sum
   return DecoderConfig(
     vocab_size=config.take('vocab_size'), embed=embed, heads=heads, layers=config.take('num_hidden_layers'),
@@ -35,17 +42,25 @@ def common(
       activation=config.choose(activation, ACTIVATIONS, 'silu' if activation == 'hidden_act' else 'gelu_pytorch_tanh'),
     ),
     norm=RmsNormConfig(eps=config.take('rms_norm_eps', eps, float)),
+    bias=_bias(config, attention=attention_bias, mlp=mlp_bias),
     head='tied' if config.take('tie_word_embeddings', tied, bool) else 'untied', **read_rope(config, theta),
   )  # fmt: skip
 
 
+def _bias(config: ConfigJson, *, attention: bool, mlp: bool) -> Bias:
+  given = attention and config.take('attention_bias', False, bool)
+  if not mlp:
+    config.expect('mlp_bias', False)
+  return WORDS[given, mlp and config.take('mlp_bias', False, bool)]
+
+
 def read_llama(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  config.expect('attention_bias', False)
-  return common(config)
+  return common(config, mlp_bias=True)
 
 
 def read_mistral(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  return dataclasses.replace(common(config, kv_heads=8), windows=_one_window(config, 4096))
+  found = common(config, kv_heads=8, attention_bias=False)
+  return dataclasses.replace(found, windows=_one_window(config, 4096))
 
 
 def _one_window(config: ConfigJson, default: int | None) -> tuple[int, ...]:
@@ -55,7 +70,7 @@ def _one_window(config: ConfigJson, default: int | None) -> tuple[int, ...]:
 
 def read_mixtral(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
   config.ignore('output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise')
-  found = common(config, kv_heads=8, theta=1_000_000.0, eps=1e-5)
+  found = common(config, kv_heads=8, theta=1_000_000.0, eps=1e-5, attention_bias=False)
   return dataclasses.replace(
     found, windows=_one_window(config, None), experts=config.take('num_local_experts', 8),
     experts_per_token=config.take('num_experts_per_tok', 2),
@@ -63,12 +78,11 @@ def read_mixtral(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
 
 
 def read_qwen2(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  found = common(config, kv_heads=32)
+  found = common(config, kv_heads=32, attention_bias=False)
   return dataclasses.replace(found, bias='qkv', windows=_qwen_windows(config, found.layers))
 
 
 def read_qwen3(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  config.expect('attention_bias', False)
   found = common(config, kv_heads=32, head_dim=128)
   return dataclasses.replace(found, qk_norm='heads', windows=_qwen_windows(config, found.layers))
 
@@ -96,13 +110,11 @@ def windows(config: ConfigJson, layers: int, default: list[str]) -> tuple[int | 
 
 
 def read_olmo2(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
-  config.expect('attention_bias', False)
   return dataclasses.replace(common(config, eps=1e-5), qk_norm='all', norm_placement='inner')
 
 
 def read_gemma2(config: ConfigJson, tensors: Tensors) -> DecoderConfig:
   """Its norms multiply by 1 + weight, its table by sqrt(embed), and queries have a scale of their own: see `fold`."""
-  config.expect('attention_bias', False)
   config.expect('use_bidirectional_attention', None, False)
   config.ignore('hidden_act', 'cache_implementation', 'sliding_window_size')  # hidden_activation is the one it reads
   config.take('query_pre_attn_scalar', 256, float)
@@ -122,7 +134,7 @@ def write(cfg: DecoderConfig) -> dict[str, Any]:
     'num_hidden_layers': cfg.layers, 'num_attention_heads': cfg.heads, 'head_dim': cfg.head_dim,
     'num_key_value_heads': cfg.kv_heads or cfg.heads, 'hidden_act': NAMES[cfg.mlp.activation],
     'rms_norm_eps': cfg.norm.eps, **write_rope(cfg), 'tie_word_embeddings': cfg.head == 'tied', 'bos_token_id': 0,
-    'eos_token_id': 1, 'pad_token_id': 0,
+    'eos_token_id': 1, 'pad_token_id': 0, **{key: True for key, words in BIASES.items() if cfg.bias in words},
   }  # fmt: skip
 
 
@@ -159,7 +171,7 @@ BLOCK, LAYER = 'decoder/blocks', 'model.layers.{0}'
 
 
 def entries(cfg: DecoderConfig, values: Values) -> list[Entry]:
-  """Those of Llama, and the biases and norms that Qwen2 and Qwen3 have."""
+  """Those of Llama, with its biases, which Qwen2 and Qwen3 have too, and Qwen3's norms."""
   norms = {'self_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
   return [*_frame(), *_attention(), *_mlp(), *_norms(norms)]
 
@@ -170,13 +182,16 @@ def _frame(**table: float) -> list[Entry]:
 
 def _attention(*, query: float = 1.0, qk_norm: str = 'head_dim') -> list[Entry]:
   ours, theirs = f'{BLOCK}/self_attention', f'{LAYER}.self_attn'
-  found = [Entry(f'{ours}/out', f'{theirs}.o_proj.weight', 'embed (heads head_dim)')]
+  found = [
+    Entry(f'{ours}/out', f'{theirs}.o_proj.weight', 'embed (heads head_dim)'),
+    Entry(f'{ours}/out_bias', f'{theirs}.o_proj.bias', 'embed'),
+  ]
   for letter, name, heads, scale in (
     ('q', 'query', 'heads', query), ('k', 'key', 'kv_heads', 1.0), ('v', 'value', 'kv_heads', 1.0)
   ):  # fmt: skip
     layout = f'({heads} head_dim)'
     found.append(Entry(f'{ours}/{name}', f'{theirs}.{letter}_proj.weight', f'{layout} embed', scale=scale))
-    found.append(Entry(f'{ours}/{name}_bias', f'{theirs}.{letter}_proj.bias', layout))
+    found.append(Entry(f'{ours}/{name}_bias', f'{theirs}.{letter}_proj.bias', layout, scale=scale))
     norm = layout if qk_norm == 'all' else 'head_dim'
     found.append(Entry(f'{ours}/{name}_norm/scale', f'{theirs}.{letter}_norm.weight', norm))
   return found
@@ -184,7 +199,11 @@ def _attention(*, query: float = 1.0, qk_norm: str = 'head_dim') -> list[Entry]:
 
 def _mlp() -> list[Entry]:
   layouts = {'gate': 'mlp embed', 'up': 'mlp embed', 'down': 'embed mlp'}
-  return [Entry(f'{BLOCK}/mlp/{ours}', f'{LAYER}.mlp.{ours}_proj.weight', where) for ours, where in layouts.items()]
+  return [
+    Entry(f'{BLOCK}/mlp/{ours}{suffix}', f'{LAYER}.mlp.{ours}_proj.{part}', layout)
+    for ours, where in layouts.items()
+    for suffix, part, layout in (('', 'weight', where), ('_bias', 'bias', where.split()[0]))
+  ]
 
 
 def _norms(names: dict[str, str], **fold: float) -> list[Entry]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.decoder import DecoderConfig
-from models.layers.rotary import Linear, Llama3, NoScaling, RopeScaling, Yarn
+from models.layers.positions.rotary import Linear, Llama3, NoScaling, RopeScaling, Yarn
 from pretrain.interchange.config_json import ConfigJson
 
 SUPPORTED: dict[str, type] = {'default': NoScaling, 'linear': Linear, 'llama3': Llama3, 'yarn': Yarn}
@@ -64,7 +64,8 @@ def _scaling(config: ConfigJson, inner: ConfigJson) -> RopeScaling:
 
 def write_rope(cfg: DecoderConfig) -> dict[str, Any]:
   """The keys of both forms, so that old and new releases of transformers read the same."""
-  scaling, own = cfg.rope_scaling, {'rope_type': TYPES[type(cfg.rope_scaling)]}
+  scaling = cfg.rope_scaling
+  own = {'rope_type': TYPES.get(type(scaling), scaling.name)}  # one of ours alone is refused when it is read back
   for theirs, ours in KEYS.items():
     value = getattr(scaling, ours, None)
     if value is not None and (theirs, value) != ('truncate', True):  # an addition that older releases lack

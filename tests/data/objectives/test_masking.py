@@ -72,7 +72,12 @@ def test_every_choice_is_equally_likely():
 
 @pytest.mark.parametrize(
   'objective',
-  [MaskedLm(), MaskedLm(rate=0.3, mask=0.5, random=0.25), MaskedLm(mask=1, random=0), MaskedLm(mask=0.85, random=0)],
+  [
+    MaskedLm(),
+    MaskedLm(rate=0.3, mask=0.5, random=0.25),
+    MaskedLm(mask=1.0, random=0.0),
+    MaskedLm(mask=0.85, random=0.0),
+  ],
 )
 def test_four_fifths_of_the_chosen_are_masked_a_tenth_random_a_tenth_kept(objective):
   """Unknown pieces are never drawn at random, so a chosen one that is read as it stands was kept."""

@@ -1,6 +1,7 @@
 """The kind of a file follows from its name, in any case, and its first bytes; if they disagree, it is refused."""
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -29,6 +30,7 @@ from data.prepare.text import Reading, read_segments
 TEXTS = ['the work', 'of the license']
 LINES = b''.join(json.dumps({'text': text}).encode() + b'\n' for text in TEXTS)
 PLAIN = '\n\n'.join(TEXTS).encode()
+packed = functools.partial(gzip.compress, mtime=0)  # so that test names do not change with the time
 
 
 def parquet() -> bytes:
@@ -81,11 +83,11 @@ def documents(path: pathlib.Path, **options) -> list[str]:
   ('name', 'content'),
   [
     ('UP.JSONL', LINES), ('Up.Json', LINES), ('x.NDJSON', LINES), ('x.PARQUET', parquet()), ('x.Parquet', parquet()),
-    ('x.txt.GZ', gzip.compress(PLAIN)), ('X.JSONL.GZ', gzip.compress(LINES)), ('x.jsonl.Gz', gzip.compress(LINES)),
+    ('x.txt.GZ', packed(PLAIN)), ('X.JSONL.GZ', packed(LINES)), ('x.jsonl.Gz', packed(LINES)),
     ('x.JSONL.Zst', zstandard.compress(LINES)), ('x.TXT.ZST', zstandard.compress(PLAIN)),
     ('x.ArrayRecord', None), ('x.ARRAY_RECORD', None),
     ('x.TXT', PLAIN), ('x.py', PLAIN), ('x.md', PLAIN), ('LICENSE', PLAIN), ('x.html', PLAIN), ('x.', PLAIN),
-    ('x.v1.2', PLAIN), ('.hidden', PLAIN), ('x.txt.gz', gzip.compress(PLAIN)), ('jsonl', PLAIN), ('x.bin', PLAIN),
+    ('x.v1.2', PLAIN), ('.hidden', PLAIN), ('x.txt.gz', packed(PLAIN)), ('jsonl', PLAIN), ('x.bin', PLAIN),
   ],
 )  # fmt: skip
 def test_names_are_read_in_any_case_and_text_may_have_any_other_suffix(tmp_path, name, content):
@@ -94,28 +96,28 @@ def test_names_are_read_in_any_case_and_text_may_have_any_other_suffix(tmp_path,
 
 
 MISMATCHES = [
-  ('t.txt', gzip.compress(PLAIN), 't.txt is gzip by its first bytes; rename it to t.txt.gz'),
-  ('t.jsonl', gzip.compress(LINES), 't.jsonl is gzip by its first bytes; rename it to t.jsonl.gz'),
-  ('t.jsonl.gzip', gzip.compress(LINES), 'rename it to t.jsonl.gz'),
+  ('t.txt', packed(PLAIN), 't.txt is gzip by its first bytes; rename it to t.txt.gz'),
+  ('t.jsonl', packed(LINES), 't.jsonl is gzip by its first bytes; rename it to t.jsonl.gz'),
+  ('t.jsonl.gzip', packed(LINES), 'rename it to t.jsonl.gz'),
   ('t.jsonl', zstandard.compress(LINES), 't.jsonl is zstd by its first bytes; rename it to t.jsonl.zst'),
   ('t.JSONL.gz', LINES, 't.JSONL.gz is not gzip: .* rename it to t.JSONL if'),
   ('t.txt.zst', PLAIN, 't.txt.zst is not zstd: .* rename it to t.txt if'),
   ('t.txt.gz', zstandard.compress(PLAIN), 't.txt.gz is not gzip: its first bytes are those of zstd'),
-  ('t.txt.zst', gzip.compress(PLAIN), 't.txt.zst is not zstd: its first bytes are those of gzip'),
+  ('t.txt.zst', packed(PLAIN), 't.txt.zst is not zstd: its first bytes are those of gzip'),
   ('t.parquet', PLAIN, r't.parquet is not Parquet: .* rename it to t.txt if'),
-  ('t.parquet', gzip.compress(parquet()), 't.parquet is not Parquet: its first bytes are those of gzip'),
+  ('t.parquet', packed(parquet()), 't.parquet is not Parquet: its first bytes are those of gzip'),
   ('t.txt', parquet(), 't.txt is Parquet by its first bytes; rename it to t.parquet'),
   ('t.pq', parquet(), 'rename it to t.parquet'),
   ('t.jsonl', parquet(), 'rename it to t.parquet'),
   ('t.arrayrecord', PLAIN, 't.arrayrecord is not ArrayRecord'),
   ('t.arrayrecord', parquet(), 't.arrayrecord is not ArrayRecord: its first bytes are those of Parquet'),
-  ('t.parquet.gz', gzip.compress(parquet()), 'Parquet in gzip cannot be read .* unpack it first'),
-  ('t.txt.gz', gzip.compress(parquet()), 't.txt.gz holds Parquet by its first bytes; unpack it, and rename'),
-  ('t.txt.gz', gzip.compress(gzip.compress(PLAIN)), 't.txt.gz holds gzip by its first bytes; unpack it'),
-  ('t.gz', gzip.compress(tar()), 't.gz holds a tar archive by its first bytes; unpack it first'),
-  ('t.tar.gz', gzip.compress(tar()), r't.tar.gz has the name of an archive \(.tar\).* unpack it first'),
-  ('t.tgz', gzip.compress(tar()), r'has the name of an archive \(.tgz\)'),
-  ('t.txt.gz', gzip.compress(PLAIN.decode().encode('utf-16')), 't.txt.gz holds UTF-16 text.* iconv -f UTF-16 -t'),
+  ('t.parquet.gz', packed(parquet()), 'Parquet in gzip cannot be read .* unpack it first'),
+  ('t.txt.gz', packed(parquet()), 't.txt.gz holds Parquet by its first bytes; unpack it, and rename'),
+  ('t.txt.gz', packed(packed(PLAIN)), 't.txt.gz holds gzip by its first bytes; unpack it'),
+  ('t.gz', packed(tar()), 't.gz holds a tar archive by its first bytes; unpack it first'),
+  ('t.tar.gz', packed(tar()), r't.tar.gz has the name of an archive \(.tar\).* unpack it first'),
+  ('t.tgz', packed(tar()), r'has the name of an archive \(.tgz\)'),
+  ('t.txt.gz', packed(PLAIN.decode().encode('utf-16')), 't.txt.gz holds UTF-16 text.* iconv -f UTF-16 -t'),
   ('t.txt', bz2.compress(PLAIN), 't.txt is bzip2 by its first bytes; unpack it'),
   ('t.jsonl', lzma.compress(LINES), 't.jsonl is xz by its first bytes; unpack it'),
   ('t.jsonl.bz2', bz2.compress(LINES), r'compressed file \(.bz2\), which cannot be read; unpack it first'),
@@ -133,7 +135,7 @@ MISMATCHES = [
   ('t.txt', b'SQLite format 3\0', 'is an SQLite database'),
   ('t.csv', b'text,lang\na,en\n', r'a table \(.csv\).* convert it to .jsonl, or rename it to .txt .*--documents=line'),
   ('t.TSV', b'text\tlang\n', r'a table \(.tsv\)'),
-  ('t.csv.gz', gzip.compress(b'text,lang\n'), r'a table \(.csv\)'),
+  ('t.csv.gz', packed(b'text,lang\n'), r'a table \(.csv\)'),
   ('t.txt', PLAIN.decode().encode('utf-16'), 't.txt is UTF-16 text by its first bytes; convert it: iconv -f UTF-16 -t'),
   ('t.jsonl', LINES.decode().encode('utf-16-le'), 'is UTF-16LE text .* iconv -f UTF-16LE'),
   ('t.jsonl', LINES.decode().encode('utf-16-be'), 'is UTF-16BE text .* iconv -f UTF-16BE'),
@@ -159,7 +161,7 @@ def test_a_file_that_does_not_match_its_name_is_refused_with_the_fix(tmp_path, t
 
 def test_every_file_is_checked_before_the_first_is_read(tmp_path, tokenizer_model, monkeypatch):
   (tmp_path / 'a.txt').write_bytes(PLAIN)
-  (tmp_path / 'b.txt').write_bytes(gzip.compress(PLAIN))
+  (tmp_path / 'b.txt').write_bytes(packed(PLAIN))
   monkeypatch.setattr('data.prepare.prepare._train', lambda *args: pytest.fail('a tokenizer is trained first'))
   with pytest.raises(DataError, match=r'rename it to b\.txt\.gz'):
     prepare([tmp_path / 'a.txt', tmp_path / 'b.txt'], tmp_path / 'out')
@@ -176,9 +178,9 @@ def test_text_that_resembles_another_kind_is_read_as_text(tmp_path, text):
 # gzip
 
 
-MEMBER = gzip.compress(LINES, mtime=0)
+MEMBER = packed(LINES, mtime=0)
 MEMBERS = {
-  'one': MEMBER, 'two': MEMBER + MEMBER, 'an empty one': gzip.compress(b'') + MEMBER,
+  'one': MEMBER, 'two': MEMBER + MEMBER, 'an empty one': packed(b'') + MEMBER,
   'padded': MEMBER + bytes(1000), 'padded by one': MEMBER + b'\0', 'padded by much': MEMBER + bytes(2**18),
   'padded two': MEMBER + MEMBER + bytes(512),
   'garbage': MEMBER + b'garbage', 'two bytes': MEMBER + b'gg', 'garbage behind zeros': MEMBER + bytes(9) + b'x',

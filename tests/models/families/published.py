@@ -11,7 +11,7 @@ from models.families.encoder import EncoderConfig
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.mlp import MlpConfig
 from models.layers.norm import LayerNormConfig, RmsNormConfig
-from models.layers.rotary import Linear, Llama3, NoScaling, Yarn
+from models.layers.positions.rotary import Linear, Llama3, NoScaling, Yarn
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
 RENAMED = {'original_max_position_embeddings': 'original_max_positions'}

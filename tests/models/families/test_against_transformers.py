@@ -10,7 +10,7 @@ import pytest
 from models.build import KernelsConfig, build, check_model
 from models.decode.cached import teacher_forced
 from models.layers.norm import LayerNormConfig, RmsNormConfig
-from models.layers.rotary import NoScaling, Rope, Yarn, frequencies
+from models.layers.positions.rotary import NoScaling, Rope, Yarn, frequencies
 from models.partition import check_divisible, shardings
 from models.specs import is_spec
 from pretrain.devices.mesh import MeshConfig, make_mesh

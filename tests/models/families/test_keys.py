@@ -10,12 +10,12 @@ import pytest
 
 from models.build import check_model
 from models.flops import flops_per_position
-from models.layers.rotary import Linear, Llama3, Yarn
+from models.layers.positions.rotary import Linear, Llama3, Truncated, Yarn
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pretrain.config import bindings
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from tests.models.small import ALIBI, ENCODER, LLAMA, T5
+from tests.models.small import ALIBI, CLEX, ENCODER, FAR_SINKS, LLAMA, T5
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,23 @@ from tests.models.small import ALIBI, ENCODER, LLAMA, T5
     (LLAMA, {'experts_per_token': 3}, 'model.experts_per_token=3 without model.experts; set it, or remove this.'),
     (LLAMA, {'experts': 2, 'experts_per_token': 3}, 'model.experts_per_token=3 of model.experts=2'),
     (LLAMA, {'experts': 2, 'bias': 'all'}, "model.bias='all' with model.experts; experts have no biases"),
+    (LLAMA, {'experts': 2, 'bias': 'mlp'}, "model.bias='mlp' with model.experts; experts have no biases"),
+    (LLAMA, {'sink_distance': 4}, 'model.sink_distance=4 without model.sinks; set model.sinks, or remove this.'),
+    (
+      FAR_SINKS,
+      {'sink_distance': 3},
+      'model.sink_distance=3 with model.windows=(2,) and model.sink_distance; only sinks',
+    ),
+    (FAR_SINKS, {'sinks': 3}, 'so use at most 2, or longer windows.'),
+    (ALIBI, {'sink_distance': 2}, "model.sink_distance=2 with model.positions='alibi'; it belongs to 'rotary'"),
+    (LLAMA, {'alibi_scaled': True}, "model.alibi_scaled=True with model.positions='rotary'; it belongs to 'alibi'"),
+    (ENCODER, {'rope_scaling': CLEX.rope_scaling}, "model.rope_scaling.name='clex' with model.name='encoder'"),
+    (
+      CLEX,
+      {'windows': (2,), 'sinks': 1, 'sink_distance': 2},
+      "model.rope_scaling.name='clex' with model.sink_distance=2",
+    ),
+    (CLEX, {'rotary_fraction': 0.25}, "model.rope_scaling.name='clex' with 2 rotated dims; a single frequency cannot"),
     (LLAMA, {'parallel': 'one_norm', 'norm_placement': 'sandwich'}, "use model.norm_placement='pre'"),
     (T5, {'parallel': 'two_norms'}, "model.parallel='two_norms' with model.name='encoder_decoder'"),
     (LLAMA, {'rotary_fraction': 0.3}, 'model.rotary_fraction=0.3 of model.head_dim=8 is 2.4 dims'),
@@ -43,6 +60,11 @@ from tests.models.small import ALIBI, ENCODER, LLAMA, T5
       LLAMA,
       {'rope_scaling': Yarn(factor=2.0, original_max_positions=9, beta_slow=40.0)},
       'model.rope_scaling.beta_slow=40.0 is not below model.rope_scaling.beta_fast=32.0',
+    ),
+    (
+      LLAMA,
+      {'rope_scaling': Truncated(original_max_positions=9, zero_turns=1.0)},
+      'zero_turns=1.0 is not below model.rope_scaling.kept_turns=1.0; the frequencies between them are replaced, so',
     ),
   ],
 )
@@ -68,7 +90,7 @@ def test_bools_of_earlier_versions_are_read_as_words(key, earlier, word):
 
 @pytest.mark.parametrize('given', ["'yes'", '1', '0', 'None', '[True]'])
 def test_other_values_are_no_words(given):
-  with pytest.raises(ConfigError, match=r"model\.bias=.* is not one of 'none', 'qkv', 'all'"):
+  with pytest.raises(ConfigError, match=r"model\.bias=.* is not one of 'none', 'qkv', 'attention', 'mlp', 'all'"):
     model_of(f'model.bias={given}')
 
 

@@ -14,12 +14,16 @@ from tests.models import small
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 
 
-@pytest.mark.parametrize('cfg', [small.LLAMA, pytest.param(small.T5, marks=pytest.mark.slow)], ids=['llama', 't5'])
+@pytest.mark.parametrize(
+  'cfg',
+  [small.LLAMA, small.FAR_SINKS, pytest.param(small.T5, marks=pytest.mark.slow)],
+  ids=['llama', 'far_sinks', 't5'],
+)
 def test_a_kernel_on_a_mesh_is_the_reference(cfg):
   """Two devices for examples, two for heads: of the kernel's arrays, each has its part."""
   mesh = jax.make_mesh((1, 2, 1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 7, devices=jax.devices()[:4])
   batch = {name: jnp.asarray(x) for name, x in small.batch().items()}
-  if cfg is small.LLAMA:
+  if cfg is not small.T5:
     batch['decoder_prefix_end'] = jnp.where(batch['decoder_segment_ids'] == 1, 4, 0)
   found = {}
   for name in ('reference', 'interpret'):

@@ -14,7 +14,7 @@ from models.families.decoder import DecoderMlpConfig
 from models.families.parts import check_parts
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norm import LayerNormConfig, RmsNormConfig
-from models.layers.positions import alibi_slopes
+from models.layers.positions.biases import alibi_slopes
 from models.partition import shardings
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.step.loss import LossConfig, make_loss

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from pretrain.benchmarks.infilling import infill
 from pretrain.benchmarks.needles import Haystacks, haystack, probe
@@ -13,6 +14,7 @@ from pretrain.errors import ConfigError
 from pretrain.evaluation.blanks import choose
 from pretrain.evaluation.writer import open_writer
 from pretrain.interchange import importing
+from pretrain.records.heat_map import draw_needles
 from pretrain.run.train import train
 from tests.pretrain import tiny
 from tests.pretrain.benchmarks.test_scores import writer_on
@@ -131,18 +133,37 @@ def test_a_map_has_a_row_for_each_length_and_a_column_for_each_depth(text_store)
       for piece in pieces:
         size = len(piece.inputs) + len(piece.targets)
         found = size < 150 and 'The secret' in writer.data.tokenizer.render(piece.inputs[:20])
-        yield Scored(np.full(len(piece.targets), 0.5), np.arange(len(piece.targets)) >= (not found))
+        yield Scored(np.full(len(piece.targets), 0.5 if found else 2.0), np.arange(len(piece.targets)) >= (not found))
 
   Reader.writer = writer
   found = probe(Reader(), Haystacks(lengths=(100, 200, 140), depths=(0.0, 1.0), trials=3), lambda done: None)
   assert found['accuracy'] == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
-  assert found['nats_per_token'] == [[0.5, 0.5]] * 3
+  assert found['nats_per_token'] == [[0.5, 2.0], [2.0, 2.0], [0.5, 2.0]]
 
 
 SENTENCES = [
   'The grant of a license is free for all of the people.',
   'Any of the words in this text may be taken away now.',
 ]
+
+
+def test_a_cell_of_the_map_is_at_its_depth_and_length(tmp_path, monkeypatch):
+  """Lengths go across and depths down; the numbers in the cells are those of the colours."""
+  drawn, written = [], {}
+  imshow, text = Axes.imshow, Axes.text
+  monkeypatch.setattr(
+    Axes, 'imshow', lambda axes, values, **how: drawn.append((axes, values)) or imshow(axes, values, **how)
+  )
+  monkeypatch.setattr(
+    Axes, 'text', lambda axes, x, y, s, **how: written.update({(x, y): s}) or text(axes, x, y, s, **how)
+  )
+  found = {'lengths': [64, 1024, 4096], 'depths': [0.0, 0.5], 'accuracy': [[1.0, 0.5], [0.25, 0.0], [0.75, 0.125]]}
+  draw_needles(found, tmp_path / 'plots/needles.png')
+  ((axes, values),) = drawn
+  assert values.tolist() == [[100, 25, 75], [50, 0, 12.5]]
+  assert [label.get_text() for label in axes.get_xticklabels()] == ['64', '1,024', '4,096']
+  assert [label.get_text() for label in axes.get_yticklabels()] == ['0', '50']
+  assert {place: written[place] for place in ((2, 0), (0, 1))} == {(2, 0): '75', (0, 1): '50'}
 
 
 def test_words_that_are_filled_exactly_count(text_store, monkeypatch):

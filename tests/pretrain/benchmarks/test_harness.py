@@ -9,8 +9,12 @@ import pytest
 from data.objectives.features import decoder_features
 from data.ragged import join
 from models.decode.sampling import Sampling
+from pretrain.benchmarks import harness
 from pretrain.benchmarks.harness import Answers, harness_model, options_of
+from pretrain.benchmarks.scoring import Scored
 from pretrain.errors import ConfigError
+from pretrain.evaluation.outputs import Decoding, outputs
+from pretrain.evaluation.prompts import packed_batch
 from tests.pretrain.benchmarks.test_scores import log_probs, of_row, writer_on
 
 
@@ -44,6 +48,52 @@ def test_log_probabilities_of_continuations(writer, starts):
       row, targets = without_start(writer, whole[cut:])[before - cut - 1 :], whole[before:]
     assert found == pytest.approx(row[np.arange(len(targets)), targets].sum(), abs=1e-3)
     assert greedy == (row.argmax(-1) == targets).all()
+
+
+@pytest.mark.parametrize('starts', [True, False])
+def test_a_continuation_longer_than_rows_keeps_its_last_tokens(writer, starts):
+  """Both lose their beginning: the context all of it, the continuation what is beyond `max_length` tokens."""
+  model, text = (
+    Answers(writer, batch=2, max_length=16, starts=starts),
+    'You may reproduce and distribute copies of it. ' * 2,
+  )
+  whole, before = writer.data.tokenizer.encode('any ' + text), len(writer.data.tokenizer.encode('any'))
+  assert len(whole) - before > 20
+  ((found, _),) = model.loglikelihood(ask(('any', ' ' + text)))
+  ids = whole[-16:]
+  assert found == pytest.approx(log_probs(writer, ids)[np.arange(16), ids].sum(), abs=1e-3)
+
+
+def test_a_continuation_is_greedy_if_each_of_its_tokens_is(writer):
+  model = Answers(writer)
+  kinds = ([True, True], [True, False], [False, True], [False, False])
+  model.scorer = lambda pieces: [Scored(np.zeros(2), np.array(kind)) for kind in kinds]
+  found = model.loglikelihood(ask(*[('the', ' Work')] * 4))
+  assert [greedy for _, greedy in found] == [True, False, False, False]
+
+
+def test_a_context_beyond_rows_is_generated_from_its_last_tokens(writer, monkeypatch):
+  asked = []
+  monkeypatch.setattr(harness, 'outputs', lambda writer, prompts, *rest, **how: asked.extend(prompts) or iter(()))
+  context = 'You may reproduce and distribute copies of the Work'
+  Answers(writer, max_length=20).generate_until(ask((context, {'max_gen_toks': 8})))
+  assert asked == [writer.data.tokenizer.encode(context)[-12:]]
+
+
+def test_packed_prompts_without_a_start_are_those_of_rows_without_one(writer):
+  """Greedy tokens of the full forward pass over the tokens alone, and other ones with the start in front."""
+  ids = writer.data.tokenizer.encode('You may reproduce and distribute copies of the Work')
+  prompts = [ids[:3], ids[:9], ids[2:7], ids[5:11]]
+  assert packed_batch(prompts, writer.cfg, 32, writer.data.vocabulary.ids, starts=False) is not None
+  run = lambda **how: dict(outputs(writer, prompts, [5] * 4, Decoding(batch=4), **how))
+  found = run(starts=False)
+  assert found != run()
+  for number, prompt in enumerate(prompts):
+    written: list[int] = []
+    while len(written) < len(found[number]):
+      known = without_start(writer, [*prompt, *written, 3])[-1, : writer.data.vocabulary.size]
+      written.append(int(known.argmax()))
+    assert found[number] == written
 
 
 def test_rolling_windows_have_each_token_once(writer):

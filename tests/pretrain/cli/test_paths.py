@@ -89,11 +89,12 @@ def flags_of(parser, words=()):
 
 
 def test_no_flag_takes_a_string_that_is_neither_path_nor_text():
-  """A new flag has to say which: --topology and the choices are compared with what there is."""
+  """A new flag has to say which: --topology, --special and the choices are compared with what there is."""
   plain = {(words, flag) for words, flag, kind in flags_of(shared.parser(command.COMMANDS)) if kind is None}
   assert plain == {
     (('plan',), '--topology'), (('data', 'prepare'), '--documents'), (('data', 'prepare'), '--records'),
     (('checkpoints', 'extend-vocabulary'), '--method'), (('checkpoints', 'warm-start'), '--cross'),
+    (('train',), '--cluster'), (('replay',), '--cluster'), (('generate',), '--special'),
   }  # fmt: skip
 
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from data.stores.store import open_store
+from data.stores.store import Store, open_store
 from pretrain.errors import ConfigError
 from pretrain.evaluation import blanks as module
 from pretrain.evaluation.blanks import choose, hide_words, sentences, show_blanks
 from pretrain.evaluation.generate import generate
-from pretrain.evaluation.unigram import count
+from pretrain.evaluation.unigram import count, read_documents
 from pretrain.run.train import train
 from tests.pretrain import tiny
 
@@ -65,7 +65,7 @@ def test_the_choice_is_by_hash_whatever_the_order_and_leaves_out_training_text()
 
 def test_a_unigram_is_a_distribution_over_fillings_of_the_given_mean_length(text_store):
   store = open_store(text_store)
-  unigram = count([store], [[5, 6], [7, 8, 9], [4]])
+  unigram = count([read_documents(store)], [[5, 6], [7, 8, 9], [4]])
   assert unigram.end == 1 / 2  # three fillings, six tokens
   ids = store.read([(0, store.num_tokens)])[0]
   text = ids[(ids > 2) & (ids < store.manifest['pieces'])]
@@ -91,14 +91,17 @@ def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path
   cfg = tiny.ul2(text_store, 'train.steps=1', 'checkpoint.every=1')
   train(cfg, tmp_path)
   monkeypatch.setattr(module, 'choose', lambda texts, number, seen: [hide_words(PLAIN[0])][:number])
+  read, tokens = Store.read, []
+  monkeypatch.setattr(Store, 'read', lambda store, ranges: tokens.extend(n for _, n in ranges) or read(store, ranges))
   lines = list(show_blanks(tmp_path, number=1))
+  assert sum(tokens) == open_store(text_store).num_tokens, 'training text is read once; `choose` above reads none'
   blank = hide_words(PLAIN[0])
   (result,) = generate(tmp_path, [blank.filled('<extra_id_0>')], module.MOST_TOKENS + 1, top=module.SEARCHED)
   words = [c for c in result.top['<extra_id_0>'] if c.text.isalpha()]
   assert lines[2] == f'  {blank.filled("______")}'
   assert lines[3].startswith(f'  true words: {blank.truth} (this run ')
   ids = open_store(text_store).tokenizer(0).encode(blank.truth)
-  by_count = math.exp(count([open_store(text_store)], [ids]).log_prob(ids))
+  by_count = math.exp(count([read_documents(open_store(text_store))], [ids]).log_prob(ids))
   assert lines[3].endswith(f', token counts {by_count:.2g})')
   assert lines[4].split() == ['best', 'words', 'of', 'this', 'run', 'most', 'frequent', 'words']
   assert lines[5].split()[-1] == 'the'

@@ -21,7 +21,15 @@ from pretrain.cli.main import main
 from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import ConfigError
 from pretrain.evaluation.generate import _result
-from pretrain.evaluation.prompts import prompt_batch, prompt_inputs, room_for, special_ids
+from pretrain.evaluation.prompts import (
+  ALL,
+  prompt_batch,
+  prompt_inputs,
+  reading_special,
+  room_for,
+  sees_itself,
+  special_ids,
+)
 from pretrain.evaluation.texts import filled
 from pretrain.run.train import train
 from tests.pretrain import tiny
@@ -269,3 +277,39 @@ def test_the_longest_prompt_leaves_the_room_that_training_had(store_for):
 def test_a_vocabulary_finds_its_sentinels():
   v = Vocabulary(100, 4)
   assert [t for t in range(v.size) if v.is_sentinel(t)] == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize('objective', ['causal_lm', 'supervised', 'ul2+encoder'])
+def test_special_tokens_of_prompts_are_text_unless_they_are_asked_for(store_for, objective):
+  """</s> has id 1, which no text has; at the end of a prompt it makes no visible prefix of a causal one."""
+  cfg = config_of(store_for(objective), objective)
+  data = opened(cfg)
+  text = 'the Work</s>of'
+  plain, named, every = (
+    prompt_inputs(text, cfg, reading_special(data, names)) for names in ((), ('</s>',), ('<pad>', ALL))
+  )
+  encode = data.tokenizer.encode
+  assert EOS not in plain[:-1]
+  assert (
+    named
+    == every
+    == [*plain[: plain.index(encode('the Work')[0])], *encode('the Work'), EOS, *named[named.index(EOS) + 1 :]]
+  )
+  assert data.tokenizer.decode(named[named.index(EOS) + 1 :]) == 'of'
+  ended = prompt_inputs('the Work</s>', cfg, reading_special(data, ('</s>',)))
+  assert sees_itself(ended, cfg, EOS) == (objective != 'causal_lm')
+
+
+def test_special_tokens_that_do_not_exist_are_listed(text_store, tmp_path, capsys):
+  train(config_of(text_store, 'causal_lm', 'train.steps=1', 'checkpoint.every=1'), tmp_path)
+  flags = ['generate', f'--workdir={tmp_path}', '--max_tokens=2']
+  capsys.readouterr()
+  assert main([*flags, '--text=a', '--special=<|im_start|>']) == 64
+  assert capsys.readouterr().err == (
+    "CONFIG: --special: '<|im_start|>' is no special token of this tokenizer; it has <pad>, </s>.\n"
+  )
+  assert main([*flags, '--text=a <|im_start|>user', '--text=the Work', '--special=all']) == 65
+  said = capsys.readouterr()
+  assert said.err.startswith("DATA: '<|im_start|>' is no special token of this tokenizer; it has <pad>, </s>.")
+  assert said.out.startswith('prompt  the Work\n')
+  assert main([*flags, '--text=a <|im_start|>user', '--special=</s>']) == 0, 'text'

@@ -3,13 +3,19 @@
 import gzip
 import json
 
+import jax
+import numpy as np
 import pytest
 
+from models.decode.cached import PLACES
 from models.decode.sampling import Sampling
 from pretrain.cli.main import main
 from pretrain.devices.mesh import MeshConfig
+from pretrain.evaluation import outputs as module
 from pretrain.evaluation.generate import Refused, answers, generate
-from pretrain.evaluation.outputs import Decoding, grouped
+from pretrain.evaluation.outputs import Decoding, grouped, outputs
+from pretrain.evaluation.prompts import packing_of
+from pretrain.evaluation.writer import open_writer
 from pretrain.run.train import train
 from tests.pretrain.evaluation.test_generate import config_of
 
@@ -40,10 +46,44 @@ def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
   alone = generate(run_dir, PROMPTS, 6, how=Decoding(**how))
   assert generate(run_dir, PROMPTS, 6, how=Decoding(**how, batch=4)) == alone
   mesh = MeshConfig(data=2, tensor=2)
-  assert list(answers(run_dir, PROMPTS, 6, how=Decoding(**how, batch=2), mesh=mesh)) == alone
+  for batch in (2, 4):  # four are packed in a row for each part of the batch
+    assert list(answers(run_dir, PROMPTS, 6, how=Decoding(**how, batch=batch), mesh=mesh)) == alone
   if 'seed' in how:
     assert generate(run_dir, PROMPTS, 6, how=Decoding(**how | {'seed': 6})) != alone
   assert len({result.output for result in alone}) > 1
+
+
+def test_prompts_of_a_batch_are_read_in_few_rows(run_dir, monkeypatch):
+  """Sixteen prompts, one of them long, fill four rows as long as this one. Answers are the same."""
+  writer, shapes = open_writer(run_dir), []
+  decode = module._decode
+  monkeypatch.setattr(
+    module,
+    '_decode',
+    lambda writer, rows, *rest: shapes.append(jax.tree.map(np.shape, rows)) or decode(writer, rows, *rest),
+  )
+  encode, end = writer.data.tokenizer.encode, [writer.data.vocabulary.ids.end]
+  text = encode('the copyright owner or by an individual or Legal Entity authorized to submit on behalf of the owner')
+  inputs = [text[:n] + end for n in (31, 3, 9, 5, 2, 4, 7, 8, 2, 6, 3, 1, 5, 1, 4, 3)]
+  found = lambda **how: dict(outputs(writer, inputs, [4] * 16, Decoding(batch=16, **how)))
+  packed, padded = found(), found(packed=False)
+  assert packed == padded
+  assert len(set(map(tuple, packed.values()))) > 1
+  (few, all_) = shapes
+  side = 'encoder' if writer.cfg.data.inputs_length else 'decoder'
+  assert few[f'{side}_input_tokens'][0] == 4
+  assert all_[f'{side}_input_tokens'][0] == 16
+  assert few[PLACES] == all_[f'{side}_input_tokens']
+
+
+def test_packing_is_best_fit_and_has_few_numbers_of_rows():
+  """30, 20 and 18 open rows; 12 fits behind 20, 11 behind 18, 2 behind 30 and 1 behind 18 and 11."""
+  packed = packing_of([30, 2, 20, 12, 11, 18, 1], 32, 1)
+  assert packed.rows.tolist() == [0, 0, 1, 1, 2, 2, 2]
+  assert packed.number == 3
+  assert packing_of([32] * 5, 32, 2).number == 6
+  assert packing_of([32] * 5 + [1] * 27, 32, 1).number == 8, 'six rows, rounded up to eighths of 32'
+  assert packing_of([32] * 5 + [1] * 27, 32, 3).number == 6
 
 
 def test_answers_of_a_file_are_written_in_order(run_dir, tmp_path, capsys):

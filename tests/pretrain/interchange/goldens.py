@@ -5,15 +5,22 @@ import pathlib
 import jax
 import numpy as np
 
-from models.build import ModelConfig, build
+from models.build import KernelsConfig, ModelConfig, build
 from models.specs import Tree
 from pretrain.interchange.importing import Source, flat, open_source, parameters
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
 FAMILIES = (
   't5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'umt5', 'llama', 'yi', 'mistral', 'qwen2', 'qwen3', 'olmo2', 'gemma2', 'gpt2',
-  'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'mixtral',
+  'gpt_neox', 'falcon', 'falcon_40b', 'bert', 'roberta', 'electra', 'mixtral', 'deberta', 'electra_small',
+  'electra_discriminator',
 )  # fmt: skip
+# Other values of keys of their config.json, without goldens of generation.
+VARIANTS = (
+  'llama_bias', 'llama_mlp_bias', 'qwen2_windows', 'qwen3_bias', 'olmo2_bias', 'gemma2_bias', 'gpt2_unscaled',
+  'gpt_neox_yarn', 'falcon_rw',
+)  # fmt: skip
+ALL = FAMILIES + VARIANTS
 
 
 def read(name: str) -> tuple[Source, Tree]:
@@ -63,9 +70,11 @@ def batch(cfg: ModelConfig, golden: dict[str, np.ndarray], order: list[list[str]
 PADDED, PACKED = [['long'], ['short']], [['short', 'long']]
 
 
-def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED)) -> float:
+def worst(
+  cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=(PADDED, PACKED), attention: str = 'auto'
+) -> float:
   """The largest error over padded and packed rows, as a fraction of the logits' scale."""
-  model, scale = build(cfg), np.abs(golden['long_logits']).max()
+  model, scale = build(cfg, KernelsConfig(attention=attention)), np.abs(golden['long_logits']).max()
   run = jax.jit(lambda params, batch: model.logits(params, model.apply(params, batch)[0]))
   errors = []
   for order in orders:
@@ -73,5 +82,5 @@ def worst(cfg: ModelConfig, params: Tree, golden: dict[str, np.ndarray], orders=
     for own, row in zip(logits, order, strict=True):
       ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])
       for name, part in zip(row, np.split(own[: ends[-1]], ends[:-1]), strict=True):
-        errors.append(np.abs(part - golden[f'{name}_logits']).max() / scale)
+        errors.append(np.abs(part - golden[f'{name}_logits'].reshape(part.shape)).max() / scale)
   return float(max(errors))

@@ -15,7 +15,8 @@ from tests.pretrain.interchange import goldens
 FOLDER = goldens.GOLDENS.parent / 'generation'
 OWN = {'plain_llama': 'llama', 'plain_t5': 't5'}  # models that only these tests have
 BEAM = ('gpt2', *OWN)
-GENERATIVE = [name for name in goldens.FAMILIES if name not in ('gemma2', 'bert', 'roberta', 'electra')]
+ENCODERS = ('bert', 'roberta', 'electra', 'electra_small', 'electra_discriminator', 'deberta')
+GENERATIVE = [name for name in goldens.FAMILIES if name not in ('gemma2', *ENCODERS)]
 GEMMA = {'plain_gemma2': 'gemma2'} if 'gemma2' in goldens.FAMILIES else {}
 
 

@@ -257,11 +257,34 @@ def llama(tmp_path):
 
 @pytest.mark.parametrize('kind', ['dynamic', 'longrope', 'proportional'])
 def test_another_kind_of_rotary_scaling(llama, capsys, kind):
-  change(llama, rope_parameters={'rope_type': kind, 'rope_theta': 1e4, 'factor': 2.0}, attention_bias=True, flux=1)
+  change(llama, rope_parameters={'rope_type': kind, 'rope_theta': 1e4, 'factor': 2.0}, pretraining_tp=3, flux=1)
   err = refused_import(capsys, llama)
   assert f"rope_type={kind!r} (supported: 'default' or 'linear' or 'llama3' or 'yarn')" in err
-  assert 'attention_bias=True' in err
+  assert 'pretraining_tp=3 (supported: 1 or 2 or 4 or 8)' in err
   assert 'unknown keys: flux' in err
+
+
+@pytest.mark.parametrize(
+  ('name', 'key', 'value'),
+  [
+    ('qwen2', 'mlp_bias', True),
+    ('llama', 'partial_rotary_factor', 0.5),
+    ('gpt2', 'scale_attn_by_inverse_layer_idx', True),
+    ('bert', 'tie_word_embeddings', False),
+    ('mistral', 'attention_bias', True),
+    ('gpt_neox', 'rope_theta', 700.0),
+    ('gpt_neox', 'partial_rotary_factor', 0.5),
+  ],
+)
+def test_values_that_change_logits_and_have_no_part(tmp_path, capsys, name, key, value):
+  source = shutil.copytree(GOLDENS / name, tmp_path / 'source')
+  change(source, **{key: value})
+  assert key in refused_import(capsys, source)
+
+
+def test_a_part_of_each_head_where_the_family_rotates_all_of_it(llama, capsys):
+  change(llama, rope_parameters={'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5})
+  assert 'rope_parameters.partial_rotary_factor=0.5 (supported: 1.0)' in refused_import(capsys, llama)
 
 
 def test_rotary_keys_are_listed_with_the_rest(llama, capsys):
@@ -302,6 +325,9 @@ def test_electra_with_a_narrow_table(tmp_path, capsys):
     ('llama', 'head_bias', True),
     ('llama', 'norm_placement', 'inner'),
     ('llama', 'rotary_fraction', 0.5),
+    ('llama', 'rope_scaling', {'name': 'truncated', 'original_max_positions': 64}),
+    ('llama', 'rope_scaling', {'name': 'clex', 'original_max_positions': 64, 'max_factor': 4}),
+    ('gpt_neox', 'bias', 'attention'),
     ('olmo2', 'windows', (4, None)),
     ('gemma2', 'qk_norm', 'all'),
     ('gemma2', 'bias', 'qkv'),
@@ -315,7 +341,8 @@ def test_electra_with_a_narrow_table(tmp_path, capsys):
 )
 def test_a_model_that_no_family_has_is_refused_with_its_key(name, part, value):
   model = open_source(GOLDENS / name).model
+  keys = {f'{part}.{key}': x for key, x in value.items()} if isinstance(value, dict) else {part: value}
   with pytest.raises(ConfigError) as error:
-    family_for(bindings.override(model, {part: value}, 'test'))
+    family_for(bindings.override(model, keys, 'test'))
   assert f'model.{part}' in str(error.value)
   assert 'Nothing was written' in str(error.value)

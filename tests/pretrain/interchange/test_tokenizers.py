@@ -10,14 +10,15 @@ import pytest
 
 from data.batches.source import open_data
 from models.build import build
+from models.decode.writing import greedy
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
 from pretrain.interchange.config_json import ConfigJson
-from pretrain.interchange.families import FAMILIES
 from pretrain.interchange.importing import needed
+from pretrain.interchange.published import llama
 from pretrain.interchange.safetensors import create
 from tests.pretrain.interchange.goldens import load
 from tests.tokenizers_json import publish
@@ -43,7 +44,7 @@ def published_model(folder: pathlib.Path, kind: str, rows: int | None = None) ->
   tokenizer, size, files = KINDS[kind]
   config = {'model_type': 'llama', 'vocab_size': rows or size, **SIZES, **files['config']}
   publish(folder, tokenizer, **{**files, 'config': config})
-  family = FAMILIES['llama']
+  family = llama.LLAMA
   shapes = needed(family, family.read(ConfigJson(config, folder), {}), config)
   rng = np.random.default_rng(1)
   for array in create(folder, {name: ('F32', shape) for name, shape in shapes.items()}).values():
@@ -109,6 +110,16 @@ def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys
   assert generated(copy, capsys, 'the work', 6) == tokenizer.render(written[:at]).strip()
 
 
+def test_behind_an_end_the_decoder_writes_padding(imported):
+  _, source, _ = imported
+  found, params = load(source)
+  written = continued(source, [300, 301], 6)
+  at = next(i for i in range(1, 6) if written[i] not in written[:i])
+  batch = {'decoder_input_tokens': np.array([[300, 301]], np.int32)}
+  got = greedy(build(found.model), params, batch, 6, eos=(399, written[at]), pad=7, decoder_start=0)
+  assert got.tolist() == [[*written[: at + 1], *[7] * (5 - at)]]
+
+
 def on_a_store(run: pathlib.Path, folder: pathlib.Path) -> Experiment:
   """The config of the run with a store of its tokenizer."""
   (folder / 't.txt').write_text('the work')
@@ -171,3 +182,16 @@ def test_a_part_of_a_tokenizer_reads_no_prompt(imported, tmp_path, capsys):
   assert main(['generate', f'--workdir={copy}', '--text=the']) == 64
   err = capsys.readouterr().err
   assert 'has only vocab.json, which is a part of a tokenizer (spiece.model, tokenizer.model' in err
+
+
+def test_a_chat_template_comes_back_unchanged(tmp_path):
+  """In tokenizer_config.json, where `transformers` had it, and in a file of its own, where it has it now."""
+  source = published_model(tmp_path / 'source', 'qwen')
+  template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %} — ½"
+  config = json.loads((source / 'tokenizer_config.json').read_text()) | {'chat_template': template}
+  (source / 'tokenizer_config.json').write_text(json.dumps(config, indent=7, ensure_ascii=False))
+  (source / 'chat_template.jinja').write_text(template)
+  assert main(['import', f'--from={source}', f'--workdir={tmp_path / "run"}']) == 0
+  assert main(['export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}']) == 0
+  for name in ('tokenizer_config.json', 'chat_template.jinja'):
+    assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()

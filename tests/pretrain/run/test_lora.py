@@ -147,6 +147,15 @@ def test_other_weights_at_the_same_place_are_refused(folder, tmp_path):
     (('lora.alpha=2.0',), r'lora\.\* is set with lora\.rank=0'),
     (('lora.rank=2',), r'lora\.rank=2 trains adapters.*set checkpoint\.initial='),
     (
+      (
+        'lora.rank=2',
+        "model.rope_scaling.name='clex'",
+        'model.rope_scaling.original_max_positions=9',
+        'model.rope_scaling.max_factor=2',
+      ),
+      r"lora\.rank=2 with model\.rope_scaling\.name='clex', whose frequencies would stay as drawn",
+    ),
+    (
       ("checkpoint.initial='x/2'", 'lora.rank=2', "lora.modules=['q']"),
       r"has 'q', which is no product.*choose from all, attention",
     ),

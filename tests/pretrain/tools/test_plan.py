@@ -102,3 +102,15 @@ def test_the_train_step_of_20b_fits_a_slice():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   assert float(done.stdout.split()[-1].replace(',', '')) < 95e9 / 2**20
+
+
+def test_only_replicas_cross_slices():
+  """Two slices of eight chips: along every other axis of the mesh all devices are on one slice."""
+  from pretrain.devices.mesh import MeshConfig, make_mesh
+
+  tpu_devices('v5e:2x4')  # sets the environment
+  topology = jax.experimental.topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4', num_slices=2)
+  mesh = make_mesh(MeshConfig(replica=4, fsdp=4), topology.devices)
+  assert [{device.slice_index for device in row} for row in mesh.devices.reshape(4, -1)] == [{0}, {0}, {1}, {1}]
+  with pytest.raises(ConfigError, match=r'the devices are on 2 slices and mesh.replica=1; set mesh.replica to a mult'):
+    make_mesh(MeshConfig(fsdp=16), topology.devices)

@@ -41,13 +41,13 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 class Alibi(nnx.Module):
-  """-slope * |distance| added to the scores, without parameters; an encoder has it on both sides."""
+  """-scale * slope * |distance| added to the scores, without parameters; an encoder has it on both sides."""
 
-  def __init__(self, heads: int):
-    self.heads = heads
+  def __init__(self, heads: int, scale: float = 1.0):
+    self.heads, self.scale = heads, scale
 
   def __call__(self) -> dict[str, Any]:
-    return {'alibi': jnp.asarray(alibi_slopes(self.heads))}
+    return {'alibi': jnp.asarray(alibi_slopes(self.heads) * np.float32(self.scale))}
 
 
 class NoBias(nnx.Module):

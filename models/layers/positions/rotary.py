@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal, assert_never
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -54,7 +55,39 @@ class Yarn:
   truncate: bool = True
 
 
-RopeScaling = NoScaling | Linear | Llama3 | Yarn
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Truncated:
+  """Frequencies of `kept_turns` or more in `original_max_positions` stay, those of `zero_turns` or fewer become 0, and
+  those between them become that of `fixed_turns`.
+
+  Source: Pal et al. 2023 (Giraffe), arXiv:2308.10882, §3.2; the defaults are those of its code, interpolate.py.
+  """
+
+  name: Literal['truncated'] = 'truncated'
+  original_max_positions: Annotated[int, '>= 1']
+  kept_turns: Annotated[float, '> 0'] = 1.0
+  zero_turns: Annotated[float, '>= 0'] = 0.125
+  fixed_turns: Annotated[float, '>= 0'] = 0.0625
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clex:
+  """Frequencies learned as a function of the length: models/layers/positions/clex.py.
+
+  A row of up to t * `original_max_positions` has the frequencies of scale t, at most `max_factor`. A training step
+  draws t. `width` times the rotated dims are the units of the hidden layer; `steps` of the solver make one unit of t.
+  Source: Chen et al. 2024, arXiv:2310.16450.
+  """
+
+  name: Literal['clex'] = 'clex'
+  original_max_positions: Annotated[int, '>= 1']
+  max_factor: Annotated[int, '>= 2']
+  width: Annotated[int, '>= 1'] = 1
+  activation: Literal['silu', 'tanh'] = 'silu'
+  steps: Annotated[int, '>= 1'] = 10
+
+
+RopeScaling = NoScaling | Linear | Llama3 | Yarn | Truncated | Clex
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,12 +101,16 @@ class Rope:
 
 def check_scaling(cfg: RopeScaling) -> None:
   """Raises ValueError where the two ends of a ramp are not in order."""
-  ends = {Llama3: ('low_freq_factor', 'high_freq_factor'), Yarn: ('beta_slow', 'beta_fast')}
-  for low, high in [ends[type(cfg)]] if type(cfg) in ends else []:
+  ends = {
+    Llama3: ('low_freq_factor', 'high_freq_factor', 'interpolated'),
+    Yarn: ('beta_slow', 'beta_fast', 'interpolated'),
+    Truncated: ('zero_turns', 'kept_turns', 'replaced'),
+  }
+  for low, high, done in [ends[type(cfg)]] if type(cfg) in ends else []:
     if getattr(cfg, low) >= getattr(cfg, high):
       raise ValueError(
         f'model.rope_scaling.{low}={getattr(cfg, low)} is not below model.rope_scaling.{high}={getattr(cfg, high)}; '
-        'the frequencies between them are interpolated, so make it smaller.'
+        f'the frequencies between them are {done}, so make it smaller.'
       )
 
 
@@ -91,6 +128,10 @@ def frequencies(rope: Rope) -> tuple[Array, float]:
     case Yarn() as cfg:
       factor = 0.1 * math.log(cfg.factor) + 1.0 if cfg.attention_factor is None else cfg.attention_factor
       return _yarn(frequency, rope, cfg), factor
+    case Truncated() as cfg:
+      return _truncated(frequency, cfg), 1.0
+    case Clex():  # those of scale 1; a model with others gives `rotary` angles
+      return frequency, 1.0
     case _:
       assert_never(rope.scaling)
 
@@ -114,14 +155,31 @@ def _yarn(frequency: Array, rope: Rope, cfg: Yarn) -> Array:
   return frequency / cfg.factor * divided + frequency * (1 - divided)
 
 
-def rotary(x: Array, positions: Array, rope: Rope) -> Array:
+def _truncated(frequency: Array, cfg: Truncated) -> Array:
+  of = lambda turns: 2 * math.pi * turns / cfg.original_max_positions
+  low = jnp.where(frequency <= of(cfg.zero_turns), 0.0, of(cfg.fixed_turns))
+  return jnp.where(frequency >= of(cfg.kept_turns), frequency, low)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Angles:
+  """What `rotary` turns each pair of dims by, f32[batch or 1, length, dims / 2], in place of positions."""
+
+  radians: Array
+
+
+def rotary(x: Array, positions: Array | Angles, rope: Rope) -> Array:
   """`x[batch, length, heads, head_dim]` whose first `rope.dims` are rotated by `positions[batch, length]`.
 
   Angles in f32. Source: Su et al. 2021, arXiv:2104.09864; pairing as in Llama's reference code converted by HF; a part
   of each head: GPT-J, GPT-NeoX (Black et al. 2022, arXiv:2204.06745, §2.1.1).
   """
   frequency, factor = frequencies(rope)
-  angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+  if isinstance(positions, Angles):
+    angle = positions.radians[:, :, None, :]
+  else:
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   if factor != 1.0:
     sin, cos = factor * sin, factor * cos

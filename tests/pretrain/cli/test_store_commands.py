@@ -1,0 +1,117 @@
+"""Every command that takes --workdir takes a URL; mistakes with one are a line and an exit code."""
+
+import json
+import re
+
+import pytest
+
+from pretrain.cli.main import main
+from pretrain.workdirs.store_path import StorePath
+from tests.pretrain import tiny
+
+URL = 'gs://runs/some/run'
+
+
+@pytest.fixture(scope='module')
+def flags(text_store) -> list[str]:
+  keys = (*tiny.over(text_store), *tiny.SMALL_UL2, 'train.steps=2', 'checkpoint.every=1', 'checkpoint.keep=2')
+  return [f'--gin_file={tiny.UL2}', *(f'--gin.{key}' for key in keys)]
+
+
+@pytest.fixture(scope='module')
+def trained(fake_server, flags, tmp_path_factory):
+  """The objects of a run with steps 1 and 2, written by `pretrain train`."""
+  store = fake_server.RequestHandlerClass.store
+  store.objects.clear()
+  store.faults.clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('PRETRAIN_SPOOL', str(tmp_path_factory.mktemp('spools')))
+    assert main(['train', *flags, f'--workdir={URL}']) == 0
+  return dict(store.objects)
+
+
+@pytest.fixture
+def run(trained, gcs):
+  gcs.objects.update(trained)
+  return gcs
+
+
+def test_each_command_reads_a_run_in_a_store(run, flags, tmp_path, capsys):
+  wanted = {
+    ('report', URL): f'{URL}/report.html',
+    ('checkpoints', 'list', f'--workdir={URL}'): 'step',
+    ('checkpoints', 'verify', f'--workdir={URL}'): 'step 2  whole',
+    ('checkpoints', 'diff', f'--inputs={URL}/1,{URL}/2'): 'arrays are equal to the bit',
+    ('generate', f'--workdir={URL}', '--text=The <extra_id_0> sat.', '--max_tokens=4'): '',
+    ('data', 'show', f'--workdir={URL}', '--step=1'): '',
+    ('replay', f'--workdir={URL}', '--step=2'): 'step 2  equal',
+    ('eval', f'--workdir={URL}', f'--text=license={tiny.ROOT / "LICENSE"}'): f'{URL}/eval.json',
+  }
+  for argv, said in wanted.items():
+    assert main([*argv]) == 0, argv
+    assert said in capsys.readouterr().out, argv
+  assert json.loads(StorePath(f'{URL}/eval.json').read_text())['model'] == URL
+  assert '<h1>run</h1>' in StorePath(f'{URL}/report.html').read_text()
+
+
+def test_each_command_writes_a_run_in_a_store(run, flags, capsys):
+  new = 'gs://runs/new'
+  assert main(['checkpoints', 'average', f'--workdir={URL}', '--steps=1,2', f'--output={new}']) == 0
+  assert StorePath(f'{new}/config.gin').exists()
+  assert not StorePath(f'{new}/OWNER').exists()
+  assert main(
+    ['checkpoints', 'restore-as', f'--input={URL}/2', '--output=gs://runs/as', '--gin.averaging.name=ema']
+  ) in (0, 64)
+  initial = f"--gin.checkpoint.initial='{new}/0'"
+  assert main(['train', *flags, '--workdir=gs://runs/next', initial]) == 0
+  assert StorePath('gs://runs/next/checkpoints/2/MANIFEST.json').is_file()
+  assert main(['checkpoints', 'average', f'--workdir={URL}', '--steps=1,2', f'--output={new}']) == 64
+  assert f'--output={new} exists' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('argv', 'code', 'said'),
+  [
+    (
+      ['train', '--workdir=gs://none-such/run'],
+      64,
+      r'CONFIG: --workdir=gs://none-such/run cannot be used: there',
+    ),
+    (['train', '--workdir=gs://KEY:SECRET@runs/x'], 64, r'CONFIG: --workdir=gs://\*\*\*@runs/x has credentials in it'),
+    (
+      ['train', '--workdir=hdfs://runs/x'],
+      64,
+      r'CONFIG: --workdir=hdfs://runs/x is not the URL of a folder',
+    ),
+    (['report', 'gs://runs/none'], 66, r'CKPT-NONE: no metrics of a run in gs://runs/none; nothing was written'),
+    (
+      ['checkpoints', 'list', '--workdir=gs://runs/none'],
+      66,
+      'CKPT-NONE: no finished checkpoint in gs://runs/none/check',
+    ),
+    (['generate', '--workdir=gs://runs/none', '--text=a'], 66, 'CKPT-NONE: no run in gs://runs/none: config.gin is'),
+    (['replay', '--workdir=gs://runs/none', '--step=1'], 64, 'CONFIG: --workdir=gs://runs/none is no run'),
+  ],
+)
+def test_a_mistake_with_a_url_is_one_line(gcs, flags, capsys, argv, code, said):
+  found = main([*argv, *(flags if argv[0] == 'train' else [])])
+  error = capsys.readouterr().err
+  assert (found, len(error.splitlines())) == (code, 1), error
+  assert re.match(said, error), error
+  assert 'SECRET' not in error
+  assert gcs.objects == {}
+
+
+def test_a_bucket_that_refuses_is_one_line_before_anything_is_compiled(gcs, flags, capsys, monkeypatch):
+  monkeypatch.setattr('pretrain.run.train.start', lambda *args, **more: pytest.fail('the run has begun'))
+  gcs.fault('POST', 403, times=99)
+  assert main(['train', *flags, f'--workdir={URL}']) == 64
+  error = capsys.readouterr().err
+  assert len(error.splitlines()) == 1
+  assert 'bucket runs' in error
+  assert 'credentials from GOOGLE_AUTH_TOKEN' in error
+  gcs.fault('GET', 403, times=99)
+  assert main(['report', URL]) == 66
+  assert re.match(
+    r'STORE: gs://runs/some/run cannot be listed: these credentials may not do that', capsys.readouterr().err
+  )
