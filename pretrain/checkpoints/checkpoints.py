@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.checkpoints.orbax_files import SMALL_FILE, Files
 from pretrain.checkpoints.saving import Saving, failure
+from pretrain.checkpoints.stored import Stored
+from pretrain.checkpoints.wording import among, first_of, shown
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
@@ -286,6 +289,12 @@ class Checkpoints:
       state = self._files.some(step, lambda path: digest.key_of(path) in keys)
     return {key: x for path, x in _leaves(state) if (key := digest.key_of(path)) in keys}
 
+  def stored(self, step: int, keys: Collection[str]) -> dict[str, Stored]:
+    """The arrays of `step` at these paths, to read in parts; their values are not compared with the manifest."""
+    with self._reading(step):
+      folder, corrupt = self.directory / str(step), functools.partial(self._corrupt, step)
+      return {key: Stored(folder, key, corrupt) for key in keys}
+
   def position(self, step: int) -> dict[str, Any]:
     """The data position that was saved with `step`."""
     with self._reading(step):
@@ -316,8 +325,8 @@ class Checkpoints:
     if bad:
       raise CheckpointError(
         'CKPT-MISMATCH',
-        f'{bad[0]} is {_show(stored.get(bad[0]))} in step {step} of {self.directory}, {_show(wanted.get(bad[0]))} in '
-        f'the model ({_among(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
+        f'{bad[0]} is {shown(stored.get(bad[0]))} in step {step} of {self.directory}, {shown(wanted.get(bad[0]))} in '
+        f'the model ({among(bad)}). Nothing was changed; use the config in {self.directory.parent}/config.gin.',
       )
 
   @contextlib.contextmanager
@@ -362,25 +371,6 @@ def _error_of(act: Callable[[], None]) -> Exception | None:
   except Exception as error:
     return error
   return None
-
-
-def first_of(sentences: Sequence[str]) -> str:
-  """The first sentence, and how many there are; '' if there are none."""
-  more = f' (first of {len(sentences)})' if len(sentences) > 1 else ''
-  return sentences[0] + more if sentences else ''
-
-
-def _among(paths: Sequence[str]) -> str:
-  """
-  >>> _among(['a']), _among(list('abcdef'))
-  ('first of 1', 'first of 6: a, b, c, d, e, ..')
-  """
-  listed = [*paths[:5], *['..'] * (len(paths) > 5)]
-  return f'first of {len(paths)}' + (f': {", ".join(listed)}' if len(paths) > 1 else '')
-
-
-def _show(leaf) -> str:
-  return 'absent' if leaf is None else f'{leaf[1]}{list(leaf[0])}'
 
 
 def _mebibytes(tree) -> float:

@@ -16,7 +16,7 @@ from pretrain.checkpoints import manifest, orbax_stores
 from pretrain.workdirs.folder import Folder
 from pretrain.workdirs.store_path import StorePath
 
-SMALL_FILE = 16 * 2**20  # bytes, for saves that may be slow and must need little memory
+SMALL_FILE = 16 * 2**20  # bytes, for saves of parameters alone: they must need little memory and may take longer
 
 
 def be_quiet() -> None:
@@ -76,17 +76,19 @@ class Files:
 
   def _save_args(self, tree: Any, file_bytes: int | None) -> args.PyTreeSave:
     """How the arrays are written: to a store in files of one request each."""
-    if not isinstance(self._directory, StorePath):
-      return args.PyTreeSave(tree, ocdbt_target_data_file_size=file_bytes)
-    size = min(orbax_stores.FILE_BYTES, file_bytes or orbax_stores.FILE_BYTES)
-    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=orbax_stores.FILE_BYTES), tree)
-    return args.PyTreeSave(tree, save_args=parts, ocdbt_target_data_file_size=size)
+    largest = orbax_stores.FILE_BYTES if isinstance(self._directory, StorePath) else None
+    if file_bytes is None and largest is None:
+      return args.PyTreeSave(tree)
+    size = min(filter(None, (largest, file_bytes)))
+    save = lambda x: ocp.SaveArgs(chunk_byte_size=largest, shard_axes=_layers(x, file_bytes))
+    return args.PyTreeSave(tree, save_args=jax.tree.map(save, tree), ocdbt_target_data_file_size=size)
 
   def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
     """Returns when the arrays are copied; `wait` for the files.
 
     TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
-    several files at a time.
+    several files at a time. With `file_bytes`, each layer of a larger array has chunks of its own, so that it can be
+    read alone.
     """
     items = args.Composite(
       state=self._save_args(tree, file_bytes),
@@ -138,6 +140,11 @@ class Files:
     is_leaf = lambda x: hasattr(x, 'shape')
     tree = jax.tree_util.tree_map_with_path(choose, self.metadata(step), is_leaf=is_leaf)
     return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=False))).state
+
+
+def _layers(x: jax.Array, file_bytes: int | None) -> tuple[int, ...]:
+  """The axis of layers: the first of three or more. Orbax would divide longer axes before it."""
+  return (0,) if file_bytes and x.ndim >= 3 and x.nbytes > file_bytes else ()
 
 
 def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:

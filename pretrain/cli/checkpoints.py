@@ -54,6 +54,13 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
     action.add_argument('--output', required=True, type=shared.workdir, help='a new workdir, to generate or start from')
 
 
+def positive(value: str) -> int:
+  """An integer >= 1."""
+  if not value.isdecimal() or int(value) < 1:
+    raise argparse.ArgumentTypeError(f"'{value}' is no integer >= 1")
+  return int(value)
+
+
 def extend_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--workdir', required=True, type=shared.location, metavar='RUN[/STEP]', help='RUN: its newest')
   action.add_argument(
@@ -64,9 +71,12 @@ def extend_flags(action: argparse.ArgumentParser) -> None:
     help='a SentencePiece model or tokenizer.json, or the folder of one',
   )
   action.add_argument(
-    '--method', choices=('mean', 'multivariate', 'subword'), default='subword', help='how new tokens get their rows'
+    '--method', choices=('mean', 'multivariate', 'subword', 'ofa'), default='subword', help='how new tokens get a row'
   )
-  action.add_argument('--seed', type=int, default=0, help='of the draw of multivariate')
+  action.add_argument('--vectors', type=shared.path, metavar='F.vec', help='of ofa: multilingual word vectors as text')
+  action.add_argument('--max_words', type=positive, metavar='N', help='of ofa: read the first N vectors')
+  action.add_argument('--rank', type=positive, metavar='R', help='of ofa: the rank of the new tables')
+  action.add_argument('--seed', type=int, default=0, help='of the draws of multivariate and ofa')
   action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
 
 
@@ -182,10 +192,14 @@ def extend_vocabulary_command(options, overrides) -> None:
   weights = on_the_host()
   shared.check_workdir(options.to, '--to')
   from data.prepare.published import published
-  from pretrain.tools.vocabulary import extend_vocabulary
+  from pretrain.tools.vocabulary import WordVectors, extend_vocabulary
 
+  if options.vectors is None and (options.rank or options.max_words):
+    raise ConfigError('--rank and --max_words belong to --method=ofa --vectors=FILE. Nothing was written; add them.')
+  vectors = None if options.vectors is None else WordVectors(options.vectors, options.max_words, options.rank)
   step, tokenizer = weights.find(options.workdir), published(options.tokenizer)
-  done = extend_vocabulary(step, tokenizer, options.method, options.to, source_of(options), options.seed)
+  given = step, tokenizer, options.method, options.to, source_of(options)
+  done = extend_vocabulary(*given, seed=options.seed, vectors=vectors)
   print(f'{options.to} ({done.kept} tokens kept their rows, {done.new} are new, model.vocab_size={done.rows})')
 
 

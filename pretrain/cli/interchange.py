@@ -1,9 +1,12 @@
 """`pretrain import` and `pretrain export`: weights in the layout of Hugging Face `transformers`, in and out; T5X in."""
 
 import argparse
+import pathlib
+import re
 
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
+from pretrain.workdirs.folder import Folder
 
 
 def import_flags(command: argparse.ArgumentParser) -> None:
@@ -53,6 +56,20 @@ def import_command(options, overrides) -> None:
   print(f'{options.workdir} ({cfg.model.name}, step 0)')
 
 
+def size(value: str) -> int:
+  """Bytes of 500MB, 5GB or 5GiB."""
+  found = re.fullmatch(r'(\d+)([KMG])(i?)B', value)
+  if found is None or int(found[1]) == 0:
+    raise argparse.ArgumentTypeError(f"'{value}' is no size; write e.g. 500MB or 5GB")
+  return int(found[1]) * (1024 if found[3] else 1000) ** ' KMG'.index(found[2])
+
+
+def check_outside(output: pathlib.Path, workdir: Folder) -> None:
+  """Raises ConfigError for an output inside of the run."""
+  if isinstance(workdir, pathlib.Path) and output.resolve().is_relative_to(workdir.resolve()):
+    raise ConfigError(f'--out={output} is inside of --workdir={workdir}. Nothing was written; choose another folder.')
+
+
 def _refuse_adapter(options) -> None:
   if options.adapter is not None:
     raise ConfigError(
@@ -73,6 +90,8 @@ def export_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--workdir', required=True, type=shared.workdir)
   command.add_argument('--step', type=int, help='without it, the newest')
   command.add_argument('--out', required=True, type=shared.path, metavar='DIR', help='a new folder')
+  command.add_argument('--dtype', choices=['float32', 'bfloat16'], help='without it, the types of the import')
+  command.add_argument('--max_shard_size', type=size, default='5GB', metavar='SIZE', help='of a file, e.g. 500MB')
   command.add_argument('--adapter', action='store_true', help="the adapters of a run with lora alone, in peft's layout")
 
 
@@ -86,10 +105,13 @@ def export_command(options, overrides) -> None:
   from pretrain.interchange.exporting import export
   from pretrain.tools.weights import find, find_step
 
+  if options.adapter and options.dtype:
+    raise ConfigError('--adapter writes float32 alone. Nothing was written; leave --dtype out.')
   number = options.step
   step = find(str(options.workdir)) if number is None else find_step(options.workdir, number)
+  check_outside(options.out, step.workdir)
   if options.adapter:
     print(f'{options.out} ({export_adapter(step, options.out)} adapters)')
     return
-  family = export(step, options.out)
+  family = export(step, options.out, dtype=options.dtype, shard_bytes=options.max_shard_size)
   print(f'{options.out} ({family.architecture})')

@@ -7,10 +7,12 @@ the run reads both, and refuses another trunk.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from models.build import build
 from models.layers.low_rank import KEY as LORA
@@ -123,29 +125,57 @@ def opened(workdir: Folder) -> contextlib.closing[Checkpoints]:
   return contextlib.closing(Checkpoints(workdir, CheckpointConfig(), read_only=True))
 
 
+class Weight(Protocol):
+  """A weight of a step: its shape, and the values at places on its leading axes, read one after the other."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  def parts(self, places: Iterable[tuple[int, ...]]) -> Iterator[np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """A weight with its adapters added; only the adapters are held."""
+
+  weight: Weight
+  a: np.ndarray
+  b: np.ndarray
+  cfg: LoraConfig
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
+
+  def parts(self, places: Iterable[tuple[int, ...]]) -> Iterator[np.ndarray]:
+    listed = list(places)
+    for place, found in zip(listed, self.weight.parts(listed), strict=True):
+      a, b = jnp.asarray(self.a[place]), jnp.asarray(self.b[place])
+      yield np.asarray(found + update(a, b, found.ndim, self.cfg))
+
+
 @contextlib.contextmanager
-def weights_reader(workdir: Folder, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Any]]:
-  """Inside, `read(path)` is one weight of a step on the first device, None where there is none; adapters are added.
+def weights_reader(workdir: Folder, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Weight | None]]:
+  """Inside, `read(path)` is one weight of a step, None where there is none; adapters are added. Nothing is read yet.
 
   Raises the errors of `read_weights`; values are not compared with the manifest.
   """
   cfg, prefix = load_saved(workdir / 'config.gin'), 'extra/ema' if ema else 'params'
   with opened(workdir) as checkpoints, contextlib.ExitStack() as stack:
-
-    def own(path: str) -> Any:
-      return checkpoints.arrays(step, [f'{prefix}/{path}']).get(f'{prefix}/{path}')
+    keys = [key for key in checkpoints.shapes(step) if key.startswith(f'{prefix}/')]
+    weights = {key.removeprefix(f'{prefix}/'): own for key, own in checkpoints.stored(step, keys).items()}
 
     if not cfg.lora.rank:
-      yield own
+      yield weights.get
       return
     under = stack.enter_context(weights_reader(*checked_trunk(workdir, cfg, step)))
     adapted = {'/'.join(path) for path in pairs(build(cfg.model, lora=cfg.lora).adapters)}
 
-    def read(path: str) -> Any:
+    def read(path: str) -> Weight | None:
       weight = under(path)
       if weight is None or path not in adapted:
         return weight
-      a, b = (own(f'{LORA}/{path}/{name}') for name in 'ab')
-      return weight + update(a, b, weight.ndim, cfg.lora)
+      a, b = (weights[f'{LORA}/{path}/{name}'].all() for name in 'ab')
+      return Adapted(weight, a, b, cfg.lora)
 
     yield read

@@ -7,7 +7,6 @@ Source: huggingface/peft, src/peft/tuners/lora/config.py (keys), layer.py (lora_
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +17,10 @@ from models.layers.low_rank import KEY, LoraConfig
 from models.specs import ParamSpec
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.trunk import opened
-from pretrain.interchange.exporting import chosen_family, config_values, origin
+from pretrain.interchange.exporting import chosen_family, config_values, new_folder, origin
 from pretrain.interchange.importing import Source, placed
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.safetensors import SINGLE, Tensor, create, open_file
+from pretrain.interchange.safetensors import SINGLE, Tensor, allocate, open_file
 from pretrain.tools.weights import Step, check_new, config_of
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -54,21 +53,12 @@ def export_adapter(step: Step, output: pathlib.Path) -> int:
     if entry.ours in found:
       _check_whole(entry, family.model_type)
       tensors |= dict(_named(entry, spec, *found[entry.ours]))
-  folder = output.with_name(output.name + '.partial')
-  if folder.exists():
-    raise ConfigError(f'{folder} is left from an export that was interrupted; remove it.')
-  folder.mkdir(parents=True)
-  try:
-    arrays = create(folder, {name: ('F32', x.shape) for name, x in tensors.items()})
-    for name, array in arrays.items():
-      array[...] = tensors[name]
+  with new_folder(output, sum(x.nbytes for x in tensors.values())) as folder:
+    for name, tensor in allocate(folder, {name: ('F32', x.shape) for name, x in tensors.items()}).items():
+      tensor.write(0, tensors[name].astype(np.float32))
     (folder / SINGLE).rename(folder / WEIGHTS)
     values = _config(cfg.lora, cfg.model.name, places, found)
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + '\n')
-    folder.rename(output)
-  except BaseException:
-    shutil.rmtree(folder)
-    raise
   return len(tensors) // 2
 
 

@@ -1,12 +1,14 @@
 """`pretrain export`: a step of a run as a folder that `transformers` loads."""
 
+import contextlib
+import errno
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from data.batches.batches import DataSource
@@ -19,44 +21,66 @@ from pretrain.devices.compilation_cache import cache_dir
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.evaluation.imported import FOLDER
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.trunk import weights_reader
+from pretrain.experiment.trunk import Weight, weights_reader
+from pretrain.interchange import placing
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import FAMILIES, family_for, lost
 from pretrain.interchange.family import Family
 from pretrain.interchange.importing import KEPT, ORIGINALS, TENSORS, needed, placed
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.safetensors import Tensor, create, open_folder
-from pretrain.tools.weights import NOT_ARCHITECTURE, Step, check_new, config_of
+from pretrain.interchange.safetensors import SHARD_BYTES, SIZES, Tensor, allocate, open_folder
+from pretrain.tools.weights import NOT_ARCHITECTURE, Step, check_new, check_space, config_of
 from pretrain.workdirs.copies import local_copy
 from pretrain.workdirs.folder import Folder, as_folder
 
 Names = Mapping[str, str]
+TYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}  # of --dtype
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def export(step: Step, output: Folder) -> Family:
+def export(step: Step, output: pathlib.Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Family:
   """Writes `step` to a new folder: weights, config.json, generation_config.json and the tokenizer's files.
 
-  An imported run gets its tensors' names and types back, and its other files. Raises ConfigError for a folder that
-  exists, and for a model that no family has; then nothing is written.
+  An imported run gets its tensors' names and types back, and its other files; with `dtype`, all tensors have that type.
+  The host holds one tensor at a time. Raises ConfigError for a folder that exists or is inside of the run, for a full
+  disk, and for a model that no family has; then nothing is written.
   """
   check_new(output, '--out')
   cfg = config_of(step.workdir)
   imported = origin(step.workdir, cfg)
   family = chosen_family(cfg, imported)
-  partial = output.with_name(output.name + '.partial')
-  if partial.exists():
-    raise ConfigError(f'{partial} is left from an export that was interrupted; remove it.')
-  partial.mkdir(parents=True)
-  try:
-    values = config_values(cfg, family, imported)
-    _write_weights(step, cfg, family, values, imported, partial)
+  values = config_values(cfg, family, imported) | ({'dtype': dtype} if dtype else {})
+  values = {key: value for key, value in values.items() if not (dtype and key == 'torch_dtype')}
+  weights = Weights(cfg, family, values, imported, dtype)
+  with weights_reader(step.workdir, step.number, ema=step.ema) as read, new_folder(output, weights.size) as partial:
+    weights.write({entry.ours: _found(read, step, entry, spec) for entry, spec in weights.places}, partial, shard_bytes)
     _write_config(cfg, family, values, imported, partial)
     _write_tokenizer(cfg, family, imported, partial)
-    partial.rename(output)
-  except BaseException:
-    shutil.rmtree(partial)
-    raise
   return family
+
+
+@contextlib.contextmanager
+def new_folder(output: pathlib.Path, size: int = 0) -> Iterator[pathlib.Path]:
+  """Inside, an empty folder that becomes `output` at the end, complete or not at all; it needs `size` bytes.
+
+  Raises ConfigError where the disk is full or cannot be written.
+  """
+  partial = output.with_name(output.name + '.partial')
+  if partial.exists():
+    raise ConfigError(f'{partial} is left from an export that was interrupted. Nothing was written; remove it.')
+  check_space(output, size, '--out')
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(output)
+  except BaseException as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError) and error.errno in FULL:
+      raise ConfigError(
+        f'--out={output} cannot be written ({error.strerror}). Its remains were removed; free space or choose another '
+        'disk.'
+      ) from error
+    raise
 
 
 def origin(workdir: Folder, cfg: Experiment) -> pathlib.Path | None:
@@ -83,25 +107,32 @@ def chosen_family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
   return family_for(cfg.model)
 
 
-def _write_weights(step: Step, cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:
-  names, types = _record(imported)
-  places, kept = placed(family, cfg.model, values), _originals(imported, family)
-  shapes = needed(family, cfg.model, values)
-  shapes |= {name: tensor.shape for name, tensor in kept.items() if name not in shapes}
-  tensors = {
-    name: (types.get(name, 'F32'), shape) for first, shape in shapes.items() for name in _all_names(first, names)
-  }  # fmt: skip
-  arrays = create(output, tensors)
-  for first, tensor in kept.items():  # the places of no parameter keep these values
-    for name in _all_names(first, names):
-      arrays[name][...] = tensor.values()
-  with weights_reader(step.workdir, step.number, ema=step.ema) as read:
-    for entry, spec in places:
-      found, row = _read(read, step, entry, spec), _row(entry, kept)
-      for at, first in entry.names(spec).items():
-        before = kept[first].values() if first in kept and entry.folds else None
-        for name in _all_names(first, names):
-          entry.write(arrays[name], spec, found[at], before, row)
+class Weights:
+  """The tensors of an export: `places` (a parameter and its entry), and `size` in bytes."""
+
+  def __init__(self, cfg: Experiment, family: Family, values, imported: pathlib.Path | None, dtype: str | None):
+    self._names, types = _record(imported)
+    self.places, self._kept = placed(family, cfg.model, values), _originals(imported, family)
+    shapes = needed(family, cfg.model, values)
+    shapes |= {name: tensor.shape for name, tensor in self._kept.items() if name not in shapes}
+    self._tensors = {
+      name: (TYPES[dtype] if dtype else types.get(name, 'F32'), shape)
+      for first, shape in shapes.items() for name in _all_names(first, self._names)
+    }  # fmt: skip
+    self.size = sum(math.prod(shape) * SIZES[kind] for kind, shape in self._tensors.values())
+
+  def write(self, found: Mapping[str, Weight], output: pathlib.Path, shard_bytes: int) -> None:
+    """Writes the files, of which one tensor at a time is in memory."""
+    tensors, kept = allocate(output, self._tensors, shard_bytes), self._kept
+    for first, tensor in kept.items():  # the places of no parameter keep these values
+      for name in _all_names(first, self._names):
+        placing.copy(tensor, tensors[name])
+    for entry, spec in self.places:
+      row, own = _row(entry, kept), entry.names(spec)
+      for first, values in zip(own.values(), found[entry.ours].parts(own), strict=True):
+        before = kept.get(first) if entry.folds else None
+        for name in _all_names(first, self._names):
+          placing.write(entry, spec, tensors[name], values, before, row)
 
 
 def _originals(imported: pathlib.Path | None, family: Family) -> dict[str, Tensor]:
@@ -128,7 +159,7 @@ def _all_names(first: str, names: Names) -> list[str]:
   return [name for name, own in names.items() if own == first] or [first]
 
 
-def _read(read: Callable[[str], Any], step: Step, entry: Entry, spec: ParamSpec) -> np.ndarray:
+def _found(read: Callable[[str], Weight | None], step: Step, entry: Entry, spec: ParamSpec) -> Weight:
   """One parameter of the step, compared in shape with the model."""
   found = read(entry.ours)
   if found is None or found.shape != spec.shape:
@@ -138,7 +169,7 @@ def _read(read: Callable[[str], Any], step: Step, entry: Entry, spec: ParamSpec)
       'CKPT-MISMATCH',
       f'{key} is {there} in {step}, {list(spec.shape)} in its config.gin. Nothing was written; restore it from a copy.',
     )
-  return np.asarray(jax.device_get(found))
+  return found
 
 
 def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:

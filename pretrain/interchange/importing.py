@@ -33,10 +33,10 @@ from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import family_of
 from pretrain.interchange.family import Family
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.placing import BLOCK, place
-from pretrain.interchange.safetensors import READ, Tensor, create, equal, open_folder
+from pretrain.interchange.placing import BLOCK, copy, place
+from pretrain.interchange.safetensors import READ, Tensor, allocate, equal, open_folder
 from pretrain.interchange.zarr import checkpoint_in
-from pretrain.tools.weights import NOT_ARCHITECTURE
+from pretrain.tools.weights import NOT_ARCHITECTURE, check_space
 from pretrain.workdirs.copies import made_in
 from pretrain.workdirs.folder import Folder
 
@@ -218,17 +218,23 @@ def import_run(
 
   It writes `change(parameters)`; `keep` writes the other files beside them.
   """
+  check_space(workdir, sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values()), '--workdir')
   program = build_program(cfg)
   params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
   fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()
-  with owned(workdir):
-    checkpoints = Checkpoints(workdir, CheckpointConfig())
-    checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
-    checkpoints.close()
-    with made_in(workdir / FOLDER) as folder:
-      (keep or keep_files)(source, cfg, folder)
-    (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
+  try:
+    with owned(workdir):
+      checkpoints = Checkpoints(workdir, CheckpointConfig())
+      checkpoints.save_params(0, params, {'source': command, 'data': {'tokenizer': fingerprint}}, text)
+      checkpoints.close()
+      with made_in(workdir / FOLDER) as folder:
+        (keep or keep_files)(source, cfg, folder)
+      (workdir / 'config.gin').write_text(text)  # last: a folder without it is not a run
+  except BaseException:
+    if isinstance(workdir, pathlib.Path):
+      shutil.rmtree(workdir, ignore_errors=True)  # it was new, and is no run
+    raise
 
 
 def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
@@ -239,8 +245,8 @@ def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
   (folder / TENSORS).write_text(json.dumps({'names': dict(source.names), 'types': types}, indent=1) + '\n')
   if kept := {name: source.tensors[name] for name in sorted(_to_keep(source))}:
     (folder / ORIGINALS).mkdir()
-    for name, array in create(folder / ORIGINALS, {name: (t.dtype, t.shape) for name, t in kept.items()}).items():
-      array[...] = kept[name].values()
+    for name, tensor in allocate(folder / ORIGINALS, {name: (t.dtype, t.shape) for name, t in kept.items()}).items():
+      copy(kept[name], tensor)
 
 
 def _to_keep(source: Source) -> set[str]:

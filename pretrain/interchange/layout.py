@@ -17,6 +17,7 @@ from models.specs import ParamSpec
 
 Sizes = Mapping[str, int]
 Index = tuple[slice, ...]
+Row = np.ndarray | None
 
 RENAMED = {'one_head': 'kv_heads'}  # a single key head has an axis word of its own
 
@@ -82,21 +83,21 @@ class Entry:
     return self.fold(self.view(tensor, spec).reshape(spec.shape[self.stacked :]), row)
 
   def write(
-    self, tensor: np.ndarray, spec: ParamSpec, values: np.ndarray, before: np.ndarray | None, row: np.ndarray | None
+    self, tensor: np.ndarray, spec: ParamSpec, block: Block, values: np.ndarray, before: np.ndarray | None, row: Row
   ) -> None:
-    """Puts the part of the parameter that `tensor` holds into its places.
+    """Puts `values` into their places in the elements `tensor` of `block`, which are whole rows of the parameter.
 
-    Where `before`, the tensor that was imported, gives the same value, it stays: a fold rounds, so its inverse may not
-    give the bits back.
+    Where `before`, the same elements of the tensor that was imported, gives the same value, it stays: a fold rounds, so
+    its inverse may not give the bits back.
     """
-    view = self.view(tensor, spec)
+    view = self._places(tensor, spec, block)
     if not self.folds:
       view[...] = values.reshape(view.shape)
       return
     found = self.unfold(values, row).astype(tensor.dtype)
     if before is not None:
-      old = self.view(before, spec).reshape(values.shape)
-      found = np.where(self.fold(old, row) == values, old, found)
+      old = self.of_block(before, spec, block)
+      found = np.where(self.fold(old, row) == values, old.astype(tensor.dtype), found)
     view[...] = found.reshape(view.shape)
 
   def fold(self, theirs: np.ndarray, row: np.ndarray | None) -> np.ndarray:
@@ -135,16 +136,19 @@ class Entry:
 
   def of_block(self, values: np.ndarray, spec: ParamSpec, block: Block) -> np.ndarray:
     """The part of the parameter that the elements of `block` hold, before `fold`."""
-    sizes, (lead, *others) = self._sizes(spec), self._atoms()
-    whole = values.reshape([block.rows, *(_total(atom, sizes) for atom in others)])
-    first = slice(None) if self._axis_of(lead, spec)[0] is not None else _index(lead, sizes)
-    arranged = self._arranged(whole[(first, *(_index(atom, sizes) for atom in others))], spec)
-    shape, at = [], 0
+    arranged, shape, at = self._places(values, spec, block), [], 0
     for axis in self._own(spec):  # joins split axes
       parts = len(self._parts(axis))
       shape.append(math.prod(arranged.shape[at : at + parts]))
       at += parts
     return arranged.reshape(shape)[block.cut]
+
+  def _places(self, values: np.ndarray, spec: ParamSpec, block: Block) -> np.ndarray:
+    """The places of the parameter in the elements of `block`: a view with the axes of ours, split axes still apart."""
+    sizes, (lead, *others) = self._sizes(spec), self._atoms()
+    whole = values.reshape([block.rows, *(_total(atom, sizes) for atom in others)])
+    first = slice(None) if self._axis_of(lead, spec)[0] is not None else _index(lead, sizes)
+    return self._arranged(whole[(first, *(_index(atom, sizes) for atom in others))], spec)
 
   def boxes(
     self, spec: ParamSpec, wanted: Sequence[range], chunks: Sequence[int], read: Callable[[Index], np.ndarray]

@@ -1,6 +1,7 @@
-"""Parameters on their devices, read from files a block at a time: the host holds no more than a few blocks."""
+"""Parameters from files onto their devices, and into files, a block at a time: the host holds only a few blocks."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 
 from models.specs import ParamSpec
 from pretrain.interchange.layout import Entry, Index
-from pretrain.interchange.safetensors import Tensor
-from pretrain.interchange.zarr import Array
+from pretrain.interchange.safetensors import READ, Tensor, not_finite
+from pretrain.interchange.zarr import Array, damaged
 
 BLOCK = 4 * 2**20  # elements: 16 MiB of float32
 
@@ -63,7 +64,35 @@ def _values(entry: Entry, spec: ParamSpec, tensors: Tensors, row: Tensor | None,
 def _blocks(entry: Entry, spec: ParamSpec, tensor: Tensor | Array, wanted) -> Iterator[tuple[Index, np.ndarray]]:
   """Blocks of a file have at most BLOCK elements, or a row; those of a zarr folder are its chunks."""
   if isinstance(tensor, Array):
-    yield from entry.boxes(spec, wanted, tensor.chunks, tensor.read)
+    for into, values in entry.boxes(spec, wanted, tensor.chunks, tensor.read):
+      if not np.isfinite(values).all():
+        raise damaged(tensor.path, f'{tensor.name} has values that are not finite')
+      yield into, values
     return
   for block in entry.blocks(spec, wanted, BLOCK):
-    yield block.into, entry.of_block(tensor.read(block.begin, block.end), spec, block)
+    elements = tensor.read(block.begin, block.end)
+    if not np.isfinite(elements).all():
+      raise not_finite(tensor, elements, block.begin)
+    yield block.into, entry.of_block(elements, spec, block)
+
+
+def write(
+  entry: Entry, spec: ParamSpec, tensor: Tensor, values: np.ndarray, before: Tensor | None, row: np.ndarray | None
+) -> None:
+  """Puts `values`, the part of the parameter that `tensor` holds, into its file; other places of it stay.
+
+  `before` is the tensor that was imported, see `Entry.write`.
+  """
+  for block in entry.blocks(spec, [range(size) for size in values.shape], BLOCK):
+    elements = tensor.read(block.begin, block.end)
+    old = None if before is None else before.read(block.begin, block.end)
+    added = None if row is None else row[block.into[-1]]
+    entry.write(elements, spec, block, values[block.into], old, added)
+    tensor.write(block.begin, elements)
+
+
+def copy(source: Tensor, into: Tensor) -> None:
+  """Writes the values of `source` to the file of `into`, in its type."""
+  count = math.prod(source.shape)
+  for begin in range(0, count, BLOCK):
+    into.write(begin, source.read(begin, min(begin + BLOCK, count)).astype(READ[into.dtype]))

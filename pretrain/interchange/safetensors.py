@@ -55,6 +55,14 @@ class Tensor:
     raw = np.fromfile(self.path, np.uint8, count * size, offset=self.begin + begin * size)
     return raw.view(READ[self.dtype])
 
+  def write(self, begin: int, values: np.ndarray) -> None:
+    """Puts `values`, in a row, at element `begin` of the file. Mapped pages would count as memory of the process."""
+    with self.path.open('r+b', buffering=0) as file:
+      file.seek(self.begin + begin * SIZES[self.dtype])
+      left = memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+      while left:  # a call writes at most 2 GB
+        left = left[file.write(left) :]
+
   def values(self) -> np.ndarray:
     """All of its values."""
     return self.read().reshape(self.shape)
@@ -74,6 +82,13 @@ def _mapped(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...], begin: 
     return np.zeros(shape, dtype)
   raw = np.memmap(path, np.uint8, 'r+', begin, (math.prod(shape) * dtype.itemsize,))
   return raw.view(dtype).reshape(shape)
+
+
+def not_finite(tensor: Tensor, values: np.ndarray, begin: int) -> CheckpointError:
+  """The error for `values`, elements of `tensor` from `begin`, that are not all finite."""
+  wrong = np.flatnonzero(~np.isfinite(values))
+  what = f'element {begin + wrong[0]} of {tensor.name} is {values[wrong[0]]}'
+  return _damage(tensor.path, f'{what}, and weights are finite', 'copy or download the file again, or repair it')
 
 
 def _damage(path: pathlib.Path, what: str, fix: str = 'copy or download the file again') -> CheckpointError:
@@ -109,6 +124,10 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
   found = {name: open_file(folder / name) for name in sorted(files)}
   if lost := [name for name, file in places.items() if name not in found[file]]:
     raise _damage(folder / places[lost[0]], f'it does not have {lost[0]}, which {INDEX} places there')
+  if more := [(file, name) for file, own in found.items() for name in own if places.get(name) != file]:
+    file, name = more[0]
+    where = f'places in {places[name]}' if name in places else 'does not list'
+    raise _damage(folder / file, f'it has {name}, which {INDEX} {where} (first of {len(more)})')
   return {name: found[file][name] for name, file in places.items()}
 
 
@@ -154,8 +173,18 @@ def _check_fills(path: pathlib.Path, tensors: list[Tensor], start: int, size: in
     raise _damage(path, what + (' (truncated)' if size < at else ''))
 
 
-def create(folder: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int = SHARD_BYTES):
-  """Files for tensors of these types and shapes, with zeros as values: name -> array that writes to the disk.
+def create(
+  folder: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int = SHARD_BYTES
+) -> dict[str, np.ndarray]:
+  """As `allocate`, but each value is an array that writes to the disk: for tensors that fit into memory."""
+  made = allocate(folder, tensors, limit)
+  return {name: _mapped(t.path, READ[t.dtype], t.shape, t.begin) for name, t in made.items()}
+
+
+def allocate(
+  folder: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int = SHARD_BYTES
+) -> dict[str, Tensor]:
+  """Files for tensors of these types and shapes, with zeros as values.
 
   One file up to `limit` bytes, else shards and their index. The bytes are those that `save_pretrained` would write:
   larger types first, then by name.
@@ -165,15 +194,15 @@ def create(folder: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...
   files = [SINGLE] if len(shards) == 1 else [
     f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)
   ]  # fmt: skip
-  arrays: dict[str, np.ndarray] = {}
+  made: dict[str, Tensor] = {}
   for file, shard in zip(files, shards, strict=True):
-    arrays |= _create_file(folder / file, {name: tensors[name] for name in shard})
+    made |= _create_file(folder / file, {name: tensors[name] for name in shard})
   if len(shards) > 1:
     places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     total = sum(_bytes(*tensors[name]) for name in names)
     text = json.dumps({'metadata': {'total_size': total}, 'weight_map': dict(sorted(places.items()))}, indent=2)
     (folder / INDEX).write_text(text + '\n')
-  return arrays
+  return made
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -195,7 +224,7 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
   return shards
 
 
-def _create_file(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+def _create_file(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0
   for name, (dtype, shape) in tensors.items():
@@ -206,4 +235,4 @@ def _create_file(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int,
     file.write(len(text).to_bytes(8, 'little') + text)
     file.truncate(8 + len(text) + at)
   start = {name: 8 + len(text) + entry['data_offsets'][0] for name, entry in header.items() if name in tensors}
-  return {name: _mapped(path, READ[dtype], shape, start[name]) for name, (dtype, shape) in tensors.items()}
+  return {name: Tensor(path, name, dtype, shape, start[name]) for name, (dtype, shape) in tensors.items()}

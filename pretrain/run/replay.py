@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from pretrain.checkpoints import manifest, step_folders
-from pretrain.checkpoints.checkpoints import Checkpoints, first_of
+from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.checkpoints.wording import first_of
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.hosts.coordination import Interrupt

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from pretrain.checkpoints import manifest, step_folders
-from pretrain.checkpoints.checkpoints import Checkpoints, first_of
+from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
+from pretrain.checkpoints.wording import first_of
 from pretrain.errors import CheckpointError
 from pretrain.replicas import digest
 from pretrain.tools.describe import table

@@ -3,11 +3,13 @@
 Tokens that both tokenizers have keep their rows, under their new ids. The others get rows by a method:
 mean: the mean of the old rows; multivariate: drawn from a normal distribution with the mean and covariance of the old
 rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); subword: the mean of the rows of
-the old tokens that spell the new one, and where it cannot be spelled, the mean of all.
+the old tokens that spell the new one, and where it cannot be spelled, the mean of all; ofa: the mean of the nearest old
+tokens in a space of word vectors (`word_vectors`), with a rank also in fewer dimensions.
 """
 
 import dataclasses
 import hashlib
+import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -30,11 +32,12 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
 from pretrain.hosts.ownership import owned
 from pretrain.tools.weights import Step, check_new, config_of, program_on_one_device
+from pretrain.tools.word_vectors import Nearest, factorised, nearest
 from pretrain.workdirs.copies import made_in
 from pretrain.workdirs.folder import Folder
 
-Method = Literal['mean', 'multivariate', 'subword']
-METHODS: tuple[Method, ...] = ('mean', 'multivariate', 'subword')
+Method = Literal['mean', 'multivariate', 'subword', 'ofa']
+METHODS: tuple[Method, ...] = ('mean', 'multivariate', 'subword', 'ofa')
 OBJECTIVES = {'decoder': 'causal_lm', 'encoder_decoder': 'span_corruption', 'encoder': 'mlm'}
 LARGEST_FACTOR = 128
 IDS_BESIDE = ('generation_config.json', 'tokenizer_config.json')  # they name the ids of a tokenizer
@@ -49,14 +52,31 @@ class Extended:
   rows: int
 
 
+@dataclasses.dataclass(frozen=True)
+class WordVectors:
+  """The file of method ofa, how many of its words are read, and the rank of the new tables (None: that of the old)."""
+
+  path: pathlib.Path
+  most: int | None = None
+  rank: int | None = None
+
+
 def extend_vocabulary(
-  step: Step, tokenizer: Published, method: Method, output: Folder, source: str, seed: int = 0
+  step: Step,
+  tokenizer: Published,
+  method: Method,
+  output: Folder,
+  source: str,
+  seed: int = 0,
+  vectors: WordVectors | None = None,
 ) -> Extended:
   """Writes a new workdir with the weights of `step` for another `tokenizer`.
 
-  Raises ConfigError for a run whose tokenizer is not known; then nothing is written.
+  Raises ConfigError for a run whose tokenizer is not known, and DataError for a file of vectors that is not readable;
+  then nothing is written.
   """
   check_new(output, '--to')
+  _check_vectors(method, vectors)
   cfg = plain(config_of(step.workdir))
   old, new = tokenizer_of_run(step.workdir, cfg), tokenizer.open(cfg.data.sentinels)
   if new.fingerprint == old.fingerprint:
@@ -64,6 +84,8 @@ def extend_vocabulary(
   places = old_ids(old, new)
   rows = padded(new.vocabulary.size, cfg.model.vocab_size)
   spelled = spellings(old, new, places) if method == 'subword' else None
+  missing, rank = np.flatnonzero(places < 0), vectors and vectors.rank
+  near = nearest(vectors.path, old, new, missing, vectors.most) if vectors is not None and len(missing) else None
   program = program_on_one_device(cfg)
   axes = {path: spec.axes for path, spec in flatten_dict(dict(program.model.specs)).items()}
   params = flatten_dict(step.read(program.abstract.params))
@@ -72,7 +94,8 @@ def extend_vocabulary(
       dim = axes[path].index('vocab')
       table = np.moveaxis(np.asarray(x), dim, 0)
       flat = table.reshape(len(table), -1)
-      made = new_rows(flat, places, old.vocabulary.size, rows, filler(method, spelled, seed))
+      fill, given = filler(method, spelled, seed, near), (flat, places, old.vocabulary.size, rows)
+      made = narrow_rows(*given, fill, rank) if rank else new_rows(*given, fill)
       params[path] = jax.numpy.asarray(np.moveaxis(made.reshape(rows, *table.shape[1:]), 0, dim))
   _write(output, unflatten_dict(params), _config(cfg, rows), tokenizer, source)
   return Extended(int((places >= 0).sum()), int((places < 0).sum()), rows)
@@ -130,11 +153,20 @@ def padded(size: int, before: int) -> int:
   return -(-size // factor) * factor
 
 
+def _check_vectors(method: Method, vectors: WordVectors | None) -> None:
+  if (method == 'ofa') != (vectors is not None):
+    raise ConfigError(
+      '--method=ofa and --vectors=FILE belong together. Nothing was written; give both, or neither of them.'
+    )
+
+
 Fill = Callable[[np.ndarray, int], np.ndarray]  # (old rows of tokens, number of new ones) -> new rows
 
 
-def filler(method: Method, spelled: Sequence[Sequence[int]] | None, seed: int) -> Fill:
+def filler(method: Method, spelled: Sequence[Sequence[int]] | None, seed: int, near: Nearest | None = None) -> Fill:
   match method:
+    case 'ofa' if near is not None:
+      return lambda old, count: near.rows(old, seed)
     case 'mean':
       return lambda old, count: np.broadcast_to(old.mean(0), (count, old.shape[1]))
     case 'multivariate':
@@ -164,6 +196,17 @@ def new_rows(table: np.ndarray, places: np.ndarray, size: int, rows: int, fill: 
   kept = np.flatnonzero(places >= 0)
   made[kept] = table[places[kept]]
   return made
+
+
+def narrow_rows(table: np.ndarray, places: np.ndarray, size: int, rows: int, fill: Fill, rank: int) -> np.ndarray:
+  """As `new_rows`, for a table of this rank: coordinates times primitives. Rows that both tokenizers have change too.
+
+  Raises ConfigError for a rank that the table does not have.
+  """
+  if rank > (most := min(size, table.shape[1])):
+    raise ConfigError(f'--rank={rank} is above {most}, that of the table. Nothing was written; choose a smaller one.')
+  coordinates, primitives = factorised(table[:size].astype(np.float64), rank)
+  return (new_rows(coordinates, places, size, rows, fill) @ primitives).astype(table.dtype)
 
 
 def _config(cfg: Experiment, rows: int) -> Experiment:

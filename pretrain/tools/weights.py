@@ -7,6 +7,7 @@ evaluation read it, and a run can start from it (`checkpoint.initial`), but no r
 import dataclasses
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -267,6 +268,19 @@ def config_of(workdir: Folder) -> Experiment:
     where = f'{workdir}{looked_in(str(workdir))}'
     raise CheckpointError('CKPT-NONE', f'no run in {where}: config.gin is missing; check the path.')
   return load_saved(saved)
+
+
+def check_space(output: Folder, size: float, flag: str) -> None:
+  """Raises ConfigError where the disk of a new folder has less than `size` bytes free; a store is not asked."""
+  if not isinstance(output, pathlib.Path):
+    return
+  existing = next(path for path in output.absolute().parents if path.exists())
+  free = shutil.disk_usage(existing).free
+  if free < size:
+    raise ConfigError(
+      f'{flag}={output} needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free on {existing}. Nothing was written; '
+      'free space or choose another disk.'
+    )
 
 
 def check_new(output: Folder, flag: str = '--output') -> None:

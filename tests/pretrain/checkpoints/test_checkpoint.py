@@ -247,6 +247,28 @@ def test_parameters_alone_are_saved_in_small_files(tmp_path, monkeypatch):
       assert (found == params['x']).all()
 
 
+def test_a_layer_can_be_read_alone(tmp_path, monkeypatch):
+  """Of a step of parameters each layer has chunks of its own; of others the array stays in memory meanwhile."""
+  monkeypatch.setattr('pretrain.checkpoints.checkpoints.SMALL_FILE', 2**16)
+  monkeypatch.setattr('pretrain.checkpoints.stored.PART', 2**14)
+  params = {'x': {'y': jax.random.normal(jax.random.key(0), (4, 64, 512)), 'z': jax.numpy.float32(3)}}
+  with contextlib.closing(Checkpoints(tmp_path, CFG)) as checkpoints:
+    checkpoints.save_params(0, params, POSITION, '')
+    checkpoints._save(1, {'params': params}, POSITION, '', {})
+  with contextlib.closing(Checkpoints(tmp_path, CFG, read_only=True)) as checkpoints:
+    for step, layers in ((0, 1), (1, 4)):
+      found = checkpoints.stored(step, ['params/x/y', 'params/x/z'])
+      y, z = found['params/x/y'], found['params/x/z']
+      assert (y.shape, y._chunk[0], z.shape, z.all()) == ((4, 64, 512), layers, (), 3)
+      for place, part in zip(((2,), (0,), (3, 5)), y.parts([(2,), (0,), (3, 5)]), strict=True):
+        assert (part == params['x']['y'][place]).all()
+    broken = checkpoints.stored(0, ['params/x/y'])['params/x/y']
+    for path in (tmp_path / 'checkpoints/0/state/ocdbt.process_0/d').iterdir():
+      path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r'step 0 of .* cannot be read'):
+      broken.all()
+
+
 def test_a_step_can_be_saved_again_after_it_was_set_aside(run, program, state):
   flip(some_file(run / 'checkpoints/2', FILES['arrays']))
   checkpoints = Checkpoints(run, CFG)

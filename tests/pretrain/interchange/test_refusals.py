@@ -1,17 +1,21 @@
 """What import and export refuse: one line that lists everything, an exit code, and nothing written."""
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from pretrain.cli.main import main
 from pretrain.config import bindings
-from pretrain.errors import ConfigError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.interchange.families import family_for
 from pretrain.interchange.importing import open_source
-from pretrain.interchange.safetensors import SINGLE, create, open_folder
+from pretrain.interchange.safetensors import INDEX, SINGLE, Tensor, create, open_folder
 from tests.pretrain.interchange.goldens import GOLDENS
 
 
@@ -135,6 +139,115 @@ def test_a_run_without_a_checkpoint(tmp_path, capsys):
   err = refused(capsys, 66, 'export', f'--workdir={tmp_path}', f'--out={tmp_path / "out"}')
   assert 'CKPT-NONE' in err
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """An imported run."""
+  run = tmp_path_factory.mktemp('imported') / 'run'
+  assert main(['import', f'--from={GOLDENS / "t5_v1_0"}', f'--workdir={run}']) == 0
+  return run
+
+
+def refused_export(capsys, run, *flags, out, code: int = 64) -> str:
+  before = sorted(run.rglob('*'))
+  err = refused(capsys, code, 'export', f'--workdir={run}', f'--out={out}', *flags)
+  assert not out.with_name(out.name + '.partial').exists()
+  assert sorted(run.rglob('*')) == before
+  return err
+
+
+def test_a_run_that_has_not_saved(run, tmp_path, capsys):
+  (tmp_path / 'new').mkdir()
+  shutil.copy(run / 'config.gin', tmp_path / 'new')
+  assert 'CKPT-NONE' in refused_export(capsys, tmp_path / 'new', out=tmp_path / 'out', code=66)
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  ('out', 'message'),
+  [('run/out', 'is inside of --workdir'), ('run', 'is inside of --workdir'), ('there', 'nothing is overwritten')],
+)
+def test_a_wrong_place_for_an_export(run, capsys, out, message):
+  out = run.parent / out
+  (run.parent / 'there').mkdir(exist_ok=True)
+  assert message in refused_export(capsys, run, out=out)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--max_shard_size=0GB', "'0GB' is no size; write e.g. 500MB or 5GB"),
+    ('--max_shard_size=5', "'5' is no size"),
+    ('--dtype=int8', 'float32'),
+  ],
+)
+def test_a_wrong_flag_of_export(run, tmp_path, capsys, flag, message):
+  assert main(['export', f'--workdir={run}', f'--out={tmp_path / "out"}', flag]) == 64
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_disk_that_is_too_small(run, source, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr('pretrain.tools.weights.shutil.disk_usage', lambda path: types.SimpleNamespace(free=1000))
+  err = refused_export(capsys, run, out=tmp_path / 'out')
+  assert '0.0 MB are free' in err
+  assert 'Nothing was written' in err
+  assert '0.0 MB are free' in refused_import(capsys, source, 64)
+
+
+def full(*args):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_disk_that_becomes_full(run, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(Tensor, 'write', full)
+  err = refused_export(capsys, run, out=tmp_path / 'out')
+  assert 'cannot be written (No space left on device). Its remains were removed; free space' in err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_an_import_whose_save_fails_leaves_nothing(source, capsys, monkeypatch):
+  monkeypatch.setattr('pretrain.checkpoints.orbax_files.Files.begin', full)
+  workdir = source.parent / 'run'
+  assert 'CKPT-NOSPACE' in refused(capsys, 66, 'import', f'--from={source}', f'--workdir={workdir}')
+  assert not workdir.exists()
+
+
+def test_an_export_that_is_killed_leaves_no_folder_of_that_name(run, tmp_path, capsys):
+  out = tmp_path / 'out'
+  program = (
+    'import os; from pretrain.interchange import exporting; from pretrain.cli.main import main; '
+    f'exporting._write_tokenizer = lambda *_: os._exit(9); main(["export", "--workdir={run}", "--out={out}"])'
+  )
+  assert subprocess.run([sys.executable, '-c', program], check=False).returncode == 9
+  assert [path.name for path in tmp_path.iterdir()] == ['out.partial']
+  err = refused(capsys, 64, 'export', f'--workdir={run}', f'--out={out}')
+  assert f'{out}.partial is left from an export that was interrupted. Nothing was written; remove it' in err
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_value_that_is_not_finite(source, capsys, value):
+  def edit(arrays):
+    arrays['shared.weight'][1, 2] = value
+
+  rewrite(source, edit)
+  assert f'element 34 of shared.weight is {value}, and weights are finite' in refused_import(capsys, source)
+
+
+@pytest.mark.parametrize(
+  ('second', 'message'),
+  [('b', 'it has b, which model.safetensors.index.json does not list'), ('a', 'it has a, which model.saf')],
+)
+def test_a_tensor_in_two_shards(tmp_path, second, message):
+  for number, names in enumerate(('a', f'c{second}'), 1):
+    create(tmp_path, {name: ('F32', (2,)) for name in names})
+    (tmp_path / SINGLE).rename(tmp_path / f'{number}.safetensors')
+  (tmp_path / INDEX).write_text(json.dumps({'weight_map': {'a': '1.safetensors', 'c': '2.safetensors'}}))
+  with pytest.raises(CheckpointError) as error:
+    open_folder(tmp_path)
+  assert message in str(error.value)
+  assert '(first of 1)' in str(error.value)
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from models.specs import ParamSpec
 from pretrain.cli.main import main
 from pretrain.interchange.layout import Entry
-from pretrain.interchange.safetensors import create, open_folder
+from pretrain.interchange.safetensors import INDEX, create, open_folder
 from tests.pretrain.interchange import goldens
 
 
@@ -21,6 +22,33 @@ def test_round_trip_gives_the_same_files(name, tmp_path):
   assert (out / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
   assert json.loads((out / 'config.json').read_text()) == json.loads((source / 'config.json').read_text())
   assert sorted(path.name for path in out.iterdir()) == ['config.json', 'generation_config.json', 'model.safetensors']
+
+
+@pytest.mark.parametrize('name', ['falcon', 'gemma2', 'gpt2', 'gpt_neox', 'mixtral', 'roberta'])
+def test_an_export_in_small_blocks_has_the_same_values(name, tmp_path, monkeypatch):
+  """Where a tensor has many blocks, and an array many parts."""
+  source, run, out = goldens.GOLDENS / name, tmp_path / 'run', tmp_path / 'out'
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  monkeypatch.setattr('pretrain.interchange.placing.BLOCK', 100)
+  monkeypatch.setattr('pretrain.checkpoints.stored.PART', 1000)
+  assert main(['export', f'--workdir={run}', f'--out={out}', '--max_shard_size=60KB']) == 0
+  assert (out / INDEX).exists()
+  found, wanted = open_folder(out), open_folder(source)
+  assert found.keys() == wanted.keys()
+  for key, tensor in wanted.items():
+    assert tensor.values().tobytes() == found[key].values().tobytes(), key
+
+
+def test_an_export_in_bfloat16(tmp_path):
+  source, run, out = goldens.GOLDENS / 'llama', tmp_path / 'run', tmp_path / 'out'
+  assert main(['import', f'--from={source}', f'--workdir={run}']) == 0
+  assert main(['export', f'--workdir={run}', f'--out={out}', '--dtype=bfloat16']) == 0
+  found = open_folder(out)
+  for name, tensor in open_folder(source).items():
+    wanted = tensor.values().astype(ml_dtypes.bfloat16)
+    assert found[name].dtype == 'BF16'
+    assert found[name].values().tobytes() == wanted.tobytes()
+  assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
 def test_old_names_and_other_heads_come_back(tmp_path):
@@ -69,6 +97,6 @@ def test_a_fold_keeps_the_bits_of_values_that_did_not_change(scale, shift):
   assert (entry.unfold(ours, None) != before).any(), 'the inverse alone would do'
   ours[:8] += 0.5
   out = np.zeros_like(before)
-  entry.write(out, spec, ours, before, None)
+  entry.write(out, spec, next(entry.blocks(spec, [range(4096)], 4096)), ours, before, None)
   np.testing.assert_array_equal(out[8:], before[8:])
   np.testing.assert_allclose(out[:8], before[:8] + 0.5 / scale, atol=1e-6)

@@ -1,5 +1,7 @@
 """Another tokenizer for the weights of a run: which rows stay, and what the new ones are."""
 
+import re
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -13,6 +15,7 @@ from pretrain.config import bindings
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
 from pretrain.tools.vocabulary import drawn, old_ids, padded, spellings, written
+from pretrain.tools.word_vectors import Nearest, words
 from tests.pretrain import tiny
 
 LICENSE = (tiny.ROOT / 'LICENSE').read_text().splitlines()
@@ -87,6 +90,119 @@ def test_tokens_of_both_keep_their_rows_to_the_bit(folder, tmp_path, method, cap
         pieces = processor(old).encode(processor(new).id_to_piece(word)[1:])
         assert len(pieces) > 1
         np.testing.assert_allclose(table[word], known[pieces].mean(0), atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def vectors(folder):
+  """Vectors of words of both texts in the format of fastText."""
+  text = ' '.join([*LICENSE, *OTHER])
+  words = sorted({word.lower() for word in re.findall(r'[A-Za-z]{3,}', text)})
+  rng = np.random.default_rng(3)
+  lines = [f'{len(words)} 12', *(f'{word} ' + ' '.join(f'{x:.5f}' for x in rng.normal(size=12)) for word in words)]
+  (folder / 'words.vec').write_text('\n'.join(lines) + '\n')
+  return folder / 'words.vec'
+
+
+def places_of(path, model: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+  """Each piece in the space of the words, as ofa/utils.py get_subword_embeddings_in_word_embedding_space."""
+  found = {i: [] for i in range(len(model))}
+  for line in path.read_text().splitlines()[1:]:
+    word, *numbers = line.split(' ')
+    for text in (word, ' ' + word, ' ' + word[0].upper() + word[1:]):
+      for piece in set(model.encode(text)):
+        found[piece].append(np.array(numbers, float))
+  return np.array([np.mean(own, 0) if own else np.zeros(12) for own in found.values()])
+
+
+def by_the_paper(path, old, new, table: np.ndarray, token: int) -> np.ndarray:
+  """The row of a new token, as ofa/utils.py create_target_embeddings."""
+  theirs, wanted = places_of(path, old), places_of(path, new)[token]
+  similar = [x @ wanted / (np.linalg.norm(x) * np.linalg.norm(wanted)) if x.any() else 0.0 for x in theirs]
+  best = sorted(range(len(similar)), key=lambda i: -similar[i])[:10]
+  weights = np.exp(np.array([similar[i] for i in best]) / 0.1)
+  return sum(weight * table[i] for i, weight in zip(best, weights / weights.sum(), strict=True))
+
+
+@pytest.mark.parametrize('rank', [None, 7])
+def test_ofa_equals_the_paper(folder, vectors, tmp_path, rank, capsys):
+  flags = [f'--workdir={folder}/old', f'--tokenizer={folder}/new.model', '--method=ofa', f'--vectors={vectors}']
+  assert (
+    main(['checkpoints', 'extend-vocabulary', *flags, f'--to={tmp_path}/new', *[f'--rank={rank}'] * bool(rank)]) == 0
+  )
+  old, new = tokenizers(folder)
+  places = old_ids(old, new)
+  places_new = places_of(vectors, processor(new))
+  fresh = [i for i in np.flatnonzero(places < 0) if i < NEW_SIZE and places_new[i].any()][::9]
+  assert len(fresh) > 5
+  kept = np.flatnonzero(places >= 0)
+  for name, table in tables(tmp_path / 'new').items():
+    known = tables(folder / 'old')[name][: old.vocabulary.size].astype(np.float64)
+    if rank:
+      left, values, right = np.linalg.svd(known)
+      known = left[:, :rank] @ np.diag(values[:rank]) @ right[:rank]
+      assert np.linalg.matrix_rank(table.astype(np.float64), tol=1e-5) == rank
+    np.testing.assert_allclose(table[kept], known[places[kept]], atol=1e-6)
+    for token in fresh:
+      wanted = by_the_paper(vectors, processor(old), processor(new), known, token)
+      np.testing.assert_allclose(table[token], wanted, atol=2e-6)
+
+
+def test_tokens_of_no_word_are_drawn_around_the_old_rows():
+  old = np.random.default_rng(0).normal([1, -2], [0.5, 3], (4000, 2))
+  near = Nearest(np.zeros((3000, 1), int), np.ones((3000, 1)), np.arange(3000) == 0)
+  rows = near.rows(old, 1)
+  np.testing.assert_array_equal(rows[0], old[0])
+  np.testing.assert_allclose(rows[1:].mean(0), [1, -2], atol=0.2)
+  np.testing.assert_allclose(rows[1:].std(0), [0.5, 3], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('2 3\na 1 2 3\nb 1 2\n', ':3 is no word and 3 numbers'),
+    ('a 1 x\n', ':1 is no word and 2 numbers'),
+    ('a 1 nan\n', ':1 is no word and 2 numbers'),
+    ('3 2\n', 'has no words'),
+    ('ÿ 1 2\n', 'no word is spelled with any of the'),
+    (None, 'cannot be read'),
+  ],
+)
+def test_vectors_that_cannot_be_read(folder, tmp_path, capsys, text, message):
+  if text is not None:
+    (tmp_path / 'x.vec').write_text(text)
+  flags = [f'--workdir={folder}/old', f'--tokenizer={folder}/new.model', '--method=ofa', f'--vectors={tmp_path}/x.vec']
+  assert main(['checkpoints', 'extend-vocabulary', *flags, f'--to={tmp_path}/new']) == 65
+  err = capsys.readouterr().err
+  assert message in err
+  assert 'Nothing was written' in err
+  assert err.count('\n') == 1
+  assert not (tmp_path / 'new').exists()
+
+
+def test_words_without_a_first_line_may_have_spaces(tmp_path):
+  (tmp_path / 'x.vec').write_text('new 1 2\nnew york 3 4\nthe 5 6\n')
+  found = list(words(tmp_path / 'x.vec', most=2))
+  assert [word for word, _ in found] == ['new', 'new york']
+  np.testing.assert_array_equal([vector for _, vector in found], [[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ('--method=ofa', '--method=ofa and --vectors=FILE belong together'),
+    ('--vectors={vectors}', '--method=ofa and --vectors=FILE belong together'),
+    ('--rank=3', '--rank and --max_words belong to --method=ofa'),
+    ('--method=ofa --vectors={vectors} --rank=900', '--rank=900 is above'),
+  ],
+)
+def test_flags_of_ofa(folder, vectors, tmp_path, capsys, flags, message):
+  command = ['checkpoints', 'extend-vocabulary', f'--workdir={folder}/old', f'--tokenizer={folder}/new.model']
+  assert main([*command, *flags.format(vectors=vectors).split(), f'--to={tmp_path}/new']) == 64
+  err = capsys.readouterr().err
+  assert message in err
+  assert 'Nothing was written' in err
+  assert err.count('\n') == 1
+  assert not (tmp_path / 'new').exists()
 
 
 def test_a_draw_has_the_mean_and_covariance_of_the_old_rows():

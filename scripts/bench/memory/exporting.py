@@ -1,0 +1,57 @@
+"""Host memory of `pretrain export`: a step 0 of 3 GB becomes three shards of 1 GB.
+
+python scripts/bench/memory/exporting.py [--layers 6] [--width 3072] [--dtype bfloat16]
+
+Measured is the peak of the process's resident memory from the start of `export` to its end, less what it was before.
+Bar: at most 1.3 times the largest tensor in the files + 200 MB; exit code 1 above it, and for other bytes than those of
+the imported files.
+"""
+
+import argparse
+import filecmp
+import os
+import pathlib
+import sys
+import tempfile
+
+from importing import MB, reset_peak, resident, write_model  # beside this file; it finds the packages
+
+
+def bench(options: argparse.Namespace, folder: pathlib.Path) -> bool:
+  from pretrain.interchange.exporting import export
+  from pretrain.interchange.safetensors import open_folder
+  from pretrain.tools.weights import find
+
+  step = find(str(folder / 'run'))
+  before = resident('VmRSS')
+  reset_peak()
+  export(step, folder / 'out', dtype=options.dtype, shard_bytes=10**9)
+  more = resident('VmHWM') - before
+  files = sorted(path.name for path in folder.glob('*.safetensors'))
+  same = [filecmp.cmp(folder / name, folder / 'out' / name, shallow=False) for name in files if not options.dtype]
+  largest = max(tensor.size for tensor in open_folder(folder).values())
+  print(f'largest tensor {largest / MB:.0f} MB; bar {(1.3 * largest + 200 * MB) / MB:.0f} MB')
+  print(f'export: at most {more / MB:.0f} MB more; {sum(same)} of {len(same)} files are equal')
+  return more <= 1.3 * largest + 200 * MB and all(same)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--layers', type=int, default=6)
+  parser.add_argument('--width', type=int, default=3072)
+  parser.add_argument('--dtype')
+  options = parser.parse_args()
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder)
+    if not os.fork():  # another process imports, so that its memory is not in the measurement
+      from pretrain.cli.main import main as pretrain
+
+      write_model(path, options.layers, options.width)
+      os._exit(pretrain(['import', f'--from={path}', f'--workdir={path}/run']))
+    os.wait()
+    sys.exit(not bench(options, path))
+
+
+if __name__ == '__main__':
+  main()
