@@ -193,3 +193,11 @@ def test_epath_reads_and_writes_a_store(bucket):
   assert [path.name for path in (folder / 'a').iterdir()] == ['x']
   (folder / 'a').rmtree()
   assert bucket.contents() == {}
+
+
+def test_a_copy_ends_with_the_object_that_makes_it_whole(gcs):
+  for name in ('MANIFEST.json', 'a', 'z/y'):
+    (RUN / '2' / name).write_text(name)
+  (RUN / '2').copy_tree(RUN / '2.corrupt', last='MANIFEST.json')
+  written = {name: version for (_, name), (_, version) in gcs.objects.items() if '/2.corrupt/' in name}
+  assert sorted(written, key=written.get) == [f'some/run/2.corrupt/{name}' for name in ('a', 'z/y', 'MANIFEST.json')]
