@@ -80,8 +80,9 @@ def test_a_torus_is_compiled_for_as_one():
     whole = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return whole.lower(matrix(mesh, ('fsdp',), 4096)).compile().as_text()
 
+  torus = tpu_devices('v5p:4x4x4')  # first: it says how libtpu is to be loaded
   flat = topologies.get_topology_desc(platform='tpu', topology_name='v5p:4x4x4').devices
-  assert '3DAllGather' in gathered(tpu_devices('v5p:4x4x4'))
+  assert '3DAllGather' in gathered(torus)
   assert '3DAllGather' not in gathered(list(flat))
 
 
