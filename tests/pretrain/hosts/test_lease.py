@@ -46,7 +46,7 @@ def test_a_second_owner_is_refused_with_the_host_and_process_of_the_first(bucket
     assert second.owner != first.owner
 
 
-def test_an_owner_of_this_machine_that_has_ended_is_replaced_at_once(gcs):
+def test_an_owner_of_this_machine_that_has_ended_is_replaced_at_once(gcs, monkeypatch):
   code = (
     'import os, signal\n'
     'from pretrain.hosts.lease import leased\n'
@@ -57,7 +57,8 @@ def test_an_owner_of_this_machine_that_has_ended_is_replaced_at_once(gcs):
   )
   dead = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert dead.returncode == -9, dead.stderr
-  with owned(RUN) as found:  # LEASE_SECONDS are not over
+  monkeypatch.setattr(lease, 'POLL_SECONDS', 'no time to wait')
+  with owned(RUN) as found:
     assert found.before == dead.stdout.strip()
 
 
