@@ -190,6 +190,7 @@ def flash_attention(
   kv_positions: Array | None = None,
   prefix_end: Array | None = None,
   relative_bias: RelativeBias | None = None,
+  position_scores: PositionScores | None = None,
   alibi: Array | None = None,
   softcap: float | None = None,
   scale: float | None = None,
@@ -213,7 +214,7 @@ def flash_attention(
   see = Visibility(
     causal=causal, window=window, num_sinks=num_sinks, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
     q_positions=q_positions, kv_positions=kv_positions, prefix_end=prefix_end, relative_bias=relative_bias,
-    alibi=alibi,
+    position_scores=position_scores, alibi=alibi,
   )  # fmt: skip
   return attention(
     q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, dropout=dropout,

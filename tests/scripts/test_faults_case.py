@@ -132,7 +132,7 @@ def test_every_fault_of_the_matrix_exists_once(module, monkeypatch):
   faults = importlib.util.module_from_spec(spec)
   monkeypatch.setitem(sys.modules, spec.name, faults)
   spec.loader.exec_module(faults)
-  assert {f'F{n}' for n in range(1, 22)} | {'MTTR'} == faults.FAULTS.keys()
+  assert {f'F{n}' for n in range(1, 31)} | {'MTTR'} == faults.FAULTS.keys()
   assert all(fault.__doc__ and '\n' not in fault.__doc__ for fault in faults.FAULTS.values())
 
 

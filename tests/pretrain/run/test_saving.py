@@ -217,7 +217,8 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_the_run_begins(text_s
     train(tiny.ul2(text_store, *keys), tmp_path)
   assert str(caught.value) == (
     "CONFIG: checkpoint.best_of='eval/books/loss' is not a metric of the held-out sets; it is eval/<set>/<kind> with a "
-    'set of license and a kind of loss, text_loss, perplexity, accuracy, exact_match, e.g. eval/license/loss.'
+    'set of license and a kind of loss, text_loss, perplexity, bits_per_byte, accuracy, '
+    'exact_match, e.g. eval/license/loss.'
   )
   assert list(tmp_path.iterdir()) == []
 
