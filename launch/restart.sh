@@ -21,8 +21,9 @@ trap 'stopped=1; [[ -n $child ]] && kill -TERM "$child"' TERM INT
 for ((restart = 0; ; restart++)); do
   "$@" &
   child=$!
-  wait "$child"; code=$?
-  while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ends `wait` early
+  wait "$child"
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends `wait` early
+  wait "$child"; code=$?  # the command's own code, also where it ended while the signal was handled
   if [[ -n $stopped ]] || ! resumes "$code" || ((restart >= max_restarts)); then
     echo "restart.sh: exit code $code after $restart restarts" >&2
     exit "$code"

@@ -25,6 +25,8 @@ QUANTIZED = [name for name in RECIPES if name != 'bf16']
 SMALL = dataclasses.replace(LLAMA, heads=4, kv_heads=4, mlp=dataclasses.replace(LLAMA.mlp, hidden=64))
 ROWS = [[20, 12], [25, 7], [32], [9, 9], [31], [16, 16], [3, 20], [30]]
 
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+
 
 def rows() -> dict[str, np.ndarray]:
   return batch(ROWS, 32)
@@ -64,7 +66,7 @@ def distance(a, b) -> float:
   return max(jax.tree.leaves(norms))
 
 
-@pytest.mark.parametrize('name', QUANTIZED)
+@pytest.mark.parametrize('name', [name if name in ('int8', 'fp8') else slow(name) for name in QUANTIZED])
 def test_a_recipe_has_the_parameters_of_every_other_and_nearly_its_gradients(name):
   model = build(SMALL, precision=PrecisionConfig(recipe=name))
   assert model.specs == build(SMALL).specs
@@ -113,8 +115,8 @@ def test_every_weight_of_a_block_is_quantized_by_its_own_recipe():
   assert KEY not in module.head.kernel.get_metadata()
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
-@pytest.mark.parametrize('name', ['int8', 'nvfp4'])
+@pytest.mark.parametrize('remat', ['dots', slow('full')])
+@pytest.mark.parametrize('name', ['int8', slow('nvfp4')])
 def test_recomputed_products_are_the_same(name, remat):
   loss, grads = results(name, dataclasses.replace(SMALL, remat=remat))
   expected, expected_grads = results(name)
@@ -143,8 +145,11 @@ def on_mesh(cfg, precision, shape):
   return run_with(model, put, jax.tree.map(place, rows()))
 
 
-@pytest.mark.parametrize('name', ['int8', 'fp8', 'mxfp8', 'nvfp4'])
-@pytest.mark.parametrize('axes', ['fsdp', 'tensor'])
+@pytest.mark.parametrize(
+  ('name', 'axes'),
+  [('int8', 'fsdp'), ('fp8', 'tensor'), *(slow(*p) for p in [('int8', 'tensor'), ('fp8', 'fsdp')]),
+   *(slow(name, axes) for name in ('mxfp8', 'nvfp4') for axes in ('fsdp', 'tensor'))],
+)  # fmt: skip
 def test_a_mesh_gives_what_one_device_does(name, axes):
   """The same random bits everywhere; sums in another order move a number over a rounding border now and then."""
   shape = {'fsdp': (1, 1, 8, 1, 1, 1, 1), 'tensor': (1, 1, 2, 1, 4, 1, 1)}[axes]
@@ -157,7 +162,7 @@ def test_a_mesh_gives_what_one_device_does(name, axes):
   assert from_seed == 0 or between < from_seed / 4
 
 
-@pytest.mark.parametrize('name', ['mxfp8', 'mxfp4', 'int8', 'nvfp4'])
+@pytest.mark.parametrize('name', [slow('mxfp8'), slow('mxfp4'), 'int8', slow('nvfp4')])
 def test_microbatches_add_up_to_the_batch(name):
   """Blocks of a row are the same in a microbatch, and so are their random bits. Scales over the tokens of a batch
   (int8's in the gradient of weights, nvfp4's of all blocks) are not: there microbatches differ as much as formats do.
@@ -206,7 +211,7 @@ def test_adapters_stay_exact_beside_a_quantized_weight():
   assert all(float(jnp.abs(g).max()) > 0 for path, g in flatten_dict(grads['lora']).items() if path[-1] == 'b')
 
 
-@pytest.mark.parametrize('name', ['int8', 'nvfp4'])
+@pytest.mark.parametrize('name', ['int8', slow('nvfp4')])
 def test_cached_decoding_quantizes_as_the_whole_row_does(name):
   """Scales of a token are its own, but for nvfp4's of the whole matrix: there a prefix has another."""
   model = build(SMALL, precision=PrecisionConfig(recipe=name))

@@ -77,6 +77,7 @@ def test_train_refuses_an_unknown_flag_before_a_file_is_written(tmp_path, capsys
 
 
 @pytest.mark.aot
+@pytest.mark.slow  # compiles for two chips
 def test_plan_refuses_an_unknown_flag_by_its_name(capsys):
   flags = [f'--gin_file={tiny.DECODER}', '--topology=v5e:2x4', '--gin.mesh.data=8', '--gin.mesh.fsdp=1']
   options = f"--gin.compiler.options={{'{VMEM}': 65536, 'xla_sc_disjoint_spmem': False}}"

@@ -30,6 +30,7 @@ def test_nothing_is_said_of_one_process():
   assert pace.slowest() == {}
 
 
+@pytest.mark.slow  # half a minute of two processes
 def test_the_slow_process_is_named(tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')
   monkeypatch.delenv('NPROC')

@@ -4,11 +4,13 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 from models.build import KernelsConfig, ModelConfig, build
 from models.specs import Tree
 from pretrain.interchange.importing import Source, flat, open_source, parameters
 
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 GOLDENS = pathlib.Path(__file__).parents[2] / 'golden/interchange'
 FAMILIES = (
   't5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'umt5', 'llama', 'yi', 'mistral', 'qwen2', 'qwen3', 'olmo2', 'gemma2', 'gpt2',
@@ -21,6 +23,8 @@ VARIANTS = (
   'gpt_neox_yarn', 'falcon_rw',
 )  # fmt: skip
 ALL = FAMILIES + VARIANTS
+# Most variants are tested by `make test-all`.
+EACH = [name if name in (*FAMILIES, 'qwen2_windows', 'falcon_rw') else slow(name) for name in ALL]
 
 
 def read(name: str) -> tuple[Source, Tree]:

@@ -14,7 +14,7 @@ from tests.pretrain.interchange import goldens
 TOLERANCE = 3e-6  # of the logits' scale; wrong eps, theta and distances are further away
 
 
-@pytest.fixture(scope='module', params=goldens.ALL)
+@pytest.fixture(scope='module', params=goldens.EACH)
 def golden(request):
   return request.param, *goldens.read(request.param), goldens.expected(request.param)
 

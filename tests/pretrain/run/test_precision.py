@@ -25,6 +25,7 @@ TO_BF16 = "phases=[{'start_step': 3, 'set': {'precision.recipe': 'bf16'}}]"
 NVFP4 = "precision.recipe='nvfp4'"
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_another_recipe_resumes_exactly(tmp_path):
   """nvfp4 with random rounding, stopped in it; the last steps are of 'bf16' with the same state."""
   cfg = tiny.decoder(NVFP4, TO_BF16, 'train.steps=5', 'checkpoint.every=2', 'mesh.data=2')
