@@ -15,6 +15,8 @@ from pretrain.planner.workload import Workload
 
 MIB = 2**20
 CLOSEST = 3
+# Of the memory: an estimate may be a tenth too low, and near the limit the compiler makes activations again.
+ROOM = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """`estimates`: those that fit, the fastest first; `tried`: those compiled, with a program or why there is none."""
+  """`estimates`: those that fit, the fastest first, but those that leave no room last; `tried`: those compiled, with a
+  program or why there is none.
+  """
 
   work: Workload
   of: Slice
@@ -67,6 +71,7 @@ def search(cfg: Experiment, of: Slice, number: int, report: Callable[[str], None
   if not every:
     raise ConfigError(_indivisible(cfg, of))
   fits = [e for e in every if e.memory.total <= of.chip.hbm]
+  fits.sort(key=lambda e: e.memory.total > ROOM * of.chip.hbm)  # stable: the fastest first of either kind
   seconds = time.monotonic() - began
   if not fits:
     raise ConfigError(_too_large(work, of, every))
