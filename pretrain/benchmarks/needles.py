@@ -81,7 +81,10 @@ def haystack(writer: Writer, length: int, depth: float, trial: int, seed: int) -
   frame = len(framed([], writer.cfg, writer.data, blank))
   room = length - len(needle) - len(asked) - len(targets) - frame
   if room < 0:
-    raise ConfigError(f'--needle_lengths: {length} tokens do not hold the question; use at least {length - room}.')
+    raise ConfigError(
+      f'--needle_lengths: {length} tokens do not hold the question, which has {length - room} in this trial; use more, '
+      f'e.g. {2 * (length - room)}.'
+    )
   filler = encode(FILLER)
   filler = (filler * (room // len(filler) + 1))[:room]
   cut = round(depth * room)
