@@ -21,6 +21,7 @@ trap 'stopped=1; [[ -n $child ]] && kill -TERM "$child"' TERM INT
 for ((restart = 0; ; restart++)); do
   "$@" &
   child=$!
+  [[ -n $stopped ]] && kill -TERM "$child"  # the signal came before the number of the child was known
   wait "$child"
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends `wait` early
   wait "$child"; code=$?  # the command's own code, also where it ended while the signal was handled

@@ -3,10 +3,13 @@
 import argparse
 import pathlib
 import re
+from typing import TYPE_CHECKING
 
 from pretrain.cli import shared
 from pretrain.errors import ConfigError
-from pretrain.workdirs.folder import Folder
+
+if TYPE_CHECKING:  # it imports `data`, which may be another package until `main` has looked
+  from pretrain.workdirs.folder import Folder
 
 
 def import_flags(command: argparse.ArgumentParser) -> None:
@@ -64,7 +67,7 @@ def size(value: str) -> int:
   return int(found[1]) * (1024 if found[3] else 1000) ** ' KMG'.index(found[2])
 
 
-def check_outside(output: pathlib.Path, workdir: Folder) -> None:
+def check_outside(output: pathlib.Path, workdir: 'Folder') -> None:
   """Raises ConfigError for an output inside of the run."""
   if isinstance(workdir, pathlib.Path) and output.resolve().is_relative_to(workdir.resolve()):
     raise ConfigError(f'--out={output} is inside of --workdir={workdir}. Nothing was written; choose another folder.')

@@ -89,7 +89,11 @@ def test_an_older_step_and_an_export_have_their_own_results(run_dir, text, tmp_p
     (['--workdir=RUN', '--text=a=TEXT', '--step=7'], 66, 'CKPT-NONE: RUN has no finished step 7; it has 1, 2.'),
     (['--workdir=RUN', '--needle_lengths=64', '--needle_depths=2'], 64, 'CONFIG: --needle_depths: 2 is no depth; each'),
     (['--workdir=RUN', '--needle_lengths=64', '--needle_trials=0'], 64, 'CONFIG: --needle_trials=0; it must be at le'),
-    (['--workdir=RUN', '--needle_lengths=9'], 64, 'CONFIG: --needle_lengths: 9 tokens do not hold the question, which has'),
+    (
+      ['--workdir=RUN', '--needle_lengths=9'],
+      64,
+      'CONFIG: --needle_lengths: 9 tokens do not hold the question, which has',
+    ),
     (['--workdir=RUN', '--needle_lengths=a'], 64, "CONFIG: argument --needle_lengths: 'a' is no list of numbers; wri"),
     (['--workdir=RUN', '--text=a=TEXT', '--gin.train.steps=3'], 64, 'CONFIG: --gin.train.steps=3: the run has its co'),
     (['--workdir=RUN', '--infill=a=TEXT'], 64, 'CONFIG: --infill: '),
