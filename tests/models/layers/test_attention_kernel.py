@@ -16,7 +16,7 @@ AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 
 @pytest.mark.parametrize(
   'cfg',
-  [small.LLAMA, small.FAR_SINKS, pytest.param(small.T5, marks=pytest.mark.slow)],
+  [small.LLAMA, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (small.FAR_SINKS, small.T5))],
   ids=['llama', 'far_sinks', 't5'],
 )
 def test_a_kernel_on_a_mesh_is_the_reference(cfg):

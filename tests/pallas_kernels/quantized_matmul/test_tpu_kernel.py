@@ -103,7 +103,7 @@ def test_the_kernel_is_refused_on_other_devices_and_on_several():
 
 @pytest.mark.aot
 @pytest.mark.parametrize(('chip', 'name'), [
-  ('v5e:2x4', 'int8'),
+  pytest.param('v5e:2x4', 'int8', marks=pytest.mark.slow),
   pytest.param('v5p:2x2x1', 'int8', marks=pytest.mark.slow),
   pytest.param('v6e:2x4', 'int8', marks=pytest.mark.slow),
   pytest.param('tpu7x:2x2x1', 'fp8', marks=pytest.mark.slow),

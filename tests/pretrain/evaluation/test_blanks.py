@@ -87,6 +87,7 @@ def test_the_last_line_compares_over_many_sentences():
   )
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path, monkeypatch):
   cfg = tiny.ul2(text_store, 'train.steps=1', 'checkpoint.every=1')
   train(cfg, tmp_path)

@@ -227,6 +227,7 @@ def test_a_save_that_fails_at_the_same_time_does_not_prevent_a_rewind(poison, tm
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4', '6']
 
 
+@pytest.mark.slow
 def test_an_interrupted_rewind_is_completed_by_the_next_start(poison, tmp_path, monkeypatch):
   """Killed before the later steps are put aside, and after: nothing is left out before they are."""
   poison({9: 100.0})
