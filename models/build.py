@@ -114,7 +114,7 @@ def check_kernels(cfg: KernelsConfig) -> None:
 
 
 def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
-  """Raises ValueError for a name in `lora.modules` that is no product of the model, and for learned frequencies."""
+  """Raises ValueError for a name in `lora.modules` that is not a product of the model, and for learned frequencies."""
   if cfg.rope_scaling.name == 'clex':
     raise ValueError(
       f"lora.rank={lora.rank} with model.rope_scaling.name='clex', whose frequencies would stay as drawn; use "

@@ -84,7 +84,7 @@ def chosen(cfg: PrecisionConfig, specs: Tree) -> dict[Path, str]:
         if close
         else f'choose from {", ".join(word for word in known if "." not in word)}.'
       )
-      raise ValueError(f'precision.overrides has {name!r}, which is no product of this model; {fix}')
+      raise ValueError(f'precision.overrides has {name!r}, which is not a product of this model; {fix}')
     if not isinstance(recipe, str) or recipe not in RECIPES:
       raise ValueError(f'precision.overrides[{name!r}]={recipe!r} is not one of {", ".join(map(repr, RECIPES))}.')
   own = lambda path: next((cfg.overrides[name] for name in reversed(names_of(path)) if name in cfg.overrides), None)

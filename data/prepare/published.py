@@ -9,7 +9,7 @@ A later source replaces ids of an earlier one:
    sep_token and mask_token, which BERT and its relatives have by name where the file has no such key
 
 Generation stops at all eos ids of 4 and 3 (of 2, where 3 has none; of 1, where none has any); documents end with that
-of 4, else with the first; where there is none, with sep_token. A decoder reads bos first unless `add_bos_token` in 4 is
+of 4, else with the first; without one, with sep_token. A decoder reads bos first unless `add_bos_token` in 4 is
 false; where 4 has no such key, if the post-processor of tokenizer.json puts it there, or the file is a SentencePiece
 model. decoder_start_token_id, which an encoder-decoder has, comes before bos. In the folder of a store, the store's
 manifest alone has the ids.

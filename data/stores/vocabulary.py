@@ -154,7 +154,7 @@ class Tokenizer:
   def check_special(self, names: Iterable[str]) -> None:
     """Raises DataError, with the names that exist, for a name of no special token."""
     if wrong := [name for name in names if name not in self.special]:
-      raise DataError(f'{wrong[0]!r} is no special token of this tokenizer; it has {_listed(self.special)}.')
+      raise DataError(f'{wrong[0]!r} is not a special token of this tokenizer; it has {_listed(self.special)}.')
 
   def reading(self, names: Iterable[str]) -> 'Tokenizer':
     """This tokenizer, for which the special tokens `names` are tokens in a text; without it, names are text.

@@ -144,7 +144,7 @@ def repeated(batch: Mapping[str, Array], times: int) -> dict[str, Array]:
 
 
 def tokens_read(batch: Mapping[str, Array]) -> tuple[Array, Array | None]:
-  """(tokens[prompts, length] of a decoder's prompts, which of them are no padding, or None where there is none)."""
+  """(tokens[prompts, length] of a decoder's prompts, which of them are not padding, or None without padding)."""
   tokens = jnp.asarray(batch['decoder_input_tokens'])
   if PLACES in batch:
     places = jnp.asarray(batch[PLACES])

@@ -244,15 +244,6 @@ def rematerialise(body, remat: Remat):
 
 
 def _is_product(primitive, *args, **params) -> bool:
-  """Whether a result is kept: results of products with parameters, also in experts. Of a quantized product it is the
-  scaled result in the activations' dtype, and not the wider accumulator inside it.
-  """
-  if primitive.name == 'dot_general' and _is_accumulator(args[0], params):
-    return False
+  """Whether a result is kept: results of products with parameters, also in experts and quantized ones."""
   kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
   return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == KEPT)
-
-
-def _is_accumulator(operand, params) -> bool:
-  out = params['preferred_element_type']
-  return out is not None and jnp.dtype(out).itemsize > operand.dtype.itemsize

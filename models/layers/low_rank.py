@@ -118,7 +118,7 @@ def chosen(cfg: LoraConfig, specs: Tree) -> list[Path]:
   known = sorted({word for path in there for word in words_of(path)})
   wrong = [repr(word) for word in cfg.modules if word not in known]
   if wrong or not cfg.modules:
-    what = f'{wrong[0]}, which is no product of this model' if wrong else 'no name'
+    what = f'{wrong[0]}, which is not a product of this model' if wrong else 'no name'
     raise ValueError(f'lora.modules={list(cfg.modules)} has {what}; choose from {", ".join(known)}.')
   return [path for path in there if {*words_of(path)} & {*cfg.modules}]
 

@@ -57,7 +57,7 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
 def positive(value: str) -> int:
   """An integer >= 1."""
   if not value.isdecimal() or int(value) < 1:
-    raise argparse.ArgumentTypeError(f"'{value}' is no integer >= 1")
+    raise argparse.ArgumentTypeError(f"'{value}' is not an integer >= 1")
   return int(value)
 
 

@@ -63,7 +63,7 @@ def size(value: str) -> int:
   """Bytes of 500MB, 5GB or 5GiB."""
   found = re.fullmatch(r'(\d+)([KMG])(i?)B', value)
   if found is None or int(found[1]) == 0:
-    raise argparse.ArgumentTypeError(f"'{value}' is no size; write e.g. 500MB or 5GB")
+    raise argparse.ArgumentTypeError(f"'{value}' is not a size; write e.g. 500MB or 5GB")
   return int(found[1]) * (1024 if found[3] else 1000) ** ' KMG'.index(found[2])
 
 

@@ -30,7 +30,8 @@ def replay_command(options, overrides) -> int:
     from data.stores.paths import looked_in
 
     raise ConfigError(
-      f'--workdir={options.workdir}{looked_in(str(options.workdir))} is no run: it has no config.gin; check the path.'
+      f'--workdir={options.workdir}{looked_in(str(options.workdir))} is not a run: it has no config.gin; check the '
+      'path.'
     )
   if others := [key for key in overrides if not key.startswith('mesh.')]:
     raise ConfigError(f'--gin.{others[0]} would be another run; replay takes mesh.* alone.')

@@ -128,10 +128,10 @@ def parse(topology: str, slices: int = 1) -> Slice:
   found = NAME.fullmatch(topology)
   chip = CHIPS.get(found[1]) if found else None
   if slices < 1:
-    raise ConfigError(f'--num_slices={slices} is no number of slices; give 1 or more.')
+    raise ConfigError(f'--num_slices={slices} is not a number of slices; give 1 or more.')
   if found is None or chip is None:
     raise ConfigError(
-      f'--topology={topology} is no TPU slice; write CHIP:SIZES with a chip of {", ".join(CHIPS)}, e.g. v5e:2x4 or '
+      f'--topology={topology} is not a TPU slice; write CHIP:SIZES with a chip of {", ".join(CHIPS)}, e.g. v5e:2x4 or '
       'v5p:2x2x1.'
     )
   sides = tuple(int(n) for n in found[2].split('x'))
@@ -139,7 +139,8 @@ def parse(topology: str, slices: int = 1) -> Slice:
   if not fits or any(side % own for side, own in zip(sides, chip.host, strict=True)):
     host = 'x'.join(map(str, chip.host))
     raise ConfigError(
-      f'--topology={topology} is no TPU slice: one of {chip.name} has {chip.dims} sides, multiples of a host ({host}), '
-      f'at most {"x".join(map(str, chip.pod))}. Known: {", ".join(f"{chip.name}:{sizes}" for sizes in chip.known)}.'
+      f'--topology={topology} is not a TPU slice: one of {chip.name} has {chip.dims} sides, multiples of a host '
+      f'({host}), at most {"x".join(map(str, chip.pod))}. Known: '
+      f'{", ".join(f"{chip.name}:{sizes}" for sizes in chip.known)}.'
     )
   return Slice(chip, sides, slices)

@@ -92,7 +92,7 @@ def _read_msgpack(path: pathlib.Path) -> dict[str, Any]:
   try:
     tree = serialization.msgpack_restore(path.read_bytes())
   except Exception as error:  # msgpack's errors have no common base but this
-    what = f'it is no msgpack file of Flax ({type(error).__name__}: {str(error)[:80]})'
+    what = f'it is not a msgpack file of Flax ({type(error).__name__}: {str(error)[:80]})'
     raise damaged(path, what, 'checkpoints of TensorFlow are not read; copy or convert it again') from error
   tree = tree.get('optimizer', tree) if isinstance(tree, dict) else None
   if not isinstance(tree, dict):

@@ -10,7 +10,6 @@ import jax
 from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
-from pretrain.errors import ConfigError
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
 from pretrain.experiment.experiment import Experiment, TrainConfig
@@ -88,7 +87,6 @@ def start(
 
   Everything that can be refused is refused before a file is written.
   """
-  check_head(cfg)
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
   files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
@@ -115,15 +113,6 @@ def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:
   """The steps that this process traces."""
   traces = cfg.profile_hosts is None or jax.process_index() in cfg.profile_hosts
   return cfg.profile_steps if traces else None
-
-
-def check_head(cfg: Experiment) -> None:
-  """Raises ConfigError for a head that no objective trains: labels of all of them are tokens of the vocabulary."""
-  if cfg.model.head == 'binary':
-    raise ConfigError(
-      "model.head='binary' has one logit for each token, and no objective trains it yet. Nothing was written; import "
-      "and export work, and model.head='tied' or 'untied' can be trained."
-    )
 
 
 def check_config(cfg: Experiment, files: Files, recorded: Rows, allow_data_change: bool) -> list[str]:

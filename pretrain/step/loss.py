@@ -10,6 +10,7 @@ from jax import Array
 
 from models.build import KernelsConfig, Model
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pretrain.errors import ConfigError
 from pretrain.step.train_step import Batch, LossFn, Metrics
 
 
@@ -25,6 +26,15 @@ class LossConfig:
   label_smoothing: Annotated[float, '[0, 1)'] = 0.0
   load_balance: Annotated[float, '>= 0'] = 0.0
   router_z: Annotated[float, '>= 0'] = 0.0
+
+
+def _check_head(model: Model) -> None:
+  """Raises ConfigError for a head without logits of tokens: labels of all objectives are tokens."""
+  if model.cfg.head == 'binary':
+    raise ConfigError(
+      "model.head='binary' has one logit for each token, and no objective trains it yet. Nothing was written; import "
+      "and export work, and model.head='tied' or 'untied' can be trained."
+    )
 
 
 def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
@@ -69,6 +79,7 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 
 def make_token_step(model: Model, kernels: KernelsConfig):
   """`token_step(params, batch)` -> (nats, hits) of each target: float32[batch, length]; no dropout, no z-loss."""
+  _check_head(model)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
     (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
@@ -83,7 +94,9 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
 
   Text = targets that are pieces of text: not a sentinel, mode token, EOS or another id of `not_text`. A denoising model
   predicts those almost perfectly, so only a loss without them can be compared with an n-gram model.
+  Raises ConfigError for a head without logits of tokens.
   """
+  _check_head(model)
 
   def eval_step(params, batch: Batch) -> Metrics:
     (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)

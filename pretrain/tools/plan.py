@@ -59,7 +59,9 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **_form(of)).devices)
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
     reason = str(error).splitlines()[0]
-    raise ConfigError(f'--topology={topology} is no TPU slice ({reason}); write e.g. v5e:2x4 or v5p:2x2x1.') from error
+    raise ConfigError(
+      f'--topology={topology} is not a TPU slice ({reason}); write e.g. v5e:2x4 or v5p:2x2x1.'
+    ) from error
 
 
 def _form(of: Slice) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _word(path: pathlib.Path, number: int, parts: list[str], width: int) -> tupl
     vector = np.array([np.nan])
   if width < 1 or not word or vector.shape != (width,) or not np.isfinite(vector).all():
     raise DataError(
-      f'--vectors={path}:{number} is no word and {width} numbers. Nothing was written; give the text format of '
+      f'--vectors={path}:{number} is not a word and {width} numbers. Nothing was written; give the text format of '
       'word2vec or fastText (.vec).'
     )
   return word, vector

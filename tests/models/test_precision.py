@@ -224,10 +224,10 @@ def test_cached_decoding_quantizes_as_the_whole_row_does(name):
 
 
 @pytest.mark.parametrize(('cfg', 'precision', 'message'), [
-  (SMALL, precise('bf16', mpl='fp8'), "precision.overrides has 'mpl', which is no product of this model; did you mean "
-   "'mlp'?"),
-  (SMALL, precise('bf16', zzz='fp8'), "no product of this model; choose from all, mlp, down, decoder, gate, up, att"),
-  (SMALL, precise('bf16', cross_attention='fp8'), "precision.overrides has 'cross_attention', which is no product"),
+  (SMALL, precise('bf16', mpl='fp8'), "precision.overrides has 'mpl', which is not a product of this model; "
+   "did you mean 'mlp'?"),
+  (SMALL, precise('bf16', zzz='fp8'), "not a product of this model; choose from all, mlp, down, decoder, gate, up, a"),
+  (SMALL, precise('bf16', cross_attention='fp8'), "precision.overrides has 'cross_attention', which is not a product"),
   (SMALL, precise('bf16', mlp='fp9'), "precision.overrides['mlp']='fp9' is not one of 'bf16', 'int8', 'fp8', 'mxfp8'"),
   (SMALL, PrecisionConfig(overrides={'mlp': ['fp8']}), "precision.overrides['mlp']=['fp8'] is not one of 'bf16'"),
   (LLAMA, precise('mxfp8'), "precision: recipe 'mxfp8' of decoder.mlp.down has blocks of 32, which do not divide mlp=48"

@@ -94,7 +94,8 @@ def test_an_unknown_name_lists_those_that_exist(chat):
   with pytest.raises(DataError) as found:
     chat.reading(['<|im_end|>', '<|im_strat|>'])
   assert found.value.message == (
-    "'<|im_strat|>' is no special token of this tokenizer; it has <pad>, </s>, <s>, <tool>, <|im_start|>, <|im_end|>."
+    "'<|im_strat|>' is not a special token of this tokenizer; it has <pad>, </s>, <s>, <tool>, "
+    '<|im_start|>, <|im_end|>.'
   )
 
 

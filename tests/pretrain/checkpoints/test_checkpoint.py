@@ -27,16 +27,6 @@ POSITION = {'loader': {}, 'data': {}}
 
 
 @pytest.fixture(scope='module')
-def program():
-  return build_program(tiny.decoder())
-
-
-@pytest.fixture(scope='module')
-def state(program):
-  return program.init()
-
-
-@pytest.fixture(scope='module')
 def saved(state, tmp_path_factory) -> pathlib.Path:
   """A run with steps 1 and 2."""
   path = tmp_path_factory.mktemp('run')

@@ -8,24 +8,12 @@ from pretrain.checkpoints import manifest, orbax_stores, step_folders
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.errors import CheckpointError
-from pretrain.experiment.program import build_program
 from pretrain.workdirs.store_path import StorePath
-from tests.pretrain import tiny
 
 RUN = StorePath('gs://runs/some/run')
 STEPS = RUN / 'checkpoints'
 CFG = CheckpointConfig(keep=2)
 POSITION = {'loader': {}, 'data': {}}
-
-
-@pytest.fixture(scope='module')
-def program():
-  return build_program(tiny.decoder())
-
-
-@pytest.fixture(scope='module')
-def state(program):
-  return program.init()
 
 
 @pytest.fixture(scope='module')

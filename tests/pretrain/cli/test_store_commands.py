@@ -92,7 +92,7 @@ def test_each_command_writes_a_run_in_a_store(run, flags, capsys):
       'CKPT-NONE: no finished checkpoint in gs://runs/none/check',
     ),
     (['generate', '--workdir=gs://runs/none', '--text=a'], 66, 'CKPT-NONE: no run in gs://runs/none: config.gin is'),
-    (['replay', '--workdir=gs://runs/none', '--step=1'], 64, 'CONFIG: --workdir=gs://runs/none is no run'),
+    (['replay', '--workdir=gs://runs/none', '--step=1'], 64, 'CONFIG: --workdir=gs://runs/none is not a run'),
   ],
 )
 def test_a_mistake_with_a_url_is_one_line(gcs, flags, capsys, argv, code, said):

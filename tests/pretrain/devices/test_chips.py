@@ -39,7 +39,7 @@ def test_devices_are_counted_over_slices():
 @pytest.mark.parametrize(
   ('topology', 'message'),
   [
-    ('v9:1', r'^CONFIG: --topology=v9:1 is no TPU slice; write CHIP:SIZES with a chip of v5e, v5p, v6e, tpu7x'),
+    ('v9:1', r'^CONFIG: --topology=v9:1 is not a TPU slice; write CHIP:SIZES with a chip of v5e, v5p, v6e, tpu7x'),
     ('v5p', 'write CHIP:SIZES'),
     ('v5p:4x4', r'one of v5p has 3 sides, .* Known: v5p:2x2x1, .*v5p:4x4x8'),
     ('v5e:3x4', r'multiples of a host \(2x2\), at most 16x16\. Known: v5e:2x2'),

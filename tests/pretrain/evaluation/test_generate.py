@@ -306,10 +306,10 @@ def test_special_tokens_that_do_not_exist_are_listed(text_store, tmp_path, capsy
   capsys.readouterr()
   assert main([*flags, '--text=a', '--special=<|im_start|>']) == 64
   assert capsys.readouterr().err == (
-    "CONFIG: --special: '<|im_start|>' is no special token of this tokenizer; it has <pad>, </s>.\n"
+    "CONFIG: --special: '<|im_start|>' is not a special token of this tokenizer; it has <pad>, </s>.\n"
   )
   assert main([*flags, '--text=a <|im_start|>user', '--text=the Work', '--special=all']) == 65
   said = capsys.readouterr()
-  assert said.err.startswith("DATA: '<|im_start|>' is no special token of this tokenizer; it has <pad>, </s>.")
+  assert said.err.startswith("DATA: '<|im_start|>' is not a special token of this tokenizer; it has <pad>, </s>.")
   assert said.out.startswith('prompt  the Work\n')
   assert main([*flags, '--text=a <|im_start|>user', '--special=</s>']) == 0, 'text'

@@ -1,11 +1,14 @@
 """Which processes form a run, from the environment of one of them."""
 
+import fcntl
 import http.server
 import os
+import pathlib
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -290,10 +293,8 @@ jax.distributed.shutdown()
   [({}, ['all', 'all']), ({'CUDA_VISIBLE_DEVICES': '0,1'}, ['0', '1']), ({'PRETRAIN_NUM_HOSTS': '2'}, ['all', 'all'])],
   ids=['slurm', 'slurm_with_gpus', 'our_variables_under_slurm'],
 )
-def test_tasks_of_slurm_meet_on_the_address_of_the_first_node(more, visible):
+def test_tasks_of_slurm_meet_on_the_address_of_the_first_node(port, more, visible):
   """Port 8476 (211C) of the first node's address alone; JAX's own detection would leave each task one GPU of eight."""
-  if port_is_taken():
-    pytest.skip('port 8476 is taken')
   base = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'localhost', 'JAX_PLATFORMS': 'cpu'} | more
   base |= {'SLURM_STEP_TASKS_PER_NODE': '2', 'SLURM_NODEID': '0', 'PYTHONPATH': str(tiny.ROOT)}
   processes = [start_task(base, rank) for rank in range(2)]
@@ -315,17 +316,16 @@ def start_task(environ: dict[str, str], rank: int) -> subprocess.Popen:
   )  # fmt: skip
 
 
-def port_is_taken() -> bool:
-  try:
+@pytest.fixture
+def port():
+  """Port 8476, which one test of this machine uses at a time."""
+  with open(pathlib.Path(tempfile.gettempdir()) / 'pretrain-test-port', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
     addresses.check_free(('127.0.0.1', cluster.PORT), '')
-  except ConfigError:
-    return True
-  return False
+    yield cluster.PORT
 
 
-def test_a_process_started_on_one_host_alone_ends_with_a_sentence():
-  if port_is_taken():
-    pytest.skip('port 8476 is taken')
+def test_a_process_started_on_one_host_alone_ends_with_a_sentence(port):
   env = dict(os.environ) | GKE | {'TPU_WORKER_HOSTNAMES': 'localhost,localhost', 'TPU_WORKER_ID': '0'}
   code = 'from pretrain.fleet import launch; launch.initialize_from_env(2, launch.join_cluster(None, 1))'
   began = time.monotonic()

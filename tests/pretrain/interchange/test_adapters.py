@@ -70,6 +70,17 @@ def test_an_adapter_is_added_at_import(folder, tmp_path):
     np.testing.assert_allclose(own, theirs[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_scale_by_the_root_of_the_rank_is_that_of_rslora(folder, tmp_path):
+  """Kalajdzievski 2023, arXiv:2312.03732: alpha / sqrt(rank) in place of alpha / rank, as peft's `use_rslora`."""
+  shutil.copytree(folder / 'adapter', tmp_path / 'adapter')
+  change(tmp_path / 'adapter', use_rslora=True)
+  run('import', f'--from={folder}/source', f'--adapter={tmp_path}/adapter', f'--workdir={tmp_path}/run')
+  run('export', f'--workdir={tmp_path}/run', f'--out={tmp_path}/out')
+  before, plain, found = values(folder / 'source'), values(folder / 'out'), values(tmp_path / 'out')
+  for name, old in before.items():
+    np.testing.assert_allclose(found[name] - old, np.sqrt(RANK) * (plain[name] - old), rtol=1e-4, atol=2e-6)
+
+
 def refused(capsys, tmp_path, *argv, code: int = 66) -> str:
   assert main([str(arg) for arg in argv]) == code
   err = capsys.readouterr().err

@@ -177,8 +177,8 @@ def test_a_wrong_place_for_an_export(run, capsys, out, message):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('--max_shard_size=0GB', "'0GB' is no size; write e.g. 500MB or 5GB"),
-    ('--max_shard_size=5', "'5' is no size"),
+    ('--max_shard_size=0GB', "'0GB' is not a size; write e.g. 500MB or 5GB"),
+    ('--max_shard_size=5', "'5' is not a size"),
     ('--dtype=int8', 'float32'),
   ],
 )

@@ -105,7 +105,7 @@ def test_the_command_prints_the_table_and_writes_the_layout(compiler, tmp_path, 
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--topology=v5p:4x4'], r'^CONFIG: --topology=v5p:4x4 is no TPU slice.* Known: v5p:2x2x1'),
+    (['--topology=v5p:4x4'], r'^CONFIG: --topology=v5p:4x4 is not a TPU slice.* Known: v5p:2x2x1'),
     (['--num_slices=0'], r'^CONFIG: --num_slices=0'),
     (['--compile=0'], r'^CONFIG: --compile=0 compiles no layout'),
     (['--global_batch=100'], r'^CONFIG: data.batch_size=100 with 128 devices .*e\.g\. --global_batch=128\.'),

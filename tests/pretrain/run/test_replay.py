@@ -146,7 +146,7 @@ def test_another_mesh_is_compared_within_a_tolerance(runs, capsys):
     (['--step=99'], 'has neither a row of metrics.jsonl nor a checkpoint of it; its last row is of step 9.'),
     (['--step=0'], '--step=0: '),
     (['--step=9', '--gin.seed=3'], '--gin.seed=3 would be another run; replay takes mesh.* alone.'),
-    (['--step=9', '--workdir=nowhere'], ' is no run: it has no config.gin; check the path.'),
+    (['--step=9', '--workdir=nowhere'], ' is not a run: it has no config.gin; check the path.'),
   ],
 )
 def test_a_step_that_cannot_be_replayed_is_refused(runs, capsys, flags, message):

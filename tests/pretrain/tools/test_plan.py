@@ -67,7 +67,7 @@ def test_a_planned_batch_has_the_shapes_of_training(store_for, objective, overri
 
 
 def test_a_slice_that_does_not_exist_is_refused():
-  with pytest.raises(ConfigError, match=r'^CONFIG: --topology=v9:1 is no TPU slice; write .* e\.g\. v5e:2x4'):
+  with pytest.raises(ConfigError, match=r'^CONFIG: --topology=v9:1 is not a TPU slice; write .* e\.g\. v5e:2x4'):
     tpu_devices('v9:1')
 
 

@@ -159,9 +159,9 @@ def test_tokens_of_no_word_are_drawn_around_the_old_rows():
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('2 3\na 1 2 3\nb 1 2\n', ':3 is no word and 3 numbers'),
-    ('a 1 x\n', ':1 is no word and 2 numbers'),
-    ('a 1 nan\n', ':1 is no word and 2 numbers'),
+    ('2 3\na 1 2 3\nb 1 2\n', ':3 is not a word and 3 numbers'),
+    ('a 1 x\n', ':1 is not a word and 2 numbers'),
+    ('a 1 nan\n', ':1 is not a word and 2 numbers'),
     ('3 2\n', 'has no words'),
     ('ÿ 1 2\n', 'no word is spelled with any of the'),
     (None, 'cannot be read'),
