@@ -4,10 +4,10 @@ Five numbers are not the maker's. PRODUCTS is the share of the peak that product
 0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
 WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
 loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
-with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. FILL: what a step
-keeps whole in HBM between passes moves at a tenth (v5p) to a quarter (tpu7x) of the maker's bandwidth, by the cycles
-that libtpu gives to a broadcast of 32 MiB. UL2 20B shows it: 'dots' keeps 30 GB more than 'full', makes 0.30 s of
-products less, and has 0.33 s more of zeros, writes and reads. None of the five comes from a published run;
+with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. FILL: what a step keeps in
+HBM between passes moves at a tenth (v5p) to a quarter (tpu7x) of the maker's bandwidth, by the cycles that libtpu gives
+to a broadcast of 32 MiB. UL2 20B shows it: 'dots' keeps 30 GB more than 'full', makes 0.30 s of products less, and has
+0.33 s more of zeros, writes and reads. None of the five comes from a published run;
 scripts/bench/planner/published.py prints the predictions beside those.
 """
 
@@ -25,7 +25,8 @@ PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
 THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # in compiler.options it ends that
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
-# Bytes/s of one device.
+# Bytes/s of one device, in bfloat16. Zeros in f32 take half the cycles for a byte (362 to 160 bytes/cycle on v5p, 180
+# to 91 on v5e); the update of an f32 array reaches 0.7 of the maker's bandwidth, and counts at all of it.
 FILL = {'v5e': 1.36e11, 'v5p': 2.79e11, 'v6e': 1.71e11, 'tpu7x': 8.87e11}
 # A loop over layers fills the array of what it keeps with zeros, writes each layer's part, and reads it backwards.
 OF_KEPT = 3
@@ -36,10 +37,7 @@ PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside them, links, links between slices.
-
-  `hidden`: seconds of links that the compiler overlaps with computation.
-  """
+  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside, links, links between slices."""
 
   products: float
   kernels: float
@@ -93,7 +91,8 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   return Step(
     products=each * products / rate,
     kernels=each * sum(s[1] for s in stacks) / (of.flops * ATTENTION[of.chip.name]),
-    hbm=each * sum(s[2] for s in stacks) / of.hbm_rate + _between(work, layout) / FILL[of.chip.name],
+    hbm=(each * sum(s[2] for s in stacks) + _update(work, layout)) / of.hbm_rate
+    + each * _filled(work, layout) / FILL[of.chip.name],
     ici=links.ici,
     dcn=links.dcn,
   )
@@ -137,11 +136,16 @@ def _head(work: Workload, layout: Layout) -> float:
   return 6 * own * work.cfg.model.embed * work.cfg.model.vocab_size / layout.sizes['tensor']
 
 
-def _between(work: Workload, layout: Layout) -> float:
-  """Bytes that move between passes: what each microbatch keeps; the state, read and written; gradients, read twice."""
+def _update(work: Workload, layout: Layout) -> float:
+  """Bytes of the optimizer: the state is read and written, gradients are read twice."""
   mesh = memory.of_mesh(work, layout)
+  return 2 * mesh.state + 2 * mesh.parameters
+
+
+def _filled(work: Workload, layout: Layout) -> float:
+  """Bytes of a microbatch that move at FILL: what is kept, and half of the zeros of f32 gradients."""
   kept = sum(memory.kept_by(work, layout, stack) for stack in work.stacks)
-  return OF_KEPT * layout.accumulate * kept + 2 * mesh.state + 2 * mesh.parameters
+  return OF_KEPT * kept + memory.F32 * memory.of_mesh(work, layout).trained / 2
 
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:

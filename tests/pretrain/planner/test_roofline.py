@@ -9,7 +9,7 @@ from pretrain.planner import layouts, roofline, torus, workload
 from tests.pretrain import tiny
 
 SLICE = 'v5p:4x4x8'
-# (data, fsdp, remat) of UL2 20B -> seconds as `planner/compiled.py` measures the program of libtpu 0.0.42.1: cycles, and
+# (data, fsdp, remat) of UL2 20B -> seconds as `planner/compiled.py` measures the program of libtpu 0.0.42.1: cycles and
 # the bytes of collectives over the bandwidth of their links.
 COMPILED = {
   (1, 128, 'full'): 1.961,
