@@ -1,6 +1,7 @@
 """Flash attention on GPU through Triton: one kernel forward, two backward, O(length) memory; the interpreter runs the
 same kernels. It lowers for CUDA and equals the definition in the interpreter, and on an H200 without a relative bias
-(docs/LOG.md). Its block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in favour of Mosaic.
+(docs/LOG.md). Its block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in
+favour of Mosaic.
 
 Differences from `reference.attention`, the definition: a relative bias goes by the difference of indices, so position
 j - position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
