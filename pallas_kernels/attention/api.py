@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
+from pallas_kernels.attention.blockwise import attention as blockwise
 from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
@@ -37,12 +38,21 @@ IMPLEMENTATIONS = {
   'triton': gpu.attention,
   'mosaic_gpu': _mosaic_gpu,
   'cudnn': cudnn.attention,
+  'blockwise': blockwise.attention,
 }
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
+LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool, divided: bool = False, position_scores: bool = False) -> str:
+def choose(
+  implementation: str,
+  *,
+  dropout: bool,
+  divided: bool = False,
+  position_scores: bool = False,
+  lengths: tuple[int, int] = (0, 0),
+) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
@@ -50,11 +60,12 @@ def choose(implementation: str, *, dropout: bool, divided: bool = False, positio
   on a GPU yet and must be named.
   `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
+  `lengths` of queries and keys: on a CPU 'auto' selects 'blockwise' for long rows.
 
   Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided, position_scores)
+    chosen, reason = _automatic(dropout, divided, position_scores, lengths)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -92,11 +103,14 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool, divided: bool, position_scores: bool) -> tuple[str, str]:
+def _automatic(dropout: bool, divided: bool, position_scores: bool, lengths: tuple[int, int]) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
     return 'reference', 'no mesh gives the platform'
+  whole = not (dropout or divided or position_scores)
+  if platform == 'cpu' and whole and lengths[0] * lengths[1] > LONG**2:
+    return 'blockwise', f'more than {LONG} x {LONG} scores on cpu'
   if platform != 'tpu':
     return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
   if divided:
@@ -166,9 +180,10 @@ def attention(
   if see.position_scores is not None:
     _check_position_scores(q, k, see)
   has_scores = see.position_scores is not None
-  chosen = choose(implementation, dropout=dropout is not None, position_scores=has_scores)
+  lengths = q.shape[1], k.shape[1]
+  chosen = choose(implementation, dropout=dropout is not None, position_scores=has_scores, lengths=lengths)
   see = see.count_sinks()
-  if see.relative_bias is not None and chosen != 'reference':
+  if see.relative_bias is not None and chosen not in ('reference', 'blockwise'):
     _check_positions(chosen, q, k, see)
   options = {'dropout': dropout} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](
@@ -206,7 +221,8 @@ def flash_attention(
   shape and dtype, and lse f32[batch, T, heads] if `return_lse`.
 
   Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
-  segment, as in packed rows. They have no gradient of `alibi`, and no dropout.
+  segment, as in packed rows. They have no gradient of `alibi`, and no dropout. 'blockwise' lacks only dropout and
+  `position_scores`.
 
   Raises KernelError for an implementation that does not exist or lacks a feature, for shapes that do not fit each
   other, and for segment ids of only one side.
