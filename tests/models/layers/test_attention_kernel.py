@@ -14,6 +14,7 @@ from tests.models import small
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('cfg', 'kernel'),
   [
