@@ -184,7 +184,7 @@ class Attention(nnx.Module):
   ) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]. `positions` are those of q."""
     scale, see = self._with_position_scores(see, q.dtype)
-    run = self._op(see, keys, site, scale)
+    run = self._op(see, keys, site, scale, (q.shape[1], k.shape[1]))
     mixed = run(q, k, v, see) if self.cfg.sink_distance is None else self._attend_sinks(q, k, v, see, run, positions)
     mixed = constrain(mixed, 'batch', 'length', 'heads', 'head_dim')
     return named(linear(mixed, self.out, self.out_bias, contract=2), 'out')
@@ -204,14 +204,16 @@ class Attention(nnx.Module):
     parts = (near, dataclasses.replace(see, num_sinks=0)), (far, _of_sinks(see, positions, kv_positions))
     return _joined(*(run(*arrays, own, return_lse=True) for arrays, own in parts))
 
-  def _op(self, see: Visibility, keys: Array | None, site: int, scale: float | None) -> Callable:
+  def _op(
+    self, see: Visibility, keys: Array | None, site: int, scale: float | None, lengths: tuple[int, int]
+  ) -> Callable:
     """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
     dropped = None
     if keys is not None and self.cfg.dropout.outer:
       dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
     whole = {
       'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
-      'relative_bias': see.relative_bias is not None,
+      'relative_bias': see.relative_bias is not None, 'lengths': lengths,
     }  # fmt: skip
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
