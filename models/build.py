@@ -57,8 +57,12 @@ class Model:
     frozen = {name: branch for name, branch in params.items() if name not in self.adapters}
     return ({name: params[name] for name in self.adapters}, frozen) if self.adapters else (params, {})
 
-  def apply(self, params: Tree, batch: Mapping[str, Array], key: Array | None = None) -> tuple[Array, dict[str, Any]]:
-    """(hidden states [batch, length, embed], aux). `key` already folds seed and step; None means no dropout."""
+  def apply(
+    self, params: Tree, batch: Mapping[str, Array], key: Array | None = None, read: Mapping[str, Any] | None = None
+  ) -> tuple[Array, dict[str, Any]]:
+    """(hidden states [batch, length, embed], aux). `key` already folds seed and step; None means no dropout. `read` is
+    state beside the parameters, by the name of the method that keeps it.
+    """
     with partition.on(self.mesh):
       return self.bind(params)(batch, key)
 

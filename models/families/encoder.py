@@ -19,6 +19,7 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
+from models.layers.block import of_stack
 from models.layers.dropout import dropout, example_keys
 from models.layers.embedding import EMBEDDING_SITE, EmbeddingProjection, HeadTransform
 from models.layers.linear import Projections
@@ -95,4 +96,4 @@ class Encoder(nnx.Module):
     x = dropout(x, drop.outer, keys, EMBEDDING_SITE, shared=drop.shared)
     x = x if self.embedding_projection is None else self.embedding_projection(x)
     x, aux = self.encoder(x, positions, see, keys=keys)
-    return x if self.head_transform is None else self.head_transform(x), aux
+    return x if self.head_transform is None else self.head_transform(x), of_stack(aux, 'encoder')

@@ -24,9 +24,30 @@ Remat = Literal['none', 'dots', 'full']
 Placement = Literal['pre', 'post', 'sandwich', 'inner']
 Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
-Aux = dict[str, Array]  # scalars of a layer that are no activations: for the loss, for metrics
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByLayer:
+  """A value that each layer has for itself: f32[layers], in one layer a scalar."""
+
+  values: Array
+
+
+# Values of a layer that are no activations, for the loss, metrics and state: a scalar is averaged over layers.
+Aux = dict[str, Array | ByLayer]
+
+
+def averaged(aux: Aux) -> Aux:
+  """Means over the leading dim, `layers`, but for each `ByLayer`."""
+  return {name: x if isinstance(x, ByLayer) else jnp.mean(x) for name, x in aux.items()}
+
+
+def of_stack(aux: Aux, stack: str) -> Aux:
+  """Each `ByLayer` under NAME/`stack`, the name of its layers in the model."""
+  return {f'{name}/{stack}' if isinstance(x, ByLayer) else name: x for name, x in aux.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +182,7 @@ class Stack(nnx.Module):
   def __call__(
     self, x: Array, positions: Array | Angles, see: Visibility, cross: Cross | None = None, keys: Array | None = None
   ) -> tuple[Array, Aux]:
-    """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
+    """(x[batch, length, embed], what blocks give beside it, averaged over layers but for each `ByLayer`)."""
 
     def one(window: int | None):
       def body(x, inputs):
@@ -175,7 +196,7 @@ class Stack(nnx.Module):
 
     x, aux = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
     x = dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
-    return x, jax.tree.map(jnp.mean, aux)
+    return x, averaged(aux)
 
   def decode(
     self, x: Array, positions: Array | Angles, see: Visibility, cache: Cache, cross: Cross | None = None
@@ -204,7 +225,10 @@ class Stack(nnx.Module):
     bodies = [one(window) for window in self.windows]
     if len(bodies) > 1:
       inputs = jax.tree.map(lambda x: x.reshape(-1, len(bodies), *x.shape[1:]), inputs)
-    return jax.lax.scan(_in_turn(bodies), carry, inputs)
+    carry, outputs = jax.lax.scan(_in_turn(bodies), carry, inputs)
+    if len(bodies) > 1:
+      outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return carry, outputs
 
   def finish(self, x: Array) -> Array:
     return x if self.norm is None else self.norm(x)

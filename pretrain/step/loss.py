@@ -1,17 +1,18 @@
 """The training loss, token cross entropy with z-loss, and its parts for evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from models.build import KernelsConfig, Model
+from models.layers.block import ByLayer
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pretrain.errors import ConfigError
-from pretrain.step.train_step import Batch, LossFn, Metrics
+from pretrain.step.train_step import Batch, LossFn, Metrics, Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class LossConfig:
   router_z: Annotated[float, '>= 0'] = 0.0
 
 
+NONE: Mapping[str, Any] = {}  # read of `TrainState.extra` where no method keeps anything
+
+
 def _check_head(model: Model) -> None:
   """Raises ConfigError for a head without logits of tokens: labels of all objectives are tokens."""
   if model.cfg.head == 'binary':
@@ -37,8 +41,8 @@ def _check_head(model: Model) -> None:
     )
 
 
-def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
-  hidden, aux = model.apply(params, batch, key)
+def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, read=None, **options):
+  hidden, aux = model.apply(params, batch, key, read)
   flat = hidden.reshape(-1, hidden.shape[-1])
   labels = batch['decoder_target_tokens'].reshape(-1)
   implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
@@ -47,17 +51,20 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
-  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+  """`loss(params, batch, key, weight, read)`: summed over the batch, divided by `weight`; metrics are in nats per token.
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
-  added to the value times the weight that `cfg` has for it. With several sources, metrics `source_loss` and
+  added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric
+  NAME/LAYER for each. All of them are observations too (`Track`). With several sources, metrics `source_loss` and
   `source_weight` are float32[sources]: each source's part of the loss and of the weight.
   """
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
-  def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
+  def loss(
+    params, batch: Batch, key: Array | None, weight: Array, read: Mapping[str, Any] = NONE
+  ) -> tuple[Array, tuple[Metrics, Seen]]:
     (value, lse, correct), aux = _token_losses(
-      model, kernels, params, batch, key, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+      model, kernels, params, batch, key, read, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
     )
     share = batch['decoder_loss_weights'].reshape(-1) / weight
     penalty = cfg.z_loss * jnp.square(lse)
@@ -69,10 +76,14 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
-    for name, mean in aux.items():  # a mean over a microbatch counts as much as its tokens do
-      metrics[name] = mean * share.sum()
-      total += weights.get(name, 0.0) * metrics[name]
-    return total, metrics
+    seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its tokens do
+    for name, mean in seen.items():
+      if isinstance(mean, ByLayer):
+        metrics |= {f'{name}/{layer}': x for layer, x in enumerate(mean.values)}
+      else:
+        metrics[name] = mean
+        total += weights.get(name, 0.0) * mean
+    return total, (metrics, seen)
 
   return loss
 
