@@ -55,6 +55,11 @@ def check_encoder(cfg: EncoderConfig) -> None:
   check_parts(cfg)
   if cfg.embedding_size == cfg.embed:
     raise ValueError(f'model.embedding_size={cfg.embedding_size} is model.embed; remove it, nothing is projected then.')
+  if cfg.embedding_size and cfg.embedding_rotation:
+    raise ValueError(
+      f'model.embedding_rotation=True with model.embedding_size={cfg.embedding_size}, whose projection is learned '
+      'already; remove one.'
+    )
   if cfg.embedding_size and cfg.head in ('tied', 'tied_scaled') and cfg.head_transform is None:
     raise ValueError(
       f"model.head='{cfg.head}' with model.embedding_size={cfg.embedding_size} and model.embed={cfg.embed}: the table "

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -51,7 +50,7 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, cfg: EncoderDecoderConfig, implementation: str):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=True)
     self.embedding = make_embedding(cfg)
-    self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False)
+    self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False, before_head=False)
     self.encoder_bias = make_bias(cfg, cfg.encoder_layers, bidirectional=True)
     self.decoder = make_stack(cfg, self.attention, cfg.decoder_layers, cross=True)
     self.decoder_bias = make_bias(cfg, cfg.decoder_layers, bidirectional=False)

@@ -20,6 +20,7 @@ from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
 from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
+from pretrain.step.scaling import scaling_tracks
 from pretrain.step.train_step import Tracks, TrainState, init_state, make_train_step
 
 
@@ -40,9 +41,9 @@ class Program:
     return self.abstract.frozen or self.abstract.params
 
 
-def tracks_of(cfg: Experiment) -> Tracks:
+def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
   """What the methods of a run keep in `TrainState.extra`: each contributes entries of its own."""
-  return {**averaging_tracks(cfg.averaging)}
+  return {**averaging_tracks(cfg.averaging), **scaling_tracks(cfg.precision, model.specs)}
 
 
 def check_divisible(parameters, mesh) -> None:
@@ -66,7 +67,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.split(model.specs)[0], mesh, spikes=cfg.spikes, since=start)
-  tracks = tracks_of(cfg)
+  tracks = tracks_of(cfg, model)
   draw = functools.partial(specs.initialize, model.specs)
   init = functools.partial(init_state, draw, tx, cfg.seed, tracks, model.split)
   shapes = jax.eval_shape(init)

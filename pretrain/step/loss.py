@@ -51,7 +51,7 @@ def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, ke
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
-  """`loss(params, batch, key, weight, read)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+  """`loss(params, batch, key, weight, read)`: summed over the batch, divided by `weight`; metrics: nats per token.
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
   added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric

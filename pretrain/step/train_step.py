@@ -14,8 +14,8 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 PRNG = 'threefry2x32'  # not JAX_DEFAULT_PRNG_IMPL: a resumed run must draw the numbers of the uninterrupted run
 Seen = Mapping[str, Any]  # what a step has observed, for `TrainState.extra`
-# loss(params, batch, key, weight, read) -> (scalar, (metrics, seen)): all already divided by `weight`, the loss weight of
-# the *global* batch, so that the sum over microbatches is the value of the whole batch. `read`: see `Track`.
+# loss(params, batch, key, weight, read) -> (scalar, (metrics, seen)): all already divided by `weight`, the loss weight
+# of the *global* batch, so that the sum over microbatches is the value of the whole batch. `read`: see `Track`.
 LossFn = Callable[[Any, Batch, Array | None, Array, Mapping[str, Any]], tuple[Array, tuple[Metrics, Seen]]]
 
 
@@ -109,11 +109,11 @@ def checksum(batch: Batch) -> Array:
 
 
 def make_train_step(
-  loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics], tracks: Tracks = NOTHING,
-  num_microbatches: int = 1, shardings=None,
+  loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics],
+  tracks: Tracks = NOTHING, num_microbatches: int = 1, shardings=None,
 ):  # fmt: skip
-  """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters. `tracks` have an
-  entry of `state.extra` each.
+  """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters. Each of
+  `tracks` has an entry of `state.extra`.
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
