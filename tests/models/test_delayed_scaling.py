@@ -30,7 +30,7 @@ def rounded(x, history, scale, fmt):
   return codes.astype(np.float64) / np.float64(scale), scale
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'reference'])
+@pytest.mark.parametrize('implementation', ['xla', pytest.param('reference', marks=pytest.mark.slow)])
 def test_products_and_histories_equal_the_formula(implementation):
   """Six steps with numbers of quickly changing size: the scale of a step follows from the three before it."""
   rng, length = np.random.default_rng(0), 3
@@ -122,6 +122,7 @@ def test_every_layer_observes_its_own_operands():
 same = functools.partial(np.testing.assert_allclose, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_microbatches_observe_what_the_batch_does():
   """Scales are of the steps before, so that each example is rounded as in the whole batch."""
   value, grads, felt = seen(parts=2)
@@ -140,6 +141,7 @@ def test_meshes_and_remat_observe_the_same(axes):
   jax.tree.map(same, felt, whole()[2])
 
 
+@pytest.mark.slow
 def test_edges_and_other_recipes_observe_nothing():
   _, _, felt = seen(delayed(overrides={'mlp': 'fp8'}, last_layers=1))
   own = felt['decoder']['blocks']
