@@ -60,7 +60,7 @@ def choose(
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On
   Hopper GPUs 'auto' selects 'triton' for all that has run there, which a relative bias has not. 'mosaic_gpu' and
-  'cudnn', which have no packed rows, must be named. Elsewhere on GPUs, and on CPUs, it selects 'blockwise' for long rows.
+  'cudnn', which have no packed rows, must be named. On other GPUs and on CPUs it selects 'blockwise' for long rows.
   `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
   `lengths` of queries and keys.

@@ -178,7 +178,7 @@ def unit_of(key: str) -> str:
 
 GROUP_UNITS = {
   'loss': 'nats per target', 'share': 'share of rows', 'weight': 'share of rows wanted', 'epochs': 'epochs',
-  'fill': 'share of positions',
+  'fill': 'share of positions', 'kurtosis': 'excess, mean of tokens',
 }  # fmt: skip
 UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
