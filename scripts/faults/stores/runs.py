@@ -23,6 +23,7 @@ def f22(options, alone) -> Line:
       problem = lost_at(StoreCase(f'f22_{i}', options, f'{kind}://runs/f22/{i}', STEPS, hosts), at, draw, alone)
     found.append(problem and f'{kind}://, killed at row {at} with {hosts} processes: {problem}')
     hit[f'{kind}:// with {hosts} processes'] += not problem
+    print(f'trial {i}, {kind}:// with {hosts} processes, killed at row {at}: {problem or "survived"}', flush=True)
   return Line(trials, sum(not line for line in found), first_wrong(found), hit=dict(hit))
 
 
