@@ -200,6 +200,7 @@ class Attention(nnx.Module):
       dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
     whole = {
       'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
+      'relative_bias': see.relative_bias is not None,
     }  # fmt: skip
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)

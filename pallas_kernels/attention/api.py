@@ -6,6 +6,7 @@ import logging
 import jax
 from jax import Array
 
+from pallas_kernels import tuned
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
 from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
@@ -38,23 +39,31 @@ IMPLEMENTATIONS = {
   'mosaic_gpu': _mosaic_gpu,
   'cudnn': cudnn.attention,
 }
+HOPPER = ('h100', 'h200')
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool, divided: bool = False, position_scores: bool = False) -> str:
+def choose(
+  implementation: str,
+  *,
+  dropout: bool,
+  divided: bool = False,
+  position_scores: bool = False,
+  relative_bias: bool = False,
+) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
-  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
-  GPU 'auto' selects the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, few) and 'cudnn' (few) have not run
-  on a GPU yet and must be named.
+  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On
+  Hopper GPUs 'auto' selects 'triton' for all that has run there, which a relative bias has not. 'mosaic_gpu' and
+  'cudnn', which have no packed rows, must be named.
   `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
 
   Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided, position_scores)
+    chosen, reason = _automatic(dropout, divided, position_scores, relative_bias)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -92,18 +101,30 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool, divided: bool, position_scores: bool) -> tuple[str, str]:
+def _automatic(dropout: bool, divided: bool, position_scores: bool, relative_bias: bool) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
     return 'reference', 'no mesh gives the platform'
-  if platform != 'tpu':
-    return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
+  if platform not in ('tpu', 'gpu'):
+    return 'reference', f'no kernel for {platform}'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
   if position_scores:
     return 'reference', 'disentangled attention'
-  return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
+  if dropout:
+    return 'reference', 'attention dropout'
+  return ('tpu', 'the kernel for TPU') if platform == 'tpu' else _on_gpu(relative_bias)
+
+
+def _on_gpu(relative_bias: bool) -> tuple[str, str]:
+  """What has been compared with the definition on such a GPU: docs/LOG.md."""
+  kind = tuned.device_kind()
+  if tuned.chip_of(kind) not in HOPPER:
+    return 'reference', f"kernels.attention='triton' has not run on {kind} and must be named"
+  if relative_bias:
+    return 'reference', "kernels.attention='triton' has not run on a GPU with a relative bias and must be named"
+  return 'triton', 'the kernel for Hopper GPUs'
 
 
 def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:
@@ -165,8 +186,10 @@ def attention(
   _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
   if see.position_scores is not None:
     _check_position_scores(q, k, see)
-  has_scores = see.position_scores is not None
-  chosen = choose(implementation, dropout=dropout is not None, position_scores=has_scores)
+  chosen = choose(
+    implementation, dropout=dropout is not None, position_scores=see.position_scores is not None,
+    relative_bias=see.relative_bias is not None,
+  )  # fmt: skip
   see = see.count_sinks()
   if see.relative_bias is not None and chosen != 'reference':
     _check_positions(chosen, q, k, see)

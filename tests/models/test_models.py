@@ -242,7 +242,8 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
 @pytest.mark.parametrize(
   ('cfg', 'prefix'),
   [
-    *((cfg, False) for cfg in (LLAMA, ALIBI, LEARNED)),
+    (LLAMA, False),
+    *(pytest.param(cfg, False, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
     (LLAMA, True),
     *(pytest.param(cfg, True, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
     *(pytest.param(cfg, False, marks=pytest.mark.slow) for cfg in (SINKS, FAR_SINKS, CLEX)),

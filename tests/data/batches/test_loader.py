@@ -22,7 +22,9 @@ def take(source, position, count, rows=ALL):
   return list(itertools.islice(loader(source, position, rows), count))
 
 
-@pytest.mark.parametrize(('workers', 'prefetch'), [(0, 0), (0, 3), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+  ('workers', 'prefetch'), [(0, 3), (2, 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((0, 0), (1, 2)))]
+)
 def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
   source = opened(text_store, workers=workers, prefetch=prefetch)
   for step, (position, batch) in enumerate(take(source, {'examples': 0}, 9)):

@@ -14,6 +14,7 @@ from tests.models import small
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'cfg',
   [small.LLAMA, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (small.FAR_SINKS, small.T5))],

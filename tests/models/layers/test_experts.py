@@ -93,7 +93,14 @@ def test_gradients_of_experts_and_router_equal_finite_differences(mlp):
 
 
 @pytest.mark.parametrize(
-  ('axes', 'rate'), [({'fsdp': 2, 'tensor': 2}, 0.0), ({'fsdp': 2, 'tensor': 2}, 0.5), ({'data': 2, 'expert': 2}, 0.0)]
+  ('axes', 'rate'),
+  [
+    ({'fsdp': 2, 'tensor': 2}, 0.0),
+    *(
+      pytest.param(*p, marks=pytest.mark.slow)
+      for p in (({'fsdp': 2, 'tensor': 2}, 0.5), ({'data': 2, 'expert': 2}, 0.0))
+    ),
+  ],
 )
 def test_a_mesh_changes_neither_values_nor_gradients(axes, rate):
   """Tokens, hidden features or matrices are divided; no key of the mesh is needed."""
@@ -114,6 +121,7 @@ def test_a_mesh_changes_neither_values_nor_gradients(axes, rate):
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * max(1, np.abs(other).max()))
 
 
+@pytest.mark.slow
 def test_dropout_belongs_to_the_hidden_features_of_an_example():
   """As in an MLP: one mask for all tokens of an example, whatever experts they go to."""
   (bind, params), (plain, _) = made(GATED, 0.5), made(GATED)
@@ -149,6 +157,7 @@ def test_aux_is_the_mean_over_layers():
     assert np.ptp(each) > 1e-3, 'layers must differ'
 
 
+@pytest.mark.slow
 def test_aux_of_an_encoder_decoder_is_the_mean_over_layers_of_both():
   """Where a router is zero, its z is (ln experts)^2: two layers of five are the encoder's."""
   model, params = model_and_params(ROUTED_T5)

@@ -115,7 +115,10 @@ def test_a_save_that_is_refused_is_one_line_and_the_next_one_is_its_retry(gcs, s
   assert not [n for n in gcs.names('runs') if '/checkpoints/1' in n]
 
 
-@pytest.mark.parametrize('name', ['MANIFEST.json', 'state/manifest.ocdbt', 'position/metadata'])
+@pytest.mark.parametrize(
+  'name',
+  ['state/manifest.ocdbt', *(pytest.param(x, marks=pytest.mark.slow) for x in ('MANIFEST.json', 'position/metadata'))],
+)
 def test_a_changed_byte_sets_the_step_aside_and_the_older_one_is_used(run, program, name, capsys):
   path = STEPS / '2' / name
   data = bytearray(path.read_bytes())

@@ -55,7 +55,7 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path, capsys):
   assert "precision.recipe is 'fp8' in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('recipe', ['int8', 'fp8', 'nvfp4'])
+@pytest.mark.parametrize('recipe', ['int8', *(pytest.param(name, marks=pytest.mark.slow) for name in ('fp8', 'nvfp4'))])
 def test_a_gradient_that_is_not_finite_still_skips_the_update(recipe, tmp_path):
   """A NaN in one weight comes through the quantized products to the norm of the gradients."""
   cfg = tiny.decoder(f"precision.recipe='{recipe}'", 'mesh.data=1')

@@ -147,6 +147,7 @@ def test_profile_steps_write_a_trace(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
+@pytest.mark.slow
 def test_a_trace_to_the_last_step_is_written_too(tmp_path):
   train(tiny.decoder('train.steps=2', 'train.profile_steps=(1, 2)'), tmp_path)
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
@@ -169,7 +170,11 @@ def test_a_run_with_no_step_left_prints_at_which_step_it_is(tmp_path, capsys, st
 
 
 @pytest.mark.parametrize(
-  'error', [ValueError('\n$x_{$\n     ^\nexpected "}"'), OSError(28, 'No space left'), KeyError()]
+  'error',
+  [
+    ValueError('\n$x_{$\n     ^\nexpected "}"'),
+    *(pytest.param(e, marks=pytest.mark.slow) for e in (OSError(28, 'No space left'), KeyError())),
+  ],
 )
 def test_a_report_that_cannot_be_drawn_is_a_warning_of_a_finished_run(tmp_path, monkeypatch, capsys, error):
   def fail(workdir):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 BENCH = [sys.executable, 'scripts/bench/attention.py', '--gpu']
 NO_GPU = pytest.mark.skipif(not pathlib.Path('/dev/nvidia0').exists(), reason='this machine has no NVIDIA GPU')
 
