@@ -29,7 +29,9 @@ class KernelsConfig:
   """Implementation of each op: 'auto' chooses by platform; a name that cannot run here fails.
 
   `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
-  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there). Decoding with a cache uses the reference.
+  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform). Decoding with a
+  cache uses the reference.
+  `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
   `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
   and 'interpret'.
   """

@@ -13,6 +13,7 @@ from data.examples.tags import TaggedText, TagPlanner
 from data.examples.units import UnitPlanner, UnitStream
 from data.objectives.features import Batch
 from data.objectives.objectives import Instruction, Supervised, pair_lengths
+from data.packing.full_rows import FullRows
 from data.packing.kept_plans import LARGE, KeptPlans, PlanFiles
 from data.packing.packing import BestFit, Packing, make_planner
 from data.packing.plan import Pieces, Planner
@@ -64,7 +65,8 @@ def _of_text(store, spec: RowSpec, packing: Packing, seed: int, purpose: str, pl
   )  # fmt: skip
   if spec.tags is None:
     stream = functools.partial(text_of, store, spec)
-    planner, maker = make(stream), RowMaker(spec)
+    splits = (seed, purpose) if isinstance(packing, FullRows) else None
+    planner, maker = make(stream), RowMaker(spec, splits=splits)
   else:
     text = TaggedText(store, spec.tags, seed, purpose)
     stream, planner, maker = text.stream, TagPlanner(text, make), RowMaker(spec, ByDocument(store, text.begins))

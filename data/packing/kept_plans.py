@@ -23,6 +23,7 @@ from data.packing.plan import Bins, Cuts, Pieces, Plan, Planner, Stream
 from data.stores.arrays import has_file, read_file, write_file
 
 VERSION = 2  # raise when the same arguments give other plans
+LISTED = (*Pieces._fields[:-1], 'piece_tasks')  # names in a file, where `tasks` are those of rows
 LARGE = 2**20  # tokens of a store; smaller ones are planned faster than a file is read
 
 
@@ -52,7 +53,7 @@ class KeptPlans:
       return plan
     if 'cuts' in arrays:
       return Cuts(arrays['tasks'], arrays['cuts'], self._stream(shard, variant))
-    return Bins(arrays['tasks'], arrays['firsts'], Pieces(*(arrays[name] for name in Pieces._fields)))
+    return Bins(arrays['tasks'], arrays['firsts'], Pieces(*(arrays.get(name) for name in LISTED)))
 
   def counts(self, variant: int, count: Callable[[], np.ndarray]) -> np.ndarray:
     """int64[shards, tasks]: the result of `count`, which is called once for each variant."""
@@ -93,7 +94,8 @@ def _arrays(plan: Plan) -> Mapping[str, np.ndarray]:
     case Cuts(tasks, cuts):
       return {'tasks': tasks, 'cuts': cuts}
     case Bins(tasks, firsts, listed):
-      return {'tasks': tasks, 'firsts': firsts, **listed._asdict()}
+      own = {name: values for name, values in zip(LISTED, listed, strict=True) if values is not None}
+      return {'tasks': tasks, 'firsts': firsts, **own}
     case _:
       raise TypeError(f'{type(plan).__name__} is no plan that is kept.')
 

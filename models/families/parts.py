@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from models.layers import remat
 from models.layers.attention import AttentionConfig, QkNorm
-from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
+from models.layers.block import BlockConfig, Parallel, Placement, Stack
 from models.layers.dropout import Dropout, Sites
 from models.layers.embedding import Embedding, Head
 from models.layers.experts import ExpertsConfig
@@ -15,6 +16,7 @@ from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
 from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.disentangled import Disentangled
 from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.remat import Name, Policy
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
@@ -87,7 +89,9 @@ class Parts:
   dropout: Annotated[float, '[0, 1)'] = 0.0
   dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  remat: Remat = 'none'
+  remat: Policy = 'none'
+  remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
+  remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
 
 
 KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
@@ -105,8 +109,13 @@ KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
 }
 
 
+def remat_of(cfg: Parts) -> remat.Remat:
+  return remat.Remat(policy=cfg.remat, keep=cfg.remat_keep, offload=cfg.remat_offload)
+
+
 def check_parts(cfg: Parts) -> None:
   """Raises ValueError for values that do not fit each other, or that would have no effect."""
+  remat.check(remat_of(cfg), gated=cfg.mlp.gated)
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
     if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
@@ -260,7 +269,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
     dropout=dropout_of(cfg), experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
-  return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
+  return Stack(block, layers, remat=remat_of(cfg), windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
 
 
 def dropout_of(cfg: Parts) -> Dropout:

@@ -16,11 +16,11 @@ from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.layers.positions.rotary import Angles
+from models.layers.remat import Remat, rematerialise
 from models.partition import constrain
-from models.product import KEPT, rounding
+from models.product import rounding
 from models.specs import stack
 
-Remat = Literal['none', 'dots', 'full']
 Placement = Literal['pre', 'post', 'sandwich', 'inner']
 Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
@@ -234,16 +234,3 @@ def _in_turn(bodies: Sequence[Callable]) -> Callable:
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
   return body
-
-
-def rematerialise(body, remat: Remat):
-  """`body` with fewer activations kept for its gradient: all (`none`), matrix products (`dots`), none (`full`)."""
-  if remat == 'none':
-    return body
-  return jax.checkpoint(body, policy=_is_product if remat == 'dots' else None, prevent_cse=False)
-
-
-def _is_product(primitive, *args, **params) -> bool:
-  """Whether a result is kept: results of products with parameters, also in experts and quantized ones."""
-  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-  return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == KEPT)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -24,7 +25,7 @@ from pallas_kernels import tuned
 from pallas_kernels.attention import gpu_kernels, tiles
 from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
 from pallas_kernels.attention.reference import Visibility, relative_position_bucket
-from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
+from pallas_kernels.attention.tiles import KEPT, Spec, Vectors, pad, padded
 from pallas_kernels.errors import KernelError
 
 LEAST = 16  # rows or columns of a tensor core's product
@@ -133,9 +134,9 @@ def _forward(spec: Spec, blocks: Blocks, q, k, v, table, alibi, sink_logits, vec
     ins=_of_queries(spec, {'q': q, 'k': k, 'v': v}, _of_heads(spec, table, alibi, sink_logits), vectors),
     outs={'o': _block(q, spec.block_q), 'lse': _block(row, spec.block_q)}, size=(blocks.warps, blocks.stages),
   )  # fmt: skip
-  lse = out['lse']
+  o, lse = (checkpoint_name(out[name], KEPT) for name in ('o', 'lse'))
   natural = jnp.where(lse == NO_ROW, -jnp.inf, lse / LOG2E)
-  return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
+  return (o, natural), (q, k, v, table, alibi, sink_logits, vectors, o, lse)
 
 
 def _backward(spec: Spec, blocks: Blocks, saved, gradients):

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
+from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles
-from pretrain.devices.mesh import batch_shards, make_mesh, replicated
+from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch
 from pretrain.experiment.experiment import Experiment
@@ -56,6 +57,8 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   """
   mesh = make_mesh(cfg.mesh, devices)
   check_compiles(cfg.compiler, mesh)
+  if cfg.model.remat_offload:
+    check_memory(mesh, HOST, f'model.remat_offload={list(cfg.model.remat_offload)}')
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models import partition
 from models.build import KernelsConfig, Model
-from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import chunked
+from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.errors import ConfigError
 from pretrain.step.train_step import Batch, LossFn, Metrics
 
@@ -37,13 +39,43 @@ def _check_head(model: Model) -> None:
     )
 
 
-def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
+def _token_losses(
+  model: Model, kernels: KernelsConfig, params, batch: Batch, key, share: Array | None = None, **options
+):
+  """(sum(share * loss) or None, (loss, lse, correct) of each token, aux); only a sum that is not None has a gradient.
+
+  In chunks the gradient is made with the logits, so `share` must be known; otherwise the caller adds up.
+  """
   hidden, aux = model.apply(params, batch, key)
+  labels, head = batch['decoder_target_tokens'], model.head(params)
+  options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
+  with partition.on(model.mesh):
+    sizes = labels.size // partition.parts('batch', 'length'), head.shape[1] // partition.parts('vocab')
+    if choose(kernels.linear_cross_entropy, *sizes) == 'chunked':
+      shares = jnp.zeros(labels.shape) if share is None else share.reshape(labels.shape)
+      total, found = weighed(hidden, head, labels, shares, **{'z_loss': 0.0, 'label_smoothing': 0.0} | options)
+      return total, tuple(x.reshape(-1) for x in found), aux
   flat = hidden.reshape(-1, hidden.shape[-1])
-  labels = batch['decoder_target_tokens'].reshape(-1)
-  implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
-  options |= {'softcap': softcap, 'implementation': implementation, 'bias': model.head_bias(params)}
-  return linear_cross_entropy(flat, model.head(params), labels, **options), aux
+  return None, linear_cross_entropy(flat, head, labels.reshape(-1), implementation='reference', **options), aux
+
+
+def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None = None, **options):
+  """(sum(weights * loss), (loss, lse, correct)), in chunks, of x[batch, length, embed] and labels[batch, length].
+
+  Each device has its part of the tokens and of the vocabulary; gradients of the head are added up over devices once,
+  after the last chunk. The other results have no gradient.
+  """
+  axis = 'tensor' if partition.divides('vocab') else None
+  tokens, of_vocab = ('batch', 'length'), None if bias is None else ('vocab',)
+
+  def own(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None):
+    total, found = chunked.weighed(x, w, labels, weights, bias=bias, axis=axis, **options)
+    return total.reshape(1, 1), found
+
+  ins = {'x': (*tokens, None), 'w': (None, 'vocab'), 'labels': tokens, 'weights': tokens, 'bias': of_vocab}
+  run = partition.per_shard(own, tuple(ins.values()), (tokens, (tokens,) * 3))
+  total, found = run(x, w.astype(x.dtype), labels, weights, bias)
+  return total.sum(), jax.lax.stop_gradient(found)
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
@@ -56,12 +88,12 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
   def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
-    (value, lse, correct), aux = _token_losses(
-      model, kernels, params, batch, key, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
-    )
     share = batch['decoder_loss_weights'].reshape(-1) / weight
+    total, (value, lse, correct), aux = _token_losses(
+      model, kernels, params, batch, key, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+    )
     penalty = cfg.z_loss * jnp.square(lse)
-    total = (value * share).sum()
+    total = (value * share).sum() if total is None else total
     z_loss = (penalty * share).sum()
     metrics = {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
     if num_sources > 1:
@@ -82,7 +114,7 @@ def make_token_step(model: Model, kernels: KernelsConfig):
   _check_head(model)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
-    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     shape = batch['decoder_target_tokens'].shape
     return value.reshape(shape), correct.reshape(shape)
 
@@ -99,7 +131,7 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
   _check_head(model)
 
   def eval_step(params, batch: Batch) -> Metrics:
-    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
     text = weights * ((labels[:, None] != jnp.asarray(not_text)).all(-1) & (labels < num_pieces))
     return {

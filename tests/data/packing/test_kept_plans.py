@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.examples import makers
 from data.objectives.objectives import CausalLm, SpanCorruption, Ul2
 from data.packing import kept_plans
+from data.packing.full_rows import FullRows
 from data.packing.packing import BestFit, ConcatSplit
 from data.stores.store import StoreWriter
 from data.stores.vocabulary import Tokenizer
@@ -36,7 +37,12 @@ def opened(sharded, cache, objective=Ul2(), inputs=64, packing=ConcatSplit(), se
 
 @pytest.mark.parametrize(
   ('objective', 'inputs', 'packing'),
-  [(Ul2(), 64, ConcatSplit()), (SpanCorruption(), 64, BestFit()), (CausalLm(), 0, ConcatSplit())],
+  [
+    (Ul2(), 64, ConcatSplit()),
+    (SpanCorruption(), 64, BestFit()),
+    (CausalLm(), 0, ConcatSplit()),
+    (Ul2(), 64, FullRows()),
+  ],
 )
 def test_batches_are_the_same_from_files_and_nothing_is_planned_again(
   sharded, tmp_path, monkeypatch, objective, inputs, packing  # noqa: F811

@@ -29,6 +29,12 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path
 
 
 @pytest.mark.slow
+def test_a_resumed_run_in_full_rows_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path):
+  cfg = tiny.ul2(text_store, "data.packing.name='full_rows'", 'data.targets_length=44', 'checkpoint.every=2')
+  assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
+
+
+@pytest.mark.slow
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   """A mutation: the check must notice a restore that loses the position in the data."""
   restore = starting.restore_or_initialise
