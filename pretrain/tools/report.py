@@ -185,6 +185,7 @@ UNITS = {
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
   'hbm_mib': 'MiB of the fullest device', 'hbm_peak_mib': 'MiB of the fullest device', 'host_mib': 'MiB of process 0',
+  'duty_cycle_pct': '% of time, least busy chip', 'tpu_throttle_score': '0 to 10, most throttled chip',
   'mfu': 'share of peak FLOPs', 'slowest_host': 'process', 'slowest_ratio': 'times the median',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',
