@@ -117,7 +117,7 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
   forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
   products = sum(forward(p) * (2 + p.experts) for p in found)
-  again = sum(forward(p) for p in found if p.name not in (*memory.KEPT[layout.remat], 'down'))
+  again = sum(forward(p) for p in found if p.name not in (*memory.kept(work, layout), 'down'))
   heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
   passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))

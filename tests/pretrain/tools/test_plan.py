@@ -104,6 +104,7 @@ def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
     tpu_devices('v5e:2x4')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('file', 'sizes'),
   [(tiny.UL2, tiny.SMALL), *(pytest.param(file, (), marks=pytest.mark.slow) for file in (tiny.UL2, tiny.ENCODER))],
