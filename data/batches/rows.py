@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import pathlib
 import threading
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from data.mixing.curriculum import Curriculum, Order, Random, arrange, row_score
 from data.objectives.features import Batch
 from data.objectives.tasks import block_of
 from data.packing.full_rows import FullRows
-from data.packing.kept_plans import KeptPlans
+from data.packing.kept_plans import KeptPlans, PlanFiles
 from data.packing.order import WINDOW, Deal, EpochOrder
 from data.packing.packing import Packing
 from data.packing.plan import Pieces, Plan, cut_out, joined, runs_of
@@ -54,7 +53,7 @@ class StoreRows:
     *,
     seed: int,
     purpose: str,
-    plans: pathlib.Path | None = None,
+    plans: PlanFiles | None = None,
     order: Order = RANDOM,
   ):
     self.store, self._seed, self._purpose = store, seed, purpose
@@ -106,8 +105,10 @@ class StoreRows:
     return self._planner.variants
 
   def keep_plan(self, shard: int, variant: int) -> None:
-    """Makes a plan, unless a file of it exists already."""
+    """Makes a plan, unless a file of it exists already; it is then kept wherever plans are kept."""
     self._planner.plan(shard, variant)
+    if isinstance(self._planner, KeptPlans):
+      self._planner.share(shard, variant)
 
   def _order(self, epoch: int) -> EpochOrder:
     with self._lock:

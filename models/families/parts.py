@@ -7,7 +7,7 @@ from models.layers import remat
 from models.layers.attention import AttentionConfig, QkNorm
 from models.layers.block import BlockConfig, Parallel, Placement, Stack
 from models.layers.dropout import Dropout, Sites
-from models.layers.embedding import Embedding, Head
+from models.layers.embedding import Embedding, Head, Rotation
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
@@ -42,6 +42,10 @@ class Parts:
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
+
+  `embedding_rotation` puts a learned square matrix, orthogonal at first, behind the embedding and another before the
+  head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, §3, with `norm.scale` 'single' and Muon). `kurtosis`
+  makes the excess kurtosis of each layer's output a metric.
 
   `dropout_sites` are the places where `dropout` acts: T5's, BERT's or none (layers/dropout.py).
 
@@ -82,6 +86,8 @@ class Parts:
   relative_norm: bool = False
   head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
   head_bias: bool = False
+  embedding_rotation: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
+  kurtosis: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
   init_std: Annotated[float, '> 0'] | None = None
@@ -260,7 +266,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
   )  # fmt: skip
 
 
-def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bool) -> Stack:
+def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bool, before_head: bool = True) -> Stack:
   additions = layers * (3 if cross else 2)
   residual = additions**-0.5 if cfg.scale_residual_init else 1.0
   block = BlockConfig(
@@ -269,7 +275,11 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
     dropout=dropout_of(cfg), experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
-  return Stack(block, layers, remat=remat_of(cfg), windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
+  finishing = Rotation(cfg.embed) if cfg.embedding_rotation and before_head else None
+  return Stack(
+    block, layers, remat=remat_of(cfg), windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each,
+    finishing=finishing, kurtosis=cfg.kurtosis,
+  )  # fmt: skip
 
 
 def dropout_of(cfg: Parts) -> Dropout:
@@ -300,8 +310,9 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size, cfg.embed, drop=dropout_of(cfg), std=cfg.embedding_init_std, max_positions=cfg.max_positions
-  )
+    cfg.vocab_size, cfg.embed, drop=dropout_of(cfg), std=cfg.embedding_init_std, max_positions=cfg.max_positions,
+    rotated=cfg.embedding_rotation,
+  )  # fmt: skip
 
 
 def make_head(cfg: Parts) -> Head | None:

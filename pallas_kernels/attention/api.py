@@ -60,10 +60,10 @@ def choose(
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On
   Hopper GPUs 'auto' selects 'triton' for all that has run there, which a relative bias has not. 'mosaic_gpu' and
-  'cudnn', which have no packed rows, must be named.
+  'cudnn', which have no packed rows, must be named. On other GPUs and on CPUs it selects 'blockwise' for long rows.
   `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
-  `lengths` of queries and keys: on a CPU 'auto' selects 'blockwise' for long rows.
+  `lengths` of queries and keys.
 
   Raises KernelError.
   """
@@ -114,27 +114,23 @@ def _automatic(
   if platform is None:
     return 'reference', 'no mesh gives the platform'
   whole = not (dropout or divided or position_scores)
-  if platform == 'cpu' and whole and lengths[0] * lengths[1] > LONG**2:
-    return 'blockwise', f'more than {LONG} x {LONG} scores on cpu'
+  # What has been compared with the definition on a GPU: docs/LOG.md.
+  if platform == 'gpu' and whole and not relative_bias and tuned.chip_of(tuned.device_kind()) in HOPPER:
+    return 'triton', 'the kernel for Hopper GPUs'
+  if platform in ('cpu', 'gpu') and whole and lengths[0] * lengths[1] > LONG**2:
+    return 'blockwise', f'more than {LONG} x {LONG} scores on {platform}'
+  if platform == 'gpu' and whole:
+    return (
+      'reference',
+      "kernels.attention='triton' has not run on this GPU with all that the model has; name it to use it",
+    )
   if platform not in ('tpu', 'gpu'):
     return 'reference', f'no kernel for {platform}'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
   if position_scores:
     return 'reference', 'disentangled attention'
-  if dropout:
-    return 'reference', 'attention dropout'
-  return ('tpu', 'the kernel for TPU') if platform == 'tpu' else _on_gpu(relative_bias)
-
-
-def _on_gpu(relative_bias: bool) -> tuple[str, str]:
-  """What has been compared with the definition on such a GPU: docs/LOG.md."""
-  kind = tuned.device_kind()
-  if tuned.chip_of(kind) not in HOPPER:
-    return 'reference', f"kernels.attention='triton' has not run on {kind} and must be named"
-  if relative_bias:
-    return 'reference', "kernels.attention='triton' has not run on a GPU with a relative bias and must be named"
-  return 'triton', 'the kernel for Hopper GPUs'
+  return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
 def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:

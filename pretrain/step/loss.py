@@ -1,8 +1,8 @@
 """The training loss, token cross entropy with z-loss, and its parts for evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from jax import Array
 
 from models import partition
 from models.build import KernelsConfig, Model
+from models.layers.block import ByLayer
 from pallas_kernels.linear_cross_entropy import chunked
 from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.errors import ConfigError
-from pretrain.step.train_step import Batch, LossFn, Metrics
+from pretrain.step.train_step import Batch, LossFn, Metrics, Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class LossConfig:
   router_z: Annotated[float, '>= 0'] = 0.0
 
 
+NONE: Mapping[str, Any] = {}  # read of `TrainState.extra` where no method keeps anything
+
+
 def _check_head(model: Model) -> None:
   """Raises ConfigError for a head without logits of tokens: labels of all objectives are tokens."""
   if model.cfg.head == 'binary':
@@ -40,13 +44,13 @@ def _check_head(model: Model) -> None:
 
 
 def _token_losses(
-  model: Model, kernels: KernelsConfig, params, batch: Batch, key, share: Array | None = None, **options
+  model: Model, kernels: KernelsConfig, params, batch: Batch, key, read=None, share: Array | None = None, **options
 ):
   """(sum(share * loss) or None, (loss, lse, correct) of each token, aux); only a sum that is not None has a gradient.
 
   In chunks the gradient is made with the logits, so `share` must be known; otherwise the caller adds up.
   """
-  hidden, aux = model.apply(params, batch, key)
+  hidden, aux = model.apply(params, batch, key, read)
   labels, head = batch['decoder_target_tokens'], model.head(params)
   options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
   with partition.on(model.mesh):
@@ -79,18 +83,21 @@ def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | Non
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
-  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+  """`loss(params, batch, key, weight, read)`: summed over the batch, divided by `weight`; metrics: nats per token.
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
-  added to the value times the weight that `cfg` has for it. With several sources, metrics `source_loss` and
+  added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric
+  NAME/LAYER for each. All of them are observations too (`Track`). With several sources, metrics `source_loss` and
   `source_weight` are float32[sources]: each source's part of the loss and of the weight.
   """
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
-  def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
+  def loss(
+    params, batch: Batch, key: Array | None, weight: Array, read: Mapping[str, Any] = NONE
+  ) -> tuple[Array, tuple[Metrics, Seen]]:
     share = batch['decoder_loss_weights'].reshape(-1) / weight
     total, (value, lse, correct), aux = _token_losses(
-      model, kernels, params, batch, key, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+      model, kernels, params, batch, key, read, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
     )
     penalty = cfg.z_loss * jnp.square(lse)
     total = (value * share).sum() if total is None else total
@@ -101,10 +108,14 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
-    for name, mean in aux.items():  # a mean over a microbatch counts as much as its tokens do
-      metrics[name] = mean * share.sum()
-      total += weights.get(name, 0.0) * metrics[name]
-    return total, metrics
+    seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its tokens do
+    for name, mean in seen.items():
+      if isinstance(mean, ByLayer):
+        metrics |= {f'{name}/{layer}': x for layer, x in enumerate(mean.values)}
+      else:
+        metrics[name] = mean
+        total += weights.get(name, 0.0) * mean
+    return total, (metrics, seen)
 
   return loss
 

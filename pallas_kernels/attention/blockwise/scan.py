@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.reference import MASKED, RelativeBias, Visibility
+from pallas_kernels.attention.tiles import KEPT
 
 Arrays = Mapping[str, Array]
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -132,7 +134,7 @@ def attend(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: A
 
 
 def _forward(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: Arrays):
-  out, lse = attend(spec, q, k, v, numbers, vectors)
+  out, lse = (checkpoint_name(x, KEPT) for x in attend(spec, q, k, v, numbers, vectors))
   return (out, lse), (q, k, v, numbers, vectors, out, lse)
 
 

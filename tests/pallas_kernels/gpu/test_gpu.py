@@ -26,6 +26,7 @@ from tests.pallas_kernels.test_flash import (
 
 BLOCKS = gpu.Blocks(q=64, kv=32, grad_q=32, grad_kv=64)
 TALL = gpu.Blocks(q=128, kv=16, grad_q=16, grad_kv=128)
+A100 = AbstractDevice(device_kind='NVIDIA A100-SXM4-80GB', num_cores=108, platform='gpu')
 H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
 # Newer jax deprecates Triton in favour of Mosaic.
 pytestmark = pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
@@ -147,7 +148,10 @@ def test_arrays_larger_than_an_int32_index_are_refused():
     (H100, {'dropout': True}, 'reference'),
     (H100, {'divided': True}, 'reference'),
     (H100, {'position_scores': True}, 'reference'),
-    (AbstractDevice(device_kind='NVIDIA A100-SXM4-80GB', num_cores=108, platform='gpu'), {}, 'reference'),
+    (A100, {}, 'reference'),
+    (A100, {'lengths': (4096, 1025)}, 'blockwise'),
+    (H100, {'lengths': (4096, 1025), 'relative_bias': True}, 'blockwise'),
+    (H100, {'lengths': (4096, 4096), 'dropout': True}, 'reference'),
   ],
 )
 def test_auto_takes_on_a_gpu_what_has_run_on_one(device, without, chosen):

@@ -119,12 +119,12 @@ def poison(monkeypatch):
     def make_loss(*args):
       loss = make(*args)
 
-      def scaled(params, batch, key, weight):
+      def scaled(params, batch, *rest):
         times = jnp.float32(1)
         for number, factor in factors.items():
           times = jnp.where(batch['example_index'][0] == 8 * number, jnp.float32(factor), times)
-        value, metrics = loss(params, batch, key, weight)
-        return value * times, metrics | {'loss': metrics['loss'] * times}
+        value, (metrics, seen) = loss(params, batch, *rest)
+        return value * times, (metrics | {'loss': metrics['loss'] * times}, seen)
 
       return scaled
 
