@@ -1,4 +1,4 @@
-"""The loss in chunks against float64 and on meshes: values, gradients, memory, and where 'auto' selects it."""
+"""The loss in chunks against float64 and on meshes: values, gradients, memory."""
 
 import functools
 
@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import partition
-from models.build import KernelsConfig, build
-from models.specs import initialize
 from pallas_kernels.linear_cross_entropy import chunked, reference
-from pallas_kernels.linear_cross_entropy.api import LARGE, choose, linear_cross_entropy
-from pretrain.step.loss import LossConfig, make_eval_step, make_loss, weighed
-from tests.models import small
+from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
+from pretrain.step.loss import weighed
 
 RNG = np.random.default_rng(0)
 ROWS, LENGTH, EMBED, VOCAB = 4, 10, 8, 64
@@ -119,41 +116,5 @@ def test_logits_are_held_for_one_chunk():
   assert temporaries(chunked.weighed, 16) < 40
 
 
-def test_auto_selects_it_for_large_logits_on_accelerators():
-  def on(platform):
-    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=device))
-
-  with on('tpu'):
-    assert choose('auto', 8192, LARGE // 8192) == 'chunked'
-    assert choose('auto', 8192, LARGE // 8192 - 1) == 'reference'
-    assert choose('reference', 8192, LARGE) == 'reference'
-  with on('cpu'):
-    assert choose('auto', 8192, LARGE) == 'reference', 'losses keep their bits'
-    assert choose('chunked', 1, 1) == 'chunked'
-  assert choose('auto', 8192, LARGE) == 'reference', 'no mesh'
-
-
-@pytest.mark.slow
-def test_training_and_evaluation_with_it_are_those_with_the_definition():
-  """Four devices, as a step runs: the sum over tokens, its gradients, metrics of tokens, and sums of the evaluation."""
-  shape = [{'fsdp': 2, 'tensor': 2}.get(name, 1) for name in AXES]
-  mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:4])
-  batch = {name: jnp.asarray(x) for name, x in small.batch().items()}
-  batch |= {'decoder_target_tokens': batch['decoder_input_tokens']}
-  batch |= {'decoder_loss_weights': (batch['decoder_segment_ids'] == 1).astype(jnp.float32)}
-  found = {}
-  for name in ('reference', 'chunked'):
-    model = build(small.LLAMA, KernelsConfig(linear_cross_entropy=name), mesh)
-    params = small.shaken(initialize(model.specs, jax.random.key(0)))
-    params = jax.device_put(params, partition.shardings(model.specs, mesh))
-    kernels = KernelsConfig(linear_cross_entropy=name)
-    loss = make_loss(LossConfig(z_loss=1e-2, label_smoothing=0.1), model, kernels)
-    evaluate = make_eval_step(model, kernels, 20)
-
-    def both(params, loss=loss, evaluate=evaluate):
-      return jax.value_and_grad(loss, has_aux=True)(params, batch, None, jnp.float32(7)), evaluate(params, batch)
-
-    found[name] = jax.jit(both)(params)
-  for a, b in zip(*(jax.tree.leaves(x) for x in found.values()), strict=True):
-    np.testing.assert_allclose(b, a, atol=2e-5 * max(1e-3, float(jnp.abs(a).max())))
+def test_auto_is_the_definition_so_that_losses_keep_their_bits():
+  assert [choose(name) for name in ('auto', 'reference', 'chunked')] == ['reference', 'reference', 'chunked']
