@@ -1,4 +1,4 @@
-.PHONY: setup lint test test-all test-configs golden bench lock
+.PHONY: setup lint test test-all test-configs test-slices golden bench lock
 
 setup:
 	./scripts/setup.sh --dev
@@ -21,6 +21,10 @@ test-all:
 # Shipped configs trained to the loss that their headers state: hours on two cores.
 test-configs: setup
 	.venv/bin/python -m pytest -q -m hours tests/pretrain/run/test_learns.py
+
+# Every shipped config above a billion parameters compiled for the slice that its header names: half an hour on two cores.
+test-slices: setup
+	.venv/bin/python -m pytest -q -n 0 -m 'aot and (slow or hours)' tests/pretrain/planner/test_shipped.py
 
 golden: setup
 	.venv/bin/python scripts/golden.py

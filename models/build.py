@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
@@ -14,8 +15,9 @@ from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.layers.low_rank import NONE, LoraConfig, attach, grafted
-from models.precision import BF16, PrecisionConfig, check_blocks
+from models.precision import AMAX, BF16, PrecisionConfig, check_blocks, check_layers
 from models.precision import attach as attach_precision
+from models.product import within
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
@@ -29,7 +31,9 @@ class KernelsConfig:
   """Implementation of each op: 'auto' chooses by platform; a name that cannot run here fails.
 
   `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
-  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there). Decoding with a cache uses the reference.
+  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform). Decoding with a
+  cache uses the reference.
+  `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
   `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
   and 'interpret'.
   """
@@ -57,9 +61,14 @@ class Model:
     frozen = {name: branch for name, branch in params.items() if name not in self.adapters}
     return ({name: params[name] for name in self.adapters}, frozen) if self.adapters else (params, {})
 
-  def apply(self, params: Tree, batch: Mapping[str, Array], key: Array | None = None) -> tuple[Array, dict[str, Any]]:
-    """(hidden states [batch, length, embed], aux). `key` already folds seed and step; None means no dropout."""
-    with partition.on(self.mesh):
+  def apply(
+    self, params: Tree, batch: Mapping[str, Array], key: Array | None = None, read: Mapping[str, Any] | None = None
+  ) -> tuple[Array, dict[str, Any]]:
+    """(hidden states [batch, length, embed], aux). `key` already folds seed and step; None means no dropout. `read` is
+    state beside the parameters, by the name of the method that keeps it.
+    """
+    amax = {'/'.join(path): x for path, x in flatten_dict((read or {}).get(AMAX, {})).items()}
+    with partition.on(self.mesh), within(amax=amax):
       return self.bind(params)(batch, key)
 
   def head(self, params: Tree) -> Array:
@@ -124,8 +133,12 @@ def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
 
 
 def check_precision(cfg: ModelConfig, precision: PrecisionConfig, lengths: Mapping[str, int]) -> None:
-  """Raises ValueError for a name of no product or recipe, and where blocks divide a size or one of `lengths` not."""
-  check_blocks(precision, param_specs(make_module(cfg, KernelsConfig())), lengths)
+  """Raises ValueError for a name of no product or recipe, for more first and last layers than there are, and where
+  blocks divide a size or one of `lengths` not.
+  """
+  specs = param_specs(make_module(cfg, KernelsConfig()))
+  check_layers(precision, specs, len(cfg.windows or (None,)))
+  check_blocks(precision, specs, lengths)
 
 
 def make_module(cfg: ModelConfig, kernels: KernelsConfig) -> nnx.Module:

@@ -91,8 +91,10 @@ def flops_per_position(
   specs = build(cfg, lora=lora).specs
   frozen = bool(lora.rank)
   head = _Products(_head(cfg) + sum(map(_matrix_parameters, [specs.get(n, {}) for n in BESIDE])))
+  entry = _matrix_parameters(specs['embedding'].get('rotation', {}))
   of = lambda stack: (
-    _Products(_matrix_parameters(specs[stack], cfg.experts_per_token)) + _adapters(specs, lambda path: path[0] == stack)
+    _Products(_matrix_parameters(specs[stack], cfg.experts_per_token) + entry)
+    + _adapters(specs, lambda path: path[0] == stack)
   )
   product = 2 * cfg.heads * cfg.head_dim  # scores of a pair, and the same for mixing
   if not isinstance(cfg, EncoderDecoderConfig):

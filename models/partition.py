@@ -83,8 +83,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 def divides(axis: str) -> bool:
   """Whether the mesh in use divides activations along this logical axis."""
-  sizes, entry = jax.sharding.get_abstract_mesh().shape, ACTIVATION_RULES[axis]
-  return any(sizes.get(name, 1) > 1 for name in ((entry,) if isinstance(entry, str) else entry or ()))
+  return parts(axis) > 1
+
+
+def parts(*axes: str) -> int:
+  """Into how many parts the mesh in use divides an activation along these logical axes."""
+  sizes, entries = jax.sharding.get_abstract_mesh().shape, [ACTIVATION_RULES[axis] for axis in axes]
+  return math.prod(sizes.get(n, 1) for entry in entries for n in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def per_shard(kernel, in_axes, out_axes):

@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from models.specs import cast
+from models.specs import cast, is_variable
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.quantized_matmul.formats import Recipe
 from pallas_kernels.quantized_matmul.rounding import mix
@@ -19,26 +21,56 @@ from pallas_kernels.quantized_matmul.rounding import mix
 KEY = 'quantization'  # in the metadata of a weight
 KEPT = 'quantized_product'  # the name of results that `model.remat = 'dots'` keeps
 
-_keys: contextvars.ContextVar[Array | None] = contextvars.ContextVar('rounding', default=None)
+
+class Around(NamedTuple):
+  """What a product depends on besides its operands: the keys of the examples, whether the layer is one of the first or
+  last, and for delayed scales the amax of earlier steps, f32[layers, 3] or in a layer f32[3] by the weight's name.
+  """
+
+  keys: Array | None = None
+  edge: bool = False
+  amax: Mapping[str, Array] | None = None
+
+
+NOTHING = Around()
+_around: contextvars.ContextVar[Around] = contextvars.ContextVar('around', default=NOTHING)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-  """How the products of one weight are quantized; `site` is another number for each weight of a model."""
+  """How the products of one weight are quantized; None: not. `site` is another number for each weight of a model.
 
-  recipe: Recipe
+  `edge` is the recipe in the first and last layers, `name` the path of the weight.
+  """
+
+  recipe: Recipe | None
   site: int
   implementation: str
+  edge: Recipe | None = None
+  name: str = ''
 
 
 @contextlib.contextmanager
-def rounding(keys: Array | None):
-  """Inside, stochastic rounding takes its random bits from `keys`, one for each example of the batch."""
-  token = _keys.set(keys)
+def within(**changes):
+  """Inside, these fields of `Around` are changed; a scan or jit must be traced as a whole inside or outside."""
+  token = _around.set(_around.get()._replace(**changes))
   try:
     yield
   finally:
-    _keys.reset(token)
+    _around.reset(token)
+
+
+def rounding(keys: Array | None):
+  """Inside, stochastic rounding takes its random bits from `keys`, one for each example of the batch."""
+  return within(keys=keys)
+
+
+def amax_of(module: nnx.Module) -> dict[str, Array]:
+  """What the weights of `module` have in `Around.amax`."""
+  amax = _around.get().amax or {}
+  leaves = jax.tree.leaves(nnx.state(module), is_leaf=is_variable) if amax else []
+  own = [leaf.get_metadata()[KEY].name for leaf in leaves if KEY in leaf.get_metadata()]
+  return {name: amax[name] for name in own if name in amax}
 
 
 def contracted(x: Array, w: Array, dims: int) -> Array:
@@ -50,22 +82,25 @@ def contracted(x: Array, w: Array, dims: int) -> Array:
 def product(x: Array, w: nnx.Param, dims: int) -> Array:
   """`contracted` in x's dtype; quantized if `w` has a `Quantization`, with blocks along the dims c as one."""
   own = w.get_metadata().get(KEY)
-  return contracted(x, cast(w, x), dims) if own is None else _quantized(x, cast(w, x), dims, own)
+  recipe = None if own is None else own.edge if _around.get().edge else own.recipe
+  return contracted(x, cast(w, x), dims) if recipe is None else _quantized(x, cast(w, x), dims, own, recipe)
 
 
-def _quantized(x: Array, w: Array, dims: int, own: Quantization) -> Array:
+def _quantized(x: Array, w: Array, dims: int, own: Quantization, recipe: Recipe) -> Array:
   tokens, outputs = x.shape[: x.ndim - dims], w.shape[dims:]
   inputs = math.prod(w.shape[:dims])
-  noise = {} if not own.recipe.is_random else _noise(tokens, own.site)
+  beside = _noise(tokens, own.site) if recipe.is_random else {}
+  if recipe.is_delayed:
+    beside |= {'amax': (_around.get().amax or {}).get(own.name)}
   out = quantized_matmul(
-    x.reshape(*tokens, inputs), w.reshape(inputs, -1), own.recipe, implementation=own.implementation, **noise
+    x.reshape(*tokens, inputs), w.reshape(inputs, -1), recipe, implementation=own.implementation, **beside
   )
   return checkpoint_name(out.reshape(*tokens, *outputs), KEPT)
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:
   """A number for each token, that depends on its example's key and its position only; none without keys."""
-  keys = _keys.get()
+  keys = _around.get().keys
   if keys is None:
     return {}
   words = jax.random.key_data(keys)

@@ -42,6 +42,19 @@ class UniformFanAvg:
 
 
 @dataclasses.dataclass(frozen=True)
+class Orthogonal:
+  """A random square matrix whose transpose is its inverse, from the Haar measure. Source: Saxe et al. 2013,
+  arXiv:1312.6120; Mezzadri 2006, arXiv:math-ph/0609050, §5: signs of the diagonal of R."""
+
+  def std(self, shape, axes) -> float:
+    return shape[0] ** -0.5
+
+  def __call__(self, key, shape, dtype, axes) -> Array:
+    q, r = jnp.linalg.qr(jax.random.normal(key, shape))
+    return (q * jnp.sign(jnp.diagonal(r))).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Ones:
   def std(self, shape, axes) -> float:
     return 0.0

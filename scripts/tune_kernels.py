@@ -8,6 +8,8 @@ together; this machine needs no TPU. Those for a GPU are compared by time. Only 
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -28,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHAPES = [f'd{n}_{packed}{mask}' for n in (64, 128, 256) for packed in ('', 'packed_') for mask in ('causal', 'full')]
 LENGTH = 8192
 SQUARES = ((512, 512), (1024, 1024))
-GPU_BLOCKS = [(q, kv, grad, grad) for q in (64, 128) for kv in (32, 64, 128) for grad in (32, 64)]
+GPU_BLOCKS = [(q, kv, w, s) for q in (32, 64, 128) for kv in (32, 64, 128) for w in (4, 8) for s in (2, 3)]
 HOPPER_BLOCKS = [(q, kv, stages) for q in (128, 256) for kv in (64, 128, 256) for stages in (1, 2, 3, 4)]
 
 
@@ -65,7 +67,7 @@ def best(rows: list[dict]) -> dict:
 
 
 def by_time() -> tuple[str, dict]:
-  """(chip, entries) of the GPU of this machine, causal."""
+  """(chip, entries) of the GPU of this machine, causal. Candidates are compiled together and timed one by one."""
   import jax
 
   from pallas_kernels import tuned
@@ -76,31 +78,71 @@ def by_time() -> tuple[str, dict]:
     sys.exit(f'--gpu tunes the GPU of this machine, which has {device.device_kind}; use --aot for TPUs.')
   found = {}
   for head_dim in (64, 128):
-    for shape, blocks, run in [*of_triton(head_dim), *(of_hopper(head_dim) if chip in ('h100', 'h200') else [])]:
-      entry = vars(blocks) | {'length': LENGTH, 'seconds': _time(run, _arrays(head_dim))}
-      found[shape] = min(found.get(shape, entry), entry, key=lambda entry: entry['seconds'])
+    arrays = _arrays(head_dim)
+    for part in (of_triton, of_triton_gradients, *([of_hopper] if chip in ('h100', 'h200') else [])):
+      shape, candidates = part(head_dim)
+      sizes, seconds = fastest(candidates, arrays)
+      entry = found.setdefault(shape, {'length': LENGTH})
+      entry |= sizes | {f'{part.__name__.removeprefix("of_")}_ms': round(seconds * 1e3, 4)}
   return chip, found
 
 
+def fastest(candidates, arrays) -> tuple[dict, float]:
+  """(sizes, seconds) of the fastest of (sizes, jitted function); those that do not compile are left out."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    compiled = list(pool.map(lambda candidate: _compiled(*candidate, arrays), candidates))
+  programs = [(sizes, run) for (sizes, _), run in zip(candidates, compiled, strict=True) if run is not None]
+  seconds, best = min((_time(run, arrays), n) for n, (_, run) in enumerate(programs))
+  return programs[best][0], seconds
+
+
+def _compiled(sizes: dict, run, arrays):
+  """None, and a line on stderr, for sizes that do not fit a multiprocessor."""
+  import jax
+
+  try:
+    return run.lower(*arrays).compile()
+  except jax.errors.JaxRuntimeError as error:
+    print(f'{sizes}: {str(error).splitlines()[0][:120]}', file=sys.stderr)
+    return None
+
+
 def _arrays(head_dim: int):
+  import jax
   import jax.numpy as jnp
 
-  return (jnp.ones((1, LENGTH, attention.HEADS, head_dim), jnp.bfloat16),) * 3
+  shape = (1, LENGTH, attention.HEADS, head_dim)
+  return tuple(jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n in range(3))
 
 
 def of_triton(head_dim: int):
-  """(class of shapes, blocks, a function of q, k, v: forward and backward) of each candidate."""
+  """(class of shapes, (sizes, a function of q, k, v) of each candidate): the forward pass."""
+  return _of_triton(head_dim, '', lambda run: run)
+
+
+def of_triton_gradients(head_dim: int):
+  """The same, forward and backward."""
+  import jax
+  import jax.numpy as jnp
+
+  return _of_triton(
+    head_dim, 'grad_', lambda run: jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+  )
+
+
+def _of_triton(head_dim: int, prefix: str, function):
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.attention import gpu
   from pallas_kernels.attention.reference import Visibility
 
-  see = Visibility(causal=True)
-  for sizes in GPU_BLOCKS:
-    blocks = gpu.Blocks(**dict(zip(('q', 'kv', 'grad_q', 'grad_kv'), sizes, strict=True)))
-    loss = lambda q, k, v, blocks=blocks: gpu.attention(q, k, v, see, blocks=blocks).astype(jnp.float32).sum()
-    yield gpu.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(jax.grad(loss, (0, 1, 2)))
+  usual, found = gpu.choose_blocks(LENGTH, LENGTH, head_dim, jnp.bfloat16), []
+  for values in GPU_BLOCKS:
+    sizes = dict(zip((f'{prefix}{name}' for name in ('q', 'kv', 'warps', 'stages')), values, strict=True))
+    run = functools.partial(gpu.attention, see=Visibility(causal=True), blocks=dataclasses.replace(usual, **sizes))
+    found.append((sizes, jax.jit(function(run))))
+  return gpu.shape_class(head_dim, jnp.bfloat16), found
 
 
 def of_hopper(head_dim: int):
@@ -112,6 +154,7 @@ def of_hopper(head_dim: int):
   from pallas_kernels.attention.reference import Visibility
   from pallas_kernels.errors import KernelError
 
+  found = []
   for q, kv, stages in HOPPER_BLOCKS:
     blocks = gpu_mosaic.Blocks(q=q, kv=kv, stages=stages)
     try:
@@ -119,7 +162,8 @@ def of_hopper(head_dim: int):
     except KernelError:
       continue
     run = functools.partial(gpu_mosaic.attention, see=Visibility(causal=True), blocks=blocks)
-    yield gpu_mosaic.shape_class(head_dim, jnp.bfloat16), blocks, jax.jit(run)
+    found.append((vars(blocks), jax.jit(run)))
+  return gpu_mosaic.shape_class(head_dim, jnp.bfloat16), found
 
 
 def _time(run, arrays) -> float:

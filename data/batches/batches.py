@@ -25,8 +25,8 @@ class RowDescription:
 
   `pieces` are (document, first token in the store, length): inputs and targets of pairs, turns of conversations, or
   parts of text. For each piece, `segments` has its segment (counted from 1), `asked` the number of its tokens that
-  carry loss (None if the objective decides that), and `roles` the role of its turn. `losses` says how much of the store
-  is cut or left out because rows are too short.
+  carry loss (None if the objective decides that), `roles` the role of its turn, and `tasks` its task (None if all have
+  the row's). `losses` says how much of the store is cut or left out because rows are too short.
   """
 
   path: str
@@ -40,6 +40,7 @@ class RowDescription:
   asked: tuple[int, ...] | None = None
   roles: tuple[str, ...] | None = None
   losses: Losses | None = None
+  tasks: tuple[str, ...] | None = None
 
 
 class DataSource:
@@ -147,10 +148,11 @@ class DataSource:
     shards, rows, tasks = source.locate(epoch, places)
     pieces = source.pieces(epoch, shards, rows)
     segments, asked = source.parts(pieces)
+    label, own = source.labels(int(tasks[0]), pieces)
     return RowDescription(
-      source.store.path, epoch, int(shards[0]), int(rows[0]), source.task_label(int(tasks[0])), listed(pieces),
+      source.store.path, epoch, int(shards[0]), int(rows[0]), label, listed(pieces),
       source.store.kind, tuple(segments.tolist()), None if asked is None else tuple(asked.tolist()),
-      _roles(source.store, int(shards[0]), pieces.documents), source.losses,
+      _roles(source.store, int(shards[0]), pieces.documents), source.losses, own,
     )  # fmt: skip
 
   def losses(self) -> list[str]:

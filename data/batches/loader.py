@@ -20,8 +20,10 @@ from data.batches.batches import DataSource
 from data.batches.source import Data
 from data.errors import DataError
 from data.objectives.features import Batch
+from data.packing.full_rows import FullRows
 
 VERSION = 2
+FULL_ROWS = 3  # of positions in full rows, which earlier releases cannot read
 
 
 class _Steps:
@@ -44,9 +46,11 @@ def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iter
   `position` is {'examples': 0} at the beginning, and later the position that came with the last used batch. Its other
   keys (`DataSource.at`) are kept. Raises DataError for a position of another version.
   """
-  if position.get('version', VERSION) != VERSION:
+  if position.get('version', VERSION) not in (VERSION, FULL_ROWS):
     found = position['version']
-    raise DataError(f'position has data version {found}, but this release reads {VERSION}; use the one that wrote it.')
+    raise DataError(
+      f'position has data version {found}, but this release reads {VERSION} and {FULL_ROWS}; use the one that wrote it.'
+    )
   return _Batches(_ahead(source.at(position), position['examples'], rows), position, source.cfg)
 
 
@@ -54,7 +58,8 @@ class _Batches(Iterator):
   """Counts examples along Grain's iterator, and closes that when this object is garbage collected or at exit."""
 
   def __init__(self, batches: grain.DatasetIterator[Batch], position: Mapping[str, Any], cfg: Data):
-    self._position, self._size, self._held = {**position, 'version': VERSION}, cfg.batch_size, [batches]
+    version = FULL_ROWS if isinstance(cfg.packing, FullRows) else VERSION
+    self._position, self._size, self._held = {**position, 'version': version}, cfg.batch_size, [batches]
     self._shared = cfg.workers > 0
     weakref.finalize(self, _close, self._held)
 

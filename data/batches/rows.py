@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import pathlib
 import threading
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from data.examples.units import Losses
 from data.mixing.curriculum import Curriculum, Order, Random, arrange, row_scores
 from data.objectives.features import Batch
 from data.objectives.tasks import block_of
-from data.packing.kept_plans import KeptPlans
+from data.packing.full_rows import FullRows
+from data.packing.kept_plans import KeptPlans, PlanFiles
 from data.packing.order import WINDOW, Deal, EpochOrder
 from data.packing.packing import Packing
 from data.packing.plan import Pieces, Plan, cut_out, joined, runs_of
@@ -53,15 +53,16 @@ class StoreRows:
     *,
     seed: int,
     purpose: str,
-    plans: pathlib.Path | None = None,
+    plans: PlanFiles | None = None,
     order: Order = RANDOM,
   ):
     self.store, self._seed, self._purpose = store, seed, purpose
     self._order_cfg = order
     if isinstance(order, Curriculum):
       store.check_score(order.score)
-    self._tasks = spec.tasks
-    rates = [task.rate for task in self._tasks]
+    self._tasks, self._mixed = spec.tasks, isinstance(packing, FullRows)
+    rates = [1.0] if self._mixed else [task.rate for task in self._tasks]
+    self._num_kinds = len(rates)  # of rows: one of each task, or rows of all tasks
     self._deal = Deal(block_of(rates, 'objective rates'), seed, purpose + ' tasks')
     self._planner, self._maker, self._units = makers_of(store, spec, packing, seed=seed, purpose=purpose, plans=plans)
     self._counts: dict[int, np.ndarray] = {}  # variant -> number of rows: int64[shards, tasks]
@@ -80,7 +81,7 @@ class StoreRows:
   def _plan(self, shard: int, variant: int) -> '_Shard':
     with self._lock:
       if (shard, variant) not in self._plans:
-        self._plans[shard, variant] = _Shard.of(self._planner.plan(shard, variant), len(self._tasks))
+        self._plans[shard, variant] = _Shard.of(self._planner.plan(shard, variant), self._num_kinds)
       self._plans.move_to_end((shard, variant))
       while len(self._plans) > 2 * WINDOW:
         self._plans.popitem(last=False)
@@ -104,8 +105,10 @@ class StoreRows:
     return self._planner.variants
 
   def keep_plan(self, shard: int, variant: int) -> None:
-    """Makes a plan, unless a file of it exists already."""
+    """Makes a plan, unless a file of it exists already; it is then kept wherever plans are kept."""
     self._planner.plan(shard, variant)
+    if isinstance(self._planner, KeptPlans):
+      self._planner.share(shard, variant)
 
   def _order(self, epoch: int) -> EpochOrder:
     with self._lock:
@@ -130,7 +133,7 @@ class StoreRows:
       return self._arranged[epoch, window][task]
 
   def _arrange(self, cfg: Curriculum, epoch: int, window: int, shards: np.ndarray) -> list[np.ndarray]:
-    scores: list[list[np.ndarray]] = [[] for _ in self._tasks]
+    scores: list[list[np.ndarray]] = [[] for _ in range(self._num_kinds)]
     for shard in shards.tolist():
       planned = self._plan(shard, epoch % self._planner.variants)
       own = self.store.scores(cfg.score, shard)
@@ -203,8 +206,12 @@ class StoreRows:
     units = self._units
     return sample_pairs(self.store, units.losses.longest, count) if isinstance(units, PairStream) else []
 
-  def task_label(self, task: int) -> str:
-    return self._tasks[task].label
+  def labels(self, task: int, pieces: Pieces) -> tuple[str, tuple[str, ...] | None]:
+    """(the task of a row, or its tasks joined by +; the task of each of its pieces, None if all have the row's)."""
+    if pieces.tasks is None:
+      return self._tasks[task].label, None
+    own = tuple(self._tasks[number].label for number in pieces.tasks.tolist())
+    return ' + '.join(dict.fromkeys(own)), own
 
   def parts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray | None]:
     """(the segment of each piece of a row, counted from 1; the number of its tokens that carry loss, None if the

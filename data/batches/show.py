@@ -29,7 +29,8 @@ def show_row(source: DataSource, step: int, row: int, first_example: int | None 
   if origin.losses is not None:
     lines.append(str(origin.losses))
   for k, where in enumerate(_origins(origin), 1):
-    lines += ['', f'segment {k}: {where} of the store', *_segment(source, origin, fields, k)]
+    task = '' if origin.tasks is None else f', task {origin.tasks[k - 1]}'
+    lines += ['', f'segment {k}: {where} of the store{task}', *_segment(source, origin, fields, k)]
   return '\n'.join([*lines, '', *_summary(fields)])
 
 
@@ -42,10 +43,12 @@ def explain_row(source: DataSource, step: int, row: int, first_example: int | No
     f'{"segment":>7} {"document":>10} {"offset":>10} {"length":>7} {"token of the store":>20}',
   ]
   lines[-1] += f' {"with loss":>10}' * (origin.asked is not None) + '  role' * (origin.roles is not None)
+  lines[-1] += '  task' * (origin.tasks is not None)
   for i, (document, start, length) in enumerate(origin.pieces):
     offset = start - source.document_start(origin, document)
     line = f'{origin.segments[i]:>7} {document:>10} {offset:>10} {length:>7} {start:>20}'
     line += '' if origin.asked is None else f' {origin.asked[i]:>10}'
+    line += '' if origin.tasks is None else f'  {origin.tasks[i]}'
     lines.append(line if origin.roles is None else f'{line}  {origin.roles[i]}')
   return '\n'.join(lines)
 

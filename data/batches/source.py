@@ -22,6 +22,7 @@ from data.objectives.fitting import check_objective
 from data.objectives.objectives import Objective, OfUnits, is_encoder_only, tasks_of
 from data.objectives.tasks import Budget
 from data.packing.buckets import LengthBuckets
+from data.packing.kept_plans import PlanFiles
 from data.packing.packing import ConcatSplit, Packing, check_packing
 from data.prepare.builtin import GROUPS, builtin_groups, builtin_store
 from data.prepare.published import Published
@@ -136,9 +137,11 @@ def open_data(
   seed: int,
   vocab_size: int,
   cache_dir: str | os.PathLike[str],
+  plans_url: str | None = None,
   model: Published | None = None,
 ) -> DataSource:
   """The batches of a config. `vocab_size` is the model's. The built-in corpus is made in `cache_dir` if missing.
+  Plans are kept there and, for other hosts, in the folder `plans_url` of an object store.
   Synthetic data takes its vocabulary from the tokenizer `model`, if there is one.
 
   Raises DataError for stores that are missing, damaged or made with different tokenizers, and for a model vocabulary
@@ -150,7 +153,7 @@ def open_data(
   check_mixture(cfg)
   check_online(cfg)
   check_tags(cfg, objective)
-  plans = pathlib.Path(cache_dir) / 'plans'
+  plans = PlanFiles(pathlib.Path(cache_dir) / 'plans', plans_url)
   match cfg:
     case Synthetic():
       tokenizer = None if model is None else model.open(cfg.sentinels)
@@ -199,7 +202,7 @@ def _names(sources: tuple[Source, ...]) -> dict[str, str]:
 
 
 def _open_stores(
-  cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str], plans: pathlib.Path
+  cfg, objective, seed, vocab_size, sources: dict[str, str], heldout: dict[str, str], plans: PlanFiles
 ) -> DataSource:
   if not sources:
     raise DataError("data.sources is empty; name at least one, e.g. data.sources = [{'path': 'my_store'}].")
@@ -354,7 +357,7 @@ def _source(cfg, objective, seed, vocabulary, tokenizer, stores, stages, heldout
   return DataSource(cfg, vocabulary, tokenizer, rows, Mixture(stages, seed), sets, numbered)
 
 
-def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: pathlib.Path | None, name: str, number: int) -> StoreRows:
+def _numbered(stores, spec: RowSpec, cfg, seed: int, plans: PlanFiles | None, name: str, number: int) -> StoreRows:
   """The rows of a source, in the order that belongs to this source number."""
   purpose = f'source {number}'
   return StoreRows(stores[name], spec, cfg.packing, seed=seed, purpose=purpose, plans=plans, order=cfg.order)

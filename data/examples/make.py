@@ -15,6 +15,7 @@ from data.objectives.lexicon import Lexicon
 from data.objectives.masking import mask_tokens
 from data.objectives.objectives import Objective, is_encoder_only, tasks_of
 from data.objectives.tasks import LEFT_TO_RIGHT, Budget, Task
+from data.packing.full_rows import prefix_bits
 from data.packing.plan import Pieces, Stream
 from data.ragged import Ragged
 from data.stores.vocabulary import Tokenizer, Vocabulary
@@ -77,11 +78,14 @@ def text_of(store, spec: RowSpec, shard: int, variant: int = 0) -> Stream:
 
 
 class RowMaker:
-  """Tokens and random bits -> the fields of rows. `text` gives where each document's text begins, after its tags."""
+  """Tokens and random bits -> the fields of rows. `text` gives where each document's text begins, after its tags.
 
-  def __init__(self, spec: RowSpec, text: ByDocument | None = None):
+  `splits` are the seed and purpose of a plan that has drawn the splits of prefixes (data/packing/full_rows.py).
+  """
+
+  def __init__(self, spec: RowSpec, text: ByDocument | None = None, splits: tuple[int, str] | None = None):
     tasks, self._text = spec.tasks, text
-    self._tasks = tasks
+    self._tasks, self._splits = tasks, splits
     self._budget, self._vocabulary, self._first = spec.budget, spec.vocabulary, spec.vocabulary.ids.first_input
     self._causal = all(task.kind == 'causal' for task in tasks)
     self._masked = is_encoder_only(spec.objective)
@@ -101,16 +105,24 @@ class RowMaker:
   def make(self, tokens: Ragged, pieces: Pieces, tasks: np.ndarray, bits) -> Batch:
     """Fields of `len(tasks)` rows; `bits()` gives the random bits for `Corruption.apply`."""
     length, rows = self._budget.targets_length, pieces.rows
-    own = tasks[rows]
+    own = tasks[rows] if pieces.tasks is None else pieces.tasks
     if self._causal:
       return decoder_fields(tokens, rows, (len(tasks), length), self.asked(pieces), first=self._first)
     if self._masked:
       sides = mask_tokens(tokens, self._tasks, own, bits(), self._vocabulary)
       return encoder_features(*sides, rows, len(tasks), length)
-    inputs, targets = self._corruption.apply(tokens, own, bits())
+    drawn = bits() if self._splits is None else self._with_splits(bits(), pieces, *self._splits)
+    inputs, targets = self._corruption.apply(tokens, own, drawn)
     if self._budget.inputs_length:
       lengths = self._budget.inputs_length, length
       return encoder_decoder_features(inputs, targets, rows, len(tasks), *lengths, self._first)
     inputs = inputs if self._inputs else None
     loss_on_inputs = self._loss_on_inputs[own]
     return decoder_features(inputs, targets, rows, len(tasks), length, loss_on_inputs, first=self._first)
+
+  def _with_splits(self, bits: np.ndarray, pieces: Pieces, seed: int, purpose: str) -> np.ndarray:
+    """`bits` with the planned number of each piece that is split in two."""
+    own = np.array([task.kind == 'uniform_prefix' for task in self._tasks])[pieces.tasks]
+    last = np.cumsum(pieces.lengths + 1) - 1
+    bits[last[own]] = prefix_bits(seed, purpose, pieces.places[own], pieces.lengths[own])
+    return bits

@@ -1,7 +1,6 @@
 """Chooses the planner and the maker of a store's rows, by objective and packing, for StoreRows (batches/rows.py)."""
 
 import functools
-import pathlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +13,8 @@ from data.examples.tags import TaggedText, TagPlanner
 from data.examples.units import UnitPlanner, UnitStream
 from data.objectives.features import Batch
 from data.objectives.objectives import Instruction, Supervised, pair_lengths
-from data.packing.kept_plans import LARGE, KeptPlans
+from data.packing.full_rows import FullRows
+from data.packing.kept_plans import LARGE, KeptPlans, PlanFiles
 from data.packing.packing import BestFit, Packing, make_planner
 from data.packing.plan import Pieces, Planner
 from data.ragged import Ragged
@@ -43,7 +43,7 @@ class Makers(NamedTuple):
   units: UnitStream | None
 
 
-def makers_of(store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: pathlib.Path | None) -> Makers:
+def makers_of(store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str, plans: PlanFiles | None) -> Makers:
   """The makers of a store. Raises DataError if rows are too short for the text, or for every conversation."""
   first = spec.vocabulary.ids.first_input
   length, best_fit = spec.budget.targets_length, isinstance(packing, BestFit)
@@ -58,14 +58,15 @@ def makers_of(store, spec: RowSpec, packing: Packing, *, seed: int, purpose: str
       return _of_text(store, spec, packing, seed, purpose, plans)
 
 
-def _of_text(store, spec: RowSpec, packing: Packing, seed: int, purpose: str, plans: pathlib.Path | None) -> Makers:
+def _of_text(store, spec: RowSpec, packing: Packing, seed: int, purpose: str, plans: PlanFiles | None) -> Makers:
   make = functools.partial(
     make_planner, packing, tasks=spec.tasks, budget=spec.budget, seed=seed, purpose=purpose,
     attend_across_documents=spec.attend_across_documents,
   )  # fmt: skip
   if spec.tags is None:
     stream = functools.partial(text_of, store, spec)
-    planner, maker = make(stream), RowMaker(spec)
+    splits = (seed, purpose) if isinstance(packing, FullRows) else None
+    planner, maker = make(stream), RowMaker(spec, splits=splits)
   else:
     text = TaggedText(store, spec.tags, seed, purpose)
     stream, planner, maker = text.stream, TagPlanner(text, make), RowMaker(spec, ByDocument(store, text.begins))

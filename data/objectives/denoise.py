@@ -57,7 +57,7 @@ class Recipes:
   def _hidden(self, lengths: np.ndarray, tasks: np.ndarray, own: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """bool[tokens]: the tokens that inputs do not show."""
     noise, spans = self._noise[tasks, lengths], self._spans[tasks, lengths]
-    noise = np.where(noise < 0, lengths - _uniform_prefix(lengths, own), noise)
+    noise = np.where(noise < 0, lengths - uniform_prefix(lengths, own), noise)
     mask = noise_masks(lengths, noise, spans, bits)
     if self._rolls.any():
       mask = np.where(np.repeat(self._rolls[tasks], lengths), roll(mask, lengths, own), mask)
@@ -85,7 +85,7 @@ def iid_masks(lengths: np.ndarray, density: np.ndarray, most: np.ndarray, bits: 
   return mask & (count - np.repeat(before, lengths) <= np.repeat(most, lengths))
 
 
-def _uniform_prefix(lengths: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def uniform_prefix(lengths: np.ndarray, bits: np.ndarray) -> np.ndarray:
   """The length of each prefix: uniform in [1, length - 1], 0 for a single token."""
   choices = np.maximum(lengths - 1, 1).astype(np.uint64)
   return np.where(lengths > 1, 1 + (bits % choices).astype(np.int64), 0)

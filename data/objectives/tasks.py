@@ -1,7 +1,7 @@
 """What a row does to its pieces of text, and what that costs in the encoder and the decoder.
 
-An objective is a set of tasks with rates; every row has one task. A task's costs are known from the length of a piece
-alone, so rows can be planned before any random number is drawn.
+An objective is a set of tasks with rates; every row has one task, or each segment of a row (data/packing/full_rows.py).
+A task's costs are known from the length of a piece alone, so rows can be planned before any random number is drawn.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ class BestFitPlanner:
     bins = fill(pieces.lengths, *self._sides)
     order = np.lexsort((pieces.places, bins))
     firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
-    listed = Pieces(bins[order], *(values[order] for values in pieces[1:]))
+    listed = pieces.take(order, bins[order])
     return Bins(np.zeros(len(firsts) - 1, np.int8), firsts, listed)
 
 

@@ -67,17 +67,17 @@ def decompose(stream: Stream, lengths: tuple[int, ...]) -> list[Bins]:
 
 def _one_each(pieces: Pieces, chosen: np.ndarray) -> Bins:
   number = int(chosen.sum())
-  listed = Pieces(np.arange(number), *(values[chosen] for values in pieces[1:]))
+  listed = pieces.take(chosen, np.arange(number))
   return Bins(np.zeros(number, np.int8), np.arange(number + 1), listed)
 
 
 def _with_rests(plan: Bins, pieces: Pieces, rests: np.ndarray, room: int) -> Bins:
   """A plan of rows of `room` tokens, and after them those that the rests fill."""
-  rest = Pieces(*(values[rests] for values in pieces))
+  rest = pieces.take(rests, pieces.rows[rests])
   bins = fill(rest.lengths, (np.arange(room + 1), room))
   order = np.lexsort((rest.places, bins))
   firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2)) + len(plan.tasks)
-  listed = [np.concatenate([a, b[order]]) for a, b in zip(plan.listed[1:], rest[1:], strict=True)]
+  listed = [np.concatenate([a, b[order]]) for a, b in zip(plan.listed[1:4], rest[1:4], strict=True)]
   rows = np.concatenate([plan.listed.rows, bins[order] + len(plan.tasks)])
   tasks = np.zeros(len(plan.tasks) + len(firsts) - 1, np.int8)
   return Bins(tasks, np.concatenate([plan.firsts[:-1], firsts]), Pieces(rows, *listed))
@@ -153,5 +153,5 @@ def joined_plans(plans: list[Bins]) -> Bins:
   pieces = np.cumsum([0, *(len(plan.listed.rows) for plan in plans)])
   firsts = np.concatenate([*(plan.firsts[:-1] + at for plan, at in zip(plans, pieces[:-1], strict=True)), pieces[-1:]])
   numbered = [plan.listed.rows + at for plan, at in zip(plans, rows[:-1], strict=True)]
-  listed = [np.concatenate(own) for own in zip(*(plan.listed[1:] for plan in plans), strict=True)]
+  listed = [np.concatenate(own) for own in zip(*(plan.listed[1:4] for plan in plans), strict=True)]
   return Bins(np.zeros(rows[-1], np.int8), firsts, Pieces(np.concatenate(numbered), *listed))

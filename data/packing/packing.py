@@ -9,6 +9,7 @@ from data.objectives.tasks import Budget, Task
 from data.packing.best_fit import BestFitPlanner
 from data.packing.buckets import LengthBuckets
 from data.packing.concat_split import ConcatSplitPlanner
+from data.packing.full_rows import FullRows, FullRowsPlanner, check_full_rows
 from data.packing.next_fit import NextFitPlanner
 from data.packing.plan import Planner, Stream
 
@@ -37,7 +38,7 @@ class NextFit:
   name: Literal['next_fit'] = 'next_fit'
 
 
-Packing = ConcatSplit | BestFit | NextFit | LengthBuckets
+Packing = ConcatSplit | BestFit | NextFit | LengthBuckets | FullRows
 
 
 def check_packing(cfg, objective) -> None:
@@ -50,6 +51,9 @@ def check_packing(cfg, objective) -> None:
       f"data.packing.name='{packing.name}' is for text; pairs and conversations go whole into rows: set "
       "data.packing.name='best_fit', or remove it (in the order of the store)."
     )
+  if isinstance(packing, FullRows):
+    check_full_rows(tasks_of(objective), cfg.budget)
+    return
   number = len(tasks_of(objective))
   if number > 1:
     raise ValueError(
@@ -97,6 +101,8 @@ def make_planner(
       return BestFitPlanner(stream, tasks[0], budget)
     case NextFit():
       return NextFitPlanner(stream, tasks[0], budget)
+    case FullRows():
+      return FullRowsPlanner(stream, tasks, budget, seed=seed, purpose=purpose)
     case LengthBuckets():
       raise ValueError('rows of several lengths have no single planner; data/batches/bucketed.py makes them.')
     case _:

@@ -15,12 +15,20 @@ from data.ragged import Ragged, spread, starts
 
 
 class Pieces(NamedTuple):
-  """int64 arrays over pieces: the row that each belongs to (ascending), its document, its first token, its length."""
+  """int64 arrays over pieces: the row that each belongs to (ascending), its document, its first token, its length.
+
+  `tasks` (int8) is the task of each, None where all pieces of a row have the row's.
+  """
 
   rows: np.ndarray
   documents: np.ndarray
   places: np.ndarray
   lengths: np.ndarray
+  tasks: np.ndarray | None = None
+
+  def take(self, own: np.ndarray, rows: np.ndarray) -> 'Pieces':
+    """The pieces at `own` (int or bool over pieces), in these rows."""
+    return Pieces(rows, *(None if values is None else values[own] for values in self[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Stream:
 
 @runtime_checkable
 class Plan(Protocol):
-  """The rows of a shard; `tasks` (int8[rows]) is the task of each row."""
+  """The rows of a shard; `tasks` (int8[rows]) is the task of each row, 0 where pieces have their own."""
 
   tasks: np.ndarray
 
@@ -91,7 +99,7 @@ class Bins:
   def pieces(self, rows: np.ndarray) -> Pieces:
     counts = self.firsts[rows + 1] - self.firsts[rows]
     own = spread(self.firsts[rows], counts)
-    return Pieces(np.repeat(np.arange(len(rows)), counts), *(values[own] for values in self.listed[1:]))
+    return self.listed.take(own, np.repeat(np.arange(len(rows)), counts))
 
 
 @runtime_checkable
@@ -108,9 +116,10 @@ class Planner(Protocol):
 
 def joined(parts: list[tuple[np.ndarray, Pieces]]) -> Pieces:
   """Pieces of several shards as one: of each, the number that each of its rows has in the whole."""
-  fields = [np.concatenate(own) for own in zip(*((places[p.rows], *p[1:]) for places, p in parts), strict=True)]
-  order = np.argsort(fields[0], kind='stable')
-  return Pieces(*(values[order] for values in fields))
+  placed = zip(*((places[p.rows], *p[1:]) for places, p in parts), strict=True)
+  whole = Pieces(*(None if own[0] is None else np.concatenate(own) for own in placed))
+  order = np.argsort(whole.rows, kind='stable')
+  return whole.take(order, whole.rows[order])
 
 
 def runs_of(pieces: Pieces, gap: int) -> tuple[list[tuple[int, int]], np.ndarray]:

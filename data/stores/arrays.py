@@ -89,6 +89,11 @@ def read_file(path: str | os.PathLike[str], name: str) -> bytes | None:
   return found.value if found.state == 'value' else None
 
 
+def has_file(path: str | os.PathLike[str], name: str) -> bool:
+  found = _read(path, name, lambda: _open_files(path).read(name, byte_range=slice(0, 0)).result())
+  return found.state == 'value'
+
+
 def _read(path: str | os.PathLike[str], name: str, read: Callable):
   try:
     return read()

@@ -20,6 +20,7 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
+from models.layers.block import of_stack
 from models.layers.dropout import example_keys
 from models.layers.mlp import Activation, MlpConfig
 from models.layers.positions.rotary import Angles
@@ -67,7 +68,8 @@ class Decoder(nnx.Module):
     """Hidden states [batch, length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
     x, positions, see = self.enter(batch, keys)
-    return self.decoder(x, self.rotations(positions, batch['decoder_segment_ids'], key), see, keys=keys)
+    x, aux = self.decoder(x, self.rotations(positions, batch['decoder_segment_ids'], key), see, keys=keys)
+    return x, of_stack(aux, 'decoder')
 
   def enter(self, batch, keys: Array | None) -> tuple[Array, Array, Visibility]:
     """What the first block reads of packed rows: vectors of the tokens, their positions, which keys each one sees."""

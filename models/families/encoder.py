@@ -19,6 +19,7 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
+from models.layers.block import of_stack
 from models.layers.dropout import dropout, example_keys
 from models.layers.embedding import EMBEDDING_SITE, EmbeddingProjection, HeadTransform
 from models.layers.linear import Projections
@@ -54,6 +55,11 @@ def check_encoder(cfg: EncoderConfig) -> None:
   check_parts(cfg)
   if cfg.embedding_size == cfg.embed:
     raise ValueError(f'model.embedding_size={cfg.embedding_size} is model.embed; remove it, nothing is projected then.')
+  if cfg.embedding_size and cfg.embedding_rotation:
+    raise ValueError(
+      f'model.embedding_rotation=True with model.embedding_size={cfg.embedding_size}, whose projection is learned '
+      'already; remove one.'
+    )
   if cfg.embedding_size and cfg.head in ('tied', 'tied_scaled') and cfg.head_transform is None:
     raise ValueError(
       f"model.head='{cfg.head}' with model.embedding_size={cfg.embedding_size} and model.embed={cfg.embed}: the table "
@@ -95,4 +101,4 @@ class Encoder(nnx.Module):
     x = dropout(x, drop.outer, keys, EMBEDDING_SITE, shared=drop.shared)
     x = x if self.embedding_projection is None else self.embedding_projection(x)
     x, aux = self.encoder(x, positions, see, keys=keys)
-    return x if self.head_transform is None else self.head_transform(x), aux
+    return x if self.head_transform is None else self.head_transform(x), of_stack(aux, 'encoder')

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -19,7 +18,7 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
-from models.layers.block import Aux, Cross
+from models.layers.block import Aux, ByLayer, Cross, of_stack
 from models.layers.dropout import example_keys, fold
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2
@@ -51,7 +50,7 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, cfg: EncoderDecoderConfig, implementation: str):
     self.attention = attention_config(cfg, implementation, kv_heads=cfg.heads, t5_scale=True)
     self.embedding = make_embedding(cfg)
-    self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False)
+    self.encoder = make_stack(cfg, self.attention, cfg.encoder_layers, cross=False, before_head=False)
     self.encoder_bias = make_bias(cfg, cfg.encoder_layers, bidirectional=True)
     self.decoder = make_stack(cfg, self.attention, cfg.decoder_layers, cross=True)
     self.decoder_bias = make_bias(cfg, cfg.decoder_layers, bidirectional=False)
@@ -75,5 +74,10 @@ class EncoderDecoder(nnx.Module):
     across = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=batch['encoder_segment_ids'])
     x = self.embedding(batch['decoder_input_tokens'], batch['decoder_positions'], jnp.dtype(self.cfg.dtype), keys)
     x, of_decoder = self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys)
+    return x, self._joined(of_stack(of_encoder, 'encoder'), of_stack(of_decoder, 'decoder'))
+
+  def _joined(self, of_encoder: Aux, of_decoder: Aux) -> Aux:
+    """Means over the layers of both stacks, and all `ByLayer`."""
     share = self.cfg.encoder_layers / (self.cfg.encoder_layers + self.cfg.decoder_layers)
-    return x, jax.tree.map(lambda a, b: share * a + (1 - share) * b, of_encoder, of_decoder)
+    both = {name: share * a + (1 - share) * of_decoder[name] for name, a in of_encoder.items() if name in of_decoder}
+    return {**both, **{name: x for name, x in (of_encoder | of_decoder).items() if isinstance(x, ByLayer)}}

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from models.layers import remat
 from models.layers.attention import AttentionConfig, QkNorm
-from models.layers.block import BlockConfig, Parallel, Placement, Remat, Stack
+from models.layers.block import BlockConfig, Parallel, Placement, Stack
 from models.layers.dropout import Dropout, Sites
-from models.layers.embedding import Embedding, Head
+from models.layers.embedding import Embedding, Head, Rotation
 from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
@@ -15,6 +16,7 @@ from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
 from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.disentangled import Disentangled
 from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
+from models.layers.remat import Name, Policy
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
@@ -40,6 +42,10 @@ class Parts:
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use.
+
+  `embedding_rotation` puts a learned square matrix, orthogonal at first, behind the embedding and another before the
+  head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, §3, with `norm.scale` 'single' and Muon). `kurtosis`
+  makes the excess kurtosis of each layer's output a metric.
 
   `dropout_sites` are the places where `dropout` acts: T5's, BERT's or none (layers/dropout.py).
 
@@ -80,6 +86,8 @@ class Parts:
   relative_norm: bool = False
   head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
   head_bias: bool = False
+  embedding_rotation: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
+  kurtosis: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
   init_std: Annotated[float, '> 0'] | None = None
@@ -87,7 +95,9 @@ class Parts:
   dropout: Annotated[float, '[0, 1)'] = 0.0
   dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  remat: Remat = 'none'
+  remat: Policy = 'none'
+  remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
+  remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
 
 
 KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
@@ -105,8 +115,13 @@ KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
 }
 
 
+def remat_of(cfg: Parts) -> remat.Remat:
+  return remat.Remat(policy=cfg.remat, keep=cfg.remat_keep, offload=cfg.remat_offload)
+
+
 def check_parts(cfg: Parts) -> None:
   """Raises ValueError for values that do not fit each other, or that would have no effect."""
+  remat.check(remat_of(cfg), gated=cfg.mlp.gated)
   defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   for key, positions in KEYS_OF_POSITIONS.items():
     if cfg.positions not in positions and (given := getattr(cfg, key)) != defaults[key]:
@@ -251,7 +266,7 @@ def attention_config(cfg: Parts, implementation: str, *, kv_heads: int, t5_scale
   )  # fmt: skip
 
 
-def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bool) -> Stack:
+def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bool, before_head: bool = True) -> Stack:
   additions = layers * (3 if cross else 2)
   residual = additions**-0.5 if cfg.scale_residual_init else 1.0
   block = BlockConfig(
@@ -260,7 +275,11 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
     dropout=dropout_of(cfg), experts=make_experts(cfg),
   )  # fmt: skip
   each = cfg.positions == 'relative' and cfg.relative_layers == 'each'
-  return Stack(block, layers, remat=cfg.remat, windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each)
+  finishing = Rotation(cfg.embed) if cfg.embedding_rotation and before_head else None
+  return Stack(
+    block, layers, remat=remat_of(cfg), windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each,
+    finishing=finishing, kurtosis=cfg.kurtosis,
+  )  # fmt: skip
 
 
 def dropout_of(cfg: Parts) -> Dropout:
@@ -291,8 +310,9 @@ def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositi
 
 def make_embedding(cfg: Parts) -> Embedding:
   return Embedding(
-    cfg.vocab_size, cfg.embed, drop=dropout_of(cfg), std=cfg.embedding_init_std, max_positions=cfg.max_positions
-  )
+    cfg.vocab_size, cfg.embed, drop=dropout_of(cfg), std=cfg.embedding_init_std, max_positions=cfg.max_positions,
+    rotated=cfg.embedding_rotation,
+  )  # fmt: skip
 
 
 def make_head(cfg: Parts) -> Head | None:

@@ -15,6 +15,7 @@ from models.layers.linear import Projections, linear
 from models.layers.norm import RmsNorm
 from models.layers.positions.disentangled import RelativeEmbeddings
 from models.layers.positions.rotary import Angles, Rope, rotary
+from models.layers.remat import Name, named
 from models.partition import constrain, divides, per_shard
 from models.specs import weight
 from pallas_kernels.attention import api
@@ -117,6 +118,11 @@ def _joined(near: tuple[Array, Array], far: tuple[Array, Array]) -> Array:
   return (f32[0] + share * (f32[1] - f32[0])).astype(near_values.dtype)
 
 
+def _named(result):
+  """Kernels name what their gradients need; of the reference it is the result, which the next product needs."""
+  return jax.tree.map(lambda x: named(x, 'context'), result)
+
+
 def _head_norm(cfg: AttentionConfig, heads: int, axis: str) -> RmsNorm | None:
   match cfg.qk_norm:
     case 'none':
@@ -151,13 +157,17 @@ class Attention(nnx.Module):
   def queries(self, x: Array, positions: Array | Angles) -> Array:
     """[batch, length, heads, head_dim]."""
     q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
-    return self._rotate(q if self.query_norm is None else self.query_norm(q), positions)
+    return self._finished(q, self.query_norm, positions, 'query')
 
   def keys_values(self, x: Array, positions: Array | Angles) -> tuple[Array, Array]:
     """Two of [batch, length, kv_heads, head_dim]."""
     k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
     v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
-    return self._rotate(k if self.key_norm is None else self.key_norm(k), positions), v
+    return self._finished(k, self.key_norm, positions, 'key'), named(v, 'value')
+
+  def _finished(self, x: Array, norm: RmsNorm | None, positions: Array | Angles, name: Name) -> Array:
+    """`x` as scores take it. What `name` keeps is what the gradient needs: the input of a norm, else the result."""
+    return named(self._rotate(x, positions), name) if norm is None else self._rotate(norm(named(x, name)), positions)
 
   def _rotate(self, x: Array, positions: Array | Angles) -> Array:
     return x if self.cfg.rope is None or self.cfg.sink_distance is not None else rotary(x, positions, self.cfg.rope)
@@ -174,9 +184,10 @@ class Attention(nnx.Module):
   ) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]. `positions` are those of q."""
     scale, see = self._with_position_scores(see, q.dtype)
-    run = self._op(see, keys, site, scale)
+    run = self._op(see, keys, site, scale, (q.shape[1], k.shape[1]))
     mixed = run(q, k, v, see) if self.cfg.sink_distance is None else self._attend_sinks(q, k, v, see, run, positions)
-    return linear(constrain(mixed, 'batch', 'length', 'heads', 'head_dim'), self.out, self.out_bias, contract=2)
+    mixed = constrain(mixed, 'batch', 'length', 'heads', 'head_dim')
+    return named(linear(mixed, self.out, self.out_bias, contract=2), 'out')
 
   def _attend_sinks(self, q: Array, k: Array, v: Array, see: Visibility, run: Callable, positions: Array) -> Array:
     """As `run`, of q and k that are not rotated, with sinks outside the window at `sink_distance`.
@@ -193,18 +204,21 @@ class Attention(nnx.Module):
     parts = (near, dataclasses.replace(see, num_sinks=0)), (far, _of_sinks(see, positions, kv_positions))
     return _joined(*(run(*arrays, own, return_lse=True) for arrays, own in parts))
 
-  def _op(self, see: Visibility, keys: Array | None, site: int, scale: float | None) -> Callable:
+  def _op(
+    self, see: Visibility, keys: Array | None, site: int, scale: float | None, lengths: tuple[int, int]
+  ) -> Callable:
     """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
     dropped = None
     if keys is not None and self.cfg.dropout.outer:
       dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
     whole = {
       'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
+      'relative_bias': see.relative_bias is not None, 'lengths': lengths,
     }  # fmt: skip
     implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
     run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
     if implementation == 'reference':
-      return functools.partial(run, dropout=dropped)
+      return lambda *args, **options: _named(run(*args, dropout=dropped, **options))
 
     def divided(q: Array, k: Array, v: Array, see: Visibility, *, return_lse: bool = False):
       own = functools.partial(run, return_lse=return_lse)

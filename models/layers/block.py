@@ -16,17 +16,38 @@ from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.layers.positions.rotary import Angles
+from models.layers.remat import Remat, rematerialise
 from models.partition import constrain
-from models.product import KEPT, rounding
+from models.product import amax_of, within
 from models.specs import stack
 
-Remat = Literal['none', 'dots', 'full']
 Placement = Literal['pre', 'post', 'sandwich', 'inner']
 Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
-Aux = dict[str, Array]  # scalars of a layer that are no activations: for the loss, for metrics
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByLayer:
+  """A value that each layer has for itself: f32[layers], in one layer a scalar."""
+
+  values: Array
+
+
+# Values of a layer that are no activations, for the loss, metrics and state: a scalar is averaged over layers.
+Aux = dict[str, Array | ByLayer]
+
+
+def averaged(aux: Aux) -> Aux:
+  """Means over the leading dim, `layers`, but for each `ByLayer`."""
+  return {name: x if isinstance(x, ByLayer) else jnp.mean(x) for name, x in aux.items()}
+
+
+def of_stack(aux: Aux, stack: str) -> Aux:
+  """Each `ByLayer` under NAME/`stack`, the name of its layers in the model."""
+  return {f'{name}/{stack}' if isinstance(x, ByLayer) else name: x for name, x in aux.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +81,19 @@ class BlockConfig:
   cross: bool
   dropout: Dropout
   experts: ExpertsConfig | None = None
+
+
+def excess_kurtosis(x: Array, segments: Array | None) -> Array:
+  """E[(y - m)^4] / E[(y - m)^2]^2 - 3 over the features y of a token, m their mean: 0 for normal numbers, large where a
+  few features are far larger than the others. The mean over tokens whose `segments` are not 0 (None: all).
+
+  Source: Park et al. 2025, arXiv:2506.19697, §2, of hidden states.
+  """
+  x = jax.lax.stop_gradient(x).astype(jnp.float32)
+  square = jnp.square(x - x.mean(-1, keepdims=True))
+  found = jnp.square(square).mean(-1) / jnp.maximum(jnp.square(square.mean(-1)), 1e-30) - 3
+  share = jnp.ones(found.shape) if segments is None else (segments != 0).astype(jnp.float32)
+  return (found * share).sum() / jnp.maximum(share.sum(), 1.0)
 
 
 class Sublayer(NamedTuple):
@@ -140,7 +174,9 @@ class Stack(nnx.Module):
 
   `windows` gives the window of each layer and repeats: blocks are scanned in groups of its length, and so many are
   compiled; layers with one also see the first `sinks` tokens of each document. `own_bias`: `see.relative_bias` has a
-  table for each layer.
+  table for each layer. `edges` are the numbers of first and of last layers whose products have a recipe of their own:
+  they are scanned before and after the others, over slices of the same stacked parameters. `finishing` comes after the
+  last norm; `kurtosis` gives that of each layer's output.
   """
 
   def __init__(
@@ -152,30 +188,37 @@ class Stack(nnx.Module):
     windows: Windows = (None,),
     sinks: int = 0,
     own_bias: bool = False,
+    finishing: nnx.Module | None = None,
+    kurtosis: bool = False,
   ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
     self.layers, self.remat, self.rate = layers, remat, cfg.dropout.inner
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
+    self.finishing, self.kurtosis = finishing, kurtosis
+    self.edges = (0, 0)  # set by models/precision.py
 
   def __call__(
     self, x: Array, positions: Array | Angles, see: Visibility, cross: Cross | None = None, keys: Array | None = None
   ) -> tuple[Array, Aux]:
-    """(x[batch, length, embed], the mean over layers of each value that blocks give beside it)."""
+    """(x[batch, length, embed], what blocks give beside it, averaged over layers but for each `ByLayer`)."""
 
     def one(window: int | None):
       def body(x, inputs):
-        block, layer, table = inputs
+        block, layer, table, amax = inputs
         own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
-        with rounding(own_keys):
+        with within(keys=own_keys, amax=amax):
           x, _, aux = block(x, positions, own, cross, own_keys, layer, None)
+        if self.kurtosis:
+          aux = {**aux, 'kurtosis': ByLayer(excess_kurtosis(x, see.q_segment_ids))}
         return x, aux
 
       return rematerialise(body, self.remat)
 
-    x, aux = self._scan(one, x, (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see)))
+    layers = jnp.arange(self.layers, dtype=jnp.uint32)
+    x, aux = self._scan(one, x, (self.blocks, layers, self._tables(see), amax_of(self.blocks)))
     x = dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
-    return x, jax.tree.map(jnp.mean, aux)
+    return x, averaged(aux)
 
   def decode(
     self, x: Array, positions: Array | Angles, see: Visibility, cache: Cache, cross: Cross | None = None
@@ -201,17 +244,44 @@ class Stack(nnx.Module):
 
   def _scan(self, one: Callable, carry, inputs):
     """(the last carry, the outputs) of `one(window)(carry, inputs of a layer)` over all layers."""
+    parts = []
+    for start, stop, edge in segments(self.layers, self.edges):
+      own = inputs
+      if stop - start < self.layers:
+        own = jax.tree.map(lambda x, own=slice(start, stop): x[own], inputs)
+      with within(edge=edge):
+        carry, outputs = self._scan_alike(one, carry, own)
+      parts.append(outputs)
+    return carry, parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+  def _scan_alike(self, one: Callable, carry, inputs):
     bodies = [one(window) for window in self.windows]
     if len(bodies) > 1:
       inputs = jax.tree.map(lambda x: x.reshape(-1, len(bodies), *x.shape[1:]), inputs)
-    return jax.lax.scan(_in_turn(bodies), carry, inputs)
+    carry, outputs = jax.lax.scan(_in_turn(bodies), carry, inputs)
+    if len(bodies) > 1:
+      outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return carry, outputs
 
   def finish(self, x: Array) -> Array:
-    return x if self.norm is None else self.norm(x)
+    x = x if self.norm is None else self.norm(x)
+    return x if self.finishing is None else self.finishing(x)
 
   def cross_keys_values(self, memory: Array, positions: Array) -> tuple[Array, Array]:
     """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, length, …]."""
-    return jax.lax.map(lambda block: block.cross_attention.keys_values(memory, positions), self.blocks)
+    one = lambda window: lambda carry, block: (carry, block.cross_attention.keys_values(memory, positions))
+    return self._scan(one, (), self.blocks)[1]
+
+
+def segments(layers: int, edges: tuple[int, int]) -> list[tuple[int, int, bool]]:
+  """(first layer, the one after the last, whether they are edges) of the parts of a stack, none of them empty.
+
+  >>> segments(6, (1, 2)), segments(2, (0, 0))
+  ([(0, 1, True), (1, 4, False), (4, 6, True)], [(0, 2, False)])
+  """
+  first, last = edges
+  parts = [(0, first, True), (first, layers - last, False), (layers - last, layers, True)]
+  return [part for part in parts if part[0] < part[1]]
 
 
 def _of_layer(see: Visibility, window: int | None, sinks: int, table: Array | None) -> Visibility:
@@ -234,16 +304,3 @@ def _in_turn(bodies: Sequence[Callable]) -> Callable:
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
   return body
-
-
-def rematerialise(body, remat: Remat):
-  """`body` with fewer activations kept for its gradient: all (`none`), matrix products (`dots`), none (`full`)."""
-  if remat == 'none':
-    return body
-  return jax.checkpoint(body, policy=_is_product if remat == 'dots' else None, prevent_cse=False)
-
-
-def _is_product(primitive, *args, **params) -> bool:
-  """Whether a result is kept: results of products with parameters, also in experts and quantized ones."""
-  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-  return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == KEPT)

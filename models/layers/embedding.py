@@ -9,9 +9,22 @@ from models.layers.linear import Projections, linear
 from models.layers.mlp import ACTIVATIONS, Activation
 from models.layers.norm import NormConfig, make_norm
 from models.partition import constrain
-from models.specs import Normal, Zeros, weight
+from models.specs import Normal, Orthogonal, Zeros, weight
 
 EMBEDDING_SITE = 30
+
+
+class Rotation(nnx.Module):
+  """x P with a learned square P, orthogonal at first: lengths of vectors are the same, and what a table or a head puts
+  on a few features is spread over all. Source: EmbProj of Park et al. 2025, arXiv:2506.19697, §3; its code,
+  example_modeling_flax.py.
+  """
+
+  def __init__(self, embed: int):
+    self.kernel = weight((embed, embed), ('embed', 'mlp'), Orthogonal())  # axes as in EmbeddingProjection
+
+  def __call__(self, x: Array) -> Array:
+    return constrain(linear(x, self.kernel), 'batch', 'length', 'embed')
 
 
 class Embedding(nnx.Module):
@@ -20,9 +33,13 @@ class Embedding(nnx.Module):
   A norm follows, so the first output is the same at any `std`. Adam's updates have one size, so it moves a small table
   faster. With `max_positions`, a learned vector for each position is added (Gehring et al. 2017, arXiv:1705.03122;
   GPT-2, BERT). Encoder and decoder share this table, as they share that of tokens; a position beyond it gives NaN.
+  `rotated`: a `Rotation` follows.
   """
 
-  def __init__(self, vocab: int, embed: int, *, drop: Dropout, std: float, max_positions: int | None = None):
+  def __init__(
+    self, vocab: int, embed: int, *, drop: Dropout, std: float, max_positions: int | None = None, rotated: bool = False
+  ):
+    self.rotation = Rotation(embed) if rotated else None
     self.table = weight((vocab, embed), ('vocab', 'embed'), Normal(std))
     self.positions = None if max_positions is None else weight((max_positions, embed), ('length', 'embed'), Normal(std))
     self.drop = drop
@@ -34,6 +51,7 @@ class Embedding(nnx.Module):
     if self.positions is not None:
       x = x + jnp.take(constrain(self.positions[...].astype(dtype), None, None), positions, axis=0)
     x = constrain(x, 'batch', 'length', 'embed')
+    x = x if self.rotation is None else self.rotation(x)
     return dropout(x, self.drop.outer, keys, EMBEDDING_SITE, shared=self.drop.shared)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from models.layers.dropout import dropout
 from models.layers.linear import Projections
 from models.layers.mlp import ACTIVATIONS, HIDDEN_SITE, MlpConfig
+from models.layers.remat import named
 from models.partition import constrain, per_shard
 from models.specs import cast, weight
 
@@ -78,7 +79,7 @@ def mixture(activation: str, x: Array, chosen: Array, weights: Array, matrices: 
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   back = jnp.argsort(order)
   sizes = jnp.bincount(chosen.reshape(-1), length=matrices['up'].shape[0]).astype(jnp.int32)
-  product = lambda x, name: jax.lax.ragged_dot(x, matrices[name], sizes)
+  product = lambda x, name: named(jax.lax.ragged_dot(x, matrices[name], sizes), name)
   rows = permuted(jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0), order, back)
   hidden, activate = product(rows, 'up'), ACTIVATIONS[activation]
   hidden = activate(product(rows, 'gate')) * hidden if 'gate' in matrices else activate(hidden)

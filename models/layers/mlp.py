@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from models.layers.dropout import dropout
 from models.layers.linear import Projections, linear
+from models.layers.remat import named
 from models.partition import constrain
 from models.specs import weight
 
@@ -53,7 +54,8 @@ class Mlp(nnx.Module):
     self, x: Float[Array, 'batch length embed'], keys: Array | None, segments: Array | None = None
   ) -> tuple[Float[Array, 'batch length embed'], dict[str, Array]]:
     """(the same shape, no values beside it). `segments` tell tokens from padding; an MLP has no use for them."""
-    activate, up = ACTIVATIONS[self.activation], linear(x, self.up, self.up_bias)
-    hidden = activate(up) if self.gate is None else activate(linear(x, self.gate, self.gate_bias)) * up
+    activate, up = ACTIVATIONS[self.activation], named(linear(x, self.up, self.up_bias), 'up')
+    gate = None if self.gate is None else named(linear(x, self.gate, self.gate_bias), 'gate')
+    hidden = activate(up) if gate is None else activate(gate) * up
     hidden = constrain(dropout(hidden, self.rate, keys, HIDDEN_SITE), 'batch', 'length', 'mlp')
-    return linear(hidden, self.down, self.down_bias), {}
+    return named(linear(hidden, self.down, self.down_bias), 'down'), {}

@@ -13,10 +13,14 @@ from models.specs import Ones, Zeros, cast, weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RmsNormConfig:
-  """`eps` is 1e-6 in T5, 1e-5 in Llama 2."""
+  """`eps` is 1e-6 in T5, 1e-5 in Llama 2. `scale` 'single' learns one number for all features, so that no norm can
+  make one feature larger than the others (SSNorm: Park et al. 2025, arXiv:2506.19697, §3); norms of queries and keys
+  keep one for each.
+  """
 
   name: Literal['rmsnorm'] = 'rmsnorm'
   eps: Annotated[float, '> 0'] = 1e-6
+  scale: Literal['each', 'single'] = dataclasses.field(default='each', metadata={'rendered': 'if set'})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +36,13 @@ NormConfig = RmsNormConfig | LayerNormConfig
 
 
 class RmsNorm(nnx.Module):
-  """x / rms(x) * scale over the last dims of x, which `shape` gives, statistics in f32.
+  """x / rms(x) * scale over the last dims of x, which `shape` gives, statistics in f32. `single`: scale is a number.
 
   Source: Zhang and Sennrich 2019, arXiv:1910.07467; T5's layer norm.
   """
 
-  def __init__(self, shape: tuple[int, ...], eps: float, axes: tuple[str, ...] = ('embed',)):
-    self.scale = weight(shape, axes, Ones())
+  def __init__(self, shape: tuple[int, ...], eps: float, axes: tuple[str, ...] = ('embed',), *, single: bool = False):
+    self.scale = weight((), (), Ones()) if single else weight(shape, axes, Ones())
     self.dims, self.eps = tuple(range(-len(shape), 0)), eps
 
   def __call__(self, x: Array) -> Array:
@@ -66,7 +70,7 @@ class LayerNorm(nnx.Module):
 def make_norm(embed: int, cfg: NormConfig) -> RmsNorm | LayerNorm:
   match cfg:
     case RmsNormConfig():
-      return RmsNorm((embed,), cfg.eps)
+      return RmsNorm((embed,), cfg.eps, single=cfg.scale == 'single')
     case LayerNormConfig():
       return LayerNorm(embed, cfg.eps, bias=cfg.bias)
     case _:

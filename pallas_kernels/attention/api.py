@@ -6,7 +6,9 @@ import logging
 import jax
 from jax import Array
 
+from pallas_kernels import tuned
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
+from pallas_kernels.attention.blockwise import attention as blockwise
 from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility
 from pallas_kernels.errors import KernelError
 
@@ -37,24 +39,36 @@ IMPLEMENTATIONS = {
   'triton': gpu.attention,
   'mosaic_gpu': _mosaic_gpu,
   'cudnn': cudnn.attention,
+  'blockwise': blockwise.attention,
 }
+HOPPER = ('h100', 'h200')
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
+LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits
 _reported: set[str] = set()
 
 
-def choose(implementation: str, *, dropout: bool, divided: bool = False, position_scores: bool = False) -> str:
+def choose(
+  implementation: str,
+  *,
+  dropout: bool,
+  divided: bool = False,
+  position_scores: bool = False,
+  relative_bias: bool = False,
+  lengths: tuple[int, int] = (0, 0),
+) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
 
-  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On a
-  GPU 'auto' selects the reference: 'triton' (all features), 'mosaic_gpu' (Hopper, few) and 'cudnn' (few) have not run
-  on a GPU yet and must be named.
+  The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On
+  Hopper GPUs 'auto' selects 'triton' for all that has run there, which a relative bias has not. 'mosaic_gpu' and
+  'cudnn', which have no packed rows, must be named. On other GPUs and on CPUs it selects 'blockwise' for long rows.
   `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
+  `lengths` of queries and keys.
 
   Raises KernelError.
   """
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided, position_scores)
+    chosen, reason = _automatic(dropout, divided, position_scores, relative_bias, lengths)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -92,13 +106,26 @@ def _platform() -> str | None:
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def _automatic(dropout: bool, divided: bool, position_scores: bool) -> tuple[str, str]:
+def _automatic(
+  dropout: bool, divided: bool, position_scores: bool, relative_bias: bool, lengths: tuple[int, int]
+) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = _platform()
   if platform is None:
     return 'reference', 'no mesh gives the platform'
-  if platform != 'tpu':
-    return 'reference', f'no kernel for {platform}' if platform != 'gpu' else 'the kernels for gpu must be named'
+  whole = not (dropout or divided or position_scores)
+  # What has been compared with the definition on a GPU: docs/LOG.md.
+  if platform == 'gpu' and whole and not relative_bias and tuned.chip_of(tuned.device_kind()) in HOPPER:
+    return 'triton', 'the kernel for Hopper GPUs'
+  if platform in ('cpu', 'gpu') and whole and lengths[0] * lengths[1] > LONG**2:
+    return 'blockwise', f'more than {LONG} x {LONG} scores on {platform}'
+  if platform == 'gpu' and whole:
+    return (
+      'reference',
+      "kernels.attention='triton' has not run on this GPU with all that the model has; name it to use it",
+    )
+  if platform not in ('tpu', 'gpu'):
+    return 'reference', f'no kernel for {platform}'
   if divided:
     return 'reference', 'mesh.sequence > 1 divides rows'
   if position_scores:
@@ -165,10 +192,12 @@ def attention(
   _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
   if see.position_scores is not None:
     _check_position_scores(q, k, see)
-  has_scores = see.position_scores is not None
-  chosen = choose(implementation, dropout=dropout is not None, position_scores=has_scores)
+  chosen = choose(
+    implementation, dropout=dropout is not None, position_scores=see.position_scores is not None,
+    relative_bias=see.relative_bias is not None, lengths=(q.shape[1], k.shape[1]),
+  )  # fmt: skip
   see = see.count_sinks()
-  if see.relative_bias is not None and chosen != 'reference':
+  if see.relative_bias is not None and chosen not in ('reference', 'blockwise'):
     _check_positions(chosen, q, k, see)
   options = {'dropout': dropout} if chosen == 'reference' else {}
   return IMPLEMENTATIONS[chosen](
@@ -206,7 +235,8 @@ def flash_attention(
   shape and dtype, and lse f32[batch, T, heads] if `return_lse`.
 
   Kernels read a relative bias by the difference of indices: with one, position j - position i must be j - i inside a
-  segment, as in packed rows. They have no gradient of `alibi`, and no dropout.
+  segment, as in packed rows. They have no gradient of `alibi`, and no dropout. 'blockwise' lacks only dropout and
+  `position_scores`.
 
   Raises KernelError for an implementation that does not exist or lacks a feature, for shapes that do not fit each
   other, and for segment ids of only one side.

@@ -1,4 +1,4 @@
-"""cuDNN's flash attention, for the features that it has. Not yet run on a GPU."""
+"""cuDNN's flash attention, for the features that it has. It equals the definition on an H200 (docs/LOG.md)."""
 
 import dataclasses
 

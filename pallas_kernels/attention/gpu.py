@@ -1,6 +1,7 @@
 """Flash attention on GPU through Triton: one kernel forward, two backward, O(length) memory; the interpreter runs the
-same kernels. It lowers for CUDA and equals the definition in the interpreter. It has not run on a GPU yet, and its
-block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in favour of Mosaic.
+same kernels. It lowers for CUDA and equals the definition in the interpreter, and on an H200 without a relative bias
+(docs/LOG.md). Its block sizes are not tuned. jax 0.12 still lowers it, with a warning that Pallas will drop Triton in
+favour of Mosaic.
 
 Differences from `reference.attention`, the definition: a relative bias goes by the difference of indices, so position
 j - position i must be j - i inside a segment, as in packed rows; `alibi` has no gradient; no dropout.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -23,7 +25,7 @@ from pallas_kernels import tuned
 from pallas_kernels.attention import gpu_kernels, tiles
 from pallas_kernels.attention.gpu_kernels import LOG2E, NO_ROW, SINK
 from pallas_kernels.attention.reference import Visibility, relative_position_bucket
-from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
+from pallas_kernels.attention.tiles import KEPT, Spec, Vectors, pad, padded
 from pallas_kernels.errors import KernelError
 
 LEAST = 16  # rows or columns of a tensor core's product
@@ -32,12 +34,18 @@ Ins = Mapping[str, tuple[Array, pl.BlockSpec]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """Block sizes of queries and of keys, forward and for gradients: powers of 2, at least 16."""
+  """Block sizes of queries and of keys, forward and for gradients: powers of 2, at least 16. A block has `warps` warps
+  and loads `stages` tiles at once.
+  """
 
   q: int
   kv: int
   grad_q: int
   grad_kv: int
+  warps: int = 4
+  stages: int = 2
+  grad_warps: int = 4
+  grad_stages: int = 2
 
 
 def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks:
@@ -47,10 +55,15 @@ def choose_blocks(q_length: int, kv_length: int, head_dim: int, dtype) -> Blocks
   exact, large = jnp.dtype(dtype).itemsize > 2, head_dim > 128
   fit = lambda length, most: min(most, max(LEAST, pl.next_power_of_2(length)))
   q, kv, grad = (32, 32, 32) if exact else (64, 32, 32) if large else (128, 64, 64)
-  most = tuned.lookup('attention', shape_class(head_dim, dtype), ('q', 'kv', 'grad_q', 'grad_kv'))
-  most = {'q': q, 'kv': kv, 'grad_q': grad, 'grad_kv': grad} if most is None else most
-  length = lambda name: q_length if name.endswith('q') else kv_length
-  return Blocks(**{name: fit(length(name), size) for name, size in most.items()})
+  warps = 4 if head_dim <= 64 else 8
+  found = tuned.lookup('attention', shape_class(head_dim, dtype), tuple(f.name for f in dataclasses.fields(Blocks)))
+  blocks = (
+    Blocks(q=q, kv=kv, grad_q=grad, grad_kv=grad, warps=warps, grad_warps=warps) if found is None else Blocks(**found)
+  )
+  return dataclasses.replace(
+    blocks, q=fit(q_length, blocks.q), grad_q=fit(q_length, blocks.grad_q),
+    kv=fit(kv_length, blocks.kv), grad_kv=fit(kv_length, blocks.grad_kv),
+  )  # fmt: skip
 
 
 def shape_class(width: int, dtype) -> str:
@@ -119,11 +132,11 @@ def _forward(spec: Spec, blocks: Blocks, q, k, v, table, alibi, sink_logits, vec
   out = _run(
     spec, gpu_kernels.forward, (spec.num_q, q.shape[0]),
     ins=_of_queries(spec, {'q': q, 'k': k, 'v': v}, _of_heads(spec, table, alibi, sink_logits), vectors),
-    outs={'o': _block(q, spec.block_q), 'lse': _block(row, spec.block_q)},
+    outs={'o': _block(q, spec.block_q), 'lse': _block(row, spec.block_q)}, size=(blocks.warps, blocks.stages),
   )  # fmt: skip
-  lse = out['lse']
+  o, lse = (checkpoint_name(out[name], KEPT) for name in ('o', 'lse'))
   natural = jnp.where(lse == NO_ROW, -jnp.inf, lse / LOG2E)
-  return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
+  return (o, natural), (q, k, v, table, alibi, sink_logits, vectors, o, lse)
 
 
 def _backward(spec: Spec, blocks: Blocks, saved, gradients):
@@ -133,8 +146,9 @@ def _backward(spec: Spec, blocks: Blocks, saved, gradients):
   di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
   arrays = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), 'lse': lse, 'di': di}
   per_head = _of_heads(spec, table, alibi, sink_logits)
-  dq, dtable = _grad_queries(spec, arrays, per_head, vectors, table)
-  dk, dv = _grad_keys_values(spec, arrays, per_head, vectors)
+  size = blocks.grad_warps, blocks.grad_stages
+  dq, dtable = _grad_queries(spec, size, arrays, per_head, vectors, table)
+  dk, dv = _grad_keys_values(spec, size, arrays, per_head, vectors)
   dsink = None if sink_logits is None else _grad_sinks(spec, per_head['numbers'][:, SINK], lse, di, sink_logits.dtype)
   zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
   dalibi = None if alibi is None else jnp.zeros_like(alibi)
@@ -170,7 +184,7 @@ def plain_gradients(saved, gradients, *, causal: bool, scale: float, interpret: 
   return back(dq), back(dk), back(dv)
 
 
-def _grad_queries(spec: Spec, arrays, per_head, vectors: Vectors, table):
+def _grad_queries(spec: Spec, size: tuple[int, int], arrays, per_head, vectors: Vectors, table):
   """(dq, the table's gradient or None)."""
   q = arrays['q']
   ins, outs = _of_queries(spec, arrays, per_head, vectors), {'dq': _block(q, spec.block_q)}
@@ -180,14 +194,14 @@ def _grad_queries(spec: Spec, arrays, per_head, vectors: Vectors, table):
     ins['buckets'] = (buckets, pl.BlockSpec(buckets.shape, lambda n, h: (0,)))
     sums = jax.ShapeDtypeStruct((q.shape[0], spec.num_q, lanes), jnp.float32)
     outs['dbuckets'] = (sums, pl.BlockSpec((None, None, lanes), lambda n, h: (h, n, 0)))
-  out = _run(spec, gpu_kernels.grad_queries, (spec.num_q, q.shape[0]), ins, outs)
+  out = _run(spec, gpu_kernels.grad_queries, (spec.num_q, q.shape[0]), ins, outs, size)
   if table is None:
     return out['dq'], None
   sums = out['dbuckets'].reshape(-1, spec.heads, *out['dbuckets'].shape[1:]).sum((0, 2))
   return out['dq'], sums[:, : table.shape[0]].T.astype(table.dtype)
 
 
-def _grad_keys_values(spec: Spec, arrays, per_head, vectors: Vectors):
+def _grad_keys_values(spec: Spec, size: tuple[int, int], arrays, per_head, vectors: Vectors):
   k, v, group = arrays['k'], arrays['v'], spec.group
   kv_heads = spec.heads // group
   shared = lambda x: x.reshape(-1, group * x.shape[1], *x.shape[2:])  # one head after another
@@ -196,7 +210,7 @@ def _grad_keys_values(spec: Spec, arrays, per_head, vectors: Vectors):
   ins |= {name: _whole(shared(x), lambda h: h % kv_heads) for name, x in per_head.items()}
   ins |= _of_rows(spec, vectors, kv_heads, by_keys=True)
   outs = {'dk': _block(k, spec.block_kv), 'dv': _block(v, spec.block_kv)}
-  out = _run(spec, gpu_kernels.grad_keys_values, (spec.num_kv, k.shape[0]), ins, outs)
+  out = _run(spec, gpu_kernels.grad_keys_values, (spec.num_kv, k.shape[0]), ins, outs, size)
   return out['dk'], out['dv']
 
 
@@ -252,10 +266,11 @@ def _of_rows(spec: Spec, vectors: Vectors, per_row: int, *, by_keys: bool) -> di
   return {name: _whole(x, lambda h: h // per_row) for name, x in found.items()} | ends
 
 
-def _run(spec: Spec, kernel, grid: tuple[int, int], ins: Ins, outs: Mapping[str, Any]) -> dict[str, Array]:
-  """`kernel(spec, refs by name)` over a grid of (blocks, batch * heads)."""
-  names = (*ins, *outs)
-  width = ins['q'][0].shape[-1]
+def _run(
+  spec: Spec, kernel, grid: tuple[int, int], ins: Ins, outs: Mapping[str, Any], size: tuple[int, int]
+) -> dict[str, Array]:
+  """`kernel(spec, refs by name)` over a grid of (blocks, batch * heads), in programs of `size` (warps, stages)."""
+  names, (warps, stages) = (*ins, *outs), size
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs.values()]
   results = pl.pallas_call(
     lambda *refs: kernel(spec, dict(zip(names, refs, strict=True))),
@@ -264,7 +279,7 @@ def _run(spec: Spec, kernel, grid: tuple[int, int], ins: Ins, outs: Mapping[str,
     out_specs=[where for _, where in outs.values()],
     out_shape=shapes,
     # Without these parameters a kernel for CUDA would be lowered through Mosaic.
-    compiler_params=triton.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
+    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
     interpret=spec.interpret,
     name=kernel.__name__,
   )(*(x for x, _ in ins.values()))

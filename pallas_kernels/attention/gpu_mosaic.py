@@ -1,7 +1,7 @@
 """Plain attention on Hopper GPUs (H100, H200) through Mosaic: wgmma and TMA forward, the kernels of `gpu` backward.
 
 It lowers for CUDA, compiles for sm_90a without spills, and equals the definition in jax's interpreter for GPUs, which
-replaces wgmma by plain products. It has not run on a GPU yet, and its block sizes are not tuned. According to jax's own
+replaces wgmma by plain products, and on an H200 (docs/LOG.md). Its block sizes are not tuned. According to jax's own
 kernel, the compilers of CUDA 12.8 to 12.9.0 miscompile causal masks: use CUDA 13, as `pretrain[cuda]` does.
 """
 

@@ -25,6 +25,7 @@ INDEX_BITS = 12
 MAX_BLOCKS = 1 << INDEX_BITS
 FIRST, LAST, LIVE, NEAR, MASKED, CUT, CROSS = (1 << (2 * INDEX_BITS + n) for n in range(7))
 FAR = 1 << 30  # beyond every position
+KEPT = 'context'  # the name of the output and the log-sum-exp, which jax.checkpoint can keep for the gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuned
 from pallas_kernels.attention import tiles, toeplitz, tpu_kernels
 from pallas_kernels.attention.reference import Visibility
-from pallas_kernels.attention.tiles import Spec, Vectors, pad, padded
+from pallas_kernels.attention.tiles import KEPT, Spec, Vectors, pad, padded
 from pallas_kernels.attention.toeplitz import LANES
 from pallas_kernels.attention.tpu_kernels import LOG2E, NO_ROW
 
@@ -130,10 +131,10 @@ def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
     scratch={'m': ((spec.block_q, LANES), f32), 'l': ((spec.block_q, LANES), f32),
              'acc': ((spec.block_q, q.shape[2]), f32), **call.toe('toe')},
   )  # fmt: skip
-  lse = out['lse'][:, 0]
+  o, lse = (checkpoint_name(x, KEPT) for x in (out['o'], out['lse'][:, 0]))
   natural = lse / LOG2E if table is None else _add_left(spec, lse / LOG2E, table)
   natural = jnp.where(lse == NO_ROW, -jnp.inf, natural)
-  return (out['o'], natural), (q, k, v, table, alibi, sink_logits, vectors, out['o'], lse)
+  return (o, natural), (q, k, v, table, alibi, sink_logits, vectors, o, lse)
 
 
 def _backward(spec: Spec, saved, gradients):

@@ -2,9 +2,20 @@
 
 from jax import Array
 
-from pallas_kernels.linear_cross_entropy import reference
+from pallas_kernels.linear_cross_entropy import chunked, reference
 
-IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy}
+IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'chunked': chunked.linear_cross_entropy}
+
+
+def choose(implementation: str) -> str:
+  """The implementation to run; 'auto' is 'reference', because the cycles of 'chunked' on TPUs are not compared yet.
+
+  Raises ValueError for an implementation that does not exist.
+  """
+  if implementation not in ('auto', *IMPLEMENTATIONS):
+    known = ', '.join(repr(n) for n in IMPLEMENTATIONS)
+    raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
+  return 'reference' if implementation == 'auto' else implementation
 
 
 def linear_cross_entropy(
@@ -26,10 +37,6 @@ def linear_cross_entropy(
 
   Raises ValueError for an implementation that does not exist.
   """
-  name = 'reference' if implementation == 'auto' else implementation
-  if name not in IMPLEMENTATIONS:
-    known = ', '.join(repr(n) for n in IMPLEMENTATIONS)
-    raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
-  return IMPLEMENTATIONS[name](
+  return IMPLEMENTATIONS[choose(implementation)](
     x, w, labels, bias=bias, z_loss=z_loss, softcap=softcap, label_smoothing=label_smoothing
   )  # fmt: skip

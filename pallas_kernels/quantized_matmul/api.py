@@ -13,7 +13,7 @@ from pallas_kernels.quantized_matmul import reference, tpu, xla
 from pallas_kernels.quantized_matmul.formats import FORMATS, Operand, Pair, Recipe
 from pallas_kernels.quantized_matmul.rounding import Noise
 
-__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Operand', 'Recipe', 'check', 'quantized_matmul']
+__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
 
 # `interpret` runs `tpu` on any platform, slowly: for tests.
 IMPLEMENTATIONS = {
@@ -23,6 +23,7 @@ IMPLEMENTATIONS = {
   'interpret': functools.partial(tpu.product, interpret=True),
 }
 FORWARD_X, FORWARD_W, DGRAD_G, DGRAD_W, WGRAD_X, WGRAD_G = range(6)  # numbers of the operands, for their random bits
+DELAYED = ('xla', 'reference')  # implementations that take scales from outside
 
 
 def check(implementation: str) -> str:
@@ -49,13 +50,16 @@ def check(implementation: str) -> str:
 
 def quantized_matmul(
   x: Array, w: Array, recipe: Recipe, *, seed: Array | None = None, rows: Array | None = None,
-  implementation: str = 'auto',
+  amax: Array | None = None, implementation: str = 'auto',
 ) -> Array:  # fmt: skip
   """x[*tokens, inputs] times w[inputs, outputs] in x's dtype; gradients are those of the product without rounding,
   themselves products of quantized operands (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
 
   `seed` (uint32) and `rows` (uint32[*tokens], by default the tokens' indices) choose the random bits of stochastic
   rounding: a number's bits depend on the seed, on its row's number and on its column, and not on its device or tile.
+
+  `amax` float32[3] are the largest sizes that x, w and the gradient of the product had in earlier steps, for delayed
+  scales. Its gradient is not a derivative: it is the largest sizes that the three have now.
 
   Raises KernelError for shapes that do not fit, blocks that do not divide, and stochastic rounding without a seed.
   """
@@ -64,7 +68,24 @@ def quantized_matmul(
   if seed is not None:
     seed = jnp.asarray(seed, jnp.uint32)
     rows = index(x.shape[:-1]) if rows is None else rows
-  return _matmul(recipe, check(implementation), x, w, seed, rows)
+  return _matmul(recipe, _chosen(implementation, recipe), x, w, seed, rows, amax)
+
+
+def _chosen(implementation: str, recipe: Recipe) -> str:
+  """`check`, but for delayed scales, which a kernel that finds its own scales cannot use."""
+  if not recipe.is_delayed:
+    return check(implementation)
+  check_delayed(implementation)
+  return 'xla' if implementation == 'auto' else check(implementation)
+
+
+def check_delayed(implementation: str) -> None:
+  """Raises KernelError for an implementation without delayed scales."""
+  if implementation not in ('auto', *DELAYED):
+    raise KernelError(
+      f"kernels.quantized_matmul='{implementation}' has no delayed scaling; use 'auto', 'xla' or 'reference', or "
+      "precision.recipe='fp8', whose scales are of the numbers at hand."
+    )
 
 
 def index(shape: tuple[int, ...]) -> Array:
@@ -73,28 +94,39 @@ def index(shape: tuple[int, ...]) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows) -> Array:
-  return _forward(recipe, implementation, x, w, seed, rows)[0]
+def _matmul(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows, amax) -> Array:
+  return _forward(recipe, implementation, x, w, seed, rows, amax)[0]
 
 
-def _forward(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows):
-  noise = _noises(w, seed, rows)
-  sides = (x, noise['tokens'], FORWARD_X), (w, noise['w'], FORWARD_W)
+def _forward(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows, amax):
+  noise, (of_x, of_w, _) = _noises(w, seed, rows), _each(amax)
+  sides = (x, noise['tokens'], FORWARD_X, *of_x), (w, noise['w'], FORWARD_W, *of_w)
   out = _product(implementation, recipe.forward, *sides, ((x.ndim - 1,), (0,)))
-  return out.astype(x.dtype), (x, w, seed, rows)
+  return out.astype(x.dtype), (x, w, seed, rows, amax)
 
 
 def _backward(recipe: Recipe, implementation: str, saved, g: Array):
-  x, w, seed, rows = saved
-  noise, tokens = _noises(w, seed, rows), tuple(range(x.ndim - 1))
-  of_g = lambda operand: (g, noise['tokens'], operand)
-  dx = _product(implementation, recipe.dgrad, of_g(DGRAD_G), (w, noise['w'], DGRAD_W), ((g.ndim - 1,), (1,)))
-  dw = _product(implementation, recipe.wgrad, (x, noise['tokens'], WGRAD_X), of_g(WGRAD_G), (tokens, tokens))
+  x, w, seed, rows, amax = saved
+  noise, (of_x, of_w, of_g) = _noises(w, seed, rows), _each(amax)
+  tokens = tuple(range(x.ndim - 1))
+  grad = lambda operand: (g, noise['tokens'], operand, *of_g)
+  dx = _product(implementation, recipe.dgrad, grad(DGRAD_G), (w, noise['w'], DGRAD_W, *of_w), ((g.ndim - 1,), (1,)))
+  dw = _product(implementation, recipe.wgrad, (x, noise['tokens'], WGRAD_X, *of_x), grad(WGRAD_G), (tokens, tokens))
   zero = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-  return dx.astype(x.dtype), dw.astype(w.dtype), zero(seed), zero(rows)
+  now = None if amax is None else jnp.stack([_largest(each) for each in (x, w, g)])
+  return dx.astype(x.dtype), dw.astype(w.dtype), zero(seed), zero(rows), now
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _each(amax: Array | None) -> tuple[tuple[Array, ...], ...]:
+  """(amax,) of x, of w and of the gradient; () for each without."""
+  return ((), (), ()) if amax is None else ((amax[0],), (amax[1],), (amax[2],))
+
+
+def _largest(x: Array) -> Array:
+  return reference.largest_size(x.astype(jnp.float32), tuple(range(x.ndim))).reshape(())
 
 
 def _noises(w: Array, seed, rows) -> dict[str, Noise | None]:
@@ -104,8 +136,8 @@ def _noises(w: Array, seed, rows) -> dict[str, Noise | None]:
 
 
 def _product(implementation: str, pair: Pair | None, a: Any, b: Any, dims) -> Array:
-  """A product over `dims` of two (array, noise, number of the operand)."""
+  """A product over `dims` of two (array, noise, number of the operand), with delayed scales also an amax."""
   if pair is None:
     return jax.lax.dot_general(a[0], b[0], (dims, ((), ())))
-  sides = ((x, None if noise is None else noise.of(number)) for x, noise, number in (a, b))
+  sides = ((x, None if noise is None else noise.of(number), *amax) for x, noise, number, *amax in (a, b))
   return IMPLEMENTATIONS[implementation](*sides, pair, dims)

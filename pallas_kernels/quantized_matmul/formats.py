@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.errors import KernelError
 
-Scale = Literal['tensor', 'channel', 'block']
+Scale = Literal['tensor', 'channel', 'block', 'delayed']
 Rounding = Literal['nearest', 'stochastic']
 ScaleFormat = Literal['float32', 'e8m0', 'two_level']
 
@@ -70,7 +70,8 @@ class Operand:
   """How one matrix of a product is quantized.
 
   `scale` 'tensor': one for all; 'channel': one for each row or column that the product does not sum over; 'block': one
-  for each `block` consecutive numbers that it does. The formats mx… and nvfp4 have blocks of their own.
+  for each `block` consecutive numbers that it does; 'delayed': one for all, from the sizes that the matrix had before.
+  The formats mx… and nvfp4 have blocks of their own.
 
   Raises KernelError for a format that does not exist, and for scales that it does not have.
   """
@@ -146,6 +147,10 @@ class Recipe:
   @property
   def is_random(self) -> bool:
     return any(operand.is_random for pair in self.pairs.values() for operand in pair)
+
+  @property
+  def is_delayed(self) -> bool:
+    return any(operand.scale == 'delayed' for pair in self.pairs.values() for operand in pair)
 
   @property
   def formats(self) -> list[str]:

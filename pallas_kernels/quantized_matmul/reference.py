@@ -4,7 +4,10 @@ A group of numbers shares a scale, so that the largest of them is the largest va
 - float32 scales: scale = amax / largest, code = round(x * (largest / amax));
 - mx: scale = 2 ** (floor(log2(amax)) - floor(log2(largest))), OCP MX 1.0, §6.3; values above the largest saturate;
 - nvfp4: a float32 scale amax / (6 * 448) of the whole matrix, under it an e4m3 scale for each block: NVIDIA 2025,
-  arXiv:2509.25149, appendix B; a scale rounded down saturates the largest values too.
+  arXiv:2509.25149, appendix B; a scale rounded down saturates the largest values too;
+- delayed: the amax of float32 scales is the largest of earlier steps, and larger numbers saturate. Before there is
+  one (0) the scale is 1. Source: Transformer Engine 2.x, recipe DelayedScaling; Micikevicius et al. 2022,
+  arXiv:2209.05433; FP8-LM, Peng et al. 2023, arXiv:2310.18313.
 Stochastic rounding is unbiased only where nothing saturates: with it these two round their scales up (Tseng et al.
 2025, arXiv:2502.20586, §3.1, on the bias that saturation has in MXFP4).
 The scale of a group with a NaN or an infinity is NaN, and so is every output that depends on it.
@@ -36,16 +39,20 @@ class Quantized(NamedTuple):
   scale: Array
 
 
-def quantize(x: Array, axes: Sequence[int], operand: Operand, noise: Noise | None = None) -> Quantized:
-  """`x` quantized for a product that sums over `axes`; blocks lie along the last of them.
+def quantize(
+  x: Array, axes: Sequence[int], operand: Operand, noise: Noise | None = None, amax: Array | None = None
+) -> Quantized:
+  """`x` quantized for a product that sums over `axes`; blocks lie along the last of them. `amax` is a scalar for
+  delayed scales; without one they are those of the tensor at hand.
 
   Raises KernelError where blocks do not divide that dim, and for stochastic rounding without `noise`.
   """
   x, axes = x.astype(jnp.float32), tuple(axis % x.ndim for axis in axes)
   random = _random(x, operand, noise)
   if operand.scale != 'block':
-    amax = largest_size(x, axes if operand.scale == 'channel' else tuple(range(x.ndim)))
-    up, scale = float_scales(amax, operand.element)
+    now = largest_size(x, axes if operand.scale == 'channel' else tuple(range(x.ndim)))
+    delayed = operand.scale == 'delayed' and amax is not None
+    up, scale = delayed_scales(amax, now, operand.element) if delayed else float_scales(now, operand.element)
     return Quantized(rounded(x * up, operand.element, random), scale)
   axis, block = axes[-1], operand.block
   _check_blocks(x, axis, operand)
@@ -86,6 +93,15 @@ def float_scales(amax: Array, element: Element) -> tuple[Array, Array]:
   """(what x is multiplied with, the scale of the codes)."""
   amax = jnp.where(amax < LEAST, LEAST, finite(amax))
   return jnp.float32(element.largest) / amax, amax / jnp.float32(element.largest)
+
+
+def delayed_scales(amax: Array, now: Array, element: Element) -> tuple[Array, Array]:
+  """`float_scales` of `amax`, 1 where it is 0. What x is multiplied with does not wait for its own largest size `now`,
+  which is in the scale only where it is not finite: a NaN or an infinity does not hide in saturation.
+  """
+  up, scale = float_scales(amax.reshape(now.shape), element)
+  empty = amax.reshape(now.shape) == 0
+  return jnp.where(empty, 1.0, up), jnp.where(empty, 1.0, scale) * poisoned(now)
 
 
 def block_scales(amax: Array, operand: Operand) -> tuple[Array, Array, Array]:
@@ -173,12 +189,13 @@ def from_e8m0(codes: Array) -> Array:
   return jnp.where(codes == 255, jnp.nan, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
-Side = tuple[Array, Noise | None]
+# (array, noise), with delayed scales also the amax of earlier steps.
+Side = tuple[Array, Noise | None] | tuple[Array, Noise | None, Array]
 
 
 def both(a: Side, b: Side, pair: Pair, dims) -> tuple[Quantized, Quantized]:
-  (x, x_noise), (y, y_noise) = a, b
-  return quantize(x, dims[0], pair[0], x_noise), quantize(y, dims[1], pair[1], y_noise)
+  (x, *x_rest), (y, *y_rest) = a, b
+  return quantize(x, dims[0], pair[0], *x_rest), quantize(y, dims[1], pair[1], *y_rest)
 
 
 def product(a: Side, b: Side, pair: Pair, dims) -> Array:

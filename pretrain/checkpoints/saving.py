@@ -13,7 +13,7 @@ import jax
 
 from pretrain.checkpoints import manifest, step_folders
 from pretrain.checkpoints.manifest import File, Leaf, Manifest
-from pretrain.errors import CheckpointError, HostError
+from pretrain.errors import CheckpointError, ConfigError, HostError
 from pretrain.hosts.coordination import Agreement
 from pretrain.replicas import digest
 from pretrain.workdirs.folder import Folder
@@ -70,12 +70,15 @@ class Saving:
 
   def _clear(self) -> None:
     """Removes old steps that no rule keeps, or the remains of a failed save, whose space may be needed."""
+    if isinstance(self.error, ConfigError):  # the workdir belongs to another run, which may be writing this step
+      return
     try:
       if self.error is None:
         self._retain()
-      elif step_folders.kind_of(self._folder) != 'finished' and threading.main_thread().is_alive():
-        # Otherwise a peer has ended after the commit; or Python is exiting while Orbax still writes: then the mark
-        # stays, and the next start removes everything.
+      elif step_folders.kind_of(self._folder) == 'finished':  # by another writer; or a peer has ended after the commit
+        step_folders.end(self._folder.parent, self.step)
+      elif threading.main_thread().is_alive():
+        # Otherwise Python is exiting while Orbax still writes: the mark stays, and the next start removes everything.
         step_folders.discard(self._folder.parent, self.step)
     except OSError as error:
       self.untidy = error

@@ -66,9 +66,13 @@ def plan_command(options, overrides) -> None:
   rows = [] if options.global_batch is None else [f'data.batch_size={options.global_batch}']
   cfg = shared.load(options, [*overrides, *rows, *(NO_LAYOUT if options.search else ())])
   if options.search or options.explain:
+    from pretrain.config import bindings
     from pretrain.planner.run import explain, search
 
-    (search if options.search else explain)(cfg, options)
+    if options.search:
+      search(cfg, options, bindings.load(type(cfg), options.gin_file, overrides))
+    else:
+      explain(cfg, options)
     return
   from pretrain.tools import plan
 

@@ -146,9 +146,12 @@ def plan_command(options, overrides) -> None:
 def _open(cfg):
   """The data of a config."""
   from data.batches.source import open_data
-  from pretrain.devices.compilation_cache import cache_dir
+  from pretrain.devices.compilation_cache import cache_dir, plans_url
 
-  return open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
+  return open_data(
+    cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir(),
+    plans_url=plans_url(),
+  )  # fmt: skip
 
 
 def _open_row(options, overrides):

@@ -1,4 +1,4 @@
-"""The cache of built corpora and compiled programs, shared by processes."""
+"""The cache of built corpora, compiled programs and plans, shared by processes; the last two by hosts, in a store."""
 
 import contextlib
 import pathlib
@@ -13,6 +13,12 @@ from pretrain.workdirs.cache import cache_url, local_cache_dir
 def cache_dir() -> pathlib.Path:
   """The folder of this host for built corpora: $PRETRAIN_CACHE unless that is a URL, else ~/.cache/pretrain."""
   return local_cache_dir()
+
+
+def plans_url() -> str | None:
+  """The folder of a store in which plans are kept for all hosts; None unless $PRETRAIN_CACHE is a URL."""
+  url = cache_url()
+  return f'{url}/plans' if url else None
 
 
 def use_compilation_cache() -> None:

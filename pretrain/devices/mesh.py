@@ -98,6 +98,13 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   return _arranged(sizes, devices)
 
 
+def check_memory(mesh: Mesh, kind: str, key: str) -> None:
+  """Raises ConfigError where the devices of `mesh` have no memory of this kind, which `key` needs."""
+  device = mesh.devices.flat[0]
+  if kind not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+    raise ConfigError(f'{key} needs {kind} memory, and {device.device_kind} has {", ".join(kinds)} only; remove it.')
+
+
 def _arranged(sizes: Mapping[str, int], devices) -> Mesh:
   """The mesh of these sizes, each axis on sides of the torus of its own where there is a way."""
   shape = tuple(sizes.values())

@@ -24,7 +24,9 @@ from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
 from models.build import check_kernels, check_lora, check_model, check_precision
 from models.layers.low_rank import LoraConfig
-from models.precision import PrecisionConfig
+from models.precision import DELAYED, PrecisionConfig, named_by
+from pallas_kernels.errors import KernelError
+from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS, check_delayed
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.devices.compiler import check_options
@@ -47,6 +49,7 @@ def check(cfg: Experiment) -> None:
   _check_stages(cfg)
   _check_online(cfg)
   _check_rewinds(cfg)
+  _check_history(cfg)
   for phase in phases_of(cfg):
     where = f'phases[{phase.index - 1}]: ' if phase.index else ''
     try:
@@ -156,6 +159,16 @@ def _check_rewinds(cfg: Experiment) -> None:
     raise ConfigError(
       f'spikes.steps={back} with checkpoint.keep={own.keep} and checkpoint.every={own.every}: no step so old is kept; '
       f'set checkpoint.keep >= {enough}.'
+    )
+
+
+def _check_history(cfg: Experiment) -> None:
+  """The history of delayed scaling is state of the whole run, so at least one phase uses it."""
+  used = [recipe for phase in phases_of(cfg) for recipe in named_by(phase.cfg.precision)]
+  if cfg.precision.amax_history and DELAYED not in used:
+    raise ConfigError(
+      f"precision.amax_history={cfg.precision.amax_history} and no recipe is '{DELAYED}', which alone reads it; set "
+      'precision.recipe or precision.overrides, here or in a phase, or remove it.'
     )
 
 
@@ -281,6 +294,11 @@ def _check_precision(cfg: Experiment) -> None:
     if isinstance(cfg.data.packing, LengthBuckets):
       lengths |= {'data.packing.min_length': cfg.data.packing.min_length}
     check_precision(cfg.model, cfg.precision, lengths)
+  if DELAYED in named_by(cfg.precision) and cfg.kernels.quantized_matmul in IMPLEMENTATIONS:
+    try:
+      check_delayed(cfg.kernels.quantized_matmul)
+    except KernelError as error:
+      raise ConfigError(str(error).removeprefix('CONFIG: ')) from error
 
 
 def _check_best(cfg: Experiment) -> None:

@@ -14,7 +14,8 @@ from pretrain.errors import ConfigError
 # What a phase may set: nothing that would change the shape of the state.
 MAY_SET = (
   'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'train.accumulate',
-  'kernels.', 'precision.',
+  'kernels.', 'precision.recipe', 'precision.overrides', 'precision.first_layers', 'precision.last_layers',
+  'precision.edge_recipe',
 )  # fmt: skip
 
 

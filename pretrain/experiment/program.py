@@ -9,18 +9,20 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
+from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles
-from pretrain.devices.mesh import batch_shards, make_mesh, replicated
+from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch
 from pretrain.experiment.experiment import Experiment
-from pretrain.optim.averaging import make_track, track_shardings
+from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
 from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
-from pretrain.step.train_step import TrainState, init_state, make_train_step
+from pretrain.step.scaling import scaling_tracks
+from pretrain.step.train_step import Tracks, TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Program:
     return self.abstract.frozen or self.abstract.params
 
 
+def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
+  """What the methods of a run keep in `TrainState.extra`: each contributes entries of its own."""
+  return {**averaging_tracks(cfg.averaging), **scaling_tracks(cfg.precision, model.specs)}
+
+
 def check_divisible(parameters, mesh) -> None:
   """Raises ConfigError where the mesh does not divide a parameter."""
   try:
@@ -56,28 +63,31 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   """
   mesh = make_mesh(cfg.mesh, devices)
   check_compiles(cfg.compiler, mesh)
+  if cfg.model.remat_offload:
+    check_memory(mesh, HOST, f'model.remat_offload={list(cfg.model.remat_offload)}')
   check_batch(cfg, batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
   tx = make_optimizer(cfg.optimizer, schedule, model.split(model.specs)[0], mesh, spikes=cfg.spikes, since=start)
-  track = make_track(cfg.averaging)
+  tracks = tracks_of(cfg, model)
   draw = functools.partial(specs.initialize, model.specs)
-  init = functools.partial(init_state, draw, tx, cfg.seed, track, model.split)
+  init = functools.partial(init_state, draw, tx, cfg.seed, tracks, model.split)
   shapes = jax.eval_shape(init)
   params, frozen = model.split(partition.shardings(model.specs, mesh))
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
-  placed = TrainState(everywhere, params, opt_state, track_shardings(cfg.averaging, params), frozen)
+  extra = {name: track.place(params, everywhere) for name, track in tracks.items()}
+  placed = TrainState(everywhere, params, opt_state, extra, frozen)
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
-    fill=make_fill(cfg.model, cfg.lora), track=track, num_microbatches=cfg.train.accumulate, shardings=params,
+    fill=make_fill(cfg.model, cfg.lora), tracks=tracks, num_microbatches=cfg.train.accumulate, shardings=params,
   )  # fmt: skip
 
   def start(params) -> TrainState:
     absent = {name: branch for name, branch in model.specs.items() if name not in params}
-    return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, track, model.split)
+    return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, tracks, model.split)
 
   return Program(
     mesh, model, abstract, jax.jit(init, out_shardings=placed),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pretrain.step.train_step import NOTHING, Track
+from pretrain.step.train_step import NOTHING, Seen, Track, Tracks
 
 Params = Mapping[str, Any]
 
@@ -36,20 +36,16 @@ class Ema:
 Averaging = NoAveraging | Ema
 
 
-def make_track(cfg: Averaging) -> Track:
-  """The transform whose state is `TrainState.extra`: nothing, or {'ema': float32, shaped as the parameters}."""
+def averaging_tracks(cfg: Averaging) -> Tracks:
+  """What averaging keeps in `TrainState.extra`: nothing, or 'ema', float32 in the shapes of the parameters."""
   match cfg:
     case NoAveraging():
       return NOTHING
     case Ema():
-      return Track(lambda params: {'ema': jax.tree.map(_float32, params)}, _ema_update(cfg))
+      place = lambda params, everywhere: params
+      return {'ema': Track(lambda params: jax.tree.map(_float32, params), _ema_update(cfg), place)}
     case _:
       assert_never(cfg)
-
-
-def track_shardings(cfg: Averaging, params: Params) -> dict[str, Params]:
-  """The sharding of each array of `make_track(cfg).init`: that of its parameter (`params` are shardings)."""
-  return {'ema': params} if isinstance(cfg, Ema) else {}
 
 
 def ema_decay(cfg: Ema, step: Array) -> Array:
@@ -59,11 +55,11 @@ def ema_decay(cfg: Ema, step: Array) -> Array:
   return jnp.where(counted > 0, decay, 0.0)
 
 
-def _ema_update(cfg: Ema) -> Callable[[Any, Params, Array], Any]:
-  def update(extra, params: Params, step: Array):
+def _ema_update(cfg: Ema) -> Callable[[Params, Seen, Params, Array], Params]:
+  def update(average: Params, seen: Seen, params: Params, step: Array):
     decay = ema_decay(cfg, step)
     # Not ema + (1 - decay) * (param - ema), which for a decay of 0 is not the parameter to the last bit.
-    return {'ema': jax.tree.map(lambda a, p: decay * a + (1 - decay) * _float32(p), extra['ema'], params)}
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * _float32(p), average, params)
 
   return update
 

@@ -17,7 +17,7 @@ from pretrain.planner.workload import Workload
 from pretrain.tools import plan
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all', 'ragged-all-to-all')
-GROUPS = re.compile(r'replica_groups=(.*?), (?:[a-z_]+=)')
+GROUPS = re.compile(r'replica_groups=(.*?), (?!device_ids=)[a-z_]+=')  # device_ids are a part of the groups
 RINGS = re.compile(r'"emitter":"(\d)D|StrategyND\{colors:(\d)')
 
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from models.layers.block import Remat
 from models.partition import check_divisible
 from models.specs import Tree
 from pretrain.config import bindings
@@ -17,6 +15,7 @@ from pretrain.devices.mesh import AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
 
 SEARCHED = ('data', 'fsdp', 'tensor')
+REMATS = ('none', 'dots', 'minimal', 'save_dot_except_mlp', 'save_qkv_proj', 'full')
 MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small for a matrix unit
 # Axes that are not searched, and why.
 LEFT_OUT = {
@@ -73,7 +72,7 @@ def candidates(cfg: Experiment, specs: Tree, of: Slice) -> Iterator[Layout]:
       continue
     shards = math.prod(sizes[axis] for axis in ('replica', 'data', 'fsdp'))
     for accumulate in _microbatches(cfg.data.batch_size, shards):
-      for remat in typing.get_args(Remat):
+      for remat in REMATS:
         yield Layout(sizes, accumulate, remat)
 
 

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+from models.layers import remat
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
 from pretrain.planner.layouts import Layout
@@ -16,7 +17,7 @@ from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, s
 F32 = 4
 # Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
 PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
-KEPT = {'full': (), 'dots': PRODUCTS, 'none': PRODUCTS}
+KEPT = {'dots': PRODUCTS, 'none': PRODUCTS} | remat.KEPT
 # With remat='none', arrays as wide as the MLP that its activation keeps beside its input and output; a norm keeps two
 # f32 arrays as wide as the model, and two in the dtype of activations.
 OF_ACTIVATION = {'gelu_tanh': 4, 'gelu_exact': 3, 'silu': 1, 'relu': 0}
@@ -187,12 +188,20 @@ def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float
   return layout.rows(work.rows) * each
 
 
+def kept(work: Workload, layout: Layout) -> tuple[str, ...]:
+  """The names that a layer keeps for its gradient, on the device or the host."""
+  return work.cfg.model.remat_keep if layout.remat == 'custom' else KEPT[layout.remat]
+
+
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of activations that all layers of a stack keep for the backward pass."""
   if layout.remat == 'none':
     return stack.number * _everything(work, layout, stack)
-  own = tokens(work, layout, stack.length) * work.cfg.model.embed
-  return stack.number * work.itemsize * (own + results(work, layout, stack, *KEPT[layout.remat]))
+  moved = work.cfg.model.remat_offload
+  names = [name for name in kept(work, layout) if name not in moved]
+  own = 0.0 if 'input' in moved else tokens(work, layout, stack.length) * work.cfg.model.embed
+  own += results(work, layout, stack, 'query') if 'context' in names else 0.0
+  return stack.number * work.itemsize * (own + results(work, layout, stack, *names))
 
 
 def _everything(work: Workload, layout: Layout, stack: Layers) -> float:

@@ -1,11 +1,14 @@
 """How long a step takes at the rates of a chip's maker: matrix products, HBM, links; no overlap of the three networks.
 
-Four numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
+Five numbers are not the maker's. PRODUCTS is the share of the peak that products reach, from the cycles that libtpu
 0.0.42 estimates for UL2 20B on v5p:4x4x8. ATTENTION is that of attention kernels, from their schedules at head_dim 128.
 WINDOWED: where parameters have no copies along data or replica, and fsdp is at most FEW, libtpu splits products into
 loops over the shards, at 2 (Llama 7B on v5e:4x4) to 11 times (T5 base there) their cycles, 3 for Llama 7B on v5p:4x4x4
-with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. None of the four comes from
-a published run; scripts/bench/planner/published.py prints the predictions beside those.
+with fsdp=16 and tensor=4, 5 for Llama 1B on v5e:4x8; with data=4 and fsdp=16 it does not. FILL: what a step keeps in
+HBM between passes moves at a tenth (v5p) to a quarter (tpu7x) of the maker's bandwidth, by the cycles that libtpu gives
+to a broadcast of 32 MiB. UL2 20B shows it: 'dots' keeps 30 GB more than 'full', makes 0.30 s of products less, and has
+0.33 s more of zeros, writes and reads. None of the five comes from a published run;
+scripts/bench/planner/published.py prints the predictions beside those.
 """
 
 import dataclasses
@@ -22,18 +25,19 @@ PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
 THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # in compiler.options it ends that
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
+# Bytes/s of one device, in bfloat16. Zeros in f32 take half the cycles for a byte (362 to 160 bytes/cycle on v5p, 180
+# to 91 on v5e); the update of an f32 array reaches 0.7 of the maker's bandwidth, and counts at all of it.
+FILL = {'v5e': 1.36e11, 'v5p': 2.79e11, 'v6e': 1.71e11, 'tpu7x': 8.87e11}
+# A loop over layers fills the array of what it keeps with zeros, writes each layer's part, and reads it backwards.
+OF_KEPT = 3
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
 PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
-BATCH_AXES = ('replica', 'data', 'fsdp')
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside them, links, links between slices.
-
-  `hidden`: seconds of links that the compiler overlaps with computation.
-  """
+  """Seconds of one step: `products` and `kernels` of the matrix units, `hbm` beside, links, links between slices."""
 
   products: float
   kernels: float
@@ -87,7 +91,8 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   return Step(
     products=each * products / rate,
     kernels=each * sum(s[1] for s in stacks) / (of.flops * ATTENTION[of.chip.name]),
-    hbm=(each * (sum(s[2] for s in stacks)) + _update(work, layout)) / of.hbm_rate,
+    hbm=(each * sum(s[2] for s in stacks) + _update(work, layout)) / of.hbm_rate
+    + each * _filled(work, layout) / FILL[of.chip.name],
     ici=links.ici,
     dcn=links.dcn,
   )
@@ -112,17 +117,16 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
   forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
   products = sum(forward(p) * (2 + p.experts) for p in found)
-  again = sum(forward(p) for p in found if p.name not in (*memory.KEPT[layout.remat], 'down'))
+  again = sum(forward(p) for p in found if p.name not in (*memory.kept(work, layout), 'down'))
   heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
   passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
   hidden = PASSES['hidden'] * memory.results(work, layout, stack, 'up')
   moved = work.itemsize * (passes + hidden + 2 * sum(p.values for p in found))
-  kept = memory.kept_by(work, layout, stack)
   return (
     stack.number * (products + rerun * again),
     stack.number * scores * (1 + rerun + 2.5),
-    stack.number * moved * (1 + rerun + 2) + 2 * kept,  # what is kept is written and read once more
+    stack.number * moved * (1 + rerun + 2),
   )
 
 
@@ -138,17 +142,25 @@ def _update(work: Workload, layout: Layout) -> float:
   return 2 * mesh.state + 2 * mesh.parameters
 
 
+def _filled(work: Workload, layout: Layout) -> float:
+  """Bytes of a microbatch that move at FILL: what is kept, and half of the zeros of f32 gradients."""
+  kept = sum(memory.kept_by(work, layout, stack) for stack in work.stacks)
+  return OF_KEPT * kept + memory.F32 * memory.of_mesh(work, layout).trained / 2
+
+
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
-  """Links of a step: parameters gathered over fsdp in both passes of each microbatch, gradients summed over the rows'
-  axes (libtpu sums them whole, in the activations' dtype), activations summed over tensor."""
+  """Links of a step: parameters gathered over fsdp in both passes of each microbatch; gradients summed, in the
+  activations' dtype, whole over fsdp, then a device's part over the other axes of rows; activations summed over tensor.
+  """
   sizes, size = layout.sizes, work.itemsize
   named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
   time = Time()
   whole = memory.of_mesh(work, layout).whole
   if group := named(('fsdp',)):
     time += torus.seconds('all-gather', size * whole, of, group).times(2)
-  if group := named(BATCH_AXES):
     time += torus.seconds('all-reduce', size * whole, of, group)
+  if group := named(('replica', 'data')):
+    time += torus.seconds('all-reduce', size * whole / sizes['fsdp'], of, group)
   if group := named(('tensor',)):
     for stack in work.stacks:
       sums = len(stack.keys) + 1

@@ -60,8 +60,15 @@ def estimates(work: Workload, of: Slice, options: Iterable[Layout]) -> list[Esti
   return sorted(found, key=lambda e: (e.step.total, e.memory.total))
 
 
-def search(cfg: Experiment, of: Slice, number: int, report: Callable[[str], None] = lambda line: None) -> Found:
-  """The layouts of `cfg` on `of`, the best `number` of them compiled.
+def search(
+  cfg: Experiment,
+  of: Slice,
+  number: int,
+  report: Callable[[str], None] = lambda line: None,
+  own: Layout | None = None,
+) -> Found:
+  """The layouts of `cfg` on `of`, the best `number` of them compiled. The second is `own`, so that the choice is never
+  slower than the layout that a config has.
 
   Raises ConfigError where no layout divides the rows and the parameters, or none fits the memory.
   """
@@ -76,7 +83,7 @@ def search(cfg: Experiment, of: Slice, number: int, report: Callable[[str], None
   if not fits:
     raise ConfigError(_too_large(work, of, every))
   report(f'{len(every)} layouts estimated in {seconds:.1f} s, {len(fits)} fit; compiling {min(number, len(fits))}.')
-  tried = _compiled(work, of, fits, number, report)
+  tried = _compiled(work, of, fits, number, report, own)
   if not any(isinstance(program, Compiled) for _, program in tried):
     raise ConfigError(
       f'none of the {len(tried)} best layouts fits {of.name} when compiled; the last: {tried[-1][1]} Use more chips, '
@@ -85,7 +92,14 @@ def search(cfg: Experiment, of: Slice, number: int, report: Callable[[str], None
   return Found(work, of, fits, len(every), seconds, tried)
 
 
-def _compiled(work: Workload, of: Slice, fits: Sequence[Estimate], number: int, report: Callable[[str], None]):
+def _compiled(
+  work: Workload,
+  of: Slice,
+  fits: Sequence[Estimate],
+  number: int,
+  report: Callable[[str], None],
+  own: Layout | None,
+):
   """[(estimate, program or error)]: the best layout of each mesh, then others on the best of these meshes.
 
   Where the estimate errs it errs for a mesh (how products and gathers are split), so meshes come first. At most twice
@@ -93,7 +107,7 @@ def _compiled(work: Workload, of: Slice, fits: Sequence[Estimate], number: int, 
   """
   tried: list[tuple[Estimate, Compiled | str]] = []
   while len(tried) < 2 * number and len(good := [c for _, c in tried if isinstance(c, Compiled)]) < number:
-    if (one := _next(fits, tried, number, good)) is None:
+    if (one := _own(fits, tried, own) or _next(fits, tried, number, good)) is None:
       break
     began = time.monotonic()
     try:
@@ -104,6 +118,15 @@ def _compiled(work: Workload, of: Slice, fits: Sequence[Estimate], number: int, 
     did = 'compiled' if isinstance(program, Compiled) else 'does not fit:'
     report(f'{did} {one.layout.text} ({time.monotonic() - began:.0f} s)')
   return tried
+
+
+def _own(
+  fits: Sequence[Estimate], tried: Sequence[tuple[Estimate, Compiled | str]], own: Layout | None
+) -> Estimate | None:
+  """The config's own layout, once another is tried."""
+  if not tried or own is None or any(e.layout == own for e, _ in tried):
+    return None
+  return next((e for e in fits if e.layout == own), None)
 
 
 def _next(

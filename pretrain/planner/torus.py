@@ -17,9 +17,7 @@ from pretrain.devices.chips import Slice
 from pretrain.devices.mesh import arrange
 
 HOP = 1e-6  # seconds from a chip to the next, scaling-book/sharding, "latency bound"
-MESH = re.compile(
-  r'mesh\[([^\]]*)\](?:, ?device_ids=\(([\d,]+)\)|, ?device_ids=\[([^\]]*)\](?:T\(([\d,]+)\))?)? ?\{([^}]*)\}'
-)
+MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{(['\w,]*)\}")
 IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 
 
@@ -81,6 +79,14 @@ def groups(sizes: Mapping[str, int], of: Slice) -> dict[tuple[str, ...], Group]:
 ONE_RING = ('v5e',)
 
 
+def gather_rings(of: Slice, over: Group) -> int:
+  """Over how many sides at once libtpu gathers. A group that has only a part of a side gets one ring through all its
+  devices: UL2 20B on v5p:4x4x8 with fsdp=64 (4 x 2 x 8) is compiled to 1DAllGather, fsdp=16 (4 x 4) to 2DAllGather.
+  """
+  part = any(1 < n < side for n, side in zip(over.sides, of.sides, strict=True))
+  return 1 if part or of.chip.name in ONE_RING else 3
+
+
 def rate(of: Slice, over: Group, rings: int = 3) -> float:
   """Bytes/s at which each device of a group receives an all-gather inside its slice, over at most so many `rings`.
 
@@ -121,7 +127,7 @@ def seconds(kind: str, size: float, of: Slice, over: Group, rings: int | None = 
   all-reduce = reduce-scatter + all-gather. Between slices only the part that a device holds of its slice's sum moves.
   `rings`: over how many sides at once; by default as libtpu does.
   """
-  rings = rings or (1 if kind == 'all-gather' and of.chip.name in ONE_RING else 3)
+  rings = rings or (gather_rings(of, over) if kind == 'all-gather' else 3)
   inside, passes = over.inside, 2 if kind == 'all-reduce' else 1
   if kind == 'collective-permute':
     return Time(size / of.chip.link + HOP)
@@ -134,11 +140,13 @@ def seconds(kind: str, size: float, of: Slice, over: Group, rings: int | None = 
 
 
 def members(text: str, number: int) -> list[int]:
-  """The first group of a collective's `replica_groups` in a compiled program over `number` devices."""
+  """The first group of a collective's `replica_groups` in a compiled program over `number` devices.
+
+  Raises ValueError for a text of another form: all devices in its place would be links that the collective lacks.
+  """
   if found := MESH.match(text):
-    sizes = [int(part.split('=')[1]) for part in found[1].split(',')]
-    names = [part.split('=')[0].strip().strip("'") for part in found[1].split(',')]
-    used = [part.strip().strip("'") for part in found[5].split(',')]
+    names, sizes = zip(*(part.split('=') for part in found[1].split(',')), strict=True)
+    sizes, used = [int(n) for n in sizes], found[5].split(',')
     ids = _order(found, number).reshape(sizes)
     return np.ravel(ids[tuple(slice(None) if n in used else 0 for n in names)]).tolist()
   if found := IOTA.match(text):
@@ -148,13 +156,16 @@ def members(text: str, number: int) -> list[int]:
     return ids.reshape(shape)[0].tolist()
   if found := re.match(r'\{\{([\d,]+)\}', text):
     return [int(n) for n in found[1].split(',')]
+  if text not in ('', '{}'):
+    raise ValueError(f'groups of a collective in a form that is not known: {text[:200]}')
   return list(range(number))
 
 
 def _order(found: re.Match[str], number: int) -> np.ndarray:
+  """The devices of a mesh in the order of its axes: a list, or a transposed range."""
+  if found[4]:
+    return np.array([int(n) for n in found[4].split(',')])
   if found[2]:
-    return np.array([int(n) for n in found[2].split(',')])
-  if found[3]:
-    ids = np.arange(number).reshape([int(n) for n in found[3].split(',')])
-    return ids.transpose([int(n) for n in found[4].split(',')]) if found[4] else ids
+    ids = np.arange(number).reshape([int(n) for n in found[2].split(',')])
+    return ids.transpose([int(n) for n in found[3].split(',')]) if found[3] else ids
   return np.arange(number)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.records.names import one_line, shortened
+from pretrain.records.spacing import apart
 
 Rows = Sequence[Mapping[str, float]]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -24,6 +25,7 @@ PLOTS = {
   'data_wait': 'Waiting for data',
 }
 FILL_PLOTS = {'fill': 'Positions used, and padding'}  # where they are logged
+KURTOSIS_PLOTS = {'kurtosis': 'Kurtosis of activations'}
 SOURCE_PLOTS = {'shares': 'Shares of the sources', 'source_loss': 'Loss of each source'}  # where there are several
 LABELS = {
   'loss': 'nats per target',
@@ -32,6 +34,7 @@ LABELS = {
   'throughput': 'thousand tokens/s',
   'data_wait': '% of step time',
   'fill': '% of positions, of FLOPs',
+  'kurtosis': 'excess of outputs of layers',
   'shares': "% of the stage's rows",
   'source_loss': 'nats per target',
 }
@@ -69,8 +72,8 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wante
 
 def plots_of(rows: Rows) -> dict[str, str]:
   """Which plots a run has, and their titles."""
-  logged = any('padding_flops' in row for row in rows)
-  return PLOTS | (FILL_PLOTS if logged else {}) | (SOURCE_PLOTS if sources_of(rows) else {})
+  fill = FILL_PLOTS if any('padding_flops' in row for row in rows) else {}
+  return PLOTS | fill | (KURTOSIS_PLOTS if layers_of(rows) else {}) | (SOURCE_PLOTS if sources_of(rows) else {})
 
 
 def sources_of(rows: Rows) -> list[str]:
@@ -168,6 +171,8 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float], wanted: Sh
       plot_log(axes)
     case 'fill':
       plot_fill(axes, rows)
+    case 'kurtosis':
+      plot_kurtosis(axes, rows)
     case 'shares':
       plot_shares(axes, rows, wanted)
     case 'source_loss':
@@ -197,6 +202,24 @@ def plot_fill(axes, rows: Rows) -> None:
   legend(axes)
 
 
+def layers_of(rows: Rows) -> dict[str, list[str]]:
+  """The keys of the kurtosis of each stack's layers, in their order."""
+  keys = {key for row in rows for key in row if key.startswith('kurtosis/')}
+  order = sorted(keys, key=lambda key: int(key.rpartition('/')[2]))
+  return {stack: [key for key in order if f'/{stack}/' in key] for stack in {key.split('/')[1] for key in keys}}
+
+
+def plot_kurtosis(axes, rows: Rows) -> None:
+  """Each layer's, deeper ones darker; the axis is linear up to 2 and logarithmic above."""
+  for (stack, keys), color in zip(sorted(layers_of(rows).items()), (BLUE, EVALUATION[0]), strict=False):
+    for i, key in enumerate(keys):
+      style = {'label': f'{stack}, layer {i}'} if i in (0, len(keys) - 1) else {}
+      axes.plot(*curve(rows, key), color=color, alpha=0.3 + 0.7 * (i + 1) / len(keys), **style)
+  axes.set(yscale='symlog')
+  axes.yaxis.set_major_formatter('{x:g}')
+  legend(axes)
+
+
 def plot_loss(axes, rows: Rows, baselines: Mapping[str, float]) -> None:
   """Training loss, held-out losses, and the baselines as lines across; n-grams are comparable with text loss only."""
   plot_smoothed(axes, curve(rows, 'loss'), 'training')
@@ -221,29 +244,6 @@ def note_baselines(axes, baselines: Mapping[str, float]) -> None:
     text = f'{label(name)} {baselines[name]:.2f}'
     axes.annotate(text, (1, place), xycoords='axes fraction', fontsize=9, color='#555', va='center', xytext=(5, 0),
                   textcoords='offset points', annotation_clip=False)  # fmt: skip
-
-
-def apart(places: Sequence[float], least: float) -> list[float]:
-  """Ascending places, moved up or down together until neighbours are at least `least` apart.
-
-  >>> [round(x, 2) for x in apart([0.1, 0.5, 0.5, 0.52], 0.1)]
-  [0.1, 0.41, 0.51, 0.61]
-  """
-  groups: list[list[float]] = []
-  for place in places:
-    groups.append([place])
-    while len(groups) > 1 and bottom(groups[-1], least) - top(groups[-2], least) < least:
-      groups[-2:] = [groups[-2] + groups[-1]]
-  return [bottom(group, least) + k * least for group in groups for k in range(len(group))]
-
-
-def bottom(group: Sequence[float], least: float) -> float:
-  """The lowest place of a group whose places stand `least` apart around their mean."""
-  return sum(group) / len(group) - (len(group) - 1) / 2 * least
-
-
-def top(group: Sequence[float], least: float) -> float:
-  return bottom(group, least) + (len(group) - 1) * least
 
 
 def plot_shares(axes, rows: Rows, wanted: Shares) -> None:

@@ -7,7 +7,7 @@ import jax
 from data.batches.source import open_data
 from data.objectives.objectives import Supervised
 from models.flops import flops_per_step
-from pretrain.devices.compilation_cache import cache_dir
+from pretrain.devices.compilation_cache import cache_dir, plans_url
 from pretrain.devices.mesh import host_rows
 from pretrain.devices.usage import peak_flops
 from pretrain.evaluation.exact_match import make_exact_match
@@ -24,8 +24,9 @@ class PhaseProgram:
     self.index, self.cfg, self.holds = phase.index, phase.cfg, phase.holds
     vocab_size = self.cfg.model.vocab_size
     self.data = open_data(
-      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir()
-    )
+      self.cfg.data, self.cfg.objective, seed=self.cfg.seed, vocab_size=vocab_size, cache_dir=cache_dir(),
+      plans_url=plans_url(),
+    )  # fmt: skip
     self.program = build_program(self.cfg, schedule_start=phase.schedule_start, start=phase.start)
     self.rows, self._compiled = host_rows(self.program.mesh, self.cfg.data.batch_size), set()
     self.peak_flops = peak_flops(self.program.mesh.devices.flat)

@@ -3,7 +3,7 @@
 import jax
 
 from data.packing.buckets import LengthBuckets
-from pretrain.devices import usage
+from pretrain.devices import monitoring, usage
 from pretrain.hosts import pace
 from pretrain.records.stopwatch import Stopwatch
 from pretrain.run import saving
@@ -49,12 +49,13 @@ def log(run: Run, step: int, numbers, watch: Stopwatch) -> None:
 
 
 def telemetry(run: Run, watch: Stopwatch) -> dict[str, float]:
-  """Memory, the share of the peak FLOPs, and the slowest process since the last row. No collective, nothing waits."""
+  """Memory, work of the chips, share of the peak FLOPs, and the slowest process. No collective, nothing waits."""
   peak = run.phase.peak_flops
   used = {'mfu': watch.flops_per_second / peak} if peak and watch.flops_per_second else {}
-  pace.tell(watch.own_seconds)
-  slowest = pace.slowest() if jax.process_index() == 0 else {}  # the one that writes rows
-  return usage.memory(jax.local_devices()) | usage.host_memory() | used | slowest
+  devices = usage.memory(jax.local_devices()) | monitoring.readings(jax.local_devices())
+  pace.tell(watch.own_seconds, devices)
+  of_all = pace.of_all(devices) if jax.process_index() == 0 else {}  # the one that writes rows
+  return usage.host_memory() | used | of_all
 
 
 def row_length(run: Run, batch) -> dict[str, int]:

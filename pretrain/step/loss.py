@@ -1,17 +1,20 @@
 """The training loss, token cross entropy with z-loss, and its parts for evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models import partition
 from models.build import KernelsConfig, Model
-from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from models.layers.block import ByLayer
+from pallas_kernels.linear_cross_entropy import chunked
+from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.errors import ConfigError
-from pretrain.step.train_step import Batch, LossFn, Metrics
+from pretrain.step.train_step import Batch, LossFn, Metrics, Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class LossConfig:
   router_z: Annotated[float, '>= 0'] = 0.0
 
 
+NONE: Mapping[str, Any] = {}  # read of `TrainState.extra` where no method keeps anything
+
+
 def _check_head(model: Model) -> None:
   """Raises ConfigError for a head without logits of tokens: labels of all objectives are tokens."""
   if model.cfg.head == 'binary':
@@ -37,31 +43,63 @@ def _check_head(model: Model) -> None:
     )
 
 
-def _token_losses(model: Model, kernels: KernelsConfig, params, batch: Batch, key, **options):
-  hidden, aux = model.apply(params, batch, key)
+def _token_losses(
+  model: Model, kernels: KernelsConfig, params, batch: Batch, key, read=None, share: Array | None = None, **options
+):
+  """(sum(share * loss) or None, (loss, lse, correct) of each token, aux); only a sum that is not None has a gradient.
+
+  In chunks the gradient is made with the logits, so `share` must be known; otherwise the caller adds up.
+  """
+  hidden, aux = model.apply(params, batch, key, read)
+  labels, head = batch['decoder_target_tokens'], model.head(params)
+  options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
+  with partition.on(model.mesh):
+    if choose(kernels.linear_cross_entropy) == 'chunked':
+      shares = jnp.zeros(labels.shape) if share is None else share.reshape(labels.shape)
+      total, found = weighed(hidden, head, labels, shares, **{'z_loss': 0.0, 'label_smoothing': 0.0} | options)
+      return total, tuple(x.reshape(-1) for x in found), aux
   flat = hidden.reshape(-1, hidden.shape[-1])
-  labels = batch['decoder_target_tokens'].reshape(-1)
-  implementation, softcap = kernels.linear_cross_entropy, model.cfg.logit_softcap
-  options |= {'softcap': softcap, 'implementation': implementation, 'bias': model.head_bias(params)}
-  return linear_cross_entropy(flat, model.head(params), labels, **options), aux
+  return None, linear_cross_entropy(flat, head, labels.reshape(-1), implementation='reference', **options), aux
+
+
+def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None = None, **options):
+  """(sum(weights * loss), (loss, lse, correct)), in chunks, of x[batch, length, embed] and labels[batch, length].
+
+  Each device has its part of the tokens and of the vocabulary; gradients of the head are added up over devices once,
+  after the last chunk. The other results have no gradient.
+  """
+  axis = 'tensor' if partition.divides('vocab') else None
+  tokens, of_vocab = ('batch', 'length'), None if bias is None else ('vocab',)
+
+  def own(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None):
+    total, found = chunked.weighed(x, w, labels, weights, bias=bias, axis=axis, **options)
+    return total.reshape(1, 1), found
+
+  ins = {'x': (*tokens, None), 'w': (None, 'vocab'), 'labels': tokens, 'weights': tokens, 'bias': of_vocab}
+  run = partition.per_shard(own, tuple(ins.values()), (tokens, (tokens,) * 3))
+  total, found = run(x, w.astype(x.dtype), labels, weights, bias)
+  return total.sum(), jax.lax.stop_gradient(found)
 
 
 def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources: int = 1) -> LossFn:
-  """`loss(params, batch, key, weight)`: summed over the batch, divided by `weight`; metrics are in nats per token.
+  """`loss(params, batch, key, weight, read)`: summed over the batch, divided by `weight`; metrics: nats per token.
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
-  added to the value times the weight that `cfg` has for it. With several sources, metrics `source_loss` and
+  added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric
+  NAME/LAYER for each. All of them are observations too (`Track`). With several sources, metrics `source_loss` and
   `source_weight` are float32[sources]: each source's part of the loss and of the weight.
   """
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
-  def loss(params, batch: Batch, key: Array | None, weight: Array) -> tuple[Array, Metrics]:
-    (value, lse, correct), aux = _token_losses(
-      model, kernels, params, batch, key, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
-    )
+  def loss(
+    params, batch: Batch, key: Array | None, weight: Array, read: Mapping[str, Any] = NONE
+  ) -> tuple[Array, tuple[Metrics, Seen]]:
     share = batch['decoder_loss_weights'].reshape(-1) / weight
+    total, (value, lse, correct), aux = _token_losses(
+      model, kernels, params, batch, key, read, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+    )
     penalty = cfg.z_loss * jnp.square(lse)
-    total = (value * share).sum()
+    total = (value * share).sum() if total is None else total
     z_loss = (penalty * share).sum()
     metrics = {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
     if num_sources > 1:
@@ -69,10 +107,14 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
-    for name, mean in aux.items():  # a mean over a microbatch counts as much as its tokens do
-      metrics[name] = mean * share.sum()
-      total += weights.get(name, 0.0) * metrics[name]
-    return total, metrics
+    seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its tokens do
+    for name, mean in seen.items():
+      if isinstance(mean, ByLayer):
+        metrics |= {f'{name}/{layer}': x for layer, x in enumerate(mean.values)}
+      else:
+        metrics[name] = mean
+        total += weights.get(name, 0.0) * mean
+    return total, (metrics, seen)
 
   return loss
 
@@ -82,7 +124,7 @@ def make_token_step(model: Model, kernels: KernelsConfig):
   _check_head(model)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
-    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     shape = batch['decoder_target_tokens'].shape
     return value.reshape(shape), correct.reshape(shape)
 
@@ -99,7 +141,7 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
   _check_head(model)
 
   def eval_step(params, batch: Batch) -> Metrics:
-    (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
     text = weights * ((labels[:, None] != jnp.asarray(not_text)).all(-1) & (labels < num_pieces))
     return {

@@ -13,14 +13,16 @@ from jax import Array
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 PRNG = 'threefry2x32'  # not JAX_DEFAULT_PRNG_IMPL: a resumed run must draw the numbers of the uninterrupted run
-# loss(params, batch, key, weight) -> (scalar, metrics): both already divided by `weight`, the loss weight of the
-# *global* batch, so that the sum over microbatches is the value of the whole batch.
-LossFn = Callable[[Any, Batch, Array | None, Array], tuple[Array, Metrics]]
+Seen = Mapping[str, Any]  # what a step has observed, for `TrainState.extra`
+# loss(params, batch, key, weight, read) -> (scalar, (metrics, seen)): all already divided by `weight`, the loss weight
+# of the *global* batch, so that the sum over microbatches is the value of the whole batch. `read`: see `Track`.
+LossFn = Callable[[Any, Batch, Array | None, Array, Mapping[str, Any]], tuple[Array, tuple[Metrics, Seen]]]
 
 
 @struct.dataclass
 class TrainState:
-  """`step` counts attempted updates; `extra` is state that gradients do not change (scales, statistics, averages).
+  """`step` counts attempted updates; `extra` is state that gradients do not change (scales, statistics, averages), an
+  entry for each method that keeps some (`Track`).
 
   `frozen` are parameters that no step changes and no checkpoint holds, by names that `params` does not have.
   """
@@ -41,18 +43,35 @@ class TrainState:
 
 
 class Track(NamedTuple):
-  """State that a run keeps in `TrainState.extra`; `update` gets the parameters after update `step` (from 1)."""
+  """One entry of `TrainState.extra`. The train step knows of these functions, not of the method that they belong to.
 
-  init: Callable[[Any], Any]  # params -> extra
-  update: Callable[[Any, Any, Array], Any]  # (extra, params, step) -> extra
+  The loss gets `read(entry)` under the entry's name, if there is a `read`. What the step observes is in `seen`: all
+  that the loss returns as such, and under the name of an entry the gradient of what was read of it. A custom VJP may
+  return any number of the backward pass as this gradient (Flax: linen/fp8_ops.py, "overwrite with gradient").
+  Observations of microbatches are added, gradients are combined by `join`, for which 0 must be neutral.
+  """
+
+  init: Callable[[Any], Any]  # params -> entry
+  update: Callable[[Any, Seen, Any, Array], Any]  # (entry, seen, params after update `step`, step from 1) -> entry
+  place: Callable[[Any, Any], Any]  # (shardings of params, the sharding of what all devices hold) -> shardings of entry
+  read: Callable[[Any], Any] | None = None
+  join: Callable[[Array, Array], Array] = jnp.add
 
 
-NOTHING = Track(lambda params: {}, lambda extra, params, step: extra)
+Tracks = Mapping[str, Track]
+NOTHING: Tracks = {}
 
 
-def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
-  """A value-and-grad of `loss` over the batch in `num_microbatches` parts, one at a time: ((value, metrics), grads)."""
-  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+def read_of(tracks: Tracks, extra: Mapping[str, Any]) -> dict[str, Any]:
+  """What the loss reads of `extra`."""
+  return {name: track.read(extra[name]) for name, track in tracks.items() if track.read is not None}
+
+
+def accumulate(loss: LossFn, num_microbatches: int, tracks: Tracks = NOTHING):
+  """((value, (metrics, seen)), (gradients, those of what is read)) of `loss`, as a function of its arguments: over the
+  batch in `num_microbatches` parts, one at a time.
+  """
+  value_and_grad = jax.value_and_grad(loss, argnums=(0, 4), has_aux=True)
   if num_microbatches == 1:
     return value_and_grad
 
@@ -60,12 +79,18 @@ def accumulate(loss: LossFn, num_microbatches: int) -> LossFn:
     # Strided rows, so that every microbatch lies on every device: no data moves.
     return jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
 
-  def accumulated(params, batch, key, weight):
+  def added(total, own):
+    ((value, (grads, felt)), (more, (more_grads, more_felt))) = total, own
+    sums = jax.tree.map(jnp.add, (value, grads), (more, more_grads))
+    joined = {name: jax.tree.map(tracks[name].join, felt[name], more_felt[name]) for name in felt}
+    return sums[0], (sums[1], joined)
+
+  def accumulated(params, batch, key, weight, read):
     def body(total, part):
-      return jax.tree.map(jnp.add, total, value_and_grad(params, part, key, weight)), None
+      return added(total, value_and_grad(params, part, key, weight, read)), None
 
     parts = jax.tree.map(split, dict(batch))
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key, weight)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key, weight, read)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(body, zeros, parts)[0]
 
@@ -84,10 +109,11 @@ def checksum(batch: Batch) -> Array:
 
 
 def make_train_step(
-  loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics], track: Track = NOTHING,
-  num_microbatches: int = 1, shardings=None,
+  loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics],
+  tracks: Tracks = NOTHING, num_microbatches: int = 1, shardings=None,
 ):  # fmt: skip
-  """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters.
+  """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters. Each of
+  `tracks` has an entry of `state.extra`.
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
@@ -96,8 +122,9 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
-    value_and_grad = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches)
-    (_, metrics), grads = value_and_grad(state.params, batch, key, weight)
+    value_and_grad = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches, tracks)
+    read = read_of(tracks, state.extra)
+    (_, (metrics, seen)), (grads, felt) = value_and_grad(state.params, batch, key, weight, read)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])
@@ -113,15 +140,18 @@ def make_train_step(
     )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    return TrainState(step, params, opt_state, track.update(state.extra, params, step), state.frozen), metrics
+    seen = {**seen, **felt}
+    extra = {name: track.update(state.extra[name], seen, params, step) for name, track in tracks.items()}
+    return TrainState(step, params, opt_state, extra, state.frozen), metrics
 
   return train_step
 
 
-def init_state(initialize, tx, seed: int, track: Track = NOTHING, split=lambda params: (params, {})) -> TrainState:
+def init_state(initialize, tx, seed: int, tracks: Tracks = NOTHING, split=lambda params: (params, {})) -> TrainState:
   """Step 0 with parameters drawn by `initialize(key)`, which `split` divides into (trained, frozen).
 
-  The optimizer's state is empty, and that of `track` its first.
+  The optimizer's state is empty, and the entries of `tracks` have their first values.
   """
   params, frozen = split(initialize(jax.random.key(seed, impl=PRNG)))
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), track.init(params), frozen)
+  extra = {name: track.init(params) for name, track in tracks.items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra, frozen)

@@ -74,14 +74,15 @@ def _add(to: Filling, batch: Used, rows, flops: Mapping[str, int]) -> None:
 def report(phase: Phase, source: DataSource) -> str:
   """What `pretrain data plan` prints for one phase."""
   end = None if phase.end is None else phase.example(phase.end)
-  all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end, phase.cfg.lora)
   paths = [one_line(rows.store.path) for rows in source.sources]
+  packing = _packing_lines(source, paths)  # first: its seconds are those of planning, not of reading a plan again
+  all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end, phase.cfg.lora)
   named = list(zip(by_source, paths, strict=True))
   if len(named) > 1:
     named.insert(0, (all_rows, 'all sources'))
   where = 'spread over an epoch' if is_ordered(source) else f'the first from example {phase.first_example:,} on'
   return '\n'.join([
-    *_packing_lines(source, paths), '',
+    *packing, '',
     f'positions used, counted in {all_rows.rows:,} rows ({where}):',
     f'{"rows":>12} {"encoder":>8} {"decoder":>8} {"padding FLOPs":>14}  source',
     *(_filling_line(filling, name) for filling, name in named),

@@ -178,13 +178,14 @@ def unit_of(key: str) -> str:
 
 GROUP_UNITS = {
   'loss': 'nats per target', 'share': 'share of rows', 'weight': 'share of rows wanted', 'epochs': 'epochs',
-  'fill': 'share of positions',
+  'fill': 'share of positions', 'kurtosis': 'excess, mean of tokens',
 }  # fmt: skip
 UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',
   'accuracy': 'share of targets', 'targets': 'tokens', 'loss_weight': 'targets in the last batch',
   'step_seconds': 's', 'tokens_per_second': 'tokens/s', 'data_wait': 'share of time',
   'hbm_mib': 'MiB of the fullest device', 'hbm_peak_mib': 'MiB of the fullest device', 'host_mib': 'MiB of process 0',
+  'duty_cycle_pct': '% of time, least busy chip', 'tpu_throttle_score': '0 to 10, most throttled chip',
   'mfu': 'share of peak FLOPs', 'slowest_host': 'process', 'slowest_ratio': 'times the median',
   'save_stall': 's', 'save_seconds': 's', 'save_mib': 'MiB',
   'skipped': 'updates', 'spikes': 'updates', 'loss_limit': 'nats per target',

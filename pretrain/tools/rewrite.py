@@ -1,7 +1,8 @@
 """`pretrain checkpoints restore-as`: a step of one run as a step of another, with another optimizer or average.
 
 Parameters, step and position in the data are kept bit for bit. So are the optimizer's state if no key of `optimizer`
-differs, and `extra` (moving averages) if no key of `averaging` does; otherwise they start fresh from the parameters.
+differs, and `extra` (moving averages, histories of delayed scaling) if no key of `averaging` does; otherwise they start
+fresh, averages from the parameters.
 The losses that spikes are measured against are kept if no key of `spikes` differs.
 """
 

@@ -1,4 +1,4 @@
-"""$PRETRAIN_CACHE: compiled programs, built corpora and plans, shared by processes; in a store, by hosts too."""
+"""$PRETRAIN_CACHE: compiled programs, plans and built corpora. Where it is a store, hosts share all but the corpora."""
 
 import os
 import pathlib

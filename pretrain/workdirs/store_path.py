@@ -17,7 +17,8 @@ import tensorstore
 from data.buckets import CONTEXT, RETRIES, spec_of
 from pretrain.workdirs.refusals import refused
 
-FIRST_RETRIES = 3  # of the first request of a command: a wrong address is reported within a minute
+# Of the first request of a command: a wrong address, or one that does not answer, is reported within half a minute.
+FIRST_RETRIES, FIRST_SECONDS = 3, 20.0
 
 
 class StorePath:
@@ -180,7 +181,7 @@ class StorePath:
     context = tensorstore.Context({key: RETRIES | {'max_retries': FIRST_RETRIES} for key in CONTEXT})
     with self._asking('read'):
       store = tensorstore.KvStore.open(spec_of(self.root), context=context).result()
-      store.list(self._range(of='checkpoints/')).result(timeout=50)
+      store.list(self._range(of='checkpoints/')).result(timeout=FIRST_SECONDS)
 
   @property
   def _store(self) -> tensorstore.KvStore:

@@ -33,6 +33,7 @@ from data.batches.plan_report import keep_plans  # noqa: E402
 from data.objectives.objectives import CausalLm, SpanCorruption, Ul2, tasks_of  # noqa: E402
 from data.objectives.tasks import Budget  # noqa: E402
 from data.packing.best_fit import BestFitPlanner  # noqa: E402
+from data.packing.full_rows import FullRows, FullRowsPlanner  # noqa: E402
 from data.packing.packing import BestFit  # noqa: E402
 from data.packing.plan import Stream  # noqa: E402
 from data.prepare import prepare  # noqa: E402
@@ -160,7 +161,7 @@ def seqio_rate(rows: Iterator[dict[str, np.ndarray]], count: int, pieces: int) -
 
 
 def planning(rounds: int) -> None:
-  """Best fit over documents of log-normal lengths, rows of 2048."""
+  """Best fit, and UL2 in full rows, over documents of log-normal lengths."""
   lengths = np.clip(np.random.default_rng(0).lognormal(np.log(500), 1.1, 200_000), 20, 60_000).astype(np.int64)
   stream = Stream(np.cumsum(lengths) - lengths, lengths)
   (task,) = tasks_of(CausalLm())
@@ -172,6 +173,13 @@ def planning(rounds: int) -> None:
   show('plan: best fit, rows of 2048', rates, 'Mtok/s', 20)
   padding = 1 - lengths.sum() / (rows * 2048)
   print(f'{"  its padding":47} {padding:8.3%}         bar 0.1%   {"met" if padding <= 1e-3 else "MISSED"}')
+  planner = FullRowsPlanner(lambda shard: stream, tasks_of(Ul2()), Budget(512, 328), seed=0, purpose='bench')
+  rates = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    planner.plan(0, 0)
+    rates.append(lengths.sum() / (time.perf_counter() - start) / 1e6)
+  show('plan: UL2 in full rows of 512 + 328', rates, 'Mtok/s', 20)
 
 
 def seeking(path: str, cache: str, rounds: int) -> None:
@@ -205,6 +213,7 @@ def loading(path: str, options: argparse.Namespace) -> None:
     'LM rows of 512': (open_source(path, CausalLm(), 0, 512), None),
     'spans, 512 + 114': (open_source(path, SpanCorruption(), 512, 114), 4.0),
     'UL2, 512 + 512': (open_source(path, Ul2(), 512, 512), 3.0),
+    'UL2, full rows, 512 + 328': (open_source(path, Ul2(), 512, 328, packing=FullRows()), 3.0),
   }
   for data, _ in cases.values():
     data.batch(0, slice(0, BATCH))  # plans the epoch

@@ -30,8 +30,8 @@ KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
-ASYNC_PART = 'chain_id='  # marks each copy of a collective that is split over several fusions
-ASYNC_START = re.compile(r' custom-call\(%([\w.\-]+)[,)].*custom_call_target="AsyncCollectiveStart"')
+CALLS = re.compile(r'calls=%([\w.\-]+)')
+CHANNEL = re.compile(r'channel_id=(\d+)')
 
 
 def recorded() -> dict:
@@ -84,19 +84,24 @@ def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
 def collectives(text: str) -> dict[str, int]:
   """{kind: how often a step runs it}.
 
-  The compiler may split a collective over fusions, to overlap it with other work: then a copy of it stands in the
-  fusion that starts it, in each that overlaps it and in the one that waits for it. Only the start counts.
+  The compiler may split a collective over fusions, to overlap it with other work: then a copy of it, on the same
+  channel, stands in the fusion that starts it, in each that overlaps it and in the one that waits for it. Of the copies
+  in fusions only the first counts.
   """
-  found, parts = collections.Counter(), {}
+  found, first, fused = collections.Counter(), {}, _in_fusions(text)
   for times, line in schedule.executed(text):
     if one := COLLECTIVE.search(line):
-      if ASYNC_PART in line:
-        parts[one[1]] = one[2]
-      else:
-        found[one[2]] += times
-    elif start := ASYNC_START.search(line):
-      found[parts[start[1]]] += times
+      channel = CHANNEL.search(line)
+      is_copy = line in fused and channel is not None and first.setdefault(channel[1], one[1]) != one[1]
+      found[one[2]] += 0 if is_copy else times
   return dict(found)
+
+
+def _in_fusions(text: str) -> set[str]:
+  """The instructions inside fusions."""
+  blocks, _ = schedule.computations(text)
+  names = [name for lines in blocks.values() for line in lines if ' fusion(' in line for name in CALLS.findall(line)]
+  return {line for name in names for line in blocks[name]}
 
 
 def config(flags, name: str):

@@ -1,6 +1,7 @@
 """Quantized products on TPUs that this machine does not have: cycles of compiled programs, ours and XLA's own.
 
   python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096]
+  python scripts/bench/matmul.py --gpu    the GPU of this machine (gpu/matmul.py)
 
 `schedule.py` defines the cycles. A shape is tokens x inputs x outputs, on one device. For bfloat16 and for codes: the
 product alone; `quantized`: of bfloat16 matrices that the product quantizes, with the search for their scales by XLA
@@ -19,6 +20,8 @@ sys.path.insert(
 )  # before this folder, whose data.py would be `data`
 
 import schedule
+
+from scripts.bench.gpu import matmul as matmul_gpu
 
 SHAPES = '1024x4096x4096'
 KERNEL = 'quantized_matmul'
@@ -122,12 +125,16 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--aot', action='store_true', required=True, help='compile for TPUs that this machine does not have'
-  )
+  how = parser.add_mutually_exclusive_group(required=True)
+  how.add_argument('--aot', action='store_true', help='compile for TPUs that this machine does not have')
+  how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--shapes', default=SHAPES)
   flags = parser.parse_args()
+  if flags.gpu:
+    for line in matmul_gpu.rows():
+      print(line, flush=True)
+    return
   if 'DUMP' in os.environ:
     of_chip(flags.chips, [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')])
     return

@@ -89,7 +89,7 @@ def executed(text: str) -> Iterator[tuple[int, str]]:
 
   Raises ValueError for a loop without a known number of iterations.
   """
-  blocks, entry = _computations(text)
+  blocks, entry = computations(text)
   pending = [(1, entry)]
   while pending:
     times, name = pending.pop()
@@ -102,7 +102,7 @@ def executed(text: str) -> Iterator[tuple[int, str]]:
         pending += [(times, name) for name in called]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
   """({name: lines}, name of the entry computation)."""
   blocks, entry, name = {}, '', ''
   for line in text.splitlines():

@@ -27,12 +27,12 @@ def poison(factors: dict[str, float], batch_size: int) -> None:
   def make(*args):
     loss = make_loss(*args)
 
-    def poisoned(params, batch, key, weight):
+    def poisoned(params, batch, *rest):
       number, factor = batch['example_index'][0] // batch_size, jnp.float32(1)
       for batch_number, times in factors.items():
         factor = jnp.where(number == int(batch_number), jnp.float32(times), factor)
-      value, metrics = loss(params, batch, key, weight)
-      return value * factor, metrics | {'loss': metrics['loss'] * factor}
+      value, (metrics, seen) = loss(params, batch, *rest)
+      return value * factor, (metrics | {'loss': metrics['loss'] * factor}, seen)
 
     return poisoned
 

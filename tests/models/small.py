@@ -10,7 +10,7 @@ from models.families.decoder import DecoderConfig, DecoderMlpConfig
 from models.families.encoder import EncoderConfig
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.layers.mlp import MlpConfig
-from models.layers.norm import LayerNormConfig
+from models.layers.norm import LayerNormConfig, RmsNormConfig
 from models.layers.positions.rotary import Clex
 from models.specs import initialize
 
@@ -53,6 +53,8 @@ T5_FAR_SINKS = dataclasses.replace(T5_ROTARY, windows=(2,), sinks=2, sink_distan
 FAR_SINKS = dataclasses.replace(LLAMA, windows=(2,), sinks=2, sink_distance=2)
 CLEX = dataclasses.replace(LLAMA, rope_scaling=Clex(original_max_positions=4, max_factor=3))
 EXPERTS = dataclasses.replace(LLAMA, experts=4)
+SAFE = dataclasses.replace(LLAMA, norm=RmsNormConfig(scale='single'), embedding_rotation=True)
+T5_SAFE = dataclasses.replace(T5, norm=RmsNormConfig(scale='single'), embedding_rotation=True, kurtosis=True)
 ROUTED_T5 = dataclasses.replace(T5, experts=4)
 
 

@@ -61,7 +61,7 @@ def test_sides_of_rows_and_steps_count_adapters_too():
 @pytest.mark.parametrize(
   ('cfg', 'modules'),
   [
-    (T5, ('cross_attention',)), (LLAMA, ('query', 'value')),
+    pytest.param(T5, ('cross_attention',), marks=pytest.mark.slow), (LLAMA, ('query', 'value')),
     *(pytest.param(cfg, ('all',), marks=pytest.mark.slow) for cfg in (T5, LLAMA, BERT)),
   ],
   ids=['t5 cross', 'llama', 't5', 'llama all', 'bert'],

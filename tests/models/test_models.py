@@ -27,12 +27,14 @@ from tests.models.small import (
   IDS,
   LEARNED,
   LLAMA,
+  SAFE,
   SINKS,
   T5,
   T5_1_0,
   T5_ALIBI,
   T5_FAR_SINKS,
   T5_ROTARY,
+  T5_SAFE,
   alone,
   batch,
   model_and_params,
@@ -54,6 +56,8 @@ WRITERS = {
   'far_sinks': FAR_SINKS,
   't5_far_sinks': pytest.param(T5_FAR_SINKS, marks=pytest.mark.slow),
   'clex': CLEX,
+  'safe': pytest.param(SAFE, marks=pytest.mark.slow),
+  't5_safe': pytest.param(T5_SAFE, marks=pytest.mark.slow),
 }
 VARIANTS = WRITERS | {'encoder': ENCODER, 'bert': BERT, 'deberta': DEBERTA}
 ALL = pytest.mark.parametrize('cfg', VARIANTS.values(), ids=VARIANTS.keys())
@@ -242,7 +246,8 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(cfg):
 @pytest.mark.parametrize(
   ('cfg', 'prefix'),
   [
-    *((cfg, False) for cfg in (LLAMA, ALIBI, LEARNED)),
+    (LLAMA, False),
+    *(pytest.param(cfg, False, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
     (LLAMA, True),
     *(pytest.param(cfg, True, marks=pytest.mark.slow) for cfg in (ALIBI, LEARNED)),
     *(pytest.param(cfg, False, marks=pytest.mark.slow) for cfg in (SINKS, FAR_SINKS, CLEX)),

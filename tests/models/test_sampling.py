@@ -78,7 +78,7 @@ def sharp(cfg):
   return model, params | {'head': jax.tree.map(lambda x: 3 * x, params['head'])}
 
 
-@pytest.mark.parametrize('cfg', [LLAMA, T5], ids=['decoder', 'encoder_decoder'])
+@pytest.mark.parametrize('cfg', [LLAMA, pytest.param(T5, marks=pytest.mark.slow)], ids=['decoder', 'encoder_decoder'])
 def test_a_prompt_has_the_same_text_in_any_batch(cfg):
   """Alone, in another row, and with another batch beside it; another seed, prompt number or step gives another text."""
   model, params = sharp(cfg)

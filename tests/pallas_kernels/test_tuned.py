@@ -44,7 +44,7 @@ def test_blocks_come_from_the_file_of_this_chip_by_class_and_fit_short_rows(fold
 
 
 def test_gpus_have_their_own_files(folder):
-  sizes = {'q': 64, 'kv': 32, 'grad_q': 16, 'grad_kv': 128}
+  sizes = {'q': 64, 'kv': 32, 'grad_q': 16, 'grad_kv': 128, 'warps': 8, 'stages': 3, 'grad_warps': 2, 'grad_stages': 1}
   (folder / 'h100.json').write_text(json.dumps({'attention': {'d128_bfloat16': sizes}}))
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=H100)):
     assert gpu.choose_blocks(1024, 1024, 128, 'bfloat16') == gpu.Blocks(**sizes)

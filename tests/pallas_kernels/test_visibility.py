@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from models.layers import attention as model
 from pallas_kernels.attention import api, cudnn, gpu, gpu_mosaic, reference, tpu
+from pallas_kernels.attention.blockwise import attention as blockwise
 from pallas_kernels.attention.reference import Visibility
 from tests.pallas_kernels.attention_cases import attend, draw, packed, row
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(Visibility)}
-MODULES = (api, cudnn, gpu, gpu_mosaic, reference, tpu)
+MODULES = (api, blockwise, cudnn, gpu, gpu_mosaic, reference, tpu)
 FOLDER = pathlib.Path(api.__file__).parent
 IDS = jnp.asarray(row(5, 3)[None])
 
@@ -28,7 +29,9 @@ def arguments(function: ast.FunctionDef) -> set[str]:
   return {each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs)}
 
 
-@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__.split('.')[-1])
+@pytest.mark.parametrize(
+  'module', MODULES, ids=lambda module: module.__name__.removeprefix('pallas_kernels.attention.')
+)
 def test_implementations_take_one_visibility_after_the_arrays(module):
   parameters = inspect.signature(module.attention).parameters
   assert list(parameters)[:4] == ['q', 'k', 'v', 'see']

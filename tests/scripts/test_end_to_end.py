@@ -30,10 +30,25 @@ PROGRAM = """HloModule step
   ROOT %custom-call.2 = f32[8]{0} custom-call(%p, %all-gather.3), custom_call_target="AsyncCollectiveDone"
 }
 
+%start.2 (p: f32[1]) -> f32[8] {
+  ROOT %all-reduce.5 = f32[8]{0:T(128)} all-reduce(%p), channel_id=10, to_apply=%add
+}
+
+%step.2 (p: f32[1]) -> f32[8] {
+  ROOT %all-reduce.6 = f32[8]{0:T(128)} all-reduce(%p), channel_id=10, to_apply=%add
+}
+
+%done.2 (p: f32[1]) -> f32[8] {
+  ROOT %all-reduce.7 = f32[8]{0:T(128)} all-reduce(%p), channel_id=10, to_apply=%add
+}
+
 %body (p: f32[1]) -> f32[8] {
   %async-collective-start.1 = (f32[1]{0}, f32[8]{0}) fusion(%p), kind=kCustom, calls=%start
   %fusion.1 = f32[8]{0} fusion(%p), kind=kOutput, calls=%overlap
   %async-collective-done.1 = f32[8]{0} fusion(%p), kind=kCustom, calls=%done
+  %async-collective-start.2 = (f32[1]{0}, f32[8]{0}) fusion(%p), kind=kCustom, calls=%start.2
+  %fusion.2 = f32[8]{0} fusion(%p), kind=kOutput, calls=%step.2
+  %async-collective-done.2 = f32[8]{0} fusion(%p), kind=kCustom, calls=%done.2
   %permute-start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%p), channel_id=8
   %permute-done = f32[8]{0} collective-permute-done(%permute-start)
 }
@@ -93,7 +108,15 @@ def test_one_name_is_compiled_and_printed(bench, monkeypatch, capsys):
 
 
 def test_a_collective_counts_once_however_it_is_split(bench):
-  assert bench.collectives(PROGRAM) == {'all-gather': 3 + 1, 'collective-permute': 3}
+  assert bench.collectives(PROGRAM) == {'all-gather': 3 + 1, 'all-reduce': 3, 'collective-permute': 3}
+
+
+def test_copies_on_other_channels_and_outside_of_fusions_count(bench):
+  step = '%all-reduce.6 = f32[8]{0:T(128)} all-reduce(%p), channel_id=1'
+  other = PROGRAM.replace(f'{step}0', f'{step}1')
+  assert bench.collectives(other)['all-reduce'] == 3 + 3
+  peeled = PROGRAM.replace('all-gather(%p), channel_id=9', 'all-gather(%p), channel_id=7')
+  assert bench.collectives(peeled)['all-gather'] == 3 + 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import statistics
 import time
 
 HEADS, HEAD_DIM, TOKENS = 8, 128, 16384
-IMPLEMENTATIONS = ('triton', 'mosaic_gpu', 'cudnn')
+IMPLEMENTATIONS = ('reference', 'triton', 'mosaic_gpu', 'cudnn')
 PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # bfloat16, without sparsity
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from faults.case import CONFIG, EXACT, PYTHONPATH, TINY, Case, dying_with_this
-from faults.stores.fake_gcs import Store, serve
-from pretrain.checkpoints import step_folders
+from faults.stores.fake_gcs import Server, Store, serve
+from pretrain.checkpoints import manifest, step_folders
 from pretrain.errors import UserError
 from pretrain.records.metrics import read_metrics
 from pretrain.workdirs.store_path import StorePath
@@ -90,12 +92,23 @@ class StoreCase:
   def finished(self) -> list[int]:
     return step_folders.finished(StorePath(self.url) / 'checkpoints')
 
+  def kill_when(self, condition) -> str:
+    """Kills the run once `condition()` is true, and loses its host; '' if the run had not ended before."""
+    met = self.wait_for(condition)
+    ended = self.process.poll()
+    self.kill()
+    self.lose_host()
+    return '' if met else f'it ended with exit code {ended} before it was killed: {self.log()[-300:]}'
+
   def differs(self, reference: Case) -> str:
-    """'' if the store has every row once, with the numbers of `reference`, and no step is half there."""
+    """'' if the store has every row once, with the numbers and the final arrays of `reference`, and no step is half
+    there."""
+    run = StorePath(self.url)
     try:
-      own = read_metrics(StorePath(self.url))
-      there = {path.name for path in (StorePath(self.url) / 'checkpoints').iterdir()}
-    except UserError as error:
+      own = read_metrics(run)
+      there = {path.name for path in (run / 'checkpoints').iterdir()}
+      leaves = manifest.read(run / 'checkpoints' / str(self.steps)).leaves
+    except (UserError, ValueError) as error:
       return str(error)
     other = read_metrics(reference.workdir)[: self.steps]
     if [row['step'] for row in own] != [row['step'] for row in other]:
@@ -103,18 +116,26 @@ class StoreCase:
     for a, b in zip(own, other, strict=True):
       if wrong := [key for key in EXACT if a[key] != b[key]]:
         return f'{wrong[0]} {a[wrong[0]]!r} for {b[wrong[0]]!r} at step {a["step"]}'
-    left = {name for name in there if not name.partition('.corrupt')[0].isdecimal()}
-    return f'left behind: {sorted(left)}' if left else ''
+    if left := {name for name in there if not name.partition('.corrupt')[0].isdecimal()}:
+      return f'left behind: {sorted(left)}'
+    same = {name: leaf.digest for name, leaf in leaves.items()} == reference.leaves(self.steps)
+    return '' if same else f'the arrays of step {self.steps} are others'
 
 
 @contextlib.contextmanager
 def google() -> Iterator[Store]:
   """A fake of Google's store with the bucket `runs`, which this process and those that it starts use."""
-  server = serve('runs')
+  server = fake()
+  server.RequestHandlerClass.store = store = Store('runs')
   values = {'TENSORSTORE_GCS_HTTP_URL': f'http://127.0.0.1:{server.server_port}', 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x'}
   with environment(values):
-    yield server.RequestHandlerClass.store
-  server.shutdown()
+    yield store
+
+
+@functools.cache
+def fake() -> Server:
+  """The only server of this process: its TensorStore keeps the first address that it was given."""
+  return serve('runs')
 
 
 @contextlib.contextmanager
@@ -144,6 +165,19 @@ def environment(values: dict[str, str]) -> Iterator[None]:
   finally:
     for name, value in before.items():
       os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[int]:
+  """The port of a server that takes connections and never answers."""
+  with socket.create_server(('127.0.0.1', 0), backlog=100) as server:
+    yield server.getsockname()[1]
+
+
+def unused() -> int:
+  """A port on which nothing listens."""
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    return server.getsockname()[1]
 
 
 def store_of(url: str):

@@ -206,6 +206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
   daemon_threads = True
+  request_queue_size = 128  # TensorStore opens 32 connections at once; those beyond the queue wait for seconds
 
   def handle_error(self, request: Any, client_address: Any) -> None:
     """A client that was killed is no error of the server."""

@@ -1,11 +1,12 @@
 """Runs in an object store: hosts that die, errors, lost answers, other writers, damage, refusals: F22 to F30."""
 
+import collections
 import random
 import re
 import time
 
 from faults.case import Line, count
-from faults.stores.case import StoreCase, amazon, first_wrong, google, store_of
+from faults.stores.case import SECONDS, StoreCase, amazon, environment, first_wrong, google, silent, store_of, unused
 from pretrain.workdirs.store_path import StorePath
 
 STEPS = 30
@@ -14,21 +15,24 @@ SECONDS_OF_A_REFUSAL = 60.0
 
 def f22(options, alone) -> Line:
   """a host of a run in a store is killed at random and lost: another one resumes"""
-  trials, draw, lines = count(options, 4, 20), random.Random(options.seed + 22 + options.part), []
-  for i in range(trials):
-    hosts, url = 1 + i // 2 % 2, f'{("gs", "s3")[i % 2]}://runs/f22/{i}'
-    with store_of(url):
-      case = StoreCase(f'f22_{i}', options, url, STEPS, hosts)
-      case.start()
-      at = draw.randrange(1, STEPS - 2)
-      killed = case.wait_for_rows(at)
-      case.kill()
-      case.lose_host()
-      code, said = case.run()
-      problem = '' if killed else f'it ended before row {at}'
-      problem = problem or (f'exit code {code}: {said[-300:]}' if code else case.differs(alone(hosts, STEPS)))
-      lines.append(problem and f'{url}, killed at row {at} with {hosts} processes: {problem}')
-  return Line(trials, sum(not line for line in lines), first_wrong(lines))
+  trials, draw = count(options, 4, 20), random.Random(options.seed + 22 + options.part)
+  found, hit = [], collections.Counter()
+  for i in range(options.part, options.part + trials * options.parts, options.parts):
+    kind, hosts, at = ('gs', 's3')[i % 2], 1 + i // 2 % 2, draw.randrange(1, STEPS - 2)
+    with store_of(f'{kind}://'):
+      problem = lost_at(StoreCase(f'f22_{i}', options, f'{kind}://runs/f22/{i}', STEPS, hosts), at, draw, alone)
+    found.append(problem and f'{kind}://, killed at row {at} with {hosts} processes: {problem}')
+    hit[f'{kind}:// with {hosts} processes'] += not problem
+    print(f'trial {i}, {kind}:// with {hosts} processes, killed at row {at}: {problem or "survived"}', flush=True)
+  return Line(trials, sum(not line for line in found), first_wrong(found), hit=dict(hit))
+
+
+def lost_at(case: StoreCase, at: int, draw: random.Random, alone) -> str:
+  """'' if a run whose host is killed soon after row `at` resumes on another one as if it had not been."""
+  case.start()
+  problem = case.kill_when(lambda: case.rows() >= at and (time.sleep(draw.uniform(0, 0.05)) or True))
+  code, said = case.run()
+  return problem or (f'exit code {code}: {said[-300:]}' if code else case.differs(alone(case.hosts, STEPS)))
 
 
 def f23(options, alone) -> Line:
@@ -78,9 +82,10 @@ def f26(options, alone) -> Line:
     with google() as store:
       case = StoreCase(f'f26_{i}', options, f'gs://runs/f26/{i}', STEPS)
       case.start('--gin.checkpoint.keep=3')
-      case.wait_for(lambda c=case: 20 in c.finished())
-      case.kill()
-      case.lose_host()
+      early = case.kill_when(lambda c=case: 20 in c.finished())
+      if early:
+        lines.append(early)
+        continue
       names = [key for key, (data, _) in store.objects.items() if f'/{i}/checkpoints/20/' in key[1] and len(data)]
       key = draw.choice([key for key in names if not key[1].endswith('commit_success.txt')])
       data = bytearray(store.objects[key][0])
@@ -114,9 +119,8 @@ def cut_off(options, alone, i: int, cut: str) -> str:
     case = StoreCase(f'f27_{i}', options, f'gs://runs/f27/{i}', STEPS)
     if cut in CUTS_OF_A_MOVE:
       case.start('--gin.checkpoint.keep=3')
-      case.wait_for(lambda: 20 in case.finished())
-      case.kill()
-      case.lose_host()
+      if early := case.kill_when(lambda: 20 in case.finished()):
+        return early
       path = StorePath(case.url) / 'checkpoints/20/position/metadata'
       path.write_bytes(path.read_bytes()[:-1] + b'?')
     fault = store.fault(cut, act=case.kill)
@@ -131,13 +135,15 @@ def cut_off(options, alone, i: int, cut: str) -> str:
 
 def f28(options, alone) -> Line:
   """a second run on the workdir: it is refused, the first one is not disturbed"""
-  with google():
+  with google() as store:
     case = StoreCase('f28', options, 'gs://runs/f28', STEPS)
+    held = store.fault('POST .*10/MANIFEST', times=10**6)  # the first one waits in its first save meanwhile
     case.start()
     case.wait_for_rows(1)
     second = StoreCase('f28_second', options, case.url, STEPS)
     refused, said = second.run()
-    code = case.process.wait()
+    held['times'] = 0
+    code = case.process.wait(SECONDS)
     problem = (
       '' if refused == 64 and 'which has not ended' in said else f'the second: exit code {refused}, {said[-300:]}'
     )
@@ -157,16 +163,26 @@ def f29(options, alone) -> Line:
 
 def f30(options, alone) -> Line:
   """a wrong bucket, a wrong address, credentials in the URL: one line within a minute"""
-  lines = []
-  with google(), amazon():
-    for i, (url, said) in enumerate((
-      ('gs://none-such/run', 'there is no such bucket .*bucket none-such'),
-      ('s3://none-such/run', 'there is no such bucket .*bucket none-such'),
-      ('s3://KEY:SECRET@runs/run', r's3://\*\*\*@runs/run has credentials in it'),
-      ('hdfs://runs/run', 'is not the URL of a folder in a store'),
-    )):  # fmt: skip
-      lines.append(refusal(StoreCase(f'f30_{i}', options, url, STEPS), said))
-  return Line(len(lines), sum(not line for line in lines), first_wrong(lines))
+  none, deaf = 'there is no such bucket .*bucket none-such.*credentials from', 'it did not answer .*credentials from'
+  with google(), amazon(), silent() as port:
+    answers = [f30_case(options, i, *case) for i, case in enumerate((
+      ('gs://none-such/run', none, None), ('s3://none-such/run', none, None),
+      ('s3://KEY:SECRET@runs/run', r's3://\*\*\*@runs/run has credentials in it', None),
+      ('hdfs://runs/run', 'is not the URL of a folder in a store', None),
+      ('gs://runs/run', deaf, port), ('s3://runs/run', deaf, port), ('gs://runs/run', deaf, unused()),
+      ('s3://runs/run', deaf, unused()),
+    ))]  # fmt: skip
+  found, seconds = zip(*answers, strict=True)
+  longest = f'at most {max(seconds):.0f} s'
+  return Line(len(found), sum(not problem for problem in found), first_wrong(found) or longest)
+
+
+def f30_case(options, i: int, url: str, said: str, port: int | None) -> tuple[str, float]:
+  """('' or what is wrong, seconds) of a start at `url`; `port`: where the store's address is wrong."""
+  address = {name: f'http://127.0.0.1:{port}' for name in ('TENSORSTORE_GCS_HTTP_URL', 'AWS_ENDPOINT_URL') if port}
+  start = time.monotonic()
+  with environment(address):
+    return refusal(StoreCase(f'f30_{i}', options, url, STEPS), said), time.monotonic() - start
 
 
 def refusal(case: StoreCase, wanted: str) -> str:

@@ -29,6 +29,7 @@ from data.objectives.objectives import CausalLm, Instruction, MaskedLm, PrefixLm
 from data.objectives.tasks import Budget
 from data.packing.best_fit import BestFitPlanner
 from data.packing.buckets import LengthBuckets
+from data.packing.full_rows import FullRows
 from data.packing.packing import BestFit, ConcatSplit, NextFit
 from data.packing.plan import Stream
 from data.stores.store import StoreWriter, open_store
@@ -110,10 +111,12 @@ def test_g2_hosts_and_workers_may_change_during_a_run(sharded, hashes):
   assert [found for leg in legs for found in steps_of(functools.partial(mixed, sharded), *leg)] == hashes
 
 
-@pytest.mark.parametrize('kind', ['conversations', 'tags'])
-def test_g1_g2_g4_hold_for_conversations_and_tags(chat_store, tag_store, kind):
+@pytest.mark.parametrize('kind', ['conversations', 'tags', 'full rows'])
+def test_g1_g2_g4_hold_for_conversations_tags_and_full_rows(chat_store, tag_store, sharded, kind):
   """Over several epochs: each step on its own, backwards; then in parts with different hosts and workers."""
-  if kind == 'tags':
+  if kind == 'full rows':
+    own = functools.partial(opened, sharded / 'a', Ul2(), 64, 48, packing=FullRows())
+  elif kind == 'tags':
     own = functools.partial(opened, tag_store, CausalLm(), 0, 64, tags=Tags(drop_rate=0.4), packing=BestFit())
   else:
     own = functools.partial(opened, chat_store, Instruction(prefix_attention=True), 0, 64)
@@ -142,6 +145,7 @@ EPOCHS = [
   pytest.param(PrefixLm(), 0, 64, NextFit(), id='next-fit'),
   pytest.param(MaskedLm(), 0, 64, BestFit(), id='mlm-best-fit'),
   pytest.param(CausalLm(), 0, 64, LengthBuckets(min_length=16), id='buckets'),
+  pytest.param(Ul2(), 64, 48, FullRows(), id='full-rows'),
 ]
 
 

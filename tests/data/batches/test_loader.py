@@ -13,6 +13,7 @@ import pytest
 from data.batches.loader import loader
 from data.errors import DataError
 from data.objectives.objectives import MaskedLm, Supervised, Ul2
+from data.packing.full_rows import FullRows
 from tests.data.batches.test_source import assert_equal, digest, opened
 
 ALL = slice(0, 8)
@@ -22,7 +23,9 @@ def take(source, position, count, rows=ALL):
   return list(itertools.islice(loader(source, position, rows), count))
 
 
-@pytest.mark.parametrize(('workers', 'prefetch'), [(0, 0), (0, 3), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+  ('workers', 'prefetch'), [(0, 3), (2, 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((0, 0), (1, 2)))]
+)
 def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
   source = opened(text_store, workers=workers, prefetch=prefetch)
   for step, (position, batch) in enumerate(take(source, {'examples': 0}, 9)):
@@ -62,8 +65,15 @@ def test_hosts_load_their_rows(text_store):
     assert_equal(batch, source.batch(2, slice(2 * h, 2 * h + 2)))
 
 
+def test_positions_in_full_rows_have_a_version_of_their_own(text_store):
+  source = opened(text_store, packing=FullRows())
+  ((position, batch),) = take(source, {'version': 3, 'examples': 16}, 1)
+  assert position == {'version': 3, 'examples': 24}
+  assert_equal(batch, source.batch(2, slice(0, 8)))
+
+
 def test_a_position_of_another_version_is_refused(text_store):
-  with pytest.raises(DataError, match='position has data version 7, but this release reads 2'):
+  with pytest.raises(DataError, match='position has data version 7, but this release reads 2 and 3'):
     loader(opened(text_store), {'version': 7, 'examples': 0}, ALL)
 
 

@@ -11,11 +11,15 @@ from data.errors import DataError
 from data.examples import makers
 from data.objectives.objectives import CausalLm, SpanCorruption, Ul2
 from data.packing import kept_plans
+from data.packing.full_rows import FullRows
 from data.packing.packing import BestFit, ConcatSplit
 from data.stores.store import StoreWriter
 from data.stores.vocabulary import Tokenizer
 from tests.data.batches.test_guarantees import sharded  # noqa: F401
 from tests.data.batches.test_source import SENTINELS, assert_equal
+from tests.pretrain.stores import fake_server, gcs  # noqa: F401 - fixtures
+
+URL = 'gs://runs/cache/plans'
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +27,22 @@ def small_stores_are_large(monkeypatch):
   monkeypatch.setattr(makers, 'LARGE', 1)
 
 
-def opened(sharded, cache, objective=Ul2(), inputs=64, packing=ConcatSplit(), seed=0):  # noqa: B008, F811
+def opened(sharded, cache, objective=Ul2(), inputs=64, packing=ConcatSplit(), seed=0, url=None):  # noqa: B008, F811
   cfg = StoreData(
     batch_size=8, inputs_length=inputs, targets_length=64, sentinels=SENTINELS, packing=packing,
     sources=(Source(path=f'{sharded}/b'),),
   )  # fmt: skip
-  return open_data(cfg, objective, seed=seed, vocab_size=600, cache_dir=cache)
+  return open_data(cfg, objective, seed=seed, vocab_size=600, cache_dir=cache, plans_url=url)
 
 
 @pytest.mark.parametrize(
   ('objective', 'inputs', 'packing'),
-  [(Ul2(), 64, ConcatSplit()), (SpanCorruption(), 64, BestFit()), (CausalLm(), 0, ConcatSplit())],
+  [
+    (Ul2(), 64, ConcatSplit()),
+    (SpanCorruption(), 64, BestFit()),
+    (CausalLm(), 0, ConcatSplit()),
+    (Ul2(), 64, FullRows()),
+  ],
 )
 def test_batches_are_the_same_from_files_and_nothing_is_planned_again(
   sharded, tmp_path, monkeypatch, objective, inputs, packing  # noqa: F811
@@ -88,6 +97,40 @@ def test_all_plans_can_be_made_before_a_run(sharded, tmp_path, workers):  # noqa
   (folder,) = (tmp_path / 'plans').iterdir()
   assert len(list(folder.glob('*-0*.npz'))) == shards * 8
   assert not list(folder.glob('*.tmp'))
+
+
+def test_another_host_finds_the_plans_in_a_store(sharded, tmp_path, gcs, monkeypatch):  # noqa: F811
+  wanted = opened(sharded, tmp_path / 'a', url=URL).batch(0, slice(0, 8))
+  made = {path.relative_to(tmp_path / 'a').as_posix(): path for path in (tmp_path / 'a').rglob('*.npz')}
+  there = {name.removeprefix('cache/'): data for (_, name), (data, _) in gcs.objects.items()}
+  assert there == {name: path.read_bytes() for name, path in made.items()}
+  assert len(made) > 1
+  monkeypatch.setattr(kept_plans, '_arrays', None)  # whoever plans again fails
+  gcs.log.clear()
+  assert_equal(opened(sharded, tmp_path / 'b', url=URL).batch(0, slice(0, 8)), wanted)
+  assert gcs.log['GET /storage/v1/b/runs/o/NAME'] == len(made)
+  gcs.log.clear()
+  assert_equal(opened(sharded, tmp_path / 'b', url=URL).batch(0, slice(0, 8)), wanted)
+  assert not gcs.log, 'this host has them now'
+
+
+def test_a_damaged_plan_in_a_store_is_named_and_stays_there(sharded, tmp_path, gcs):  # noqa: F811
+  opened(sharded, tmp_path / 'a', url=URL).batch(0, slice(0, 8))
+  for key, (data, generation) in list(gcs.objects.items()):
+    gcs.objects[key] = data[: len(data) // 2], generation
+  with pytest.raises(DataError, match=rf'DATA-CORRUPT: {URL}/.*npz is damaged .*; delete it, it will be made again'):
+    opened(sharded, tmp_path / 'b', url=URL).batch(0, slice(0, 8))
+  assert not list((tmp_path / 'b').rglob('*.npz'))
+
+
+def test_plans_that_this_host_has_already_are_brought_to_the_store(sharded, tmp_path, gcs):  # noqa: F811
+  opened(sharded, tmp_path).batch(0, slice(0, 8))
+  assert not gcs.objects
+  number = keep_plans(opened(sharded, tmp_path, url=URL), 1)
+  assert number == len([name for name in gcs.names('runs') if name.endswith('.npz') and 'counts' not in name])
+  gcs.fault('POST', 403, times=99)
+  with pytest.raises(DataError, match=rf'^DATA: {URL}/\w+ cannot be written: .*Check its bucket, and the credentials'):
+    opened(sharded, tmp_path / 'b', url=URL, seed=1).batch(0, slice(0, 8))
 
 
 def test_other_plans_have_another_version(tokenizer_model, tmp_path):

@@ -62,6 +62,7 @@ def test_a_corpus_is_made_once_and_has_separate_held_out_text(few_files, tmp_pat
   assert builtin.builtin_store(tmp_path, 700, 40) == (train, heldout)
 
 
+@pytest.mark.slow
 def test_the_same_files_make_the_same_corpus(few_files, tmp_path):
   stores = [builtin.builtin_store(tmp_path / name, 700, 40) for name in 'ab']
   for a, b in zip(*stores, strict=True):

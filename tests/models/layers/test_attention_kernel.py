@@ -14,19 +14,23 @@ from tests.models import small
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'cfg',
-  [small.LLAMA, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (small.FAR_SINKS, small.T5))],
-  ids=['llama', 'far_sinks', 't5'],
+  ('cfg', 'kernel'),
+  [
+    (small.LLAMA, 'interpret'),
+    *(pytest.param(cfg, 'interpret', marks=pytest.mark.slow) for cfg in (small.FAR_SINKS, small.T5)),
+    *(pytest.param(cfg, 'blockwise', marks=pytest.mark.slow) for cfg in (small.FAR_SINKS, small.T5)),
+  ],
 )
-def test_a_kernel_on_a_mesh_is_the_reference(cfg):
+def test_a_kernel_on_a_mesh_is_the_reference(cfg, kernel):
   """Two devices for examples, two for heads: of the kernel's arrays, each has its part."""
   mesh = jax.make_mesh((1, 2, 1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 7, devices=jax.devices()[:4])
   batch = {name: jnp.asarray(x) for name, x in small.batch().items()}
   if cfg is not small.T5:
     batch['decoder_prefix_end'] = jnp.where(batch['decoder_segment_ids'] == 1, 4, 0)
   found = {}
-  for name in ('reference', 'interpret'):
+  for name in ('reference', kernel):
     model = build(cfg, KernelsConfig(attention=name), mesh)
     params = small.shaken(initialize(model.specs, jax.random.key(0)))
     params = jax.device_put(params, shardings(model.specs, mesh))

@@ -63,7 +63,7 @@ def assert_site(sites: str, dropped: np.ndarray, plain: np.ndarray) -> None:
   assert shared == (sites == 't5')
 
 
-@SITES
+@pytest.mark.parametrize('sites', [pytest.param('t5', marks=pytest.mark.slow), 'bert'])
 def test_the_output_of_attention_drops(sites):
   assert_site(sites, *block_update(sites, 'value', 'value_bias', 'down', 'down_bias'))
 

@@ -48,7 +48,7 @@ def test_the_product_is_the_papers(inputs, shape):
   assert LoraConfig(rank=4, alpha=12.0, scaling='sqrt_rank').scale == 12 / 2
 
 
-@pytest.mark.parametrize('cfg', [small.T5, small.LLAMA], ids=['t5', 'llama'])
+@pytest.mark.parametrize('cfg', [pytest.param(small.T5, marks=pytest.mark.slow), small.LLAMA], ids=['t5', 'llama'])
 def test_at_first_the_function_is_that_of_the_weights_to_the_bit(cfg):
   model, params = adapted(cfg, ALL)
   ours, theirs = logits(model, params, small.batch()), logits(build(cfg), model.split(params)[1], small.batch())

@@ -213,7 +213,9 @@ def test_zeros_and_tiny_numbers_give_zeros_and_no_nan(name, implementation):
     assert np.abs(np.asarray(out)).max() <= size * 100
 
 
-@pytest.mark.parametrize('name', ['int8', 'e4m3', 'mxfp8', 'nvfp4'])
+@pytest.mark.parametrize(
+  'name', ['int8', *(pytest.param(x, marks=pytest.mark.slow) for x in ('e4m3', 'mxfp8', 'nvfp4'))]
+)
 @pytest.mark.parametrize('place', [pytest.param(x, marks=pytest.mark.slow) for x in ('fsdp', 'tensor')] + ['both'])
 def test_a_mesh_computes_what_one_device_does(name, place):
   """Tokens on `fsdp`, features of w on `tensor`, in both dims of w in turn. Integers are equal to the last bit."""

@@ -320,12 +320,12 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       tiny.UL2,
       "kernels.attention='fast'",
       "kernels.attention='fast' is not one of 'auto', 'reference', 'tpu', 'interpret', 'triton', 'mosaic_gpu', "
-      "'cudnn'.",
+      "'cudnn', 'blockwise'.",
     ),
     (
       tiny.UL2,
       "kernels.linear_cross_entropy='fast'",
-      "kernels.linear_cross_entropy='fast' is not one of 'auto', 'reference'.",
+      "kernels.linear_cross_entropy='fast' is not one of 'auto', 'reference', 'chunked'.",
     ),
     (tiny.UL2, 'evaluation.batches=0', '--gin.evaluation.batches: evaluation.batches=0; it must be >= 1.'),
     (tiny.UL2, 'data.workers=-1', '--gin.data.workers: data.workers=-1; it must be >= 0.'),

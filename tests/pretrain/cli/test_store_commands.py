@@ -5,11 +5,15 @@ import re
 
 import pytest
 
+from pretrain.checkpoints import step_folders
 from pretrain.cli.main import main
+from pretrain.records.metrics import read_metrics
 from pretrain.workdirs.store_path import StorePath
 from tests.pretrain import tiny
 
 URL = 'gs://runs/some/run'
+LLAMA = tiny.ROOT / 'tests/golden/interchange/llama'
+OTHER = tiny.ROOT / 'tests/data/golden/store/tokenizer.model'
 
 
 @pytest.fixture(scope='module')
@@ -61,14 +65,60 @@ def test_each_command_writes_a_run_in_a_store(run, flags, capsys):
   assert main(['checkpoints', 'average', f'--workdir={URL}', '--steps=1,2', f'--output={new}']) == 0
   assert StorePath(f'{new}/config.gin').exists()
   assert not StorePath(f'{new}/OWNER').exists()
-  assert main(
-    ['checkpoints', 'restore-as', f'--input={URL}/2', '--output=gs://runs/as', '--gin.averaging.name=ema']
-  ) in (0, 64)
   initial = f"--gin.checkpoint.initial='{new}/0'"
   assert main(['train', *flags, '--workdir=gs://runs/next', initial]) == 0
   assert StorePath('gs://runs/next/checkpoints/2/MANIFEST.json').is_file()
   assert main(['checkpoints', 'average', f'--workdir={URL}', '--steps=1,2', f'--output={new}']) == 64
   assert f'--output={new} exists' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_way_to_make_weights_reads_and_writes_stores(run, flags, text_store, capsys):
+  gin, name = [*flags, '--gin.data.batch_size=8'], text_store.name
+  ways = {
+    'soup': [*gin, f'--inputs={URL}/1,{URL}/2', f'--metric=eval/{name}/loss', '--output=gs://runs/soup'],
+    'merge': [f'--base={URL}/1', f'--inputs={URL}/2', '--coefficients=1', '--output=gs://runs/merge'],
+    'restore-as': [f'--input={URL}/2', '--output=gs://runs/restore-as', "--gin.averaging.name='ema'"],
+    'extend-vocabulary': [f'--workdir={URL}/2', f'--tokenizer={OTHER}', '--to=gs://runs/extend-vocabulary'],
+    'warm-start': [*gin, f'--encoder={URL}', f'--decoder={URL}/1', '--to=gs://runs/warm-start'],
+  }
+  for way, argv in ways.items():
+    assert main(['checkpoints', way, *argv]) == 0, (way, capsys.readouterr().err)
+    new = StorePath(f'gs://runs/{way}')
+    assert step_folders.finished(new / 'checkpoints'), way
+    assert (new / 'config.gin').is_file(), way
+    assert not (new / 'OWNER').exists(), way
+  assert (
+    main(['train', *flags, "--gin.averaging.name='ema'", '--gin.train.steps=3', '--workdir=gs://runs/restore-as']) == 0
+  )
+  assert [row['step'] for row in read_metrics(StorePath('gs://runs/restore-as'))] == [3]
+
+
+@pytest.mark.slow
+def test_published_weights_go_into_a_store_and_out_of_it(gcs, tmp_path, capsys):
+  assert main(['import', f'--from={LLAMA}', '--workdir=gs://runs/llama']) == 0
+  assert main(['export', '--workdir=gs://runs/llama', f'--out={tmp_path / "out"}']) == 0
+  old, new = (safetensors_of(folder) for folder in (LLAMA, tmp_path / 'out'))
+  assert old == new
+  assert main(['import', f'--from={LLAMA}', '--workdir=gs://runs/llama']) == 64
+  assert '--workdir=gs://runs/llama exists' in capsys.readouterr().err
+
+
+def safetensors_of(folder) -> dict[str, bytes]:
+  """The bytes of each tensor. The layout: eight bytes with the length of a JSON header, the header, the values."""
+  data = (folder / 'model.safetensors').read_bytes()
+  start = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:start])
+  header.pop('__metadata__', None)
+  return {name: data[start + x['data_offsets'][0] : start + x['data_offsets'][1]] for name, x in header.items()}
+
+
+@pytest.mark.slow
+def test_a_supervised_run_keeps_its_log_and_incidents_in_the_store(gcs, flags):
+  assert main(['run', '--hosts=1', '--', 'train', *flags, f'--workdir={URL}']) == 0
+  names = gcs.names('runs')
+  assert 'some/run/checkpoints/2/MANIFEST.json' in names
+  assert 'some/run/OWNER' not in names
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,20 @@ from pretrain.devices.mesh import (
   MeshConfig,
   axis_sizes,
   batch_sharding,
+  check_memory,
   host_rows,
   make_mesh,
   prepare_platform,
   to_global,
 )
 from pretrain.errors import ConfigError
+
+
+def test_a_memory_that_a_device_lacks_is_named_with_those_that_it_has():
+  mesh = make_mesh(MeshConfig())
+  check_memory(mesh, 'pinned_host', 'model.remat_offload')
+  with pytest.raises(ConfigError, match=r'model\.remat_offload needs tape memory, and cpu has device, .* only; remove'):
+    check_memory(mesh, 'tape', 'model.remat_offload')
 
 
 def test_every_mesh_has_all_axes():

@@ -28,6 +28,7 @@ def opened(cfg):
   return data, program, program.init().params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_exact_match_counts_the_outputs_of_each_prompt_decoded_alone(pair_store, objective):
   """Six pairs in batches of four: two have the model's own output as targets, the others have one more word."""

@@ -37,7 +37,7 @@ def run_dir(text_store, tmp_path_factory, request):
   'how',
   [
     pytest.param({}, marks=pytest.mark.slow),
-    {'sampling': DRAWN, 'seed': 5},
+    pytest.param({'sampling': DRAWN, 'seed': 5}, marks=pytest.mark.slow),
     pytest.param({'beams': 3}, marks=pytest.mark.slow),
   ],
   ids=['greedy', 'drawn', 'beams'],

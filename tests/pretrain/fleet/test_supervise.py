@@ -194,6 +194,7 @@ def test_without_restarts_the_first_failure_is_the_last(tmp_path):
   assert starts(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_a_host_that_does_not_come_back(tmp_path):
   """Not after one death, and not below --min_hosts; the new count is the next one that divides the batch."""
   plan = {'3': [(None, 1)] * 9}

@@ -47,6 +47,7 @@ def series(workdir, key: str) -> dict[int, float]:
   return {row['step']: row[key] for row in read_metrics(workdir) if key in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [*SLOW, 'decoder'])
 def test_two_hosts_train_like_one_and_one_host_resumes(model, text_store, tmp_path, monkeypatch, capfd):
   command = flags(model, text_store, tmp_path / 'two', *RUN, 'train.steps=4')

@@ -45,7 +45,8 @@ def close(cfg) -> float:
   ('cfg', 'layout'),
   [
     (OPTIMIZERS[0], FSDP),
-    *((cfg, MIXED) for cfg in (ADAFACTOR, Muon(), INT8)),
+    *((cfg, MIXED) for cfg in (Muon(), INT8)),
+    slow(ADAFACTOR, MIXED),
     *(slow(cfg, FSDP) for cfg in (Lion(), ADAFACTOR, Muon())),
     slow(BF16, MIXED),
   ],

@@ -94,3 +94,10 @@ def test_a_gather_in_parts_counts_once():
   gather, reduce = collected(hlo.parse(PROGRAM), 8)[:2]
   assert (gather.kind, gather.bytes, gather.times, len(gather.devices)) == ('all-gather', 8192 * 4, 3, 8)
   assert (reduce.kind, reduce.bytes, reduce.times) == ('all-reduce', 1024 * 4, 3)
+
+
+def test_the_devices_of_a_group_are_read_with_its_groups():
+  """Two copies of four devices, which are named behind the mesh."""
+  one = 'replica_groups=[1,8]<=[8], dimensions={0}'
+  mesh = "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}"
+  assert collected(hlo.parse(PROGRAM.replace(one, mesh)), 8)[0].devices == (0, 1, 2, 3)

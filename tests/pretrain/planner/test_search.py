@@ -64,6 +64,24 @@ def test_the_compiler_decides_not_the_estimate(compiler):
   assert search.search(load(), parse(SLICE), 3).best.layout.mesh != first.mesh
 
 
+def test_the_layout_of_the_config_is_compiled_second(compiler):
+  """So that a choice is never slower than what is there."""
+  own = Layout(dict.fromkeys(AXES, 1) | {'data': 2, 'fsdp': 64}, 2, 'full')
+  compiler.slower = lambda layout: 0.1 if layout == own else 1.0
+  found = search.search(load(), parse(SLICE), 4, own=own)
+  assert compiler.asked[1] == own
+  assert compiler.asked.count(own) == 1
+  assert len(compiler.asked) == 4
+  assert found.best.layout == own
+
+
+def test_a_layout_of_another_slice_is_left_out(compiler):
+  own = Layout(dict.fromkeys(AXES, 1) | {'fsdp': 64}, 1, 'full')
+  search.search(load(), parse(SLICE), 3, own=own)
+  assert own not in compiler.asked
+  assert len(compiler.asked) == 3
+
+
 def test_layouts_that_leave_no_room_come_last(compiler):
   """UL2 20B with everything kept is estimated at 92% of a v5p, and compiled slower than with products kept."""
   found = search.search(load(), parse(SLICE), 1)

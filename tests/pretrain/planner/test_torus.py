@@ -67,6 +67,9 @@ def test_only_replica_crosses_slices():
   [
     ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", [0, 2, 4, 6]),
     ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", [0, 1, 2, 3]),
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1','axis_2'}", [0, 4]),
+    ("mesh['axis_0'=2,'axis_1'=4], device_ids=(7,6,5,4,3,2,1,0) {'axis_1'}", [7, 6, 5, 4]),
     ('[4,2]<=[8]', [0, 1]),
     ('[2,4]<=[4,2]T(1,0)', [0, 2, 4, 6]),
     ('{{0,4},{1,5},{2,6},{3,7}}', [0, 4]),
@@ -75,6 +78,21 @@ def test_only_replica_crosses_slices():
 )
 def test_groups_of_devices_are_read(text, ids):
   assert members(text, 8) == ids
+
+
+def test_groups_in_a_form_that_is_not_known_are_refused():
+  with pytest.raises(ValueError, match=r'in a form that is not known: mesh\[a=8\]'):
+    members('mesh[a=8]', 8)
+
+
+def test_a_part_of_a_side_is_gathered_over_one_ring():
+  """As libtpu names its gathers of UL2 20B on v5p:4x4x8: fsdp=64 1DAllGather, fsdp=16 2DAllGather, fsdp=128 3D."""
+  of = parse('v5p:4x4x8')
+  found = {n: groups(sizes(data=128 // n, fsdp=n), of)['fsdp',] for n in (64, 16)}
+  assert (found[64].sides, found[16].sides) == ((4, 2, 8), (4, 4, 1))
+  moved = {n: seconds('all-gather', 1e9, of, over).ici for n, over in found.items()}
+  assert moved[64] == pytest.approx(1e9 * 63 / 64 / (2 * 9e10), rel=0.01)
+  assert moved[16] == pytest.approx(1e9 * 15 / 16 / (4 * 9e10), rel=0.01)
 
 
 @pytest.mark.aot

@@ -121,6 +121,7 @@ def numbers(workdir) -> list[tuple]:
   return [(row['step'], row['loss'], row['grad_norm']) for row in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('step', 'found', 'alike', 'saved'), [pytest.param(5, 6, 4, ['4'], marks=pytest.mark.slow), (7, 8, 6, ['4'])]
 )

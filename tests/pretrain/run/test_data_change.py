@@ -42,6 +42,7 @@ def checksums(workdir) -> list[int]:
   return [int(row['batch_checksum']) for row in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_or_continue_with_the_next_row_of_each_source(stores, tmp_path, capsys):
   run = tmp_path / 'run'
   before = configured(stores, 'ab', (3.0, 1.0), 'train.steps=4')

@@ -27,6 +27,7 @@ def test_a_cpu_mesh_has_its_devices_along_one_axis_and_says_how_to_get_more():
     cpu_mesh(16)
 
 
+@pytest.mark.slow
 def test_layout_does_not_change_the_answer_of_ul2_with_dropout(text_store):
   cfg = tiny.ul2(text_store, 'model.dropout=0.1')
   assert_layout_invariant(cfg, (LAYOUTS[0], LAYOUTS[4]), steps=6)

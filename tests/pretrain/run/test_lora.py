@@ -157,7 +157,7 @@ def test_other_weights_at_the_same_place_are_refused(folder, tmp_path):
     ),
     (
       ("checkpoint.initial='x/2'", 'lora.rank=2', "lora.modules=['q']"),
-      r"has 'q', which is no product.*choose from all, attention",
+      r"has 'q', which is not a product.*choose from all, attention",
     ),
     (("checkpoint.initial='x/2'", 'lora.rank=-1'), r'lora\.rank'),
   ],

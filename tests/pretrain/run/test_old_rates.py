@@ -29,6 +29,7 @@ def make_old(workdir):
   saved.write_text(text.replace(LINE, ''))
 
 
+@pytest.mark.slow
 def test_a_resumed_old_run_keeps_its_rates_and_a_new_run_has_its_peak_once(tmp_path, capsys):
   old, cut, new = (tmp_path / name for name in ('old', 'cut', 'new'))
   train(old, 'train.steps=10', 'train.decay_delay=1')

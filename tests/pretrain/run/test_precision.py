@@ -1,5 +1,7 @@
 """Runs in low precision: recipes by phase, resumed exactly; checkpoints that move between recipes; what is refused."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from data.batches.loader import loader
 from data.batches.source import open_data
+from pretrain.checkpoints.checkpoints import Checkpoints
+from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.mesh import host_rows, to_global
@@ -37,6 +41,31 @@ def test_a_run_that_ends_in_another_recipe_resumes_exactly(tmp_path):
   assert rows[0]['loss'] == pytest.approx(float(plain[0]), rel=0.02)
 
 
+DELAYED = ("precision.recipe='fp8_delayed'", 'precision.amax_history=2', 'checkpoint.every=2', 'mesh.fsdp=2')
+
+
+def test_histories_of_delayed_scaling_are_saved_and_resumed_exactly(tmp_path):
+  """In two microbatches; stopped where the history is full of other steps than those that it would begin with."""
+  cfg = tiny.decoder(*DELAYED, 'train.accumulate=2')
+  assert_resumes_exactly(cfg, tmp_path, steps=5, stop_at=3)
+
+
+@pytest.mark.slow
+def test_a_phase_in_another_recipe_leaves_the_history_as_it_is(tmp_path):
+  """fp8_delayed, bf16, fp8_delayed, stopped at the border: the last phase scales by steps of the first."""
+  phases = "phases=[{'start_step': 2, 'set': {'precision.recipe': 'bf16'}}, {'start_step': 4, 'set': "
+  back = phases + "{'precision.recipe': 'fp8_delayed', 'precision.overrides': {'mlp': 'bf16'}}}]"
+  cfg = tiny.decoder(*DELAYED, back, "averaging.name='ema'", "model.remat='full'", 'train.steps=6')
+  assert_resumes_exactly(cfg, tmp_path, steps=6, stop_at=4)
+  with contextlib.closing(Checkpoints(tmp_path / 'whole', CheckpointConfig(), read_only=True)) as checkpoints:
+    at = lambda step, name: checkpoints.arrays(step, [f'extra/amax/decoder/blocks/{name}'])
+    for name in ('mlp/up', 'self_attention/query'):
+      ((_, two), (_, four), (_, six)) = (next(iter(at(step, name).items())) for step in (2, 4, 6))
+      np.testing.assert_array_equal(two, four)
+      assert (np.asarray(two) > 0).all()
+      assert (np.asarray(six) != np.asarray(four)).any() == (name != 'mlp/up')
+
+
 def test_a_checkpoint_moves_between_recipes(tmp_path):
   """Weights of an int8 run start one in 'bf16': its parameters are those, as are its shapes."""
   assert train(tiny.decoder("precision.recipe='int8'", 'train.steps=2', 'checkpoint.every=2'), tmp_path / 'int8') == 0
@@ -55,7 +84,7 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path, capsys):
   assert "precision.recipe is 'fp8' in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('recipe', ['int8', 'fp8', 'nvfp4'])
+@pytest.mark.parametrize('recipe', ['int8', *(pytest.param(name, marks=pytest.mark.slow) for name in ('fp8', 'nvfp4'))])
 def test_a_gradient_that_is_not_finite_still_skips_the_update(recipe, tmp_path):
   """A NaN in one weight comes through the quantized products to the norm of the gradients."""
   cfg = tiny.decoder(f"precision.recipe='{recipe}'", 'mesh.data=1')
@@ -82,6 +111,23 @@ def test_phases_schedule_recipes_by_step():
   assert tiny.decoder(*bindings.render(cfg).splitlines()) == cfg
 
 
+def test_the_config_against_outliers_has_all_of_its_parts():
+  cfg = bindings.load(Experiment, [str(tiny.ROOT / 'configs/decoder/tiny_osp.gin')])
+  assert (cfg.model.norm.scale, cfg.model.embedding_rotation, cfg.model.kurtosis) == ('single', True, True)
+  assert cfg.optimizer.name == 'muon'
+
+
+@pytest.mark.slow
+def test_a_run_with_all_parts_against_outliers_learns_and_logs_kurtosis(tmp_path):
+  """Muon takes the rotations; a run in four bits resumes exactly."""
+  parts = ("model.norm.scale='single'", 'model.embedding_rotation=True', 'model.kurtosis=True', "optimizer.name='muon'")
+  cfg = tiny.decoder(*parts, NVFP4, 'mesh.fsdp=2', 'mesh.tensor=2', 'train.accumulate=2', 'checkpoint.every=2')
+  assert_resumes_exactly(cfg, tmp_path, steps=6, stop_at=4)
+  rows = read_metrics(tmp_path / 'resumed')
+  assert rows[-1]['loss'] < rows[0]['loss']
+  assert all(np.isfinite(row[f'kurtosis/decoder/{layer}']) for row in rows for layer in (0, 1))
+
+
 @pytest.mark.parametrize('name', ['tiny_fp8', 'tiny_fp4'])
 def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
   folder = tiny.ROOT / 'configs/decoder'
@@ -105,6 +151,29 @@ def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
     (
       ["precision.recipe='mxfp8'", 'model.mlp.hidden=48'],
       'of decoder.mlp.down has blocks of 32, .* mlp=48; use a mult',
+    ),
+    (["precision.recipe='fp8_delayed'"], 'with precision.amax_history=0, so there are no earlier steps .* set it, e.g'),
+    ([*DELAYED, "kernels.quantized_matmul='tpu'"], "quantized_matmul='tpu' has no delayed scaling; use 'auto', 'xla'"),
+    (
+      ['precision.amax_history=4'],
+      "amax_history=4 and no recipe is 'fp8_delayed', which alone reads it; set precision",
+    ),
+    (
+      [*DELAYED, "phases=[{'start_step': 5, 'set': {'precision.amax_history': 4}}]"],
+      r'phases\[0\].set: precision.amax_history is the same in all phases of a run; a phase may set .*precision.recipe',
+    ),
+    (
+      [NVFP4, 'precision.first_layers=2', 'precision.last_layers=1'],
+      'first_layers=2 and precision.last_layers=1, but the decoder has 2 layers; use at most 2 together',
+    ),
+    ([NVFP4, "precision.edge_recipe='fp8'"], "edge_recipe='fp8' without precision.first_layers or precision.last_lay"),
+    (
+      [NVFP4, 'precision.first_layers=1', 'model.windows=(8,None)'],
+      'first_layers=1 and precision.last_layers=0 with 2 entries of model.windows; use multiples of 2',
+    ),
+    (
+      ['precision.last_layers=1', "precision.edge_recipe='mxfp8'", 'model.mlp.hidden=48'],
+      "recipe 'mxfp8' of decoder.mlp.down has blocks of 32",
     ),
     (["kernels.quantized_matmul='cuda'"], "kernels.quantized_matmul='cuda' is not one of 'auto', 'reference', 'xla'"),
     (

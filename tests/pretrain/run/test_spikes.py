@@ -119,12 +119,12 @@ def poison(monkeypatch):
     def make_loss(*args):
       loss = make(*args)
 
-      def scaled(params, batch, key, weight):
+      def scaled(params, batch, *rest):
         times = jnp.float32(1)
         for number, factor in factors.items():
           times = jnp.where(batch['example_index'][0] == 8 * number, jnp.float32(factor), times)
-        value, metrics = loss(params, batch, key, weight)
-        return value * times, metrics | {'loss': metrics['loss'] * times}
+        value, (metrics, seen) = loss(params, batch, *rest)
+        return value * times, (metrics | {'loss': metrics['loss'] * times}, seen)
 
       return scaled
 
@@ -189,6 +189,7 @@ def test_a_run_that_rewinds_equals_a_run_that_skips_the_same_examples(poison, tm
   assert place['skipped'] == [[48, 80]]
 
 
+@pytest.mark.slow
 def test_a_second_spike_rewinds_again_and_a_third_stops_the_run(poison, tmp_path):
   """What was left out before stays out, and the next range begins behind it."""
   poison({5: 100.0, 8: 100.0, 11: 100.0})

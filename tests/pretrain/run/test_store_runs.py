@@ -96,7 +96,12 @@ def test_a_finished_run_has_what_one_on_a_disk_has_and_mistakes_name_its_url(gcs
   assert found.step == 12
   assert all((url / 'checkpoints' / '12' / name).is_file() for name in found.files)
   assert '<h1>run</h1>' in (url / 'report.html').read_text()
-  assert (url / 'plots/loss.png').is_file()
+  spool, there = run_files(url).folder, {name: data for (_, name), (data, _) in gcs.objects.items()}
+  shown = [path for path in spool.rglob('*') if path.suffix in ('.html', '.png') or 'tfevents' in path.name]
+  assert {'report.html', 'loss.png'} < {path.name for path in shown}
+  assert sum('tfevents' in path.name for path in shown) == 1
+  for path in shown:
+    assert there[f'some/run/{path.relative_to(spool)}'] == path.read_bytes(), path
   with pytest.raises(ConfigError, match=r'is 32 in gs://runs/some/run/config\.gin, 16 in this command'):
     train(tiny.decoder('model.embed=16', 'train.steps=12', 'checkpoint.every=4'), url)
 

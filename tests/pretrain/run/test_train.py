@@ -29,6 +29,12 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path
 
 
 @pytest.mark.slow
+def test_a_resumed_run_in_full_rows_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path):
+  cfg = tiny.ul2(text_store, "data.packing.name='full_rows'", 'data.targets_length=44', 'checkpoint.every=2')
+  assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
+
+
+@pytest.mark.slow
 def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
   """A mutation: the check must notice a restore that loses the position in the data."""
   restore = starting.restore_or_initialise
@@ -147,6 +153,7 @@ def test_profile_steps_write_a_trace(tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
+@pytest.mark.slow
 def test_a_trace_to_the_last_step_is_written_too(tmp_path):
   train(tiny.decoder('train.steps=2', 'train.profile_steps=(1, 2)'), tmp_path)
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
@@ -169,7 +176,11 @@ def test_a_run_with_no_step_left_prints_at_which_step_it_is(tmp_path, capsys, st
 
 
 @pytest.mark.parametrize(
-  'error', [ValueError('\n$x_{$\n     ^\nexpected "}"'), OSError(28, 'No space left'), KeyError()]
+  'error',
+  [
+    ValueError('\n$x_{$\n     ^\nexpected "}"'),
+    *(pytest.param(e, marks=pytest.mark.slow) for e in (OSError(28, 'No space left'), KeyError())),
+  ],
 )
 def test_a_report_that_cannot_be_drawn_is_a_warning_of_a_finished_run(tmp_path, monkeypatch, capsys, error):
   def fail(workdir):

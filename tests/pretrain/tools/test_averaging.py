@@ -126,6 +126,7 @@ def test_averages_are_evaluated_beside_the_weights(run):
   assert len({last[f'eval/license/{average}loss'] for average in ('', 'ema/', 'lawa/')}) == 3
 
 
+@pytest.mark.slow
 def test_lawa_evaluates_the_averaged_checkpoints(run, text_store, tmp_path):
   """A run that starts from the average and learns nothing evaluates it."""
   assert main(['checkpoints', 'average', f'--workdir={run}', '--steps=2,3,4', f'--output={tmp_path / "mean"}']) == 0

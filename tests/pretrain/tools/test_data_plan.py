@@ -9,6 +9,11 @@ import pytest
 from data.batches import plan_report
 from data.batches.loader import loader
 from data.batches.source import open_data
+from data.objectives.objectives import Ul2, tasks_of
+from data.objectives.tasks import Budget
+from data.packing.full_rows import FullRows
+from data.packing.packing import ConcatSplit, make_planner
+from data.packing.plan import Stream
 from pretrain.cli.main import main
 from tests.pretrain import tiny
 
@@ -135,6 +140,21 @@ def test_long_rows_of_buckets_weigh_more_than_short_ones(text_store, capsys, mon
   ((_, _, decoder, cost, _),) = printed(capsys, *flags(tiny.DECODER, *overrides))
   assert (decoder, cost) == (f'{used:.2%}', f'{share:.2%}')
   assert cost != f'{1 - used:.2%}'
+
+
+def test_full_rows_take_a_fifth_fewer_flops_for_the_same_text_than_rows_of_one_denoiser():
+  """Multiply-adds of the layers of T5 1.1 base by hand, times the rows that each packing makes of the text."""
+  lengths = np.clip(np.random.default_rng(0).lognormal(6, 1.1, 1000), 20, 20_000).astype(np.int64)
+  text = Stream(np.cumsum(lengths) - lengths, lengths)
+  flops = {}
+  for packing, targets in ((ConcatSplit(), 512), (FullRows(), 328)):
+    plan = make_planner(packing, lambda shard: text, tasks_of(Ul2()), Budget(512, targets), seed=0, purpose='test')
+    attention, hidden = 4 * 768**2, 3 * 768 * 2048
+    encoder = 12 * (attention + hidden + 2 * 768 * 512)
+    decoder = 12 * (attention + attention / 2 + hidden + 2 * 768 * (targets + 512)) + 768 * 32_128
+    keys = 12 * attention / 2 * 512  # cross attention reads the encoder's positions once
+    flops[packing] = len(plan.plan(0, 0).tasks) * (512 * encoder + targets * decoder + keys)
+  assert flops[FullRows()] <= 0.8 * flops[ConcatSplit()]
 
 
 @pytest.mark.slow

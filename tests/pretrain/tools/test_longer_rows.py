@@ -59,6 +59,7 @@ def test_what_the_other_run_had_may_not_be_left_out(runs, tmp_path, keys, messag
   assert not (tmp_path / 'run/config.gin').exists()
 
 
+@pytest.mark.slow
 def test_learned_frequencies_are_taken_from_the_other_run(runs, tmp_path, monkeypatch):
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   cfg = config_of(f"checkpoint.initial='{runs['longer']}/1'", 'seed=7', *LONGER)

@@ -15,8 +15,8 @@ from pretrain.errors import CheckpointError
 from pretrain.experiment.experiment import Experiment
 from pretrain.records import plots
 from pretrain.records.metrics import Metrics
-from pretrain.records.plots import PLOTS, SOURCE_PLOTS, curve, draw, evaluations
-from pretrain.tools.report import shares_of, write_report
+from pretrain.records.plots import PLOTS, SOURCE_PLOTS, curve, draw, evaluations, layers_of
+from pretrain.tools.report import shares_of, unit_of, write_report
 
 
 @pytest.fixture
@@ -101,6 +101,20 @@ def test_used_positions_and_padding_are_drawn_where_they_are_logged(monkeypatch,
     assert after.read_bytes() != before, key
     draw([{k: v for k, v in row.items() if k in (key, 'step', 'padding_flops')} for row in rows], {}, tmp_path)
   assert draw([{'step': 1, 'loss': 2.0}], {}, tmp_path) == []
+
+
+def test_the_kurtosis_of_each_layer_is_drawn_where_it_is_logged(monkeypatch, tmp_path):
+  monkeypatch.setattr(plots, 'PLOTS', {})
+  keys = [f'kurtosis/{stack}/{layer}' for stack in ('encoder', 'decoder') for layer in range(3)]
+  rows = [{'step': s} | {key: 0.5 for key in keys} for s in range(5)]
+  (before,) = (path.read_bytes() for path in draw(rows, {}, tmp_path))
+  for key in keys:
+    (after,) = draw([row | {key: 0.5 + 40.0 * row['step']} for row in rows], {}, tmp_path)
+    assert after.read_bytes() != before, key
+  assert unit_of(keys[0]) == 'excess, mean of tokens'
+  assert layers_of([{'step': 1, 'kurtosis/decoder/10': 1.0, 'kurtosis/decoder/9': 1.0}]) == {
+    'decoder': ['kurtosis/decoder/9', 'kurtosis/decoder/10']
+  }
 
 
 MIXTURE = 'configs/ul2/tiny_mixture.gin'

@@ -151,6 +151,7 @@ def test_a_mistake_is_one_line(run, tmp_path, capsys, action, flags, code, messa
   assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_to_watch_for_spikes_keeps_its_moments(trained, tmp_path):
   new = tmp_path / 'new'
   flags = ["--gin.spikes.name='skip'", '--gin.spikes.window=8']

@@ -26,6 +26,7 @@ from tests.pallas_kernels.test_flash import (
 
 BLOCKS = gpu.Blocks(q=64, kv=32, grad_q=32, grad_kv=64)
 TALL = gpu.Blocks(q=128, kv=16, grad_q=16, grad_kv=128)
+A100 = AbstractDevice(device_kind='NVIDIA A100-SXM4-80GB', num_cores=108, platform='gpu')
 H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
 # Newer jax deprecates Triton in favour of Mosaic.
 pytestmark = pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
@@ -33,7 +34,7 @@ ALL = {
   'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, 'alibi': SLOPES,
   **PREFIX, **bias(False),
 }  # fmt: skip
-FAST = ('causal, lengths that no block divides', 'full, keys shared', 'across packed rows', 'bias of both sides')
+FAST = ('full, keys shared', 'bias of both sides')
 EVERYTHING = ((256,), {'batch': 2, 'kv_heads': 1}, ALL)
 
 
@@ -138,10 +139,35 @@ def test_arrays_larger_than_an_int32_index_are_refused():
     jax.eval_shape(lambda q: gpu.attention(q, q, q, Visibility(causal=True)), q)
 
 
-def test_auto_on_a_gpu_is_the_reference():
-  mesh = AbstractMesh((1,), ('data',), axis_types=(AxisType.Auto,), abstract_device=H100)
+@pytest.mark.parametrize(
+  ('device', 'without', 'chosen'),
+  [
+    (H100, {}, 'triton'),
+    (AbstractDevice(device_kind='NVIDIA H200', num_cores=132, platform='gpu'), {}, 'triton'),
+    (H100, {'relative_bias': True}, 'reference'),
+    (H100, {'dropout': True}, 'reference'),
+    (H100, {'divided': True}, 'reference'),
+    (H100, {'position_scores': True}, 'reference'),
+    (A100, {}, 'reference'),
+    (A100, {'lengths': (4096, 1025)}, 'blockwise'),
+    (H100, {'lengths': (4096, 1025), 'relative_bias': True}, 'blockwise'),
+    (H100, {'lengths': (4096, 4096), 'dropout': True}, 'reference'),
+  ],
+)
+def test_auto_takes_on_a_gpu_what_has_run_on_one(device, without, chosen):
+  mesh = AbstractMesh((1,), ('data',), axis_types=(AxisType.Auto,), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    assert choose('auto', dropout=False) == 'reference'
+    assert choose('auto', **{'dropout': False} | without) == chosen
+
+
+def test_auto_sees_the_relative_bias_of_a_call():
+  """The reference multiplies by dot_general, the kernel is a custom call."""
+  mesh = AbstractMesh((1,), ('data',), axis_types=(AxisType.Auto,), abstract_device=H100)
+  shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    for options, kernels in (({}, 1), (bias(False), 0)):
+      run = jax.jit(lambda q, options=options: flash_attention(q, q, q, causal=True, **options))
+      assert run.trace(shape).lower(lowering_platforms=('cuda',)).as_text().count('gpu.triton') == kernels
 
 
 @pytest.mark.parametrize(

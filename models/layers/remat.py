@@ -1,0 +1,100 @@
+"""Which activations a block keeps for its gradient: the others are computed again, or come back from host memory.
+
+Names of policies are those of MaxText (configs/base.yml: remat_policy) where it has the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from models.product import KEPT as QUANTIZED
+
+Policy = Literal[
+  'none', 'full', 'dots', 'save_out_proj', 'save_qkv_proj', 'save_context', 'save_dot_except_mlp', 'minimal',
+  'minimal_with_context', 'custom',
+]  # fmt: skip
+Name = Literal['input', 'query', 'key', 'value', 'context', 'out', 'gate', 'up', 'down']
+QKV: tuple[Name, ...] = ('query', 'key', 'value')
+MLP: tuple[Name, ...] = ('gate', 'up', 'down')
+# The names that a policy keeps. 'none' keeps everything that a gradient needs, 'dots' every product with parameters.
+KEPT: dict[str, tuple[Name, ...]] = {
+  'full': (),
+  'save_out_proj': ('out',),
+  'save_qkv_proj': QKV,
+  'save_context': ('context',),
+  'save_dot_except_mlp': (*QKV, 'out'),
+  'minimal': (*QKV, 'out', *MLP),
+  'minimal_with_context': (*QKV, 'context', 'out', *MLP),
+}
+HOST = 'pinned_host'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remat:
+  """`keep`: names, with the policy 'custom'. `offload`: of the names that are kept, those in host memory."""
+
+  policy: Policy = 'none'
+  keep: tuple[Name, ...] = ()
+  offload: tuple[Name, ...] = ()
+
+  @property
+  def names(self) -> tuple[Name, ...]:
+    """The names that are kept, on the device or the host; none where the policy has no names."""
+    return self.keep if self.policy == 'custom' else KEPT.get(self.policy, ())
+
+
+def named(x: jax.Array, name: Name) -> jax.Array:
+  """`x`, which a policy can keep by this name."""
+  return checkpoint_name(x, name)
+
+
+def check(cfg: Remat, *, gated: bool) -> None:
+  """Raises ValueError for names that have no effect."""
+  if bool(cfg.keep) != (cfg.policy == 'custom'):
+    raise ValueError(
+      f"model.remat='{cfg.policy}' with model.remat_keep={list(cfg.keep)}; model.remat='custom' keeps the names in "
+      'model.remat_keep, and other policies have names of their own.'
+    )
+  given = (*cfg.keep, *cfg.offload)
+  if not gated and 'gate' in given:
+    raise ValueError("model.remat_keep or model.remat_offload has 'gate', and model.mlp.gated=False; remove it.")
+  # A block's input is kept in any case, so it can be moved with every policy that has names.
+  known = (*cfg.names, 'input') if cfg.policy in (*KEPT, 'custom') else ()
+  if wrong := [name for name in cfg.offload if name not in known]:
+    held = ', '.join(map(repr, dict.fromkeys(known))) or 'no names'
+    raise ValueError(
+      f"model.remat_offload has {wrong[0]!r}, and model.remat='{cfg.policy}' keeps {held}; choose from these."
+    )
+
+
+def rematerialise(body: Callable, cfg: Remat) -> Callable:
+  """`body(carry, inputs)` of a scan over blocks with fewer activations kept for its gradient."""
+  if cfg.policy == 'none':
+    return body
+
+  def run(carry, inputs):
+    return body(named(carry, 'input'), inputs)
+
+  return jax.checkpoint(run, policy=_policy(cfg), prevent_cse=False)
+
+
+def _policy(cfg: Remat) -> Callable | None:
+  policies = jax.checkpoint_policies
+  if cfg.policy == 'dots':
+    return _is_product
+  if cfg.offload:
+    on_device = [name for name in cfg.names if name not in cfg.offload]
+    return policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=on_device, names_which_can_be_offloaded=list(cfg.offload), offload_src='device',
+      offload_dst=HOST,
+    )  # fmt: skip
+  return policies.save_only_these_names(*cfg.names) if cfg.names else None
+
+
+def _is_product(primitive, *args, **params) -> bool:
+  """Whether a result is kept: results of products with parameters, also in experts and quantized ones."""
+  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+  return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == QUANTIZED)

@@ -1,0 +1,1 @@
+"""Attention in plain JAX, one tile of the scores after the other. Must not know models."""
