@@ -12,6 +12,9 @@ transformers 5.24). Neither the tests nor the packages import these libraries. E
 Numbers that a model could confuse with its defaults (eps, theta, buckets, windows) are not at their defaults, and no
 norm or bias is at its init.
 
+masked.npz has, by the name of each encoder that predicts tokens, log P(token | all others) of the first tokens of its
+`short` between CLS and SEP, each hidden alone (Salazar et al. 2020, arXiv:1910.14659, eq. 1).
+
   python scripts/make_interchange_goldens.py [family …]
 """
 
@@ -27,6 +30,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'tests/golden/interchange'
 VOCAB, LONG, SHORT, GREEDY = 96, 200, 60, 32
+ENCODERS = ('bert', 'roberta', 'electra_generator', 'deberta_v2', 'deberta_v3')
+MASKED, CLS, SEP, MASK = 24, 3, 4, 5
 
 T5 = dict(
   vocab_size=VOCAB, d_model=32, d_kv=12, d_ff=48, num_heads=4, num_layers=2, num_decoder_layers=3,
@@ -289,9 +294,28 @@ def write_buckets() -> None:
   np.savez_compressed(GOLDENS / 'deberta_buckets.npz', **found)
 
 
+@torch.no_grad()
+def pseudo_log_probs(name: str) -> np.ndarray:
+  """f32[MASKED]: one forward pass for each token, no batch, no packing."""
+  config = json.loads((GOLDENS / name / 'config.json').read_text())
+  model = getattr(transformers, config['architectures'][0]).from_pretrained(GOLDENS / name).eval()
+  with np.load(GOLDENS / name / 'expected.npz') as found:
+    text = [CLS, *found['short'][:MASKED].tolist(), SEP]
+  scores = []
+  for i in range(1, MASKED + 1):
+    read = [*text[:i], MASK, *text[i + 1 :]]
+    scores.append(model(input_ids=torch.tensor([read])).logits[0, i].log_softmax(-1)[text[i]].item())
+  return np.float32(scores)
+
+
+def write_masked() -> None:
+  np.savez(GOLDENS / 'masked.npz', **{name: pseudo_log_probs(name) for name in ENCODERS})
+
+
 if __name__ == '__main__':
   GOLDENS.mkdir(parents=True, exist_ok=True)
   for family in sys.argv[1:] or ALL:
     write(family)
   write_ropes()
   write_buckets()
+  write_masked()

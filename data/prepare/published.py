@@ -94,7 +94,7 @@ def published(given: str | os.PathLike[str]) -> Published:
     own = _of_json(content) if is_json(content) else _of_sentencepiece(content)
   except (RuntimeError, ValueError) as error:
     reason, what = str(error).splitlines()[0], 'tokenizer.json' if is_json(content) else 'SentencePiece model'
-    raise DataError(f'{path} is not a {what} ({reason}); check --tokenizer.') from error
+    raise DataError(f'{path} is not a {what} ({reason}); copy it again, or choose another.') from error
   return Published(path, content, own.pieces, _ids_of(path, own))
 
 

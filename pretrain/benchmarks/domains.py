@@ -45,6 +45,22 @@ def documents(path: pathlib.Path) -> list[str]:
   return [text for text in texts if text]
 
 
+def first_bytes(texts: Sequence[str], most: int | None) -> list[str]:
+  """The first texts, of `most` bytes in UTF-8 together: the last one ends between two words. None: all texts.
+
+  >>> first_bytes(['one two', 'three four', 'five'], 16)
+  ['one two', 'three']
+  """
+  kept, left = [], math.inf if most is None else most
+  for text in texts:
+    if (size := len(text.encode())) > left:
+      cut = text.encode()[: int(left)].decode(errors='ignore').rsplit(maxsplit=1)
+      return kept + cut[:1]
+    kept.append(text)
+    left -= size
+  return kept
+
+
 def windows_of(writer: Writer, length: int | None = None, stride: int | None = None) -> Windows:
   """The windows that a command asks for: by default rows of training, which overlap by half.
 

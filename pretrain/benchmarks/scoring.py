@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data.objectives.features import decoder_features, encoder_decoder_features
 from data.packing.best_fit import fill
@@ -37,15 +38,20 @@ class Scored(NamedTuple):
   correct: np.ndarray
 
 
+def check_batch(batch: int, mesh: Mesh) -> None:
+  """Raises ConfigError where the mesh does not divide the rows of a batch."""
+  if batch % batch_shards(mesh):
+    raise ConfigError(
+      f'--batch={batch} does not divide over mesh.replica*data*fsdp={batch_shards(mesh)}; use a multiple of it.'
+    )
+
+
 class Scorer:
   """Scores pieces with the loss of training, without dropout and z-loss; the softmax is over the whole vocabulary."""
 
   def __init__(self, writer: Writer, batch: int = 8):
     mesh = writer.model.mesh
-    if batch % batch_shards(mesh):
-      raise ConfigError(
-        f'--batch={batch} does not divide over mesh.replica*data*fsdp={batch_shards(mesh)}; use a multiple of it.'
-      )
+    check_batch(batch, mesh)
     self.writer, self.batch = writer, batch
     step = make_token_step(writer.model, writer.cfg.kernels)
     self._step = jax.jit(step, out_shardings=replicated(mesh))

@@ -1,7 +1,8 @@
 """Tasks in JSONL: the best of several choices, and outputs that equal their targets."""
 
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,29 +43,47 @@ def rank(scorer: Scorer, path: pathlib.Path, said=lambda done: None) -> dict[str
 
   `answer` is the number of a choice, from 0, or its text. Raises DataError, with the line, for anything else.
   """
+  groups = ranked(path)
+  pieces = [rank_pieces(scorer.writer, context, choices) for _, context, choices, _ in groups]
+  scored = iter(scorer([piece for own in pieces for piece in own], said))
+  accuracy, per_byte = shares_of(groups, [[-next(scored).nats.sum() for _ in own] for own in pieces])
+  return {'examples': len(groups), 'accuracy': accuracy, 'accuracy_per_byte': per_byte}
+
+
+class Question(NamedTuple):
+  """A line of a file of choices: where it stands, what comes before, the choices and the number of the right one."""
+
+  place: str
+  context: str
+  choices: list[str]
+  answer: int
+
+
+def ranked(path: pathlib.Path) -> list[Question]:
+  """The lines of a file. Raises DataError for one that is not a question, and where there are none."""
   groups = [_ranked(place, record) for place, record in read_records(path)]
   if not groups:
     raise DataError(f'{path} has no lines; each has context, choices and answer.')
-  pieces = [rank_pieces(scorer.writer, context, choices) for context, choices, _ in groups]
-  scored = iter(scorer([piece for own in pieces for piece in own], said))
+  return groups
+
+
+def shares_of(groups: Sequence[Question], totals: Sequence[Sequence[float]]) -> tuple[float, float]:
+  """The share of lines whose answer has the highest of `totals`, and of totals divided by the bytes of the choice."""
   hits = np.zeros(2)
-  for _, choices, answer in groups:
-    totals = np.array([-next(scored).nats.sum() for _ in choices])
-    sizes = np.array([max(len(choice.encode()), 1) for choice in choices])
-    hits += [totals.argmax() == answer, (totals / sizes).argmax() == answer]
-  return {
-    'examples': len(groups), 'accuracy': hits[0] / len(groups), 'accuracy_per_byte': hits[1] / len(groups),
-  }  # fmt: skip
+  for group, own in zip(groups, totals, strict=True):
+    sizes = np.array([max(len(choice.encode()), 1) for choice in group.choices])
+    hits += [np.argmax(own) == group.answer, (np.array(own) / sizes).argmax() == group.answer]
+  return float(hits[0] / len(groups)), float(hits[1] / len(groups))
 
 
-def _ranked(place: str, record: dict[str, Any]) -> tuple[str, list[str], int]:
+def _ranked(place: str, record: dict[str, Any]) -> Question:
   context, choices, answer = text_field(place, record, 'context'), record.get('choices'), record.get('answer')
   if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
     raise DataError(f'{place}: field "choices" is no list of two or more texts; correct the line.')
   if isinstance(answer, str) and choices.count(answer) == 1:
-    return context, choices, choices.index(answer)
+    return Question(place, context, choices, choices.index(answer))
   if type(answer) is int and 0 <= answer < len(choices):
-    return context, choices, answer
+    return Question(place, context, choices, answer)
   raise DataError(
     f'{place}: field "answer" is {answer!r:.40}; it must be one of the choices, or its number, 0 to {len(choices) - 1}.'
   )

@@ -16,6 +16,7 @@ from pretrain.checkpoints import manifest, orbax_stores
 from pretrain.workdirs.folder import Folder
 from pretrain.workdirs.store_path import StorePath
 
+CHUNK = 64 * 2**20  # bytes: the most of an array that must be unpacked to read a part of it
 SMALL_FILE = 16 * 2**20  # bytes, for saves of parameters alone: they must need little memory and may take longer
 
 
@@ -77,18 +78,16 @@ class Files:
   def _save_args(self, tree: Any, file_bytes: int | None) -> args.PyTreeSave:
     """How the arrays are written: to a store in files of one request each."""
     largest = orbax_stores.FILE_BYTES if isinstance(self._directory, StorePath) else None
-    if file_bytes is None and largest is None:
-      return args.PyTreeSave(tree)
-    size = min(filter(None, (largest, file_bytes)))
-    save = lambda x: ocp.SaveArgs(chunk_byte_size=largest, shard_axes=_layers(x, file_bytes))
+    size = min(filter(None, (largest, file_bytes)), default=None)
+    save = lambda x: _chunks(x, min(file_bytes or CHUNK, CHUNK), largest)
     return args.PyTreeSave(tree, save_args=jax.tree.map(save, tree), ocdbt_target_data_file_size=size)
 
   def begin(self, step: int, tree: Any, position: dict[str, Any], config: str, file_bytes: int | None = None) -> None:
     """Returns when the arrays are copied; `wait` for the files.
 
     TensorStore keeps the compressed values in memory until a file has `file_bytes` (Orbax's default: 2 GiB), and fills
-    several files at a time. With `file_bytes`, each layer of a larger array has chunks of its own, so that it can be
-    read alone.
+    several files at a time. A large array has chunks of at most CHUNK, each layer its own, so that a part can be read
+    alone.
     """
     items = args.Composite(
       state=self._save_args(tree, file_bytes),
@@ -142,9 +141,17 @@ class Files:
     return self._manager.restore(step, args=args.Composite(state=_restore_args(tree, partial=False))).state
 
 
-def _layers(x: jax.Array, file_bytes: int | None) -> tuple[int, ...]:
-  """The axis of layers: the first of three or more. Orbax would divide longer axes before it."""
-  return (0,) if file_bytes and x.ndim >= 3 and x.nbytes > file_bytes else ()
+def _chunks(x: jax.Array, large: int, largest: int | None) -> ocp.SaveArgs:
+  """The chunks of an array: at most `largest` bytes (None: its part on a device). One of more than `large` bytes has
+  chunks of at most CHUNK, each layer its own.
+
+  The axis of layers is the first of three or more, unless it has very many small parts; Orbax would divide longer axes
+  before it.
+  """
+  if x.nbytes <= large:
+    return ocp.SaveArgs(chunk_byte_size=largest)
+  layers = x.ndim >= 3 and 64 * x.nbytes >= large * x.shape[0]
+  return ocp.SaveArgs(chunk_byte_size=min(largest or CHUNK, CHUNK), shard_axes=(0,) if layers else ())
 
 
 def _restore_args(tree, *, partial: bool) -> args.PyTreeRestore:

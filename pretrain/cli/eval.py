@@ -21,6 +21,7 @@ def eval_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--infill', **named, help='hidden words of sentences of a text or store that are filled exactly')
   command.add_argument('--context', type=int, help='tokens of a window of --text (default: a training row)')
   command.add_argument('--stride', type=int, help='tokens that are scored in each window (default: half of it)')
+  command.add_argument('--text_bytes', type=int, help='of each --text, the first (default: all; 16384 with an encoder)')
   command.add_argument('--sentences', type=int, default=200, help='of --infill, at most')
   command.add_argument('--needle_lengths', type=numbers(int), metavar='128,256', help='ask for a fact in a long text')
   command.add_argument('--needle_depths', type=numbers(float), metavar='0,0.5,1', help='where the fact stands')
@@ -94,6 +95,7 @@ def measurements(options):
   return Measurements(
     text=tuple(options.text), rank=tuple(options.rank), exact=tuple(options.exact), infill=tuple(options.infill),
     needles=needles, context=options.context, stride=options.stride, sentences=options.sentences, batch=options.batch,
+    text_bytes=options.text_bytes,
   )  # fmt: skip
 
 
@@ -105,5 +107,5 @@ def writer_of(options, devices):
     return imported_writer(options.source, devices), {'model': str(options.source)}
   from pretrain.evaluation.writer import open_run
 
-  run = open_run(options.workdir, options.step)
+  run = open_run(options.workdir, options.step, encoders=True)
   return run.writer(devices), {'model': str(options.workdir), 'step': run.step}

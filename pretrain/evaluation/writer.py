@@ -69,10 +69,10 @@ def open_writer(workdir: Folder, step: int | None = None, mesh: MeshConfig = ONE
   return open_run(workdir, step).writer(mesh)
 
 
-def open_run(workdir: Folder, step: int | None = None) -> Opened:
-  """A run that writes text, at a step, by default the newest. Raises ConfigError for a run without text or of an
-  encoder, CheckpointError where `workdir` has no finished step, or not this one."""
-  whole = config_of(workdir)
+def open_run(workdir: Folder, step: int | None = None, *, encoders: bool = False) -> Opened:
+  """A run that reads text, at a step, by default the newest. Raises ConfigError for a run without text and, unless
+  `encoders`, of an encoder, CheckpointError where `workdir` has no finished step, or not this one."""
+  whole = config_of(workdir, encoders=encoders)
   checkpoints = Checkpoints(workdir, whole.checkpoint, read_only=True)
   finished = sorted(checkpoints.finished())
   if step is None:
@@ -96,8 +96,8 @@ def data_of(cfg: Experiment, tokenizer: Published | None = None) -> DataSource:
   )
 
 
-def config_of(workdir: Folder) -> Experiment:
-  """The config of a run on text whose model writes, for one device."""
+def config_of(workdir: Folder, *, encoders: bool = False) -> Experiment:
+  """The config of a run on text, for one device; of an encoder, which writes none, only with `encoders`."""
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError(
@@ -106,10 +106,10 @@ def config_of(workdir: Folder) -> Experiment:
       f'train first: pretrain train --workdir={workdir}.',
     )
   cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
-  if cfg.model.name == 'encoder':
+  if cfg.model.name == 'encoder' and not encoders:
     raise ConfigError(
       f"{saved}: model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or "
-      "'decoder' (this one is judged by the eval/ lines of its metrics.jsonl)."
+      "'decoder' (pretrain eval measures this one)."
     )
   if cfg.data.name == 'synthetic' and tokenizer_of(workdir) is None:
     raise ConfigError(

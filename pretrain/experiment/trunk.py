@@ -149,9 +149,10 @@ class Adapted:
 
   def parts(self, places: Iterable[tuple[int, ...]]) -> Iterator[np.ndarray]:
     listed = list(places)
-    for place, found in zip(listed, self.weight.parts(listed), strict=True):
+    parts, ndim = self.weight.parts(listed), len(self.shape)
+    for place in listed:
       a, b = jnp.asarray(self.a[place]), jnp.asarray(self.b[place])
-      yield np.asarray(found + update(a, b, found.ndim, self.cfg))
+      yield np.asarray(next(parts) + update(a, b, ndim - len(place), self.cfg))
 
 
 @contextlib.contextmanager

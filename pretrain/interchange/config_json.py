@@ -30,8 +30,11 @@ class ConfigJson:
     self.problems: list[str] = []
     self._known = set(NO_EFFECT)
 
-  def take(self, key: str, default: Any = REQUIRED, kind: type = int, *, optional: bool = False) -> Any:
-    """The value of `key`, or `default` where it is absent; None only if that is the default, or it is `optional`."""
+  def take(self, key: str, default: Any = REQUIRED, kind: type = int, *, optional: bool = False, least: int = 1) -> Any:
+    """The value of `key`, or `default` where it is absent; None only if that is the default, or it is `optional`.
+
+    An int is a size of at least `least`.
+    """
     self._known.add(key)
     found = self.values.get(key, default)
     if found is REQUIRED:
@@ -41,8 +44,9 @@ class ConfigJson:
       fits = found is None and (optional or default is None)
     else:
       fits = isinstance(found, (int, float) if kind is float else kind)
-    if not fits:
-      self.problems.append(f'{key}={found!r} is no {kind.__name__}')
+    small = kind is int and fits and found is not None and found < least
+    if not fits or small:
+      self.problems.append(f'{key}={found!r} is {f"below {least}" if small else f"no {kind.__name__}"}')
       return kind(1) if kind is not list else []
     return found if found is None else kind(found)
 

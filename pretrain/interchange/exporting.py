@@ -129,10 +129,16 @@ class Weights:
         placing.copy(tensor, tensors[name])
     for entry, spec in self.places:
       row, own = _row(entry, kept), entry.names(spec)
-      for first, values in zip(own.values(), found[entry.ours].parts(own), strict=True):
+      parts = found[entry.ours].parts(own)
+      for first in own.values():
         before = kept.get(first) if entry.folds else None
-        for name in _all_names(first, self._names):
-          placing.write(entry, spec, tensors[name], values, before, row)
+        into = [tensors[name] for name in _all_names(first, self._names)]
+        _put(entry, spec, into, next(parts), before, row)  # no name here holds the part while the next one is read
+
+
+def _put(entry: Entry, spec: ParamSpec, tensors: list[Tensor], values: np.ndarray, before, row) -> None:
+  for tensor in tensors:
+    placing.write(entry, spec, tensor, values, before, row)
 
 
 def _originals(imported: pathlib.Path | None, family: Family) -> dict[str, Tensor]:

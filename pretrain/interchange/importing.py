@@ -304,12 +304,10 @@ def start_from(source: Source) -> list[str]:
 def imported_writer(folder: pathlib.Path, mesh: MeshConfig) -> Writer:
   """The weights in `folder`, placed on a mesh, with their tokenizer; nothing is written.
 
-  Raises the errors of `open_source` and `tokenizer_from`, and ConfigError for an encoder.
+  Raises the errors of `open_source` and `tokenizer_from`.
   """
   source = open_source(folder)
   cfg = experiment(source, [], [])
-  if cfg.model.name == 'encoder':
-    raise ConfigError(f'{folder} is an encoder, which writes no text; evaluate a decoder or an encoder-decoder.')
   data, program = data_of(cfg, tokenizer_from(folder)), program_for(cfg, mesh)
   shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
   return Writer(cfg, data, program.model, parameters(source, shardings))

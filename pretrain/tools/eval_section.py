@@ -10,22 +10,37 @@ from pretrain.records.heat_map import draw_needles
 from pretrain.workdirs.folder import Folder
 
 FILE = 'eval.json'
-# Kind of result -> heading, and (key, name, unit) of its rows.
+# Kind of result -> heading, and (key, name, unit) of its rows; results have some of the keys.
 TABLES = {
   'text': (
     'Text',
     (
       ('bits_per_byte', 'bits per byte', 'bits/byte'),
       ('perplexity', 'perplexity', 'per token'),
+      ('pseudo_bits_per_byte', 'pseudo bits per byte', 'bits/byte'),
+      ('pseudo_perplexity', 'pseudo-perplexity', 'per token'),
+      ('masked_accuracy', 'tokens right, hidden alone', 'share of tokens'),
       ('bytes', 'bytes', ''),
     ),
   ),
   'rank': (
     'Choices',
-    (('accuracy', 'accuracy', 'share of answers'), ('accuracy_per_byte', 'accuracy, per byte', 'share of answers')),
+    (
+      ('accuracy', 'accuracy', 'share of answers'),
+      ('accuracy_per_byte', 'accuracy, per byte', 'share of answers'),
+      ('pseudo_accuracy', 'accuracy by pseudo-likelihood', 'share of answers'),
+      ('pseudo_accuracy_per_byte', 'accuracy by pseudo-likelihood, per byte', 'share of answers'),
+    ),
   ),
   'exact': ('Exact match', (('exact_match', 'exact match', 'share of outputs'),)),
-  'infill': ('Hidden words', (('exact_match', 'exact match', 'share of sentences'),)),
+  'infill': (
+    'Hidden words',
+    (
+      ('exact_match', 'exact match', 'share of sentences'),
+      ('masked_accuracy', 'masked tokens right', 'share of tokens'),
+      ('masked_exact_match', 'all masked tokens right', 'share of sentences'),
+    ),
+  ),
 }
 
 
@@ -57,6 +72,7 @@ def eval_section(
       (f'{name}: {label}', show(values[key]), unit)
       for name, values in found.get(kind, {}).items()
       for key, label, unit in keys
+      if key in values
     ]
     parts += [table((heading, 'value', 'unit'), rows)] if rows else []
   if 'needle' in found:

@@ -300,7 +300,8 @@ def _steps(workdir: Folder) -> list[int]:
       if there := checkpoints.finished():
         return there
   where = f'{workdir}/checkpoints{looked_in(str(workdir))}'
-  raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {where}; check the path.')
+  fix = 'let the run reach checkpoint.every' if (workdir / 'config.gin').exists() else 'check the path'
+  raise CheckpointError('CKPT-NONE', f'no finished checkpoint in {where}; {fix}.')
 
 
 def _write(output: Folder, params: Any, cfg: Experiment, first: Step, source: str) -> None:

@@ -59,8 +59,8 @@ def read(kind: Kind, config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   config.expect('tie_word_embeddings', True)
   config.ignore('attention_probs_dropout_prob', 'hidden_dropout_prob', 'summary_activation', 'summary_last_dropout')
   config.ignore('summary_type', 'summary_use_proj')
-  config.take('type_vocab_size', 2)
-  config.take('pad_token_id', None)
+  config.take('type_vocab_size', 2, least=0)
+  config.take('pad_token_id', None, least=-1)
   embed, heads = config.take('hidden_size'), config.take('num_attention_heads')
   size = config.take('embedding_size', 128) if kind is ELECTRA_KIND else embed
   activation = config.choose('hidden_act', ACTIVATIONS, 'gelu')

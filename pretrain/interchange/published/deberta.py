@@ -31,7 +31,7 @@ def read(config: ConfigJson, tensors: Tensors) -> EncoderConfig:
   embed, heads = config.take('hidden_size', 1536), config.take('num_attention_heads', 24)
   config.expect('embedding_size', embed)
   config.expect('attention_head_size', embed // heads)
-  buckets, distance = config.take('position_buckets', -1), config.take('max_relative_positions', -1)
+  buckets, distance = (config.take(key, -1, least=-1) for key in ('position_buckets', 'max_relative_positions'))
   if buckets < 2:
     config.problems.append(f'position_buckets={buckets} (supported: logarithmic buckets, 2 or more)')
   longest = config.take('max_position_embeddings', 512)

@@ -92,7 +92,7 @@ def _qwen_windows(config: ConfigJson, layers: int) -> tuple[int | None, ...]:
   config.ignore('sliding_window', 'max_window_layers', 'layer_types')
   if not config.take('use_sliding_window', False, bool):
     return ()
-  first = config.take('max_window_layers', 28)
+  first = config.take('max_window_layers', 28, least=0)
   return windows(config, layers, [SLIDING if i >= first else FULL for i in range(layers)])
 
 

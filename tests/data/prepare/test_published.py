@@ -124,7 +124,7 @@ def test_sentencepiece_comes_first_unless_it_lacks_an_id(tmp_path, llama_model):
     ),
     (
       lambda folder: (publish(folder, 'byte_level') / 'tokenizer.json').write_text('{"model": 3}'),
-      r'm/tokenizer.json is not a tokenizer.json \(it has no model with a vocabulary\); check --tokenizer',
+      r'm/tokenizer.json is not a tokenizer.json \(it has no model with a vocabulary\); copy it again',
     ),
     (
       lambda folder: (publish(folder, 'byte_level') / 'config.json').write_text('{'),

@@ -13,10 +13,8 @@ from pretrain.cli.main import main
 from pretrain.errors import ConfigError
 from pretrain.evaluation.blanks import choose
 from pretrain.evaluation.writer import open_writer
-from pretrain.interchange import importing
 from pretrain.records.heat_map import draw_needles
 from pretrain.run.train import train
-from tests.pretrain import tiny
 from tests.pretrain.benchmarks.test_scores import writer_on
 from tests.pretrain.evaluation.test_generate import config_of
 
@@ -194,15 +192,6 @@ def test_a_step_is_opened_by_its_number(run_dir):
 def test_needles_are_for_runs_that_continue_text_or_fill_blanks(pair_store):
   with pytest.raises(ConfigError, match=r"objective\.name='supervised' neither continues text nor fills blanks"):
     probe(Scorer(writer_on(pair_store, 'supervised')), Haystacks(lengths=(64,)), lambda done: None)
-
-
-def test_published_encoders_are_refused(text_store, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(importing, 'open_source', lambda folder: None)
-  monkeypatch.setattr(importing, 'experiment', lambda *given: tiny.encoder(text_store))
-  assert main(['eval', f'--from={tmp_path}', '--needle_lengths=64']) == 64
-  assert capsys.readouterr().err == (
-    f'CONFIG: {tmp_path} is an encoder, which writes no text; evaluate a decoder or an encoder-decoder.\n'
-  )
 
 
 def test_a_report_needs_no_training_and_a_damaged_file_is_one_line(tmp_path, capsys):

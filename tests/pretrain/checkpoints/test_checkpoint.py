@@ -238,18 +238,20 @@ def test_parameters_alone_are_saved_in_small_files(tmp_path, monkeypatch):
 
 
 def test_a_layer_can_be_read_alone(tmp_path, monkeypatch):
-  """Of a step of parameters each layer has chunks of its own; of others the array stays in memory meanwhile."""
+  """Of a large array each layer has chunks of its own; of a smaller one, all of it stays in memory meanwhile."""
   monkeypatch.setattr('pretrain.checkpoints.checkpoints.SMALL_FILE', 2**16)
   monkeypatch.setattr('pretrain.checkpoints.stored.PART', 2**14)
   params = {'x': {'y': jax.random.normal(jax.random.key(0), (4, 64, 512)), 'z': jax.numpy.float32(3)}}
   with contextlib.closing(Checkpoints(tmp_path, CFG)) as checkpoints:
     checkpoints.save_params(0, params, POSITION, '')
     checkpoints._save(1, {'params': params}, POSITION, '', {})
+    monkeypatch.setattr('pretrain.checkpoints.orbax_files.CHUNK', 2**15)
+    checkpoints._save(2, {'params': params}, POSITION, '', {})
   with contextlib.closing(Checkpoints(tmp_path, CFG, read_only=True)) as checkpoints:
-    for step, layers in ((0, 1), (1, 4)):
+    for step, chunk in ((0, (1, 64, 256)), (1, (4, 64, 512)), (2, (1, 64, 128))):
       found = checkpoints.stored(step, ['params/x/y', 'params/x/z'])
       y, z = found['params/x/y'], found['params/x/z']
-      assert (y.shape, y._chunk[0], z.shape, z.all()) == ((4, 64, 512), layers, (), 3)
+      assert (y.shape, y._chunk, z.shape, z.all()) == ((4, 64, 512), chunk, (), 3)
       for place, part in zip(((2,), (0,), (3, 5)), y.parts([(2,), (0,), (3, 5)]), strict=True):
         assert (part == params['x']['y'][place]).all()
     broken = checkpoints.stored(0, ['params/x/y'])['params/x/y']

@@ -92,6 +92,13 @@ def test_config_keys_are_listed_in_one_line(source, capsys):
   assert 'num_heads=True' in err
 
 
+@pytest.mark.parametrize(('name', 'key', 'value'), [('llama', 'num_hidden_layers', -1), ('bert', 'hidden_size', 0)])
+def test_a_size_below_one(tmp_path, capsys, name, key, value):
+  source = shutil.copytree(GOLDENS / name, tmp_path / 'source')
+  change(source, **{key: value})
+  assert f'{key}={value} is below 1' in refused_import(capsys, source)
+
+
 def test_a_key_that_is_missing(source, capsys):
   path = source / 'config.json'
   path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'd_model'}))
@@ -160,7 +167,9 @@ def refused_export(capsys, run, *flags, out, code: int = 64) -> str:
 def test_a_run_that_has_not_saved(run, tmp_path, capsys):
   (tmp_path / 'new').mkdir()
   shutil.copy(run / 'config.gin', tmp_path / 'new')
-  assert 'CKPT-NONE' in refused_export(capsys, tmp_path / 'new', out=tmp_path / 'out', code=66)
+  err = refused_export(capsys, tmp_path / 'new', out=tmp_path / 'out', code=66)
+  assert err.startswith('CKPT-NONE')
+  assert err.endswith('; let the run reach checkpoint.every.\n')
   assert not (tmp_path / 'out').exists()
 
 
