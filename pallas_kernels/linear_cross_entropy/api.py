@@ -8,7 +8,7 @@ IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'chunked': chunk
 
 
 def choose(implementation: str) -> str:
-  """The implementation to run; 'auto' is 'reference', because the cycles of 'chunked' on TPUs are not compared yet.
+  """The implementation to run; 'auto' is 'reference', which takes fewer cycles (docs/LOG.md).
 
   Raises ValueError for an implementation that does not exist.
   """
