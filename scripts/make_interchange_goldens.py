@@ -299,7 +299,7 @@ def pseudo_log_probs(name: str) -> np.ndarray:
   """f32[MASKED]: one forward pass for each token, no batch, no packing."""
   config = json.loads((GOLDENS / name / 'config.json').read_text())
   model = getattr(transformers, config['architectures'][0]).from_pretrained(GOLDENS / name).eval()
-  with np.load(GOLDENS / name / 'expected.npz') as found:
+  with np.load(GOLDENS / name / 'expected.npz', allow_pickle=False) as found:
     text = [CLS, *found['short'][:MASKED].tolist(), SEP]
   scores = []
   for i in range(1, MASKED + 1):

@@ -40,6 +40,7 @@ import sentencepiece
 from data.prepare.messages import ROLES, marker
 from data.stores.store import StoreWriter
 from data.stores.vocabulary import Tokenizer
+from tests.pretrain.stores import bucket, fake_server, gcs, moto_server, s3  # noqa: F401 - fixtures of all tests
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLUMNS = {'tag_lengths': 'int32', 'roles': 'int8', 'turns_left': 'int32'}  # of a store of conversations

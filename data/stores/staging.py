@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import time
 
 from data.errors import DataError
 from data.stores.arrays import read_file
@@ -72,10 +73,19 @@ class Staging:
   def remove(self) -> None:
     """Deletes everything that was created and not moved."""
     if self.folder is not None:
-      shutil.rmtree(self.folder, ignore_errors=True)
+      _remove_tree(self.folder)
     for parent in reversed(self._parents):
       try:
         parent.rmdir()
       except OSError:  # it contains something else by now
         break
     self.folder, self._parents = None, []
+
+
+def _remove_tree(folder: str) -> None:
+  """Deletes `folder`, into which a worker that is ending may still write for a moment."""
+  for _ in range(100):
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.exists(folder):
+      return
+    time.sleep(0.05)

@@ -15,7 +15,7 @@ from pretrain.devices.mesh import AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
 
 SEARCHED = ('data', 'fsdp', 'tensor')
-REMATS = ('none', 'dots', 'minimal', 'save_dot_except_mlp', 'save_qkv_proj', 'full')
+REMATS = ('none', 'dots', 'full')
 MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small for a matrix unit
 # Axes that are not searched, and why.
 LEFT_OUT = {

@@ -19,7 +19,6 @@ from pretrain.hosts.watchdog import WatchdogConfig
 from pretrain.replicas.compare import ReplicasConfig
 from pretrain.snapshots.slots import SnapshotConfig
 from pretrain.tools import report
-from tests.pretrain.stores import bucket, fake_server, gcs, moto_server, s3  # noqa: F401 - fixtures
 
 KEPT = 24  # programs; a worker has a few MB for each
 BUILD, WRITE_REPORT = program.build_program, report.write_report

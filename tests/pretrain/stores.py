@@ -27,6 +27,7 @@ def fake_server():
   buckets.RETRIES.update(initial_delay='20ms', max_delay='100ms')
   yield server
   server.shutdown()
+  server.server_close()
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_the_trials_detect_a_class_of_files_that_is_not_compared(tmp_path, monke
 
 @pytest.mark.slow
 def test_orbax_alone_would_have_loaded_some():
-  command = [sys.executable, '-m', 'faults.files', '--trials=40']
+  command = [sys.executable, '-m', 'scripts.faults.files', '--trials=40']
   done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True)
   last = done.stdout.splitlines()[-1]
   assert last.startswith('F5 all         40 tried, 0 loaded; Orbax alone: silent ')

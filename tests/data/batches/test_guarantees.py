@@ -111,7 +111,9 @@ def test_g2_hosts_and_workers_may_change_during_a_run(sharded, hashes):
   assert [found for leg in legs for found in steps_of(functools.partial(mixed, sharded), *leg)] == hashes
 
 
-@pytest.mark.parametrize('kind', ['conversations', 'tags', 'full rows'])
+@pytest.mark.parametrize(
+  'kind', ['conversations', *(pytest.param(x, marks=pytest.mark.slow) for x in ('tags', 'full rows'))]
+)
 def test_g1_g2_g4_hold_for_conversations_tags_and_full_rows(chat_store, tag_store, sharded, kind):
   """Over several epochs: each step on its own, backwards; then in parts with different hosts and workers."""
   if kind == 'full rows':

@@ -17,7 +17,6 @@ from data.stores.store import StoreWriter
 from data.stores.vocabulary import Tokenizer
 from tests.data.batches.test_guarantees import sharded  # noqa: F401
 from tests.data.batches.test_source import SENTINELS, assert_equal
-from tests.pretrain.stores import fake_server, gcs  # noqa: F401 - fixtures
 
 URL = 'gs://runs/cache/plans'
 

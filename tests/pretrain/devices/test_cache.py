@@ -37,6 +37,7 @@ def test_compiled_programs_are_kept_in_a_store_and_found_there(gcs, own_programs
   assert cache_dir() == pathlib.Path('~/.cache/pretrain').expanduser()  # built corpora stay on the host
 
 
+@pytest.mark.slow
 def test_plans_made_ahead_and_those_of_a_run_are_kept_in_a_store(gcs, own_programs, text_store, tmp_path):
   assert plans_url() is None
   own_programs.setenv('HOME', str(tmp_path))
