@@ -132,6 +132,7 @@ def command_of(pid: int) -> str:
     return ''
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_without_closing_the_loader_prints_nothing(text_store):
   code = (
     'import sys; from tests.data.batches.test_source import opened; from data.batches.loader import loader\n'

@@ -69,6 +69,7 @@ def test_the_same_files_make_the_same_corpus(few_files, tmp_path):
     assert open_store(a).fingerprint == open_store(b).fingerprint
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_is_completed(few_files, tmp_path, monkeypatch):
   real, written = builtin._write, []
 

@@ -47,12 +47,12 @@ def primitives(function, *args) -> list:
   ('keys', 'again'),
   [
     ({'remat': 'full'}, 'q k v scores mix out gate up'),
-    ({'remat': 'save_out_proj'}, 'q k v scores mix gate up'),
-    ({'remat': 'save_qkv_proj'}, 'scores mix out gate up'),
-    ({'remat': 'save_context'}, 'q k v scores mix out gate up'),
-    ({'remat': 'save_dot_except_mlp'}, 'scores mix gate up'),
+    slow({'remat': 'save_out_proj'}, 'q k v scores mix gate up'),
+    slow({'remat': 'save_qkv_proj'}, 'scores mix out gate up'),
+    slow({'remat': 'save_context'}, 'q k v scores mix out gate up'),
+    slow({'remat': 'save_dot_except_mlp'}, 'scores mix gate up'),
     ({'remat': 'minimal'}, 'scores mix'),
-    ({'remat': 'minimal_with_context'}, 'scores mix'),
+    slow({'remat': 'minimal_with_context'}, 'scores mix'),
     ({'remat': 'custom', 'remat_keep': ('query', 'up')}, 'k v scores mix out gate'),
   ],
   ids=lambda x: x['remat'] if isinstance(x, dict) else '',
@@ -77,13 +77,14 @@ def test_no_gradient_changes(cfg, policy):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, wanted)
 
 
+@pytest.mark.slow
 def test_names_of_experts_are_kept():
   count = lambda policy: primitives(*gradient(EXPERTS, remat=policy)).count('ragged_dot_general')
   assert count('full') - count('none') == 3, 'down too: its sum is weighted by the router'
   assert count('minimal') == count('none')
 
 
-@pytest.mark.parametrize('names', [('query', 'key', 'value'), ('input',)])
+@pytest.mark.parametrize('names', [slow(('query', 'key', 'value')), ('input',)])
 def test_offloaded_activations_go_to_the_host_and_come_back_equal(names):
   keys = {'remat': 'save_qkv_proj', 'remat_offload': names}
   kept = jax.jit(gradient(LLAMA, remat='save_qkv_proj')[0])

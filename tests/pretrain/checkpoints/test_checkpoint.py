@@ -203,6 +203,7 @@ def test_wrong_values_in_intact_files_are_detected(run, program, capsys):
   assert not (run / 'checkpoints/2').exists()
 
 
+@pytest.mark.slow
 def test_if_all_values_are_wrong_no_step_is_renamed(run, program, monkeypatch):
   """The fault may be in the program."""
   mix = digest.mix

@@ -466,6 +466,7 @@ def test_a_package_of_the_same_name_is_named(tmp_path, name):
   assert done.stderr.startswith(f'CONFIG: import {package} finds {tmp_path / name}, not {tiny.ROOT / package}. Nothing')
 
 
+@pytest.mark.slow
 def test_the_command_takes_its_own_packages_in_any_folder(tmp_path):
   """Also after it has started itself again, and in the processes of `pretrain run`."""
   script = tmp_path / 'bin' / 'pretrain'

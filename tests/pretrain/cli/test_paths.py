@@ -192,6 +192,7 @@ def test_checkpoints_of_such_a_folder_are_looked_for(home, capsys):
   assert capsys.readouterr().err.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_path_with_such_bytes_is_shown_and_never_crashes_the_message(home):
   code, out, error = child('config', f'--gin_file={BAD}.gin')
   where = f'caf\\udce9.gin (looked for in {os.getcwd()})'

@@ -123,6 +123,7 @@ def test_the_identity_of_memory_is_that_of_contents(folder):
   assert identity(configured(['stores/b']), [])['config'] not in found
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_another_folder_with_its_names_and_rows(folder, monkeypatch):
   whole, cut = folder / 'whole', folder / 'cut'
   train(configured(['stores/a', 'stores/b'], ['stores/h'], 'train.steps=4'), whole)

@@ -115,6 +115,7 @@ def test_a_run_shows_its_fillings_beside_those_of_a_unigram(text_store, tmp_path
   assert shown == sorted(shown, key=expected.index)
 
 
+@pytest.mark.slow
 def test_a_run_without_heldout_text_is_refused(pair_store, tmp_path):
   train(tiny.ul2(pair_store, "objective.name='supervised'", 'train.steps=1', 'checkpoint.every=1'), tmp_path)
   with pytest.raises(ConfigError, match=r'has no held-out text to hide words in; set data\.heldout'):

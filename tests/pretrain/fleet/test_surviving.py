@@ -99,6 +99,7 @@ def test_survivors_keep_their_pids_and_numbers_and_a_new_process_replaces_the_de
   assert (found['processes'], found['failures']) == (2, 1)
 
 
+@pytest.mark.slow
 def test_if_fewer_are_allowed_survivors_are_renumbered_and_none_is_started(tmp_path):
   assert run(tmp_path, {0: {0: (3, 9)}, 1: {0: (3, 9)}}, min_hosts=1) == 0
   first, second, third = ups(tmp_path)
@@ -117,6 +118,7 @@ def test_if_survival_takes_too_long_all_are_ended_and_restarted(tmp_path, what):
   assert not {pid for _, pid in ups(tmp_path)[0]} & {pid for _, pid in ups(tmp_path)[-1]}
 
 
+@pytest.mark.slow
 def test_a_death_before_there_is_a_state_again_restarts_all(tmp_path):
   assert run(tmp_path, {0: {1: (3, 9)}, 1: {2: (None, 9)}}) == 0
   assert [i['action'] for i in incidents(tmp_path)] == ['survival', 'restart']

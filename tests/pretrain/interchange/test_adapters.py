@@ -20,7 +20,7 @@ def run(*argv) -> None:
   assert main([str(arg) for arg in argv]) == 0
 
 
-@pytest.fixture(scope='module', params=['t5_v1_0', pytest.param('gpt2', marks=pytest.mark.slow)])
+@pytest.fixture(scope='module', params=[pytest.param('t5_v1_0', marks=pytest.mark.slow), 'gpt2'])
 def folder(request, tmp_path_factory):
   """An imported run, one of two steps with its adapters, its merged export `out` and its `adapter`."""
   folder, name = tmp_path_factory.mktemp('adapters'), request.param

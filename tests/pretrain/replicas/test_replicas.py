@@ -138,6 +138,7 @@ def test_a_run_stops_before_the_next_save_and_resumes_from_the_one_before(tmp_pa
   assert numbers(tmp_path / 'flipped') == numbers(tmp_path / 'alone')
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_at_the_same_time_does_not_hide_the_device(tmp_path, flips, monkeypatch):
   """After code 66 the run must not be started again; after 74 it may."""
   monkeypatch.setattr(Files, 'wait', lambda files: (time.sleep(1), (_ for _ in ()).throw(OSError('no such disk'))))

@@ -99,6 +99,7 @@ def shown_checksums(workdir, steps) -> list[int]:
   return found
 
 
+@pytest.mark.slow
 def test_a_store_that_grew_continues_from_the_same_row(stores, tokenizer_model, tmp_path):
   train(configured(stores, 'a', (1.0,), 'train.steps=4'), tmp_path / 'run')
   (stores / 'a').rename(stores / 'old')

@@ -149,6 +149,7 @@ def test_a_resumed_run_keeps_the_losses_of_the_window(poison, tmp_path):
   assert 'loss_limit' not in rows[0], 'none before there is one'
 
 
+@pytest.mark.slow
 def test_a_run_whose_losses_stay_high_stops(poison, tmp_path, monkeypatch):
   poison(dict.fromkeys(range(5, 20), 100.0))
   said = []
@@ -210,6 +211,7 @@ def test_a_second_spike_rewinds_again_and_a_third_stops_the_run(poison, tmp_path
   assert 'spike at step 7</td><td class="number">4</td><td>48 to 71</td>' in text
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_at_the_same_time_does_not_prevent_a_rewind(poison, tmp_path, monkeypatch):
   """It is one that would have been tried again: code 66 would end the run."""
   poison({9: 100.0})

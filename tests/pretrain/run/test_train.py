@@ -136,6 +136,7 @@ def test_throughput_and_data_wait_are_logged(tmp_path):
   assert last['learning_rate'] == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_rows_have_the_mean_fill_of_the_steps_since_the_row_before(text_store, tmp_path):
   cfg = tiny.ul2(text_store, 'train.steps=5', 'train.log_every=2')
   train(cfg, tmp_path)
@@ -148,6 +149,7 @@ def test_rows_have_the_mean_fill_of_the_steps_since_the_row_before(text_store, t
   assert all(0 < row['padding_flops'] < 1 for row in rows(tmp_path))
 
 
+@pytest.mark.slow
 def test_profile_steps_write_a_trace(tmp_path):
   train(tiny.decoder('train.steps=4', 'train.profile_steps=(1, 2)'), tmp_path)
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))

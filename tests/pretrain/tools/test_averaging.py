@@ -204,6 +204,7 @@ def damaged(run, tmp_path, program):
   return tmp_path / 'damaged'
 
 
+@pytest.mark.slow
 def test_a_greedy_soup_leaves_out_damaged_weights(run, damaged, tmp_path, program, capsys):
   flags = [f'--gin_file={run}/config.gin', '--metric=eval/license/loss', f'--output={tmp_path / "out"}']
   assert main(['checkpoints', 'soup', f'--inputs={damaged},{run}/5,{run}/6', *flags]) == 0
@@ -323,6 +324,7 @@ def edit(path, old: str, new: str) -> None:
   path.write_text(text.replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_parameters_alone(run, text_store, tmp_path, program):
   free = ('model.dropout=0.1', 'model.init_std=0.02', 'model.rope_theta=500000.0')
   cfg = config_of(text_store, f"checkpoint.initial='{run}/4'", 'train.steps=1', 'schedule.peak=0.0', *free)

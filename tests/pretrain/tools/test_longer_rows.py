@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
   return {name: folder / name for name in ('plain', 'longer')}
 
 
+@pytest.mark.slow
 def test_a_run_may_add_what_longer_rows_need(runs):
   """All parameters are those of the other run, which has no learned frequencies; these are drawn."""
   before, after = params_of(runs['plain'], config_of()), params_of(runs['longer'], config_of(*LONGER))

@@ -123,6 +123,7 @@ def by_the_paper(path, old, new, table: np.ndarray, token: int) -> np.ndarray:
   return sum(weight * table[i] for i, weight in zip(best, weights / weights.sum(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_ofa_equals_the_paper(folder, vectors, tmp_path, rank, capsys):
   flags = [f'--workdir={folder}/old', f'--tokenizer={folder}/new.model', '--method=ofa', f'--vectors={vectors}']
