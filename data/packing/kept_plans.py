@@ -14,7 +14,7 @@ import pathlib
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     raise DataError(f'{path} cannot be read ({error.strerror}); check the folder (PRETRAIN_CACHE).') from error
 
 
-def _loaded(file: IO[bytes], place: str) -> dict[str, np.ndarray]:
+def _loaded(file: io.BufferedIOBase, place: str) -> dict[str, np.ndarray]:
   """The arrays of the file at `place`. Its checksums are the zip format's."""
   try:
     with np.load(file, allow_pickle=False) as arrays:

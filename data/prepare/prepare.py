@@ -137,7 +137,7 @@ def prepare(
   tokenizer: str | os.PathLike[str] | None = None,
   append_eos: bool = True,
   reading: Reading | None = None,
-  scores: tuple[Score, ...] = (),
+  scores: tuple[str, ...] = (),
   workers: int | None = None,
 ) -> None:
   """Makes the store `out` from files as a stream: memory does not grow with their size.
@@ -177,7 +177,7 @@ def _provenance(reading: Reading) -> dict[str, Any]:
   return taken | ({'tag_fields': list(reading.tag_fields)} if reading.tag_fields else {})
 
 
-def _check(reading: Reading, scores: tuple[Score, ...], append_eos: bool, sentinels: int, workers: int | None) -> None:
+def _check(reading: Reading, scores: tuple[str, ...], append_eos: bool, sentinels: int, workers: int | None) -> None:
   """Raises DataError for flags that are invalid or cannot be combined."""
   if sentinels < 0:
     raise DataError(f'--sentinels={sentinels}; it must be >= 0.')
