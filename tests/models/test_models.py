@@ -137,6 +137,7 @@ def test_scanned_layers_are_a_loop_over_layers(cfg):
   assert np.abs(loop([1, 0]) - hidden(model, params, data)).max() > 1e-2, 'swapped layers must show'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_rematerialisation_changes_no_gradient(remat):
   data = batch()

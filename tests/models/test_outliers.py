@@ -73,7 +73,7 @@ def test_kurtosis_equals_its_formula_and_skips_padding():
   assert abs(float(excess_kurtosis(jnp.asarray(rng.normal(size=(4, 64, 400))), None))) < 0.05
 
 
-@pytest.mark.parametrize('windows', [(4, None), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('windows', [pytest.param((4, None), marks=pytest.mark.slow), ()])
 def test_every_layer_s_kurtosis_is_a_metric_and_an_observation(windows):
   """That of its own output: layers by hand. Gradients stay as they are."""
   cfg = dataclasses.replace(LLAMA, layers=4, kurtosis=True, windows=windows)

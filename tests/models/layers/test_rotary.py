@@ -115,6 +115,7 @@ def test_longer_rows_have_positions_closer_together():
   np.testing.assert_allclose(last[1] / last[0], (32 - 1) / 4 / (8 - 1), rtol=1e-5)  # this key draws t = 1
 
 
+@pytest.mark.slow
 def test_a_model_learns_its_frequencies():
   """A few steps of gradient descent: the loss falls, both matrices move, a step is repeated bit for bit."""
   model, params = small.model_and_params(small.CLEX)

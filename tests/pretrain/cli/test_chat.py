@@ -32,7 +32,7 @@ def stores(tmp_path, tokenizer_model):
   return lambda *names: [{'path': str(tmp_path / name)} for name in names]
 
 
-@pytest.mark.parametrize('name', ['chat', 'tags'])
+@pytest.mark.parametrize('name', ['chat', pytest.param('tags', marks=pytest.mark.slow)])
 def test_a_shipped_config_trains_and_tells_what_is_cut(stores, tmp_path, capsys, name):
   """Two steps, of two phases where there are: the loss is that of the tokens asked for, and a run says what it cut."""
   own = ('chat',) if name == 'chat' else ('tags', 'bare')

@@ -223,6 +223,7 @@ def test_an_import_whose_save_fails_leaves_nothing(source, capsys, monkeypatch):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_leaves_no_folder_of_that_name(run, tmp_path, capsys):
   out = tmp_path / 'out'
   program = (

@@ -112,6 +112,7 @@ def test_a_store_that_grew_continues_from_the_same_row(stores, tokenizer_model, 
   assert checksums(tmp_path / 'run')[4] == int(checksum(data.batch(4, slice(0, longer.data.batch_size))))
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_continues_with_the_next_row(stores, tmp_path):
   train(configured(stores, 'a', (1.0,), 'train.steps=4'), tmp_path / 'run')
   larger = configured(stores, 'a', (1.0,), 'train.steps=6', 'data.batch_size=16')

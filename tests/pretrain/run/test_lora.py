@@ -121,6 +121,7 @@ def test_merged_weights_are_an_ordinary_run(folder):
   assert not [key for key in arrays(out, 0, 'params/') if 'lora' in key]
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_same_place_are_refused(folder, tmp_path):
   for run in ('trunk', 'tuned'):
     shutil.copytree(folder / run, tmp_path / run)

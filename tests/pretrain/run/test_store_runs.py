@@ -61,6 +61,7 @@ def run_killed(monkeypatch, cfg, url: str, step: int) -> None:
       train(cfg, url)
 
 
+@pytest.mark.parametrize('bucket', ['gs', pytest.param('s3', marks=pytest.mark.slow)], indirect=True)
 def test_a_run_that_is_killed_resumes_on_another_host_with_the_same_bits(
   bucket, cfg, on_a_disk, monkeypatch, shared_programs
 ):

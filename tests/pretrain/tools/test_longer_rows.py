@@ -46,6 +46,7 @@ def test_a_run_may_add_what_longer_rows_need(runs):
   assert not drawn['down'].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('keys', 'message'),
   [
