@@ -36,7 +36,7 @@ def _recipe(forward: str, gradient: str | None = None, **options: Any) -> Recipe
 
 # Stochastic rounding keeps the mean of gradients whose rounding errors would otherwise add up: Chmiel et al. 2021,
 # arXiv:2112.10769 (4 bits); Xi et al. 2023, arXiv:2306.11987. fp8: Micikevicius et al. 2022, arXiv:2209.05433, §3 with
-# the scale of the tensor at hand, or of earlier steps (pallas_kernels/quantized_matmul/reference.py has the sources);
+# current scaling or delayed scaling (pallas_kernels/quantized_matmul/reference.py has the sources);
 # mxfp8: Mishra et al. 2025, arXiv:2506.08027; nvfp4: NVIDIA 2025, arXiv:2509.25149, §4.2 and §4.4 (without its
 # transforms and blocks of 16 x 16).
 RECIPES: dict[str, Recipe | None] = {
@@ -130,7 +130,7 @@ def attach(module: nnx.Module, cfg: PrecisionConfig, implementation: str = 'auto
 
 def first_history(cfg: PrecisionConfig, specs: Tree) -> Tree:
   """f32[layers, 3, amax_history] for each product, at its weight's path: amax of x, w and the gradient, the newest
-  first; 0 where there is none yet. All products have one, so that phases may change recipes.
+  first; 0 for steps that have not run yet. All products have a history, so that phases may change recipes.
   """
   flat = flatten_dict(dict(specs))
   return unflatten_dict({path: jnp.zeros((flat[path].shape[0], 3, cfg.amax_history)) for path in products(specs)})

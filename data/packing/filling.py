@@ -2,7 +2,7 @@
 
 Lanes are stretches of a shard that are filled side by side, one piece each at a time: every operation works on all
 lanes. A row of a lane takes prefixes (never cut), then pieces that need little decoder until the room that is left has
-the proportions of those that need much, then those. What is left of a cut piece comes first in the lane's next row.
+the proportions of pieces that need much, then such pieces. The rest of a cut piece comes first in the lane's next row.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Taken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Queues:
-  """Pieces in the order of queues: queue q of lane k has those of `order` from heads[q, k] to ends[q, k]."""
+  """Pieces in the order of queues: queue q of lane k is `order` from heads[q, k] to ends[q, k]."""
 
   order: np.ndarray
   heads: np.ndarray

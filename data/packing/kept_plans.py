@@ -23,7 +23,7 @@ from data.packing.plan import Bins, Cuts, Pieces, Plan, Planner, Stream
 from data.stores.arrays import has_file, read_file, write_file
 
 VERSION = 2  # raise when the same arguments give other plans
-LISTED = (*Pieces._fields[:-1], 'piece_tasks')  # names in a file, where `tasks` are those of rows
+LISTED = (*Pieces._fields[:-1], 'piece_tasks')  # names in a file, in which `tasks` has an entry for each row
 LARGE = 2**20  # tokens of a store; smaller ones are planned faster than a file is read
 
 
@@ -101,7 +101,7 @@ def _arrays(plan: Plan) -> Mapping[str, np.ndarray]:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """The arrays of a file; None where there is none."""
+  """The arrays of a file; None if it does not exist."""
   try:
     with path.open('rb') as file:
       return _loaded(file, str(path))

@@ -63,7 +63,7 @@ class SpecialIds:
     return several | {name: token for name, token in single.items() if token is not None}
 
   def to_json(self) -> dict[str, Any]:
-    """Without those of an encoder where there are none, so that manifests of before are unchanged."""
+    """An encoder's ids are left out if they are not set, so that older manifests are unchanged."""
     own = {
       name: token for name, token in dataclasses.asdict(self).items() if name not in OF_ENCODERS or token is not None
     }

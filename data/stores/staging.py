@@ -83,7 +83,7 @@ class Staging:
 
 
 def _remove_tree(folder: str) -> None:
-  """Deletes `folder`, into which a worker that is ending may still write for a moment."""
+  """Deletes `folder`. A write that was interrupted (Ctrl-C) may still end there, in a thread of TensorStore."""
   for _ in range(100):
     shutil.rmtree(folder, ignore_errors=True)
     if not os.path.exists(folder):

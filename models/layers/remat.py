@@ -1,6 +1,6 @@
 """Which activations a block keeps for its gradient: the others are computed again, or come back from host memory.
 
-Names of policies are those of MaxText (configs/base.yml: remat_policy) where it has the same.
+Policies that MaxText has too have its names (configs/base.yml: remat_policy).
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ class Spec:
 
 
 def count_chunks(tokens: int, vocab: int) -> int:
-  """How many chunks: those of at most CHUNK logits, but at least LEAST tokens.
+  """The number of chunks: each has at most CHUNK logits, but at least LEAST tokens.
 
   >>> count_chunks(8192, 262144), count_chunks(512, 262144)
   (8, 1)

@@ -52,7 +52,7 @@ def quantized_matmul(
   x: Array, w: Array, recipe: Recipe, *, seed: Array | None = None, rows: Array | None = None,
   amax: Array | None = None, implementation: str = 'auto',
 ) -> Array:  # fmt: skip
-  """x[*tokens, inputs] times w[inputs, outputs] in x's dtype; gradients are those of the product without rounding,
+  """x[*tokens, inputs] times w[inputs, outputs] in x's dtype; gradients ignore rounding, and are
   themselves products of quantized operands (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
 
   `seed` (uint32) and `rows` (uint32[*tokens], by default the tokens' indices) choose the random bits of stochastic
@@ -84,7 +84,7 @@ def check_delayed(implementation: str) -> None:
   if implementation not in ('auto', *DELAYED):
     raise KernelError(
       f"kernels.quantized_matmul='{implementation}' has no delayed scaling; use 'auto', 'xla' or 'reference', or "
-      "precision.recipe='fp8', whose scales are of the numbers at hand."
+      "precision.recipe='fp8', which computes scales from the tensor itself."
     )
 
 

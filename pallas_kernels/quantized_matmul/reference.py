@@ -43,7 +43,7 @@ def quantize(
   x: Array, axes: Sequence[int], operand: Operand, noise: Noise | None = None, amax: Array | None = None
 ) -> Quantized:
   """`x` quantized for a product that sums over `axes`; blocks lie along the last of them. `amax` is a scalar for
-  delayed scales; without one they are those of the tensor at hand.
+  delayed scales; without one, scales are computed from the tensor itself.
 
   Raises KernelError where blocks do not divide that dim, and for stochastic rounding without `noise`.
   """
@@ -231,6 +231,6 @@ def integer_sum(a: Array, b: Array, pair: Pair, dims) -> Array:
 
 
 def scaled(total: Array, a: Array, b: Array, dims) -> Array:
-  """`total` times both scales, whose dims are those of the two matrices."""
+  """`total` times both scales, which have the dims of the two matrices."""
   left, right = jnp.squeeze(a, dims[0]), jnp.squeeze(b, dims[1])
   return total * left.reshape(*left.shape, *(1,) * right.ndim) * right

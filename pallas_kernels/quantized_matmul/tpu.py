@@ -1,6 +1,6 @@
 """The product on TPU as a Mosaic kernel that quantizes inside: tiles come as they are, codes never go back to memory.
 
-Scales are of tensors or channels, and are computed before. The interpreter runs the same kernel.
+There is one scale for each tensor or channel, computed before the kernel runs. The interpreter runs the same kernel.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def block_of(size: int) -> int:
 def product(a: Any, b: Any, pair: Pair, dims, *, interpret: Any = False) -> Array:
   """`reference.product` of two (array, noise), each quantized in the kernel, in the dtype of the first.
 
-  Raises KernelError for formats whose scales are of blocks, and for sums that an int32 may not hold.
+  Raises KernelError for formats with a scale for each block, and for sums that an int32 may not hold.
   """
   _check(a[0], pair, dims)
   flat = [_flat(*side, own) for side, own in zip((a, b), dims, strict=True)]

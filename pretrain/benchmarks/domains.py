@@ -103,7 +103,7 @@ def pieces_of(ids: Sequence[int], windows: Windows, writer: Writer) -> Iterator[
 def score_domain(scorer: Scorer, texts: Iterable[str], windows: Windows, said=lambda done: None) -> dict[str, float]:
   """Results of a domain. A document's tokens are those of its text and EOS; its bytes are those of the text in UTF-8.
 
-  perplexity = exp(nats / tokens). Raises DataError where there is no text.
+  perplexity = exp(nats / tokens). Raises DataError if the text is empty.
   """
   writer, pieces, skipped, count, size = scorer.writer, [], [], 0, 0
   end = special_ids(writer.data).eos[0]

@@ -32,7 +32,7 @@ class MaskedScorer:
   """Scores hidden tokens with the loss of training, without dropout; the softmax is over the whole vocabulary.
 
   Texts are read as in training: the tokenizer's `cls` before a text, if it has one, and the end behind it. `context` is
-  the most tokens of a segment, with these (default: those of a row of training); segments are packed into rows.
+  the most tokens of a segment, with these (default: the length of a training row); segments are packed into rows.
   Raises ConfigError for a number out of range, and for a model or a tokenizer that hides no tokens.
   """
 

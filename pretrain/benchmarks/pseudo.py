@@ -23,7 +23,7 @@ def score_pseudo(scorer: MaskedScorer, texts: Sequence[str], said=lambda done: N
   """Results of a domain: each token of the texts is hidden alone; those around a text are not scored.
 
   pseudo_perplexity = exp(pseudo_nats / tokens); `masked_accuracy` is the share of tokens that are the most likely at
-  their place. Raises DataError where there is no text.
+  their place. Raises DataError if the text is empty.
   """
   encode = scorer.writer.data.tokenizer.encode
   hidden = [own for text in texts for own in scorer.alone(encode(text))]

@@ -60,7 +60,7 @@ class Question(NamedTuple):
 
 
 def ranked(path: pathlib.Path) -> list[Question]:
-  """The lines of a file. Raises DataError for one that is not a question, and where there are none."""
+  """The lines of a file. Raises DataError for a line that is not a question, and for a file without lines."""
   groups = [_ranked(place, record) for place, record in read_records(path)]
   if not groups:
     raise DataError(f'{path} has no lines; each has context, choices and answer.')

@@ -287,7 +287,7 @@ def _check_lora(cfg: Experiment) -> None:
 
 
 def _check_precision(cfg: Experiment) -> None:
-  """Recipes are of products that exist, and their blocks divide the model's sizes and the rows."""
+  """The model has every product that a recipe names, and block sizes divide the model's sizes and the rows."""
   if cfg.precision != PrecisionConfig():
     keys = ('inputs_length', 'targets_length')
     lengths = {f'data.{key}': length for key in keys if (length := getattr(cfg.data, key))}

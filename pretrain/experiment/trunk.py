@@ -157,7 +157,7 @@ class Adapted:
 
 @contextlib.contextmanager
 def weights_reader(workdir: Folder, step: int, *, ema: bool = False) -> Iterator[Callable[[str], Weight | None]]:
-  """Inside, `read(path)` is one weight of a step, None where there is none; adapters are added. Nothing is read yet.
+  """Inside, `read(path)` is one weight of a step, None if the step lacks it; adapters are added. Nothing is read yet.
 
   Raises the errors of `read_weights`; values are not compared with the manifest.
   """

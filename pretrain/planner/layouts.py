@@ -15,7 +15,7 @@ from pretrain.devices.mesh import AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
 
 SEARCHED = ('data', 'fsdp', 'tensor')
-REMATS = ('none', 'dots', 'full')
+REMATS = ('none', 'dots', 'full')  # the search compiles these; other policies are estimated for a config that has them
 MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small for a matrix unit
 # Axes that are not searched, and why.
 LEFT_OUT = {

@@ -30,8 +30,8 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """`estimates`: those that fit, the fastest first, but those that leave no room last; `tried`: those compiled, with a
-  program or why there is none.
+  """`estimates`: layouts that fit, the fastest first, but layouts that leave little memory free last; `tried`: layouts
+  that were compiled, each with its program or the compiler's error.
   """
 
   work: Workload

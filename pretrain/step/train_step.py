@@ -68,7 +68,7 @@ def read_of(tracks: Tracks, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accumulate(loss: LossFn, num_microbatches: int, tracks: Tracks = NOTHING):
-  """((value, (metrics, seen)), (gradients, those of what is read)) of `loss`, as a function of its arguments: over the
+  """((value, (metrics, seen)), (gradients of params, of `read`)) of `loss`, as a function of its arguments: over the
   batch in `num_microbatches` parts, one at a time.
   """
   value_and_grad = jax.value_and_grad(loss, argnums=(0, 4), has_aux=True)

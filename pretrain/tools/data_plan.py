@@ -75,7 +75,7 @@ def report(phase: Phase, source: DataSource) -> str:
   """What `pretrain data plan` prints for one phase."""
   end = None if phase.end is None else phase.example(phase.end)
   paths = [one_line(rows.store.path) for rows in source.sources]
-  packing = _packing_lines(source, paths)  # first: its seconds are those of planning, not of reading a plan again
+  packing = _packing_lines(source, paths)  # first, so that its seconds measure planning, not reading a kept plan
   all_rows, *by_source = fillings(source, phase.cfg.model, phase.first_example, end, phase.cfg.lora)
   named = list(zip(by_source, paths, strict=True))
   if len(named) > 1:

@@ -107,7 +107,7 @@ def whole():
 
 
 def test_every_layer_observes_its_own_operands():
-  """Those of weights are known; inputs of query, key and value are one array, and so are those of up and gate."""
+  """Sizes of weights are known; query, key and value have the same input, as have up and gate."""
   _, _, felt = whole()
   own, weights = felt['decoder']['blocks'], params()['decoder']['blocks']
   for layer, name in (('mlp', 'up'), ('mlp', 'down'), ('self_attention', 'out'), ('self_attention', 'query')):
@@ -124,7 +124,7 @@ same = functools.partial(np.testing.assert_allclose, rtol=0.02)
 
 @pytest.mark.slow
 def test_microbatches_observe_what_the_batch_does():
-  """Scales are of the steps before, so that each example is rounded as in the whole batch."""
+  """Scales come from earlier steps, so that each example is rounded as in the whole batch."""
   value, grads, felt = seen(parts=2)
   expected, expected_grads, expected_felt = whole()
   assert value == pytest.approx(expected, rel=1e-5)

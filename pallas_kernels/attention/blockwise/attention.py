@@ -89,7 +89,7 @@ def _vectors(spec: Spec, see: Visibility) -> dict[str, Array]:
 
 
 def _numbers(spec: Spec, q: Array, k: Array, see: Visibility, sink_logits: Array | None) -> dict[str, Array]:
-  """f32 arrays of [kv_heads, group, ...] that have a gradient: those of `line` are the bias by distance, from the most
+  """f32 arrays of [kv_heads, group, ...] that have a gradient: `line` is the bias by distance, from the most
   negative one on; where positions are given it is `table`, [kv_heads, group, buckets].
   """
   of_heads = lambda x: x.astype(jnp.float32).reshape(k.shape[2], -1, *x.shape[1:])

@@ -36,7 +36,7 @@ def lost_at(case: StoreCase, at: int, draw: random.Random, alone) -> str:
 
 
 def f23(options, alone) -> Line:
-  """a store answers 503 three times and 429 twice: the run waits and goes on"""
+  """a store answers 503 three times and 429 twice: the run waits and continues"""
   faults = [dict(match='POST .*MANIFEST', status=503, times=3), dict(match='POST .*state/d', status=429, times=2),
             dict(match='GET .*/o[?]', status=503, times=2)]  # fmt: skip
   return unbroken(options, alone, 'f23', faults)

@@ -141,7 +141,7 @@ def test_both_sides_are_full(epoch):
 
 
 def test_each_segment_has_its_own_task(opened, epoch):
-  """Its mode token, its number of sentinels and its lengths are those of the denoiser that the plan names."""
+  """Its mode token, its number of sentinels and its lengths fit the denoiser that the plan names."""
   source, store = opened
   rows, batch = epoch
   seen, several = set(), 0

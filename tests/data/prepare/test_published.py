@@ -80,7 +80,7 @@ def test_bert_has_ids_around_a_text_and_a_mask(tmp_path, files):
 
 
 def test_ids_of_encoders_are_written_only_where_there_are_some():
-  """So manifests and fingerprints of other stores are those of before."""
+  """So manifests and fingerprints of other stores are unchanged."""
   assert T5_IDS.to_json().keys() == {'pad', 'eos', 'unknown', 'bos', 'decoder_start'}
   assert SpecialIds.from_json(T5_IDS.to_json()) == T5_IDS
   with pytest.raises(ValueError, match='lacks some of the keys'):

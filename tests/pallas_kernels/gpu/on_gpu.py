@@ -17,13 +17,10 @@ import numpy as np
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from tests.pallas_kernels.attention_cases import draw, normal, relative, results
-from tests.pallas_kernels.test_flash import CASES, MORE, PREFIX, SINKS, SLOPES, bias
+from tests.pallas_kernels.gpu.test_gpu import EVERYTHING
+from tests.pallas_kernels.test_flash import CASES, MORE
 
-ALL = {
-  'causal': True, 'softcap': 1.5, 'sink_logits': SINKS, 'window': 90, 'num_sinks': 3, 'alibi': SLOPES,
-  **PREFIX, **bias(False),
-}  # fmt: skip
-EVERY = CASES | MORE | {'every feature': ((256,), {'batch': 2, 'kv_heads': 1}, ALL)}
+EVERY = CASES | MORE | {'every feature': EVERYTHING}
 PLAIN = {
   'causal': ((512,), {'heads': 4, 'kv_heads': 2}, {'causal': True}),
   'full': ((512, 256), {'heads': 4, 'kv_heads': 2}, {'causal': False}),

@@ -64,7 +64,7 @@ def dequantized(x: jax.Array, axes: tuple[int, ...], operand: Operand, noise=Non
 
 @functools.cache
 def straight_through(recipe: Recipe) -> tuple[np.ndarray, ...]:
-  """x w and its gradients in float64: those of the product without rounding, of operands that are rounded.
+  """x w of rounded operands in float64, and its gradients, which ignore rounding.
 
   d(g . x w)/dx = g w^T, and d/dw = x^T g: each operand is quantized for the sum that it is in.
   """

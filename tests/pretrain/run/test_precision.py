@@ -45,7 +45,7 @@ DELAYED = ("precision.recipe='fp8_delayed'", 'precision.amax_history=2', 'checkp
 
 
 def test_histories_of_delayed_scaling_are_saved_and_resumed_exactly(tmp_path):
-  """In two microbatches; stopped where the history is full of other steps than those that it would begin with."""
+  """In two microbatches; stopped when every entry of the history comes from a step, and none from the start."""
   cfg = tiny.decoder(*DELAYED, 'train.accumulate=2')
   assert_resumes_exactly(cfg, tmp_path, steps=5, stop_at=3)
 

@@ -121,7 +121,7 @@ def test_stacks_are_uploaded_within_a_limit(opened, gcs, monkeypatch):
   path.write_text('later stacks')
   assert files.upload(path) == str(path)
   gcs.faults.clear()
-  while (RUN / path.name).read_text() != 'later stacks':  # the upload goes on, and would be seen by the next test
+  while (RUN / path.name).read_text() != 'later stacks':  # the upload continues, and the next test would see it
     time.sleep(0.05)
 
 
