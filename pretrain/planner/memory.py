@@ -235,8 +235,8 @@ def _copies(product: Product) -> int:
 
 
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and their gradient, with the table of the embedding gathered over fsdp, or of both in their uses."""
+  """Logits in f32 and the gathered table; then the gradient of logits, or the table's whole gradient in f32."""
   own = tokens(work, layout, work.stacks[-1].length)
-  vocab = work.cfg.model.vocab_size / layout.sizes['tensor']
-  tables = vocab * work.cfg.model.embed * work.itemsize * (1 if work.cfg.model.head == 'untied' else 3)
-  return own * vocab * (F32 + work.itemsize) + tables + 4 * own * work.cfg.model.embed * work.itemsize
+  vocab, embed = work.cfg.model.vocab_size / layout.sizes['tensor'], work.cfg.model.embed
+  gradient = max(own * vocab * work.itemsize, vocab * embed * F32)
+  return own * vocab * F32 + vocab * embed * work.itemsize + gradient + 4 * own * embed * work.itemsize
