@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=1')
 
 from quantized import losses_in
 from steps import last_loss
