@@ -58,7 +58,7 @@ def write(name: str) -> None:
   values = json.loads((source / 'config.json').read_text())
   values['quantization_config'] = json.loads(made.model_dump_json())
   (folder / 'config.json').write_text(json.dumps(values, indent=2, sort_keys=True) + '\n')
-  with np.load(source / 'expected.npz') as old:
+  with np.load(source / 'expected.npz', allow_pickle=False) as old:
     short = old['short']
   np.savez_compressed(folder / 'expected.npz', short=short, short_logits=logits(folder, short))
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
       write(name)
     return 0
   folder = pathlib.Path(argv[0])
-  with np.load(GOLDENS / 'llama/expected.npz') as old:
+  with np.load(GOLDENS / 'llama/expected.npz', allow_pickle=False) as old:
     tokens, exact = old['short'], old['short_logits']
   found = logits(folder, tokens)
   np.save(folder.with_suffix('.logits.npy'), found)

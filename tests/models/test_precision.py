@@ -133,7 +133,8 @@ def test_a_mesh_gives_what_one_device_does(name, axes):
   assert from_seed == 0 or between < from_seed / 4
 
 
-@pytest.mark.parametrize('name', [slow('mxfp8'), slow('mxfp4'), 'int8', slow('nvfp4')])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mxfp8', 'mxfp4', 'int8', 'nvfp4'])
 def test_microbatches_add_up_to_the_batch(name):
   """Blocks of a row are the same in a microbatch, and so are their random bits. Scales over the tokens of a batch
   (int8's in the gradient of weights, nvfp4's of all blocks) are not: there microbatches differ as much as formats do.
@@ -175,6 +176,7 @@ def test_random_bits_differ_between_steps_layers_weights_examples_and_positions(
   assert all((flat[i] != flat[j]).mean() > 0.5 for i in range(6) for j in range(i))
 
 
+@pytest.mark.slow
 def test_adapters_stay_exact_beside_a_quantized_weight():
   lora = LoraConfig(rank=2, modules=('query', 'up'))
   model = build(SMALL, lora=lora, precision=PrecisionConfig(recipe='int8'))
