@@ -98,7 +98,9 @@ def arguments(work: Workload, layout: Layout) -> float:
 def _at_head(work: Workload, layout: Layout) -> Memory:
   kept = sum(kept_by(work, layout, stack) for stack in work.stacks)
   mesh = of_mesh(work, layout)
-  return Memory(arguments(work, layout), kept, _accumulated(mesh, layout), mesh.copies, head(work, layout))
+  # The stacks of a microbatch's own gradients are there, filled with zeros, before its backward pass begins.
+  grads = 2 * _accumulated(mesh, layout)
+  return Memory(arguments(work, layout), kept, grads, mesh.copies, head(work, layout))
 
 
 def _at_embedding(work: Workload, layout: Layout) -> Memory:
