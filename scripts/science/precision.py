@@ -77,7 +77,8 @@ def differences(values: Sequence[float], plain: Sequence[float]) -> tuple[float,
 
 
 def recipes(results: Results) -> str:
-  plain, rows = group(results, 'bf16', 'loss'), [['bf16', summary(group(results, 'bf16', 'loss')), '', '', '']]
+  plain, rows = group(results, 'bf16', 'loss'), []
+  rows.append(['bf16', summary(plain), '', '', ''])
   for name, bar in BARS.items():
     losses = group(results, name, 'loss')
     mean, error = differences(losses, plain)

@@ -163,7 +163,10 @@ def test_values_without_a_code_are_refused(tmp_path):
       'Nothing was written; use --group_size=16, or --group_size=0 for one scale for each output.',
     ),
     (['--quantize=int8', '--group_size=-1'], 'CONFIG: --group_size=-1; it must be at least 1, or 0 for one scale'),
-    (['--group_size=16'], 'CONFIG: --group_size=16 is of --quantize. Nothing was written; give both or neither.'),
+    (
+      ['--group_size=16'],
+      'CONFIG: --group_size=16 needs --quantize. Nothing was written; add --quantize=int4 or int8.',
+    ),
     (['--quantize=int8', '--adapter'], 'CONFIG: --adapter writes float32 alone. Nothing was written; leave --quantize'),
   ],
 )
