@@ -48,7 +48,7 @@ def trials(steps: int, seeds: Sequence[int]) -> list[Trial]:
   own = {'bf16': (), 'outlier_safe': OUTLIER_SAFE, **{name: (f"precision.recipe='{name}'",) for name in BARS}}
   own['nvfp4'] = (*own['nvfp4'], plain)
   scale = tuple(f'{key}={steps}' for key in ('train.steps', 'schedule.steps', 'evaluation.every'))
-  scale += (f'schedule.warmup_steps={steps // 20}',)
+  scale += (f'schedule.warmup_steps={steps // 20}', f'train.log_every={max(steps // 100, 1)}')
   return [Trial(f'{name}/{seed}', CONFIG, (*own[name], *scale, f'seed={seed}')) for seed in seeds for name in own]
 
 
