@@ -133,10 +133,10 @@ def test_the_table_of_recipes_holds_each_to_its_bar():
   text = recipes({f'{name}/{seed}': {'loss': own[seed]} for name, own in losses.items() for seed in (0, 1)})
   assert '| int8 | 4.110 ± 0.100 | +0.244% ± 0.000% | 0.3% | yes |' in text
   assert '| fp8 | 4.120 ± 0.100 | +0.488% ± 0.000% | 0.3% | no |' in text
-  assert '| nvfp4 | 4.140 ± 0.120 | +0.976% ± 0.488% | 1.0% | yes |' in text
+  assert '| nvfp4_fp8 | 4.140 ± 0.120 | +0.976% ± 0.488% | 1.0% | yes |' in text
 
 
-def test_all_recipes_of_a_seed_have_its_data_and_nvfp4_ends_in_bf16():
+def test_all_recipes_of_a_seed_have_its_data_and_four_bits_end_in_bf16():
   from precision import BARS, SIZES, sized, trials
 
   found = {trial.name: trial for trial in trials(1000, (0, 1))}
@@ -144,9 +144,8 @@ def test_all_recipes_of_a_seed_have_its_data_and_nvfp4_ends_in_bf16():
     assert f'model.embed={width}' in found.pop(f'{sized(width, layers)}/0').overrides
   assert set(found) == {f'{name}/{seed}' for name in ('bf16', 'outlier_safe', *BARS) for seed in (0, 1)}
   assert all(f'seed={name[-1]}' in trial.overrides for name, trial in found.items())
-  for name in ('nvfp4', 'nvfp4_fp8'):
-    (phases,) = (override for override in found[f'{name}/0'].overrides if override.startswith('phases='))
-    assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16', 'precision.overrides': {}}}]"
+  (phases,) = (override for override in found['nvfp4_fp8/0'].overrides if override.startswith('phases='))
+  assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16', 'precision.overrides': {}}}]"
   assert "precision.overrides={'attention': 'fp8'}" in found['nvfp4_fp8/0'].overrides
 
 
