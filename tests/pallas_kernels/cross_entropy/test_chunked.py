@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import partition
+from pallas_kernels import tuned
 from pallas_kernels.linear_cross_entropy import chunked, reference
 from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.step.loss import weighed
@@ -117,5 +118,23 @@ def test_logits_are_held_for_one_chunk():
   assert temporaries(chunked.weighed, 4, 4) < 64
 
 
-def test_auto_is_the_definition_so_that_losses_keep_their_bits():
+def test_auto_is_the_definition_on_cpus_so_that_losses_keep_their_bits():
   assert [choose(name) for name in ('auto', 'reference', 'chunked')] == ['reference', 'reference', 'chunked']
+  assert choose('auto', 1 << 20, 1 << 20) == 'reference'
+
+
+@pytest.mark.parametrize(
+  ('kind', 'tokens', 'words', 'name'),
+  [
+    ('TPU v5', 32768, 65536, 'chunked'),
+    ('TPU v5', 32767, 65536, 'reference'),
+    ('TPU v5', 32768, 65535, 'reference'),
+    ('TPU v5', 65536, 65536, 'reference'),  # in two parts, which take 3% more cycles
+    ('TPU v5 lite', 32768, 65536, 'reference'),
+    ('cpu', 32768, 65536, 'reference'),
+  ],
+)
+def test_auto_is_chunked_where_it_was_compiled_with_as_few_cycles(monkeypatch, kind, tokens, words, name):
+  monkeypatch.setattr(tuned, 'device_kind', lambda: kind)
+  assert choose('auto', tokens, words) == name
+  assert choose('reference', tokens, words) == 'reference'
