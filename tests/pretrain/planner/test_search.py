@@ -6,13 +6,14 @@ import re
 
 import pytest
 
+from models.layers.remat import KEPT
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
 from pretrain.devices.mesh import AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.planner import compiled, roofline, search, tables, torus
+from pretrain.planner import compiled, layouts, roofline, search, tables, torus
 from pretrain.planner.layouts import Layout
 from pretrain.tools import plan
 from tests.pretrain import tiny
@@ -42,6 +43,7 @@ def compiler(monkeypatch):
 
   fake = Fake()
   monkeypatch.setattr(compiled, 'measure', fake.measure)
+  monkeypatch.setattr(layouts, 'REMATS', ('none', 'dots', 'full'))  # a third of the time; test_memory.py has all
   return fake
 
 
@@ -92,7 +94,9 @@ def test_layouts_that_leave_no_room_come_last(compiler):
   assert compiler.asked == [found.estimates[0].layout]
 
 
-def test_a_layout_that_does_not_fit_when_compiled_makes_room_for_the_next(compiler):
+def test_a_layout_that_does_not_fit_when_compiled_makes_room_for_the_next(compiler, monkeypatch):
+  """Also with all policies, which are many for one mesh: the next on a mesh that was refused needs clearly less."""
+  monkeypatch.setattr(layouts, 'REMATS', ('none', 'dots', *KEPT))
   compiler.refuses = lambda layout: layout.mesh == 'fsdp=128'
   found = search.search(load(), parse(SLICE), 2)
   assert found.best.layout.mesh != 'fsdp=128'
