@@ -60,12 +60,13 @@ def matrices(plan: Export) -> list[str]:
   for entry, spec in plan.weights.places:
     if entry.ours not in wanted:
       continue
+    own = [name for first in entry.names(spec).values() for name in plan.weights.names_of(first)]
     if entry.inputs_first:
       raise ConfigError(
-        f'--quantize: {plan.family.model_type} stores {entry.theirs} as [inputs, outputs], and '
-        f'{reading.METHOD} has scales for rows of outputs. Nothing was written; leave --quantize out.'
+        f'--quantize: {plan.family.model_type} stores {own[0]} as [inputs, outputs], and {reading.METHOD} has scales '
+        'for rows of outputs. Nothing was written; leave --quantize out.'
       )
-    found |= dict.fromkeys(name for first in entry.names(spec).values() for name in plan.weights.names_of(first))
+    found |= dict.fromkeys(own)
   return list(found)
 
 
