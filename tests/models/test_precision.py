@@ -147,7 +147,7 @@ def test_microbatches_add_up_to_the_batch(name):
   assert distance(jax.tree.map(jnp.add, a, b), grads) < most
 
 
-def test_random_bits_differ_between_steps_layers_examples_and_positions():
+def test_random_bits_differ_between_steps_layers_weights_examples_and_positions():
   """What is equal in all of them is rounded differently in each."""
   random = Operand('int8', rounding='stochastic')
   recipe = Recipe(dgrad=(random, Operand('int8')))
@@ -169,6 +169,8 @@ def test_random_bits_differ_between_steps_layers_examples_and_positions():
   np.testing.assert_array_equal(a, again)
   others = [gradient(jax.random.key(2), 0), gradient(jax.random.key(1), 1)]
   assert all((a != other).mean() > 0.5 for other in others)
+  one.set_metadata(**{KEY: dataclasses.replace(own, site=own.site + 1)})
+  assert (a != gradient(jax.random.key(1), 0)).mean() > 0.5, 'of another weight'
   flat = a.reshape(6, -1)
   assert all((flat[i] != flat[j]).mean() > 0.5 for i in range(6) for j in range(i))
 
