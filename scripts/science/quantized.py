@@ -2,9 +2,11 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from data.batches.source import open_data
 from models.build import Model, make_module
@@ -35,16 +37,20 @@ def losses_in(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   params = checkpoints.restore_params(program.abstract.params, checkpoints.latest())
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   (batches,) = data.heldout(BATCHES, slice(0, cfg.data.batch_size)).values()
-  batches = list(batches)
+  return losses_on(cfg, params, list(batches), program.mesh)
+
+
+def losses_on(cfg: Experiment, params, batches: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, float]:
+  """Nats per target of `batches`, in each format."""
 
   def loss(recipe: Recipe | None) -> float:
-    step = make_eval_step(quantized(cfg, recipe, program.mesh), cfg.kernels, data.vocabulary.pieces)
-    return evaluate(jax.jit(step), params, batches, program.mesh)['loss']
+    step = make_eval_step(quantized(cfg, recipe, mesh), cfg.kernels, cfg.model.vocab_size)
+    return evaluate(jax.jit(step), params, batches, mesh)['loss']
 
   return {name: loss(recipe) for name, recipe in FORMATS.items()}
 
 
-def quantized(cfg: Experiment, recipe: Recipe | None, mesh) -> Model:
+def quantized(cfg: Experiment, recipe: Recipe | None, mesh: Mesh) -> Model:
   """The model of a run with all products of its blocks in `recipe`."""
   module = make_module(cfg.model, cfg.kernels)
   for path in products(param_specs(module)) if recipe else ():
