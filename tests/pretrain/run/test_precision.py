@@ -215,6 +215,10 @@ def test_shipped_configs_are_killed_and_resume_exactly(name, tmp_path):
       ['precision.last_layers=1', "precision.edge_recipe='mxfp8'", 'model.mlp.hidden=48'],
       "recipe 'mxfp8' of decoder.mlp.down has blocks of 32",
     ),
+    (
+      ["phases=[{'start_step': 5, 'set': {'precision.recipe': 'int4_weights'}}]"],
+      r"phases\[0\]: precision: recipe 'int4_weights' is for trained models: it has no gradients, and no float32 copy",
+    ),
     (["kernels.quantized_matmul='cuda'"], "kernels.quantized_matmul='cuda' is not one of 'auto', 'reference', 'xla'"),
     (
       [NVFP4, "phases=[{'start_step': 5, 'set': {'precision.recipe': 'fp8'}}, {'start_step': 5, 'set': {}}]"],
