@@ -96,9 +96,9 @@ def outliers(results: Results, folder: pathlib.Path) -> str:
   rows, curves = [], []
   for model, name in MODELS.items():
     value = lambda key, name=name: group(results, name, key)
-    rows.append([model, summary(value('kurtosis')), summary(value('largest kurtosis')), summary(value('loss none'))])
+    rows.append([model, summary(value('kurtosis')), summary(value('largest kurtosis')), summary(value('loss bf16'))])
     for fmt in ('int4', 'nvfp4'):
-      added = [a - b for a, b in zip(value(f'loss {fmt}'), value('loss none'), strict=True)]
+      added = [a - b for a, b in zip(value(f'loss {fmt}'), value('loss bf16'), strict=True)]
       rows[-1] += [summary(value(f'loss {fmt}')), summary(added)]
     seeds = [curve(folder / run) for run in results if run.rpartition('/')[0] == name]
     tenths = [[value for layers in part for value in layers] for part in zip(*seeds, strict=True)]

@@ -2,11 +2,15 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
+from data.batches.source import open_data
 from data.objectives.objectives import CausalLm
-from pretrain.run.train import train
+from pretrain.evaluation.losses import evaluate
+from pretrain.experiment.program import build_program
+from pretrain.step.loss import make_eval_step
 from tests.data.batches.test_source import opened
 from tests.pretrain import tiny
 
@@ -147,11 +151,16 @@ def test_kurtosis_is_that_of_each_tenth_of_a_run(monkeypatch):
 
 
 @pytest.mark.slow
-def test_quantizing_after_training_costs_more_in_fewer_values(tmp_path):
-  from quantized import losses_in
+def test_losses_of_quantized_models_are_those_of_their_recipes(tmp_path):
+  """Of the first weights: nvfp4 is that of a run with the recipe; int4 is another number, and both are near bf16."""
+  from quantized import losses_on
 
-  cfg = tiny.decoder('train.steps=2', 'checkpoint.every=2', 'mesh.data=1')
-  assert train(cfg, tmp_path) == 0
-  found = losses_in(cfg, tmp_path)
+  cfg = tiny.decoder('mesh.data=1')
+  program, nvfp4 = build_program(cfg), build_program(tiny.decoder('mesh.data=1', "precision.recipe='nvfp4'"))
+  data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=512, cache_dir=tmp_path)
+  batches, params = [data.batch(0, slice(0, cfg.data.batch_size))], program.init().params
+  found = losses_on(cfg, params, batches, program.mesh)
+  expected = evaluate(jax.jit(make_eval_step(nvfp4.model, cfg.kernels, 512)), params, batches, program.mesh)['loss']
+  assert found['nvfp4'] == pytest.approx(expected, rel=1e-6)
   assert len(set(found.values())) == 3
-  assert all(abs(loss / found['none'] - 1) < 0.05 for loss in found.values())
+  assert all(abs(loss / found['bf16'] - 1) < 0.05 for loss in found.values())

@@ -144,7 +144,7 @@ from pretrain.run import step_numbers, train
 from tests.pretrain import tiny
 name, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
 overrides = ["data.name='synthetic'", 'data.batch_size=8', 'data.targets_length=64', 'train.steps=6',
-             'train.log_every=1', 'checkpoint.every=2', 'evaluation.every=0']
+             'train.log_every=1', 'checkpoint.every=2', 'evaluation.every=0', 'mesh.data=2', 'watchdog.step=1e4']
 if name == 'tiny_fp4': overrides.append("phases=[{'start_step': 5, 'set': {'precision.recipe': 'bf16'}}]")
 log = step_numbers.log
 def kill(run, step, *rest):
