@@ -22,7 +22,7 @@ test-all:
 test-configs: setup
 	.venv/bin/python -m pytest -q -m hours tests/pretrain/run/test_learns.py
 
-# Every shipped config above a billion parameters compiled for the slice that its header names: half an hour on two cores.
+# Every shipped config compiled for the slice that its header names: about an hour on one core.
 test-slices: setup
 	.venv/bin/python -m pytest -q -n 0 -m 'aot and (slow or hours)' tests/pretrain/planner/test_shipped.py
 

@@ -15,7 +15,7 @@ from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
 from models.layers.low_rank import NONE, LoraConfig, attach, grafted
-from models.precision import AMAX, BF16, PrecisionConfig, check_blocks, check_layers
+from models.precision import AMAX, BF16, PrecisionConfig, check_blocks, check_layers, check_trains
 from models.precision import attach as attach_precision
 from models.product import within
 from models.specs import Tree, as_function, param_specs
@@ -35,7 +35,7 @@ class KernelsConfig:
   cache uses the reference.
   `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
   `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
-  and 'interpret'.
+  and 'interpret'; 'auto' takes the faster one of 'xla' and 'tpu' from pallas_kernels/tuning/.
   """
 
   attention: str = 'auto'
@@ -132,13 +132,17 @@ def check_lora(cfg: ModelConfig, lora: LoraConfig) -> None:
   attach(make_module(cfg, KernelsConfig()), lora)
 
 
-def check_precision(cfg: ModelConfig, precision: PrecisionConfig, lengths: Mapping[str, int]) -> None:
+def check_precision(
+  cfg: ModelConfig, precision: PrecisionConfig, lengths: Mapping[str, int], *, forward_only: bool = False
+) -> None:
   """Raises ValueError for a name of no product or recipe, for more first and last layers than there are, and where
-  blocks divide a size or one of `lengths` not.
+  blocks divide a size or one of `lengths` not; for training also for recipes that have no gradients.
   """
   specs = param_specs(make_module(cfg, KernelsConfig()))
   check_layers(precision, specs, len(cfg.windows or (None,)))
-  check_blocks(precision, specs, lengths)
+  if not forward_only:
+    check_trains(precision)
+  check_blocks(precision, specs, lengths, forward_only=forward_only)
 
 
 def make_module(cfg: ModelConfig, kernels: KernelsConfig) -> nnx.Module:

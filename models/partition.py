@@ -117,6 +117,10 @@ def check_divisible(specs: Tree, mesh: Mesh | AbstractMesh) -> None:
     _check_parameter('/'.join(str(p.key) for p in path), spec, mesh)
 
 
+def _key(axis: str | None) -> str:
+  return 'model.vocab_size' if axis == 'vocab' else f'the model key of {axis}'
+
+
 def _check_parameter(path: str, spec: ParamSpec, mesh) -> None:
   for dim, axis, entry in zip(spec.shape, spec.axes, spec_for(spec.axes, PARAMETER_RULES), strict=True):
     names = (entry,) if isinstance(entry, str) else entry or ()
@@ -124,5 +128,5 @@ def _check_parameter(path: str, spec: ParamSpec, mesh) -> None:
     if dim % size:
       raise ValueError(
         f'{axis}={dim} of parameter {path} does not divide over mesh.{"*".join(names)}={size}; '
-        f'make the model key of {axis} a multiple of {size}, or mesh.{names[0]} smaller.'
+        f'make {_key(axis)} a multiple of {size}, or mesh.{names[0]} smaller.'
       )

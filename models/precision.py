@@ -21,7 +21,9 @@ from models.product import KEY, Quantization
 from models.specs import ParamSpec, Tree, param_specs
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
 
-RecipeName = Literal['bf16', 'int8', 'fp8', 'fp8_delayed', 'mxfp8', 'mxfp4', 'nvfp4']
+RecipeName = Literal[
+  'bf16', 'int8', 'fp8', 'fp8_delayed', 'mxfp8', 'mxfp4', 'nvfp4', 'int4', 'int8_weights', 'int4_weights'
+]  # fmt: skip
 DELAYED = 'fp8_delayed'
 AMAX = 'amax'  # the name of the histories beside the parameters
 IF_SET = {'rendered': 'if set'}  # configs that were saved before these keys stay as they were
@@ -47,7 +49,13 @@ RECIPES: dict[str, Recipe | None] = {
   'mxfp8': _recipe('mxfp8'),
   'mxfp4': _recipe('mxfp4', rounding='stochastic'),
   'nvfp4': _recipe('nvfp4', rounding='stochastic'),
+  # Forward alone, of a trained model: round to nearest (Dettmers and Zettlemoyer 2023, arXiv:2212.09720). The weights
+  # alone have the scales of `pretrain export --quantize`.
+  'int4': Recipe(forward=(Operand('int4'), Operand('int4'))),
+  'int8_weights': Recipe(weights=Operand('int8')),
+  'int4_weights': Recipe(weights=Operand('int4', scale='block', block=128)),
 }
+POST_TRAINING = tuple(name for name, recipe in RECIPES.items() if recipe is not None and recipe.dgrad is None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +179,18 @@ def check_layers(cfg: PrecisionConfig, specs: Tree, windows: int = 1) -> None:
     )
 
 
-def check_blocks(cfg: PrecisionConfig, specs: Tree, lengths: Mapping[str, int]) -> None:
+def check_trains(cfg: PrecisionConfig) -> None:
+  """Raises ValueError for a recipe that only evaluation and generation can use."""
+  if found := [name for name in named_by(cfg) if name in POST_TRAINING]:
+    trains = ', '.join(repr(name) for name in RECIPES if name not in POST_TRAINING)
+    raise ValueError(
+      f"precision: recipe '{found[0]}' is for trained models: it has no gradients, and no float32 copy of the weights "
+      f'to which an optimizer could add updates that are smaller than a step of the codes. Train with {trains}, and '
+      'give it to pretrain eval or pretrain generate.'
+    )
+
+
+def check_blocks(cfg: PrecisionConfig, specs: Tree, lengths: Mapping[str, int], *, forward_only: bool = False) -> None:
   """Raises ValueError where blocks of a recipe do not divide what a product sums over. `lengths` of rows by key."""
   flat = flatten_dict(dict(specs))
   edge = [cfg.edge_recipe] * any(cfg.edges)
@@ -179,7 +198,7 @@ def check_blocks(cfg: PrecisionConfig, specs: Tree, lengths: Mapping[str, int]) 
     recipe, (inputs, outputs) = RECIPES[name], _sides(flat[path])
     if recipe is not None:
       sums = [('forward', *inputs), ('dgrad', *outputs), *(('wgrad', key, n) for key, n in lengths.items())]
-      for product, what, size in sums:
+      for product, what, size in sums[:1] if forward_only else sums:
         _check_divides(recipe.block(product), what, size, '.'.join(names_of(path)[-1:]), name)
 
 

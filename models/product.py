@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.specs import cast, is_variable
 from pallas_kernels.quantized_matmul.api import quantized_matmul
-from pallas_kernels.quantized_matmul.formats import Recipe
+from pallas_kernels.quantized_matmul.formats import Operand, Recipe
+from pallas_kernels.quantized_matmul.reference import quantize
 from pallas_kernels.quantized_matmul.rounding import mix
 
 KEY = 'quantization'  # in the metadata of a weight
@@ -96,7 +97,18 @@ def product(x: Array, w: nnx.Param, dims: int) -> Array:
   """`contracted` in x's dtype; quantized if `w` has a `Quantization`, with blocks along the dims c as one."""
   own = w.get_metadata().get(KEY)
   recipe = None if own is None else own.edge if _around.get().edge else own.recipe
-  return contracted(x, cast(w, x), dims) if recipe is None else _quantized(x, cast(w, x), dims, own, recipe)
+  if recipe is None:
+    return contracted(x, cast(w, x), dims)
+  if recipe.weights is not None:
+    return contracted(x, stored(w[...], dims, recipe.weights).astype(x.dtype), dims)
+  return _quantized(x, cast(w, x), dims, own, recipe)
+
+
+def stored(w: Array, dims: int, operand: Operand) -> Array:
+  """f32: the numbers that the codes of `w` stand for; its first `dims` dims are summed over."""
+  inputs = math.prod(w.shape[:dims])
+  found = quantize(w.reshape(inputs, -1), (0,), operand)
+  return (found.values * found.scale).reshape(w.shape)
 
 
 def _quantized(x: Array, w: Array, dims: int, own: Quantization, recipe: Recipe) -> Array:

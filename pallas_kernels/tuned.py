@@ -1,9 +1,14 @@
-"""Block sizes that `scripts/tune_kernels.py` found: tuning/CHIP.json. Nothing is tuned at import or inside jit."""
+"""What `scripts/tune_kernels.py` and `scripts/bench/matmul.py` found for each chip: tuning/CHIP.json.
+
+Nothing is tuned at import or inside jit.
+"""
 
 import functools
 import json
 import logging
+import math
 import pathlib
+from collections.abc import Collection
 
 import jax
 
@@ -32,19 +37,48 @@ def lookup(op: str, shape: str, names: tuple[str, ...]) -> dict[str, int] | None
 
   Raises KernelError for a damaged file.
   """
-  kind = device_kind()
-  chip = chip_of(kind)
-  if chip is None or not (FOLDER / f'{chip}.json').exists():
-    _missing(op, shape, kind, chip)
+  path, entries = _entries(op)
+  if shape not in entries:
+    _missing(op, shape, device_kind())
     return None
-  entry = _read(FOLDER / f'{chip}.json').get(op, {}).get(shape)
-  if entry is None:
-    _missing(op, shape, kind, chip)
-    return None
+  entry = entries[shape]
   sizes = {name: entry.get(name) for name in names} if isinstance(entry, dict) else {}
   if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
-    raise _damaged(FOLDER / f'{chip}.json', f'{op}.{shape} = {entry!r} lacks one of {", ".join(names)}')
+    raise _damaged(path, f'{op}.{shape} = {entry!r} lacks one of {", ".join(names)}')
   return sizes
+
+
+def fastest(op: str, kind: str, sizes: tuple[int, ...], known: Collection[str]) -> str | None:
+  """The implementation, one of `known`, that was the fastest on this chip: in the entry KIND_AxBx… whose sizes are the
+  nearest, by the sum of squared logarithms of their ratios. None where there is none, which is logged once.
+
+  Raises KernelError for a damaged file.
+  """
+  path, entries = _entries(op)
+  found = {}
+  for key, entry in entries.items():
+    own, _, shape = key.rpartition('_')
+    if own != kind:
+      continue
+    if not isinstance(entry, dict) or entry.get('implementation') not in known or not _is_shape(shape, len(sizes)):
+      raise _damaged(path, f'{op}.{key} = {entry!r} lacks one of {", ".join(known)}, or a shape')
+    ratios = (math.log(int(size) / n) for size, n in zip(shape.split('x'), sizes, strict=True))
+    found[sum(ratio**2 for ratio in ratios)] = entry['implementation']
+  if not found:
+    _missing(op, kind, device_kind())
+    return None
+  return found[min(found)]
+
+
+def _is_shape(text: str, dims: int) -> bool:
+  parts = text.split('x')
+  return len(parts) == dims and all(part.isdecimal() and int(part) > 0 for part in parts)
+
+
+def _entries(op: str) -> tuple[pathlib.Path, dict]:
+  """The file of this chip and what it has of `op`; nothing for a chip without a file."""
+  path = FOLDER / f'{chip_of(device_kind())}.json'
+  return path, _read(path).get(op, {}) if path.exists() else {}
 
 
 @functools.cache
@@ -60,14 +94,14 @@ def _read(path: pathlib.Path) -> dict:
 
 def _damaged(path: pathlib.Path, reason: str) -> KernelError:
   return KernelError(
-    f'tuned blocks in {path} are damaged ({reason}); write them again with scripts/tune_kernels.py, or delete the file '
-    'for the default blocks.'
+    f'tuned blocks in {path} are damaged ({reason}); write them again with scripts/tune_kernels.py (attention) or '
+    'scripts/bench/matmul.py --aot --write (products), or delete the file for the defaults.'
   )
 
 
 @functools.cache
-def _missing(op: str, shape: str, kind: str | None, chip: str | None) -> None:
+def _missing(op: str, shape: str, kind: str | None) -> None:
   logging.getLogger(__name__).info(
     '%s: no tuned blocks for %s on %s, the default ones are used; scripts/tune_kernels.py finds them%s.',
-    op, shape, kind, '' if chip else ' for chips in pallas_kernels/tuned.py',
+    op, shape, kind, '' if chip_of(kind) else ' for chips in pallas_kernels/tuned.py',
   )  # fmt: skip

@@ -178,16 +178,16 @@ def _time(run, arrays) -> float:
   return statistics.median(seconds)
 
 
-def write(chip: str, entries: dict, how: str) -> pathlib.Path:
-  """Adds `entries` of attention to the file of `chip`."""
+def write(chip: str, entries: dict, how: str, op: str = 'attention') -> pathlib.Path:
+  """Adds `entries` of `op` to the file of `chip`."""
   path = ROOT / 'pallas_kernels' / 'tuning' / f'{chip}.json'
   path.parent.mkdir(exist_ok=True)
-  old = json.loads(path.read_text()).get('attention', {}) if path.exists() else {}
+  whole = json.loads(path.read_text()) if path.exists() else {}
   made = {'by': how, 'date': datetime.date.today().isoformat(), 'jax': importlib.metadata.version('jax')}
   if how == 'compiled schedule':
     made['libtpu'] = importlib.metadata.version('libtpu')
-  own = {'attention': dict(sorted((old | {name: entry | made for name, entry in entries.items()}).items()))}
-  path.write_text(json.dumps(own, indent=2) + '\n')
+  own = whole.get(op, {}) | {name: entry | made for name, entry in entries.items()}
+  path.write_text(json.dumps(dict(sorted((whole | {op: dict(sorted(own.items()))}).items())), indent=2) + '\n')
   return path
 
 

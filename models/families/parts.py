@@ -44,7 +44,7 @@ class Parts:
   `loss.load_balance` and `loss.router_z` keep them all in use.
 
   `embedding_rotation` puts a learned square matrix, orthogonal at first, behind the embedding and another before the
-  head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, §3, with `norm.scale` 'single' and Muon). `kurtosis`
+  head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, with `norm.scale` 'single' and Muon). `kurtosis`
   makes the excess kurtosis of each layer's output a metric.
 
   `dropout_sites` are the places where `dropout` acts: T5's, BERT's or none (layers/dropout.py).

@@ -87,7 +87,8 @@ def excess_kurtosis(x: Array, segments: Array | None) -> Array:
   """E[(y - m)^4] / E[(y - m)^2]^2 - 3 over the features y of a token, m their mean: 0 for normal numbers, large where a
   few features are far larger than the others. The mean over tokens whose `segments` are not 0 (None: all).
 
-  Source: Park et al. 2025, arXiv:2506.19697, §2, of hidden states.
+  Source: the metric of Park et al. 2025, arXiv:2506.19697, of hidden states. Their code, evaluate_kurtosis.py, takes
+  y^4 in place of (y - m)^4, and 0 for tokens where it is negative.
   """
   x = jax.lax.stop_gradient(x).astype(jnp.float32)
   square = jnp.square(x - x.mean(-1, keepdims=True))

@@ -16,7 +16,7 @@ EMBEDDING_SITE = 30
 
 class Rotation(nnx.Module):
   """x P with a learned square P, orthogonal at first: lengths of vectors are the same, and what a table or a head puts
-  on a few features is spread over all. Source: EmbProj of Park et al. 2025, arXiv:2506.19697, §3; its code,
+  on a few features is spread over all. Source: EmbProj of Park et al. 2025, arXiv:2506.19697; its code,
   example_modeling_flax.py.
   """
 

@@ -14,8 +14,8 @@ from models.specs import Ones, Zeros, cast, weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RmsNormConfig:
   """`eps` is 1e-6 in T5, 1e-5 in Llama 2. `scale` 'single' learns one number for all features, so that no norm can
-  make one feature larger than the others (SSNorm: Park et al. 2025, arXiv:2506.19697, §3); norms of queries and keys
-  keep one for each.
+  make one feature larger than the others (SSNorm of Park et al. 2025, arXiv:2506.19697; `feature_axes=()` in its
+  code, example_modeling_flax.py); norms of queries and keys keep one for each.
   """
 
   name: Literal['rmsnorm'] = 'rmsnorm'

@@ -2,20 +2,30 @@
 
 from jax import Array
 
+from pallas_kernels import tuned
 from pallas_kernels.linear_cross_entropy import chunked, reference
 
 IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'chunked': chunked.linear_cross_entropy}
+# chip -> (tokens, words) of a device from which on 'chunked' takes at most 1.02 times the cycles of the reference, as
+# libtpu 0.0.42 estimates both at a width of 4,096 (scripts/bench/head/cross_entropy.py; table in docs/LOG.md).
+FASTER = {'v5p': (32768, 65536)}
 
 
-def choose(implementation: str) -> str:
-  """The implementation to run; 'auto' is 'reference', which takes fewer cycles (docs/LOG.md).
+def choose(implementation: str, tokens: int = 0, vocab: int = 0) -> str:
+  """The implementation to run for so many tokens and words of a device; 'auto' is 'chunked' on chips and for shapes
+  where it takes as few cycles, and 'reference' elsewhere.
 
   Raises ValueError for an implementation that does not exist.
   """
   if implementation not in ('auto', *IMPLEMENTATIONS):
     known = ', '.join(repr(n) for n in IMPLEMENTATIONS)
     raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
-  return 'reference' if implementation == 'auto' else implementation
+  if implementation != 'auto':
+    return implementation
+  least = FASTER.get(tuned.chip_of(tuned.device_kind()) or '')
+  # In several parts it adds up gradients of w, for 3% more cycles.
+  fast = least is not None and tokens >= least[0] and vocab >= least[1] and chunked.split(tokens, vocab)[0] == 1
+  return 'chunked' if fast else 'reference'
 
 
 def linear_cross_entropy(

@@ -1,8 +1,11 @@
-"""Cross entropy of a linear head in chunks of tokens: logits are held for one chunk at a time.
+"""Cross entropy of a linear head in chunks of tokens: f32 logits are held for one chunk at a time.
 
-`weighed` knows the weights of the sum, so the forward pass makes the gradient of a chunk while it has its logits: they
-are made once, and neither they nor their gradient are kept. Both functions run on one device's part of the tokens; with
-`axis`, a mesh axis of a shard_map, also of the vocabulary.
+`weighed` knows the weights of the sum, so the forward pass makes the gradient of a chunk's logits while it has them:
+logits are made once. Their gradient is held in the dtype of `x` for a part of the tokens, which has many chunks, and is
+then multiplied twice, for the gradients of x and w. One part for all tokens takes the fewest cycles: a product that
+adds to an earlier one takes longer than one that does not, and so does a product of few tokens.
+
+Both functions run on one device's part of the tokens; with `axis`, a mesh axis of a shard_map, also of the vocabulary.
 """
 
 import dataclasses
@@ -13,46 +16,52 @@ import jax.numpy as jnp
 from jax import Array
 
 CHUNK = 1 << 27  # logits of a chunk, 512 MiB in f32
+PART = 1 << 31  # logits of a part, whose gradient is 4 GiB in bfloat16
 LEAST = 1024  # tokens: smaller products leave the matrix units waiting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """What does not change along the tokens; `vocab` is the whole vocabulary, of which `axis` has parts."""
+  """What does not change along the tokens; `vocab` is the whole vocabulary, of which `axis` has shares. Each of `parts`
+  has `chunks`.
+  """
 
   vocab: int
   axis: str | None
+  parts: int
   chunks: int
   z_loss: float
   softcap: float | None
   label_smoothing: float
 
 
-def count_chunks(tokens: int, vocab: int) -> int:
-  """The number of chunks: each has at most CHUNK logits, but at least LEAST tokens.
+def split(tokens: int, vocab: int) -> tuple[int, int]:
+  """(parts, chunks of a part): at most PART and CHUNK logits, but at least LEAST tokens.
 
-  >>> count_chunks(8192, 262144), count_chunks(512, 262144)
-  (8, 1)
+  >>> split(32768, 65536), split(65536, 65536), split(512, 262144)
+  ((1, 16), (2, 16), (1, 1))
   """
-  return max(1, min(-(-tokens * vocab // CHUNK), tokens // LEAST))
+  number = lambda tokens, logits: max(1, min(-(-tokens * vocab // logits), tokens // LEAST))
+  parts = number(tokens, PART)
+  return parts, number(-(-tokens // parts), CHUNK)
 
 
-def _specify(x: Array, w: Array, axis: str | None, chunks: int | None, options: dict) -> Spec:
-  tokens = x.size // x.shape[-1]
-  chunks = count_chunks(tokens, w.shape[1]) if chunks is None else min(chunks, tokens)
+def _specify(x: Array, w: Array, axis: str | None, number: tuple[int, int] | None, options: dict) -> Spec:
+  parts, chunks = split(x.size // x.shape[-1], w.shape[1]) if number is None else number
   vocab = w.shape[1] if axis is None else w.shape[1] * jax.lax.axis_size(axis)
-  return Spec(vocab=vocab, axis=axis, chunks=chunks, **options)
+  return Spec(vocab=vocab, axis=axis, parts=parts, chunks=chunks, **options)
 
 
-def _split(x: Array, chunks: int, width: tuple[int, ...] = ()) -> Array:
-  """[..., *width] -> [chunks, tokens of a chunk, *width], padded with 0."""
-  x = x.reshape(-1, *width)
-  size = -(-x.shape[0] // chunks)
-  return jnp.pad(x, [(0, size * chunks - x.shape[0])] + [(0, 0)] * len(width)).reshape(chunks, size, *width)
+def _split(number: int, x: Array, *of_tokens: Array) -> tuple[Array, ...]:
+  """x[..., embed] and others [...] -> [number, tokens, embed] and [number, tokens], padded with 0."""
+  tokens = x.size // x.shape[-1]
+  size = -(-tokens // number)
 
+  def one(each: Array, *width: int) -> Array:
+    padding = [(0, size * number - tokens)] + [(0, 0)] * len(width)
+    return jnp.pad(each.reshape(tokens, *width), padding).reshape(number, size, *width)
 
-def _chunks(spec: Spec, x: Array, *of_tokens: Array) -> tuple[Array, ...]:
-  return _split(x, spec.chunks, x.shape[-1:]), *(_split(each, spec.chunks) for each in of_tokens)
+  return one(x, x.shape[-1]), *map(one, of_tokens)
 
 
 def _over(axis: str | None, x: Array) -> Array:
@@ -99,14 +108,14 @@ def linear_cross_entropy(
   *,
   bias: Array | None = None,
   axis: str | None = None,
-  chunks: int | None = None,
+  number: tuple[int, int] | None = None,
   **options,
 ) -> tuple[Array, Array, Array]:
   """`reference.linear_cross_entropy`; the backward pass makes the logits of each chunk again."""
-  spec = _specify(x, w, axis, chunks, options)
+  spec = _specify(x, w, axis, number, options)
   w, bias = w.astype(x.dtype), None if bias is None else bias.astype(jnp.float32)
   one = lambda chunk: _losses(spec, _logits(spec, chunk[0], w, bias), chunk[1])
-  return _join(jax.lax.map(jax.checkpoint(one, prevent_cse=False), _chunks(spec, x, labels)), labels)
+  return _join(jax.lax.map(jax.checkpoint(one, prevent_cse=False), _split(spec.parts * spec.chunks, x, labels)), labels)
 
 
 def _join(parts, labels: Array):
@@ -121,14 +130,14 @@ def weighed(
   *,
   bias: Array | None = None,
   axis: str | None = None,
-  chunks: int | None = None,
+  number: tuple[int, int] | None = None,
   **options,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-  """(sum(weights * loss) of this device's tokens, what `linear_cross_entropy` returns).
+  """(sum(weights * loss) of this device's tokens, what `linear_cross_entropy` returns); `number`: as `split` returns.
 
   The sum has a gradient to x, w and bias; weights have none, and neither have the other results.
   """
-  spec = _specify(x, w, axis, chunks, options)
+  spec = _specify(x, w, axis, number, options)
   bias = None if bias is None else bias.astype(jnp.float32)
   return _weighed(spec, x, w.astype(x.dtype), bias, labels, weights.astype(jnp.float32))
 
@@ -136,27 +145,55 @@ def weighed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighed(spec: Spec, x: Array, w: Array, bias: Array | None, labels: Array, weights: Array):
   one = lambda chunk: _losses(spec, _logits(spec, chunk[0], w, bias), chunk[1])
-  found = _join(jax.lax.map(one, _chunks(spec, x, labels)), labels)
+  found = _join(jax.lax.map(one, _split(spec.parts * spec.chunks, x, labels)), labels)
   return (found[0] * weights).sum(), found
 
 
 def _forward(spec: Spec, x: Array, w: Array, bias: Array | None, labels: Array, weights: Array):
+  parts = _split(spec.parts, x, labels, weights)
+  size = -(-parts[0].shape[1] // spec.chunks) * spec.chunks
+  held = jax.lax.empty((size, w.shape[1]), x.dtype)  # not zeros: filling it takes as long as writing it twice
+  one = functools.partial(_part, spec, w, bias)
+  if spec.parts == 1:
+    _, by_w, by_bias, found = one(held, tuple(each[0] for each in parts))
+  else:
+
+    def visit(carry, part):
+      held, by_w, by_bias = carry
+      held, own_w, own_bias, found = one(held, part)
+      return (held, by_w + own_w, None if bias is None else by_bias + own_bias), found
+
+    start = held, jnp.zeros(w.shape, jnp.float32), None if bias is None else jnp.zeros_like(bias)
+    (_, by_w, by_bias), found = jax.lax.scan(visit, start, parts)
+  *losses, by_x = found
+  losses = _join(tuple(losses), labels)
+  by_x = by_x.reshape(-1, x.shape[-1])[: labels.size].reshape(x.shape)
+  return ((losses[0] * weights).sum(), losses), (by_x, by_w.astype(w.dtype), by_bias)
+
+
+def _part(spec: Spec, w: Array, bias: Array | None, held: Array, part: tuple[Array, ...]):
+  """(held, gradients of w in f32 and of bias, (loss, lse, correct, gradient of x)) of the part's tokens.
+
+  `held` is a buffer for the gradient of the part's logits.
+  """
+  x, labels, _ = part
+
   def visit(carry, chunk):
-    own_x, own_labels, own_weights = chunk
+    held, by_bias = carry
+    at, own_x, own_labels, own_weights = chunk
     logits = _logits(spec, own_x, w, bias)
     losses = _losses(spec, logits, own_labels)
     by_logits = _by_logits(spec, logits, own_labels, losses[1], own_weights)
-    low = by_logits.astype(x.dtype)
-    by_x = jax.lax.dot_general(low, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    by_w = jax.lax.dot_general(own_x, low, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    by_bias = None if bias is None else carry[1] + by_logits.sum(0)
-    return (carry[0] + by_w, by_bias), (losses, by_x)
+    held = jax.lax.dynamic_update_slice_in_dim(held, by_logits.astype(held.dtype), at * own_x.shape[0], 0)
+    return (held, None if bias is None else by_bias + by_logits.sum(0)), losses
 
-  start = jnp.zeros(w.shape, jnp.float32), None if bias is None else jnp.zeros_like(bias)
-  (by_w, by_bias), (losses, by_x) = jax.lax.scan(visit, start, _chunks(spec, x, labels, weights))
-  losses = _join(losses, labels)
-  by_x = by_x.reshape(-1, x.shape[-1])[: labels.size].reshape(x.shape)
-  return ((losses[0] * weights).sum(), losses), (by_x, by_w.astype(w.dtype), by_bias)
+  start = held, None if bias is None else jnp.zeros_like(bias)
+  chunks = jnp.arange(spec.chunks), *_split(spec.chunks, *part)
+  (held, by_bias), losses = jax.lax.scan(visit, start, chunks)
+  own = held[: x.shape[0]]
+  by_x = jax.lax.dot_general(own, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+  by_w = jax.lax.dot_general(x, own, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  return held, by_w, by_bias, (*_join(losses, labels), by_x)
 
 
 def _backward(spec: Spec, saved, gradients):

@@ -1,6 +1,7 @@
 """`quantized_matmul`: a product that quantizes its operands, and those of both its gradients, by a recipe."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels import tuned
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import reference, tpu, xla
 from pallas_kernels.quantized_matmul.formats import FORMATS, Operand, Pair, Recipe
@@ -24,15 +26,18 @@ IMPLEMENTATIONS = {
 }
 FORWARD_X, FORWARD_W, DGRAD_G, DGRAD_W, WGRAD_X, WGRAD_G = range(6)  # numbers of the operands, for their random bits
 DELAYED = ('xla', 'reference')  # implementations that take scales from outside
+OP, TUNED = 'quantized_matmul', ('xla', 'tpu')  # of entries in tuning/CHIP.json
+# Whether the first and the second matrix are summed over their leading dims -> which product of a weight this is.
+LAYOUTS = {(False, True): 'forward', (False, False): 'dgrad', (True, True): 'wgrad'}
 
 
 def check(implementation: str) -> str:
-  """The implementation to run: 'xla' for 'auto'. Raises KernelError for one that does not exist, or not on this mesh.
+  """The implementation to run, or 'auto'. Raises KernelError for one that does not exist, or not on this mesh.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have.
   """
   if implementation == 'auto':
-    return 'xla'
+    return 'auto'
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
     raise KernelError(f"kernels.quantized_matmul='{implementation}' is not one of 'auto', {known}.")
@@ -135,9 +140,31 @@ def _noises(w: Array, seed, rows) -> dict[str, Noise | None]:
   return {'tokens': Noise(seed, rows), 'w': Noise(seed, index(w.shape[:1]))}
 
 
+def kind_of(pair: Pair, dims) -> str:
+  """The class of a product in tuning/CHIP.json: which of a weight's products, the formats, how they are rounded."""
+  formats = dict.fromkeys(operand.format for operand in pair)
+  random = ('stochastic',) if any(operand.is_random for operand in pair) else ()
+  return '_'.join((LAYOUTS[dims[0][0] == 0, dims[1][0] == 0], *formats, *random))
+
+
+def fastest(a: Array, b: Array, pair: Pair, dims) -> str:
+  """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape.
+
+  'xla' without such an entry, on several devices, and where the kernel lacks the product.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if (not mesh.empty and mesh.size > 1) or not tpu.fits(a, pair, dims):
+    return 'xla'
+  own = lambda x, axes: math.prod(n for axis, n in enumerate(x.shape) if axis not in axes)
+  sizes = own(a, dims[0]), math.prod(a.shape[axis] for axis in dims[0]), own(b, dims[1])
+  return tuned.fastest(OP, kind_of(pair, dims), sizes, TUNED) or 'xla'
+
+
 def _product(implementation: str, pair: Pair | None, a: Any, b: Any, dims) -> Array:
   """A product over `dims` of two (array, noise, number of the operand), with delayed scales also an amax."""
   if pair is None:
     return jax.lax.dot_general(a[0], b[0], (dims, ((), ())))
+  if implementation == 'auto':
+    implementation = fastest(a[0], b[0], pair, dims)
   sides = ((x, None if noise is None else noise.of(number), *amax) for x, noise, number, *amax in (a, b))
   return IMPLEMENTATIONS[implementation](*sides, pair, dims)

@@ -133,11 +133,13 @@ class Recipe:
   """Operands of the three products of a matrix w, each independent of the others; None: not quantized.
 
   `forward`: (x, w); `dgrad`, the gradient of x: (g, w); `wgrad`, that of w: (x, g), where g is the gradient of x w.
+  `weights` stands alone: w is rounded, and multiplied as any other matrix.
   """
 
   forward: Pair | None = None
   dgrad: Pair | None = None
   wgrad: Pair | None = None
+  weights: Operand | None = None
 
   @property
   def pairs(self) -> dict[str, Pair]:
@@ -158,7 +160,8 @@ class Recipe:
 
   def block(self, product: str) -> int:
     """The number that must divide the lengths over which `product` sums."""
-    blocks = [operand.block or 1 for operand in self.pairs.get(product, ())]
+    alone = (self.weights,) if product == 'forward' and self.weights is not None else ()
+    blocks = [operand.block or 1 for operand in (*self.pairs.get(product, ()), *alone)]
     return int(np.lcm.reduce(blocks)) if blocks else 1
 
 

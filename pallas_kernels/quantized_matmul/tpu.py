@@ -81,6 +81,15 @@ def product(a: Any, b: Any, pair: Pair, dims, *, interpret: Any = False) -> Arra
   return found.reshape(*outer[0], *outer[1])
 
 
+def fits(a: Array, pair: Pair, dims) -> bool:
+  """Whether the kernel has this product, on one device."""
+  try:
+    _check(a, pair, dims)
+  except KernelError:
+    return False
+  return all(operand.scale != 'delayed' for operand in pair)
+
+
 def _check(a: Array, pair: Pair, dims) -> None:
   blocked = [operand.format for operand in pair if not operand.in_hardware]
   kinds = {operand.element.is_integer for operand in pair}

@@ -1,6 +1,7 @@
 """`pretrain eval`: what a step of a run, or published weights, score on texts and tasks of the user."""
 
 import argparse
+import dataclasses
 import pathlib
 
 from pretrain.cli import shared
@@ -27,7 +28,7 @@ def eval_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--needle_depths', type=numbers(float), metavar='0,0.5,1', help='where the fact stands')
   command.add_argument('--needle_trials', type=int, default=8, help='questions for each length and depth')
   command.add_argument('--batch', type=int, default=8, help='rows at once')
-  shared.mesh_flags(command)
+  shared.model_flags(command)
 
 
 def named_path(value: str) -> tuple[str, pathlib.Path]:
@@ -55,13 +56,13 @@ def eval_command(options, overrides) -> None:
     raise ConfigError('pretrain eval needs a model: --workdir=RUN, or --from=DIR; not both.')
   if options.source is not None and options.step is not None:
     raise ConfigError('--step is a step of a run; leave it out with --from.')
-  devices, out = shared.mesh_of(overrides, 'eval'), out_of(options)
+  (devices, precision), out = shared.model_overrides(overrides, 'eval'), out_of(options)
   mesh.prepare_platform(devices)
   from pretrain.benchmarks.evaluate import check_measurements, evaluate, lines_of, write_results
 
   wanted = measurements(options)
   check_measurements(wanted)
-  writer, source = writer_of(options, devices)
+  writer, source = writer_of(options, devices, precision)
   results = source | evaluate(writer, wanted)
   if out is not None:
     write_results(out, results)
@@ -99,13 +100,14 @@ def measurements(options):
   )  # fmt: skip
 
 
-def writer_of(options, devices):
+def writer_of(options, devices, precision):
   """(the model, what the results say about it)."""
+  own = {} if precision is None else {'precision': dataclasses.asdict(precision)}
   if options.source is not None:
-    from pretrain.interchange.importing import imported_writer
+    from pretrain.interchange.importing import open_weights
 
-    return imported_writer(options.source, devices), {'model': str(options.source)}
+    return open_weights(options.source, precision, encoders=True).writer(devices), {'model': str(options.source), **own}
   from pretrain.evaluation.writer import open_run
 
-  run = open_run(options.workdir, options.step, encoders=True)
-  return run.writer(devices), {'model': str(options.workdir), 'step': run.step}
+  run = open_run(options.workdir, options.step, encoders=True, precision=precision)
+  return run.writer(devices), {'model': str(options.workdir), 'step': run.step, **own}

@@ -1,4 +1,4 @@
-"""`pretrain generate`: text of a trained run."""
+"""`pretrain generate`: text of a trained run, or of published weights."""
 
 import argparse
 
@@ -7,7 +7,10 @@ from pretrain.errors import ConfigError
 
 
 def generate_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument('--workdir', required=True, type=shared.workdir)
+  command.add_argument('--workdir', type=shared.workdir, help='a run')
+  command.add_argument(
+    '--from', type=shared.path, dest='source', metavar='DIR', help='published weights: config.json and *.safetensors'
+  )
   command.add_argument(
     '--text',
     action='append',
@@ -34,16 +37,18 @@ def generate_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--seed', type=int, default=0, help='of what is drawn; the same seed gives the same text')
   command.add_argument('--beams', type=int, help='beam search of this width, scores divided by length')
   command.add_argument('--batch', type=int, help='prompts at once (default: 1; with --prompts, 16)')
-  shared.mesh_flags(command)
+  shared.model_flags(command)
 
 
 def generate_command(options, overrides) -> int:
-  """Fill blanks, or continue text, with a trained run."""
+  """Fill blanks, or continue text, with a trained run or published weights."""
   from pretrain.devices import mesh
 
+  if (options.workdir is None) == (options.source is None):
+    raise ConfigError('pretrain generate needs a model: --workdir=RUN, or --from=DIR; not both.')
   if (options.text is None) == (options.prompts is None):
     raise ConfigError('pretrain generate needs prompts: --text=… (repeatable), or --prompts=FILE; not both.')
-  devices = shared.mesh_of(overrides, 'generate')
+  devices, precision = shared.model_overrides(overrides, 'generate')
   if options.out is not None:
     shared.check_file(options.out, '--out')
   mesh.prepare_platform(devices)
@@ -61,6 +66,17 @@ def generate_command(options, overrides) -> int:
   batch = options.batch if options.batch is not None else 16 if options.prompts and options.top is None else 1
   how = Decoding(sampling=sampling, beams=options.beams, seed=options.seed, batch=batch)
   return show_generated(
-    options.workdir, [text for _, text in given], options.max_tokens, options.top, how,
+    model_of(options, precision), [text for _, text in given], options.max_tokens, options.top, how,
     mesh=devices, places=places, out=options.out, special=options.special,
   )  # fmt: skip
+
+
+def model_of(options, precision):
+  """What opens the model, after the prompts have been read."""
+  if options.source is not None:
+    from pretrain.interchange.importing import open_weights
+
+    return lambda: open_weights(options.source, precision)
+  from pretrain.evaluation.writer import open_run
+
+  return lambda: open_run(options.workdir, precision=precision)

@@ -95,6 +95,10 @@ def export_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--out', required=True, type=shared.path, metavar='DIR', help='a new folder')
   command.add_argument('--dtype', choices=['float32', 'bfloat16'], help='without it, the types of the import')
   command.add_argument('--max_shard_size', type=size, default='5GB', metavar='SIZE', help='of a file, e.g. 500MB')
+  command.add_argument('--quantize', choices=['int8', 'int4'], help='the weights of products in blocks, for serving')
+  command.add_argument(
+    '--group_size', type=int, metavar='N', help='inputs that share a scale (default: 128 of int4, all of int8); 0: all'
+  )
   command.add_argument('--adapter', action='store_true', help="the adapters of a run with lora alone, in peft's layout")
 
 
@@ -106,15 +110,23 @@ def export_command(options, overrides) -> None:
   shared.check_writable(options.out, '--out')
   from pretrain.interchange.adapters import export_adapter
   from pretrain.interchange.exporting import export
+  from pretrain.interchange.packed.writing import export_packed
   from pretrain.tools.weights import find, find_step
 
-  if options.adapter and options.dtype:
-    raise ConfigError('--adapter writes float32 alone. Nothing was written; leave --dtype out.')
+  if options.adapter and (options.dtype or options.quantize):
+    flag = '--dtype' if options.dtype else '--quantize'
+    raise ConfigError(f'--adapter writes float32 alone. Nothing was written; leave {flag} out.')
+  if options.group_size is not None and options.quantize is None:
+    raise ConfigError(f'--group_size={options.group_size} is of --quantize. Nothing was written; give both or neither.')
   number = options.step
   step = find(str(options.workdir)) if number is None else find_step(options.workdir, number)
   check_outside(options.out, step.workdir)
   if options.adapter:
     print(f'{options.out} ({export_adapter(step, options.out)} adapters)')
     return
-  family = export(step, options.out, dtype=options.dtype, shard_bytes=options.max_shard_size)
+  how = {'dtype': options.dtype, 'shard_bytes': options.max_shard_size}
+  if options.quantize:
+    family = export_packed(step, options.out, options.quantize, group=options.group_size, **how)
+  else:
+    family = export(step, options.out, **how)
   print(f'{options.out} ({family.architecture})')

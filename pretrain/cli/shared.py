@@ -1,6 +1,7 @@
 """What several commands share: the parser, the flags and loading of a config, the check of a new workdir."""
 
 import argparse
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -100,18 +101,36 @@ def cluster_flag(command: argparse.ArgumentParser) -> None:
   )
 
 
-def mesh_flags(command: argparse.ArgumentParser) -> None:
+def model_flags(command: argparse.ArgumentParser) -> None:
+  """The keys that a command may give to a finished model: see `model_overrides`."""
   command.add_argument('--gin.mesh.AXIS', metavar='N', dest='_shown_in_help_only', help='devices along a mesh axis')
+  command.add_argument(
+    '--gin.precision.KEY', metavar='VALUE', dest='_shown_in_help_only',
+    help="how products are quantized, e.g. --gin.precision.recipe=\"'int8'\" (default: as in training)",
+  )  # fmt: skip
 
 
-def mesh_of(overrides: Sequence[str], command: str):
-  """The mesh of a command that takes no other key. Raises ConfigError for one."""
+def model_overrides(overrides: Sequence[str], command: str):
+  """(mesh, precision) of a command that takes no other key; precision None: not given, and as in training.
+
+  Raises ConfigError for another key.
+  """
+  from models.precision import PrecisionConfig
   from pretrain.config import bindings
   from pretrain.devices.mesh import MeshConfig
 
-  if others := [key for key in overrides if not key.strip().startswith('mesh.')]:
-    raise ConfigError(f'--gin.{others[0]}: the run has its config; pretrain {command} takes mesh.* alone.')
-  return bindings.load(MeshConfig, [], [key.strip().removeprefix('mesh.') for key in overrides])
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Given:
+    mesh: MeshConfig = MeshConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+
+  own = [key.strip() for key in overrides]
+  if others := [key for key in own if not key.startswith(('mesh.', 'precision.'))]:
+    raise ConfigError(
+      f'--gin.{others[0]}: the run has its config; pretrain {command} takes mesh.* and precision.* alone.'
+    )
+  given = bindings.load(Given, [], own)
+  return given.mesh, given.precision if any(key.startswith('precision.') for key in own) else None
 
 
 def load(options, overrides, saved=None):

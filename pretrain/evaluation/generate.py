@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from data.arguments import is_text
 from data.batches.batches import DataSource
@@ -15,7 +15,7 @@ from pretrain.evaluation.best import Candidate, best_outputs
 from pretrain.evaluation.outputs import GREEDY, Decoding, check_decoding, outputs
 from pretrain.evaluation.prompts import check_special, named, not_utf8, prompt_inputs, reading_special, room_for
 from pretrain.evaluation.texts import answers_whole, filled
-from pretrain.evaluation.writer import ONE_DEVICE, Writer, open_run
+from pretrain.evaluation.writer import ONE_DEVICE, Readable, Writer, open_run
 from pretrain.experiment.experiment import Experiment
 from pretrain.records.progress import Counter
 from pretrain.redact import redact
@@ -49,7 +49,7 @@ class Refused:
 
 
 def show_generated(
-  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  model: Folder | Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), out: pathlib.Path | None = None,
   special: Sequence[str] = (),
@@ -60,7 +60,7 @@ def show_generated(
   """
   code, encoding, records = 0, sys.stdout.encoding or 'utf-8', []
   counter = Counter(len(prompts), 'prompts') if places or how.batch > 1 else None
-  found = answers(workdir, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter, special=special)
+  found = answers(model, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter, special=special)
   for result in found:
     records.append(record(result))
     if isinstance(result, Refused):
@@ -112,12 +112,13 @@ def generate(
 
 
 def answers(
-  workdir: Folder, prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  model: Folder | Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), counter: Counter | None = None,
   special: Sequence[str] = (),
 ) -> Iterator[Generated | Refused]:  # fmt: skip
-  """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held.
+  """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held. `model` is
+  a run, or what opens one.
 
   Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Outputs are those of `how`, by default
   greedy; with `top` they are the best of an exact beam search, and come with the `top` best candidates. The names of
@@ -136,7 +137,7 @@ def answers(
   places = places or ['--text='] * len(prompts)
   if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
     return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
-  run = open_run(workdir)
+  run = model() if callable(model) else open_run(model)
   data = reading_special(run.data, special)
   inputs = [_read_prompt(prompt, place, run.cfg, data) for prompt, place in zip(prompts, places, strict=True)]
   if all(isinstance(own, Refused) for own in inputs):

@@ -1,7 +1,7 @@
 """A run that writes: its config, its data and the parameters of a step, on one device or on a mesh."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -9,7 +9,8 @@ from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.prepare.published import Published
 from data.stores.paths import looked_in
-from models.build import Model
+from models.build import Model, check_precision
+from models.precision import PrecisionConfig
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
@@ -33,6 +34,18 @@ class Writer:
   data: DataSource
   model: Model
   params: Any
+
+
+class Readable(Protocol):
+  """A model whose parameters have not been read: a step of a run, or published weights."""
+
+  @property
+  def cfg(self) -> Experiment: ...
+
+  @property
+  def data(self) -> DataSource: ...
+
+  def writer(self, mesh: MeshConfig) -> Writer: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +82,26 @@ def open_writer(workdir: Folder, step: int | None = None, mesh: MeshConfig = ONE
   return open_run(workdir, step).writer(mesh)
 
 
-def open_run(workdir: Folder, step: int | None = None, *, encoders: bool = False) -> Opened:
+def at_precision(cfg: Experiment, precision: PrecisionConfig | None) -> Experiment:
+  """`cfg` with `precision` in the place of its own, for evaluation and generation; None: as it is.
+
+  Raises ConfigError for parts that the model lacks, and for blocks that do not divide what a product sums over.
+  """
+  if precision is None:
+    return cfg
+  try:
+    check_precision(cfg.model, precision, {}, forward_only=True)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  return dataclasses.replace(cfg, precision=precision)
+
+
+def open_run(
+  workdir: Folder, step: int | None = None, *, encoders: bool = False, precision: PrecisionConfig | None = None
+) -> Opened:
   """A run that reads text, at a step, by default the newest. Raises ConfigError for a run without text and, unless
-  `encoders`, of an encoder, CheckpointError where `workdir` has no finished step, or not this one."""
+  `encoders`, of an encoder, CheckpointError where `workdir` has no finished step, or not this one; and as
+  `at_precision`."""
   whole = config_of(workdir, encoders=encoders)
   checkpoints = Checkpoints(workdir, whole.checkpoint, read_only=True)
   finished = sorted(checkpoints.finished())
@@ -85,7 +115,7 @@ def open_run(workdir: Folder, step: int | None = None, *, encoders: bool = False
     raise CheckpointError(
       'CKPT-NONE', f'no finished checkpoint in {workdir}/checkpoints; let the run reach checkpoint.every.'
     )
-  cfg = phase_at(whole, max(step - 1, 0)).cfg  # prompts are read as in the phase that saved the step
+  cfg = at_precision(phase_at(whole, max(step - 1, 0)).cfg, precision)  # prompts are read as in the step's phase
   return Opened(cfg, data_of(cfg, tokenizer_of(workdir) if cfg.data.name == 'synthetic' else None), checkpoints, step)
 
 

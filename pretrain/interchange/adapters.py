@@ -99,15 +99,9 @@ def _config(lora: LoraConfig, model: str, places, found: Mapping[str, Any]) -> d
   return {
     'peft_type': 'LORA', 'task_type': TASKS[model], 'base_model_name_or_path': None, 'r': lora.rank,
     'lora_alpha': lora.alpha, 'use_rslora': lora.scaling == 'sqrt_rank', 'lora_dropout': 0.0, 'bias': 'none',
-    'target_modules': sorted(lasts if short else adapted), 'fan_in_fan_out': any(map(_inputs_first, own)),
+    'target_modules': sorted(lasts if short else adapted), 'fan_in_fan_out': any(entry.inputs_first for entry in own),
     'inference_mode': True, 'modules_to_save': None, 'init_lora_weights': True,
   }  # fmt: skip
-
-
-def _inputs_first(entry: Entry) -> bool:
-  """Whether the tensor is [in, out], as GPT-2's are."""
-  first = entry.layout.lstrip('(').split()[0]
-  return first == {'out': 'heads', 'down': 'mlp'}.get(entry.ours.rpartition('/')[2], 'embed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +180,7 @@ def check_modules(adapter: Adapter, source: Source) -> None:
       continue
     entry, shape = shapes[f'{module}.weight']
     own = (b.shape[0], a.shape[1])
-    if (own[::-1] if _inputs_first(entry) else own) != shape:
+    if (own[::-1] if entry.inputs_first else own) != shape:
       problems.append(f'{module} is {list(own)}, the weight {list(shape)}')
   if problems:
     raise _refused(adapter.folder, f'it belongs to another model than {source.folder}: {", ".join(problems)}')
@@ -203,7 +197,7 @@ def add_adapter(params: dict[str, Any], adapter: Adapter, source: Source) -> dic
       if name.removesuffix('.weight') in adapter.factors:
         a, b = (x.values().astype(np.float32) for x in adapter.factors[name.removesuffix('.weight')])
         theirs = np.float32(adapter.scale) * (b @ a)
-        own = entry.view(theirs.T if _inputs_first(entry) else theirs, spec)
+        own = entry.view(theirs.T if entry.inputs_first else theirs, spec)
         update[place] = own.reshape(update[place].shape) * np.float32(entry.scale)  # a product has no shift and no row
     *parents, leaf = entry.ours.split('/')
     node = params

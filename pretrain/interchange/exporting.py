@@ -1,6 +1,7 @@
 """`pretrain export`: a step of a run as a folder that `transformers` loads."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -38,6 +39,42 @@ TYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}  # of --dtype
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What an export of `step` writes: `values` is its config.json."""
+
+  step: Step
+  cfg: Experiment
+  imported: pathlib.Path | None
+  family: Family
+  values: dict[str, Any]
+  weights: 'Weights'
+
+  def write_weights(self, read: Callable[[str], Weight | None], output: pathlib.Path, shard_bytes: int) -> None:
+    found = {entry.ours: _found(read, self.step, entry, spec) for entry, spec in self.weights.places}
+    self.weights.write(found, output, shard_bytes)
+
+  def write_files(self, output: pathlib.Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    _write_config(self.cfg, self.family, self.values, self.imported, output)
+    _write_tokenizer(self.cfg, self.family, self.imported, output)
+
+
+def exported(step: Step, dtype: str | None = None) -> Export:
+  """The export of `step`, of which nothing is read or written yet. Raises ConfigError for a model of no family."""
+  cfg = config_of(step.workdir)
+  imported = origin(step.workdir, cfg)
+  family = chosen_family(cfg, imported)
+  values = config_values(cfg, family, imported) | ({'dtype': dtype} if dtype else {})
+  values = {key: value for key, value in values.items() if not (dtype and key == 'torch_dtype')}
+  return Export(step, cfg, imported, family, values, Weights(cfg, family, values, imported, dtype))
+
+
+def reader_of(step: Step):
+  """What reads the parameters of `step`, one at a time."""
+  return weights_reader(step.workdir, step.number, ema=step.ema)
+
+
 def export(step: Step, output: pathlib.Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Family:
   """Writes `step` to a new folder: weights, config.json, generation_config.json and the tokenizer's files.
 
@@ -46,17 +83,11 @@ def export(step: Step, output: pathlib.Path, *, dtype: str | None = None, shard_
   disk, and for a model that no family has; then nothing is written.
   """
   check_new(output, '--out')
-  cfg = config_of(step.workdir)
-  imported = origin(step.workdir, cfg)
-  family = chosen_family(cfg, imported)
-  values = config_values(cfg, family, imported) | ({'dtype': dtype} if dtype else {})
-  values = {key: value for key, value in values.items() if not (dtype and key == 'torch_dtype')}
-  weights = Weights(cfg, family, values, imported, dtype)
-  with weights_reader(step.workdir, step.number, ema=step.ema) as read, new_folder(output, weights.size) as partial:
-    weights.write({entry.ours: _found(read, step, entry, spec) for entry, spec in weights.places}, partial, shard_bytes)
-    _write_config(cfg, family, values, imported, partial)
-    _write_tokenizer(cfg, family, imported, partial)
-  return family
+  plan = exported(step, dtype)
+  with reader_of(step) as read, new_folder(output, plan.weights.size) as partial:
+    plan.write_weights(read, partial, shard_bytes)
+    plan.write_files(partial)
+  return plan.family
 
 
 @contextlib.contextmanager
@@ -108,31 +139,37 @@ def chosen_family(cfg: Experiment, imported: pathlib.Path | None) -> Family:
 
 
 class Weights:
-  """The tensors of an export: `places` (a parameter and its entry), and `size` in bytes."""
+  """The tensors of an export: `places` (a parameter and its entry), `tensors` (type and shape by name) and their
+  `size` in bytes.
+  """
 
   def __init__(self, cfg: Experiment, family: Family, values, imported: pathlib.Path | None, dtype: str | None):
     self._names, types = _record(imported)
     self.places, self._kept = placed(family, cfg.model, values), _originals(imported, family)
     shapes = needed(family, cfg.model, values)
     shapes |= {name: tensor.shape for name, tensor in self._kept.items() if name not in shapes}
-    self._tensors = {
+    self.tensors = {
       name: (TYPES[dtype] if dtype else types.get(name, 'F32'), shape)
-      for first, shape in shapes.items() for name in _all_names(first, self._names)
+      for first, shape in shapes.items() for name in self.names_of(first)
     }  # fmt: skip
-    self.size = sum(math.prod(shape) * SIZES[kind] for kind, shape in self._tensors.values())
+    self.size = sum(math.prod(shape) * SIZES[kind] for kind, shape in self.tensors.values())
+
+  def names_of(self, first: str) -> list[str]:
+    """The names that the imported files had for a tensor; its first name where it was not imported."""
+    return [name for name, own in self._names.items() if own == first] or [first]
 
   def write(self, found: Mapping[str, Weight], output: pathlib.Path, shard_bytes: int) -> None:
     """Writes the files, of which one tensor at a time is in memory."""
-    tensors, kept = allocate(output, self._tensors, shard_bytes), self._kept
+    tensors, kept = allocate(output, self.tensors, shard_bytes), self._kept
     for first, tensor in kept.items():  # the places of no parameter keep these values
-      for name in _all_names(first, self._names):
+      for name in self.names_of(first):
         placing.copy(tensor, tensors[name])
     for entry, spec in self.places:
       row, own = _row(entry, kept), entry.names(spec)
       parts = found[entry.ours].parts(own)
       for first in own.values():
         before = kept.get(first) if entry.folds else None
-        into = [tensors[name] for name in _all_names(first, self._names)]
+        into = [tensors[name] for name in self.names_of(first)]
         _put(entry, spec, into, next(parts), before, row)  # no name here holds the part while the next one is read
 
 
@@ -158,11 +195,6 @@ def _record(imported: pathlib.Path | None) -> tuple[Names, Names]:
     return {}, {}
   record = json.loads((imported / TENSORS).read_text())
   return record['names'], record['types']
-
-
-def _all_names(first: str, names: Names) -> list[str]:
-  """The names that the imported files had for a tensor; its first name where it was not imported."""
-  return [name for name, own in names.items() if own == first] or [first]
 
 
 def _found(read: Callable[[str], Weight | None], step: Step, entry: Entry, spec: ParamSpec) -> Weight:

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.batches.batches import DataSource
 from data.prepare.published import JSON, SENTENCEPIECE, Published, published, tokenizer_in
 from data.stores.vocabulary import MODES
 from models.build import ModelConfig, build
+from models.precision import PrecisionConfig
 from models.specs import ParamSpec, Tree, is_spec
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
@@ -24,7 +26,7 @@ from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.evaluation.imported import FOLDER, tokenizer_from
-from pretrain.evaluation.writer import Writer, data_of, program_for
+from pretrain.evaluation.writer import Writer, at_precision, data_of, program_for
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
@@ -33,6 +35,8 @@ from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import family_of
 from pretrain.interchange.family import Family
 from pretrain.interchange.layout import Entry
+from pretrain.interchange.packed.reading import KEY as QUANTIZATION
+from pretrain.interchange.packed.reading import unpacked_tensors
 from pretrain.interchange.placing import BLOCK, copy, place
 from pretrain.interchange.safetensors import READ, Tensor, allocate, equal, open_folder
 from pretrain.interchange.zarr import checkpoint_in
@@ -66,8 +70,10 @@ class Source:
 def open_source(folder: pathlib.Path) -> Source:
   """The model in `folder`. Raises CheckpointError unless each tensor has one place and each parameter its tensors."""
   _refuse_t5x(folder)
-  config = ConfigJson(read_config(folder), folder / FILE)
-  family, found = family_of(config), open_folder(folder)
+  values = read_config(folder)
+  quantization = values.pop(QUANTIZATION, None)
+  config = ConfigJson(values, folder / FILE)
+  family, found = family_of(config), unpacked_tensors(open_folder(folder), quantization, folder)
   names = {name: _first_name(name, family, found) for name in found if not _unused(name, family)}
   model = family.read(config, _by_first_name(names, found))
   config.finish()
@@ -241,6 +247,8 @@ def keep_files(source: Source, _: Experiment, folder: pathlib.Path) -> None:
   for name in KEPT:
     if (source.folder / name).is_file():
       shutil.copyfile(source.folder / name, folder / name)
+  if QUANTIZATION in read_config(source.folder):  # the run's weights are float32
+    (folder / FILE).write_text(json.dumps(source.values, indent=2, sort_keys=True) + '\n')
   types = {name: source.tensors[first].dtype for name, first in source.names.items()}
   (folder / TENSORS).write_text(json.dumps({'names': dict(source.names), 'types': types}, indent=1) + '\n')
   if kept := {name: source.tensors[name] for name in sorted(_to_keep(source))}:
@@ -301,13 +309,33 @@ def start_from(source: Source) -> list[str]:
   ]  # fmt: skip
 
 
-def imported_writer(folder: pathlib.Path, mesh: MeshConfig) -> Writer:
-  """The weights in `folder`, placed on a mesh, with their tokenizer; nothing is written.
+@dataclasses.dataclass(frozen=True)
+class OpenedWeights:
+  """Published weights that have not been read, their config and their tokenizer: see `evaluation.writer.Readable`."""
 
-  Raises the errors of `open_source` and `tokenizer_from`.
+  cfg: Experiment
+  data: DataSource
+  source: Source
+
+  def writer(self, mesh: MeshConfig) -> Writer:
+    """With the weights placed on a mesh; nothing is written."""
+    program = program_for(self.cfg, mesh)
+    shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
+    return Writer(self.cfg, self.data, program.model, parameters(self.source, shardings))
+
+
+def open_weights(
+  folder: pathlib.Path, precision: PrecisionConfig | None = None, *, encoders: bool = False
+) -> OpenedWeights:
+  """The weights in `folder`, with the products that `precision` quantizes.
+
+  Raises the errors of `open_source`, `tokenizer_from` and `at_precision`, and ConfigError for an encoder, which writes
+  no text, unless `encoders`.
   """
   source = open_source(folder)
-  cfg = experiment(source, [], [])
-  data, program = data_of(cfg, tokenizer_from(folder)), program_for(cfg, mesh)
-  shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
-  return Writer(cfg, data, program.model, parameters(source, shardings))
+  if source.model.name == 'encoder' and not encoders:
+    raise ConfigError(
+      f'{folder / FILE}: {source.family.model_type} is an encoder and writes no text; pretrain eval measures it.'
+    )
+  cfg = at_precision(experiment(source, [], []), precision)
+  return OpenedWeights(cfg, data_of(cfg, tokenizer_from(folder)), source)

@@ -59,6 +59,12 @@ class Entry:
     return self.scale != 1.0 or self.shift != 0.0 or self.row is not None
 
   @property
+  def inputs_first(self) -> bool:
+    """Whether the tensor of a product is [inputs, outputs], as GPT-2's are."""
+    first = self.layout.lstrip('(').split()[0]
+    return first == {'out': 'heads', 'down': 'mlp'}.get(self.ours.rpartition('/')[2], 'embed')
+
+  @property
   def stacked(self) -> int:
     """How many leading axes of ours are tensors of their own in their file."""
     return len(set(re.findall(r'\{\d\}', self.theirs)))

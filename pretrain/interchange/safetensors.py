@@ -18,6 +18,7 @@ import numpy as np
 from pretrain.errors import CheckpointError
 
 READ = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16': np.dtype(np.float16)}
+WORDS = {'I32': np.dtype(np.int32), 'I64': np.dtype(np.int64)}  # of packed weights, and their shapes
 # Types of tensors that a model does not read (masks and counters in old files).
 SIZES = {name: dtype.itemsize for name, dtype in READ.items()} | {
   'F64': 8, 'I64': 8, 'U64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2, 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1,
@@ -51,9 +52,13 @@ class Tensor:
     """
     if self.dtype not in READ:
       raise _damage(self.path, f'{self.name} has type {self.dtype}; weights are {", ".join(READ)}', 'convert it')
+    return self.raw(begin, end)
+
+  def raw(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+    """The same, also of integers."""
     count, size = (math.prod(self.shape) if end is None else end) - begin, SIZES[self.dtype]
     raw = np.fromfile(self.path, np.uint8, count * size, offset=self.begin + begin * size)
-    return raw.view(READ[self.dtype])
+    return raw.view((READ | WORDS)[self.dtype])
 
   def write(self, begin: int, values: np.ndarray) -> None:
     """Puts `values`, in a row, at element `begin` of the file. Mapped pages would count as memory of the process."""

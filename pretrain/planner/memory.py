@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from models.layers import remat
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
+from pallas_kernels.linear_cross_entropy import chunked
 from pretrain.planner.layouts import Layout
 from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
 
@@ -189,19 +190,37 @@ def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float
 
 
 def kept(work: Workload, layout: Layout) -> tuple[str, ...]:
-  """The names that a layer keeps for its gradient, on the device or the host."""
-  return work.cfg.model.remat_keep if layout.remat == 'custom' else KEPT[layout.remat]
+  """The names that a layer keeps for its gradient, on the device or the host: those that a gradient needs."""
+  names, without = layout.keep if layout.remat == 'custom' else KEPT[layout.remat], unread(work)
+  return tuple(name for name in names if name not in without)
+
+
+def unread(work: Workload) -> tuple[str, ...]:
+  """The products that no gradient reads: a layer's last ones, which are added to the residual without a norm."""
+  model = work.cfg.model
+  if model.norm_placement != 'pre':
+    return ()
+  return ('down',) if model.parallel == 'none' else ('out', 'down')
 
 
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of activations that all layers of a stack keep for the backward pass."""
   if layout.remat == 'none':
     return stack.number * _everything(work, layout, stack)
-  moved = work.cfg.model.remat_offload
-  names = [name for name in kept(work, layout) if name not in moved]
-  own = 0.0 if 'input' in moved else tokens(work, layout, stack.length) * work.cfg.model.embed
-  own += results(work, layout, stack, 'query') if 'context' in names else 0.0
-  return stack.number * work.itemsize * (own + results(work, layout, stack, *names))
+  return inputs_by(work, layout, stack) + named_by(work, layout, stack)
+
+
+def inputs_by(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of the inputs of a stack's layers, where they are not in host memory."""
+  own = 0.0 if 'input' in layout.offload else tokens(work, layout, stack.length) * work.cfg.model.embed
+  return stack.number * work.itemsize * own
+
+
+def named_by(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of the activations that a policy names, where they are not in host memory."""
+  names = [name for name in kept(work, layout) if name not in layout.offload]
+  mixed = results(work, layout, stack, 'query') if 'context' in names else 0.0
+  return stack.number * work.itemsize * (mixed + results(work, layout, stack, *names))
 
 
 def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
@@ -235,8 +254,17 @@ def _copies(product: Product) -> int:
 
 
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and their gradient, with the table of the embedding gathered over fsdp, or of both in their uses."""
+  """Logits in f32 and their gradient (of a chunk and of a part, where they are made in chunks), with the table of the
+  embedding gathered over fsdp, or of both in their uses.
+  """
   own = tokens(work, layout, work.stacks[-1].length)
   vocab = work.cfg.model.vocab_size / layout.sizes['tensor']
   tables = vocab * work.cfg.model.embed * work.itemsize * (1 if work.cfg.model.head == 'untied' else 3)
-  return own * vocab * (F32 + work.itemsize) + tables + 4 * own * work.cfg.model.embed * work.itemsize
+  return _logits(work, own, vocab) + tables + 4 * own * work.cfg.model.embed * work.itemsize
+
+
+def _logits(work: Workload, own: float, vocab: float) -> float:
+  if work.cfg.kernels.linear_cross_entropy != 'chunked':
+    return own * vocab * (F32 + work.itemsize)
+  parts, chunks = chunked.split(round(own), round(vocab))
+  return own * vocab / parts * (F32 / chunks + work.itemsize)

@@ -41,7 +41,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _name(layout: Layout, rows: int) -> list[str]:
-  return [layout.mesh, layout.remat, f'{layout.rows(rows)}x{layout.accumulate}']
+  return [layout.mesh, layout.policy, f'{layout.rows(rows)}x{layout.accumulate}']
 
 
 def table(found: Found) -> str:
@@ -87,10 +87,11 @@ def _failed(found: Found) -> list[str]:
 
 def explanation(work: Workload, of: Slice, program: Compiled, shown: int = 14) -> str:
   """Where the memory of a step is at its peak, and which collectives cost."""
-  own = program.memory
+  own, guess = program.memory, memory.estimate(work, program.layout).total
   lines = [
-    f'{program.layout.text} on {of.slices} x {of.name}, MiB of a device: {own.peak / MIB:,.0f} in use at once, '
-    f'{own.arguments / MIB:,.0f} of them arguments, of {of.chip.hbm / MIB:,.0f}. Temporaries at the peak:',
+    f'{program.layout.text} on {of.slices} x {of.name}, MiB of a device: {own.peak / MIB:,.0f} in use at once '
+    f'(estimated {guess / MIB:,.0f}), {own.arguments / MIB:,.0f} of them arguments, of {of.chip.hbm / MIB:,.0f}. '
+    'Temporaries at the peak:',
     *columns([['what', 'arrays', 'MiB'], *_buffers(program, shown)]),
     '',
     'Collectives of a step:',

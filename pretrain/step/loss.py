@@ -54,7 +54,8 @@ def _token_losses(
   labels, head = batch['decoder_target_tokens'], model.head(params)
   options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
   with partition.on(model.mesh):
-    if choose(kernels.linear_cross_entropy) == 'chunked':
+    tokens, words = labels.size // partition.parts('batch', 'length'), head.shape[1] // partition.parts('vocab')
+    if choose(kernels.linear_cross_entropy, tokens, words) == 'chunked':
       shares = jnp.zeros(labels.shape) if share is None else share.reshape(labels.shape)
       total, found = weighed(hidden, head, labels, shares, **{'z_loss': 0.0, 'label_smoothing': 0.0} | options)
       return total, tuple(x.reshape(-1) for x in found), aux

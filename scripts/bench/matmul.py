@@ -1,11 +1,14 @@
 """Quantized products on TPUs that this machine does not have: cycles of compiled programs, ours and XLA's own.
 
-  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096]
+  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096] [--write]
   python scripts/bench/matmul.py --gpu    the GPU of this machine (gpu/matmul.py)
 
 `schedule.py` defines the cycles. A shape is tokens x inputs x outputs, on one device. For bfloat16 and for codes: the
 product alone; `quantized`: of bfloat16 matrices that the product quantizes, with the search for their scales by XLA
 (`amax`). Ratios are to the faster bfloat16 product; `added` is what rounding inside our kernel costs it.
+
+`--write` compiles the three products of a weight instead, as the chip's recipe quantizes them, by XLA and by our
+kernel, and puts the faster one of each into pallas_kernels/tuning/CHIP.json: kernels.quantized_matmul='auto' runs it.
 """
 
 import argparse
@@ -21,11 +24,13 @@ sys.path.insert(
 
 import schedule
 
+from scripts import tune_kernels
 from scripts.bench.gpu import matmul as matmul_gpu
 
 SHAPES = '1024x4096x4096'
 KERNEL = 'quantized_matmul'
 # The formats that pay on a chip: docs/precision.md.
+RECIPES = {'v5e': 'int8', 'v5p': 'int8', 'v6e': 'int8', 'tpu7x': 'fp8'}
 FORMATS = {'v5e': ('int8', 'int4'), 'v5p': ('int8', 'int4'), 'v6e': ('int8', 'int4'), 'tpu7x': ('fp8_e4m3',)}
 
 
@@ -57,6 +62,64 @@ def programs(formats: tuple[str, ...]) -> dict:
       f'{name} kernel quantized': (functools.partial(quantized, tpu.product, operand), jnp.bfloat16),
       f'{name} xla quantized': (functools.partial(quantized, xla.product, operand), jnp.bfloat16),
     }
+  return found
+
+
+def products(recipe: str, m: int, k: int, n: int) -> dict:
+  """{class of the product: (function of an implementation and two bfloat16 matrices, (rows, sum, columns), shapes)} of
+  the three products of a weight [k, n] with m tokens.
+  """
+  import jax.numpy as jnp
+
+  from models.precision import RECIPES as known
+  from pallas_kernels.quantized_matmul import api
+  from pallas_kernels.quantized_matmul.rounding import Noise
+
+  sides = {
+    'forward': (((m, k), (k, n)), ((1,), (0,)), (m, k, n)),
+    'dgrad': (((m, n), (k, n)), ((1,), (1,)), (m, n, k)),
+    'wgrad': (((m, k), (m, n)), ((0,), (0,)), (k, m, n)),
+  }
+  found = {}
+  for name, (shapes, dims, sizes) in sides.items():
+    pair = known[recipe].pairs[name]
+
+    def run(implementation, a, b, pair=pair, dims=dims):
+      noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])) for seed, x in enumerate((a, b))]
+      own = api.IMPLEMENTATIONS[implementation]
+      return own((a, noise[0]), (b, noise[1]), pair, dims).astype(jnp.bfloat16)
+
+    found[api.kind_of(pair, dims)] = run, sizes, shapes
+  return found
+
+
+def compare(chip: str, shapes: list[tuple[int, int, int]]) -> None:
+  """Prints one line of JSON for each product and implementation, with the key of its entry."""
+  import jax
+  import jax.numpy as jnp
+
+  from pallas_kernels.quantized_matmul.api import TUNED
+
+  folder = pathlib.Path(os.environ['DUMP'])
+  for shape in shapes:
+    for kind, (run, sizes, arrays) in products(RECIPES[chip.split(':')[0]], *shape).items():
+      for name in TUNED:
+        row = {'key': f'{kind}_{"x".join(map(str, sizes))}', 'implementation': name}
+        try:
+          program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16)
+        except jax.errors.JaxRuntimeError as error:
+          print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
+          continue
+        own = kernel_cycles(folder, sizes) if name == 'tpu' else 0
+        print(json.dumps(row | {'cycles': own + schedule.fusion_cycles(program.as_text())}), flush=True)
+
+
+def winners(rows: list[dict]) -> dict:
+  """{key: the implementation with the fewest cycles, and the cycles of each}."""
+  found = {}
+  for row in sorted((row for row in rows if 'cycles' in row), key=lambda row: row['cycles']):
+    entry = found.setdefault(row['key'], {'implementation': row['implementation']})
+    entry[row['implementation']] = row['cycles']
   return found
 
 
@@ -130,15 +193,21 @@ def main() -> None:
   how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--shapes', default=SHAPES)
+  parser.add_argument('--write', action='store_true', help='write the faster implementations to pallas_kernels/tuning/')
   flags = parser.parse_args()
   if flags.gpu:
     for line in matmul_gpu.rows():
       print(line, flush=True)
     return
   if 'DUMP' in os.environ:
-    of_chip(flags.chips, [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')])
+    shapes = [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')]
+    (compare if flags.write else of_chip)(flags.chips, shapes)
     return
-  found = schedule.at_once(__file__, flags.chips, [f'--shapes={flags.shapes}'])
+  found = schedule.at_once(__file__, flags.chips, [f'--shapes={flags.shapes}', *(['--write'] * flags.write)])
+  if flags.write:
+    for chip, rows in zip(flags.chips.split(','), found, strict=True):
+      print(tune_kernels.write(chip.split(':')[0], winners(rows), 'compiled schedule', 'quantized_matmul'), flush=True)
+    return
   print(table([row for rows in found for row in rows]))
 
 

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULT = 'result.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,22 @@ def run_all(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) ->
     done = {}
     for trial, result in zip(trials, pool.map(_run, jobs), strict=True):
       done[trial.name] = result
-      shown = '  '.join(f'{key} {value:.3f}' for key, value in result.items())
-      print(f'{len(done):>3} of {len(trials)}  {trial.name:<40}{shown}', flush=True)
+      _show(trial.name, result, len(done), len(trials))
   return done
+
+
+def run_in_turn(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) -> dict[str, dict[str, float]]:
+  """As `run_all`, one after another in this process: for a machine that has other work."""
+  done = {}
+  for trial in trials:
+    done[trial.name] = _run((trial, folder / trial.name, measure))
+    _show(trial.name, done[trial.name], len(done), len(trials))
+  return done
+
+
+def _show(name: str, result: Mapping[str, float], number: int, of: int) -> None:
+  shown = '  '.join(f'{key} {value:.3f}' for key, value in result.items())
+  print(f'{number:>3} of {of}  {name:<40}{shown}', flush=True)
 
 
 def _pin(free) -> None:
@@ -47,7 +61,7 @@ def _pin(free) -> None:
 
 def _run(job) -> dict[str, float]:
   trial, workdir, measure = job
-  result = workdir / 'result.json'
+  result = workdir / RESULT
   if result.exists():
     return json.loads(result.read_text())
   from pretrain.config import bindings
@@ -60,7 +74,8 @@ def _run(job) -> dict[str, float]:
   use_compilation_cache()
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'log.txt').open('a') as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-    train.train(cfg, workdir)
+    if train.train(cfg, workdir) != train.DONE:
+      raise RuntimeError(f'{trial.name} was stopped before its last step; start the command again to continue it.')
     values = measure(cfg, workdir)
   result.write_text(json.dumps(values))
   return values

@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from models.build import KernelsConfig, build, check_precision, make_module
 from models.decode.cached import teacher_forced
 from models.layers.dropout import example_keys, fold
 from models.layers.low_rank import LoraConfig
-from models.precision import BF16, RECIPES, PrecisionConfig, attach, chosen
-from models.product import KEY, rounding
+from models.precision import BF16, POST_TRAINING, RECIPES, PrecisionConfig, attach, chosen
+from models.product import KEY, Quantization, product, rounding
 from models.specs import initialize, param_specs
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
 from tests.models.quantized import SMALL, loss_of, params, placed, rows
 from tests.models.small import LLAMA, T5, batch
 
-QUANTIZED = [name for name in RECIPES if name != 'bf16']
+QUANTIZED = [name for name in RECIPES if name not in ('bf16', *POST_TRAINING)]
 
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
@@ -146,7 +147,7 @@ def test_microbatches_add_up_to_the_batch(name):
   assert distance(jax.tree.map(jnp.add, a, b), grads) < most
 
 
-def test_random_bits_differ_between_steps_layers_examples_and_positions():
+def test_random_bits_differ_between_steps_layers_weights_examples_and_positions():
   """What is equal in all of them is rounded differently in each."""
   random = Operand('int8', rounding='stochastic')
   recipe = Recipe(dgrad=(random, Operand('int8')))
@@ -168,6 +169,8 @@ def test_random_bits_differ_between_steps_layers_examples_and_positions():
   np.testing.assert_array_equal(a, again)
   others = [gradient(jax.random.key(2), 0), gradient(jax.random.key(1), 1)]
   assert all((a != other).mean() > 0.5 for other in others)
+  one.set_metadata(**{KEY: dataclasses.replace(own, site=own.site + 1)})
+  assert (a != gradient(jax.random.key(1), 0)).mean() > 0.5, 'of another weight'
   flat = a.reshape(6, -1)
   assert all((flat[i] != flat[j]).mean() > 0.5 for i in range(6) for j in range(i))
 
@@ -245,6 +248,33 @@ def test_what_does_not_fit_the_model_is_refused(cfg, precision, message):
   with pytest.raises(ValueError, match='precision') as caught:
     check_precision(cfg, precision, {'data.targets_length': 32})
   assert message in str(caught.value)
+
+
+def test_recipes_without_gradients_are_for_trained_models():
+  """There blocks divide what the product sums over, and nothing else."""
+  assert POST_TRAINING == ('int4', 'int8_weights', 'int4_weights')
+  message = "precision: recipe 'int4_weights' is for trained models: it has no gradients, and no float32 copy of the we"
+  for cfg in (precise('int4_weights'), precise('bf16', mlp='int4_weights')):
+    with pytest.raises(ValueError, match='for trained models') as caught:
+      check_precision(SMALL, cfg, {'data.targets_length': 32})
+    assert str(caught.value).startswith(message)
+  check_precision(SMALL, precise('int8_weights'), {}, forward_only=True)
+  check_precision(dataclasses.replace(SMALL, embed=30), precise('bf16', down='mxfp8'), {}, forward_only=True)
+  with pytest.raises(ValueError, match='has blocks of 128, which do not divide'):
+    check_precision(SMALL, precise('int4_weights'), {}, forward_only=True)
+
+
+def test_weights_alone_are_the_numbers_of_their_codes():
+  """x is not rounded; dims that are summed over are one space, with blocks of 128 along it."""
+  rng = np.random.default_rng(0)
+  x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 8, 32), (8, 32, 6)))
+  for name, groups, largest in (('int4_weights', 2, 7), ('int8_weights', 1, 127)):
+    split = w.reshape(groups, -1, 6)
+    scale = np.abs(split).max(1, keepdims=True) / largest
+    numbers = (np.rint(split / scale) * scale).reshape(w.shape)
+    own = nnx.Param(jnp.asarray(w), **{KEY: Quantization(RECIPES[name], 0, 'auto')})
+    found = jax.jit(lambda x, own=own: product(x, own, 2))(jnp.asarray(x))
+    np.testing.assert_allclose(found, np.einsum('abij,ijk->abk', x, numbers), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_blocks_do_not_divide_are_refused():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from data.objectives.objectives import CausalLm
+from pretrain.run.train import train
 from tests.data.batches.test_source import opened
+from tests.pretrain import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,3 +105,53 @@ def test_the_tokens_of_a_step_are_counted_over_rows_of_all_lengths(text_store):
     'data.targets_length=64', 'data.batch_size=4', 'data.sentinels=0',
   )  # fmt: skip
   assert 0.8 * size < tokens_per_step('configs/decoder/tiny_dd.gin', overrides) <= size
+
+
+def test_differences_are_paired_and_have_a_standard_error():
+  """Differences 1, 2, 3 of a mean of 200: their mean 1%, and 1/sqrt(3) of their deviation 1, halved by the mean."""
+  from precision import differences
+
+  mean, error = differences([101.0, 202.0, 303.0], [100.0, 200.0, 300.0])
+  assert (mean, error) == pytest.approx((1.0, 0.5 / 3**0.5))
+  assert np.isnan(differences([1.0], [1.0])[1]), 'one pair has none'
+
+
+def test_the_table_of_recipes_holds_each_to_its_bar():
+  from precision import recipes
+
+  losses = {'bf16': (4.0, 4.2), 'int8': (4.01, 4.21), 'fp8': (4.02, 4.22), 'nvfp4': (4.02, 4.26)}
+  text = recipes({f'{name}/{seed}': {'loss': own[seed]} for name, own in losses.items() for seed in (0, 1)})
+  assert '| int8 | 4.110 ± 0.100 | +0.244% ± 0.000% | 0.3% | yes |' in text
+  assert '| fp8 | 4.120 ± 0.100 | +0.488% ± 0.000% | 0.3% | no |' in text
+  assert '| nvfp4 | 4.140 ± 0.120 | +0.976% ± 0.488% | 1.0% | yes |' in text
+
+
+def test_all_recipes_of_a_seed_have_its_data_and_nvfp4_ends_in_bf16():
+  from precision import BARS, trials
+
+  found = {trial.name: trial for trial in trials(1000, (0, 1))}
+  assert set(found) == {f'{name}/{seed}' for name in ('bf16', 'outlier_safe', *BARS) for seed in (0, 1)}
+  assert all(f'seed={name[-1]}' in trial.overrides for name, trial in found.items())
+  (phases,) = (override for override in found['nvfp4/0'].overrides if override.startswith('phases='))
+  assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16'}}]"
+
+
+def test_kurtosis_is_that_of_each_tenth_of_a_run(monkeypatch):
+  import precision
+
+  rows = [{'step': i, 'kurtosis/decoder/0': float(i), 'kurtosis/decoder/1': 1.0} for i in range(10, 201, 10)]
+  monkeypatch.setattr(precision, 'read_metrics', lambda _: [{'step': 5, 'loss': 1.0}, *rows])
+  found = precision.curve(pathlib.Path())
+  assert [first for first, _ in found] == [15.0, 35.0, 55.0, 75.0, 95.0, 115.0, 135.0, 155.0, 175.0, 195.0]
+  assert {second for _, second in found} == {1.0}
+
+
+@pytest.mark.slow
+def test_quantizing_after_training_costs_more_in_fewer_values(tmp_path):
+  from quantized import losses_in
+
+  cfg = tiny.decoder('train.steps=2', 'checkpoint.every=2', 'mesh.data=1')
+  assert train(cfg, tmp_path) == 0
+  found = losses_in(cfg, tmp_path)
+  assert len(set(found.values())) == 3
+  assert all(abs(loss / found['none'] - 1) < 0.05 for loss in found.values())

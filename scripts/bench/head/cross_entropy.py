@@ -13,7 +13,7 @@ import sys
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[n]) for n in (3, 1)]
 
 
-def step(name: str, chunks: int | None):
+def step(name: str, number: tuple[int, int] | None):
   """The function that is compiled: the head's parameter is held in f32, divided over `fsdp` and `tensor`."""
   import jax
   import jax.numpy as jnp
@@ -28,7 +28,7 @@ def step(name: str, chunks: int | None):
       flat = x.reshape(-1, x.shape[-1])
       found = api.linear_cross_entropy(flat, w, labels.reshape(-1), z_loss=1e-4, implementation=name)
       return (found[0] * weights.reshape(-1)).sum(), found[1].sum()
-    total, found = weighed(x, w, labels, weights, chunks=chunks, z_loss=1e-4, softcap=None, label_smoothing=0.0)
+    total, found = weighed(x, w, labels, weights, number=number, z_loss=1e-4, softcap=None, label_smoothing=0.0)
     return total, found[1].sum()
 
   return jax.value_and_grad(loss, (0, 1), has_aux=True)
@@ -57,7 +57,7 @@ def measure(flags, name: str) -> tuple[float, float]:
   )  # fmt: skip
   with partition.on(mesh):
     places = tuple(x.sharding for x in arrays[:2])
-    run = jax.jit(step(name, flags.chunks), out_shardings=((None, None), places))
+    run = jax.jit(step(name, flags.number), out_shardings=((None, None), places))
     compiled = plan.compile_for(run, arrays)[1]
   return compiled.memory_analysis().temp_size_in_bytes / 2**20, schedule.fusion_cycles(compiled.as_text()) / 1e6
 
@@ -65,8 +65,9 @@ def measure(flags, name: str) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--chips', default='v5p:2x2x2')
-  for name, default in (('tensor', 4), ('tokens', 32768), ('embed', 4096), ('vocab', 262144), ('chunks', None)):
+  for name, default in (('tensor', 4), ('tokens', 32768), ('embed', 4096), ('vocab', 262144)):
     parser.add_argument(f'--{name}', type=int, default=default)
+  parser.add_argument('--number', type=int, nargs=2, help='parts, and chunks of a part, in place of the default')
   parser.add_argument('--names', default='reference,chunked')
   flags = parser.parse_args(argv)
   found = []

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import partition
+from pallas_kernels import tuned
 from pallas_kernels.linear_cross_entropy import chunked, reference
 from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.step.loss import weighed
@@ -65,16 +66,17 @@ def of_tokens(function, x, w, bias, **options):
   return (losses[0] * WEIGHTS.reshape(-1)).sum(), losses
 
 
-def in_chunks(x, w, bias, *, chunks=3, **options):
-  return chunked.weighed(x, w, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), bias=bias, chunks=chunks, **options)
+def in_chunks(number, x, w, bias, **options):
+  return chunked.weighed(x, w, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), bias=bias, number=number, **options)
 
 
 @pytest.mark.parametrize('everything', [False, True])
 def test_it_is_as_exact_as_the_definition_in_values_and_gradients(everything):
   want = exact(everything)
   definition = worst(found(functools.partial(of_tokens, DEFINITION), everything), want)
-  by_token = functools.partial(of_tokens, functools.partial(chunked.linear_cross_entropy, chunks=3))
-  for form in (in_chunks, by_token):
+  by_token = functools.partial(of_tokens, functools.partial(chunked.linear_cross_entropy, number=(1, 3)))
+  forms = by_token, *(functools.partial(in_chunks, number) for number in ((1, 3), (3, 2)))
+  for form in forms:
     assert worst(found(form, everything), want) < max(5e-7, 1.5 * definition), form
 
 
@@ -82,7 +84,7 @@ def test_it_is_as_exact_as_the_definition_in_values_and_gradients(everything):
   'sizes', [{'fsdp': 2, 'sequence': 2, 'tensor': 2}, pytest.param({'data': 2, 'tensor': 2}, marks=pytest.mark.slow)]
 )
 def test_on_a_mesh_it_is_what_it_is_in_float64(sizes):
-  """Tokens over rows and lengths, the vocabulary over `tensor`: 3 chunks of each device's tokens."""
+  """Tokens over rows and lengths, the vocabulary over `tensor`: 3 chunks in each of 2 parts of a device's tokens."""
   shape = [sizes.get(name, 1) for name in AXES]
   mesh = jax.make_mesh(
     shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[: int(np.prod(shape))]
@@ -92,15 +94,15 @@ def test_on_a_mesh_it_is_what_it_is_in_float64(sizes):
 
   def total(x, w, bias, **options):
     with partition.on(mesh):
-      return weighed(x, w, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), bias, chunks=3, **options)
+      return weighed(x, w, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), bias, number=(2, 3), **options)
 
   assert worst(found(total, True, arrays), exact(True)) < 1e-6
 
 
-def temporaries(function, chunks: int | None) -> float:
+def temporaries(function, *number: int) -> float:
   """MiB of value and gradients for 2,048 tokens and 16,384 words; logits are 128 MiB in f32."""
   shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
-  tokens, more = 2048, {} if chunks is None else {'chunks': chunks}
+  tokens, more = 2048, {'number': number} if number else {}
 
   def loss(x, w, labels, weights):
     if function is chunked.weighed:
@@ -112,9 +114,27 @@ def temporaries(function, chunks: int | None) -> float:
 
 
 def test_logits_are_held_for_one_chunk():
-  assert temporaries(reference.linear_cross_entropy, None) >= 128
-  assert temporaries(chunked.weighed, 16) < 40
+  assert temporaries(reference.linear_cross_entropy) >= 128
+  assert temporaries(chunked.weighed, 4, 4) < 64
 
 
-def test_auto_is_the_definition_so_that_losses_keep_their_bits():
+def test_auto_is_the_definition_on_cpus_so_that_losses_keep_their_bits():
   assert [choose(name) for name in ('auto', 'reference', 'chunked')] == ['reference', 'reference', 'chunked']
+  assert choose('auto', 1 << 20, 1 << 20) == 'reference'
+
+
+@pytest.mark.parametrize(
+  ('kind', 'tokens', 'words', 'name'),
+  [
+    ('TPU v5', 32768, 65536, 'chunked'),
+    ('TPU v5', 32767, 65536, 'reference'),
+    ('TPU v5', 32768, 65535, 'reference'),
+    ('TPU v5', 65536, 65536, 'reference'),  # in two parts, which take 3% more cycles
+    ('TPU v5 lite', 32768, 65536, 'reference'),
+    ('cpu', 32768, 65536, 'reference'),
+  ],
+)
+def test_auto_is_chunked_where_it_was_compiled_with_as_few_cycles(monkeypatch, kind, tokens, words, name):
+  monkeypatch.setattr(tuned, 'device_kind', lambda: kind)
+  assert choose('auto', tokens, words) == name
+  assert choose('reference', tokens, words) == 'reference'

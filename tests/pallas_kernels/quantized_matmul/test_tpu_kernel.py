@@ -91,7 +91,7 @@ def test_the_kernel_is_refused_on_other_devices_and_on_several():
   one = jax.make_mesh((1,), ('x',), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
   with jax.sharding.use_abstract_mesh(one.abstract_mesh):
     assert [check(name) for name in ('auto', 'xla', 'reference', 'interpret')] == [
-      'xla', 'xla', 'reference', 'interpret',
+      'auto', 'xla', 'reference', 'interpret',
     ]  # fmt: skip
     with pytest.raises(KernelError, match="'tpu' runs on tpu, this mesh has cpu devices; use 'auto'"):
       check('tpu')

@@ -73,6 +73,27 @@ def test_an_older_step_and_an_export_have_their_own_results(run_dir, text, tmp_p
   assert sorted((tmp_path / 'out').iterdir()) == before
 
 
+@pytest.mark.slow
+def test_a_recipe_at_evaluation_has_the_numbers_of_an_export_with_its_codes(run_dir, text, tmp_path):
+  """Weights of 8 bits alone; activations of 8 bits too are another recipe."""
+  assert main(['export', f'--workdir={run_dir}', f'--out={tmp_path / "out"}', '--quantize=int8']) == 0
+  found, run = {}, f'--workdir={run_dir}'
+  for name, flags in {
+    'plain': [run],
+    'recipe': [run, "--gin.precision.recipe='int8_weights'"],
+    'export': [f'--from={tmp_path / "out"}', '--context=64'],
+    'both': [run, "--gin.precision.recipe='int8'"],
+  }.items():
+    assert main(['eval', *flags, f'--text=a={text}', f'--out={tmp_path / name}.json', '--batch=1']) == 0
+    found[name] = json.loads((tmp_path / f'{name}.json').read_text())
+  nats = {name: own['text']['a']['nats'] for name, own in found.items()}
+  assert nats['recipe'] == pytest.approx(nats['export'], rel=1e-6)
+  assert len(set(nats.values()) - {nats['export']}) == 3
+  assert max(nats.values()) - min(nats.values()) < 0.01 * nats['plain']
+  assert found['recipe']['precision']['recipe'] == 'int8_weights'
+  assert 'precision' not in found['plain']
+
+
 @pytest.mark.parametrize(
   ('flags', 'code', 'message'),
   [
@@ -94,6 +115,21 @@ def test_an_older_step_and_an_export_have_their_own_results(run_dir, text, tmp_p
     ),
     (['--workdir=RUN', '--needle_lengths=a'], 64, "CONFIG: argument --needle_lengths: 'a' is no list of numbers; wri"),
     (['--workdir=RUN', '--text=a=TEXT', '--gin.train.steps=3'], 64, 'CONFIG: --gin.train.steps=3: the run has its co'),
+    (
+      ['--workdir=RUN', '--text=a=TEXT', "--gin.precision.recipe='int9'"],
+      64,
+      "CONFIG: --gin.precision.recipe: precision.recipe='int9' is not one of 'bf16', 'int8', ",
+    ),
+    (
+      ['--workdir=RUN', '--text=a=TEXT', "--gin.precision.overrides={'mpl': 'int8'}"],
+      64,
+      "CONFIG: precision.overrides has 'mpl', which is not a product of this model; did you mean 'mlp'?",
+    ),
+    (
+      ['--workdir=RUN', '--text=a=TEXT', "--gin.precision.recipe='int4_weights'"],
+      64,
+      "CONFIG: precision: recipe 'int4_weights' of decoder.",
+    ),
     (['--workdir=RUN', '--infill=a=TEXT'], 64, 'CONFIG: --infill: '),
   ],
 )

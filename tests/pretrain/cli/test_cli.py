@@ -327,6 +327,19 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       "kernels.linear_cross_entropy='fast'",
       "kernels.linear_cross_entropy='fast' is not one of 'auto', 'reference', 'chunked'.",
     ),
+    (
+      tiny.DECODER,
+      "model.remat='save_qkv'",
+      "--gin.model.remat: model.remat='save_qkv' is not one of 'none', 'full', 'dots', 'save_out_proj', "
+      "'save_qkv_proj', 'save_context', 'save_dot_except_mlp', 'minimal', 'minimal_with_context', 'custom'; did you "
+      "mean 'save_qkv_proj'?",
+    ),
+    (
+      tiny.DECODER,
+      "model.remat_keep=['wi']",
+      "--gin.model.remat_keep: model.remat_keep[0]='wi' is not one of 'input', 'query', 'key', 'value', 'context', "
+      "'out', 'gate', 'up', 'down'.",
+    ),
     (tiny.UL2, 'evaluation.batches=0', '--gin.evaluation.batches: evaluation.batches=0; it must be >= 1.'),
     (tiny.UL2, 'data.workers=-1', '--gin.data.workers: data.workers=-1; it must be >= 0.'),
     (tiny.UL2, 'data.prefetch=-1', '--gin.data.prefetch: data.prefetch=-1; it must be >= 0.'),
@@ -411,6 +424,16 @@ def test_a_batch_that_does_not_fill_all_devices_is_refused(capsys, tmp_path):
     'CONFIG: data.batch_size=6 does not divide into replica*data*fsdp=8 shards x train.accumulate=1; '
     'use a multiple of 8, e.g. 8.\n',
   )
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_refused(capsys, tmp_path):
+  given = (*tiny.SMALL_DECODER, 'model.vocab_size=510', 'mesh.data=2', 'mesh.tensor=4')
+  overrides = [f'--gin.{o}' for o in given]
+  code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', *overrides, f'--workdir={tmp_path / "run"}')
+  assert (code, len(err.splitlines())) == (64, 1), err
+  assert 'vocab=510 of parameter ' in err
+  assert 'does not divide over mesh.tensor=4; make model.vocab_size a multiple of 4, or mesh.tensor smaller.' in err
   assert not (tmp_path / 'run').exists()
 
 

@@ -98,6 +98,26 @@ def test_a_prompt_is_read_as_the_tokenizer_says_and_continued(imported, capsys):
   assert generated(run, capsys, 'the work', 6) == tokenizer.render(wanted).strip()
 
 
+@pytest.mark.slow
+def test_published_weights_write_what_their_run_does(imported, tmp_path, capsys):
+  """And what they write in 8 bits is what their packed export does."""
+  _, source, run = imported
+  own = ['--text=the work', '--max_tokens=6']
+  texts = []
+  for flags in (
+    [f'--workdir={run}'],
+    [f'--from={source}'],
+    [f'--from={source}', "--gin.precision.recipe='int8_weights'"],
+  ):
+    assert main(['generate', *flags, *own]) == 0
+    texts.append(capsys.readouterr().out)
+  assert texts[0] == texts[1]
+  assert main(['export', f'--workdir={run}', f'--out={tmp_path / "out"}', '--quantize=int8']) == 0
+  capsys.readouterr()
+  assert main(['generate', f'--from={tmp_path / "out"}', *own]) == 0
+  assert capsys.readouterr().out == texts[2]
+
+
 def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys):
   """A token that the model writes is declared to be an end, in the files of the run."""
   name, source, run = imported

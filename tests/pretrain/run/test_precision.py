@@ -1,6 +1,9 @@
 """Runs in low precision: recipes by phase, resumed exactly; checkpoints that move between recipes; what is refused."""
 
 import contextlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from pretrain.experiment.phases import phases_of
 from pretrain.experiment.program import build_program
 from pretrain.records.metrics import read_metrics
 from pretrain.run.train import train
-from pretrain.testing import assert_resumes_exactly, losses
+from pretrain.testing import assert_resumes_exactly, logged_losses, losses
 from tests.pretrain import tiny
 
 pytestmark = pytest.mark.usefixtures('shared_programs')
@@ -135,6 +138,43 @@ def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
   assert {key for key in own if own[key] != plain[key]} <= {'precision.recipe', 'phases'}
 
 
+SHIPPED = """
+import os, pathlib, signal, sys, time
+from pretrain.run import step_numbers, train
+from tests.pretrain import tiny
+name, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
+overrides = ["data.name='synthetic'", 'data.batch_size=8', 'data.targets_length=64', 'train.steps=6',
+             'train.log_every=1', 'checkpoint.every=2', 'evaluation.every=0']
+if name == 'tiny_fp4': overrides.append("phases=[{'start_step': 5, 'set': {'precision.recipe': 'bf16'}}]")
+log = step_numbers.log
+def kill(run, step, *rest):
+  log(run, step, *rest)
+  while step == 4 and not (workdir / 'checkpoints/2/MANIFEST.json').exists(): time.sleep(0.01)
+  if step == 4: os.kill(os.getpid(), signal.SIGKILL)
+if len(sys.argv) == 4: step_numbers.log = kill
+train.train(tiny.experiment(tiny.ROOT / f'configs/decoder/{name}.gin', *overrides), workdir)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['tiny_fp8', 'tiny_fp4'])
+def test_shipped_configs_are_killed_and_resume_exactly(name, tmp_path):
+  """SIGKILL in step 4, whose checkpoint may be there or not; fp4 ends in 'bf16', as its schedule says of step 1800."""
+
+  def run(workdir: str, *kill: str) -> int:
+    command = [sys.executable, '-c', SHIPPED, name, tmp_path / workdir, *kill]
+    return subprocess.run(command, cwd=tiny.ROOT, check=False).returncode
+
+  assert run('whole') == 0
+  assert run('killed', 'kill') == -signal.SIGKILL
+  assert len(logged_losses(tmp_path / 'killed')) < 6
+  assert run('killed') == 0
+  whole, resumed = (logged_losses(tmp_path / workdir) for workdir in ('whole', 'killed'))
+  assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+  assert resumed == whole
+  assert len({loss for _, loss in whole}) == 6
+
+
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
@@ -174,6 +214,10 @@ def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
     (
       ['precision.last_layers=1', "precision.edge_recipe='mxfp8'", 'model.mlp.hidden=48'],
       "recipe 'mxfp8' of decoder.mlp.down has blocks of 32",
+    ),
+    (
+      ["phases=[{'start_step': 5, 'set': {'precision.recipe': 'int4_weights'}}]"],
+      r"phases\[0\]: precision: recipe 'int4_weights' is for trained models: it has no gradients, and no float32 copy",
     ),
     (["kernels.quantized_matmul='cuda'"], "kernels.quantized_matmul='cuda' is not one of 'auto', 'reference', 'xla'"),
     (
