@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from models.flops import flops_per_step
 from pretrain.devices.chips import Slice
+from pretrain.devices.compiler import options_for
 from pretrain.planner import memory, torus
 from pretrain.planner.layouts import Layout
 from pretrain.planner.torus import Group, Time
@@ -23,7 +24,7 @@ from pretrain.planner.workload import Layers, Workload
 
 PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
-THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # in compiler.options it ends that
+THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # an option that ends that, the default of some chips
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
 # Bytes/s of one device, in bfloat16. Zeros in f32 take half the cycles for a byte (362 to 160 bytes/cycle on v5p, 180
 # to 91 on v5e); the update of an f32 array reaches 0.7 of the maker's bandwidth, and counts at all of it.
@@ -89,7 +90,7 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
   stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
   products = sum(s[0] for s in stacks) + _head(work, layout)
-  rate = of.flops * PRODUCTS / (WINDOWED if windowed(work, layout) else 1)
+  rate = of.flops * PRODUCTS / (WINDOWED if windowed(work, layout, of) else 1)
   links = collectives(work, layout, of, over)
   each = layout.accumulate
   return Step(
@@ -102,9 +103,9 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   )
 
 
-def windowed(work: Workload, layout: Layout) -> bool:
+def windowed(work: Workload, layout: Layout, of: Slice) -> bool:
   """Whether libtpu splits products with gathered parameters into loops over their shards."""
-  if THRESHOLD in dict(work.cfg.compiler.options):
+  if THRESHOLD in options_for(work.cfg.compiler, of.chip.kinds[0]):
     return False
   copies = layout.sizes['data'] * layout.sizes['replica']
   return copies == 1 and 1 < layout.sizes['fsdp'] <= FEW

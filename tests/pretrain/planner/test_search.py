@@ -171,13 +171,16 @@ def test_model_flops_count_nothing_twice():
 
 
 def test_products_in_loops_are_dear_unless_an_option_ends_them():
+  """The option is a default of v5p; of v6e it is not."""
   from pretrain.planner import workload
 
-  def products(*keys: str, **sizes: int) -> float:
-    work, of = workload.describe(load('data.batch_size=64', 'train.accumulate=1', *keys)), parse('v5p:2x2x4')
+  def products(*keys: str, chips: str = 'v5p:2x2x4', **sizes: int) -> float:
+    work, of = workload.describe(load('data.batch_size=64', 'train.accumulate=1', *keys)), parse(chips)
     layout = Layout(dict.fromkeys(AXES, 1) | sizes, 1, 'full')
     return roofline.estimate(work, layout, of, torus.groups(layout.sizes, of)).products
 
   option = "compiler.options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}"
-  assert math.isclose(products(fsdp=16), 3 * products(data=2, fsdp=8))
-  assert math.isclose(products(option, fsdp=16), products(data=2, fsdp=8))
+  assert math.isclose(products(fsdp=16), products(data=2, fsdp=8))
+  assert math.isclose(products('compiler.chip_defaults=False', fsdp=16), 3 * products(data=2, fsdp=8))
+  assert math.isclose(products(fsdp=16, chips='v6e:4x4'), 3 * products(data=2, fsdp=8, chips='v6e:4x4'))
+  assert math.isclose(products(option, fsdp=16, chips='v6e:4x4'), products(data=2, fsdp=8, chips='v6e:4x4'))
