@@ -22,7 +22,7 @@ from models.specs import ParamSpec, Tree, param_specs
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
 
 RecipeName = Literal[
-  'bf16', 'int8', 'fp8', 'fp8_delayed', 'mxfp8', 'mxfp4', 'nvfp4', 'int4', 'int8_weights', 'int4_weights'
+  'bf16', 'int8', 'fp8', 'fp8_delayed', 'mxfp8', 'mxfp4', 'nvfp4', 'nvfp4_fp8', 'int4', 'int8_weights', 'int4_weights'
 ]  # fmt: skip
 DELAYED = 'fp8_delayed'
 AMAX = 'amax'  # the name of the histories beside the parameters
@@ -41,14 +41,17 @@ def _recipe(forward: str, gradient: str | None = None, **options: Any) -> Recipe
 # current scaling or delayed scaling (pallas_kernels/quantized_matmul/reference.py has the sources);
 # mxfp8: Mishra et al. 2025, arXiv:2506.08027; nvfp4: NVIDIA 2025, arXiv:2509.25149, §4.2 and §4.4 (without its
 # transforms and blocks of 16 x 16).
+FP8 = _recipe('fp8_e4m3', 'fp8_e5m2', scale='tensor')
 RECIPES: dict[str, Recipe | None] = {
   'bf16': None,
   'int8': _recipe('int8', rounding='stochastic'),
-  'fp8': _recipe('fp8_e4m3', 'fp8_e5m2', scale='tensor'),
+  'fp8': FP8,
   DELAYED: _recipe('fp8_e4m3', 'fp8_e5m2', scale='delayed'),
   'mxfp8': _recipe('mxfp8'),
   'mxfp4': _recipe('mxfp4', rounding='stochastic'),
   'nvfp4': _recipe('nvfp4', rounding='stochastic'),
+  # Weights and activations in four bits forward, all three in eight backward: Zhou et al. 2025, arXiv:2502.11458.
+  'nvfp4_fp8': dataclasses.replace(FP8, forward=(Operand('nvfp4'), Operand('nvfp4'))),
   # Forward alone, of a trained model: round to nearest (Dettmers and Zettlemoyer 2023, arXiv:2212.09720). The weights
   # alone have the scales of `pretrain export --quantize`.
   'int4': Recipe(forward=(Operand('int4'), Operand('int4'))),

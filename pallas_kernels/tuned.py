@@ -20,6 +20,8 @@ CHIPS = {
   'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v6': 'v6e', 'TPU7x': 'tpu7x', 'TPU v7x': 'tpu7x',
   'H100': 'h100', 'H200': 'h200', 'A100': 'a100',
 }  # fmt: skip
+# op -> the program that writes its entries.
+WRITERS = {'attention': 'scripts/tune_kernels.py', 'quantized_matmul': 'scripts/bench/matmul.py --aot --write'}
 
 
 def device_kind() -> str | None:
@@ -50,7 +52,7 @@ def lookup(op: str, shape: str, names: tuple[str, ...]) -> dict[str, int] | None
 
 def fastest(op: str, kind: str, sizes: tuple[int, ...], known: Collection[str]) -> str | None:
   """The implementation, one of `known`, that was the fastest on this chip: in the entry KIND_AxBx… whose sizes are the
-  nearest, by the sum of squared logarithms of their ratios. None where there is none, which is logged once.
+  nearest (smallest sum of squared log ratios). None, and one line in the log, if no entry is of this kind.
 
   Raises KernelError for a damaged file.
   """
@@ -76,7 +78,7 @@ def _is_shape(text: str, dims: int) -> bool:
 
 
 def _entries(op: str) -> tuple[pathlib.Path, dict]:
-  """The file of this chip and what it has of `op`; nothing for a chip without a file."""
+  """The path of this chip's file, and its entries for `op`: empty if the file does not exist."""
   path = FOLDER / f'{chip_of(device_kind())}.json'
   return path, _read(path).get(op, {}) if path.exists() else {}
 
@@ -94,14 +96,14 @@ def _read(path: pathlib.Path) -> dict:
 
 def _damaged(path: pathlib.Path, reason: str) -> KernelError:
   return KernelError(
-    f'tuned blocks in {path} are damaged ({reason}); write them again with scripts/tune_kernels.py (attention) or '
-    'scripts/bench/matmul.py --aot --write (products), or delete the file for the defaults.'
+    f'tuned entries in {path} are damaged ({reason}); write them again with {" or ".join(WRITERS.values())}, or delete '
+    'the file to use the defaults.'
   )
 
 
 @functools.cache
 def _missing(op: str, shape: str, kind: str | None) -> None:
   logging.getLogger(__name__).info(
-    '%s: no tuned blocks for %s on %s, the default ones are used; scripts/tune_kernels.py finds them%s.',
-    op, shape, kind, '' if chip_of(kind) else ' for chips in pallas_kernels/tuned.py',
+    '%s: no tuned entry for %s on %s, the default is used; %s finds one%s.',
+    op, shape, kind, WRITERS[op], '' if chip_of(kind) else ' for chips in pallas_kernels/tuned.py',
   )  # fmt: skip

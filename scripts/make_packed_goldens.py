@@ -7,8 +7,8 @@ transformers 5.24, compressed-tensors 0.20.1). Neither the tests nor the package
   expected.npz                     `short` of `llama`, and `short_logits` of the packed files in `transformers`
 
   python scripts/make_packed_goldens.py            writes both
-  python scripts/make_packed_goldens.py FOLDER     prints how far an export's logits are from those in float32 weights
-                                                   that compressed-tensors unpacks itself, and from `short_logits`
+  python scripts/make_packed_goldens.py FOLDER     prints how far the logits of an export of `llama` are from those of
+                                                   the float32 weights, and keeps them in FOLDER.logits.npy
 """
 
 import json
@@ -17,7 +17,7 @@ import sys
 
 import numpy as np
 import torch
-import transformers
+from check_export import load
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -58,21 +58,14 @@ def write(name: str) -> None:
   values = json.loads((source / 'config.json').read_text())
   values['quantization_config'] = json.loads(made.model_dump_json())
   (folder / 'config.json').write_text(json.dumps(values, indent=2, sort_keys=True) + '\n')
-  with np.load(source / 'expected.npz') as old:
+  with np.load(source / 'expected.npz', allow_pickle=False) as old:
     short = old['short']
   np.savez_compressed(folder / 'expected.npz', short=short, short_logits=logits(folder, short))
 
 
 @torch.no_grad()
 def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-  cfg = transformers.AutoConfig.from_pretrained(folder)
-  model, info = getattr(transformers, cfg.architectures[0]).from_pretrained(
-    folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
-  )
-  wrong = {kind: sorted(info[kind]) for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[kind]}
-  if wrong:
-    sys.exit(f'{folder}: {wrong}')
-  return model.eval()(input_ids=torch.tensor(tokens)[None]).logits[0].numpy()
+  return load(folder)(input_ids=torch.tensor(tokens)[None]).logits[0].numpy()
 
 
 def main(argv: list[str]) -> int:
@@ -81,7 +74,7 @@ def main(argv: list[str]) -> int:
       write(name)
     return 0
   folder = pathlib.Path(argv[0])
-  with np.load(GOLDENS / 'llama/expected.npz') as old:
+  with np.load(GOLDENS / 'llama/expected.npz', allow_pickle=False) as old:
     tokens, exact = old['short'], old['short_logits']
   found = logits(folder, tokens)
   np.save(folder.with_suffix('.logits.npy'), found)

@@ -117,7 +117,9 @@ def export_command(options, overrides) -> None:
     flag = '--dtype' if options.dtype else '--quantize'
     raise ConfigError(f'--adapter writes float32 alone. Nothing was written; leave {flag} out.')
   if options.group_size is not None and options.quantize is None:
-    raise ConfigError(f'--group_size={options.group_size} is of --quantize. Nothing was written; give both or neither.')
+    raise ConfigError(
+      f'--group_size={options.group_size} needs --quantize. Nothing was written; add --quantize=int4 or int8.'
+    )
   number = options.step
   step = find(str(options.workdir)) if number is None else find_step(options.workdir, number)
   check_outside(options.out, step.workdir)

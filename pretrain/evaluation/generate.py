@@ -49,7 +49,7 @@ class Refused:
 
 
 def show_generated(
-  model: Folder | Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  opened: Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), out: pathlib.Path | None = None,
   special: Sequence[str] = (),
@@ -60,7 +60,7 @@ def show_generated(
   """
   code, encoding, records = 0, sys.stdout.encoding or 'utf-8', []
   counter = Counter(len(prompts), 'prompts') if places or how.batch > 1 else None
-  found = answers(model, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter, special=special)
+  found = answers(opened, prompts, max_tokens, top, how, mesh=mesh, places=places, counter=counter, special=special)
   for result in found:
     records.append(record(result))
     if isinstance(result, Refused):
@@ -107,26 +107,25 @@ def generate(
   top: int | None = None,
   how: Decoding = GREEDY,
 ) -> list[Generated | Refused]:
-  """All of `answers`."""
-  return list(answers(workdir, prompts, max_tokens, top, how))
+  """All of `answers` by the newest step of a run."""
+  return list(answers(lambda: open_run(workdir), prompts, max_tokens, top, how))
 
 
 def answers(
-  model: Folder | Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
+  opened: Callable[[], Readable], prompts: Sequence[str], max_tokens: int = 64, top: int | None = None,
   how: Decoding = GREEDY,
   *, mesh: MeshConfig = ONE_DEVICE, places: Sequence[str] = (), counter: Counter | None = None,
   special: Sequence[str] = (),
 ) -> Iterator[Generated | Refused]:  # fmt: skip
-  """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held. `model` is
-  a run, or what opens one.
+  """The answer to each prompt in turn: at most `max_tokens` tokens, and no more than rows of training held. `opened()`
+  opens the model, once the prompts are known to be text.
 
   Prompts are read as the run's objective reads its inputs (`prompt_inputs`). Outputs are those of `how`, by default
   greedy; with `top` they are the best of an exact beam search, and come with the `top` best candidates. The names of
-  special tokens in `special` are tokens in prompts, and text otherwise (`prompts.reading_special`). Raises
-  ConfigError for a run without text or of an encoder, CheckpointError where `workdir` holds no checkpoint. A prompt
-  longer than the rows of training, one that the objective cannot answer, and one with a sentinel that does not exist
-  are `Refused`, with their `places` (default: `--text=`); the others are answered. All of them are checked before a
-  parameter is read.
+  special tokens in `special` are tokens in prompts, and text otherwise (`prompts.reading_special`). Raises the errors
+  of `opened`, e.g. of `open_run`. A prompt longer than the rows of training, one that the objective cannot answer, and
+  one with a sentinel that does not exist are `Refused`, with their `places` (default: `--text=`); the others are
+  answered. All of them are checked before a parameter is read.
   """
   _check_counts(max_tokens, top)
   check_decoding(how)
@@ -137,7 +136,7 @@ def answers(
   places = places or ['--text='] * len(prompts)
   if not any(map(is_text, prompts)):  # nothing can be answered, whatever the run is
     return iter([Refused(prompt, not_utf8(prompt)) for prompt in prompts])
-  run = model() if callable(model) else open_run(model)
+  run = opened()
   data = reading_special(run.data, special)
   inputs = [_read_prompt(prompt, place, run.cfg, data) for prompt, place in zip(prompts, places, strict=True)]
   if all(isinstance(own, Refused) for own in inputs):

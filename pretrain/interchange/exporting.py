@@ -14,8 +14,8 @@ import numpy as np
 
 from data.batches.batches import DataSource
 from data.batches.source import open_data
-from data.prepare.published import JSON
-from data.stores.special_ids import T5_IDS
+from data.prepare.published import JSON, published, tokenizer_in
+from data.stores.special_ids import T5_IDS, SpecialIds
 from models.specs import ParamSpec
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
@@ -56,7 +56,7 @@ class Export:
 
   def write_files(self, output: pathlib.Path) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    _write_config(self.cfg, self.family, self.values, self.imported, output)
+    _write_config(self.values, self.imported, output)
     _write_tokenizer(self.cfg, self.family, self.imported, output)
 
 
@@ -210,10 +210,9 @@ def _found(read: Callable[[str], Weight | None], step: Step, entry: Entry, spec:
   return found
 
 
-def _write_config(cfg: Experiment, family: Family, values, imported: pathlib.Path | None, output) -> None:
+def _write_config(values, imported: pathlib.Path | None, output: pathlib.Path) -> None:
   (output / FILE).write_text(_as_json(values))
-  if imported is None or not (imported / 'generation_config.json').is_file():
-    values = family.write(cfg.model) | _token_ids(cfg, family)
+  if imported is None or not (imported / 'generation_config.json').is_file():  # what is imported is copied
     ids = {key: value for key, value in values.items() if key.endswith('_token_id')}
     (output / 'generation_config.json').write_text(_as_json(ids))
 
@@ -226,10 +225,10 @@ def config_values(cfg: Experiment, family: Family, imported: pathlib.Path | None
     'max_position_embeddings': longest,
   }  # fmt: skip
   if imported is None:
-    return base | family.write(cfg.model) | _token_ids(cfg, family)
+    return base | family.write(cfg.model) | _token_ids(cfg, family, None)
   old = read_config(imported)
   if old['model_type'] != family.model_type:
-    return base | family.write(cfg.model)
+    return base | family.write(cfg.model) | _token_ids(cfg, family, imported)
   head = {'lm_head.weight': None} if cfg.model.head == 'untied' else {}
   before = family.read(ConfigJson(old, imported), head)
   ours, now = (bindings.flatten(m, 'model.') for m in (before, cfg.model))
@@ -240,15 +239,23 @@ def config_values(cfg: Experiment, family: Family, imported: pathlib.Path | None
   return {key: value for key, value in old.items() if key in new or key not in theirs} | changed
 
 
-def _token_ids(cfg: Experiment, family: Family) -> dict[str, Any]:
+def _token_ids(cfg: Experiment, family: Family, imported: pathlib.Path | None) -> dict[str, Any]:
   """The ids of the run's tokenizer for the keys that the family writes, where they are not T5's."""
-  if cfg.data.name == 'synthetic' or (ids := _data_of(cfg).vocabulary.ids) == T5_IDS:
+  ids = _ids(cfg, imported)
+  if ids is None or ids == T5_IDS:
     return {}
   found = {
     'bos_token_id': ids.first_input, 'decoder_start_token_id': ids.first_input, 'pad_token_id': ids.pad,
     'eos_token_id': ids.end if len(ids.eos) == 1 else list(ids.eos),
   }  # fmt: skip
   return {key: value for key, value in found.items() if key in family.write(cfg.model)}
+
+
+def _ids(cfg: Experiment, imported: pathlib.Path | None) -> SpecialIds | None:
+  if cfg.data.name != 'synthetic':
+    return _data_of(cfg).vocabulary.ids
+  path = None if imported is None else tokenizer_in(imported)
+  return None if path is None else published(path).ids
 
 
 def _data_of(cfg: Experiment) -> DataSource:

@@ -138,6 +138,7 @@ class _Frame:
     self.program, self.lines, self.buffers = program, program.computations[name], buffers
     self.values: dict[str, list[int]] = {}
     self.parts: dict[str, list[int]] = {}  # how many arrays each element of a tuple has
+    self.shapes = {one.name: one.shape for one in self.lines}
     self.outer = outer
 
   def value(self, one: Instruction) -> list[int]:
@@ -153,6 +154,8 @@ class _Frame:
       return self._done(one, given)
     if one.op == 'dynamic-update-slice' or self._in_place(one):
       return self._updated(one, given)
+    if one.op.endswith('-start') and one.op != 'all-reduce-start' and one.shape.startswith('('):
+      return self._started(one)
     return self._new(one)
 
   def _new(self, one: Instruction) -> list[int]:
@@ -161,6 +164,20 @@ class _Frame:
     for (kind, dims, _), size in zip(arrays, sizes(one.shape, hbm_only=True), strict=True):
       found.append(len(self.buffers))
       self.buffers.append(Buffer(0 if one.op == 'constant' else size, f'{kind}[{dims}]', one.source or one.name))
+    return found
+
+  def _started(self, one: Instruction) -> list[int]:
+    """The tuple of an asynchronous operation has its operands again, beside its results."""
+    found = self._new(one)
+    arrays = [a for a in ARRAY.findall(one.shape) if a[0] in BITS]
+    for operand in one.operands:
+      own = [a for a in ARRAY.findall(self.shapes.get(operand, '')) if a[0] in BITS]
+      for array, b in zip(own, self.values.get(operand, []), strict=False):
+        if array in arrays:
+          place = arrays.index(array)
+          self.buffers[found[place]] = dataclasses.replace(self.buffers[found[place]], bytes=0)
+          found[place] = b
+          arrays[place] = ('', '', '')
     return found
 
   def _parameter(self, one: Instruction) -> list[int]:
@@ -240,12 +257,13 @@ def peak(program: Program, name: str = '', outer: Sequence[int] = (), buffers: l
     frame.tuples(one)
     frame.values[one.name] = own = frame.value(one)
     used = [b for n in one.operands for b in frame.values.get(n, [])]
+    read = own if one.op == 'get-tuple-element' else used  # the other elements may be gone
     if one.op == 'while':
       inner[place] = peak(program, one.of_loop('body'), own, buffers)
     elif one.op in ('call', 'conditional') and one.called:
       inner[place] = max((peak(program, n, used, buffers) for n in one.called if n in program.computations),
                          key=lambda found: sum(buffers[b].bytes for b in found), default=[])  # fmt: skip
-    for b in (*own, *used):
+    for b in (*own, *read):
       first.setdefault(b, place)
       last[b] = place
   kept = set(outer)

@@ -16,6 +16,7 @@ from pretrain.planner.layouts import Layout
 from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
 
 F32 = 4
+VMEM = 64 * 2**20  # bytes of an array that the compiler keeps in the vector memory between two operations
 # Products whose results a layer keeps for its gradient, beside its input; the rest is made again.
 PRODUCTS = ('query', 'key', 'value', 'out', 'gate', 'up')
 KEPT = {'dots': PRODUCTS, 'none': PRODUCTS} | remat.KEPT
@@ -102,6 +103,13 @@ def _at_head(work: Workload, layout: Layout) -> Memory:
   return Memory(arguments(work, layout), kept, _accumulated(mesh, layout), mesh.copies, head(work, layout))
 
 
+def _table(work: Workload, layout: Layout) -> float:
+  """The embedding's table, gathered once for all microbatches."""
+  if layout.accumulate == 1:
+    return 0.0
+  return work.itemsize * work.cfg.model.vocab_size / layout.sizes['tensor'] * work.cfg.model.embed
+
+
 def _at_embedding(work: Workload, layout: Layout) -> Memory:
   """The gradient of a table is made whole, and summed whole."""
   mesh = of_mesh(work, layout)
@@ -115,7 +123,8 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
   place, mesh = work.stacks.index(stack), of_mesh(work, layout)
   kept = sum(kept_by(work, layout, s) for s in work.stacks[: place + 1])
   grads = _accumulated(mesh, layout) + F32 * mesh.trained
-  return Memory(arguments(work, layout), kept, grads, mesh.copies, in_layer(work, layout, stack))
+  copies = mesh.copies + _table(work, layout)
+  return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack))
 
 
 def _accumulated(mesh: OfMesh, layout: Layout) -> float:
@@ -231,7 +240,17 @@ def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
   norms = sum(path[-1] == 'scale' and spec.axes[1:] == ('embed',) for path, spec in stack.specs.items())
   wide = norms * own * model.embed * 2 * (F32 + work.itemsize)
   inner = (OF_ACTIVATION[model.mlp.activation] + (2 if model.mlp.gated else 1)) * of('up') + of('up', 'gate')
-  return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner)
+  return wide + work.itemsize * (of('query', 'key', 'value') + 2 * of('query') + inner) + _scores(work, layout, stack)
+
+
+def _scores(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of the scores of a layer of disentangled attention, which no kernel computes: in f32, as weights in the
+  activations' dtype, and their mask."""
+  model = work.cfg.model
+  if model.positions != 'disentangled':
+    return 0.0
+  heads = model.heads / layout.sizes['tensor']
+  return tokens(work, layout, stack.length) * stack.length * heads * (F32 + work.itemsize + 1)
 
 
 def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
@@ -242,7 +261,7 @@ def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
   gathered += sum(p.values for p in found if p.name in ('query', 'key', 'value', 'out')) / attention
   heads = results(work, layout, stack, 'query', 'key', 'value') / attention
   live = 4 * results(work, layout, stack, 'up') + 2 * heads + 6 * own * work.cfg.model.embed
-  return work.itemsize * (gathered + live)
+  return work.itemsize * (gathered + live) + _scores(work, layout, stack)
 
 
 def _copies(product: Product) -> int:
@@ -254,17 +273,15 @@ def _copies(product: Product) -> int:
 
 
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and their gradient (of a chunk and of a part, where they are made in chunks), with the table of the
-  embedding gathered over fsdp, or of both in their uses.
+  """Logits in f32 (of a chunk, where they are made in chunks) and the gathered table; then the gradient of logits (of a
+  part), or the table's whole gradient in f32.
   """
   own = tokens(work, layout, work.stacks[-1].length)
-  vocab = work.cfg.model.vocab_size / layout.sizes['tensor']
-  tables = vocab * work.cfg.model.embed * work.itemsize * (1 if work.cfg.model.head == 'untied' else 3)
-  return _logits(work, own, vocab) + tables + 4 * own * work.cfg.model.embed * work.itemsize
-
-
-def _logits(work: Workload, own: float, vocab: float) -> float:
-  if work.cfg.kernels.linear_cross_entropy != 'chunked':
-    return own * vocab * (F32 + work.itemsize)
-  parts, chunks = chunked.split(round(own), round(vocab))
-  return own * vocab / parts * (F32 / chunks + work.itemsize)
+  vocab, embed = work.cfg.model.vocab_size / layout.sizes['tensor'], work.cfg.model.embed
+  parts, chunks = 1, 1
+  if work.cfg.kernels.linear_cross_entropy == 'chunked':
+    parts, chunks = chunked.split(round(own), round(vocab))
+  logits = own * vocab * F32 / parts / chunks
+  gradient = max(own * vocab * work.itemsize / parts, vocab * embed * F32)
+  in_hbm = logits if logits > VMEM else 0.0
+  return in_hbm + vocab * embed * work.itemsize + gradient + 4 * own * embed * work.itemsize

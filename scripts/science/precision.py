@@ -2,10 +2,10 @@
 
 python scripts/science/precision.py [--quick] [--finished] [--folder runs/precision] [--output FILE]
 
-Runs are made one after another, in this process, all of one seed before the next. A finished run is kept and one that
-was stopped resumes from its last checkpoint: the same command continues. --finished trains nothing and takes the seeds
-whose runs are all finished; --quick takes one seed and 40 steps: a check that all of it runs, not a result. The text
-of the document from `## Reading` on is written by hand, and kept.
+Runs are made in parallel, one a core, all of one seed before the next. A finished run is kept and one that was stopped
+resumes from its last checkpoint: the same command continues. --finished trains nothing and takes the seeds whose runs
+are all finished; --quick takes one seed and 40 steps: a check that all of it runs, not a result. The text of the
+document from `## Reading` on is written by hand, and kept.
 """
 
 import os
@@ -14,20 +14,23 @@ import statistics
 from collections.abc import Sequence
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=1')
 
 from quantized import losses_in
 from steps import last_loss
 from study import Results, Seeds, made_by, parser, write
-from trials import RESULT, Trial, group, run_in_turn, summary, table
+from trials import RESULT, Trial, group, run_all, summary, table
 
 from pretrain.experiment.experiment import Experiment
 from pretrain.records.metrics import read_metrics
 
 CONFIG = 'configs/science/precision.gin'
 STEPS, SEEDS = 1000, (0, 1, 2)
-BARS = {'int8': 0.3, 'fp8': 0.3, 'nvfp4': 1.0}  # most that a recipe may add, in per cent of the loss in bf16
+# Most that a recipe may add, in per cent of the loss in bf16. Those of four bits end in bf16.
+BARS = {'int8': 0.3, 'fp8': 0.3, 'nvfp4_fp8': 1.0, 'nvfp4': 1.0}
 OUTLIER_SAFE = ("optimizer.name='muon'", "model.norm.scale='single'", 'model.embedding_rotation=True')
 MODELS = {'AdamW': 'bf16', 'outlier-safe': 'outlier_safe'}
+SIZES = ((48, 2), (192, 4))  # (width, layers) of other models with AdamW, one seed: does kurtosis grow with size?
 POINTS = 10  # of the curves of kurtosis
 
 HEAD = """# Low precision and outliers at small scale
@@ -43,12 +46,26 @@ billion parameters.
 
 def trials(steps: int, seeds: Sequence[int]) -> list[Trial]:
   """All runs of the study, those of one seed together."""
-  plain = f"phases=[{{'start_step': {steps - steps // 10}, 'set': {{'precision.recipe': 'bf16'}}}}]"
+  in_bf16 = {'precision.recipe': 'bf16', 'precision.overrides': {}}
+  plain = f"phases=[{{'start_step': {steps - steps // 10}, 'set': {in_bf16}}}]"
   own = {'bf16': (), 'outlier_safe': OUTLIER_SAFE, **{name: (f"precision.recipe='{name}'",) for name in BARS}}
-  own['nvfp4'] = (*own['nvfp4'], plain)
+  own['nvfp4'] += (plain,)
+  own['nvfp4_fp8'] += ("precision.overrides={'attention': 'fp8'}", plain)
   scale = tuple(f'{key}={steps}' for key in ('train.steps', 'schedule.steps', 'evaluation.every'))
-  scale += (f'schedule.warmup_steps={steps // 20}',)
-  return [Trial(f'{name}/{seed}', CONFIG, (*own[name], *scale, f'seed={seed}')) for seed in seeds for name in own]
+  scale += (f'schedule.warmup_steps={steps // 20}', f'schedule.decay_steps={steps // 5}')
+  scale += (f'train.log_every={max(steps // 100, 1)}',)
+  runs = [Trial(f'{name}/{seed}', CONFIG, (*own[name], *scale, f'seed={seed}')) for seed in seeds for name in own]
+  return [*runs, *(Trial(f'{sized(*size)}/0', CONFIG, (*_sizes(*size), *scale)) for size in SIZES)]
+
+
+def sized(width: int, layers: int) -> str:
+  return f'AdamW {width} x {layers}'
+
+
+def _sizes(width: int, layers: int) -> tuple[str, ...]:
+  """The proportions of the config, with more heads of the same size."""
+  values = {'model.embed': width, 'model.layers': layers, 'model.heads': width // 24, 'model.mlp.hidden': 2 * width}
+  return tuple(f'{key}={value}' for key, value in values.items())
 
 
 def measured(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
@@ -76,7 +93,8 @@ def differences(values: Sequence[float], plain: Sequence[float]) -> tuple[float,
 
 
 def recipes(results: Results) -> str:
-  plain, rows = group(results, 'bf16', 'loss'), [['bf16', summary(group(results, 'bf16', 'loss')), '', '', '']]
+  plain, rows = group(results, 'bf16', 'loss'), []
+  rows.append(['bf16', summary(plain), '', '', ''])
   for name, bar in BARS.items():
     losses = group(results, name, 'loss')
     mean, error = differences(losses, plain)
@@ -84,25 +102,23 @@ def recipes(results: Results) -> str:
   return f"""## Recipes
 
 Differences are those of runs with the same seed: their mean, and its standard error, in per cent of the loss in bf16
-(`model.dtype` is float32 here). `int8` and `fp8` are evaluated in their own recipe. `nvfp4` has weights, activations
-and gradients in four bits, and the last tenth of the steps and the evaluation in bf16, as
-`configs/decoder/tiny_fp4.gin`.
+(`model.dtype` is float32 here). `int8` and `fp8` are evaluated in their own recipe. `nvfp4_fp8` has weights and
+activations of the MLP in four bits forward, attention and all gradients in eight, as Zhou et al. 2025
+(arXiv:2502.11458) and `configs/decoder/tiny_fp4.gin`; `nvfp4` has weights, activations and gradients of all products in
+four. Both have the last tenth of the steps, and the evaluation, in bf16.
 
 {table(['recipe', 'held-out loss', 'difference from bf16', 'bar', 'met'], rows)}
 """
 
 
 def outliers(results: Results, folder: pathlib.Path) -> str:
-  rows, curves = [], []
+  rows = []
   for model, name in MODELS.items():
     value = lambda key, name=name: group(results, name, key)
     rows.append([model, summary(value('kurtosis')), summary(value('largest kurtosis')), summary(value('loss bf16'))])
     for fmt in ('int4', 'nvfp4'):
       added = [a - b for a, b in zip(value(f'loss {fmt}'), value('loss bf16'), strict=True)]
       rows[-1] += [summary(value(f'loss {fmt}')), summary(added)]
-    seeds = [curve(folder / run) for run in results if run.rpartition('/')[0] == name]
-    tenths = [[value for layers in part for value in layers] for part in zip(*seeds, strict=True)]
-    curves.append([model, *(f'{statistics.mean(tenth):.2f}' for tenth in tenths)])
   header = ['model', 'kurtosis', 'of the layer with most', 'loss', 'in int4', 'added', 'in nvfp4', 'added']
   return f"""## Outliers
 
@@ -114,10 +130,21 @@ scales for 16 numbers.
 
 {table(header, rows)}
 
-Kurtosis, mean of layers and seeds, in each tenth of the steps:
+Kurtosis, mean of layers and seeds, in each tenth of the steps. Models named by their width and layers are of other
+sizes and one seed; the last column is that of the layer with most, in the last tenth:
 
-{table(['model', *map(str, range(1, POINTS + 1))], curves)}
+{curves(results, folder)}
 """
+
+
+def curves(results: Results, folder: pathlib.Path) -> str:
+  rows = []
+  for model, name in (*MODELS.items(), *((sized(*size),) * 2 for size in SIZES)):
+    seeds = [curve(folder / run) for run in results if run.rpartition('/')[0] == name]
+    tenths = [[value for layers in part for value in layers] for part in zip(*seeds, strict=True)]
+    most = summary(group(results, name, 'largest kurtosis'))
+    rows.append([model, *(f'{statistics.mean(tenth):.2f}' for tenth in tenths), most])
+  return table(['model', *map(str, range(1, POINTS + 1)), 'largest'], rows)
 
 
 def finished(steps: int, seeds: Seeds, folder: pathlib.Path) -> Seeds:
@@ -135,7 +162,7 @@ def main() -> None:
   folder = options.folder / ('quick' if options.quick else 'full')
   if options.finished and not (seeds := finished(steps, seeds, folder)):
     flags.error(f'no seed has all of its runs in {folder}; run without --finished first.')
-  results = run_in_turn(trials(steps, seeds), folder, measured)
+  results = run_all(trials(steps, seeds), folder, measured)
   head = HEAD.format(steps=steps, seeds=len(seeds))
   write(options.output, [head, made_by(), recipes(results), outliers(results, folder)])
 

@@ -39,15 +39,6 @@ def run_all(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) ->
   return done
 
 
-def run_in_turn(trials: Sequence[Trial], folder: pathlib.Path, measure: Callable) -> dict[str, dict[str, float]]:
-  """As `run_all`, one after another in this process: for a machine that has other work."""
-  done = {}
-  for trial in trials:
-    done[trial.name] = _run((trial, folder / trial.name, measure))
-    _show(trial.name, done[trial.name], len(done), len(trials))
-  return done
-
-
 def _show(name: str, result: Mapping[str, float], number: int, of: int) -> None:
   shown = '  '.join(f'{key} {value:.3f}' for key, value in result.items())
   print(f'{number:>3} of {of}  {name:<40}{shown}', flush=True)

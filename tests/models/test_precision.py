@@ -17,7 +17,7 @@ from models.layers.low_rank import LoraConfig
 from models.precision import BF16, POST_TRAINING, RECIPES, PrecisionConfig, attach, chosen
 from models.product import KEY, Quantization, product, rounding
 from models.specs import initialize, param_specs
-from pallas_kernels.quantized_matmul.api import Operand, Recipe
+from pallas_kernels.quantized_matmul.api import Operand, Recipe, quantized_matmul
 from tests.models.quantized import SMALL, loss_of, params, placed, rows
 from tests.models.small import LLAMA, T5, batch
 
@@ -58,6 +58,16 @@ def test_a_recipe_has_the_parameters_of_every_other_and_nearly_its_gradients(nam
   blocks, exact_blocks = grads['decoder']['blocks'], exact_grads['decoder']['blocks']
   assert distance(blocks['mlp'], exact_blocks['mlp']) < {'int8': 0.15, 'fp8': 0.4, 'mxfp8': 0.3}.get(name, 1.2)
   assert distance(blocks['mlp'], exact_blocks['mlp']) > 1e-3
+
+
+def test_nvfp4_fp8_has_four_bits_forward_and_eight_backward():
+  """Its product is that of nvfp4, its gradients are those of fp8."""
+  x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 32), (32, 16), (4, 16)]))
+  of = lambda name: jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES[name], seed=jnp.uint32(3)), x, w)
+  (out, back), (four, _), (eight, back_8) = of('nvfp4_fp8'), of('nvfp4'), of('fp8')
+  assert (out == four).all()
+  assert not (out == eight).all()
+  assert all((a == b).all() for a, b in zip(back(g), back_8(g), strict=True))
 
 
 def test_no_recipe_is_no_change():
@@ -133,7 +143,8 @@ def test_a_mesh_gives_what_one_device_does(name, axes):
   assert from_seed == 0 or between < from_seed / 4
 
 
-@pytest.mark.parametrize('name', [slow('mxfp8'), slow('mxfp4'), 'int8', slow('nvfp4')])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mxfp8', 'mxfp4', 'int8', 'nvfp4'])
 def test_microbatches_add_up_to_the_batch(name):
   """Blocks of a row are the same in a microbatch, and so are their random bits. Scales over the tokens of a batch
   (int8's in the gradient of weights, nvfp4's of all blocks) are not: there microbatches differ as much as formats do.
@@ -175,6 +186,7 @@ def test_random_bits_differ_between_steps_layers_weights_examples_and_positions(
   assert all((flat[i] != flat[j]).mean() > 0.5 for i in range(6) for j in range(i))
 
 
+@pytest.mark.slow
 def test_adapters_stay_exact_beside_a_quantized_weight():
   lora = LoraConfig(rank=2, modules=('query', 'up'))
   model = build(SMALL, lora=lora, precision=PrecisionConfig(recipe='int8'))

@@ -57,9 +57,7 @@ def test_untuned_shapes_get_the_default_which_is_logged_once(folder, caplog):
   (folder / 'v5e.json').write_text('{"attention": {}}')
   assert blocks(causal=False) == tpu.Blocks(**tpu.DEFAULT)
   assert blocks(packed=True) == tpu.Blocks(**tpu.DEFAULT_PACKED)
-  said = (
-    'no tuned blocks for d128_causal on TPU v5 lite, the default ones are used; scripts/tune_kernels.py finds them.'
-  )
+  said = 'no tuned entry for d128_causal on TPU v5 lite, the default is used; scripts/tune_kernels.py finds one.'
   assert [said in message for message in caplog.messages] == [True, False, False]
 
 
@@ -75,7 +73,7 @@ def test_untuned_shapes_get_the_default_which_is_logged_once(folder, caplog):
 def test_a_damaged_file_is_a_one_line_error_with_the_fix(folder, text, reason):
   (folder / 'v5e.json').write_text(text)
   with pytest.raises(
-    KernelError, match=rf'^CONFIG: tuned blocks in .*v5e.json are damaged \(.*{reason}.*or delete'
+    KernelError, match=rf'^CONFIG: tuned entries in .*v5e.json are damaged \(.*{reason}.*or delete'
   ) as e:
     blocks()
   assert is_user_error(e.value)

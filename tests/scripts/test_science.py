@@ -123,7 +123,13 @@ def test_differences_are_paired_and_have_a_standard_error():
 def test_the_table_of_recipes_holds_each_to_its_bar():
   from precision import recipes
 
-  losses = {'bf16': (4.0, 4.2), 'int8': (4.01, 4.21), 'fp8': (4.02, 4.22), 'nvfp4': (4.02, 4.26)}
+  losses = {
+    'bf16': (4.0, 4.2),
+    'int8': (4.01, 4.21),
+    'fp8': (4.02, 4.22),
+    'nvfp4': (4.02, 4.26),
+    'nvfp4_fp8': (4.0, 4.2),
+  }
   text = recipes({f'{name}/{seed}': {'loss': own[seed]} for name, own in losses.items() for seed in (0, 1)})
   assert '| int8 | 4.110 ± 0.100 | +0.244% ± 0.000% | 0.3% | yes |' in text
   assert '| fp8 | 4.120 ± 0.100 | +0.488% ± 0.000% | 0.3% | no |' in text
@@ -131,13 +137,17 @@ def test_the_table_of_recipes_holds_each_to_its_bar():
 
 
 def test_all_recipes_of_a_seed_have_its_data_and_nvfp4_ends_in_bf16():
-  from precision import BARS, trials
+  from precision import BARS, SIZES, sized, trials
 
   found = {trial.name: trial for trial in trials(1000, (0, 1))}
+  for width, layers in SIZES:
+    assert f'model.embed={width}' in found.pop(f'{sized(width, layers)}/0').overrides
   assert set(found) == {f'{name}/{seed}' for name in ('bf16', 'outlier_safe', *BARS) for seed in (0, 1)}
   assert all(f'seed={name[-1]}' in trial.overrides for name, trial in found.items())
-  (phases,) = (override for override in found['nvfp4/0'].overrides if override.startswith('phases='))
-  assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16'}}]"
+  for name in ('nvfp4', 'nvfp4_fp8'):
+    (phases,) = (override for override in found[f'{name}/0'].overrides if override.startswith('phases='))
+    assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16', 'precision.overrides': {}}}]"
+  assert "precision.overrides={'attention': 'fp8'}" in found['nvfp4_fp8/0'].overrides
 
 
 def test_kurtosis_is_that_of_each_tenth_of_a_run(monkeypatch):

@@ -46,6 +46,14 @@ def chosen(tokens: int, recipe: str = 'int8', **mesh) -> dict[str, str]:
     return {name: fastest(a, b, RECIPES[recipe].pairs[name], dims) for name, (a, b, dims) in sides.items()}
 
 
+def test_a_product_without_an_entry_is_logged_with_the_program_that_writes_one(write, caplog):
+  write({})
+  with caplog.at_level('INFO', 'pallas_kernels.tuned'):
+    assert set(chosen(1024).values()) == {'xla'}
+  (said,) = [line for line in caplog.messages if 'forward_int8' in line]
+  assert said.endswith('on TPU v5 lite, the default is used; scripts/bench/matmul.py --aot --write finds one.')
+
+
 def test_each_product_runs_what_its_own_entry_names(write):
   write({key: {'implementation': name} for key, name in ENTRIES.items()})
   assert chosen(1024) == {'forward': 'tpu', 'dgrad': 'tpu', 'wgrad': 'xla'}

@@ -95,7 +95,7 @@ def test_no_flag_takes_a_string_that_is_neither_path_nor_text():
     (('plan',), '--topology'), (('data', 'prepare'), '--documents'), (('data', 'prepare'), '--records'),
     (('checkpoints', 'extend-vocabulary'), '--method'), (('checkpoints', 'warm-start'), '--cross'),
     (('train',), '--cluster'), (('replay',), '--cluster'), (('generate',), '--special'),
-    (('export',), '--dtype'),
+    (('export',), '--dtype'), (('export',), '--quantize'),
   }  # fmt: skip
 
 

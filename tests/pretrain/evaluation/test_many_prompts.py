@@ -15,7 +15,7 @@ from pretrain.evaluation import outputs as module
 from pretrain.evaluation.generate import Refused, answers, generate
 from pretrain.evaluation.outputs import Decoding, grouped, outputs
 from pretrain.evaluation.prompts import packing_of
-from pretrain.evaluation.writer import open_writer
+from pretrain.evaluation.writer import open_run, open_writer
 from pretrain.run.train import train
 from tests.pretrain.evaluation.test_generate import config_of
 
@@ -47,7 +47,7 @@ def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
   assert generate(run_dir, PROMPTS, 6, how=Decoding(**how, batch=4)) == alone
   mesh = MeshConfig(data=2, tensor=2)
   for batch in (2, 4):  # four are packed in a row for each part of the batch
-    assert list(answers(run_dir, PROMPTS, 6, how=Decoding(**how, batch=batch), mesh=mesh)) == alone
+    assert list(answers(lambda: open_run(run_dir), PROMPTS, 6, how=Decoding(**how, batch=batch), mesh=mesh)) == alone
   if 'seed' in how:
     assert generate(run_dir, PROMPTS, 6, how=Decoding(**how | {'seed': 6})) != alone
   assert len({result.output for result in alone}) > 1
@@ -115,7 +115,7 @@ def test_each_line_of_a_text_file_is_a_prompt(run_dir, tmp_path, capsys):
 
 
 def test_a_long_prompt_of_a_file_is_named_by_its_line(run_dir):
-  (found,) = answers(run_dir, ['the Licensor ' * 90], places=['p.txt:3: '])
+  (found,) = answers(lambda: open_run(run_dir), ['the Licensor ' * 90], places=['p.txt:3: '])
   assert isinstance(found, Refused)
   assert str(found.error).startswith("CONFIG: p.txt:3: 'the Licensor")
 

@@ -117,7 +117,7 @@ def test_an_export_in_shards_of_bfloat16_packs_in_parts(run, tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['gpt_neox', 'gemma2', 'mixtral', 't5_v1_1', 'bert'])
-def test_other_families_keep_their_logits_nearly(name, tmp_path):
+def test_other_families_are_packed_to_the_nearest_codes(name, tmp_path):
   """One tensor may hold three products; experts, tables and heads are not packed."""
   run, out = tmp_path / 'run', tmp_path / 'out'
   assert main(['import', f'--from={goldens.GOLDENS / name}', f'--workdir={run}']) == 0
@@ -125,9 +125,10 @@ def test_other_families_keep_their_logits_nearly(name, tmp_path):
   packed = [part for part in open_folder(out) if part.endswith('weight_packed')]
   assert packed
   assert not [part for part in packed if 'expert' in part or 'embed' in part or 'head' in part]
-  source, params = goldens.load(out)
-  error = goldens.worst(source.model, params, goldens.expected(name))
-  assert 1e-5 < error < (1 if name == 'mixtral' else 0.05)  # a router may choose another expert
+  (_, given), (_, read) = goldens.load(goldens.GOLDENS / name), goldens.load(out)
+  errors = jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(x).max()), given, read))
+  assert 0.25 / 127 < max(errors) <= 0.5001 / 127  # half a step between codes
+  assert sum(error > 0 for error in errors) < len(errors)
 
 
 def test_codes_are_the_nearest_and_zeros_stay_zeros():
@@ -162,7 +163,10 @@ def test_values_without_a_code_are_refused(tmp_path):
       'Nothing was written; use --group_size=16, or --group_size=0 for one scale for each output.',
     ),
     (['--quantize=int8', '--group_size=-1'], 'CONFIG: --group_size=-1; it must be at least 1, or 0 for one scale'),
-    (['--group_size=16'], 'CONFIG: --group_size=16 is of --quantize. Nothing was written; give both or neither.'),
+    (
+      ['--group_size=16'],
+      'CONFIG: --group_size=16 needs --quantize. Nothing was written; add --quantize=int4 or int8.',
+    ),
     (['--quantize=int8', '--adapter'], 'CONFIG: --adapter writes float32 alone. Nothing was written; leave --quantize'),
   ],
 )

@@ -1,5 +1,6 @@
 """An imported model with a tokenizer.json: import, prompts, the end of generation, training that goes on."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from data.batches.source import open_data
+from data.prepare.published import published, tokenizer_in
 from models.build import build
 from models.decode.writing import greedy
 from pretrain.cli.main import main
@@ -17,9 +19,11 @@ from pretrain.evaluation.imported import tokenizer_of
 from pretrain.evaluation.prompts import prompt_batch
 from pretrain.experiment.experiment import Experiment
 from pretrain.interchange.config_json import ConfigJson
+from pretrain.interchange.exporting import config_values
 from pretrain.interchange.families import FAMILIES
 from pretrain.interchange.importing import needed
 from pretrain.interchange.safetensors import create
+from pretrain.tools.weights import config_of
 from tests.pretrain.interchange.goldens import load
 from tests.tokenizers_json import publish
 
@@ -99,13 +103,35 @@ def test_a_prompt_is_read_as_the_tokenizer_says_and_continued(imported, capsys):
 
 
 @pytest.mark.slow
-def test_published_weights_write_what_their_run_does(imported, capsys):
+def test_published_weights_write_what_their_run_does(imported, tmp_path, capsys):
+  """So does an export; and what they write in 8 bits is what their packed export does."""
   _, source, run = imported
+  for flags in ([], ['--quantize=int8']):
+    assert main(['export', f'--workdir={run}', f'--out={tmp_path / str(len(flags))}', *flags]) == 0
   texts = []
-  for model in (f'--workdir={run}', f'--from={source}'):
-    assert main(['generate', model, '--text=the work', '--max_tokens=6']) == 0
+  eight = "--gin.precision.recipe='int8_weights'"
+  models = ([f'--workdir={run}'], [f'--from={source}'], [f'--from={tmp_path / "0"}'],
+            [f'--from={source}', eight], [f'--from={tmp_path / "1"}'])  # fmt: skip
+  capsys.readouterr()
+  for flags in models:
+    assert main(['generate', *flags, '--text=the work', '--max_tokens=6']) == 0
     texts.append(capsys.readouterr().out)
-  assert texts[0] == texts[1]
+  assert texts[0] == texts[1] == texts[2]
+  assert texts[3] == texts[4]
+
+
+def test_an_export_has_the_ids_of_the_imported_tokenizer(imported, tmp_path):
+  """Also where the import had no generation_config.json, and for a model of another family."""
+  _, source, run = imported
+  assert main(['export', f'--workdir={run}', f'--out={tmp_path / "out"}']) == 0
+  ids = published(tokenizer_in(source)).ids
+  assert published(tokenizer_in(tmp_path / 'out')).ids == ids
+  cfg = config_of(run)
+  cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, qk_norm='head'))
+  values = config_values(cfg, FAMILIES['qwen3'], run / 'imported')
+  assert values['model_type'] == 'qwen3'
+  ends = list(ids.eos) if len(ids.eos) > 1 else ids.end
+  assert (values['bos_token_id'], values['eos_token_id']) == (ids.first_input, ends)
 
 
 def test_generation_stops_at_any_end_of_the_tokenizer(imported, tmp_path, capsys):

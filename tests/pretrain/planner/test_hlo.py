@@ -90,6 +90,26 @@ def test_memory_in_use_at_the_peak():
   assert sum(b.bytes for b in found) == 4 * (4096 + 8192 + 8192)
 
 
+COPIES = """HloModule copies, is_scheduled=true
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0:T(1024)} parameter(0)
+  %kept = f32[4096]{0:T(1024)} broadcast(%a), dimensions={}
+  %copy-start.1 = (f32[4096]{0:T(1024)S(1)}, f32[4096]{0:T(1024)}, u32[]{:S(2)}) copy-start(%kept)
+  %slice-start.1 = ((f32[4096]{0:T(1024)}), f32[2048]{0:T(1024)}, s32[]{:S(2)}) slice-start(%kept), slice={[0:2048]}
+  %copy-done.1 = f32[4096]{0:T(1024)S(1)} copy-done(%copy-start.1)
+  %slice-done.1 = f32[2048]{0:T(1024)} slice-done(%slice-start.1)
+  ROOT %add.1 = f32[1024]{0:T(1024)} add(%copy-done.1, %slice-done.1)
+}
+"""
+
+
+def test_a_copy_that_begins_does_not_double_what_it_copies():
+  """The tuple of its start has the source again: here an array that goes to VMEM, and one of which a half is cut."""
+  found = hlo.at_peak(hlo.parse(COPIES))
+  assert sorted(b.bytes for b in found) == [2048 * 4, 4096 * 4]
+
+
 def test_a_gather_in_parts_counts_once():
   gather, reduce = collected(hlo.parse(PROGRAM), 8)[:2]
   assert (gather.kind, gather.bytes, gather.times, len(gather.devices)) == ('all-gather', 8192 * 4, 3, 8)

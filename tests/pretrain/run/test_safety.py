@@ -26,7 +26,7 @@ CALLS = ('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'yaml
 # What the product is shown to refuse; what scripts use that are run by hand, on models that they make themselves.
 PLANTED = {
   'safety.py': {'pickle'}, 'check_export.py': {'torch'}, 'make_interchange_goldens.py': {'torch'},
-  'make_generation_goldens.py': {'torch'}, 'check_lm_eval.py': {'torch'},
+  'make_generation_goldens.py': {'torch'}, 'check_lm_eval.py': {'torch'}, 'make_packed_goldens.py': {'torch'},
 }  # fmt: skip
 
 
