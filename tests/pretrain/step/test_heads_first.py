@@ -26,7 +26,7 @@ def dims(shape: str) -> list[int]:
 
 
 def only_moves(program: hlo.Program, one: hlo.Instruction) -> bool:
-  """Whether an instruction, or all that is fused to it, changes nothing but an array's order; a copy to VMEM does not."""
+  """Whether an instruction, or all that is fused to it, changes an array's order alone (a copy to VMEM does not)."""
   if one.op != 'fusion':
     return one.op in ('copy', 'transpose')
   return all(inner.op in MOVES for name in one.called for inner in program.computations[name])
