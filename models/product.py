@@ -80,6 +80,19 @@ def contracted(x: Array, w: Array, dims: int) -> Array:
   return jax.lax.dot_general(x, w, ((own, tuple(range(dims))), ((), ())))
 
 
+def product_of_heads(x: Array, w: nnx.Param) -> Array:
+  """`x[batch, heads, length, head_dim]` times `w[heads, head_dim, embed]`: [batch, length, embed], in x's dtype.
+
+  The weight is turned to [embed, heads, head_dim], as those of queries are. With it the compiler for TPU reads x, and
+  writes its gradient, in the order that x has; with the weight as it is, it copies both. The barrier keeps it turned:
+  a device turns its own shard, before it is gathered.
+  """
+  if w.get_metadata().get(KEY) is not None:
+    return product(jnp.swapaxes(x, 1, 2), w, 2)
+  turned = jax.lax.optimization_barrier(jnp.moveaxis(cast(w, x), 2, 0))
+  return jax.lax.dot_general(x, turned, (((1, 3), (1, 2)), ((), ())))
+
+
 def product(x: Array, w: nnx.Param, dims: int) -> Array:
   """`contracted` in x's dtype; quantized if `w` has a `Quantization`, with blocks along the dims c as one."""
   own = w.get_metadata().get(KEY)

@@ -58,7 +58,8 @@ def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
   if PLACES in batch:
     places = jnp.asarray(batch[PLACES])
     segments = _filled(places)
-    cross_keys_values = tuple(_taken(x, places, module.attention.kv_axis) for x in cross_keys_values)
+    turn = lambda x: jnp.swapaxes(x, 2, 3)  # heads and length
+    cross_keys_values = tuple(turn(_taken(turn(x), places, module.attention.kv_axis)) for x in cross_keys_values)
   rows = segments.shape[0]
   cache = Cache.empty(module.cfg.decoder_layers, rows, max_tokens + 1, module.attention, memory.dtype)
 

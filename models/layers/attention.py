@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 
 from models.layers.dropout import Dropout, fold
-from models.layers.linear import Projections, linear
+from models.layers.linear import Projections, from_heads, linear
+from models.layers.low_rank import LowRank
 from models.layers.norm import RmsNorm
 from models.layers.positions.disentangled import RelativeEmbeddings
 from models.layers.positions.rotary import Angles, Rope, rotary
@@ -86,7 +87,7 @@ class Visibility(api.Visibility):
 
 def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool):
   """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
-  heads, kv_heads = ('batch', None, 'heads', 'head_dim'), ('batch', None, kv_axis, 'head_dim')
+  heads, kv_heads = ('batch', 'heads', None, 'head_dim'), ('batch', kv_axis, None, 'head_dim')
   given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
   out = (heads, heads[:3]) if return_lse else heads
   return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), out)
@@ -133,8 +134,19 @@ def _head_norm(cfg: AttentionConfig, heads: int, axis: str) -> RmsNorm | None:
       return RmsNorm((heads, cfg.head_dim), cfg.qk_norm_eps, (axis, 'head_dim'))
 
 
+def _turned(x: Array) -> Array:
+  """[batch, length, heads, ...] from [batch, heads, length, ...], or the other way round.
+
+  The order of heads and length is that of a product's output, which the compiler for TPU writes and reads in any order;
+  for an array in memory it is a copy.
+  """
+  return jnp.swapaxes(x, 1, 2)
+
+
 class Attention(nnx.Module):
-  """Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py;
+  """Queries, keys, values and what is mixed of them are [batch, heads, length, head_dim], the order of the kernels.
+
+  Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; query init: T5X examples/t5/layers.py;
   norms of queries and keys: Henry et al. 2020, arXiv:2010.04245, as RMS norms with a scale in Qwen3 and Gemma 3; over
   all heads: OLMo 2, arXiv:2501.00656, §3.2.
   """
@@ -155,22 +167,31 @@ class Attention(nnx.Module):
     self.cfg = cfg
 
   def queries(self, x: Array, positions: Array | Angles) -> Array:
-    """[batch, length, heads, head_dim]."""
-    q = constrain(linear(x, self.query, self.query_bias), 'batch', 'length', 'heads', 'head_dim')
-    return self._finished(q, self.query_norm, positions, 'query')
+    """[batch, heads, length, head_dim]."""
+    q = self._heads(x, self.query, self.query_bias, 'heads')
+    return self._finished(q, self.query_norm, positions, 'query', 'heads')
 
   def keys_values(self, x: Array, positions: Array | Angles) -> tuple[Array, Array]:
-    """Two of [batch, length, kv_heads, head_dim]."""
-    k = constrain(linear(x, self.key, self.key_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
-    v = constrain(linear(x, self.value, self.value_bias), 'batch', 'length', self.cfg.kv_axis, 'head_dim')
-    return self._finished(k, self.key_norm, positions, 'key'), named(v, 'value')
+    """Two of [batch, kv_heads, length, head_dim]."""
+    k = self._heads(x, self.key, self.key_bias, self.cfg.kv_axis)
+    v = self._heads(x, self.value, self.value_bias, self.cfg.kv_axis)
+    return self._finished(k, self.key_norm, positions, 'key', self.cfg.kv_axis), named(v, 'value')
 
-  def _finished(self, x: Array, norm: RmsNorm | None, positions: Array | Angles, name: Name) -> Array:
+  def _heads(self, x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None, axis: str) -> Array:
+    """The projection of x[batch, length, embed], [batch, heads, length, head_dim]."""
+    return constrain(_turned(linear(x, w, bias)), 'batch', axis, 'length', 'head_dim')
+
+  def _finished(self, x: Array, norm: RmsNorm | None, positions: Array | Angles, name: Name, axis: str) -> Array:
     """`x` as scores take it. What `name` keeps is what the gradient needs: the input of a norm, else the result."""
-    return named(self._rotate(x, positions), name) if norm is None else self._rotate(norm(named(x, name)), positions)
+    if norm is None:
+      return named(self._rotate(x, positions, axis), name)
+    x = named(x, name)
+    return self._rotate(_turned(norm(_turned(x))) if self.cfg.qk_norm == 'all' else norm(x), positions, axis)
 
-  def _rotate(self, x: Array, positions: Array | Angles) -> Array:
-    return x if self.cfg.rope is None or self.cfg.sink_distance is not None else rotary(x, positions, self.cfg.rope)
+  def _rotate(self, x: Array, positions: Array | Angles, axis: str) -> Array:
+    if self.cfg.rope is None or self.cfg.sink_distance is not None:
+      return x
+    return rotary(x, positions, self.cfg.rope, axis)
 
   def attend(
     self,
@@ -184,10 +205,12 @@ class Attention(nnx.Module):
   ) -> Array:
     """The values, mixed by attention and projected back: [batch, length, embed]. `positions` are those of q."""
     scale, see = self._with_position_scores(see, q.dtype)
-    run = self._op(see, keys, site, scale, (q.shape[1], k.shape[1]))
+    dropped = self._dropped(keys, site)
+    implementation = self._implementation(see, dropped is not None, (q.shape[2], k.shape[2]))
+    run = self._op(implementation, see, scale, dropped)
     mixed = run(q, k, v, see) if self.cfg.sink_distance is None else self._attend_sinks(q, k, v, see, run, positions)
-    mixed = constrain(mixed, 'batch', 'length', 'heads', 'head_dim')
-    return named(linear(mixed, self.out, self.out_bias, contract=2), 'out')
+    mixed = constrain(mixed, 'batch', 'heads', 'length', 'head_dim')
+    return named(from_heads(mixed, self.out, self.out_bias, in_order=implementation == 'tpu'), 'out')
 
   def _attend_sinks(self, q: Array, k: Array, v: Array, see: Visibility, run: Callable, positions: Array) -> Array:
     """As `run`, of q and k that are not rotated, with sinks outside the window at `sink_distance`.
@@ -196,27 +219,34 @@ class Attention(nnx.Module):
     position 0, and queries are at position `sink_distance` for them.
     """
     rope, kv_positions = self.cfg.rope, see.kv_positions if see.cached else positions
-    near = rotary(q, positions, rope), rotary(k, kv_positions, rope), v
+    near = rotary(q, positions, rope), rotary(k, kv_positions, rope, self.cfg.kv_axis), v
     if see.window is None:
       return run(*near, see)
-    at = lambda x, position: rotary(x, jnp.full(x.shape[:2], position), rope)
-    far = at(q, self.cfg.sink_distance), at(k, 0), v
+    at = lambda x, position, axis: rotary(x, jnp.full((x.shape[0], x.shape[2]), position), rope, axis)
+    far = at(q, self.cfg.sink_distance, 'heads'), at(k, 0, self.cfg.kv_axis), v
     parts = (near, dataclasses.replace(see, num_sinks=0)), (far, _of_sinks(see, positions, kv_positions))
     return _joined(*(run(*arrays, own, return_lse=True) for arrays, own in parts))
 
-  def _op(
-    self, see: Visibility, keys: Array | None, site: int, scale: float | None, lengths: tuple[int, int]
-  ) -> Callable:
-    """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse, by the implementation to use."""
-    dropped = None
-    if keys is not None and self.cfg.dropout.outer:
-      dropped = api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
-    whole = {
-      'dropout': dropped is not None, 'divided': divides('length'), 'position_scores': see.position_scores is not None,
-      'relative_bias': see.relative_bias is not None, 'lengths': lengths,
-    }  # fmt: skip
-    implementation = 'reference' if see.cached else api.choose(self.cfg.implementation, **whole)
-    run = functools.partial(api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation)
+  def _dropped(self, keys: Array | None, site: int) -> api.Dropout | None:
+    """What drops weights of attention."""
+    if keys is None or not self.cfg.dropout.outer:
+      return None
+    return api.Dropout(self.cfg.dropout.outer, fold(keys, WEIGHTS_SITE + site), shared=self.cfg.dropout.shared)
+
+  def _implementation(self, see: Visibility, dropout: bool, lengths: tuple[int, int]) -> str:
+    """The implementation to use."""
+    if see.cached:
+      return 'reference'
+    return api.choose(
+      self.cfg.implementation, dropout=dropout, divided=divides('length'),
+      position_scores=see.position_scores is not None, relative_bias=see.relative_bias is not None, lengths=lengths,
+    )  # fmt: skip
+
+  def _op(self, implementation: str, see: Visibility, scale: float | None, dropped: api.Dropout | None) -> Callable:
+    """run(q, k, v, see) -> the mixed values, or with `return_lse` these and lse."""
+    run = functools.partial(
+      api.attention, scale=scale, softcap=self.cfg.softcap, implementation=implementation, heads_first=True
+    )
     if implementation == 'reference':
       return lambda *args, **options: _named(run(*args, dropout=dropped, **options))
 
@@ -246,7 +276,10 @@ class Attention(nnx.Module):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['keys', 'values', 'index'], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of all layers, [layers, batch, slots, kv_heads, head_dim]; the next token goes to slot `index`."""
+  """Keys and values of all layers, [layers, batch, slots, kv_heads, head_dim]; the next token goes to slot `index`.
+
+  A slot is together in memory, so that a token is written, and beams are reordered, in one piece.
+  """
 
   keys: Array
   values: Array
@@ -258,11 +291,14 @@ class Cache:
     return cls(zeros, zeros, jnp.zeros((), jnp.int32))
 
   def write(self, layer: Array, k: Array, v: Array) -> tuple['Cache', Array, Array]:
-    """(the cache with k and v written at `index` of `layer`, that layer's keys, that layer's values)."""
+    """(the cache with k and v written at `index` of `layer`, that layer's keys, that layer's values).
+
+    k, v and the results are [batch, kv_heads, length, head_dim].
+    """
     start = (layer, 0, self.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(self.keys, k[None], start)
-    values = jax.lax.dynamic_update_slice(self.values, v[None], start)
-    own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    keys = jax.lax.dynamic_update_slice(self.keys, _turned(k)[None], start)
+    values = jax.lax.dynamic_update_slice(self.values, _turned(v)[None], start)
+    own = lambda x: _turned(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
     return Cache(keys, values, self.index), own(keys), own(values)
 
   def advance(self, tokens: int) -> 'Cache':

@@ -269,7 +269,7 @@ class Stack(nnx.Module):
     return x if self.finishing is None else self.finishing(x)
 
   def cross_keys_values(self, memory: Array, positions: Array) -> tuple[Array, Array]:
-    """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, length, …]."""
+    """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, heads, length, …]."""
     one = lambda window: lambda carry, block: (carry, block.cross_attention.keys_values(memory, positions))
     return self._scan(one, (), self.blocks)[1]
 

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from models.layers.low_rank import LowRank
-from models.product import product
+from models.product import product, product_of_heads
 from models.specs import Normal, Zeros, cast, weight
 
 Bias = Literal['none', 'qkv', 'attention', 'mlp', 'all']
@@ -45,4 +46,15 @@ class Projections:
 def linear(x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None = None, contract: int = 1) -> Array:
   """`x[..., *c]` times `w[*c, ...]`, contracting `contract` dims, plus `bias`, in x's dtype."""
   out = w.product(x) if isinstance(w, LowRank) else product(x, w, contract)
+  return out if bias is None else out + cast(bias, x)
+
+
+def from_heads(x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None, *, in_order: bool) -> Array:
+  """`x[batch, heads, length, head_dim]` times `w[heads, head_dim, embed]`, plus `bias`: [batch, length, embed].
+
+  `in_order`: x is in memory in this order, and is not copied to another.
+  """
+  if isinstance(w, LowRank) or not in_order:
+    return linear(jnp.swapaxes(x, 1, 2), w, bias, contract=2)
+  out = product_of_heads(x, w)
   return out if bias is None else out + cast(bias, x)

@@ -2,8 +2,11 @@
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import tuned
@@ -21,6 +24,7 @@ __all__ = [
   'attention',
   'choose',
   'flash_attention',
+  'mesh_platform',
 ]
 
 
@@ -42,6 +46,11 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.attention,
 }
 HOPPER = ('h100', 'h200')
+# These read and write [batch, heads, length, head_dim]; the others transpose.
+HEADS_FIRST = {
+  'tpu': functools.partial(tpu.attention, heads_first=True),
+  'interpret': functools.partial(tpu.attention, heads_first=True, interpret=True),
+}
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits
 _reported: set[str] = set()
@@ -76,7 +85,7 @@ def choose(
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
     raise KernelError(f"kernels.attention='{implementation}' is not one of 'auto', {known}.")
-  platform = _platform()
+  platform = mesh_platform()
   if platform is not None and PLATFORMS.get(implementation, platform) != platform:
     raise KernelError(
       f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh has {platform} devices; "
@@ -100,7 +109,7 @@ def choose(
   return implementation
 
 
-def _platform() -> str | None:
+def mesh_platform() -> str | None:
   """The platform of the mesh in use, or None without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
@@ -110,7 +119,7 @@ def _automatic(
   dropout: bool, divided: bool, position_scores: bool, relative_bias: bool, lengths: tuple[int, int]
 ) -> tuple[str, str]:
   """(implementation, reason)."""
-  platform = _platform()
+  platform = mesh_platform()
   if platform is None:
     return 'reference', 'no mesh gives the platform'
   whole = not (dropout or divided or position_scores)
@@ -133,7 +142,7 @@ def _automatic(
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
 
 
-def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:
+def _check_shapes(q: Any, k: Any, v: Any, bias: RelativeBias | None, of_heads: dict[str, Array | None]) -> None:
   """Raises KernelError for arrays that do not fit each other: a kernel would read past their ends without an error."""
   heads, per_head = q.shape[2], {name: x.shape for name, x in of_heads.items() if x is not None}
   if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or heads % k.shape[2]:
@@ -153,7 +162,7 @@ def _check_shapes(q: Array, k: Array, v: Array, bias: RelativeBias | None, of_he
     raise KernelError(f'flash_attention got {", ".join(wrong)}; pass one number for each of the {heads} heads of q.')
 
 
-def _check_positions(chosen: str, q: Array, k: Array, see: Visibility) -> None:
+def _check_positions(chosen: str, q: Any, k: Any, see: Visibility) -> None:
   """Raises KernelError where the shapes show that positions are not indices: slots of a cache, parts of rows."""
   sides = [name for name, x in (('q_positions', see.q_positions), ('kv_positions', see.kv_positions)) if x is not None]
   if len(sides) == 1 or (sides and q.shape[1] != k.shape[1]):
@@ -163,7 +172,7 @@ def _check_positions(chosen: str, q: Array, k: Array, see: Visibility) -> None:
     )
 
 
-def _check_position_scores(q: Array, k: Array, see: Visibility) -> None:
+def _check_position_scores(q: Any, k: Any, see: Visibility) -> None:
   """Raises KernelError for shapes that do not fit, and for positions that are given: distances are those of indices."""
   heads, own = q.shape[2:], see.position_scores.given
   if wrong := [f'position_scores.{name}{x.shape}' for name, x in own.items() if x.shape[1:] != heads]:
@@ -185,24 +194,48 @@ def attention(
   dropout: Dropout | tuple[float, Array] | None = None,
   implementation: str = 'auto',
   return_lse: bool = False,
+  heads_first: bool = False,
 ):
-  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does."""
+  """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does.
+
+  With `heads_first` arrays are [batch, heads, length, head_dim], and lse [batch, heads, length]: the order in which the
+  kernels for TPU read and write them.
+  """
+  shapes = [_turned(x) if heads_first else x for x in (q, k, v)]
+  chosen = _checked(shapes, see, implementation, dropout is not None, {'alibi': see.alibi, 'sink_logits': sink_logits})
+  see = see.count_sinks()
+  options = {'dropout': dropout} if chosen == 'reference' else {}
+  options |= {'softcap': softcap, 'scale': scale, 'sink_logits': sink_logits, 'return_lse': return_lse}
+  if not heads_first:
+    return IMPLEMENTATIONS[chosen](q, k, v, see, **options)
+  if chosen in HEADS_FIRST:
+    return HEADS_FIRST[chosen](q, k, v, see, **options)
+  turn = lambda x: jnp.swapaxes(x, 1, 2)
+  return jax.tree.map(turn, IMPLEMENTATIONS[chosen](turn(q), turn(k), turn(v), see, **options))
+
+
+def _turned(x: Array) -> jax.ShapeDtypeStruct:
+  batch, heads, length, head_dim = x.shape
+  return jax.ShapeDtypeStruct((batch, length, heads, head_dim), x.dtype)
+
+
+def _checked(
+  shapes: Sequence[Any], see: Visibility, implementation: str, dropout: bool, of_heads: dict[str, Array | None]
+) -> str:
+  """The implementation to run, for arrays with these shapes [batch, length, heads, head_dim]. Raises KernelError."""
+  q, k, v = shapes
   if (see.q_segment_ids is None) != (see.kv_segment_ids is None):
     raise KernelError('flash_attention got segment ids of one side only; pass q_segment_ids and kv_segment_ids.')
-  _check_shapes(q, k, v, see.relative_bias, {'alibi': see.alibi, 'sink_logits': sink_logits})
+  _check_shapes(q, k, v, see.relative_bias, of_heads)
   if see.position_scores is not None:
     _check_position_scores(q, k, see)
   chosen = choose(
-    implementation, dropout=dropout is not None, position_scores=see.position_scores is not None,
+    implementation, dropout=dropout, position_scores=see.position_scores is not None,
     relative_bias=see.relative_bias is not None, lengths=(q.shape[1], k.shape[1]),
   )  # fmt: skip
-  see = see.count_sinks()
   if see.relative_bias is not None and chosen not in ('reference', 'blockwise'):
-    _check_positions(chosen, q, k, see)
-  options = {'dropout': dropout} if chosen == 'reference' else {}
-  return IMPLEMENTATIONS[chosen](
-    q, k, v, see, softcap=softcap, scale=scale, sink_logits=sink_logits, return_lse=return_lse, **options
-  )
+    _check_positions(chosen, q, k, see.count_sinks())
+  return chosen
 
 
 def flash_attention(

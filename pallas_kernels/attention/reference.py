@@ -81,11 +81,12 @@ class Visibility:
     q_positions, kv_positions = _inside(self.q_segment_ids), _inside(self.kv_segment_ids)
     return dataclasses.replace(self, q_positions=q_positions, kv_positions=kv_positions)
 
-  def silence_padding(self, k: Array, v: Array) -> tuple[Array, Array]:
+  def silence_padding(self, k: Array, v: Array, *, heads_first: bool = False) -> tuple[Array, Array]:
     """k and v with 0 for keys of segment 0: a weight of 0 does not silence a NaN."""
     if self.kv_segment_ids is None:
       return k, v
-    silence = lambda x: jnp.where((self.kv_segment_ids != 0)[:, :, None, None], x, 0)
+    given = jnp.expand_dims(self.kv_segment_ids != 0, (1, 3) if heads_first else (2, 3))
+    silence = lambda x: jnp.where(given, x, 0)
     return silence(k), silence(v)
 
 

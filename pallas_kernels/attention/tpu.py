@@ -71,32 +71,37 @@ def attention(
   scale: float | None = None,
   sink_logits: Array | None = None,
   return_lse: bool = False,
+  heads_first: bool = False,
   blocks: Blocks | None = None,
   interpret: Any = False,
 ):
-  """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams."""
-  (batch, q_length, heads, head_dim), kv_length = q.shape, k.shape[1]
+  """`reference.attention`, tile by tile. `interpret`: True, or pltpu.InterpretParams.
+
+  The kernels read and write [batch, heads, length, head_dim]. With `heads_first` that is the order of q, k, v and of
+  the result (lse: [batch, heads, length]), and nothing is transposed.
+  """
+  first = (lambda x: x) if heads_first else (lambda x: jnp.moveaxis(x, 2, 1))
+  q, (k, v) = first(q), (first(x) for x in see.silence_padding(k, v, heads_first=heads_first))
+  (batch, heads, q_length, head_dim), kv_length = q.shape, k.shape[2]
   if blocks is None:
     blocks = choose_blocks(q_length, kv_length, head_dim, causal=see.causal, packed=see.q_segment_ids is not None)
   q_padded, kv_padded = padded(q_length, blocks.q), padded(kv_length, blocks.kv)
   vectors = tiles.vectors(see, (batch, q_length, kv_length), (q_padded, kv_padded))
   spec = Spec(
-    heads=heads, group=heads // k.shape[2], q_length=q_padded, kv_length=kv_padded,
+    heads=heads, group=heads // k.shape[1], q_length=q_padded, kv_length=kv_padded,
     block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
     segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
     scale=1 / math.sqrt(head_dim) if scale is None else scale, sinks=sink_logits is not None, softcap=softcap,
     interpret=interpret, **tiles.static(see),
   )  # fmt: skip
-  k, v = see.silence_padding(k, v)
-  major = lambda x, length: pad(jnp.moveaxis(x, 2, 1), 2, length).reshape(-1, length, head_dim)
+  major = lambda x, length: pad(x, 2, length).reshape(-1, length, head_dim)
   table = None if see.relative_bias is None else see.relative_bias.table
   call = lambda rows: _flash(spec, *rows[:3], table, see.alibi, sink_logits, rows[3])
   arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
   out, lse = _in_turns(call, arrays, batch, _rows_at_once(spec, vectors, batch))
-  out = jnp.moveaxis(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length], 1, 2)
-  if not return_lse:
-    return out
-  return out, jnp.moveaxis(lse.reshape(batch, heads, -1)[:, :, :q_length], 1, 2)
+  last = (lambda x: x) if heads_first else (lambda x: jnp.moveaxis(x, 1, 2))
+  out = last(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length])
+  return (out, last(lse.reshape(batch, heads, -1)[:, :, :q_length])) if return_lse else out
 
 
 def _rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:

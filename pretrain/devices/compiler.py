@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from pretrain.devices import chip_options
+from pretrain.devices.chips import CHIPS, of_kind
 from pretrain.devices.mesh import replicated
 from pretrain.errors import ConfigError
 
 NAME = re.compile(r'[a-z]\w*')
+IF_SET = {'rendered': 'if set'}  # configs that were saved before these keys stay as they were
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,33 +27,78 @@ class CompilerConfig:
   """`options`: flag -> value for the compiler of the train step, without dashes.
 
   compiler.options = {'xla_tpu_scoped_vmem_limit_kib': 65536}. Not in the saved config where it is empty.
+
+  A chip has defaults beside them (chip_options.py), which `options` may change one by one and `chip_defaults=False`
+  leaves out. A run saves the defaults of its chip as `chip_options`, {chip: its options}, which go before the table of
+  a later version.
   """
 
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, metadata={'rendered': 'if set'})
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, metadata=IF_SET)
+  chip_defaults: bool = dataclasses.field(default=True, metadata=IF_SET)
+  chip_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, metadata=IF_SET)
+
+
+def defaults_for(cfg: CompilerConfig, device_kind: str) -> dict[str, Any]:
+  """The options that the chip of these devices has by default; none for a CPU or a GPU."""
+  chip = of_kind(device_kind)
+  if chip is None or not cfg.chip_defaults:
+    return {}
+  return dict(cfg.chip_options.get(chip.name, chip_options.of_chip(chip.name)))
+
+
+def options_for(cfg: CompilerConfig, device_kind: str) -> dict[str, Any]:
+  """All options of the train step on such devices."""
+  return defaults_for(cfg, device_kind) | dict(cfg.options)
+
+
+def recorded(cfg: CompilerConfig, device_kind: str) -> CompilerConfig:
+  """The same, with the defaults of this chip as values: what a run saves."""
+  if not (own := defaults_for(cfg, device_kind)):
+    return cfg
+  return dataclasses.replace(cfg, chip_options={**cfg.chip_options, of_kind(device_kind).name: own})
 
 
 def check_options(cfg: CompilerConfig) -> None:
-  """Raises ConfigError where an option is not a name with a value."""
-  for name, value in cfg.options.items():
-    if not NAME.fullmatch(name):
+  """Raises ConfigError where an option is not a name with a value, or `chip_options` not those of chips."""
+  _check_named('compiler.options', cfg.options)
+  for chip, options in cfg.chip_options.items():
+    if chip not in CHIPS or not isinstance(options, Mapping):
       raise ConfigError(
-        f"compiler.options: {name!r} is not the name of a flag; write it without dashes and '=': "
+        f'compiler.chip_options: {chip!r}: {options!r} is not a chip with its options; write {{CHIP: {{FLAG: VALUE}}}} '
+        f'with a chip of {", ".join(CHIPS)}, or remove it to have the defaults.'
+      )
+    _check_named(f'compiler.chip_options[{chip!r}]', options)
+
+
+def _check_named(where: str, options: Mapping[str, Any]) -> None:
+  for name, value in options.items():
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+      raise ConfigError(
+        f"{where}: {name!r} is not the name of a flag; write it without dashes and '=': "
         "{'xla_tpu_scoped_vmem_limit_kib': 65536}."
       )
     if not isinstance(value, bool | int | float | str):
-      raise ConfigError(f'compiler.options: {name} is {value!r}, expected a bool, a number or a str.')
+      raise ConfigError(f'{where}: {name} is {value!r}, expected a bool, a number or a str.')
 
 
 def check_compiles(cfg: CompilerConfig, mesh: Mesh) -> None:
   """Raises ConfigError where the compiler for the devices of `mesh` does not take an option, with its name."""
-  if not cfg.options or (reason := refusal(cfg.options, mesh)) is None:
+  kind = mesh.devices.flat[0].device_kind
+  options = options_for(cfg, kind)
+  if not options or (reason := refusal(options, mesh)) is None:
     return
-  alone = ((name, refusal({name: value}, mesh)) for name, value in cfg.options.items())
-  name, reason = next((found for found in alone if found[1] is not None), (', '.join(cfg.options), reason))
-  given = f'{name}={cfg.options[name]!r}' if name in cfg.options else name
+  alone = ((name, refusal({name: value}, mesh)) for name, value in options.items())
+  name, reason = next((found for found in alone if found[1] is not None), (', '.join(options), reason))
+  given = f'{name}={options[name]!r}' if name in options else name
+  is_default = name in options and name not in cfg.options
+  where, fix = (
+    ('a default of this chip', 'Set compiler.chip_defaults=False')
+    if is_default
+    else ('compiler.options', 'Remove the option')
+  )
   raise ConfigError(
-    f'compiler.options: the compiler for {mesh.devices.flat[0].device_kind} refuses {given} ({reason.rstrip(". ")}); '
-    'nothing was changed. Remove the option; flags differ between chips and between versions of XLA and libtpu.'
+    f'{where}: the compiler for {kind} refuses {given} ({reason.rstrip(". ")}); '
+    f'nothing was changed. {fix}; flags differ between chips and between versions of XLA and libtpu.'
   )
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import models.build
 from models import partition, specs
 from models.layers.remat import HOST
-from pretrain.devices.compiler import check_compiles
+from pretrain.devices.compiler import check_compiles, options_for
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch
@@ -93,6 +93,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
     mesh, model, abstract, jax.jit(init, out_shardings=placed),
     jax.jit(start, donate_argnums=0, out_shardings=placed),
     jax.jit(
-      step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=dict(cfg.compiler.options) or None
+      step, donate_argnums=0, out_shardings=(placed, everywhere),
+      compiler_options=options_for(cfg.compiler, mesh.devices.flat[0].device_kind) or None,
     ),
   )  # fmt: skip

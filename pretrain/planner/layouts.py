@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
+from models.layers.remat import KEPT
 from models.partition import check_divisible
 from models.specs import Tree
 from pretrain.config import bindings
@@ -15,7 +16,7 @@ from pretrain.devices.mesh import AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
 
 SEARCHED = ('data', 'fsdp', 'tensor')
-REMATS = ('none', 'dots', 'full')  # the search compiles these; other policies are estimated for a config that has them
+REMATS = ('none', 'dots', *KEPT)  # and what the config has, where it names activations itself
 MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small for a matrix unit
 # Axes that are not searched, and why.
 LEFT_OUT = {
@@ -27,11 +28,13 @@ LEFT_OUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """One way to run a step. `sizes` has all mesh axes."""
+  """One way to run a step. `sizes` has all mesh axes; `keep` and `offload` are `model.remat_keep` and `_offload`."""
 
   sizes: Mapping[str, int]
   accumulate: int
   remat: str
+  keep: tuple[str, ...] = ()
+  offload: tuple[str, ...] = ()
 
   @property
   def shards(self) -> int:
@@ -47,13 +50,20 @@ class Layout:
     return ' '.join(f'{axis}={n}' for axis, n in self.sizes.items() if n > 1) or 'data=1'
 
   @property
+  def policy(self) -> str:
+    """What is kept, in a word."""
+    names = f'({",".join(self.keep)})' if self.keep else ''
+    return f'{self.remat}{names}' + (f'+offload({",".join(self.offload)})' if self.offload else '')
+
+  @property
   def text(self) -> str:
-    return f'{self.mesh} accumulate={self.accumulate} remat={self.remat}'
+    return f'{self.mesh} accumulate={self.accumulate} remat={self.policy}'
 
   def values(self) -> dict[str, Any]:
     """The config keys that it sets."""
     own = {f'mesh.{axis}': n for axis, n in self.sizes.items()}
-    return own | {'train.accumulate': self.accumulate, 'model.remat': self.remat}
+    names = {'model.remat_keep': list(self.keep), 'model.remat_offload': list(self.offload)}
+    return own | {'train.accumulate': self.accumulate, 'model.remat': self.remat} | names
 
   def of(self, cfg: Experiment) -> Experiment:
     """`cfg` with this layout."""
@@ -62,18 +72,24 @@ class Layout:
 
 def of_config(cfg: Experiment, devices: int) -> Layout:
   """The layout that a config has on so many devices; raises ConfigError where they do not fit its mesh."""
-  return Layout(axis_sizes(cfg.mesh, devices), cfg.train.accumulate, cfg.model.remat)
+  return Layout(axis_sizes(cfg.mesh, devices), cfg.train.accumulate, *_remat(cfg))
+
+
+def _remat(cfg: Experiment) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+  return cfg.model.remat, cfg.model.remat_keep, cfg.model.remat_offload
 
 
 def candidates(cfg: Experiment, specs: Tree, of: Slice) -> Iterator[Layout]:
   """Every layout that divides the parameters and the rows; slices are joined by `replica`."""
+  own = _remat(cfg)
+  policies = [(name, (), ()) for name in REMATS] + ([own] if own[1] or own[2] else [])
   for sizes in _meshes(of):
     if not _divides(specs, sizes):
       continue
     shards = math.prod(sizes[axis] for axis in ('replica', 'data', 'fsdp'))
     for accumulate in _microbatches(cfg.data.batch_size, shards):
-      for remat in REMATS:
-        yield Layout(sizes, accumulate, remat)
+      for policy in policies:
+        yield Layout(sizes, accumulate, *policy)
 
 
 def _meshes(of: Slice) -> Iterator[dict[str, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from models.layers import remat
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
+from pallas_kernels.linear_cross_entropy import chunked
 from pretrain.planner.layouts import Layout
 from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
 
@@ -198,19 +199,37 @@ def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float
 
 
 def kept(work: Workload, layout: Layout) -> tuple[str, ...]:
-  """The names that a layer keeps for its gradient, on the device or the host."""
-  return work.cfg.model.remat_keep if layout.remat == 'custom' else KEPT[layout.remat]
+  """The names that a layer keeps for its gradient, on the device or the host: those that a gradient needs."""
+  names, without = layout.keep if layout.remat == 'custom' else KEPT[layout.remat], unread(work)
+  return tuple(name for name in names if name not in without)
+
+
+def unread(work: Workload) -> tuple[str, ...]:
+  """The products that no gradient reads: a layer's last ones, which are added to the residual without a norm."""
+  model = work.cfg.model
+  if model.norm_placement != 'pre':
+    return ()
+  return ('down',) if model.parallel == 'none' else ('out', 'down')
 
 
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of activations that all layers of a stack keep for the backward pass."""
   if layout.remat == 'none':
     return stack.number * _everything(work, layout, stack)
-  moved = work.cfg.model.remat_offload
-  names = [name for name in kept(work, layout) if name not in moved]
-  own = 0.0 if 'input' in moved else tokens(work, layout, stack.length) * work.cfg.model.embed
-  own += results(work, layout, stack, 'query') if 'context' in names else 0.0
-  return stack.number * work.itemsize * (own + results(work, layout, stack, *names))
+  return inputs_by(work, layout, stack) + named_by(work, layout, stack)
+
+
+def inputs_by(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of the inputs of a stack's layers, where they are not in host memory."""
+  own = 0.0 if 'input' in layout.offload else tokens(work, layout, stack.length) * work.cfg.model.embed
+  return stack.number * work.itemsize * own
+
+
+def named_by(work: Workload, layout: Layout, stack: Layers) -> float:
+  """Bytes of the activations that a policy names, where they are not in host memory."""
+  names = [name for name in kept(work, layout) if name not in layout.offload]
+  mixed = results(work, layout, stack, 'query') if 'context' in names else 0.0
+  return stack.number * work.itemsize * (mixed + results(work, layout, stack, *names))
 
 
 def _everything(work: Workload, layout: Layout, stack: Layers) -> float:
@@ -254,10 +273,15 @@ def _copies(product: Product) -> int:
 
 
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and the gathered table; then the gradient of logits, or the table's whole gradient in f32."""
+  """Logits in f32 (of a chunk, where they are made in chunks) and the gathered table; then the gradient of logits (of a
+  part), or the table's whole gradient in f32.
+  """
   own = tokens(work, layout, work.stacks[-1].length)
   vocab, embed = work.cfg.model.vocab_size / layout.sizes['tensor'], work.cfg.model.embed
-  logits = own * vocab * F32
-  gradient = max(own * vocab * work.itemsize, vocab * embed * F32)
+  parts, chunks = 1, 1
+  if work.cfg.kernels.linear_cross_entropy == 'chunked':
+    parts, chunks = chunked.split(round(own), round(vocab))
+  logits = own * vocab * F32 / parts / chunks
+  gradient = max(own * vocab * work.itemsize / parts, vocab * embed * F32)
   in_hbm = logits if logits > VMEM else 0.0
   return in_hbm + vocab * embed * work.itemsize + gradient + 4 * own * embed * work.itemsize

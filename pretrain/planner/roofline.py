@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from models.flops import flops_per_step
 from pretrain.devices.chips import Slice
+from pretrain.devices.compiler import options_for
 from pretrain.planner import memory, torus
 from pretrain.planner.layouts import Layout
 from pretrain.planner.torus import Group, Time
@@ -23,13 +24,17 @@ from pretrain.planner.workload import Layers, Workload
 
 PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
-THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # in compiler.options it ends that
+THRESHOLD = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'  # an option that ends that, the default of some chips
 ATTENTION = {'v5e': 0.85, 'v5p': 0.85, 'v6e': 0.36, 'tpu7x': 0.31}
 # Bytes/s of one device, in bfloat16. Zeros in f32 take half the cycles for a byte (362 to 160 bytes/cycle on v5p, 180
 # to 91 on v5e); the update of an f32 array reaches 0.7 of the maker's bandwidth, and counts at all of it.
 FILL = {'v5e': 1.36e11, 'v5p': 2.79e11, 'v6e': 1.71e11, 'tpu7x': 8.87e11}
 # A loop over layers fills the array of what it keeps with zeros, writes each layer's part, and reads it backwards.
 OF_KEPT = 3
+# Of what a policy names only the zeros cost: Llama 7B, 8,192 tokens a device, in 1e9 cycles beside 'full', by libtpu
+# 0.0.42: v5e:16x16 (4.581) save_context +0.015, save_out_proj -0.017, save_qkv_proj -0.179, save_dot_except_mlp -0.272;
+# v5p:4x4x4 (2.347) minimal -0.305, minimal_with_context -0.295.
+OF_NAMED = 1
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
 PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
@@ -85,7 +90,7 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   """The step of a layout; `over` are the groups of its mesh (`torus.groups`)."""
   stacks = [_stack(work, layout, of, stack) for stack in work.stacks]
   products = sum(s[0] for s in stacks) + _head(work, layout)
-  rate = of.flops * PRODUCTS / (WINDOWED if windowed(work, layout) else 1)
+  rate = of.flops * PRODUCTS / (WINDOWED if windowed(work, layout, of) else 1)
   links = collectives(work, layout, of, over)
   each = layout.accumulate
   return Step(
@@ -98,9 +103,9 @@ def estimate(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str,
   )
 
 
-def windowed(work: Workload, layout: Layout) -> bool:
+def windowed(work: Workload, layout: Layout, of: Slice) -> bool:
   """Whether libtpu splits products with gathered parameters into loops over their shards."""
-  if THRESHOLD in dict(work.cfg.compiler.options):
+  if THRESHOLD in options_for(work.cfg.compiler, of.chip.kinds[0]):
     return False
   copies = layout.sizes['data'] * layout.sizes['replica']
   return copies == 1 and 1 < layout.sizes['fsdp'] <= FEW
@@ -110,23 +115,25 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   """(FLOPs of products, FLOPs of kernels, bytes of HBM outside of both) of a microbatch on one device.
 
   A gradient costs two products more. What is not kept is made again, but for a layer's last product, which only a
-  residual reads; a kernel's output is a product's only with remat='none'.
+  residual reads. The attention kernel runs again unless its output is kept, and so do the rotations and layouts around
+  it unless queries are kept behind them.
   """
   found, own = memory.products(work, layout, stack), memory.tokens(work, layout, stack.length)
-  rows, rerun = layout.rows(work.rows), int(layout.remat != 'none')
+  rows, rerun, names = layout.rows(work.rows), int(layout.remat != 'none'), memory.kept(work, layout)
+  behind = 'query' in names and layout.remat != 'dots'
   # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
   forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
   products = sum(forward(p) * (2 + p.experts) for p in found)
-  again = sum(forward(p) for p in found if p.name not in (*memory.kept(work, layout), 'down'))
+  again = sum(forward(p) for p in found if p.name not in (*names, 'down', *memory.unread(work)))
   heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
-  passes = own * (PASSES['embed'] * work.cfg.model.embed + PASSES['heads'] * heads * len(stack.keys))
-  hidden = PASSES['hidden'] * memory.results(work, layout, stack, 'up')
-  moved = work.itemsize * (passes + hidden + 2 * sum(p.values for p in found))
+  around = work.itemsize * own * PASSES['heads'] * heads * len(stack.keys)
+  passes = own * PASSES['embed'] * work.cfg.model.embed + PASSES['hidden'] * memory.results(work, layout, stack, 'up')
+  moved = work.itemsize * (passes + 2 * sum(p.values for p in found))
   return (
     stack.number * (products + rerun * again),
-    stack.number * scores * (1 + rerun + 2.5),
-    stack.number * moved * (1 + rerun + 2),
+    stack.number * scores * (1 + (rerun if 'context' not in names else 0) + 2.5),
+    stack.number * (moved * (1 + rerun + 2) + around * (1 + (rerun if not behind else 0) + 2)),
   )
 
 
@@ -144,8 +151,12 @@ def _update(work: Workload, layout: Layout) -> float:
 
 def _filled(work: Workload, layout: Layout) -> float:
   """Bytes of a microbatch that move at FILL: what is kept, and half of the zeros of f32 gradients."""
-  kept = sum(memory.kept_by(work, layout, stack) for stack in work.stacks)
-  return OF_KEPT * kept + memory.F32 * memory.of_mesh(work, layout).trained / 2
+  if layout.remat in ('none', 'dots'):
+    kept = OF_KEPT * sum(memory.kept_by(work, layout, stack) for stack in work.stacks)
+  else:
+    kept = sum(OF_KEPT * memory.inputs_by(work, layout, stack) for stack in work.stacks)
+    kept += sum(OF_NAMED * memory.named_by(work, layout, stack) for stack in work.stacks)
+  return kept + memory.F32 * memory.of_mesh(work, layout).trained / 2
 
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
@@ -164,7 +175,8 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
   if group := named(('tensor',)):
     for stack in work.stacks:
       sums = len(stack.keys) + 1
-      number = stack.number * (2 * sums + (sums - 1 if layout.remat == 'full' else 0))
+      again = layout.remat != 'none' and 'out' not in (*memory.kept(work, layout), *memory.unread(work))
+      number = stack.number * (2 * sums + (sums - 1 if again else 0))
       own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
       time += torus.seconds('all-reduce', own, of, group).times(number)
   return time.times(layout.accumulate)

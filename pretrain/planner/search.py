@@ -17,6 +17,7 @@ MIB = 2**20
 CLOSEST = 3
 # Of the memory: an estimate may be a tenth too low, and near the limit the compiler makes activations again.
 ROOM = 0.9
+LESS = 0.75  # of the estimated memory of a layout that did not fit: another on its mesh is tried with at most this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _next(
 ) -> Estimate | None:
   """The layout to compile next, if any is left."""
   done, meshes = {e.layout.text for e, _ in tried}, {e.layout.mesh for e, c in tried if isinstance(c, Compiled)}
-  left = [e for e in fits if e.layout.text not in done]
+  limits = {e.layout.mesh: LESS * e.memory.total for e, c in tried if not isinstance(c, Compiled)}
+  small = lambda e: e.memory.total <= limits.get(e.layout.mesh, e.memory.total)
+  left = [e for e in fits if e.layout.text not in done and small(e)]
   anew = [e for e in left if e.layout.mesh not in meshes]
   if len(good) < max(number - 1, 1) and anew:
     return anew[0]

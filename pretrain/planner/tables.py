@@ -41,7 +41,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _name(layout: Layout, rows: int) -> list[str]:
-  return [layout.mesh, layout.remat, f'{layout.rows(rows)}x{layout.accumulate}']
+  return [layout.mesh, layout.policy, f'{layout.rows(rows)}x{layout.accumulate}']
 
 
 def table(found: Found) -> str:

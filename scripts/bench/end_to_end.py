@@ -5,7 +5,7 @@
 
 `schedule.py` defines the cycles: those of kernels and fusions, in loops once for each iteration. Each row is counted as
 one document that fills it, so that only causality leaves tiles out. Collectives are counted but have no cycles, because
-XLA gives no estimate for them.
+XLA gives no estimate for them; nor for rotary kernels, each of which reads and writes queries or keys once.
 """
 
 import argparse
@@ -30,6 +30,7 @@ KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
+ROTARY = re.compile(r'%\w*rotary[\w.]* = .* custom-call\(')
 CALLS = re.compile(r'calls=%([\w.\-]+)')
 CHANNEL = re.compile(r'channel_id=(\d+)')
 
@@ -97,6 +98,12 @@ def collectives(text: str) -> dict[str, int]:
   return dict(found)
 
 
+def rotary(text: str) -> dict[str, int]:
+  """How often a step runs the kernel for rotary positions; empty where it does not."""
+  found = sum(times for times, line in schedule.executed(text) if ROTARY.search(line))
+  return {'rotary kernel': found} if found else {}
+
+
 def _in_fusions(text: str) -> set[str]:
   """The instructions inside fusions."""
   blocks, _ = schedule.computations(text)
@@ -139,7 +146,7 @@ def measure(flags, name: str) -> dict:
   text = compiled.as_text()
   return {
     'attention': name, 'MiB': round(memory.total / plan.MIB), 'fusions': schedule.fusion_cycles(text),
-    'kernels': kernels(text, specs, pathlib.Path(os.environ['DUMP'])), 'collectives': collectives(text),
+    'kernels': kernels(text, specs, pathlib.Path(os.environ['DUMP'])), 'collectives': collectives(text) | rotary(text),
   }  # fmt: skip
 
 

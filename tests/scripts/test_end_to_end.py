@@ -111,6 +111,14 @@ def test_a_collective_counts_once_however_it_is_split(bench):
   assert bench.collectives(PROGRAM) == {'all-gather': 3 + 1, 'all-reduce': 3, 'collective-permute': 3}
 
 
+def test_kernels_for_rotary_positions_are_counted_beside(bench):
+  """By the compiler's names, as they stand in a loop of three."""
+  call = '%jvp_rotary_.1 = bf16[8,128]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"'
+  step = PROGRAM.replace('  %permute-done =', f'  {call}\n  %permute-done =')
+  assert bench.rotary(step) == {'rotary kernel': 3}
+  assert bench.rotary(PROGRAM) == {}
+
+
 def test_copies_on_other_channels_and_outside_of_fusions_count(bench):
   step = '%all-reduce.6 = f32[8]{0:T(128)} all-reduce(%p), channel_id=1'
   other = PROGRAM.replace(f'{step}0', f'{step}1')

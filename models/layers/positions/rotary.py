@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models.partition import divides, per_shard
+from pallas_kernels import rotation
+from pallas_kernels.attention.api import mesh_platform
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoScaling:
@@ -169,20 +173,31 @@ class Angles:
   radians: Array
 
 
-def rotary(x: Array, positions: Array | Angles, rope: Rope) -> Array:
-  """`x[batch, length, heads, head_dim]` whose first `rope.dims` are rotated by `positions[batch, length]`.
+def rotary(x: Array, positions: Array | Angles, rope: Rope, axis: str = 'heads') -> Array:
+  """`x[batch, heads, length, head_dim]` whose first `rope.dims` are rotated by `positions[batch, length]`.
 
-  Angles in f32. Source: Su et al. 2021, arXiv:2104.09864; pairing as in Llama's reference code converted by HF; a part
-  of each head: GPT-J, GPT-NeoX (Black et al. 2022, arXiv:2204.06745, §2.1.1).
+  `axis` is the logical axis of the heads. Angles in f32. Source: Su et al. 2021, arXiv:2104.09864; pairing as in
+  Llama's reference code converted by HF; a part of each head: GPT-J, GPT-NeoX (Black et al. 2022, arXiv:2204.06745,
+  §2.1.1).
   """
   frequency, factor = frequencies(rope)
   if isinstance(positions, Angles):
-    angle = positions.radians[:, :, None, :]
+    angle = positions.radians[:, None]
   else:
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    angle = positions.astype(jnp.float32)[:, None, :, None] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   if factor != 1.0:
     sin, cos = factor * sin, factor * cos
+  if _by_kernel(x, positions, rope):
+    whole, angles = ('batch', axis, None, 'head_dim'), ('batch', None, None)
+    return per_shard(rotation.rotate, (whole, angles, angles), whole)(x, sin[:, 0], cos[:, 0])
   a, b = jnp.split(x[..., : rope.dims].astype(jnp.float32), 2, -1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
   return turned if rope.dims == x.shape[-1] else jnp.concatenate([turned, x[..., rope.dims :]], -1)
+
+
+def _by_kernel(x: Array, positions: Array | Angles, rope: Rope) -> bool:
+  """Whether `rotate` takes this x; it has no gradient of learned angles."""
+  if isinstance(positions, Angles) or positions.shape[0] != x.shape[0] or divides('length'):
+    return False
+  return mesh_platform() == 'tpu' and x.dtype != jnp.float32 and rotation.fits(x.shape, rope.dims)

@@ -88,8 +88,8 @@ def test_weights_of_attention_drop(sites):
   attention: Attention = jax.tree.map(lambda x: x[0], model.bind(params).encoder.blocks).self_attention
   segments = jnp.ones((ROWS, LENGTH), jnp.int32)
   see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments)
-  q = jnp.zeros((ROWS, LENGTH, 2, LENGTH))
-  v = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], q.shape)
+  q = jnp.zeros((ROWS, 2, LENGTH, LENGTH))
+  v = jnp.broadcast_to(jnp.eye(LENGTH), q.shape)
   weights = np.asarray(attention.attend(q, q, v, see, keys_of(ROWS), 0))
   assert_site(sites, weights, np.full(weights.shape, 1 / LENGTH))
 

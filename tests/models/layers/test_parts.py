@@ -85,7 +85,7 @@ def test_the_epsilon_reaches_every_attention_of_every_family(cfg):
       queries, (keys, _) = attention.queries(x, jnp.arange(5)[None]), attention.keys_values(x, jnp.arange(5)[None])
       for side, got in (('query', queries), ('key', keys)):
         weight, scale = np.float64(own[side][0]), np.float64(own[f'{side}_norm']['scale'][0])
-        y = np.einsum('ble,ehd->blhd', np.float64(x), weight)
+        y = np.einsum('ble,ehd->bhld', np.float64(x), weight)
         np.testing.assert_allclose(got, y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-2) * scale, atol=1e-5)
         found += 1
   assert found == (6 if cfg is T5_1_0 else 2)

@@ -10,6 +10,7 @@ import pytest
 from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.rotary import Clex, NoScaling, Rope, Truncated, frequencies
 from models.specs import as_function, initialize, param_specs
+from pallas_kernels import rotation
 from pretrain.step.loss import LossConfig, make_loss
 from tests.models import plain, small
 
@@ -175,3 +176,21 @@ def test_sinks_have_the_distance_of_the_paper(distance, monkeypatch):
   expected = lambda cfg: plain.logits(cfg, wide, data['decoder_input_tokens'][0])
   np.testing.assert_allclose(found, expected(cfg), atol=1e-4)
   assert np.abs(expected(dataclasses.replace(cfg, sink_distance=50)) - found).max() > 1e-2, 'the distance must show'
+
+
+def test_the_kernel_rotates_halves_and_their_gradient_in_f32():
+  """bf16 in and out, by the formula in float64: no error above that of the last rounding."""
+  rng = np.random.default_rng(0)
+  x, gradient = (jnp.asarray(rng.normal(size=(2, 3, 256, 128)), jnp.bfloat16) for _ in range(2))
+  angle = rng.integers(0, 50, (2, 256, 1)) * 100.0 ** (-np.arange(64) / 64)
+  sin, cos = (jnp.asarray(f(angle), jnp.float32) for f in (np.sin, np.cos))
+  turned, back = jax.vjp(lambda x, sin=sin, cos=cos: rotation.rotate(x, sin, cos, True), x)
+  for got, given, sign in ((turned, x, 1), (back(gradient)[0], gradient, -1)):
+    a, b = np.split(np.asarray(given, np.float64), 2, -1)
+    sin, cos = sign * np.sin(angle)[:, None], np.cos(angle)[:, None]
+    expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8, atol=2e-5)
+  assert rotation.fits((2, 3, 256, 128), 128)
+  wrong = [((2, 3, 256, 128), 64), ((2, 3, 200, 128), 128), ((2, 3, 256, 64), 64)]
+  assert not any(rotation.fits(*each) for each in wrong)

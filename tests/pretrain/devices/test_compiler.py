@@ -1,19 +1,28 @@
-"""compiler.options: given to the compiler of the step, refused by name, saved only where they are set."""
+"""Compiler options and the defaults of chips: given to the step's compiler, refused by name, saved with the run."""
+
+import re
+import types
 
 import jax
 import pytest
 
 from pretrain.cli import main
 from pretrain.config import bindings
-from pretrain.devices.compiler import CompilerConfig, check_compiles
+from pretrain.devices import chip_options, compiler
+from pretrain.devices.chips import CHIPS
+from pretrain.devices.compiler import CompilerConfig, check_compiles, options_for, recorded
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
 from pretrain.experiment.resume import differences
+from pretrain.run import starting
+from pretrain.tools import plan
 from tests.pretrain import tiny
 
 VMEM = 'xla_tpu_scoped_vmem_limit_kib'
+WINDOWED = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'
+V5E, V5P = 'TPU v5 lite', 'TPU v5'
 FAST = "compiler.options={'xla_cpu_enable_fast_math': True}"
 
 
@@ -40,6 +49,68 @@ def test_options_are_saved_and_read_back(tmp_path):
 def test_what_is_no_option_is_refused_with_the_config(options, message):
   with pytest.raises(ConfigError, match=message):
     tiny.decoder(f'compiler.options={options}')
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ("{'v5x': {}}", "compiler.chip_options: 'v5x': {} is not a chip with its options; write {CHIP: {FLAG: VALUE}} with "
+     'a chip of v5e, v5p, v6e, tpu7x, or remove it to have the defaults.'),
+    ("{'v5e': 3}", "compiler.chip_options: 'v5e': 3 is not a chip with its options"),
+    ("{'v5e': {'--x': 1}}", "compiler.chip_options['v5e']: '--x' is not the name of a flag"),
+    ("{'v5e': {'x': None}}", "compiler.chip_options['v5e']: x is None, expected a bool, a number or a str."),
+  ],
+)  # fmt: skip
+def test_wrong_chip_options_are_refused_with_the_config(options, message):
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    tiny.decoder(f'compiler.chip_options={options}')
+
+
+def test_each_entry_of_the_table_has_chips_a_reason_and_evidence():
+  for entry in chip_options.TABLE:
+    assert entry.chips
+    assert {*entry.chips} <= {*CHIPS}
+    assert entry.reason
+    assert re.search(r'(v5e|v5p|v6e|tpu7x):\d', entry.evidence), 'a compiled program'
+  for chip in CHIPS:
+    names = [name for entry in chip_options.TABLE if chip in entry.chips for name in entry.options]
+    assert len(names) == len(set(names))
+
+
+def test_a_chip_has_its_defaults_and_one_key_leaves_them_out():
+  own = options_for(CompilerConfig(), V5E)
+  assert own == options_for(CompilerConfig(), V5P) == {WINDOWED: 1000000}
+  assert options_for(CompilerConfig(options={WINDOWED: 5, 'x': 1}), V5E) == {WINDOWED: 5, 'x': 1}
+  assert options_for(CompilerConfig(chip_defaults=False, options={'x': 1}), V5E) == {'x': 1}
+  assert options_for(CompilerConfig(), 'cpu') == options_for(CompilerConfig(), 'NVIDIA H100') == {}
+
+
+def test_a_run_saves_the_defaults_of_its_chip_and_keeps_them(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=V5E)])
+  saved = starting.with_chip_options(tiny.decoder(f"compiler.options={{'{VMEM}': 65536}}"))
+  text = bindings.render(saved)
+  (tmp_path / 'config.gin').write_text(text)
+  assert f"compiler.chip_options = {{'v5e': {{'{WINDOWED}': 1000000}}}}" in text
+  again = bindings.load(Experiment, [str(tmp_path / 'config.gin')])
+  monkeypatch.setattr(chip_options, 'TABLE', ())  # a later version
+  assert options_for(again.compiler, V5E) == {WINDOWED: 1000000, VMEM: 65536}
+  assert options_for(again.compiler, V5P) == {VMEM: 65536}
+  assert recorded(again.compiler, V5E) == again.compiler
+  off = CompilerConfig(chip_defaults=False)
+  assert recorded(off, V5E) == off
+
+
+def test_the_step_of_a_chip_is_compiled_with_its_defaults(monkeypatch):
+  """On a CPU that is taken for a chip: its compiler does not know the flags, and the sentence names the key."""
+  monkeypatch.setattr(compiler, 'of_kind', lambda kind: CHIPS['v5e'])
+  with pytest.raises(ConfigError) as caught:
+    build_program(tiny.decoder())
+  assert str(caught.value) == (
+    f'CONFIG: a default of this chip: the compiler for cpu refuses {WINDOWED}=1000000 (No such compile option: '
+    f"'{WINDOWED}'); nothing was changed. Set compiler.chip_defaults=False; flags differ between chips and between "
+    'versions of XLA and libtpu.'
+  )
+  build_program(tiny.decoder('compiler.chip_defaults=False'))
 
 
 def test_the_compiler_refuses_an_unknown_flag_by_its_name():
@@ -86,3 +157,13 @@ def test_plan_refuses_an_unknown_flag_by_its_name(capsys):
   assert message in capsys.readouterr().err
   assert main.main(['plan', *flags, "--gin.compiler.options={'xla_tpu_overlap_compute_collective_tc': True}"]) == 0
   assert 'MiB per device' in capsys.readouterr().out
+
+
+@pytest.mark.aot
+@pytest.mark.slow  # loads libtpu
+@pytest.mark.parametrize('chips', ['v5e:2x2', 'v5p:2x2x1'])
+def test_libtpu_takes_the_defaults_of_each_chip(chips):
+  devices = plan.tpu_devices(chips)
+  mesh = make_mesh(MeshConfig(data=len(devices)), devices)
+  assert options_for(CompilerConfig(), devices[0].device_kind)
+  check_compiles(CompilerConfig(), mesh)

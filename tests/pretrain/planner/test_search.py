@@ -6,13 +6,14 @@ import re
 
 import pytest
 
+from models.layers.remat import KEPT
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
 from pretrain.devices.mesh import AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.planner import compiled, roofline, search, tables, torus
+from pretrain.planner import compiled, layouts, roofline, search, tables, torus
 from pretrain.planner.layouts import Layout
 from pretrain.tools import plan
 from tests.pretrain import tiny
@@ -42,6 +43,7 @@ def compiler(monkeypatch):
 
   fake = Fake()
   monkeypatch.setattr(compiled, 'measure', fake.measure)
+  monkeypatch.setattr(layouts, 'REMATS', ('none', 'dots', 'full'))  # a third of the time; test_memory.py has all
   return fake
 
 
@@ -92,7 +94,9 @@ def test_layouts_that_leave_no_room_come_last(compiler):
   assert compiler.asked == [found.estimates[0].layout]
 
 
-def test_a_layout_that_does_not_fit_when_compiled_makes_room_for_the_next(compiler):
+def test_a_layout_that_does_not_fit_when_compiled_makes_room_for_the_next(compiler, monkeypatch):
+  """Also with all policies, which are many for one mesh: the next on a mesh that was refused needs clearly less."""
+  monkeypatch.setattr(layouts, 'REMATS', ('none', 'dots', *KEPT))
   compiler.refuses = lambda layout: layout.mesh == 'fsdp=128'
   found = search.search(load(), parse(SLICE), 2)
   assert found.best.layout.mesh != 'fsdp=128'
@@ -167,13 +171,16 @@ def test_model_flops_count_nothing_twice():
 
 
 def test_products_in_loops_are_dear_unless_an_option_ends_them():
+  """The option is a default of v5p; of v6e it is not."""
   from pretrain.planner import workload
 
-  def products(*keys: str, **sizes: int) -> float:
-    work, of = workload.describe(load('data.batch_size=64', 'train.accumulate=1', *keys)), parse('v5p:2x2x4')
+  def products(*keys: str, chips: str = 'v5p:2x2x4', **sizes: int) -> float:
+    work, of = workload.describe(load('data.batch_size=64', 'train.accumulate=1', *keys)), parse(chips)
     layout = Layout(dict.fromkeys(AXES, 1) | sizes, 1, 'full')
     return roofline.estimate(work, layout, of, torus.groups(layout.sizes, of)).products
 
   option = "compiler.options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}"
-  assert math.isclose(products(fsdp=16), 3 * products(data=2, fsdp=8))
-  assert math.isclose(products(option, fsdp=16), products(data=2, fsdp=8))
+  assert math.isclose(products(fsdp=16), products(data=2, fsdp=8))
+  assert math.isclose(products('compiler.chip_defaults=False', fsdp=16), 3 * products(data=2, fsdp=8))
+  assert math.isclose(products(fsdp=16, chips='v6e:4x4'), 3 * products(data=2, fsdp=8, chips='v6e:4x4'))
+  assert math.isclose(products(option, fsdp=16, chips='v6e:4x4'), products(data=2, fsdp=8, chips='v6e:4x4'))
