@@ -14,11 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 BLOCKS = (2048, 1024, 512, 256, 128)
+VALUES = 2048 * 128  # of a block at most: two copies of each of four arrays are in VMEM, and f32 between
 
 
 def fits(shape: tuple[int, ...], dims: int) -> bool:
   """Whether `rotate` takes an x[batch, heads, length, head_dim] of which `dims` are rotated."""
-  return shape[3] == dims and dims % LANES == 0 and shape[2] % BLOCKS[-1] == 0
+  return shape[3] == dims and dims % LANES == 0 and shape[2] % BLOCKS[-1] == 0 and dims * BLOCKS[-1] <= VALUES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -28,7 +29,7 @@ def rotate(x: Array, sin: Array, cos: Array, interpret: bool = False) -> Array:
   Both are f32[batch, length, head_dim / 2], and have no gradient.
   """
   length, dim = x.shape[2:]
-  rows = next(block for block in BLOCKS if length % block == 0)
+  rows = next(block for block in BLOCKS if length % block == 0 and block * dim <= VALUES)
   heads = pl.BlockSpec((None, None, rows, dim), lambda row, block, head: (row, head, block, 0))
   angles = pl.BlockSpec((None, rows, dim), lambda row, block, head: (row, block, 0))
   return pl.pallas_call(

@@ -29,8 +29,8 @@ class CompilerConfig:
   compiler.options = {'xla_tpu_scoped_vmem_limit_kib': 65536}. Not in the saved config where it is empty.
 
   A chip has defaults beside them (chip_options.py), which `options` may change one by one and `chip_defaults=False`
-  leaves out. A run saves the defaults of its chip as `chip_options`, {chip: its options}, which go before the table of
-  a later version.
+  leaves out. A run saves the defaults of its chip as `chip_options`, {chip: its options}. A resumed run keeps them,
+  whatever the table of a later version says.
   """
 
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, metadata=IF_SET)
@@ -52,10 +52,11 @@ def options_for(cfg: CompilerConfig, device_kind: str) -> dict[str, Any]:
 
 
 def recorded(cfg: CompilerConfig, device_kind: str) -> CompilerConfig:
-  """The same, with the defaults of this chip as values: what a run saves."""
-  if not (own := defaults_for(cfg, device_kind)):
+  """The same, with the defaults of this chip as values: what a run saves, {} where it has none."""
+  chip = of_kind(device_kind)
+  if chip is None or not cfg.chip_defaults:
     return cfg
-  return dataclasses.replace(cfg, chip_options={**cfg.chip_options, of_kind(device_kind).name: own})
+  return dataclasses.replace(cfg, chip_options={**cfg.chip_options, chip.name: defaults_for(cfg, device_kind)})
 
 
 def check_options(cfg: CompilerConfig) -> None:

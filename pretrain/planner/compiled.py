@@ -47,7 +47,8 @@ class Compiled:
 def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
   """The cost of a layout's step, by its program. Raises ConfigError where it does not fit.
 
-  Pallas kernels carry no estimate; they have the time that `roofline` gives them.
+  Pallas kernels carry no estimate. Those of attention have the time that `roofline` gives them, those of rotary
+  positions that of reading and writing their array once.
   """
   cfg = layout.of(work.cfg)
   memory, compiled, devices = compile_step(cfg, of)
@@ -56,8 +57,15 @@ def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
   links = sum((time.times(one.times) for one, time in timed), Time())
   guess = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
   cycles = sum(times * one.cycles for times, one in program.executed())
-  step = roofline.Step(cycles / of.chip.clock, guess.kernels, 0.0, links.ici, links.dcn)
+  kernels = guess.kernels + rotary_bytes(program) / of.chip.hbm_rate
+  step = roofline.Step(cycles / of.chip.clock, kernels, 0.0, links.ici, links.dcn)
   return Compiled(layout, step, memory, timed, tuple(hlo.at_peak(program)))
+
+
+def rotary_bytes(program: Program) -> int:
+  """What the kernels for rotary positions read and write in a step."""
+  rotary = lambda one: one.op == 'custom-call' and one.name.startswith('rotary')
+  return sum(2 * times * sum(hlo.sizes(one.shape)) for times, one in program.executed() if rotary(one))
 
 
 def compile_step(cfg: Experiment, of: Slice) -> tuple[plan.Memory, Any, Sequence[Any]]:

@@ -205,9 +205,11 @@ def kept(work: Workload, layout: Layout) -> tuple[str, ...]:
 
 
 def unread(work: Workload) -> tuple[str, ...]:
-  """The products that no gradient reads: a layer's last ones, which are added to the residual without a norm."""
+  """The products that no gradient reads: a layer's last ones, which are added to the residual without a norm and, with
+  experts, without a router's weight.
+  """
   model = work.cfg.model
-  if model.norm_placement != 'pre':
+  if model.norm_placement != 'pre' or model.experts is not None:
     return ()
   return ('down',) if model.parallel == 'none' else ('out', 'down')
 

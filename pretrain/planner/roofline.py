@@ -114,9 +114,9 @@ def windowed(work: Workload, layout: Layout, of: Slice) -> bool:
 def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[float, float, float]:
   """(FLOPs of products, FLOPs of kernels, bytes of HBM outside of both) of a microbatch on one device.
 
-  A gradient costs two products more. What is not kept is made again, but for a layer's last product, which only a
-  residual reads. The attention kernel runs again unless its output is kept, and so do the rotations and layouts around
-  it unless queries are kept behind them.
+  A gradient costs two products more. What is not kept is made again, but for products that no gradient reads
+  (`memory.unread`). The attention kernel runs again unless its output is kept, and so do the rotations and layouts
+  around it unless queries are kept behind them.
   """
   found, own = memory.products(work, layout, stack), memory.tokens(work, layout, stack.length)
   rows, rerun, names = layout.rows(work.rows), int(layout.remat != 'none'), memory.kept(work, layout)
@@ -124,7 +124,7 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
   forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
   products = sum(forward(p) * (2 + p.experts) for p in found)
-  again = sum(forward(p) for p in found if p.name not in (*names, 'down', *memory.unread(work)))
+  again = sum(forward(p) for p in found if p.name not in (*names, *memory.unread(work)))
   heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
   around = work.itemsize * own * PASSES['heads'] * heads * len(stack.keys)
@@ -150,7 +150,10 @@ def _update(work: Workload, layout: Layout) -> float:
 
 
 def _filled(work: Workload, layout: Layout) -> float:
-  """Bytes of a microbatch that move at FILL: what is kept, and half of the zeros of f32 gradients."""
+  """Bytes of a microbatch that move at FILL: what is kept, and half of the zeros of f32 gradients. What goes to the
+  host counts as if it were kept: its way there is not estimated.
+  """
+  layout = dataclasses.replace(layout, offload=())
   if layout.remat in ('none', 'dots'):
     kept = OF_KEPT * sum(memory.kept_by(work, layout, stack) for stack in work.stacks)
   else:

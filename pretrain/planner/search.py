@@ -143,7 +143,7 @@ def _next(
     return anew[0]
   best = min(good, key=lambda c: c.step.total).layout if good else None
   same = [e for e in left if best is not None and e.layout.mesh == best.mesh]
-  other = [e for e in same if e.layout.remat != best.remat] if best is not None else []
+  other = [e for e in same if e.layout.policy != best.policy] if best is not None else []
   return next(iter((*other, *same, *left)), None)
 
 
@@ -160,7 +160,7 @@ def _too_large(work: Workload, of: Slice, every: Sequence[Estimate]) -> str:
   smallest = sorted(every, key=lambda e: e.memory.total)[:CLOSEST]
   over = lambda e: f'{e.memory.total / MIB:,.0f} MiB, {(e.memory.total - of.chip.hbm) / MIB:,.0f} too many'
   near = '; '.join(
-    f'{e.layout.mesh} remat={e.layout.remat} train.accumulate={e.layout.accumulate} needs {over(e)}' for e in smallest
+    f'{e.layout.mesh} remat={e.layout.policy} train.accumulate={e.layout.accumulate} needs {over(e)}' for e in smallest
   )
   return (
     f'no layout fits {of.slices} x {of.name}, which has {of.chip.hbm / MIB:,.0f} MiB a device. Closest: {near}. '

@@ -10,7 +10,6 @@ import jax
 from data.mixing.online import Mixing, begin
 from pretrain.checkpoints.checkpoints import Checkpoints, DamagedError
 from pretrain.config import bindings
-from pretrain.devices import compiler
 from pretrain.evaluation.losses import check_best_of
 from pretrain.experiment import same_stores, saved
 from pretrain.experiment.experiment import Experiment, TrainConfig
@@ -89,7 +88,8 @@ def start(
   Everything that can be refused is refused before a file is written.
   """
   cfg = same_stores.as_begun(workdir, saved.as_begun(cfg, workdir / 'config.gin'))
-  files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(with_chip_options(cfg))
+  cfg = saved.with_chip_options(cfg, workdir / 'config.gin', jax.devices()[0].device_kind)
+  files, skips, text = open_files(cfg, workdir), read_skips(workdir), bindings.render(cfg)
   check_lawa_processes(cfg.evaluation.lawa_checkpoints, jax.process_count())
   recorded = read_metrics(workdir)
   changes = check_config(cfg, files, recorded, allow_data_change)
@@ -108,11 +108,6 @@ def start(
   )  # fmt: skip
   announce(run, found.changes)
   return run
-
-
-def with_chip_options(cfg: Experiment) -> Experiment:
-  """`cfg` with the compiler's options for this chip as values: what the run saves."""
-  return dataclasses.replace(cfg, compiler=compiler.recorded(cfg.compiler, jax.devices()[0].device_kind))
 
 
 def traced_steps(cfg: TrainConfig) -> tuple[int, int] | None:

@@ -1,7 +1,6 @@
 """Compiler options and the defaults of chips: given to the step's compiler, refused by name, saved with the run."""
 
 import re
-import types
 
 import jax
 import pytest
@@ -13,10 +12,11 @@ from pretrain.devices.chips import CHIPS
 from pretrain.devices.compiler import CompilerConfig, check_compiles, options_for, recorded
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.errors import ConfigError
+from pretrain.experiment import saved
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
 from pretrain.experiment.resume import differences
-from pretrain.run import starting
+from pretrain.run.train import train
 from pretrain.tools import plan
 from tests.pretrain import tiny
 
@@ -86,18 +86,48 @@ def test_a_chip_has_its_defaults_and_one_key_leaves_them_out():
 
 
 def test_a_run_saves_the_defaults_of_its_chip_and_keeps_them(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=V5E)])
-  saved = starting.with_chip_options(tiny.decoder(f"compiler.options={{'{VMEM}': 65536}}"))
-  text = bindings.render(saved)
-  (tmp_path / 'config.gin').write_text(text)
+  path = tmp_path / 'config.gin'
+  text = bindings.render(saved.with_chip_options(tiny.decoder(f"compiler.options={{'{VMEM}': 65536}}"), path, V5E))
   assert f"compiler.chip_options = {{'v5e': {{'{WINDOWED}': 1000000}}}}" in text
-  again = bindings.load(Experiment, [str(tmp_path / 'config.gin')])
+  path.write_text(text)
+  again = bindings.load(Experiment, [str(path)])
   monkeypatch.setattr(chip_options, 'TABLE', ())  # a later version
   assert options_for(again.compiler, V5E) == {WINDOWED: 1000000, VMEM: 65536}
   assert options_for(again.compiler, V5P) == {VMEM: 65536}
   assert recorded(again.compiler, V5E) == again.compiler
+  resumed = saved.with_chip_options(tiny.decoder(), path, V5E)  # by the command that began it
+  assert options_for(resumed.compiler, V5E) == {WINDOWED: 1000000}
+  own = saved.with_chip_options(tiny.decoder("compiler.chip_options={'v5e': {}}"), path, V5E)
+  assert options_for(own.compiler, V5E) == {}
   off = CompilerConfig(chip_defaults=False)
   assert recorded(off, V5E) == off
+
+
+def test_a_run_begun_without_defaults_has_none_when_it_resumes(tmp_path):
+  """An earlier version saved no options; one on a chip without an entry in the table saves that."""
+  path = tmp_path / 'config.gin'
+  path.write_text(bindings.render(tiny.decoder()))
+  assert options_for(saved.load_saved(path).compiler, V5E) == {}, 'as replay loads it'
+  assert options_for(saved.with_chip_options(tiny.decoder(), path, V5E).compiler, V5E) == {}
+  new = saved.with_chip_options(tiny.decoder(), tmp_path / 'none.gin', 'TPU v6 lite')
+  assert "compiler.chip_options = {'v6e': {}}" in bindings.render(new)
+  assert saved.with_chip_options(tiny.decoder(), path, 'cpu') == tiny.decoder()
+
+
+def test_a_resumed_run_is_compiled_with_the_options_that_it_began_with(tmp_path, monkeypatch):
+  """On CPUs that are taken for a chip whose table changes between the two commands."""
+  kinds = lambda kind: CHIPS['v5e']
+  monkeypatch.setattr(saved, 'of_kind', kinds)
+  monkeypatch.setattr(compiler, 'of_kind', kinds)
+  entry = lambda fast: chip_options.Entry(
+    chips=('v5e',), options={'xla_cpu_enable_fast_math': fast}, reason='', evidence=''
+  )
+  monkeypatch.setattr(chip_options, 'TABLE', (entry(False),))
+  train(tiny.decoder('train.steps=1', 'checkpoint.every=1'), tmp_path)
+  monkeypatch.setattr(chip_options, 'TABLE', (entry(True),))
+  train(tiny.decoder('train.steps=2', 'checkpoint.every=1'), tmp_path)
+  text = (tmp_path / 'config.gin').read_text()
+  assert "compiler.chip_options = {'v5e': {'xla_cpu_enable_fast_math': False}}" in text
 
 
 def test_the_step_of_a_chip_is_compiled_with_its_defaults(monkeypatch):

@@ -9,6 +9,7 @@ from models.build import build
 from models.layers.remat import Policy
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
+from pretrain.devices.mesh import AXES
 from pretrain.experiment.experiment import Experiment
 from pretrain.planner import layouts, memory, search, workload
 from tests.pretrain import tiny
@@ -88,6 +89,14 @@ def test_what_a_policy_keeps_is_what_the_compiler_keeps():
   assert memory.kept_by(work, one, work.stacks[0]) / MIB == 2048 + 2048  # no gradient reads what 'down' makes
   moved = dataclasses.replace(one, offload=('query', 'input'))
   assert memory.kept_by(work, moved, work.stacks[0]) == 0
+
+
+def test_what_a_norm_or_a_router_reads_is_kept():
+  """The result of 'down' is a part of no gradient, unless a norm follows (Gemma 2) or an expert's weight (Mixtral)."""
+  for name, read in (('decoder/7b', False), ('decoder/gemma2_9b', True), ('decoder/mixtral_8x7b', True)):
+    work = workload.describe(load(name))
+    layout = layouts.Layout(dict.fromkeys(AXES, 1), 1, 'custom', ('down',))
+    assert ('down' in memory.kept(work, layout)) is read, name
 
 
 def test_logits_in_chunks_need_less():
