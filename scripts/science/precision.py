@@ -27,7 +27,8 @@ from pretrain.records.metrics import read_metrics
 CONFIG = 'configs/science/precision.gin'
 STEPS, SEEDS = 1000, (0, 1, 2)
 # Most that a recipe may add, in per cent of the loss in bf16. That of four bits ends in bf16.
-BARS = {'int8': 0.3, 'fp8': 0.3, 'nvfp4_fp8': 1.0}
+LONGER = 'nvfp4_fp8, fifth'  # with a longer end
+BARS = {'int8': 0.3, 'fp8': 0.3, 'nvfp4_fp8': 1.0, LONGER: 1.0}
 OUTLIER_SAFE = ("optimizer.name='muon'", "model.norm.scale='single'", 'model.embedding_rotation=True')
 MODELS = {'AdamW': 'bf16', 'outlier-safe': 'outlier_safe'}
 SIZES = ((48, 2),)  # (width, layers) of other models with AdamW, one seed: does kurtosis grow with size?
@@ -47,9 +48,10 @@ billion parameters.
 def trials(steps: int, seeds: Sequence[int]) -> list[Trial]:
   """All runs of the study, those of one seed together."""
   in_bf16 = {'precision.recipe': 'bf16', 'precision.overrides': {}}
-  plain = f"phases=[{{'start_step': {steps - steps // 10}, 'set': {in_bf16}}}]"
+  plain = lambda part: f"phases=[{{'start_step': {steps - steps // part}, 'set': {in_bf16}}}]"
+  four = ("precision.recipe='nvfp4_fp8'", "precision.overrides={'attention': 'fp8'}")
   own = {'bf16': (), 'outlier_safe': OUTLIER_SAFE, **{name: (f"precision.recipe='{name}'",) for name in BARS}}
-  own['nvfp4_fp8'] += ("precision.overrides={'attention': 'fp8'}", plain)
+  own |= {'nvfp4_fp8': (*four, plain(10)), LONGER: (*four, plain(5))}
   scale = tuple(f'{key}={steps}' for key in ('train.steps', 'schedule.steps', 'evaluation.every'))
   scale += (f'schedule.warmup_steps={steps // 20}', f'schedule.decay_steps={steps // 5}')
   scale += (f'train.log_every={max(steps // 100, 1)}',)
@@ -104,7 +106,8 @@ def recipes(results: Results) -> str:
 Differences are those of runs with the same seed: their mean, and its standard error, in per cent of the loss in bf16
 (`model.dtype` is float32 here). `int8` and `fp8` are evaluated in their own recipe. `nvfp4_fp8` has weights and
 activations of the MLP in four bits forward, attention and all gradients in eight, as Zhou et al. 2025
-(arXiv:2502.11458) and `configs/decoder/tiny_fp4.gin`, and the last tenth of the steps and the evaluation in bf16.
+(arXiv:2502.11458) and `configs/decoder/tiny_fp4.gin`, and the last tenth of the steps and the evaluation in bf16. With
+`fifth` the last fifth of the steps is in bf16.
 
 {table(['recipe', 'held-out loss', 'difference from bf16', 'bar', 'met'], rows)}
 """

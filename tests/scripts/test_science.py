@@ -128,6 +128,7 @@ def test_the_table_of_recipes_holds_each_to_its_bar():
     'int8': (4.01, 4.21),
     'fp8': (4.02, 4.22),
     'nvfp4_fp8': (4.02, 4.26),
+    'nvfp4_fp8, fifth': (4.0, 4.2),
   }
   text = recipes({f'{name}/{seed}': {'loss': own[seed]} for name, own in losses.items() for seed in (0, 1)})
   assert '| int8 | 4.110 ± 0.100 | +0.244% ± 0.000% | 0.3% | yes |' in text
@@ -146,6 +147,7 @@ def test_all_recipes_of_a_seed_have_its_data_and_four_bits_end_in_bf16():
   (phases,) = (override for override in found['nvfp4_fp8/0'].overrides if override.startswith('phases='))
   assert phases == "phases=[{'start_step': 900, 'set': {'precision.recipe': 'bf16', 'precision.overrides': {}}}]"
   assert "precision.overrides={'attention': 'fp8'}" in found['nvfp4_fp8/0'].overrides
+  assert any("'start_step': 800" in override for override in found['nvfp4_fp8, fifth/1'].overrides)
 
 
 def test_kurtosis_is_that_of_each_tenth_of_a_run(monkeypatch):
