@@ -41,6 +41,7 @@ def compile_both(
     return compile_for(jax.jit(jax.grad(loss, (0, 1, 2, 3))), (*arrays, table, vector, vector))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chip', [CHIPS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHIPS[1:])])
 def test_forward_and_backward_need_memory_linear_in_the_length(chip):
   length = 2048

@@ -140,6 +140,7 @@ def test_flops_count_the_keys_in_a_window(cfg, windows, pairs):
   assert saved == 3 * 4 * cfg.heads * cfg.head_dim * (200 - pairs)
 
 
+@pytest.mark.slow
 def test_a_bias_of_logits_is_a_row_of_the_head():
   """x w + b = [x, 1] [w; b], in values and in gradients."""
   draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)

@@ -133,6 +133,7 @@ def test_dropout_belongs_to_the_hidden_features_of_an_example():
   np.testing.assert_allclose(bind(params)(one[::-1], keys[::-1])[0], dropped[::-1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_aux_is_the_mean_over_layers():
   """Of four blocks run one by one; two are scanned in a group, for their windows."""
   model, params = model_and_params(dataclasses.replace(EXPERTS, layers=4, windows=(4, None)))

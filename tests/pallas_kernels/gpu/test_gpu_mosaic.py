@@ -92,7 +92,7 @@ def everything(function, arrays, weights, options) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
   ('lengths', 'sizes', 'options'),
   [
-    ((128,), {'heads': 2, 'kv_heads': 2}, {'causal': True, 'blocks': Blocks(q=128, kv=64, stages=1)}),
+    slow((128,), {'heads': 2, 'kv_heads': 2}, {'causal': True, 'blocks': Blocks(q=128, kv=64, stages=1)}),
     slow((256, 384), {'batch': 2, 'heads': 4, 'kv_heads': 2}, {'causal': True}),
     slow((384, 128), {'heads': 4, 'kv_heads': 1}, {'causal': True, 'scale': 0.3}),
     slow((256, 320), {'heads': 2, 'kv_heads': 2}, {'causal': False}),

@@ -36,6 +36,7 @@ def text(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_results_are_in_a_file_and_in_the_report(run_dir, text, tmp_path, capsys):
   rank = tmp_path / 'q.jsonl'
   rank.write_text(json.dumps({'context': 'the', 'choices': [' Work', ' License'], 'answer': 0}) + '\n')

@@ -44,6 +44,7 @@ def test_the_loop_and_the_command_have_one_definition(text_store, stores, tmp_pa
     assert row[f'eval/{name}/bits_per_byte'] == pytest.approx(nats / math.log(2) / found[name]['bytes'], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_whose_targets_are_no_text_has_no_such_key(text_store, tmp_path):
   heldout = f"data.heldout=[{{'path': '{text_store}'}}]"
   changes = ('train.steps=1', 'checkpoint.every=1', 'evaluation.every=1', 'evaluation.batches=1', heldout)

@@ -9,7 +9,9 @@ from pretrain.run.train import train
 from tests.pretrain import tiny
 
 
-@pytest.mark.parametrize('name', ['50%off #a?b|c', 'a\\b', 'x.__lock'])
+@pytest.mark.parametrize(
+  'name', ['50%off #a?b|c', *(pytest.param(name, marks=pytest.mark.slow) for name in ('a\\b', 'x.__lock'))]
+)
 def test_a_run_in_a_folder_of_any_name_resumes(tmp_path, name):
   run = tmp_path / name / 'run'
   for steps in (2, 3):

@@ -64,6 +64,7 @@ def test_plot_draws_the_schedule_without_an_accelerator_or_a_display(tmp_path):
   assert (tmp_path / 'learning_rate.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_the_plot_is_of_the_schedule_that_is_given(capsys, tmp_path):
   flags = ("schedule.name='wsd'", 'schedule.decay_steps=1000')
   pictures = []

@@ -53,6 +53,7 @@ def test_exact_match_counts_the_outputs_of_each_prompt_decoded_alone(pair_store,
   assert make_exact_match(placed, program, data)(params, mixed) == 2 / 6
 
 
+@pytest.mark.slow
 def test_a_run_logs_exact_match_beside_its_losses(pair_store, tmp_path):
   more = ('train.steps=1', 'evaluation.every=1', 'evaluation.batches=1', 'evaluation.generate=3')
   train(config_of(pair_store, 'supervised', *more), tmp_path)

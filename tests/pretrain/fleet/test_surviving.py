@@ -128,8 +128,7 @@ def test_a_death_before_there_is_a_state_again_restarts_all(tmp_path):
   ('code', 'wanted'),
   [
     (71, 'stop'),
-    *(pytest.param(*p, marks=pytest.mark.slow) for p in ((74, 'restart'), (72, 'rewind'))),
-    (1, 'survival'),
+    *(pytest.param(*p, marks=pytest.mark.slow) for p in ((74, 'restart'), (72, 'rewind'), (1, 'survival'))),
   ],
 )
 def test_an_error_that_all_share_is_not_survived(tmp_path, code, wanted):

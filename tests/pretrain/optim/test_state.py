@@ -187,6 +187,7 @@ def test_skipped_steps_leave_small_states_alone():
 SIZES = ('model.embed=64', 'model.mlp.hidden=128')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'overrides',
   [

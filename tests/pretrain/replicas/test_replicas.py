@@ -147,6 +147,7 @@ def test_a_save_that_fails_at_the_same_time_does_not_hide_the_device(tmp_path, f
     train(tiny.decoder(*KEYS), tmp_path)
 
 
+@pytest.mark.slow
 def test_no_snapshot_has_a_bad_copy(tmp_path, flips, capsys):
   """Replicas are compared before each snapshot can be used, in addition to every `replicas.every` steps."""
   (tmp_path / 'memory').mkdir()

@@ -70,6 +70,7 @@ def test_other_weights_are_refused_or_continue_with_the_next_row_of_each_source(
     assert first[name] == (epoch, int(rows.locate(epoch, places)[1][0])), 'the next row of the source'
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_has_changed_resumes_without_the_flag_and_exactly_and_shows_its_rows(stores, tmp_path, capsys):
   for run in ('whole', 'cut'):
     train(configured(stores, 'ab', (3.0, 1.0), 'train.steps=4'), tmp_path / run)

@@ -80,6 +80,7 @@ def test_microbatches_have_the_gradient_of_the_whole_batch_every_time(text_store
   assert (norms == norms[:, :1]).all(), norms
 
 
+@pytest.mark.slow
 def test_the_check_itself_sees_another_seed():
   """The mutation: were the assertion blind, two different runs would pass it."""
   cfg = tiny.decoder()

@@ -96,6 +96,7 @@ def test_ema_is_sharded_like_its_parameter(program):
   assert any('fsdp' in leaf.sharding.spec for leaf in jax.tree.leaves(program.abstract.extra))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_averages_of_an_uninterrupted_run(text_store, tmp_path, program):
   """Bit for bit. The step that was saved because the run was stopped, 3, is not one that LAWA takes."""
   keys = ('checkpoint.every=2', 'evaluation.lawa_checkpoints=2')

@@ -83,6 +83,7 @@ def test_other_shapes_are_named(run, tmp_path, capsys):
   assert any(line.startswith('extra/ema/') and '/ absent' in line for line in lines)
 
 
+@pytest.mark.slow
 def test_another_optimizer_starts_fresh_from_the_same_parameters(run, tmp_path, capsys):
   new = tmp_path / 'new'
   keys = ("optimizer.name='lion'", "optimizer.state_dtype='bfloat16'", 'schedule.peak=1e-4')

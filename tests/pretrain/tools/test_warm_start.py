@@ -69,6 +69,7 @@ def test_stacks_are_copies_and_the_rest_is_listed(folder, tmp_path, capsys):
       np.testing.assert_allclose(x, theirs * np.float32(factor), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_encoder_computes_what_it_computed(folder, tmp_path):
   assert warm(folder, tmp_path / 'new') == 0
   cfgs = [
@@ -128,6 +129,7 @@ def test_no_part_is_an_error(folder, tmp_path, capsys):
   assert 'give --encoder=RUN' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_causal_decoder_continues_with_a_prefix(tmp_path):
   train(tiny.decoder('train.steps=1'), tmp_path / 'causal')
   start = ("objective.name='prefix_lm'", f"checkpoint.initial='{tmp_path}/causal/1'", 'train.steps=2')
