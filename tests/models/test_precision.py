@@ -220,6 +220,7 @@ def by_hand(params, data, recipes):
   return modules[recipes[0]].decoder.finish(x)
 
 
+@pytest.mark.slow
 def test_first_and_last_layers_have_their_own_recipe_and_the_same_parameters():
   """One bf16 layer, one in fp8, two in int8 (no random bits without keys in the forward pass), of one stacked tree."""
   edges = PrecisionConfig(recipe='fp8', first_layers=1, last_layers=2, edge_recipe='int8')

@@ -160,6 +160,7 @@ def log_prob_of(writer, inputs: list[int], output: list[int], ends: list[int]) -
   return float(sum(log_probs[i, token] for i, token in enumerate(output)) + np.logaddexp.reduce(log_probs[-1, ends]))
 
 
+@pytest.mark.slow
 def test_top_lists_the_best_fillings_of_each_blank_with_their_probabilities(run_dir):
   """The second blank's are given the best filling of the first, as targets of training follow each other."""
   prompt, writer = 'the <extra_id_0> of any <extra_id_1> Work', open_writer(run_dir)

@@ -35,6 +35,7 @@ def column(workdir, key):
   return [row[key] for row in read_metrics(workdir) if key in row]
 
 
+@pytest.mark.slow
 def test_a_phase_begins_with_the_example_after_the_last_one(tmp_path):
   """Three batches of 8, then examples 24 to 39."""
   cfg = tiny.decoder('train.steps=6', RAMP)
