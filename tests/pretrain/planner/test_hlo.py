@@ -90,6 +90,16 @@ def test_memory_in_use_at_the_peak():
   assert sum(b.bytes for b in found) == 4 * (4096 + 8192 + 8192)
 
 
+def test_what_a_loop_leaves_is_gone_unless_it_is_read():
+  """Behind the loop, 18,432 numbers beside one of its results; the other result, 4,096 numbers, is read by nobody."""
+  late = '  %get-tuple-element.9 = f32[1024]{0:T(1024)} get-tuple-element(%while.1), index=0\n'
+  assert late in PROGRAM
+  more = '  %later = f32[18432]{0:T(1024)} broadcast(%fusion.9), dimensions={}\n'
+  used = '  %sum = f32[1024]{0:T(1024)} add(%later, %get-tuple-element.9)\n'
+  found = hlo.at_peak(hlo.parse(PROGRAM.replace(late, more + late + used)))
+  assert sum(b.bytes for b in found) == 4 * (4096 + 8192 + 8192 + 2048), 'in the loop, with what is read behind it'
+
+
 COPIES = """HloModule copies, is_scheduled=true
 
 ENTRY %main (a: f32[1024]) -> f32[1024] {
