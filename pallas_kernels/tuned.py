@@ -51,8 +51,10 @@ def lookup(op: str, shape: str, names: tuple[str, ...]) -> dict[str, int] | None
 
 
 def fastest(op: str, kind: str, sizes: tuple[int, ...], known: Collection[str]) -> str | None:
-  """The implementation, one of `known`, that was the fastest on this chip: in the entry KIND_AxBx… whose sizes are the
-  nearest (smallest sum of squared log ratios). None, and one line in the log, if no entry is of this kind.
+  """The fastest implementation of those in `known`, from the entry of this chip and `kind` with the closest shape.
+
+  The distance of two shapes is the sum of the squared logarithms of the ratios of their sizes. Returns None, and logs
+  one line, if the file has no entry of this kind.
 
   Raises KernelError for a damaged file.
   """

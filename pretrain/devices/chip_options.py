@@ -1,8 +1,7 @@
 """Options of libtpu that every train step for a chip is compiled with, unless `compiler.chip_defaults` is False.
 
 Each entry has a reason and what it did to a compiled program: cycles are the compiler's own estimate (libtpu 0.0.42),
-as `scripts/bench/end_to_end.py --aot` counts them, GB are bytes of collectives that other work overlaps. No TPU has
-timed them.
+as `scripts/bench/end_to_end.py --aot` counts them. No TPU has timed them.
 """
 
 import dataclasses

@@ -199,7 +199,10 @@ def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float
 
 
 def kept(work: Workload, layout: Layout) -> tuple[str, ...]:
-  """The names that a layer keeps for its gradient, on the device or the host: those that a gradient needs."""
+  """The named activations that a layer saves for its backward pass, on the device or the host.
+
+  A name that no gradient reads is left out: the compiler does not save it.
+  """
   names, without = layout.keep if layout.remat == 'custom' else KEPT[layout.remat], unread(work)
   return tuple(name for name in names if name not in without)
 
