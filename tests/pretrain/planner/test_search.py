@@ -84,13 +84,13 @@ def test_the_layout_of_the_config_is_compiled_second(compiler):
 
 def test_a_search_compiles_without_the_options_that_are_slow_and_says_so(compiler):
   """Those that a config names itself are kept."""
-  lines, slow, kind = [], 'xla_tpu_scoped_vmem_limit_kib', parse(SLICE).chip.kinds[0]
-  assert slow in options_for(load().compiler, kind)
-  search.search(load(), parse(SLICE), 1, lines.append)
+  lines, slow, of = [], 'xla_tpu_scoped_vmem_limit_kib', parse('v5e:16x16')
+  assert slow in options_for(load().compiler, of.chip.kinds[0])
+  search.search(load(), of, 1, lines.append)
   assert slow not in compiler.options
   assert compiler.options
-  assert f'compiling 1 without {slow}, a default of v5p that makes compiling slow.' in lines[0]
-  search.search(load(f"compiler.options={{'{slow}': 65536}}"), parse(SLICE), 1, lines.append)
+  assert f'compiling 1 without {slow}, a default of v5e that makes compiling slow.' in lines[0]
+  search.search(load(f"compiler.options={{'{slow}': 65536}}"), of, 1, lines.append)
   assert compiler.options[slow] == 65536
   assert lines[-2].endswith('compiling 1.')
 
