@@ -99,6 +99,20 @@ def test_what_a_norm_or_a_router_reads_is_kept():
     assert ('down' in memory.kept(work, layout)) is read, name
 
 
+def test_devices_of_experts_divide_matrices_and_hold_rows_for_the_worst_case():
+  """Mixtral's 8 experts of 3 x 4096 x 14336 on 4 devices. Without a capacity all tokens of the 4 may choose both."""
+  sizes = dict.fromkeys(AXES, 1) | {'fsdp': 2, 'expert': 4}
+  for capacity, rows, masked in ((None, 8, 2), (1.25, 2.5, 1)):
+    work = workload.describe(load('decoder/mixtral_8x7b', f'model.expert_capacity={capacity}'))
+    assert memory.choices(work, 4) == rows
+    assert memory.choices(work, 1) == (2 if capacity is None else 2.5)
+    found = {p.name: p for p in memory.products(work, layouts.Layout(sizes, 1, 'full'), work.stacks[0])}
+    assert (found['up'].values, found['up'].experts, found['up'].masked) == (2 * 4096 * 14336, 2, masked)
+    assert found['up'].tokens == 4096 * rows
+    mesh = memory.of_mesh(work, layouts.Layout(sizes, 1, 'full'))
+    assert mesh.whole - mesh.dense == 32 * 2 * 3 * 4096 * 14336
+
+
 def test_logits_in_chunks_need_less():
   """32,768 tokens and 65,536 words of a device; 4 GiB of gradients are held, and 512 MiB of logits."""
   keys = 'data.targets_length=2048', 'data.batch_size=32', 'model.vocab_size=262144', 'train.accumulate=1'
