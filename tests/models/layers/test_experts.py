@@ -238,3 +238,16 @@ def test_rematerialised_dots_keep_the_products_of_experts():
   assert (kept, again, none) == (9, 12, 9)
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
   jax.tree.map(close, gradients, expected)
+
+
+@pytest.mark.slow
+def test_rematerialised_dots_keep_the_products_of_all_experts_at_once():
+  """With a capacity: three forward in the scan over layers, and under `full` again in its backward pass."""
+  data = batch()
+
+  def of(remat):
+    model, params = model_and_params(EXPERTS, remat=remat, expert_capacity=1.0)
+    run = jax.grad(lambda p: jnp.square(model.apply(p, data)[0]).sum())
+    return str(jax.make_jaxpr(run)(params)).count('name=product_of_experts')
+
+  assert (of('dots'), of('full')) == (3, 6)

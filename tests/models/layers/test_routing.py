@@ -74,7 +74,7 @@ def test_first_choices_have_places_before_second_ones_and_padding_has_none(numbe
   np.testing.assert_array_equal(run(jnp.asarray(chosen), jnp.asarray(segments), number, room), expected)
 
 
-@pytest.mark.parametrize('capacity', [1.0, 0.5], ids=['one', 'half'])
+@pytest.mark.parametrize('capacity', [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_a_capacity_equals_a_dense_loop_in_values_and_gradients(capacity):
   """Central differences of the loop in float64, along two random directions of each matrix."""
   bind, _, params = made(capacity)

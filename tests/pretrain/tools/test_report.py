@@ -117,6 +117,7 @@ def test_the_kurtosis_of_each_layer_is_drawn_where_it_is_logged(monkeypatch, tmp
   }
 
 
+@pytest.mark.slow
 def test_the_routers_of_each_layer_are_drawn_where_they_are_logged(monkeypatch, tmp_path):
   """The most and the least used expert of a layer are: another load of one of them is another picture."""
   monkeypatch.setattr(plots, 'PLOTS', {})
