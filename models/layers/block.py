@@ -112,14 +112,16 @@ class Block(nnx.Module):
     cache: Cache | None,
   ) -> tuple[Array, Cache | None, Aux]:
     """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
-    at, of_mlp = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE), {'decoding': cache is not None}
+    at, decoding = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE), cache is not None
     h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
     mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':
-      update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids, **of_mlp)
+      update, aux = self.mlp(
+        h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids, decoding=decoding
+      )
       x = self._add(x, mixed, keys, at)
       return self._add(x, update, keys, Sublayer(self.self_norm, None, MLP_SITE)), cache, aux
     x = self._add(x, mixed, keys, at)
@@ -129,7 +131,7 @@ class Block(nnx.Module):
       k, v = cross.keys_values or self.cross_attention.keys_values(cross.memory, positions)
       x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, at)
     at = Sublayer(self.mlp_norm, self.mlp_out_norm, MLP_SITE)
-    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids, **of_mlp)
+    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids, decoding=decoding)
     return self._add(x, update, keys, at), cache, aux
 
   def _enter(self, x: Array, at: Sublayer) -> Array:

@@ -79,14 +79,14 @@ class Experts(nnx.Module):
       ones = jnp.ones((x.shape[0], 1, self.hidden), x.dtype)
       matrices['dropped'] = dropout(ones, self.rate, keys, HIDDEN_SITE)[:, 0]
     capacity = None if decoding else self.cfg.capacity
-    kept = None if capacity is None else self.places(chosen, segments, capacity)
+    kept = None if capacity is None else self.kept(chosen, segments, capacity)
     mixed = self.mixed(x, chosen, kept, jax.nn.softmax(top), matrices)
     values = router_values(logits, chosen, segments, kept)
     if self.tells_choices:
       values['choices'] = ByLayer(chosen)
     return mixed, values
 
-  def places(self, chosen: Array, segments: Array | None, capacity: float) -> Array:
+  def kept(self, chosen: Array, segments: Array | None, capacity: float) -> Array:
     """Which choices have a place. Rows are whole here, also where the mesh divides their length."""
     whole = constrain(chosen, 'batch', None, None)
     room = places(chosen.shape[1], self.cfg.number, self.cfg.per_token, capacity)
