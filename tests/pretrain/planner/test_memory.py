@@ -45,6 +45,7 @@ COMPILED = {
   ('ul2/base_full_rows', 'v5e:4x4'): (81.0, 751.0),
   ('decoder/7b', 'v5p:4x4x4', 'mesh.fsdp=16', 'mesh.tensor=4', "model.remat='dots'"): (1210.1, 38630.0),
   ('decoder/7b', 'v5p:4x4x4', 'mesh.fsdp=16', 'mesh.data=4', 'train.accumulate=4'): (4820.9, 16255.0),
+  ('decoder/mixtral_8x7b', 'v5p:4x4x4', 'mesh.fsdp=8', 'mesh.expert=8', 'train.accumulate=8'): (10361.0, 29032.0),
   ('decoder/125m', 'v5e:2x4', NONE): (195.3, 4717.0),
   ('ul2/20b', 'v5p:4x4x8', 'mesh.fsdp=32', 'mesh.tensor=4', 'train.accumulate=4', NONE): (589.4, 49639.0),
   ('decoder/125m', 'v5e:2x4', 'data.batch_size=208', 'train.accumulate=2'): (195.3, 12426.1),
