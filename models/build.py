@@ -71,6 +71,16 @@ class Model:
     with partition.on(self.mesh), within(amax=amax):
       return self.bind(params)(batch, key)
 
+  def choices(self, params: Tree, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The experts of each token in each layer: int32[layers, batch, length, per_token] by the name of the stack."""
+    module, name = self.bind(params), 'choices/'
+    for stack in ('encoder', 'decoder'):
+      if hasattr(module, stack):
+        getattr(module, stack).blocks.mlp.tells_choices = True
+    with partition.on(self.mesh):
+      aux = module(batch, None)[1]
+    return {key.removeprefix(name): found.values for key, found in aux.items() if key.startswith(name)}
+
   def head(self, params: Tree) -> Array:
     """The weight [embed, vocab] that turns hidden states into logits, before their bias and `cfg.logit_softcap`.
 

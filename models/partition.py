@@ -29,7 +29,7 @@ PARAMETER_RULES: Rules = {
   'outputs': None,
 }
 ACTIVATION_RULES: Rules = {
-  'batch': ('replica', 'data', 'fsdp'),
+  'batch': ('replica', 'data', 'fsdp', 'expert'),  # the work outside of experts is divided over `expert` too
   'length': 'sequence',
   'embed': None,
   'heads': 'tensor',

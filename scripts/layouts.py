@@ -14,13 +14,17 @@ import shutil
 import subprocess
 import sys
 
-ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1}
+ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.expert': 1}
 LAYOUTS = {
   'one device': (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
   'fsdp=8': (ONE | {'mesh.fsdp': 8}, 1),
   'fsdp=4 x tensor=2': (ONE | {'mesh.fsdp': 4, 'mesh.tensor': 2}, 1),
   'data=2 x fsdp=2 x tensor=2': (ONE | {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  # Experts on several devices; a model without any has its rows divided alone.
+  'expert=4': (ONE | {'mesh.expert': 4}, 1),
+  'expert=2 x fsdp=2 x tensor=2': (ONE | {'mesh.expert': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'accumulate 2, expert=4': (ONE | {'mesh.expert': 4, 'train.accumulate': 2}, 1),
   'accumulate 2, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   'accumulate 4, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 4}, 1),
   '2 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 2),

@@ -20,10 +20,10 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
-from models.layers.block import of_stack
 from models.layers.dropout import example_keys
 from models.layers.mlp import Activation, MlpConfig
 from models.layers.positions.rotary import Angles
+from models.layers.values import of_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
-from models.layers.block import of_stack
 from models.layers.dropout import dropout, example_keys
 from models.layers.embedding import EMBEDDING_SITE, EmbeddingProjection, HeadTransform
 from models.layers.linear import Projections
 from models.layers.mlp import Activation
 from models.layers.norm import make_norm
+from models.layers.values import of_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from models.families.parts import (
   make_stack,
 )
 from models.layers.attention import Visibility
-from models.layers.block import Aux, ByLayer, Cross, of_stack
+from models.layers.block import Cross
 from models.layers.dropout import example_keys, fold
+from models.layers.values import Aux, ByLayer, of_stack
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2
 

@@ -41,7 +41,9 @@ class Parts:
   no distance is longer than in the first training (its distance ceiling: set it and the window to that length).
 
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
-  `loss.load_balance` and `loss.router_z` keep them all in use.
+  `loss.load_balance` and `loss.router_z` keep them all in use. With `expert_capacity` c an expert takes c times its
+  equal share of the choices of each row, and drops the others, which keep their residual (GShard, Switch: 1.25);
+  None drops nothing. What is written with a cache never drops any.
 
   `embedding_rotation` puts a learned square matrix, orthogonal at first, behind the embedding and another before the
   head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, with `norm.scale` 'single' and Muon). `kurtosis`
@@ -63,6 +65,7 @@ class Parts:
   mlp: MlpConfig
   experts: Annotated[int, '>= 2'] | None = None
   experts_per_token: Annotated[int, '>= 1'] = 2
+  expert_capacity: Annotated[float, '> 0'] | None = dataclasses.field(default=None, metadata={'rendered': 'if set'})
   norm: NormConfig = RmsNormConfig()
   norm_placement: Placement = 'pre'
   parallel: Parallel = 'none'
@@ -163,10 +166,23 @@ def _check_experts(cfg: Parts) -> None:
       f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
       f'experts, use at most {cfg.experts}.'
     )
+  if cfg.expert_capacity is not None:
+    _check_capacity(cfg, cfg.expert_capacity)
   if cfg.experts is not None and cfg.bias in ('all', 'mlp'):
     raise ValueError(
       f"model.bias='{cfg.bias}' with model.experts; experts have no biases, use model.bias='attention', 'qkv' or "
       "'none'."
+    )
+
+
+def _check_capacity(cfg: Parts, capacity: float) -> None:
+  if cfg.experts is None:
+    raise ValueError(f'model.expert_capacity={capacity} without model.experts; set it, or remove this.')
+  if capacity >= (most := cfg.experts / cfg.experts_per_token):
+    raise ValueError(
+      f'model.expert_capacity={capacity} of model.experts={cfg.experts} and model.experts_per_token='
+      f'{cfg.experts_per_token}: every expert has a place for each token, so none is ever dropped; use less than '
+      f'{most:g}, or remove it.'
     )
 
 
@@ -287,7 +303,9 @@ def dropout_of(cfg: Parts) -> Dropout:
 
 
 def make_experts(cfg: Parts) -> ExpertsConfig | None:
-  return None if cfg.experts is None else ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token)
+  if cfg.experts is None:
+    return None
+  return ExpertsConfig(number=cfg.experts, per_token=cfg.experts_per_token, capacity=cfg.expert_capacity)
 
 
 def make_bias(cfg: Parts, layers: int, *, bidirectional: bool) -> RelativePositionBias | Alibi | Disentangled | NoBias:

@@ -17,6 +17,7 @@ from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.layers.positions.rotary import Angles
 from models.layers.remat import Remat, rematerialise
+from models.layers.values import Aux, ByLayer, averaged
 from models.partition import constrain
 from models.product import amax_of, within
 from models.specs import stack
@@ -26,28 +27,6 @@ Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ByLayer:
-  """A value that each layer has for itself: f32[layers], in one layer a scalar."""
-
-  values: Array
-
-
-# Values of a layer that are no activations, for the loss, metrics and state: a scalar is averaged over layers.
-Aux = dict[str, Array | ByLayer]
-
-
-def averaged(aux: Aux) -> Aux:
-  """Means over the leading dim, `layers`, but for each `ByLayer`."""
-  return {name: x if isinstance(x, ByLayer) else jnp.mean(x) for name, x in aux.items()}
-
-
-def of_stack(aux: Aux, stack: str) -> Aux:
-  """Each `ByLayer` under NAME/`stack`, the name of its layers in the model."""
-  return {f'{name}/{stack}' if isinstance(x, ByLayer) else name: x for name, x in aux.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,14 +112,16 @@ class Block(nnx.Module):
     cache: Cache | None,
   ) -> tuple[Array, Cache | None, Aux]:
     """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
-    at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
+    at, decoding = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE), cache is not None
     h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
       cache, k, v = cache.write(layer, k, v)
     mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':
-      update, aux = self.mlp(h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids)
+      update, aux = self.mlp(
+        h if self.mlp_norm is None else self.mlp_norm(x), keys, see.q_segment_ids, decoding=decoding
+      )
       x = self._add(x, mixed, keys, at)
       return self._add(x, update, keys, Sublayer(self.self_norm, None, MLP_SITE)), cache, aux
     x = self._add(x, mixed, keys, at)
@@ -150,7 +131,7 @@ class Block(nnx.Module):
       k, v = cross.keys_values or self.cross_attention.keys_values(cross.memory, positions)
       x = self._add(x, self.cross_attention.attend(q, k, v, cross.see, keys, CROSS_KEYS_SITE), keys, at)
     at = Sublayer(self.mlp_norm, self.mlp_out_norm, MLP_SITE)
-    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids)
+    update, aux = self.mlp(self._enter(x, at), keys, see.q_segment_ids, decoding=decoding)
     return self._add(x, update, keys, at), cache, aux
 
   def _enter(self, x: Array, at: Sublayer) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from models.layers.dropout import dropout
 from models.layers.linear import Projections, linear
 from models.layers.remat import named
+from models.layers.values import Aux
 from models.partition import constrain
 from models.specs import weight
 
@@ -51,9 +52,14 @@ class Mlp(nnx.Module):
     self.activation, self.rate = cfg.activation, rate
 
   def __call__(
-    self, x: Float[Array, 'batch length embed'], keys: Array | None, segments: Array | None = None
-  ) -> tuple[Float[Array, 'batch length embed'], dict[str, Array]]:
-    """(the same shape, no values beside it). `segments` tell tokens from padding; an MLP has no use for them."""
+    self,
+    x: Float[Array, 'batch length embed'],
+    keys: Array | None,
+    segments: Array | None = None,
+    *,
+    decoding: bool = False,
+  ) -> tuple[Float[Array, 'batch length embed'], Aux]:
+    """(the same shape, no values beside it). An MLP has no use for `segments` and `decoding`, which experts read."""
     activate, up = ACTIVATIONS[self.activation], named(linear(x, self.up, self.up_bias), 'up')
     gate = None if self.gate is None else named(linear(x, self.gate, self.gate_bias), 'gate')
     hidden = activate(up) if gate is None else activate(gate) * up

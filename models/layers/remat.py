@@ -29,7 +29,7 @@ KEPT: dict[str, tuple[Name, ...]] = {
   'minimal': (*QKV, 'out', *MLP),
   'minimal_with_context': (*QKV, 'context', 'out', *MLP),
 }
-HOST = 'pinned_host'
+HOST, OF_EXPERTS = 'pinned_host', 'product_of_experts'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class Remat:
 def named(x: jax.Array, name: Name) -> jax.Array:
   """`x`, which a policy can keep by this name."""
   return checkpoint_name(x, name)
+
+
+def product_of_experts(x: jax.Array) -> jax.Array:
+  """`x`, a product with the matrices of all experts at once, which the policy 'dots' keeps."""
+  return checkpoint_name(x, OF_EXPERTS)
 
 
 def check(cfg: Remat, *, gated: bool) -> None:
@@ -97,4 +102,5 @@ def _policy(cfg: Remat) -> Callable | None:
 def _is_product(primitive, *args, **params) -> bool:
   """Whether a result is kept: results of products with parameters, also in experts and quantized ones."""
   kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-  return kept or primitive.name == 'ragged_dot_general' or (primitive.name == 'name' and params['name'] == QUANTIZED)
+  named_so = primitive.name == 'name' and params['name'] in (QUANTIZED, OF_EXPERTS)
+  return kept or primitive.name == 'ragged_dot_general' or named_so

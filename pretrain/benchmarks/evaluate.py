@@ -37,6 +37,7 @@ class Measurements:
   context: int | None = None
   stride: int | None = None
   text_bytes: int | None = None
+  pathways: tuple[int, ...] = ()
   sentences: int = 200
   batch: int = 8
 
@@ -45,8 +46,10 @@ def check_measurements(wanted: Measurements) -> None:
   """Raises ConfigError where nothing is measured, for a name given twice and for numbers out of range; DataError for
   a path that does not exist."""
   kinds = {kind: getattr(wanted, kind) for kind in ('text', 'rank', 'exact', 'infill')}
-  if not any(kinds.values()) and wanted.needles is None:
-    raise ConfigError('pretrain eval measures nothing: give --text, --rank, --exact, --infill or --needle_lengths.')
+  if not any(kinds.values()) and wanted.needles is None and not wanted.pathways:
+    raise ConfigError(
+      'pretrain eval measures nothing: give --text, --rank, --exact, --infill, --needle_lengths or --pathways.'
+    )
   for kind, files in kinds.items():
     names = [name for name, _ in files]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -126,7 +129,7 @@ def write_results(path: Folder, results: dict[str, Any]) -> None:
 def lines_of(results: dict[str, Any]) -> list[str]:
   """The results for a person: one line each."""
   lines = []
-  for kind in ('text', 'rank', 'exact', 'infill'):
+  for kind in ('text', 'rank', 'exact', 'infill', 'pathways'):
     for name, values in results.get(kind, {}).items():
       lines.append(f'{kind}/{name}  ' + '  '.join(f'{key}={value:.6g}' for key, value in values.items()))
   if needle := results.get('needle'):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from data.objectives.features import decoder_features, encoder_decoder_features
 from data.packing.best_fit import fill
 from data.ragged import interleave, join
-from pretrain.devices.mesh import batch_shards, replicated, to_global
+from pretrain.devices.mesh import BATCH_AXES, batch_shards, replicated, to_global
 from pretrain.errors import ConfigError
 from pretrain.evaluation.outputs import padded
 from pretrain.evaluation.prompts import sees_itself
@@ -42,7 +42,7 @@ def check_batch(batch: int, mesh: Mesh) -> None:
   """Raises ConfigError where the mesh does not divide the rows of a batch."""
   if batch % batch_shards(mesh):
     raise ConfigError(
-      f'--batch={batch} does not divide over mesh.replica*data*fsdp={batch_shards(mesh)}; use a multiple of it.'
+      f'--batch={batch} does not divide over mesh.{"*".join(BATCH_AXES)}={batch_shards(mesh)}; use a multiple of it.'
     )
 
 

@@ -27,6 +27,10 @@ def eval_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--needle_lengths', type=numbers(int), metavar='128,256', help='ask for a fact in a long text')
   command.add_argument('--needle_depths', type=numbers(float), metavar='0,0.5,1', help='where the fact stands')
   command.add_argument('--needle_trials', type=int, default=8, help='questions for each length and depth')
+  command.add_argument(
+    '--pathways', type=numbers(int), default=(), metavar='50,100',
+    help='how far experts of held-out tokens are chosen as at these steps (of a run with experts)',
+  )  # fmt: skip
   command.add_argument('--batch', type=int, default=8, help='rows at once')
   shared.model_flags(command)
 
@@ -56,6 +60,8 @@ def eval_command(options, overrides) -> None:
     raise ConfigError('pretrain eval needs a model: --workdir=RUN, or --from=DIR; not both.')
   if options.source is not None and options.step is not None:
     raise ConfigError('--step is a step of a run; leave it out with --from.')
+  if options.source is not None and options.pathways:
+    raise ConfigError('--pathways are steps of a run; leave them out with --from.')
   (devices, precision), out = shared.model_overrides(overrides, 'eval'), out_of(options)
   mesh.prepare_platform(devices)
   from pretrain.benchmarks.evaluate import check_measurements, evaluate, lines_of, write_results
@@ -63,7 +69,7 @@ def eval_command(options, overrides) -> None:
   wanted = measurements(options)
   check_measurements(wanted)
   writer, source = writer_of(options, devices, precision)
-  results = source | evaluate(writer, wanted)
+  results = source | evaluate(writer, wanted) | pathways_of(options, writer, devices)
   if out is not None:
     write_results(out, results)
   print('\n'.join(lines_of(results)))
@@ -96,8 +102,19 @@ def measurements(options):
   return Measurements(
     text=tuple(options.text), rank=tuple(options.rank), exact=tuple(options.exact), infill=tuple(options.infill),
     needles=needles, context=options.context, stride=options.stride, sentences=options.sentences, batch=options.batch,
-    text_bytes=options.text_bytes,
+    text_bytes=options.text_bytes, pathways=options.pathways,
   )  # fmt: skip
+
+
+def pathways_of(options, writer, devices):
+  """{'pathways': results}, or nothing where no steps are given. Raises as `open_run` for a step that is not there."""
+  if not options.pathways:
+    return {}
+  from pretrain.benchmarks.pathways import compare_pathways
+  from pretrain.evaluation.writer import open_run
+
+  runs = {step: open_run(options.workdir, step, encoders=True) for step in options.pathways}
+  return {'pathways': compare_pathways(writer, options.pathways, lambda step: runs[step].writer(devices).params)}
 
 
 def writer_of(options, devices, precision):

@@ -15,7 +15,7 @@ from pretrain.devices.platform import has_accelerator, set_threads, threads
 from pretrain.errors import ConfigError
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
-BATCH_AXES = ('replica', 'data', 'fsdp')
+BATCH_AXES = ('replica', 'data', 'fsdp', 'expert')
 MOST_SIMULATED = 512  # with 20,000, training had not started after 40 s
 
 
@@ -24,7 +24,8 @@ class MeshConfig:
   """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all remaining devices.
 
   `replica` crosses slices (slow network), `data` copies parameters, `fsdp` shards them, `tensor` splits heads,
-  MLP and vocabulary, `sequence` splits lengths; `expert` and `stage` are for mixtures of experts and pipelines.
+  MLP and vocabulary, `sequence` splits lengths; `expert` splits experts, and rows as `data` does; `stage` is for
+  pipelines.
   """
 
   replica: int = 1

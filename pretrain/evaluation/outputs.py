@@ -10,7 +10,7 @@ from models.decode.beam import beam_search
 from models.decode.cached import PLACES
 from models.decode.sampling import Sampling
 from models.decode.writing import write
-from pretrain.devices.mesh import batch_shards, to_global
+from pretrain.devices.mesh import BATCH_AXES, batch_shards, to_global
 from pretrain.errors import ConfigError
 from pretrain.evaluation.prompts import packed_batch, prompt_batch, special_ids
 from pretrain.evaluation.texts import until_end
@@ -79,7 +79,7 @@ def outputs(
   shards = 1 if writer.model.mesh is None else batch_shards(writer.model.mesh)
   if how.batch % shards:
     raise ConfigError(
-      f'--batch={how.batch} does not divide over mesh.replica*data*fsdp={shards}; use a multiple of it.'
+      f'--batch={how.batch} does not divide over mesh.{"*".join(BATCH_AXES)}={shards}; use a multiple of it.'
     )
   most, eos = max(rooms, default=0), special_ids(writer.data).eos
   drawn = range(len(inputs)) if drawn is None else drawn

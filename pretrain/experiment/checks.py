@@ -30,6 +30,7 @@ from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS, check_delayed
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.devices.compiler import check_options
+from pretrain.devices.mesh import BATCH_AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
@@ -94,7 +95,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_best(cfg)
   check_snapshot(cfg.snapshot)
   # The size of an axis of -1 is not known before devices are counted; build_program checks again with the mesh.
-  check_batch(cfg, math.prod(max(n, 1) for n in (cfg.mesh.replica, cfg.mesh.data, cfg.mesh.fsdp)))
+  check_batch(cfg, math.prod(max(getattr(cfg.mesh, axis), 1) for axis in BATCH_AXES))
   check_model(cfg.model)
   _check_experts(cfg)
   _check_lora(cfg)
@@ -115,6 +116,18 @@ def _check_experts(cfg: Experiment) -> None:
   for key in ('load_balance', 'router_z'):
     if (given := getattr(cfg.loss, key)) and cfg.model.experts is None:
       raise ConfigError(f'loss.{key}={given} without model.experts, which it is about; set it, or remove loss.{key}.')
+  check_mesh_of_experts(cfg, cfg.mesh.expert)
+
+
+def check_mesh_of_experts(cfg: Experiment, size: int) -> None:
+  """Raises ConfigError where each of `size` devices along mesh.expert cannot hold equally many experts."""
+  experts = cfg.model.experts
+  if experts is not None and size > 1 and experts % size:
+    near = min((n for n in range(1, experts + 1) if experts % n == 0), key=lambda n: (abs(n - size), n))
+    raise ConfigError(
+      f'model.experts={experts} does not divide over mesh.expert={size}; use mesh.expert={near}, or a multiple of '
+      f'{size} experts.'
+    )
 
 
 def _check_buckets(cfg: Experiment) -> None:
@@ -322,6 +335,6 @@ def check_batch(cfg: Experiment, shards: int) -> None:
   if cfg.data.batch_size % pieces:
     good = max(cfg.data.batch_size // pieces, 1) * pieces
     raise ConfigError(
-      f'data.batch_size={cfg.data.batch_size} does not divide into replica*data*fsdp={shards} shards x '
+      f'data.batch_size={cfg.data.batch_size} does not divide into {"*".join(BATCH_AXES)}={shards} shards x '
       f'train.accumulate={cfg.train.accumulate}; use a multiple of {pieces}, e.g. {good}.'
     )

@@ -46,10 +46,10 @@ def is_hidden_matrix(spec: ParamSpec) -> bool:
 
 
 def newton_schulz(x: Array) -> Array:
-  """The nearest orthogonal matrix of each of x [matrices, rows, columns], singular values within 0.7 .. 1.2; bf16."""
+  """The nearest orthogonal matrix of each of x […, rows, columns], singular values within 0.7 .. 1.2; bf16."""
   a, b, c = COEFFICIENTS
   x = x.astype(jnp.float32)
-  x = (x / (jnp.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True)) + 1e-7)).astype(jnp.bfloat16)
+  x = (x / (jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True)) + 1e-7)).astype(jnp.bfloat16)
   for _ in range(STEPS):
     gram = x @ x.mT
     x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -57,13 +57,22 @@ def newton_schulz(x: Array) -> Array:
 
 
 def orthogonal(x: Array, spec: ParamSpec, mesh: Mesh | None) -> Array:
-  """x with each layer's matrix made orthogonal, heads joined with head_dim; on a mesh, whole layers to a device."""
+  """x with each layer's matrix made orthogonal, heads joined with head_dim; on a mesh, whole layers to a device.
+
+  Each expert has a matrix in each layer, which stays on the devices that hold the expert.
+  """
   stacked = tuple(range(num_stacked(spec)))
+  apart = mesh is not None and mesh.shape['expert'] > 1 and 'experts' in spec.axes
+  if apart:
+    stacked = tuple(sorted(stacked, key=lambda i: spec.axes[i] != 'experts'))
   short, long = sorted(sides(spec), key=lambda dims: math.prod(x.shape[i] for i in dims))  # the smaller Gram matrix
   order = (*stacked, *short, *long)
   count, rows = (math.prod(x.shape[i] for i in dims) for dims in (stacked, short))
   moved = jnp.transpose(x, order)
-  matrices = by_layer(moved.reshape(count, rows, -1), newton_schulz, mesh)
+  if apart:
+    matrices = by_expert(moved.reshape(x.shape[stacked[0]], -1, rows, moved.size // count // rows), newton_schulz, mesh)
+  else:
+    matrices = by_layer(moved.reshape(count, rows, -1), newton_schulz, mesh)
   return jnp.transpose(matrices.reshape(moved.shape), np.argsort(order)).astype(x.dtype)
 
 
@@ -78,6 +87,14 @@ def by_layer(x: Array, f, mesh: Mesh | None) -> Array:
   padded = jnp.pad(x, ((0, -len(x) % mesh.shape['fsdp']), (0, 0), (0, 0)))
   done = f(jax.lax.with_sharding_constraint(padded, place))
   return jax.lax.with_sharding_constraint(done, place)[: len(x)]
+
+
+def by_expert(x: Array, f, mesh: Mesh) -> Array:
+  """`by_layer` of x[experts, layers, rows, columns] with the experts on their devices along `expert`."""
+  place, layers = NamedSharding(mesh, PartitionSpec('expert', 'fsdp', None, None)), x.shape[1]
+  padded = jnp.pad(x, ((0, 0), (0, -layers % mesh.shape['fsdp']), (0, 0), (0, 0)))
+  done = f(jax.lax.with_sharding_constraint(padded, place))
+  return jax.lax.with_sharding_constraint(done, place)[:, :layers]
 
 
 def update_scale(spec: ParamSpec, cfg: Muon) -> float:

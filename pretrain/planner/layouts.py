@@ -12,7 +12,7 @@ from models.partition import check_divisible
 from models.specs import Tree
 from pretrain.config import bindings
 from pretrain.devices.chips import Slice
-from pretrain.devices.mesh import AXES, axis_sizes
+from pretrain.devices.mesh import AXES, BATCH_AXES, axis_sizes
 from pretrain.experiment.experiment import Experiment
 
 SEARCHED = ('data', 'fsdp', 'tensor')
@@ -21,7 +21,7 @@ MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small 
 # Axes that are not searched, and why.
 LEFT_OUT = {
   'sequence': 'attention kernels need whole rows',
-  'expert': 'it divides the matrices of experts, not their work',
+  'expert': 'its estimates were not compared with compiled steps',
   'stage': 'there are no pipelines',
 }
 
@@ -39,7 +39,7 @@ class Layout:
   @property
   def shards(self) -> int:
     """Into how many parts the rows of a microbatch are divided."""
-    return math.prod(self.sizes[axis] for axis in ('replica', 'data', 'fsdp'))
+    return math.prod(self.sizes[axis] for axis in BATCH_AXES)
 
   def rows(self, batch_size: int) -> int:
     """Rows of a microbatch on one device."""
@@ -86,7 +86,7 @@ def candidates(cfg: Experiment, specs: Tree, of: Slice) -> Iterator[Layout]:
   for sizes in _meshes(of):
     if not _divides(specs, sizes):
       continue
-    shards = math.prod(sizes[axis] for axis in ('replica', 'data', 'fsdp'))
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     for accumulate in _microbatches(cfg.data.batch_size, shards):
       for policy in policies:
         yield Layout(sizes, accumulate, *policy)

@@ -46,7 +46,8 @@ class Memory:
 @dataclasses.dataclass(frozen=True)
 class OfMesh:
   """What depends on a workload and its mesh alone. Bytes: `state`, its `parameters`, `copies` in the dtype of
-  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor` divides them.
+  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor` and `expert` divide
+  them; `dense`, those of them that are no experts'.
   """
 
   state: float
@@ -54,6 +55,7 @@ class OfMesh:
   copies: float
   trained: float
   whole: float
+  dense: float
 
 
 def of_mesh(work: Workload, layout: Layout) -> OfMesh:
@@ -63,7 +65,7 @@ def of_mesh(work: Workload, layout: Layout) -> OfMesh:
 @functools.lru_cache(maxsize=4096)
 def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   sizes = dict(items)
-  only = dict.fromkeys(sizes, 1) | {'tensor': sizes['tensor']}
+  only = dict.fromkeys(sizes, 1) | {axis: sizes[axis] for axis in ('tensor', 'expert')}
   stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
   every = {**work.ends, **stacked}
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
@@ -73,6 +75,7 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
     copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     whole=values(divided, every.values(), only),
+    dense=values(divided, (spec for spec in every.values() if 'experts' not in spec.axes[:-1]), only),
   )
 
 
@@ -134,22 +137,20 @@ def _accumulated(mesh: OfMesh, layout: Layout) -> float:
 @dataclasses.dataclass(frozen=True)
 class Product:
   """A matrix of a layer. `tokens`: positions of one row that are multiplied with it, once for each of their experts;
-  `width`: values of a position's result on one device; `values`: those of the matrix, gathered over fsdp."""
+  `width`: values of a position's result on one device; `values`: those of the matrix, gathered over fsdp; `experts`:
+  among how many experts they are divided; `masked`: how many products of all rows the gradient of the matrix takes."""
 
   name: str
   spec: ParamSpec
   tokens: float
   width: float
   values: float
+  experts: int
+  masked: int
 
   @property
   def routed(self) -> bool:
     return 'experts' in self.spec.axes[:-1]
-
-  @property
-  def experts(self) -> int:
-    """Among how many experts its values are divided."""
-    return self.spec.shape[self.spec.axes.index('experts')] if self.routed else 1
 
 
 def products(work: Workload, layout: Layout, stack: Layers) -> tuple[Product, ...]:
@@ -159,23 +160,38 @@ def products(work: Workload, layout: Layout, stack: Layers) -> tuple[Product, ..
 @functools.lru_cache(maxsize=4096)
 def _products(work: Workload, stack: Layers, items: tuple[tuple[str, int], ...]) -> tuple[Product, ...]:
   sizes = dict(items)
-  return tuple(
-    Product(path[-1], spec, _tokens(work, stack, path, sizes), _width(spec, sizes), _values(spec, sizes))
-    for path, spec in stack.specs.items()
-    if is_matrix(spec)
-  )
+
+  def product(path: tuple[str, ...], spec: ParamSpec) -> Product:
+    routed = 'experts' in spec.axes[:-1]
+    experts = spec.shape[spec.axes.index('experts')] // sizes['expert'] if routed else 1
+    # Without a capacity a product of all rows, masked, for each expert.
+    masked = experts if work.cfg.model.expert_capacity is None else 1
+    of = _tokens(work, stack, path, sizes), _width(spec, sizes), _values(spec, sizes)
+    return Product(path[-1], spec, *of, experts, masked)
+
+  return tuple(product(path, spec) for path, spec in stack.specs.items() if is_matrix(spec))
 
 
 def _tokens(work: Workload, stack: Layers, path: tuple[str, ...], sizes: Mapping[str, int]) -> float:
   across = path[0] == 'cross_attention' and path[-1] in ('key', 'value')
   routed = work.cfg.model.experts is not None and path[0] == 'mlp' and path[-1] != 'router'
   length = (stack.memory if across else stack.length) / sizes['sequence']
-  return length * (work.cfg.model.experts_per_token if routed else 1)
+  return length * (choices(work, sizes['expert']) if routed else 1)
+
+
+def choices(work: Workload, parts: int) -> float:
+  """For how many rows of experts there is room on a device for each token of it, with experts on `parts` devices: the
+  tokens of `parts` devices may choose it, which without a capacity all can do."""
+  model = work.cfg.model
+  if model.expert_capacity is not None:
+    return model.experts_per_token * model.expert_capacity
+  return parts * min(model.experts_per_token, model.experts // parts)
 
 
 def _values(spec: ParamSpec, sizes: Mapping[str, int]) -> float:
   one = math.prod(d for d, a in zip(spec.shape, spec.axes, strict=True) if a != 'layers')
-  return one / math.prod(sizes[rule] for a in spec.axes if (rule := ACTIVATION_RULES.get(a)) == 'tensor')
+  parts = [rule for a in spec.axes if (rule := ACTIVATION_RULES.get(a)) in ('tensor', 'expert')]
+  return one / math.prod(sizes[rule] for rule in parts)
 
 
 def _width(spec: ParamSpec, sizes: Mapping[str, int]) -> float:

@@ -121,9 +121,8 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   found, own = memory.products(work, layout, stack), memory.tokens(work, layout, stack.length)
   rows, rerun, names = layout.rows(work.rows), int(layout.remat != 'none'), memory.kept(work, layout)
   behind = 'query' in names and layout.remat != 'dots'
-  # The gradient of a matrix of experts is a product of all rows, masked, for each expert.
   forward = lambda p: 2 * rows * p.tokens * p.values / p.experts
-  products = sum(forward(p) * (2 + p.experts) for p in found)
+  products = sum(forward(p) * (2 + p.masked) for p in found)
   again = sum(forward(p) for p in found if p.name not in (*names, *memory.unread(work)))
   heads = work.cfg.model.heads * work.cfg.model.head_dim / layout.sizes['tensor']
   scores = 4 * own * heads * sum(stack.keys)
@@ -164,7 +163,8 @@ def _filled(work: Workload, layout: Layout) -> float:
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
   """Links of a step: parameters gathered over fsdp in both passes of each microbatch; gradients summed, in the
-  activations' dtype, whole over fsdp, then a device's part over the other axes of rows; activations summed over tensor.
+  activations' dtype, whole over fsdp, then a device's part over the other axes of rows; activations summed over tensor;
+  tokens on their way to experts and back, forward and backward.
   """
   sizes, size = layout.sizes, work.itemsize
   named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
@@ -175,6 +175,9 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
     time += torus.seconds('all-reduce', size * whole, of, group)
   if group := named(('replica', 'data')):
     time += torus.seconds('all-reduce', size * whole / sizes['fsdp'], of, group)
+  if group := named(('expert',)):
+    time += torus.seconds('all-reduce', size * memory.of_mesh(work, layout).dense / sizes['fsdp'], of, group)
+    time += _routed(work, layout, of, group)
   if group := named(('tensor',)):
     for stack in work.stacks:
       sums = len(stack.keys) + 1
@@ -183,3 +186,19 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
       own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
       time += torus.seconds('all-reduce', own, of, group).times(number)
   return time.times(layout.accumulate)
+
+
+def _routed(work: Workload, layout: Layout, of: Slice, group: Group) -> Time:
+  """Links of the tokens of a microbatch: two collectives in each layer, forward and backward, and the first of them
+  again where the layer is computed again. With a capacity they exchange the rows of experts, else whole groups of
+  tokens are gathered and their sums scattered.
+  """
+  model, parts, again = work.cfg.model, layout.sizes['expert'], int(layout.remat != 'none')
+  if model.experts is None:
+    return Time()
+  kind, rows = ('all-gather', parts) if model.expert_capacity is None else ('all-to-all', memory.choices(work, parts))
+  time = Time()
+  for stack in work.stacks:
+    size = memory.tokens(work, layout, stack.length) * rows * model.embed * work.itemsize
+    time += torus.seconds(kind, size, of, group).times(stack.number * (4 + again))
+  return time

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.records.curves import EQUAL, Curve, Rows, curve, layers_of, loads_of, running_mean, scaled
 from pretrain.records.names import one_line, shortened
 from pretrain.records.spacing import apart
 
-Rows = Sequence[Mapping[str, float]]
-Curve = tuple[np.ndarray, np.ndarray]
 Shares = Sequence[tuple[float, Mapping[str, float]]]  # (step, share of each source from there on)
 
 # File name -> what the picture shows; also its alt text in the report.
@@ -26,6 +25,11 @@ PLOTS = {
 }
 FILL_PLOTS = {'fill': 'Positions used, and padding'}  # where they are logged
 KURTOSIS_PLOTS = {'kurtosis': 'Kurtosis of activations'}
+EXPERT_PLOTS = {
+  'expert_load': 'Most and least used experts',
+  'router_entropy': 'Entropy of routers',
+  'expert_dropped': 'Choices without a place',
+}
 SOURCE_PLOTS = {'shares': 'Shares of the sources', 'source_loss': 'Loss of each source'}  # where there are several
 LABELS = {
   'loss': 'nats per target',
@@ -35,6 +39,9 @@ LABELS = {
   'data_wait': '% of step time',
   'fill': '% of positions, of FLOPs',
   'kurtosis': 'excess of outputs of layers',
+  'expert_load': EQUAL,
+  'router_entropy': 'nats',
+  'expert_dropped': '% of choices',
   'shares': "% of the stage's rows",
   'source_loss': 'nats per target',
 }
@@ -73,7 +80,9 @@ def draw(rows: Rows, baselines: Mapping[str, float], folder: pathlib.Path, wante
 def plots_of(rows: Rows) -> dict[str, str]:
   """Which plots a run has, and their titles."""
   fill = FILL_PLOTS if any('padding_flops' in row for row in rows) else {}
-  return PLOTS | fill | (KURTOSIS_PLOTS if layers_of(rows) else {}) | (SOURCE_PLOTS if sources_of(rows) else {})
+  experts = {name: title for name, title in EXPERT_PLOTS.items() if layers_of(rows, name)}
+  kurtosis = KURTOSIS_PLOTS if layers_of(rows, 'kurtosis') else {}
+  return PLOTS | fill | kurtosis | experts | (SOURCE_PLOTS if sources_of(rows) else {})
 
 
 def sources_of(rows: Rows) -> list[str]:
@@ -171,8 +180,10 @@ def plot(axes, name: str, rows: Rows, baselines: Mapping[str, float], wanted: Sh
       plot_log(axes)
     case 'fill':
       plot_fill(axes, rows)
-    case 'kurtosis':
-      plot_kurtosis(axes, rows)
+    case 'kurtosis' | 'router_entropy' | 'expert_dropped':
+      plot_layers(axes, name, rows)
+    case 'expert_load':
+      plot_loads(axes, rows)
     case 'shares':
       plot_shares(axes, rows, wanted)
     case 'source_loss':
@@ -202,21 +213,32 @@ def plot_fill(axes, rows: Rows) -> None:
   legend(axes)
 
 
-def layers_of(rows: Rows) -> dict[str, list[str]]:
-  """The keys of the kurtosis of each stack's layers, in their order."""
-  keys = {key for row in rows for key in row if key.startswith('kurtosis/')}
-  order = sorted(keys, key=lambda key: int(key.rpartition('/')[2]))
-  return {stack: [key for key in order if f'/{stack}/' in key] for stack in {key.split('/')[1] for key in keys}}
-
-
-def plot_kurtosis(axes, rows: Rows) -> None:
-  """Each layer's, deeper ones darker; the axis is linear up to 2 and logarithmic above."""
-  for (stack, keys), color in zip(sorted(layers_of(rows).items()), (BLUE, EVALUATION[0]), strict=False):
+def plot_layers(axes, name: str, rows: Rows) -> None:
+  """Each layer's value, deeper ones darker; for kurtosis the axis is linear up to 2 and logarithmic above."""
+  factor = 100 if name == 'expert_dropped' else 1
+  for (stack, keys), color in zip(sorted(layers_of(rows, name).items()), (BLUE, EVALUATION[0]), strict=False):
     for i, key in enumerate(keys):
       style = {'label': f'{stack}, layer {i}'} if i in (0, len(keys) - 1) else {}
-      axes.plot(*curve(rows, key), color=color, alpha=0.3 + 0.7 * (i + 1) / len(keys), **style)
-  axes.set(yscale='symlog')
-  axes.yaxis.set_major_formatter('{x:g}')
+      alpha = 0.3 + 0.7 * (i + 1) / len(keys)
+      axes.plot(*scaled(curve(rows, key), factor), color=color, alpha=alpha, **style)
+  if name == 'kurtosis':
+    axes.set(yscale='symlog')
+    axes.yaxis.set_major_formatter('{x:g}')
+  else:
+    axes.set_ylim(bottom=0)
+  legend(axes)
+
+
+def plot_loads(axes, rows: Rows) -> None:
+  """In each layer the most and the least used expert, deeper layers darker; 1 is an equal share."""
+  for (stack, layers), color in zip(sorted(loads_of(rows).items()), (BLUE, EVALUATION[0]), strict=False):
+    for i, (steps, loads) in enumerate(layers):
+      alpha = 0.3 + 0.7 * (i + 1) / len(layers)
+      for values, style in ((loads.max(1), '-'), (loads.min(1), '--')):
+        named = {'label': f'{stack}, layer {i}'} if i in (0, len(layers) - 1) and style == '-' else {}
+        axes.plot(steps, values, style, color=color, alpha=alpha, **named)
+  axes.axhline(1, color='#777', linestyle=(0, (5, 3)), linewidth=1)
+  axes.set_ylim(bottom=0)
   legend(axes)
 
 
@@ -352,29 +374,6 @@ def plot_smoothed(axes, points: Curve, name: str | None = None, color: str = BLU
     return
   axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
   axes.plot(steps, running_mean(values, len(values) // 80), style, color=color, label=name)
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-  """The mean of each value and its neighbours up to `window` away (fewer at the ends).
-
-  >>> running_mean(np.array([1.0, 3.0, 5.0]), 1).tolist()
-  [2.0, 3.0, 4.0]
-  """
-  sums = np.cumsum(np.concatenate([[0.0], values]))
-  place = np.arange(len(values))
-  start, stop = np.maximum(place - window, 0), np.minimum(place + window + 1, len(values))
-  return (sums[stop] - sums[start]) / (stop - start)
-
-
-def curve(rows: Rows, key: str) -> Curve:
-  """(steps, values) of the rows that have a finite `key`."""
-  found = [(row['step'], row[key]) for row in rows if key in row and math.isfinite(row[key])]
-  steps, values = zip(*found, strict=True) if found else ((), ())
-  return np.array(steps), np.array(values, np.float64)
-
-
-def scaled(points: Curve, factor: float) -> Curve:
-  return points[0], points[1] * factor
 
 
 def draw_stats(values: Mapping[str, Any], path: pathlib.Path) -> None:

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from models import partition
 from models.build import KernelsConfig, Model
-from models.layers.block import ByLayer
+from models.layers.values import ByLayer
 from pallas_kernels.linear_cross_entropy import chunked
 from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.errors import ConfigError
@@ -87,8 +88,8 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
   added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric
-  NAME/LAYER for each. All of them are observations too (`Track`). With several sources, metrics `source_loss` and
-  `source_weight` are float32[sources]: each source's part of the loss and of the weight.
+  NAME/LAYER for each, or NAME/LAYER/EXPERT. All of them are observations too (`Track`). With several sources, metrics
+  `source_loss` and `source_weight` are float32[sources]: each source's part of the loss and of the weight.
   """
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
 
@@ -111,7 +112,7 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
     seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its tokens do
     for name, mean in seen.items():
       if isinstance(mean, ByLayer):
-        metrics |= {f'{name}/{layer}': x for layer, x in enumerate(mean.values)}
+        metrics |= {'/'.join((name, *map(str, at))): mean.values[at] for at in np.ndindex(mean.values.shape)}
       else:
         metrics[name] = mean
         total += weights.get(name, 0.0) * mean

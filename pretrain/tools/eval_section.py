@@ -41,6 +41,13 @@ TABLES = {
       ('masked_exact_match', 'all masked tokens right', 'share of sentences'),
     ),
   ),
+  'pathways': (
+    'Experts chosen as at another step',
+    (
+      ('agreement', 'choices that are the same', 'share of choices'),
+      ('same', 'tokens whose choices all are', 'share of tokens'),
+    ),
+  ),
 }
 
 

@@ -156,11 +156,12 @@ COLORS = {
 
 
 def summary(rows: Rows) -> list[tuple[str, float, str]]:
-  """(name, last value, unit) of every logged metric, training first."""
+  """(name, last value, unit) of every logged metric, training first; loads of single experts are in their plot."""
   last: dict[str, float] = {}
   for row in rows:
     last |= row
-  names = sorted(last, key=lambda name: (name != 'step', name.startswith('eval/')))
+  told = [name for name in last if not name.startswith('expert_load/')]
+  names = sorted(told, key=lambda name: (name != 'step', name.startswith('eval/')))
   return [(name, last[name], unit_of(name)) for name in names]
 
 
@@ -178,7 +179,8 @@ def unit_of(key: str) -> str:
 
 GROUP_UNITS = {
   'loss': 'nats per target', 'share': 'share of rows', 'weight': 'share of rows wanted', 'epochs': 'epochs',
-  'fill': 'share of positions', 'kurtosis': 'excess, mean of tokens',
+  'fill': 'share of positions', 'kurtosis': 'excess, mean of tokens', 'router_entropy': 'nats',
+  'expert_load': 'share of choices, equal: 1 / experts', 'expert_dropped': 'share of choices',
 }  # fmt: skip
 UNITS = {
   'loss': 'nats per target', 'text_loss': 'nats per text token', 'z_loss': 'nats per target',

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from models.build import KernelsConfig, build, check_model
-from models.layers.block import ByLayer, excess_kurtosis
+from models.layers.block import excess_kurtosis
 from models.layers.embedding import Rotation
 from models.layers.norm import RmsNormConfig, make_norm
+from models.layers.values import ByLayer
 from models.specs import as_function, count, initialize, param_specs
 from pretrain.errors import ConfigError
 from pretrain.interchange.families import family_for

@@ -9,7 +9,7 @@ from models.partition import ACTIVATION_RULES, PARAMETER_RULES, spec_for
 def test_an_axis_may_be_sharded_differently_in_parameters_and_activations():
   assert spec_for(('embed', 'mlp'), PARAMETER_RULES) == PartitionSpec('fsdp', 'tensor')
   assert spec_for(('batch', 'length', 'embed'), ACTIVATION_RULES) == PartitionSpec(
-    ('replica', 'data', 'fsdp'), 'sequence', None
+    ('replica', 'data', 'fsdp', 'expert'), 'sequence', None
   )
 
 

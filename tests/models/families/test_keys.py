@@ -26,6 +26,13 @@ from tests.models.small import ALIBI, BERT, CLEX, DEBERTA, ENCODER, FAR_SINKS, L
     (LLAMA, {'sinks': 4}, 'model.sinks=4 with model.windows=(); without a window every token sees the first ones'),
     (LLAMA, {'experts_per_token': 3}, 'model.experts_per_token=3 without model.experts; set it, or remove this.'),
     (LLAMA, {'experts': 2, 'experts_per_token': 3}, 'model.experts_per_token=3 of model.experts=2'),
+    (LLAMA, {'expert_capacity': 1.5}, 'model.expert_capacity=1.5 without model.experts; set it, or remove this.'),
+    (
+      LLAMA,
+      {'experts': 8, 'expert_capacity': 4.0},
+      'model.expert_capacity=4.0 of model.experts=8 and model.experts_per_token=2: every expert has a place for each '
+      'token, so none is ever dropped; use less than 4, or remove it.',
+    ),
     (LLAMA, {'experts': 2, 'bias': 'all'}, "model.bias='all' with model.experts; experts have no biases"),
     (LLAMA, {'experts': 2, 'bias': 'mlp'}, "model.bias='mlp' with model.experts; experts have no biases"),
     (LLAMA, {'sink_distance': 4}, 'model.sink_distance=4 without model.sinks; set model.sinks, or remove this.'),

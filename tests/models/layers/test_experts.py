@@ -92,21 +92,12 @@ def test_gradients_of_experts_and_router_equal_finite_differences(mlp):
     assert float((gradients[name] * along).sum()) == pytest.approx(expected, rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize(
-  ('axes', 'rate'),
-  [
-    ({'fsdp': 2, 'tensor': 2}, 0.0),
-    *(
-      pytest.param(*p, marks=pytest.mark.slow)
-      for p in (({'fsdp': 2, 'tensor': 2}, 0.5), ({'data': 2, 'expert': 2}, 0.0))
-    ),
-  ],
-)
-def test_a_mesh_changes_neither_values_nor_gradients(axes, rate):
-  """Tokens, hidden features or matrices are divided; no key of the mesh is needed."""
+@pytest.mark.parametrize('rate', [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_mesh_changes_neither_values_nor_gradients(rate):
+  """Tokens and hidden features are divided; `expert` is in test_routing.py."""
   cfg = ExpertsConfig(number=4, per_token=2)
   module = Experts(EMBED, GATED, cfg, Projections(), rate)
-  bind, specs, mesh = as_function(module), param_specs(module), make_mesh(MeshConfig(**axes))
+  bind, specs, mesh = as_function(module), param_specs(module), make_mesh(MeshConfig(fsdp=2, tensor=2))
   params = initialize(specs, jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), 4) if rate else None
 
@@ -151,11 +142,15 @@ def test_aux_is_the_mean_over_layers():
     return found
 
   layers, whole = jax.jit(one_by_one)(params), jax.jit(model.apply)(params, data)[1]
-  assert set(whole) == {'load_balance', 'router_z'}
-  for name, mean in whole.items():
+  assert set(whole) == {'load_balance', 'router_z', 'expert_load/decoder', 'router_entropy/decoder'}
+  for name in ('load_balance', 'router_z'):
     each = [float(aux[name]) for aux in layers]
-    assert float(mean) == pytest.approx(np.mean(each), rel=1e-5)
+    assert float(whole[name]) == pytest.approx(np.mean(each), rel=1e-5)
     assert np.ptp(each) > 1e-3, 'layers must differ'
+  for name, shape in (('expert_load', (4, EXPERTS.experts)), ('router_entropy', (4,))):
+    of_layers = whole[f'{name}/decoder'].values
+    assert of_layers.shape == shape
+    np.testing.assert_allclose(of_layers, [aux[name].values for aux in layers], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -243,3 +238,16 @@ def test_rematerialised_dots_keep_the_products_of_experts():
   assert (kept, again, none) == (9, 12, 9)
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
   jax.tree.map(close, gradients, expected)
+
+
+@pytest.mark.slow
+def test_rematerialised_dots_keep_the_products_of_all_experts_at_once():
+  """With a capacity: three forward in the scan over layers, and under `full` again in its backward pass."""
+  data = batch()
+
+  def of(remat):
+    model, params = model_and_params(EXPERTS, remat=remat, expert_capacity=1.0)
+    run = jax.grad(lambda p: jnp.square(model.apply(p, data)[0]).sum())
+    return str(jax.make_jaxpr(run)(params)).count('name=product_of_experts')
+
+  assert (of('dots'), of('full')) == (3, 6)

@@ -101,7 +101,7 @@ def test_a_recipe_at_evaluation_has_the_numbers_of_an_export_with_its_codes(run_
     ([], 64, 'CONFIG: pretrain eval needs a model: --workdir=RUN, or --from=DIR; not both.'),
     (['--workdir=RUN', '--from=x'], 64, 'CONFIG: pretrain eval needs a model: '),
     (['--from=x', '--step=1'], 64, 'CONFIG: --step is a step of a run; leave it out with --from.'),
-    (['--workdir=RUN'], 64, 'CONFIG: pretrain eval measures nothing: give --text, --rank, --exact, --infill or --n'),
+    (['--workdir=RUN'], 64, 'CONFIG: pretrain eval measures nothing: give --text, --rank, --exact, --infill, --ne'),
     (['--workdir=RUN', '--text=a=b.txt'], 65, 'DATA: --text: b.txt does not exist'),
     (['--workdir=RUN', '--rank=a=TEXT', '--rank=a=TEXT'], 64, 'CONFIG: --rank: a names two files; give each its own n'),
     (['--workdir=RUN', '--text=a=TEXT', '--batch=0'], 64, 'CONFIG: --batch=0; it must be at least 1.'),
@@ -132,6 +132,9 @@ def test_a_recipe_at_evaluation_has_the_numbers_of_an_export_with_its_codes(run_
       "CONFIG: precision: recipe 'int4_weights' of decoder.",
     ),
     (['--workdir=RUN', '--infill=a=TEXT'], 64, 'CONFIG: --infill: '),
+    (['--from=x', '--pathways=1'], 64, 'CONFIG: --pathways are steps of a run; leave them out with --from.'),
+    (['--workdir=RUN', '--pathways=7'], 66, 'CKPT-NONE: RUN has no finished step 7; it has 1, 2.'),
+    (['--workdir=RUN', '--pathways=1'], 64, 'CONFIG: --pathways compares the experts of tokens, and this run has no '),
   ],
 )
 def test_a_mistake_is_one_line(run_dir, text, capsys, flags, code, message):

@@ -422,9 +422,25 @@ def test_a_batch_that_does_not_fill_all_devices_is_refused(capsys, tmp_path):
   code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', *overrides, f'--workdir={tmp_path / "run"}')
   assert (code, err) == (
     64,
-    'CONFIG: data.batch_size=6 does not divide into replica*data*fsdp=8 shards x train.accumulate=1; '
+    'CONFIG: data.batch_size=6 does not divide into replica*data*fsdp*expert=8 shards x train.accumulate=1; '
     'use a multiple of 8, e.g. 8.\n',
   )
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (('model.experts=8', 'mesh.expert=3'), 'use mesh.expert=2, or a multiple of 3 experts.'),
+    (('model.experts=6', 'mesh.expert=-1', 'data.batch_size=8'), 'use mesh.expert=6, or a multiple of 8 experts.'),
+  ],
+)
+def test_experts_that_the_mesh_does_not_divide_are_refused_with_the_nearest_size(capsys, tmp_path, given, message):
+  """With -1 the mesh is known only when the devices are: eight in the tests."""
+  overrides = [f'--gin.{o}' for o in (*tiny.SMALL_DECODER, 'data.batch_size=12', *given)]
+  code, _, err = run(capsys, 'train', f'--gin_file={tiny.DECODER}', *overrides, f'--workdir={tmp_path / "run"}')
+  size = {'3': 3, '1': 8}[given[1][-1]]
+  assert (code, err) == (64, f'CONFIG: {given[0]} does not divide over mesh.expert={size}; {message}\n')
   assert not (tmp_path / 'run').exists()
 
 

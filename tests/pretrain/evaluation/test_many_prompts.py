@@ -144,7 +144,7 @@ def test_a_long_prompt_of_a_file_is_named_by_its_line(run_dir):
     (
       ['--text=a', '--gin.mesh.data=2', '--batch=3'],
       64,
-      'CONFIG: --batch=3 does not divide over mesh.replica*data*fsdp=2',
+      'CONFIG: --batch=3 does not divide over mesh.replica*data*fsdp*expert=2',
     ),
     (
       ['--text=a', '--gin.mesh.sequence=2'],

@@ -118,6 +118,37 @@ def test_without_its_layout_muon_would_gather_the_stack(monkeypatch):
   assert max(size(kind) for _, kind in found) >= 8 * 64 * 64, found
 
 
+EXPERTS = {
+  'up': spec((3, 4, 64, 96), ('layers', 'experts', 'embed', 'mlp')),
+  'down': spec((3, 4, 96, 64), ('layers', 'experts', 'mlp', 'embed')),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cfg', OPTIMIZERS, ids=name_of)
+def test_experts_on_their_own_devices_are_updated_as_separate_parameters(cfg):
+  """Twelve matrices of very different sizes, each a parameter by itself on one device."""
+  sizes = 10.0 ** np.arange(-3, 1)[:, None, None]
+  drawn = lambda seed: jax.tree.map(lambda x: x * np.float32(sizes), draw(EXPERTS, seed))
+  apart = lambda tree: {f'{k}_{i}_{j}': x[i, j] for k, x in tree.items() for i in range(3) for j in range(4)}
+  alone_specs = {
+    f'{k}_{i}_{j}': spec(s.shape[2:], s.axes[2:]) for k, s in EXPERTS.items() for i in range(3) for j in range(4)
+  }
+  mesh, grads = make_mesh(MeshConfig(expert=4, fsdp=2)), [drawn(1), drawn(2)]
+  found = apart(updated(cfg, EXPERTS, drawn(0), grads, mesh)[0])
+  wanted = updated(cfg, alone_specs, apart(drawn(0)), [apart(g) for g in grads])[0]
+  for name, own in wanted.items():
+    largest = np.abs(np.asarray(own) - apart(drawn(0))[name]).max()
+    assert np.abs(np.asarray(found[name]) - own).max() < close(cfg) * largest, name
+
+
+@pytest.mark.slow
+def test_muon_leaves_experts_on_their_devices():
+  found = collectives(Muon(), EXPERTS, make_mesh(MeshConfig(expert=4, fsdp=2)))
+  assert {operation for operation, _ in found} <= {'all-to-all', 'all-reduce', 'collective-permute'}, found
+  assert max(size(kind) for operation, kind in found if operation == 'all-reduce') <= 8, 'norms only'
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
 def test_smaller_state_is_made_where_it_lies(dtype):
   found = collectives(AdamW(state_dtype=dtype), STACK, make_mesh(MeshConfig(fsdp=4, tensor=2)))

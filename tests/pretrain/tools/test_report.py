@@ -112,9 +112,27 @@ def test_the_kurtosis_of_each_layer_is_drawn_where_it_is_logged(monkeypatch, tmp
     (after,) = draw([row | {key: 0.5 + 40.0 * row['step']} for row in rows], {}, tmp_path)
     assert after.read_bytes() != before, key
   assert unit_of(keys[0]) == 'excess, mean of tokens'
-  assert layers_of([{'step': 1, 'kurtosis/decoder/10': 1.0, 'kurtosis/decoder/9': 1.0}]) == {
+  assert layers_of([{'step': 1, 'kurtosis/decoder/10': 1.0, 'kurtosis/decoder/9': 1.0}], 'kurtosis') == {
     'decoder': ['kurtosis/decoder/9', 'kurtosis/decoder/10']
   }
+
+
+@pytest.mark.slow
+def test_the_routers_of_each_layer_are_drawn_where_they_are_logged(monkeypatch, tmp_path):
+  """The most and the least used expert of a layer are: another load of one of them is another picture."""
+  monkeypatch.setattr(plots, 'PLOTS', {})
+  loads = [f'expert_load/decoder/{layer}/{expert}' for layer in range(2) for expert in range(3)]
+  keys = [*loads, *(f'{name}/decoder/{layer}' for name in ('router_entropy', 'expert_dropped') for layer in range(2))]
+  rows = [{'step': s} | {key: 0.3 + 0.05 * int(key[-1]) for key in keys} for s in range(5)]
+  pictures = lambda rows: {path.stem: path.read_bytes() for path in draw(rows, {}, tmp_path)}
+  before = pictures(rows)
+  assert list(before) == ['expert_load', 'router_entropy', 'expert_dropped']
+  for key in keys:
+    if key[-1] != '1' or key not in loads:
+      after = pictures([row | {key: row[key] + 0.2 * row['step'] * (1 if key[-1] != '0' else -0.2)} for row in rows])
+      assert [name for name in before if after[name] != before[name]] == [key.split('/')[0]], key
+  assert list(pictures([{k: v for k, v in row.items() if 'dropped' not in k} for row in rows])) == [*before][:2]
+  assert unit_of(loads[0]) == 'share of choices, equal: 1 / experts'
 
 
 MIXTURE = 'configs/ul2/tiny_mixture.gin'
