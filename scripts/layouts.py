@@ -14,13 +14,15 @@ import shutil
 import subprocess
 import sys
 
-ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1}
+ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.sequence': 1}
 LAYOUTS = {
   'one device': (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
   'fsdp=8': (ONE | {'mesh.fsdp': 8}, 1),
   'fsdp=4 x tensor=2': (ONE | {'mesh.fsdp': 4, 'mesh.tensor': 2}, 1),
   'data=2 x fsdp=2 x tensor=2': (ONE | {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'sequence=4': (ONE | {'mesh.sequence': 4}, 1),
+  'fsdp=2 x sequence=2 x tensor=2': (ONE | {'mesh.fsdp': 2, 'mesh.sequence': 2, 'mesh.tensor': 2}, 1),
   'accumulate 2, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   'accumulate 4, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 4}, 1),
   '2 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 2),
@@ -65,7 +67,7 @@ def compare(options, dtype: str) -> bool:
     same = [r['batch_checksum'] for r in rows] == [r['batch_checksum'] for r in reference]
     good &= worst <= BARS[dtype] and same and not remat
     print(
-      f'{dtype:9} {name:28} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
+      f'{dtype:9} {name:30} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
     )
   return good
 

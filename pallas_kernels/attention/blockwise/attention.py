@@ -46,8 +46,8 @@ def attention(
   k, v = see.silence_padding(k, v)
   see, scale = see.count_sinks(), 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   spec = _specify(q, k, see, softcap, blocks)
-  rows = _split_heads(q * jnp.asarray(scale, q.dtype), k.shape[2], spec.block_q)
-  columns = [_split_heads(x, k.shape[2], spec.block_kv)[:, :, :, 0] for x in (k, v)]
+  rows = split_heads(q * jnp.asarray(scale, q.dtype), k.shape[2], spec.block_q)
+  columns = [split_heads(x, k.shape[2], spec.block_kv)[:, :, :, 0] for x in (k, v)]
   out, lse = attend(spec, rows, *columns, _numbers(spec, q, k, see, sink_logits), _vectors(spec, see))
   out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
   if not return_lse:
@@ -67,15 +67,15 @@ def _specify(q: Array, k: Array, see: Visibility, softcap: float | None, blocks:
   )  # fmt: skip
 
 
-def _split(x: Array, block: int) -> Array:
+def split(x: Array, block: int) -> Array:
   """[batch, length, ...] -> [blocks, batch, block, ...], padded with 0."""
   x = pad(x, 1, -(-x.shape[1] // block) * block)
   return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
-def _split_heads(x: Array, kv_heads: int, block: int) -> Array:
+def split_heads(x: Array, kv_heads: int, block: int) -> Array:
   """[batch, length, heads, head_dim] -> [blocks, batch, kv_heads, group, block, head_dim]."""
-  x = _split(x, block)
+  x = split(x, block)
   return jnp.moveaxis(x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1]), 2, 4)
 
 
@@ -85,7 +85,7 @@ def _vectors(spec: Spec, see: Visibility) -> dict[str, Array]:
   found = {name: jnp.arange(length, dtype=jnp.int32)[None] for name, length in index.items()}
   names = ('q_positions', 'kv_positions', 'q_segment_ids', 'kv_segment_ids', 'prefix_end')
   found |= {name: getattr(see, name) for name in names if getattr(see, name) is not None}
-  return {name: _split(x, spec.block_q if name.startswith('q_') else spec.block_kv) for name, x in found.items()}
+  return {name: split(x, spec.block_q if name.startswith('q_') else spec.block_kv) for name, x in found.items()}
 
 
 def _numbers(spec: Spec, q: Array, k: Array, see: Visibility, sink_logits: Array | None) -> dict[str, Array]:
