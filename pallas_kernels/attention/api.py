@@ -37,6 +37,12 @@ def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
   return gpu_mosaic.attention(q, k, v, see, **options)
 
 
+def _ring(q: Array, k: Array, v: Array, see: Visibility, **options):
+  # The kernels read a relative bias by indices, which the tokens of a device do not have.
+  kernel = mesh_platform() == 'tpu' and see.relative_bias is None
+  return ring.attention(q, k, v, see, kernel=kernel, **options)
+
+
 # `interpret` runs `tpu` on any platform, slowly: for tests, and to compute on a CPU what a TPU would compute.
 IMPLEMENTATIONS = {
   'reference': reference.attention,
@@ -46,13 +52,14 @@ IMPLEMENTATIONS = {
   'mosaic_gpu': _mosaic_gpu,
   'cudnn': cudnn.attention,
   'blockwise': blockwise.attention,
-  'ring': ring.attention,
+  'ring': _ring,
 }
 HOPPER = ('h100', 'h200')
 # These read and write [batch, heads, length, head_dim]; the others transpose.
 HEADS_FIRST = {
   'tpu': functools.partial(tpu.attention, heads_first=True),
   'interpret': functools.partial(tpu.attention, heads_first=True, interpret=True),
+  'ring': functools.partial(_ring, heads_first=True),
 }
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits

@@ -46,8 +46,8 @@ def attention(
   k, v = see.silence_padding(k, v)
   see, scale = see.count_sinks(), 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   spec = _specify(q, k, see, softcap, blocks)
-  rows = split_heads(q * jnp.asarray(scale, q.dtype), k.shape[2], spec.block_q)
-  columns = [split_heads(x, k.shape[2], spec.block_kv)[:, :, :, 0] for x in (k, v)]
+  rows = _split_heads(q * jnp.asarray(scale, q.dtype), k.shape[2], spec.block_q)
+  columns = [_split_heads(x, k.shape[2], spec.block_kv)[:, :, :, 0] for x in (k, v)]
   out, lse = attend(spec, rows, *columns, _numbers(spec, q, k, see, sink_logits), _vectors(spec, see))
   out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
   if not return_lse:
@@ -73,7 +73,7 @@ def split(x: Array, block: int) -> Array:
   return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
-def split_heads(x: Array, kv_heads: int, block: int) -> Array:
+def _split_heads(x: Array, kv_heads: int, block: int) -> Array:
   """[batch, length, heads, head_dim] -> [blocks, batch, kv_heads, group, block, head_dim]."""
   x = split(x, block)
   return jnp.moveaxis(x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1]), 2, 4)

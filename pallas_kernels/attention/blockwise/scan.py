@@ -110,7 +110,7 @@ def _hidden(mask: Array | None, scores: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: Arrays) -> tuple[Array, Array]:
-  """(out, in q's shape and dtype; lse f32[blocks, batch, kv_heads, group, block_q]) of what `split_heads` made."""
+  """(out, in q's shape and dtype; lse f32[blocks, batch, kv_heads, group, block_q]) of what `_split_heads` made."""
   out, lse = mix(spec, q, k, v, numbers, vectors)
   return out.astype(q.dtype), lse
 

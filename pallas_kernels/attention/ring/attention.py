@@ -4,20 +4,19 @@ To be called on each device (`shard_map`) with its parts of q, k, v and of the v
 definition except dropout and position_scores. Positions are vectors, so a device may hold any tokens of a row.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.attention.blockwise.attention import split_heads
 from pallas_kernels.attention.reference import Visibility
-from pallas_kernels.attention.ring import by_blocks
-from pallas_kernels.attention.ring.by_blocks import ByBlocks
-from pallas_kernels.attention.ring.circulate import Ring, Shard, circulate
+from pallas_kernels.attention.ring import by_blocks, by_kernel
+from pallas_kernels.attention.ring.circulate import Ring, circulate
 
-OF_QUERIES = ('q_positions', 'q_segment_ids')
-OF_KEYS = ('kv_positions', 'kv_segment_ids', 'prefix_end')
+VECTORS = ('q_segment_ids', 'kv_segment_ids', 'prefix_end')
 
 
 def attention(
@@ -31,45 +30,39 @@ def attention(
   scale: float | None = None,
   sink_logits: Array | None = None,
   return_lse: bool = False,
-  blocks: tuple[int, int] | None = None,
+  heads_first: bool = False,
+  kernel: bool = False,
+  blocks: Any = None,
+  interpret: Any = False,
 ):
   """`reference.attention` of q[batch, T / devices, heads, head_dim] over the keys of all devices of `axis`.
 
   Positions default to indices of rows in order: device n has the n-th part of each row. Sinks inside a window are those
-  at positions that are given.
+  at positions that are given. `kernel`: by the kernels for TPU, which have no relative bias. With `heads_first`
+  arrays are [batch, heads, length, head_dim] and lse [batch, heads, length].
   """
-  k, v = see.silence_padding(k, v)
-  vectors = placed(q, k, see, axis)
-  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  spec = by_blocks.specify(q, k, see, softcap, blocks)
-  near = {name: vectors[name] for name in OF_QUERIES if name in vectors}
-  far = {name: vectors[name] for name in OF_KEYS if name in vectors}
-  rows = split_heads(q * jnp.asarray(scale, q.dtype), k.shape[2], spec.block_q)
-  columns = tuple(split_heads(x, k.shape[2], spec.block_kv)[:, :, :, 0] for x in (k, v))
-  out, lse = circulate(
-    Ring(inner=ByBlocks(spec=spec, of_queries=tuple(near), of_keys=tuple(far)), axis=axis),
-    Shard(arrays=(rows,), vectors=by_blocks.stacked(near, spec.block_q)),
-    Shard(arrays=columns, vectors=by_blocks.stacked(far, spec.block_kv)),
-    _numbers(k.shape[2], see, sink_logits),
-  )  # fmt: skip
-  out = by_blocks.join(out, q.shape[1])
-  return (out, by_blocks.join(lse, q.shape[1])) if return_lse else out
+  turned = (lambda x: x) if heads_first else (lambda x: jnp.swapaxes(x, 1, 2))
+  q, (k, v) = turned(q), (turned(x) for x in see.silence_padding(k, v, heads_first=heads_first))
+  options = {'softcap': softcap, 'scale': 1 / math.sqrt(q.shape[-1]) if scale is None else scale, 'blocks': blocks}
+  placed = _placed(see, (q.shape[0], q.shape[2], k.shape[2]), axis)
+  if kernel:
+    own = by_kernel.prepare(q, k, v, placed, sink_logits, **options, interpret=interpret)
+  else:
+    own = by_blocks.prepare(q, k, v, placed, sink_logits, **options)
+  out, lse = circulate(Ring(inner=own.inner, axis=axis), own.queries, own.keys, own.numbers)
+  out = turned(own.back(out))
+  return (out, turned(own.back(lse))) if return_lse else out
 
 
-def placed(q: Array, k: Array, see: Visibility, axis: str | None) -> dict[str, Array]:
-  """int32[batch, length] of each vector of `see`; positions are always there."""
+def _placed(see: Visibility, shape: tuple[int, int, int], axis: str | None) -> Visibility:
+  """`see` with positions, and all vectors for each row of the batch; `shape` is (batch, queries, keys)."""
+  batch, lengths = shape[0], {'q': shape[1], 'kv': shape[2]}
   device = 0 if axis is None else jax.lax.axis_index(axis)
-  index = lambda x: device * x.shape[1] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-  given = {name: getattr(see, name) for name in (*OF_QUERIES, *OF_KEYS)}
-  for name, x in (('q_positions', q), ('kv_positions', k)):
-    given[name] = index(x) if given[name] is None else given[name]
-  length = lambda name: (q if name.startswith('q_') else k).shape[1]
-  return {name: jnp.broadcast_to(x, (q.shape[0], length(name))) for name, x in given.items() if x is not None}
-
-
-def _numbers(kv_heads: int, see: Visibility, sink_logits: Array | None) -> dict[str, Array]:
-  """f32[kv_heads, group, ...] of each array of heads."""
-  table = None if see.relative_bias is None else see.relative_bias.table.T
-  given = {'alibi': see.alibi, 'sinks': sink_logits, 'table': table}
-  of_heads = lambda x: x.astype(jnp.float32).reshape(kv_heads, -1, *x.shape[1:])
-  return {name: of_heads(x) for name, x in given.items() if x is not None}
+  index = lambda n: device * n + jnp.arange(n, dtype=jnp.int32)[None]
+  found = {name: x for name in VECTORS if (x := getattr(see, name)) is not None}
+  for side, length in lengths.items():
+    given = getattr(see, f'{side}_positions')
+    found[f'{side}_positions'] = index(length) if given is None else given
+  length = lambda name: lengths['q' if name.startswith('q_') else 'kv']
+  wide = {name: jnp.broadcast_to(x, (batch, length(name))) for name, x in found.items()}
+  return dataclasses.replace(see, **wide)

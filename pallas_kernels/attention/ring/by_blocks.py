@@ -10,8 +10,11 @@ from pallas_kernels.attention import tiles
 from pallas_kernels.attention.blockwise import scan
 from pallas_kernels.attention.blockwise.attention import BLOCK, BLOCK_OF_BUCKETS, choose_block, split
 from pallas_kernels.attention.reference import Visibility
-from pallas_kernels.attention.ring.circulate import Arrays, Shard
+from pallas_kernels.attention.ring.circulate import Arrays, Prepared, Shard
 from pallas_kernels.attention.tiles import FAR, pad
+
+OF_QUERIES = ('q_positions', 'q_segment_ids')
+OF_KEYS = ('kv_positions', 'kv_segment_ids', 'prefix_end')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,26 +69,55 @@ def live(spec: scan.Spec, vectors: Mapping[str, Array]) -> Array:
   return jnp.broadcast_to(tiles.classify(shape, found)[0].any(0), (spec.num_q, spec.num_kv))
 
 
-def specify(q: Array, k: Array, see: Visibility, softcap: float | None, blocks: tuple[int, int] | None) -> scan.Spec:
-  """For q[batch, length, heads, head_dim] and k of the same order."""
-  bias = see.relative_bias
+def prepare(
+  q: Array, k: Array, v: Array, see: Visibility, sinks: Array | None, *,
+  softcap: float | None, scale: float, blocks: tuple[int, int] | None,
+) -> Prepared:  # fmt: skip
+  """For q[batch, heads, length, head_dim] and k and v of the same order, and a `see` with positions."""
+  kv_heads, length, bias = k.shape[1], q.shape[2], see.relative_bias
+  spec = _specify((length, k.shape[2]), see, softcap, blocks)
+  near = {name: x for name in OF_QUERIES if (x := getattr(see, name)) is not None}
+  far = {name: x for name in OF_KEYS if (x := getattr(see, name)) is not None}
+  numbers = {'alibi': see.alibi, 'sinks': sinks, 'table': None if bias is None else bias.table.T}
+  of_heads = lambda x: x.astype(jnp.float32).reshape(kv_heads, -1, *x.shape[1:])
+  rows = _split_heads(q * jnp.asarray(scale, q.dtype), kv_heads, spec.block_q)
+  columns = tuple(_split_heads(x, kv_heads, spec.block_kv)[:, :, :, 0] for x in (k, v))
+  return Prepared(
+    inner=ByBlocks(spec=spec, of_queries=tuple(near), of_keys=tuple(far)),
+    queries=Shard(arrays=(rows,), vectors=_stacked(near, spec.block_q)),
+    keys=Shard(arrays=columns, vectors=_stacked(far, spec.block_kv)),
+    numbers={name: of_heads(x) for name, x in numbers.items() if x is not None},
+    back=lambda x: _join(x, length),
+  )
+
+
+def _specify(
+  lengths: tuple[int, int], see: Visibility, softcap: float | None, blocks: tuple[int, int] | None
+) -> scan.Spec:
+  bias, (q_length, kv_length) = see.relative_bias, lengths
   most = (BLOCK, BLOCK) if bias is None else (BLOCK_OF_BUCKETS, BLOCK_OF_BUCKETS)
   block_q, block_kv = most if blocks is None else blocks
   return scan.Spec(
-    q_length=q.shape[1], kv_length=k.shape[1], block_q=choose_block(q.shape[1], block_q),
-    block_kv=choose_block(k.shape[1], block_kv), by_index=False, prefixed=see.prefix_end is not None,
+    q_length=q_length, kv_length=kv_length, block_q=choose_block(q_length, block_q),
+    block_kv=choose_block(kv_length, block_kv), by_index=False, prefixed=see.prefix_end is not None,
     see=Visibility(causal=see.causal, window=see.window, num_sinks=see.num_sinks), softcap=softcap,
     bias=None if bias is None else (bias.bidirectional, bias.max_distance),
   )  # fmt: skip
 
 
-def join(x: Array, length: int) -> Array:
-  """[blocks, batch, kv_heads, group, block, ...] -> [batch, length, heads, ...]."""
-  x = jnp.moveaxis(x, (0, 4), (1, 2))
-  return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
+def _split_heads(x: Array, kv_heads: int, block: int) -> Array:
+  """[batch, heads, length, head_dim] -> [blocks, batch, kv_heads, group, block, head_dim], padded with 0."""
+  x = pad(x, 2, -(-x.shape[2] // block) * block)
+  return jnp.moveaxis(x.reshape(x.shape[0], kv_heads, -1, x.shape[2] // block, block, x.shape[3]), 3, 0)
 
 
-def stacked(vectors: Mapping[str, Array], block: int) -> Array:
+def _join(x: Array, length: int) -> Array:
+  """[blocks, batch, kv_heads, group, block, ...] -> [batch, heads, length, ...]."""
+  x = jnp.moveaxis(x, 0, 3)
+  return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])[:, :, :length]
+
+
+def _stacked(vectors: Mapping[str, Array], block: int) -> Array:
   """int32[vectors, blocks, batch, block] of int32[batch, length] each; positions beyond the last are equal to it, so
   that padding makes no tile live.
   """

@@ -8,11 +8,12 @@ Source: Liu et al. 2023, arXiv:2310.01889; merging: Rabe and Staats 2021, arXiv:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -53,6 +54,17 @@ class Inner(Protocol):
 
   def pull_sinks(self, sinks: Array, result: tuple[Array, Array], gradients: tuple[Array, Array]) -> Array:
     """The gradient of the sinks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """A device's arrays in the layout of `inner`, and the way `back` to [batch, heads, length, ...] of its result."""
+
+  inner: Inner
+  queries: Shard
+  keys: Shard
+  numbers: dict[str, Array]
+  back: Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +146,9 @@ def _backward(ring: Ring, saved, gradients):
   if sinks is not None:
     found['sinks'] = inner.pull_sinks(sinks, result, gradients)
   own = tuple(g.astype(x.dtype) for g, x in zip(of_keys, keys.arrays, strict=True))
-  none = lambda x: jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=False)
-  return (
-    Shard(arrays=(dq.astype(queries.arrays[0].dtype),), vectors=none(queries.vectors)),
-    Shard(arrays=own, vectors=none(keys.vectors)), found,
-  )  # fmt: skip
+  none = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+  of_queries = Shard(arrays=(dq.astype(queries.arrays[0].dtype),), vectors=none(queries.vectors))
+  return of_queries, Shard(arrays=own, vectors=none(keys.vectors)), found
 
 
 def _added(one, other):

@@ -13,14 +13,14 @@ from models.row_order import RowOrder
 from pallas_kernels.attention.blockwise import scan
 from pallas_kernels.attention.reference import RelativeBias, Visibility
 from pallas_kernels.attention.ring.attention import attention
-from tests.pallas_kernels.attention_cases import draw, row
+from tests.pallas_kernels.attention_cases import SMALL, draw, row
 from tests.pallas_kernels.blockwise.test_blockwise import OWN, differences
 from tests.pallas_kernels.test_flash import CASES, MORE, slow
 
 VECTORS = ('q_positions', 'kv_positions', 'q_segment_ids', 'kv_segment_ids', 'prefix_end')
 
 
-def on_a_ring(devices: int, balanced: bool):
+def on_a_ring(devices: int, balanced: bool, **more):
   """`ring` on whole arrays: laid out over `devices`, and back. Keys of another length than queries stay in order."""
   mesh = jax.make_mesh((devices,), ('sequence',), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
@@ -41,7 +41,7 @@ def on_a_ring(devices: int, balanced: bool):
         rest['table'], see.relative_bias.bidirectional, see.relative_bias.max_distance
       )  # fmt: skip
       mine = dataclasses.replace(see, **vectors, relative_bias=bias, alibi=rest['alibi'])
-      return attention(q, k, v, mine, axis='sequence', return_lse=True, sink_logits=rest['sinks'], **options)
+      return attention(q, k, v, mine, axis='sequence', return_lse=True, sink_logits=rest['sinks'], **options, **more)
 
     of_tokens = P(None, 'sequence')
     ins = (of_tokens, of_tokens, of_tokens, of_tokens, P())
@@ -53,6 +53,7 @@ def on_a_ring(devices: int, balanced: bool):
 
 
 FAST = ('every feature',)
+WITH_BIAS = {name for name, case in (OWN | CASES | MORE).items() if 'relative_bias' in case[2]}
 
 
 @pytest.mark.parametrize('case', [*FAST, *(slow(case) for case in OWN | CASES | MORE if case not in FAST)])
@@ -67,6 +68,19 @@ def test_values_and_gradients_are_those_of_float64(case):
 def test_neither_devices_nor_order_change_the_answer(case, devices, balanced):
   wrong = differences(case, run=on_a_ring(devices, balanced), blocks=(64, 64))
   assert max(wrong.values()) < 2e-6, wrong
+
+
+BY_KERNEL = [case for case in OWN | CASES | MORE if case not in WITH_BIAS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', BY_KERNEL)
+def test_by_the_kernel_for_tpus_too(case):
+  """In its interpreter; slopes have no gradient there."""
+  run = on_a_ring(2, balanced=True, kernel=True, interpret=True)
+  wrong = differences(case, run=run, blocks=SMALL)
+  wrong.pop('dalibi', None)
+  assert max(wrong.values()) < 3e-6, wrong
 
 
 def tiles_of(segments: np.ndarray, devices: int, balanced: bool, block: int) -> list[int]:

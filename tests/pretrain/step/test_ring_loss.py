@@ -16,7 +16,7 @@ from tests.models import small
 
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 KERNELS = KernelsConfig()
-LEARNED = dataclasses.replace(small.LEARNED, max_positions=16)
+LEARNED = dataclasses.replace(small.LEARNED, max_positions=16, bias='mlp')  # that of a key has a gradient of 0
 DROPS = {'dropout': 0.2}
 CASES = {
   't5, dropout': (small.T5, DROPS, {'sequence': 4, 'tensor': 2}),
