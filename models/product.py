@@ -87,21 +87,29 @@ def product_of_heads(x: Array, w: nnx.Param) -> Array:
   writes its gradient, in the order that x has; with the weight as it is, it copies both. The barrier keeps it turned:
   a device turns its own shard, before it is gathered.
   """
-  if w.get_metadata().get(KEY) is not None:
-    return product(jnp.swapaxes(x, 1, 2), w, 2)
+  own, recipe = _recipe_of(w)
+  if own is not None and recipe is not None:
+    if recipe.weights is not None:
+      return product(jnp.swapaxes(x, 1, 2), w, 2)
+    return _quantized(x, cast(w, x), (1, 3), own, recipe)
   turned = jax.lax.optimization_barrier(jnp.moveaxis(cast(w, x), 2, 0))
   return jax.lax.dot_general(x, turned, (((1, 3), (1, 2)), ((), ())))
 
 
 def product(x: Array, w: nnx.Param, dims: int) -> Array:
   """`contracted` in x's dtype; quantized if `w` has a `Quantization`, with blocks along the dims c as one."""
-  own = w.get_metadata().get(KEY)
-  recipe = None if own is None else own.edge if _around.get().edge else own.recipe
-  if recipe is None:
+  own, recipe = _recipe_of(w)
+  if own is None or recipe is None:
     return contracted(x, cast(w, x), dims)
   if recipe.weights is not None:
     return contracted(x, stored(w[...], dims, recipe.weights).astype(x.dtype), dims)
-  return _quantized(x, cast(w, x), dims, own, recipe)
+  return _quantized(x, cast(w, x), tuple(range(x.ndim - dims, x.ndim)), own, recipe)
+
+
+def _recipe_of(w: nnx.Param) -> tuple[Quantization | None, Recipe | None]:
+  """How the products of `w` are quantized, and the recipe in this layer; None where they are not."""
+  own = w.get_metadata().get(KEY)
+  return own, None if own is None else own.edge if _around.get().edge else own.recipe
 
 
 def stored(w: Array, dims: int, operand: Operand) -> Array:
@@ -111,16 +119,18 @@ def stored(w: Array, dims: int, operand: Operand) -> Array:
   return (found.values * found.scale).reshape(w.shape)
 
 
-def _quantized(x: Array, w: Array, dims: int, own: Quantization, recipe: Recipe) -> Array:
-  tokens, outputs = x.shape[: x.ndim - dims], w.shape[dims:]
-  inputs = math.prod(w.shape[:dims])
-  beside = _noise(tokens, own.site) if recipe.is_random else {}
+def _quantized(x: Array, w: Array, axes: tuple[int, ...], own: Quantization, recipe: Recipe) -> Array:
+  """x times w, summed over `axes` of x and the first dims of w. Blocks lie along all of the dims as one."""
+  tokens, outputs = [axis for axis in range(x.ndim) if axis not in axes], w.shape[len(axes) :]
+  sizes = tuple(x.shape[axis] for axis in tokens)
+  beside = _noise(sizes, own.site) if recipe.is_random else {}
   if recipe.is_delayed:
     beside |= {'amax': (_around.get().amax or {}).get(own.name)}
-  out = quantized_matmul(
-    x.reshape(*tokens, inputs), w.reshape(inputs, -1), recipe, implementation=own.implementation, **beside
-  )
-  return checkpoint_name(out.reshape(*tokens, *outputs), KEPT)
+  if any(recipe.block(name) > 1 for name in recipe.pairs):
+    inputs = math.prod(w.shape[: len(axes)])
+    x, w, axes = jnp.transpose(x, (*tokens, *axes)).reshape(*sizes, inputs), w.reshape(inputs, -1), (len(sizes),)
+  out = quantized_matmul(x, w, recipe, axes=axes, implementation=own.implementation, **beside)
+  return checkpoint_name(out.reshape(*sizes, *outputs), KEPT)
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:

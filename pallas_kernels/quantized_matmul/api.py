@@ -54,11 +54,14 @@ def check(implementation: str) -> str:
 
 
 def quantized_matmul(
-  x: Array, w: Array, recipe: Recipe, *, seed: Array | None = None, rows: Array | None = None,
-  amax: Array | None = None, implementation: str = 'auto',
+  x: Array, w: Array, recipe: Recipe, *, axes: tuple[int, ...] | None = None, seed: Array | None = None,
+  rows: Array | None = None, amax: Array | None = None, implementation: str = 'auto',
 ) -> Array:  # fmt: skip
-  """x[*tokens, inputs] times w[inputs, outputs] in x's dtype; gradients ignore rounding, and are
+  """x[*tokens, inputs] times w[inputs, *outputs], [*tokens, *outputs] in x's dtype; gradients ignore rounding, and are
   themselves products of quantized operands (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
+
+  `axes`: the dims of x that are summed over, in ascending order, if not the last; the first dim of x is one of tokens.
+  w has these dims first. The result is that of x and w with these dims as one, but where blocks lie along the last.
 
   `seed` (uint32) and `rows` (uint32[*tokens], by default the tokens' indices) choose the random bits of stochastic
   rounding: a number's bits depend on the seed, on its row's number and on its column, and not on its device or tile.
@@ -68,12 +71,21 @@ def quantized_matmul(
 
   Raises KernelError for shapes that do not fit, blocks that do not divide, and stochastic rounding without a seed.
   """
-  if w.ndim != 2 or x.ndim < 2 or x.shape[-1] != w.shape[0]:
-    raise KernelError(f'quantized_matmul got x{x.shape}, w{w.shape}; pass x[*tokens, inputs] and w[inputs, outputs].')
+  axes = (x.ndim - 1,) if axes is None else axes
+  sizes, tokens = tuple(x.shape[axis] for axis in axes), _others(x, axes)
+  if 0 not in tokens or sizes != w.shape[: len(axes)] or w.ndim == len(axes) or tuple(sorted(axes)) != axes:
+    own = f', axes={axes}' if len(axes) > 1 else ''
+    raise KernelError(
+      f'quantized_matmul got x{x.shape}, w{w.shape}{own}; pass x[*tokens, inputs] and w[inputs, outputs].'
+    )
   if seed is not None:
     seed = jnp.asarray(seed, jnp.uint32)
-    rows = index(x.shape[:-1]) if rows is None else rows
-  return _matmul(recipe, _chosen(implementation, recipe), x, w, seed, rows, amax)
+    rows = index(tuple(x.shape[axis] for axis in tokens)) if rows is None else rows
+  return _matmul(recipe, _chosen(implementation, recipe), axes, x, w, seed, rows, amax)
+
+
+def _others(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+  return tuple(axis for axis in range(x.ndim) if axis not in axes)
 
 
 def _chosen(implementation: str, recipe: Recipe) -> str:
@@ -98,25 +110,28 @@ def index(shape: tuple[int, ...]) -> Array:
   return jnp.arange(int(np.prod(shape)), dtype=jnp.uint32).reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows, amax) -> Array:
-  return _forward(recipe, implementation, x, w, seed, rows, amax)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(recipe: Recipe, implementation: str, axes: tuple[int, ...], x: Array, w: Array, seed, rows, amax) -> Array:
+  return _forward(recipe, implementation, axes, x, w, seed, rows, amax)[0]
 
 
-def _forward(recipe: Recipe, implementation: str, x: Array, w: Array, seed, rows, amax):
-  noise, (of_x, of_w, _) = _noises(w, seed, rows), _each(amax)
-  sides = (x, noise['tokens'], FORWARD_X, *of_x), (w, noise['w'], FORWARD_W, *of_w)
-  out = _product(implementation, recipe.forward, *sides, ((x.ndim - 1,), (0,)))
+def _forward(recipe: Recipe, implementation: str, axes: tuple[int, ...], x: Array, w: Array, seed, rows, amax):
+  (of_x, of_w, _), count = _each(amax), len(axes)
+  sides = (x, _noise(x, seed, rows, axes), FORWARD_X, *of_x), (w, _noise_of_weight(w, seed, count), FORWARD_W, *of_w)
+  out = _product(implementation, recipe.forward, *sides, (axes, tuple(range(count))))
   return out.astype(x.dtype), (x, w, seed, rows, amax)
 
 
-def _backward(recipe: Recipe, implementation: str, saved, g: Array):
+def _backward(recipe: Recipe, implementation: str, axes: tuple[int, ...], saved, g: Array):
   x, w, seed, rows, amax = saved
-  noise, (of_x, of_w, of_g) = _noises(w, seed, rows), _each(amax)
-  tokens = tuple(range(x.ndim - 1))
-  grad = lambda operand: (g, noise['tokens'], operand, *of_g)
-  dx = _product(implementation, recipe.dgrad, grad(DGRAD_G), (w, noise['w'], DGRAD_W, *of_w), ((g.ndim - 1,), (1,)))
-  dw = _product(implementation, recipe.wgrad, (x, noise['tokens'], WGRAD_X, *of_x), grad(WGRAD_G), (tokens, tokens))
+  (of_x, of_w, of_g), tokens, count = _each(amax), _others(x, axes), len(axes)
+  of_tokens, outputs = tuple(range(len(tokens))), tuple(range(len(tokens), g.ndim))
+  grad = lambda operand: (g, _noise(g, seed, rows, outputs), operand, *of_g)
+  weight = w, _noise_of_weight(w, seed, count), DGRAD_W, *of_w
+  dx = _product(implementation, recipe.dgrad, grad(DGRAD_G), weight, (outputs, tuple(range(count, w.ndim))))
+  inputs = x, _noise(x, seed, rows, axes), WGRAD_X, *of_x
+  dw = _product(implementation, recipe.wgrad, inputs, grad(WGRAD_G), (tokens, of_tokens))
+  dx = jnp.moveaxis(dx, range(len(tokens), x.ndim), axes)
   zero = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
   now = None if amax is None else jnp.stack([_largest(each) for each in (x, w, g)])
   return dx.astype(x.dtype), dw.astype(w.dtype), zero(seed), zero(rows), now
@@ -134,10 +149,17 @@ def _largest(x: Array) -> Array:
   return reference.largest_size(x.astype(jnp.float32), tuple(range(x.ndim))).reshape(())
 
 
-def _noises(w: Array, seed, rows) -> dict[str, Noise | None]:
+def _noise(x: Array, seed, rows, columns: tuple[int, ...]) -> Noise | None:
+  """That of an array with a number in `rows` for each place in the dims that are not `columns`."""
   if seed is None:
-    return {'tokens': None, 'w': None}
-  return {'tokens': Noise(seed, rows), 'w': Noise(seed, index(w.shape[:1]))}
+    return None
+  numbers = index(tuple(x.shape[axis] for axis in columns))
+  return Noise(seed, jnp.expand_dims(rows, columns), jnp.expand_dims(numbers, _others(x, columns)))
+
+
+def _noise_of_weight(w: Array, seed, count: int) -> Noise | None:
+  """That of a weight whose rows are its first `count` dims."""
+  return _noise(w, seed, index(w.shape[:count]), tuple(range(count, w.ndim)))
 
 
 def kind_of(pair: Pair, dims) -> str:

@@ -17,17 +17,19 @@ FRACTION_BITS, EXPONENT_BIAS = 23, 127
 
 
 class Noise(NamedTuple):
-  """Where the random bits of a matrix come from: `seed` uint32, and `rows` uint32[…], a number for each row of it.
+  """Where the random bits of an array come from: `seed` uint32, and uint32 numbers of its rows and of its columns.
 
-  A row is everything but the last dim. Rows that differ anywhere in a run have different numbers.
+  Without `columns` these are the last dim, and `rows` has the other dims. With them both have the dims of the array, of
+  size 1 where a number does not depend on it. Rows that differ anywhere in a run have different numbers.
   """
 
   seed: Array
   rows: Array
+  columns: Array | None = None
 
   def of(self, operand: int) -> 'Noise':
     """The same for another operand: no two of a product's share bits."""
-    return Noise(mix(jnp.uint32(self.seed) + jnp.uint32(operand * ROW & 0xFFFFFFFF)), self.rows)
+    return self._replace(seed=mix(jnp.uint32(self.seed) + jnp.uint32(operand * ROW & 0xFFFFFFFF)))
 
 
 def mix(x: Array) -> Array:
@@ -51,7 +53,9 @@ def bits(hashes: Array, columns: Array) -> Array:
 
 
 def bits_of(noise: Noise, width: int) -> Array:
-  """uint32[*rows, width]."""
+  """uint32: the random bits of an array whose last dim is `width`."""
+  if noise.columns is not None:
+    return bits(row_hashes(noise), noise.columns)
   return bits(row_hashes(noise)[..., None], jnp.arange(width, dtype=jnp.uint32))
 
 

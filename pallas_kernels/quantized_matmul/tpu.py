@@ -5,6 +5,7 @@ There is one scale for each tensor or channel, computed before the kernel runs. 
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -98,9 +99,7 @@ def _check(a: Array, pair: Pair, dims) -> None:
       f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
       "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
     )
-  count = 1
-  for axis in dims[0]:
-    count *= a.shape[axis]
+  count = math.prod(a.shape[axis] for axis in dims[0])
   if kinds == {True} and count > EXACT_SUM // int(pair[0].element.largest * pair[1].element.largest):
     raise KernelError(
       f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
@@ -109,14 +108,20 @@ def _check(a: Array, pair: Pair, dims) -> None:
 
 
 def _flat(x: Array, noise: Noise | None, axes: tuple[int, ...]):
-  """(x as a matrix, its noise, the dim that is summed over). All of `axes` come first or last in x."""
-  leads = axes[0] == 0
-  cut = len(axes) if leads else axes[0]
-  rows = 1
-  for n in x.shape[:cut]:
-    rows *= n
-  own = None if noise is None else Noise(noise.seed, jnp.broadcast_to(noise.rows, x.shape[:-1]).reshape(-1))
-  return x.reshape(rows, -1), own, 0 if leads else 1
+  """(x as a matrix, its noise, the dim that is summed over). The dims that go with the first one are its rows."""
+  others = tuple(axis for axis in range(x.ndim) if axis not in axes)
+  first, last = (axes, others) if 0 in axes else (others, axes)
+  rows = math.prod(x.shape[axis] for axis in first)
+  own = None if noise is None else Noise(noise.seed, _row_numbers(x, noise, first))
+  return jnp.transpose(x, (*first, *last)).reshape(rows, -1), own, 0 if first == axes else 1
+
+
+def _row_numbers(x: Array, noise: Noise, first: tuple[int, ...]) -> Array:
+  """uint32[rows]: those of `noise`, for the dims `first` of x."""
+  if noise.columns is None:
+    return jnp.broadcast_to(noise.rows, x.shape[:-1]).reshape(-1)
+  kept = tuple(n if axis in first else 1 for axis, n in enumerate(x.shape))
+  return jnp.broadcast_to(noise.rows, kept).reshape(-1)
 
 
 def matmul(a, b, pair: tuple[Operand | None, Operand | None], *, dtype=jnp.float32, interpret: Any = False) -> Array:

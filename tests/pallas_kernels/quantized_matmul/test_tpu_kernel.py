@@ -56,6 +56,25 @@ def test_the_kernel_is_the_definition_on_any_tiling(name, block):
     assert np.mean(found != expected) < 0.02
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'xla', 'interpret'])
+def test_dims_of_heads_are_summed_as_one_dim(implementation):
+  """x[batch, heads, length, head_dim] and w[heads, head_dim, …], to the last bit, with random bits and gradients."""
+  x, w, g = arrays()
+  heads = lambda x: jnp.swapaxes(x.reshape(2, 128, 2, 128), 1, 2)
+  joined = lambda x: jnp.swapaxes(x, 1, 2).reshape(2, 128, 256)
+
+  @jax.jit
+  def run(x, w, g):
+    own = {'seed': jnp.uint32(5), 'implementation': implementation, 'axes': (1, 3)}
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES['int8'], **own), x, w)
+    return out, *back(g)
+
+  out, dx, dw = run(heads(x), w.reshape(2, 128, 3, 128), g.reshape(2, 128, 3, 128))
+  found = out.reshape(2, 128, 384), joined(dx), dw.reshape(256, 384)
+  for one, other in zip(found, results('int8', 'reference'), strict=True):
+    np.testing.assert_array_equal(np.asarray(one.astype(jnp.float32)), other)
+
+
 def test_a_number_that_is_not_finite_is_seen():
   x, w, _ = arrays()
   run = jax.jit(lambda x, w: quantized_matmul(x, w, Recipe(forward=(INT8, INT8)), implementation='interpret'))
