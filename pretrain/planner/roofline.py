@@ -190,9 +190,10 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
 
 
 def _ring(work: Workload, layout: Layout, of: Slice, over: torus.Group, stack: Layers) -> Time:
-  """Keys and values go around in each pass, in the backward one with their gradients in f32, which then go home."""
+  """Keys and values go around in each pass, in the backward one with their gradients, which are in f32 until home."""
   hops, names = layout.sizes['sequence'], memory.kept(work, layout)
   sent = lambda size: torus.seconds('collective-permute', size, of, over)
   keys = memory.results(work, layout, stack, 'key', 'value')
   passes = 2 + int(layout.remat != 'none' and 'context' not in names)
-  return (sent(work.itemsize * keys).times(hops * passes) + sent(memory.F32 * keys).times(hops + 1)).times(stack.number)
+  around = sent(work.itemsize * keys).times(hops * passes) + sent(memory.F32 * keys).times(hops)
+  return (around + sent(work.itemsize * keys)).times(stack.number)

@@ -141,14 +141,13 @@ def _backward(ring: Ring, saved, gradients):
 
   start = keys, zeros(keys.arrays), (zeros(queries.arrays[0]), zeros(others))
   _, of_keys, (dq, dnumbers) = ring.each(visit, start)
-  of_keys = ring.send(of_keys)  # home
   found = {name: x.astype(numbers[name].dtype) for name, x in dnumbers.items()}
   if sinks is not None:
     found['sinks'] = inner.pull_sinks(sinks, result, gradients)
-  own = tuple(g.astype(x.dtype) for g, x in zip(of_keys, keys.arrays, strict=True))
+  home = ring.send(tuple(g.astype(x.dtype) for g, x in zip(of_keys, keys.arrays, strict=True)))
   none = lambda x: np.zeros(x.shape, jax.dtypes.float0)
   of_queries = Shard(arrays=(dq.astype(queries.arrays[0].dtype),), vectors=none(queries.vectors))
-  return of_queries, Shard(arrays=own, vectors=none(keys.vectors)), found
+  return of_queries, Shard(arrays=home, vectors=none(keys.vectors)), found
 
 
 def _added(one, other):
