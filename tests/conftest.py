@@ -36,6 +36,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+from _pytest.doctest import DoctestModule
 
 from data.prepare.messages import ROLES, marker
 from data.stores.store import StoreWriter
@@ -51,6 +52,12 @@ def pytest_collection_finish() -> None:
   """What is imported by now stays: collections, which pass over all of it, take a twentieth of the suite's time."""
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+  """Modules of tests have no examples: to look for them takes a tenth of the collection."""
+  return [found for found in (yield) if not isinstance(found, DoctestModule)]
 
 
 @pytest.fixture(autouse=True)

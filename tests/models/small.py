@@ -1,8 +1,10 @@
 """Small models and batches for the tests of models/."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.build import KernelsConfig, build
@@ -61,13 +63,24 @@ ROUTED_T5 = dataclasses.replace(T5, experts=4)
 def shaken(params):
   """`params` with noise on everything initialised to ones or zeros: biases and scales without effect hide mistakes."""
   rng = np.random.default_rng(0)
-  shake = lambda x: x if np.std(x) else x + rng.normal(0, 0.3, x.shape).astype(x.dtype)
+
+  def shake(x):
+    own = np.asarray(x)  # operations of JAX would be compiled for each shape
+    return x if np.std(own) else jnp.asarray(own + rng.normal(0, 0.3, x.shape).astype(x.dtype))
+
   return jax.tree.map(shake, params)
 
 
-def model_and_params(cfg, mesh=None, **changes):
-  model = build(dataclasses.replace(cfg, **changes), mesh=mesh)
+@functools.lru_cache(64)
+def made(cfg, mesh):
+  model = build(cfg, mesh=mesh)
   return model, initialize(model.specs, jax.random.key(0))
+
+
+def model_and_params(cfg, mesh=None, **changes):
+  """The same model each time: what JAX has compiled for it in one test is compiled for the next ones too."""
+  model, params = made(dataclasses.replace(cfg, **changes), mesh)
+  return model, jax.tree.map(lambda x: x, params)
 
 
 def side(name: str, lengths: list[list[int]], width: int, seed: int) -> dict[str, np.ndarray]:

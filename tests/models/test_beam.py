@@ -79,7 +79,9 @@ def searched(cfg, prefix: bool, padding: int, forced: tuple[int, ...], width: in
   return tuple(map(listed, both))
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  'case', [case if 'padded' in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_wide_beam_finds_every_sequence_with_its_probability(case):
   cfg, prefix, padding, forced = CASES[case]
   expected = full_pass(cfg, prefix, forced)

@@ -46,8 +46,8 @@ FAMILIES = pytest.mark.parametrize('cfg', [T5, LLAMA, ENCODER], ids=['encoder_de
 WRITERS = {
   't5': T5,
   't5_1_0': T5_1_0,
-  't5_alibi': T5_ALIBI,
-  't5_rotary': T5_ROTARY,
+  't5_alibi': pytest.param(T5_ALIBI, marks=pytest.mark.slow),
+  't5_rotary': pytest.param(T5_ROTARY, marks=pytest.mark.slow),
   'llama': LLAMA,
   'alibi': ALIBI,
   'learned': LEARNED,
@@ -126,11 +126,15 @@ def test_scanned_layers_are_a_loop_over_layers(cfg):
   x = module.embedding(data['decoder_input_tokens'], positions, jnp.float32, None)
   see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **module.decoder_bias())
 
+  @jax.jit
+  def step(blocks, y, layer):
+    block = jax.tree.map(lambda a: a[layer], blocks)
+    return block(y, positions, see, None, None, layer, None)[0]
+
   def loop(order):
     y = x
     for layer in order:
-      block = jax.tree.map(lambda a, i=layer: a[i], module.decoder.blocks)
-      y, _, _ = block(y, positions, see, None, None, jnp.uint32(layer), None)
+      y = step(module.decoder.blocks, y, jnp.uint32(layer))
     return module.decoder.finish(y)
 
   np.testing.assert_allclose(loop([0, 1]), hidden(model, params, data), atol=2e-5)
@@ -181,13 +185,17 @@ def test_shared_keys_equal_repeated_keys():
 
 @FAMILIES
 def test_dropout_masks_belong_to_examples(cfg):
-  """A row's masks are the same at any place in any batch; another step has other masks."""
+  """A row's masks are the same at any place in any batch; another step has other masks.
+
+  One model sees a batch of another size, too: for each size a program is compiled.
+  """
   model, params = model_and_params(cfg, dropout=0.5)
   key, data = jax.random.key(1), batch()
   whole = hidden(model, params, data, key)
   turned = hidden(model, params, {k: v[::-1] for k, v in data.items()}, key)
   np.testing.assert_allclose(turned[::-1], whole, atol=2e-5)
-  np.testing.assert_allclose(hidden(model, params, {k: v[1:] for k, v in data.items()}, key)[0], whole[1], atol=2e-5)
+  rows = [1] if cfg is LLAMA else [1, 1]
+  np.testing.assert_allclose(hidden(model, params, {k: v[rows] for k, v in data.items()}, key)[0], whole[1], atol=2e-5)
   assert np.abs(hidden(model, params, data, jax.random.key(2)) - whole).max() > 1e-2
   moved = data | {'example_index': data['example_index'] + 1}
   assert np.abs(hidden(model, params, moved, key) - whole).max() > 1e-2, 'the mutation: another index, another mask'
@@ -315,7 +323,7 @@ def test_a_mesh_that_does_not_divide_is_named():
 
 @pytest.mark.parametrize(
   'cfg',
-  [T5, LLAMA, BERT, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (T5_1_0, LEARNED))],
+  [T5, LLAMA, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (BERT, T5_1_0, LEARNED))],
   ids=['t5', 'llama', 'bert', 't5_1_0', 'learned'],
 )
 def test_flops_equal_the_compilers_count(cfg):

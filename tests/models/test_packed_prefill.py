@@ -82,7 +82,7 @@ CASES = {
   'relative prefix': (RELATIVE, True), 't5': (T5, False), 't5 alibi': (T5_ALIBI, False),
   'clex': (CLEX, False), 'far sinks': (FAR_SINKS, False),
 }  # fmt: skip
-RARE = ('experts', 'relative prefix', 't5 alibi')
+RARE = ('experts', 'relative prefix', 't5 alibi', 'clex', 'far sinks')
 
 
 @pytest.mark.parametrize('case', [slow(case) if case in RARE else case for case in CASES])

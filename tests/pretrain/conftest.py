@@ -1,7 +1,8 @@
 """Runs of one config share their compiled programs, and draw no report: two thirds of the time of a tiny run.
 
 A test that takes `monkeypatch` gets programs of its own: what it has changed may be part of them. Where it is not,
-`shared_programs` says so. A test that takes `reports` gets reports. Processes that a test starts are unchanged.
+`shared_programs` says so; one that has changed it before its first run takes `own_programs`, which its runs share. A
+test that takes `reports` gets reports. Processes that a test starts are unchanged.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from pretrain.tools import report
 KEPT = 24  # programs; a worker has a few MB for each
 BUILD, WRITE_REPORT = program.build_program, report.write_report
 sharing = drawing = False
+owner = ''  # the test that keeps its programs to itself
 
 
 def of_program(cfg: Experiment) -> Experiment:
@@ -45,7 +47,7 @@ def of_program(cfg: Experiment) -> Experiment:
 
 
 @functools.lru_cache(KEPT)
-def kept(cfg: Experiment, devices, schedule_start: int, start: int) -> program.Program:
+def kept(cfg: Experiment, devices, schedule_start: int, start: int, owner: str) -> program.Program:
   return BUILD(cfg, devices, schedule_start=schedule_start, start=start)
 
 
@@ -53,7 +55,7 @@ def kept(cfg: Experiment, devices, schedule_start: int, start: int) -> program.P
 def build_program(cfg, devices=None, *, schedule_start=0, start=0):
   if not sharing:
     return BUILD(cfg, devices, schedule_start=schedule_start, start=start)
-  return kept(of_program(cfg), devices if devices is None else tuple(devices), schedule_start, start)
+  return kept(of_program(cfg), devices if devices is None else tuple(devices), schedule_start, start, owner)
 
 
 def write_report(workdir):
@@ -83,10 +85,16 @@ def shared_programs():
   """The test takes `monkeypatch` and changes nothing that is part of a program."""
 
 
+@pytest.fixture
+def own_programs():
+  """What the test has changed with `monkeypatch` is the same for all its runs: they share programs, with no other."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-  global sharing
-  sharing = 'monkeypatch' not in item.fixturenames or 'shared_programs' in item.fixturenames
+  global sharing, owner
+  owner = item.nodeid if 'own_programs' in item.fixturenames else ''
+  sharing = bool(owner) or 'monkeypatch' not in item.fixturenames or 'shared_programs' in item.fixturenames
   try:
     return (yield)
   finally:

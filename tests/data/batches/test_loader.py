@@ -35,7 +35,13 @@ def test_batches_do_not_depend_on_workers(text_store, workers, prefetch):
 
 @pytest.mark.parametrize(
   ('workers', 'objective'),
-  [(0, (Ul2(), 64, 64)), (1, (Ul2(), 64, 64)), (0, (MaskedLm(), 0, 64)), (1, (Supervised(), 64, 32))],
+  [
+    (0, (Ul2(), 64, 64)),
+    (1, (Ul2(), 64, 64)),
+    (0, (MaskedLm(), 0, 64)),
+    (0, (Supervised(), 64, 32)),
+    pytest.param(1, (Supervised(), 64, 32), marks=pytest.mark.slow),
+  ],
 )
 def test_a_resumed_stream_equals_the_rest_of_the_original(text_store, pair_store, workers, objective):
   store = pair_store if isinstance(objective[0], Supervised) else text_store
@@ -44,7 +50,7 @@ def test_a_resumed_stream_equals_the_rest_of_the_original(text_store, pair_store
   assert [(p, digest(b)) for p, b in rest] == [(p, digest(b)) for p, b in whole[5:]]
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_continues_past_2_to_the_31_rows(text_store, workers):
   ((position, batch),) = take(opened(text_store, workers=workers), {'examples': 2**31 - 4}, 1)
   assert position['examples'] == 2**31 + 4

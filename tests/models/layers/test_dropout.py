@@ -52,8 +52,8 @@ def block_update(sites: str, *without: str) -> tuple[np.ndarray, np.ndarray]:
   shape = (ROWS, LENGTH)
   see = Visibility(causal=False, q_segment_ids=jnp.ones(shape, jnp.int32), kv_segment_ids=jnp.ones(shape, jnp.int32))
   x, positions = jnp.zeros((*shape, EMBED)), jnp.broadcast_to(jnp.arange(LENGTH), shape)
-  run = lambda keys: np.asarray(block(x, positions, see, None, keys, jnp.uint32(0), None)[0])
-  return run(keys_of(ROWS)), run(None)
+  run = jax.jit(lambda keys: block(x, positions, see, None, keys, jnp.uint32(0), None)[0])
+  return np.asarray(run(keys_of(ROWS))), np.asarray(run(None))
 
 
 def assert_site(sites: str, dropped: np.ndarray, plain: np.ndarray) -> None:

@@ -62,7 +62,7 @@ def test_what_is_not_kept_is_computed_again(keys, again):
   assert count(**keys) - count(remat='none') == len(again.split())
 
 
-@pytest.mark.parametrize(('policy', 'runs'), [('none', 1), ('full', 2), ('minimal', 2), ('save_context', 1)])
+@pytest.mark.parametrize(('policy', 'runs'), [slow('none', 1), slow('full', 2), ('minimal', 2), ('save_context', 1)])
 def test_a_kernel_whose_context_is_kept_runs_forward_once(policy, runs):
   gradients = 2  # kernels: of queries, of keys and values
   assert primitives(*gradient(LLAMA, 'interpret', remat=policy)).count('pallas_call') - gradients == runs

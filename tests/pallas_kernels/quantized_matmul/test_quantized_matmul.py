@@ -246,7 +246,7 @@ def test_a_mesh_computes_what_one_device_does(name, place):
 @pytest.mark.parametrize(('make', 'message'), [
   (lambda x, w: quantized_matmul(x, w[:-1], RECIPES['int8']), 'quantized_matmul got x(4, 32, 64), w(63, 96); pass x'),
   (lambda x, w: quantized_matmul(x, w[None], RECIPES['int8']), 'w(1, 64, 96); pass x[*tokens, inputs] and w[inputs,'),
-  (lambda x, w: quantized_matmul(x, w, RECIPES['int8'], axes=(2, 1)), 'w(64, 96), axes=(2, 1); pass x[*tokens, inputs]'),
+  (lambda x, w: quantized_matmul(x, w, RECIPES['int8'], axes=(2, 1)), 'w(64, 96), axes=(2, 1); pass x[*tokens, input'),
   (lambda x, w: quantized_matmul(x, w, RECIPES['int8'], axes=(0,)), 'got x(4, 32, 64), w(64, 96); pass x[*tokens, inp'),
   (
     lambda x, w: quantized_matmul(x, w, RECIPES['int8'], implementation='cuda'),

@@ -71,7 +71,7 @@ def test_values_of_the_element_are_never_moved():
     np.testing.assert_array_equal(np.asarray(rounded(x, E4M3, bits_of(noise(seed, 1), 5))), np.asarray(x))
 
 
-@pytest.mark.parametrize('tile', [(1, 32), (4, 8), (2, 16)])
+@pytest.mark.parametrize('tile', [(1, 32), (4, 8), pytest.param((2, 16), marks=pytest.mark.slow)])
 def test_a_tile_is_rounded_as_in_the_whole_matrix(tile):
   x, own = jnp.asarray(numbers(E2M1)), noise(5)
   whole = np.asarray(rounded(x, E2M1, bits_of(own, WIDTH)))

@@ -116,7 +116,7 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize('top', [(), ('--top=2',)], ids=['greedy', 'top'])
+@pytest.mark.parametrize('top', [(), pytest.param(('--top=2',), marks=pytest.mark.slow)], ids=['greedy', 'top'])
 def test_a_refused_prompt_costs_no_other_answer(run_dir, capsys, top):
   prompts = [prompt for pair in zip(GOOD, itertools.cycle(BAD), strict=False) for prompt in pair]
   flags = [f'--text={prompt}' for prompt in prompts]

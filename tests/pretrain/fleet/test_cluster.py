@@ -290,7 +290,11 @@ jax.distributed.shutdown()
 
 @pytest.mark.parametrize(
   ('more', 'visible'),
-  [({}, ['all', 'all']), ({'CUDA_VISIBLE_DEVICES': '0,1'}, ['0', '1']), ({'PRETRAIN_NUM_HOSTS': '2'}, ['all', 'all'])],
+  [
+    ({}, ['all', 'all']),
+    pytest.param({'CUDA_VISIBLE_DEVICES': '0,1'}, ['0', '1'], marks=pytest.mark.slow),
+    pytest.param({'PRETRAIN_NUM_HOSTS': '2'}, ['all', 'all'], marks=pytest.mark.slow),
+  ],
   ids=['slurm', 'slurm_with_gpus', 'our_variables_under_slurm'],
 )
 def test_tasks_of_slurm_meet_on_the_address_of_the_first_node(port, more, visible):

@@ -212,6 +212,7 @@ def test_output_lines_have_the_host_as_prefix():
   assert sorted(stream.getvalue().splitlines()) == ['[0] err', '[0] out', '[0] \ufffd']
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_every_process(capsys):
   assert launch.run(2, ['train', '--gin_file=no.gin', '--workdir=none']) == 64
   where = f'no.gin (looked for in {os.getcwd()})'

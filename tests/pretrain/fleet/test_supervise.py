@@ -112,7 +112,9 @@ def test_an_incident_has_the_message_of_the_process(tmp_path):
   }
 
 
-@pytest.mark.parametrize(('code', 'cause'), [(70, 'hang'), (1, 'crash'), (-11, 'SIGSEGV'), (-6, 'SIGABRT')])
+@pytest.mark.parametrize(
+  ('code', 'cause'), [(70, 'hang'), (1, 'crash'), pytest.param(-11, 'SIGSEGV', marks=pytest.mark.slow), (-6, 'SIGABRT')]
+)
 def test_hangs_and_crashes_are_restarted(tmp_path, code, cause):
   assert run(tmp_path, {'0': [(7, code)]}) == 0
   assert [(i['cause'], i['action']) for i in incidents(tmp_path)] == [(cause, 'restart')]
@@ -222,7 +224,8 @@ sys.exit(Supervisor(2, [sys.executable, '-c', child], pathlib.Path(sys.argv[1]),
 
 
 @pytest.mark.parametrize(
-  ('number', 'deaf', 'code'), [(signal.SIGTERM, 0, 75), (signal.SIGINT, 0, 75), (signal.SIGTERM, 1, 137)]
+  ('number', 'deaf', 'code'),
+  [pytest.param(signal.SIGTERM, 0, 75, marks=pytest.mark.slow), (signal.SIGINT, 0, 75), (signal.SIGTERM, 1, 137)],
 )
 def test_a_signal_makes_all_save_and_a_second_one_ends_them(tmp_path, number, deaf, code):
   command = [sys.executable, '-c', STUBBORN % deaf, tmp_path]

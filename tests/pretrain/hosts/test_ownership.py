@@ -172,7 +172,9 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     pass
 
 
-def test_a_training_is_refused_while_another_one_runs_and_readers_are_not(tmp_path, started, impatient, capsys):
+def test_a_training_is_refused_while_another_one_runs_and_readers_are_not(
+  tmp_path, started, impatient, capsys, shared_programs
+):
   """The first keeps every row and step; the second resumes where the first was killed."""
   run = tmp_path / 'run'
   first = started(SLOW, 'train', *flags(run, 'train.steps=6'))
@@ -194,6 +196,7 @@ def test_a_training_is_refused_while_another_one_runs_and_readers_are_not(tmp_pa
   assert main(['report', str(run)]) == 0
   assert main(['replay', f'--workdir={run}', '--step=4']) == 0
   first.kill()
+  first.wait()  # its lock is free when the kernel has ended it
   assert main(['train', *flags(run, 'train.steps=6')]) == 0
   assert [row['step'] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
   assert not (run / FILE).exists()

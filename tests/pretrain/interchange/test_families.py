@@ -27,7 +27,7 @@ def test_logits_are_those_of_transformers(golden):
 
 @pytest.mark.slow
 def test_the_kernel_gives_the_logits_of_transformers(golden):
-  """TPU's, in the interpreter: padded rows of 200 tokens and packed rows of 260."""
+  """TPU's, in the interpreter: padded and packed rows of 260 tokens."""
   _, source, params, expected = golden
   if source.model.positions == 'disentangled':
     with pytest.raises(KernelError, match="'interpret' has no disentangled attention"):

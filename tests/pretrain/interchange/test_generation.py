@@ -17,6 +17,8 @@ OWN = {'plain_llama': 'llama', 'plain_t5': 't5'}  # models that only these tests
 BEAM = ('gpt2', *OWN)
 ENCODERS = ('bert', 'roberta', 'electra', 'deberta')
 GENERATIVE = [name for name in goldens.FAMILIES if name != 'gemma2' and name.split('_')[0] not in ENCODERS]
+# Their caches are those of the other models: `make test-all` tests them.
+ALIKE = ('t5_v1_0', 't5_v1_1', 'ul2', 'mt5', 'llama', 'yi', 'qwen2', 'olmo2', 'falcon_40b')
 GEMMA = {'plain_gemma2': 'gemma2'} if 'gemma2' in goldens.FAMILIES else {}
 
 
@@ -46,7 +48,9 @@ def ids_of(found: dict[str, np.ndarray], eos: str = 'eos') -> dict:
   return {'eos': tuple(found[eos].tolist()), 'pad': 0, 'decoder_start': 0}
 
 
-@pytest.mark.parametrize('name', [*GENERATIVE, *OWN, *GEMMA])
+@pytest.mark.parametrize(
+  'name', [*(goldens.slow(name) if name in ALIKE else name for name in GENERATIVE), *OWN, *GEMMA]
+)
 def test_greedy_tokens_are_those_of_transformers(name):
   """32 tokens for prompts of unequal lengths, some of which end early."""
   found, (model, params) = golden(name), model_of(name)

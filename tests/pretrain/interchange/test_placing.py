@@ -12,7 +12,7 @@ from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.interchange import placing
 from pretrain.interchange.importing import flat, open_source, parameter, parameters, placed
 from pretrain.interchange.safetensors import Tensor
-from tests.pretrain.interchange.goldens import GOLDENS, load
+from tests.pretrain.interchange.goldens import GOLDENS, load, slow
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(placing, 'BLOCK', 100)
 
 
-@pytest.mark.parametrize('name', ['falcon', 'gpt2', 'gpt_neox', 'gemma2', 'mixtral', 'roberta'])
+@pytest.mark.parametrize('name', ['falcon', 'gpt_neox', 'mixtral', *map(slow, ('gpt2', 'gemma2', 'roberta'))])
 def test_blocks_give_the_values_of_whole_tensors(name, monkeypatch):
   whole = flat(load(GOLDENS / name)[1])
   monkeypatch.setattr(placing, 'BLOCK', 100)

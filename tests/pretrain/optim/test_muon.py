@@ -32,9 +32,9 @@ def test_newton_schulz_is_jordans_polynomial_of_the_singular_values():
   ('shape', 'axes', 'matrix'),
   [
     ((2, 16, 4, 6), ('layers', 'embed', 'heads', 'head_dim'), (16, 24)),
-    ((2, 4, 12, 32), ('layers', 'heads', 'head_dim', 'embed'), (48, 32)),
+    pytest.param((2, 4, 12, 32), ('layers', 'heads', 'head_dim', 'embed'), (48, 32), marks=pytest.mark.slow),
     ((2, 3, 16, 40), ('layers', 'experts', 'embed', 'mlp'), (16, 40)),
-    ((40, 16), ('mlp', 'embed'), (40, 16)),
+    pytest.param((40, 16), ('mlp', 'embed'), (40, 16), marks=pytest.mark.slow),
   ],
 )
 def test_every_layer_is_one_matrix_with_heads_joined(shape, axes, matrix):

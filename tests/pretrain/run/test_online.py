@@ -94,7 +94,7 @@ def killed_at(cfg, workdir, step: int, monkeypatch) -> None:
       train(cfg, workdir)
 
 
-def test_a_killed_run_resumes_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch, shared_programs):
   """From steps 4 (between two decisions), 6 (at one) and 8 (beyond another), with decisions after 3, 6 and 9."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   killed_at(configured(stores), tmp_path, 5, monkeypatch)
@@ -106,7 +106,9 @@ def test_a_killed_run_resumes_bit_exactly_across_decisions(stores, whole, tmp_pa
   assert mixture_of(tmp_path, 11) == mixture_of(whole, 11), 'to the last bit of what later decisions hang on'
 
 
-def test_a_run_resumes_from_host_ram_bit_exactly_across_decisions(stores, whole, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_from_host_ram_bit_exactly_across_decisions(
+  stores, whole, tmp_path, monkeypatch, capsys, shared_programs
+):
   """From step 5, whose losses count for the next decision, and are known when step 6 is under way."""
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   own = ('checkpoint.every=1000', 'snapshot.every=5', f"snapshot.folder='{tmp_path}'")
@@ -143,7 +145,7 @@ def test_two_hosts_decide_what_one_does(stores, whole, tmp_path, monkeypatch, ca
   assert rows_of(tmp_path, KEYS[1:]) == rows_of(whole, KEYS[1:])
 
 
-def test_phases_may_change_the_objective_but_not_the_data(stores, tmp_path, monkeypatch):
+def test_phases_may_change_the_objective_but_not_the_data(stores, tmp_path, monkeypatch, shared_programs):
   monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
   phase = "phases=[{'start_step': 4, 'set': {'%s': %s}}]"
   cfg = configured(stores, phase % ('loss.z_loss', '1e-3'))

@@ -70,6 +70,7 @@ def test_a_phase_in_another_recipe_leaves_the_history_as_it_is(tmp_path):
       assert (np.asarray(six) != np.asarray(four)).any() == (name != 'mlp/up')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_recipes(tmp_path):
   """Weights of an int8 run start one in 'bf16': its parameters are those, as are its shapes."""
   assert train(tiny.decoder("precision.recipe='int8'", 'train.steps=2', 'checkpoint.every=2'), tmp_path / 'int8') == 0

@@ -64,7 +64,7 @@ def test_steps_of_a_sound_run_are_equal_and_nothing_is_written(runs, capsys):
   assert contents(runs / 'sound') == before
 
 
-def test_a_replay_keeps_the_snapshots_of_the_run(tmp_path, monkeypatch, capsys):
+def test_a_replay_keeps_the_snapshots_of_the_run(tmp_path, monkeypatch, capsys, shared_programs):
   """A run that was killed and then replayed can still resume from host RAM."""
   (tmp_path / 'memory').mkdir()
   keys = ('snapshot.every=2', f"snapshot.folder='{tmp_path / 'memory'}'")

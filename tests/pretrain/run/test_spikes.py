@@ -168,7 +168,7 @@ def numbers(workdir) -> list[tuple]:
   return [tuple(row[key] for key in ('step', 'loss', 'grad_norm', 'batch_checksum')) for row in read_metrics(workdir)]
 
 
-def test_a_run_that_rewinds_equals_a_run_that_skips_the_same_examples(poison, tmp_path):
+def test_a_run_that_rewinds_equals_a_run_that_skips_the_same_examples(poison, tmp_path, own_programs):
   poison({9: 100.0})
   cfg = tiny.decoder(*REWIND, 'train.steps=14', 'checkpoint.every=2')
   with pytest.raises(

@@ -18,13 +18,16 @@ from pretrain.run.train import train
 from pretrain.testing import assert_resumes_exactly, logged_losses
 from tests.pretrain import tiny
 
+# One program for the tests that learn and resume.
+PROGRAM = ('model.dropout=0.1', 'mesh.fsdp=2', 'schedule.warmup_steps=3')
+
 
 def rows(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(text_store, tmp_path):
-  cfg = tiny.ul2(text_store, 'checkpoint.every=2', 'model.dropout=0.1', 'mesh.fsdp=2')
+  cfg = tiny.ul2(text_store, *PROGRAM, 'checkpoint.every=2')
   assert_resumes_exactly(cfg, tmp_path, steps=7, stop_at=4)
 
 
@@ -45,7 +48,7 @@ def test_the_resume_check_sees_a_lost_data_position(tmp_path, monkeypatch):
 
 
 def test_it_learns_and_leaves_metrics_report_and_config(text_store, tmp_path, reports):
-  cfg = tiny.ul2(text_store, 'train.steps=30', 'checkpoint.every=10', 'schedule.warmup_steps=3', 'evaluation.every=15')
+  cfg = tiny.ul2(text_store, *PROGRAM, 'train.steps=30', 'checkpoint.every=10', 'evaluation.every=15')
   assert train(cfg, tmp_path) == 0
   steps = logged_losses(tmp_path)
   assert [s for s, _ in steps] == list(range(1, 31))
