@@ -16,6 +16,9 @@ def product(a: Side, b: Side, pair: Pair, dims) -> Array:
     a_codes, b_codes = (x.values.astype(_held(operand)) for x, operand in zip((a, b), pair, strict=True))
     if left.element.is_integer:
       return scaled(integer_sum(a_codes, b_codes, pair, dims), a.scale, b.scale, dims)
+    # Rounding to fp8 is many operations. Without this the compiler for TPU has them inside of the product, where they
+    # are done again for each of its tiles.
+    a_codes, b_codes = jax.lax.optimization_barrier((a_codes, b_codes))
   else:
     wide = jnp.promote_types(_wide(left), _wide(right))
     a_codes, b_codes = a.values.astype(wide), b.values.astype(wide)

@@ -10,27 +10,44 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-  """`options` for the compiler of steps on `chips`."""
+  """`options` for the compiler of steps on `chips`. With `slow` compiling takes two to four times as long: a search
+  among layouts compiles without them.
+  """
 
   chips: tuple[str, ...]
   options: dict[str, Any]
   reason: str
   evidence: str
+  slow: bool = False
 
 
 TABLE = (
   Entry(
-    chips=('v5e', 'v5p'),
+    chips=('v5e', 'v5p', 'v6e'),
     options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1000000},
     reason='products with gathered parameters stay whole: as loops over shards they read their output for each shard',
-    evidence='decoder/7b v5e:4x4 9.35e9 -> 4.65e9, v5p:2x2x4 4.64e9 -> 2.31e9; t5/base v5e:4x4 4.90e9 -> 1.30e9',
+    evidence='decoder/7b v5e:4x4 9.35e9 -> 4.65e9, v5p:2x2x4 4.64e9 -> 2.31e9, v6e:4x4 4.34e9 -> 1.58e9; t5/base '
+    'v5e:4x4 4.90e9 -> 1.30e9',
+  ),
+  Entry(
+    chips=('v5e', 'v5p', 'v6e'),
+    options={'xla_tpu_scoped_vmem_limit_kib': 98304},
+    reason='a fusion may use 96 of the 128 MiB of VMEM, so tiles of products are larger',
+    evidence='decoder/7b v5e:16x16 save_dot_except_mlp 3.95e9 -> 3.36e9',
+    slow=True,
+  ),
+  Entry(
+    chips=('tpu7x',),
+    options={'xla_tpu_scoped_vmem_limit_kib': 57344},
+    reason='a fusion may use 56 of the 64 MiB of VMEM; with 32 some products of fp8 get tiles of a few KiB',
+    evidence='a product of fp8, 8,192 x 4,096 x 11,008, tpu7x:2x2x1 44.4e6 -> 0.78e6',
   ),
 )
 
 
-def of_chip(name: str) -> dict[str, Any]:
-  """The options of the table for this chip (`pretrain/devices/chips.py`)."""
+def of_chip(name: str, *, quick: bool = False) -> dict[str, Any]:
+  """The options of the table for this chip (`pretrain/devices/chips.py`); with `quick` without those that are slow."""
   found: dict[str, Any] = {}
   for entry in TABLE:
-    found |= entry.options if name in entry.chips else {}
+    found |= entry.options if name in entry.chips and not (quick and entry.slow) else {}
   return found

@@ -46,6 +46,13 @@ def defaults_for(cfg: CompilerConfig, device_kind: str) -> dict[str, Any]:
   return dict(cfg.chip_options.get(chip.name, chip_options.of_chip(chip.name)))
 
 
+def quick(cfg: CompilerConfig, chip: str) -> CompilerConfig:
+  """The same, without the defaults of this chip that make compiling slow; options that the config has are kept."""
+  if not cfg.chip_defaults or chip in cfg.chip_options:
+    return cfg
+  return dataclasses.replace(cfg, chip_options={**cfg.chip_options, chip: chip_options.of_chip(chip, quick=True)})
+
+
 def options_for(cfg: CompilerConfig, device_kind: str) -> dict[str, Any]:
   """All options of the train step on such devices."""
   return defaults_for(cfg, device_kind) | dict(cfg.options)

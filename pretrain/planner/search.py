@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from models.build import build
 from pretrain.devices.chips import Slice
+from pretrain.devices.compiler import CompilerConfig, options_for, quick
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.planner import compiled, layouts, memory, roofline, torus, workload
@@ -83,8 +84,13 @@ def search(
   seconds = time.monotonic() - began
   if not fits:
     raise ConfigError(_too_large(work, of, every))
-  report(f'{len(every)} layouts estimated in {seconds:.1f} s, {len(fits)} fit; compiling {min(number, len(fits))}.')
-  tried = _compiled(work, of, fits, number, report, own)
+  quickly = quick(cfg.compiler, of.chip.name)
+  to_compile = dataclasses.replace(work, cfg=dataclasses.replace(cfg, compiler=quickly))
+  report(
+    f'{len(every)} layouts estimated in {seconds:.1f} s, {len(fits)} fit; compiling {min(number, len(fits))}'
+    f'{_without(cfg.compiler, quickly, of)}.'
+  )
+  tried = _compiled(to_compile, of, fits, number, report, own)
   if not any(isinstance(program, Compiled) for _, program in tried):
     raise ConfigError(
       f'none of the {len(tried)} best layouts fits {of.name} when compiled; the last: {tried[-1][1]} Use more chips, '
@@ -145,6 +151,13 @@ def _next(
   same = [e for e in left if best is not None and e.layout.mesh == best.mesh]
   other = [e for e in same if e.layout.policy != best.policy] if best is not None else []
   return next(iter((*other, *same, *left)), None)
+
+
+def _without(cfg: CompilerConfig, quickly: CompilerConfig, of: Slice) -> str:
+  """Which options the run will have that the search has not."""
+  kind = of.chip.kinds[0]
+  left_out = ', '.join(options_for(cfg, kind).keys() - options_for(quickly, kind).keys())
+  return f' without {left_out}, a default of {of.chip.name} that makes compiling slow' if left_out else ''
 
 
 def _indivisible(cfg: Experiment, of: Slice) -> str:

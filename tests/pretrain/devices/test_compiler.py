@@ -22,6 +22,7 @@ from tests.pretrain import tiny
 
 VMEM = 'xla_tpu_scoped_vmem_limit_kib'
 WINDOWED = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'
+DEFAULTS = {WINDOWED: 1000000, VMEM: 98304}
 V5E, V5P = 'TPU v5 lite', 'TPU v5'
 FAST = "compiler.options={'xla_cpu_enable_fast_math': True}"
 
@@ -79,8 +80,11 @@ def test_each_entry_of_the_table_has_chips_a_reason_and_evidence():
 
 def test_a_chip_has_its_defaults_and_one_key_leaves_them_out():
   own = options_for(CompilerConfig(), V5E)
-  assert own == options_for(CompilerConfig(), V5P) == {WINDOWED: 1000000}
-  assert options_for(CompilerConfig(options={WINDOWED: 5, 'x': 1}), V5E) == {WINDOWED: 5, 'x': 1}
+  assert own == options_for(CompilerConfig(), V5P) == options_for(CompilerConfig(), 'TPU v6 lite') == DEFAULTS
+  assert options_for(CompilerConfig(options={WINDOWED: 5, 'x': 1}), V5E) == DEFAULTS | {WINDOWED: 5, 'x': 1}
+  assert options_for(compiler.quick(CompilerConfig(), 'v5e'), V5E) == {WINDOWED: 1000000}
+  saved_with_all = recorded(CompilerConfig(), V5E)
+  assert compiler.quick(saved_with_all, 'v5e') == saved_with_all
   assert options_for(CompilerConfig(chip_defaults=False, options={'x': 1}), V5E) == {'x': 1}
   assert options_for(CompilerConfig(), 'cpu') == options_for(CompilerConfig(), 'NVIDIA H100') == {}
 
@@ -88,7 +92,7 @@ def test_a_chip_has_its_defaults_and_one_key_leaves_them_out():
 def test_a_run_saves_the_defaults_of_its_chip_and_keeps_them(tmp_path, monkeypatch):
   path = tmp_path / 'config.gin'
   text = bindings.render(saved.with_chip_options(tiny.decoder(f"compiler.options={{'{VMEM}': 65536}}"), path, V5E))
-  assert f"compiler.chip_options = {{'v5e': {{'{WINDOWED}': 1000000}}}}" in text
+  assert f"compiler.chip_options = {{'v5e': {{'{WINDOWED}': 1000000, '{VMEM}': 98304}}}}" in text
   path.write_text(text)
   again = bindings.load(Experiment, [str(path)])
   monkeypatch.setattr(chip_options, 'TABLE', ())  # a later version
@@ -96,21 +100,22 @@ def test_a_run_saves_the_defaults_of_its_chip_and_keeps_them(tmp_path, monkeypat
   assert options_for(again.compiler, V5P) == {VMEM: 65536}
   assert recorded(again.compiler, V5E) == again.compiler
   resumed = saved.with_chip_options(tiny.decoder(), path, V5E)  # by the command that began it
-  assert options_for(resumed.compiler, V5E) == {WINDOWED: 1000000}
+  assert options_for(resumed.compiler, V5E) == DEFAULTS
   own = saved.with_chip_options(tiny.decoder("compiler.chip_options={'v5e': {}}"), path, V5E)
   assert options_for(own.compiler, V5E) == {}
   off = CompilerConfig(chip_defaults=False)
   assert recorded(off, V5E) == off
 
 
-def test_a_run_begun_without_defaults_has_none_when_it_resumes(tmp_path):
+def test_a_run_begun_without_defaults_has_none_when_it_resumes(tmp_path, monkeypatch):
   """An earlier version saved no options; one on a chip without an entry in the table saves that."""
   path = tmp_path / 'config.gin'
   path.write_text(bindings.render(tiny.decoder()))
   assert options_for(saved.load_saved(path).compiler, V5E) == {}, 'as replay loads it'
   assert options_for(saved.with_chip_options(tiny.decoder(), path, V5E).compiler, V5E) == {}
-  new = saved.with_chip_options(tiny.decoder(), tmp_path / 'none.gin', 'TPU v6 lite')
-  assert "compiler.chip_options = {'v6e': {}}" in bindings.render(new)
+  monkeypatch.setattr(chip_options, 'TABLE', ())
+  new = saved.with_chip_options(tiny.decoder(), tmp_path / 'none.gin', 'TPU7x')
+  assert "compiler.chip_options = {'tpu7x': {}}" in bindings.render(new)
   assert saved.with_chip_options(tiny.decoder(), path, 'cpu') == tiny.decoder()
 
 

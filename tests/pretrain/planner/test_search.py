@@ -1,8 +1,10 @@
 """The search without a compiler: which layouts it compiles, what it prints and writes, what it refuses."""
 
 import dataclasses
+import functools
 import math
 import re
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from models.layers.remat import KEPT
 from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
+from pretrain.devices.compiler import options_for
 from pretrain.devices.mesh import AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
@@ -29,12 +32,14 @@ def compiler(monkeypatch):
 
   class Fake:
     asked: list[Layout]
+    options: dict[str, Any]
 
     def __init__(self):
       self.asked, self.slower, self.refuses = [], lambda layout: 1.0, lambda layout: False
 
     def measure(self, work, layout, of):
       self.asked.append(layout)
+      self.options = options_for(work.cfg.compiler, of.chip.kinds[0])
       if self.refuses(layout):
         raise ConfigError('RESOURCE_EXHAUSTED: too large.')
       step = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
@@ -75,6 +80,19 @@ def test_the_layout_of_the_config_is_compiled_second(compiler):
   assert compiler.asked.count(own) == 1
   assert len(compiler.asked) == 4
   assert found.best.layout == own
+
+
+def test_a_search_compiles_without_the_options_that_are_slow_and_says_so(compiler):
+  """Those that a config names itself are kept."""
+  lines, slow, kind = [], 'xla_tpu_scoped_vmem_limit_kib', parse(SLICE).chip.kinds[0]
+  assert slow in options_for(load().compiler, kind)
+  search.search(load(), parse(SLICE), 1, lines.append)
+  assert slow not in compiler.options
+  assert compiler.options
+  assert f'compiling 1 without {slow}, a default of v5p that makes compiling slow.' in lines[0]
+  search.search(load(f"compiler.options={{'{slow}': 65536}}"), parse(SLICE), 1, lines.append)
+  assert compiler.options[slow] == 65536
+  assert lines[-2].endswith('compiling 1.')
 
 
 def test_a_layout_of_another_slice_is_left_out(compiler):
@@ -171,7 +189,7 @@ def test_model_flops_count_nothing_twice():
 
 
 def test_products_in_loops_are_dear_unless_an_option_ends_them():
-  """The option is a default of v5p; of v6e it is not."""
+  """The option is a default of v5p and v6e."""
   from pretrain.planner import workload
 
   def products(*keys: str, chips: str = 'v5p:2x2x4', **sizes: int) -> float:
@@ -182,5 +200,7 @@ def test_products_in_loops_are_dear_unless_an_option_ends_them():
   option = "compiler.options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}"
   assert math.isclose(products(fsdp=16), products(data=2, fsdp=8))
   assert math.isclose(products('compiler.chip_defaults=False', fsdp=16), 3 * products(data=2, fsdp=8))
-  assert math.isclose(products(fsdp=16, chips='v6e:4x4'), 3 * products(data=2, fsdp=8, chips='v6e:4x4'))
-  assert math.isclose(products(option, fsdp=16, chips='v6e:4x4'), products(data=2, fsdp=8, chips='v6e:4x4'))
+  on_v6e, off = functools.partial(products, chips='v6e:4x4'), 'compiler.chip_defaults=False'
+  assert math.isclose(on_v6e(fsdp=16), on_v6e(data=2, fsdp=8))
+  assert math.isclose(on_v6e(off, fsdp=16), 3 * on_v6e(data=2, fsdp=8))
+  assert math.isclose(on_v6e(off, option, fsdp=16), on_v6e(data=2, fsdp=8))
