@@ -18,6 +18,7 @@ from models.layers.low_rank import NONE, LoraConfig, attach, grafted
 from models.precision import AMAX, BF16, PrecisionConfig, check_blocks, check_layers, check_trains
 from models.precision import attach as attach_precision
 from models.product import within
+from models.row_order import RowOrder
 from models.specs import Tree, as_function, param_specs
 from pallas_kernels.attention import api as attention
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
@@ -31,8 +32,8 @@ class KernelsConfig:
   """Implementation of each op: 'auto' chooses by platform; a name that cannot run here fails.
 
   `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
-  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform). Decoding with a
-  cache uses the reference.
+  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform), 'ring' (rows that
+  `mesh.sequence` divides, on any platform). Decoding with a cache uses the reference.
   `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
   `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
   and 'interpret'; 'auto' takes the faster one of 'xla' and 'tpu' from pallas_kernels/tuning/.
@@ -47,7 +48,9 @@ class KernelsConfig:
 class Model:
   """`specs` describe the parameters; `bind(params)` is the module with arrays in it.
 
-  `adapters` are those of `specs` that low-rank adapters add; where there are any, they alone are trained.
+  `adapters` are those of `specs` that low-rank adapters add; where there are any, they alone are trained. `order` is
+  the one in which rows are divided over devices: a loss arranges its batch by it. Rows in their own order give the same
+  results, at another speed.
   """
 
   cfg: ModelConfig
@@ -55,6 +58,7 @@ class Model:
   bind: Callable[[Tree], nnx.Module]
   mesh: Mesh | AbstractMesh | None
   adapters: Tree = dataclasses.field(default_factory=dict)
+  order: RowOrder = RowOrder()
 
   def split(self, params: Tree) -> tuple[Tree, Tree]:
     """(what is trained, what is frozen) of a tree with the structure of `specs`."""
@@ -181,8 +185,29 @@ def build(
   module = make_module(cfg, kernels)
   attach_precision(module, precision, kernels.quantized_matmul)
   specs = param_specs(module)
+  order = row_order(cfg, kernels, 1 if mesh is None else mesh.shape.get('sequence', 1))
   if not lora.rank:
-    return Model(cfg, specs, as_function(module), mesh)
+    return Model(cfg, specs, as_function(module), mesh, order=order)
   adapters = attach(module, lora)
   bind = as_function(module)
-  return Model(cfg, {**specs, **adapters}, lambda params: bind(grafted(params)), mesh, adapters)
+  return Model(cfg, {**specs, **adapters}, lambda params: bind(grafted(params)), mesh, adapters, order)
+
+
+def row_order(cfg: ModelConfig, kernels: KernelsConfig, devices: int) -> RowOrder:
+  """Balanced where a ring of devices shares causal rows, and nothing in the model reads the index of a token: dropout
+  that draws a mask for each token, CLEX, which finds the ends of documents, and experts with a capacity, whose places
+  earlier tokens take first. All else has explicit positions.
+  """
+  by_index = (cfg.dropout and cfg.dropout_sites == 'bert') or cfg.rope_scaling.name == 'clex'
+  if by_index or cfg.expert_capacity is not None or cfg.name == 'encoder' or kernels.attention not in ('auto', 'ring'):
+    return RowOrder()
+  return RowOrder(devices)
+
+
+def check_divided(cfg: ModelConfig, kernels: KernelsConfig) -> None:
+  """Raises KernelError where the attention that `kernels` names cannot have rows that `mesh.sequence` divides."""
+  if kernels.attention != 'auto':
+    attention.choose(
+      kernels.attention, dropout=cfg.dropout > 0 and cfg.dropout_sites != 'none', shared=cfg.dropout_sites == 't5',
+      divided=True, position_scores=cfg.positions == 'disentangled',
+    )  # fmt: skip

@@ -14,13 +14,15 @@ import shutil
 import subprocess
 import sys
 
-ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.expert': 1}
+ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.sequence': 1, 'mesh.expert': 1}
 LAYOUTS = {
   'one device': (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
   'fsdp=8': (ONE | {'mesh.fsdp': 8}, 1),
   'fsdp=4 x tensor=2': (ONE | {'mesh.fsdp': 4, 'mesh.tensor': 2}, 1),
   'data=2 x fsdp=2 x tensor=2': (ONE | {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'sequence=4': (ONE | {'mesh.sequence': 4}, 1),
+  'fsdp=2 x sequence=2 x tensor=2': (ONE | {'mesh.fsdp': 2, 'mesh.sequence': 2, 'mesh.tensor': 2}, 1),
   # Experts on several devices; a model without any has its rows divided alone.
   'expert=4': (ONE | {'mesh.expert': 4}, 1),
   'expert=2 x fsdp=2 x tensor=2': (ONE | {'mesh.expert': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
@@ -69,7 +71,7 @@ def compare(options, dtype: str) -> bool:
     same = [r['batch_checksum'] for r in rows] == [r['batch_checksum'] for r in reference]
     good &= worst <= BARS[dtype] and same and not remat
     print(
-      f'{dtype:9} {name:28} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
+      f'{dtype:9} {name:30} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
     )
   return good
 

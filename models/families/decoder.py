@@ -18,6 +18,7 @@ from models.families.parts import (
   make_frequencies,
   make_head,
   make_stack,
+  placed,
 )
 from models.layers.attention import Visibility
 from models.layers.dropout import example_keys
@@ -77,7 +78,10 @@ class Decoder(nnx.Module):
     prefix = {}
     if 'decoder_prefix_end' in batch:  # causal objectives have no prefix field
       prefix = {'q_positions': positions, 'kv_positions': positions, 'prefix_end': batch['decoder_prefix_end']}
-    see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **prefix, **self.decoder_bias())
+    see = Visibility(
+      causal=True, q_segment_ids=segments, kv_segment_ids=segments,
+      **placed(batch, self.cfg.sinks) | prefix, **self.decoder_bias(),
+    )  # fmt: skip
     x = self.embedding(batch['decoder_input_tokens'], positions, jnp.dtype(self.cfg.dtype), keys)
     return x, positions, see
 

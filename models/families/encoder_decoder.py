@@ -16,6 +16,7 @@ from models.families.parts import (
   make_embedding,
   make_head,
   make_stack,
+  placed,
 )
 from models.layers.attention import Visibility
 from models.layers.block import Cross
@@ -71,7 +72,10 @@ class EncoderDecoder(nnx.Module):
     keys = example_keys(key, batch['example_index'])
     memory, of_encoder = self.encode(batch, keys)
     segments, keys = batch['decoder_segment_ids'], fold(keys, DECODER_KEYS)
-    see = Visibility(causal=True, q_segment_ids=segments, kv_segment_ids=segments, **self.decoder_bias())
+    see = Visibility(
+      causal=True, q_segment_ids=segments, kv_segment_ids=segments,
+      **placed(batch, self.cfg.sinks), **self.decoder_bias(),
+    )  # fmt: skip
     across = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=batch['encoder_segment_ids'])
     x = self.embedding(batch['decoder_input_tokens'], batch['decoder_positions'], jnp.dtype(self.cfg.dtype), keys)
     x, of_decoder = self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys)

@@ -1,7 +1,10 @@
 """Config keys that all models share, and the pieces made from them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Literal
+
+from jax import Array
 
 from models.layers import remat
 from models.layers.attention import AttentionConfig, QkNorm
@@ -17,6 +20,7 @@ from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.disentangled import Disentangled
 from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.layers.remat import Name, Policy
+from models.row_order import PLACES
 from models.specs import stack
 
 Positions = Literal['relative', 'rotary', 'learned', 'alibi', 'disentangled']
@@ -339,3 +343,13 @@ def make_head(cfg: Parts) -> Head | None:
   own = None if tied else Projections(std=cfg.init_std).init('embed', scale=cfg.head_init_scale)
   outputs, axis = (1, 'outputs') if cfg.head == 'binary' else (cfg.vocab_size, 'vocab')
   return Head(cfg.embed, outputs, own, bias=cfg.head_bias, axis=axis) if own or cfg.head_bias else None
+
+
+def placed(batch: Mapping[str, Array], sinks: int) -> dict[str, Array]:
+  """Arguments of `Visibility` for rows that `RowOrder` arranged: the positions of tokens in the rows as they were, or
+  with `sinks` in their documents, whose first tokens these are. Rows in order need none.
+  """
+  if PLACES not in batch:
+    return {}
+  positions = batch['decoder_positions'] if sinks else batch[PLACES]
+  return {'q_positions': positions, 'kv_positions': positions, 'kv_places': batch[PLACES]}

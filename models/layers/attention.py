@@ -59,6 +59,7 @@ class AttentionConfig:
     return self.t5_scale and self.qk_norm == 'none'
 
 
+VECTORS = {'q_segment_ids', 'kv_segment_ids', 'q_positions', 'kv_positions', 'prefix_end'}
 VISIBILITY_AXES: dict[str, tuple[str | None, ...]] = {
   'q_segment_ids': ('batch', None),
   'kv_segment_ids': ('batch', None),
@@ -78,17 +79,19 @@ class Visibility(api.Visibility):
   Rows are packed with contiguous segments, so inside a segment a difference of indices is a difference of positions:
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
   of them than queries; there the reference is as fast as a kernel. `relative`: embeddings of
-  distances for disentangled attention.
+  distances for disentangled attention. `kv_places`: the indices of keys in rows in order, where `RowOrder` moved them.
   """
 
   relative: RelativeEmbeddings | None = None
+  kv_places: Array | None = None
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
-def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool):
-  """`run` for the examples and heads of each device. No length is divided over devices: `choose` refuses that."""
-  heads, kv_heads = ('batch', 'heads', None, 'head_dim'), ('batch', kv_axis, None, 'head_dim')
+def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool, length: str | None = None):
+  """`run` for the examples and heads of each device, and with `length`='length' for its part of their rows."""
+  heads, kv_heads = ('batch', 'heads', length, 'head_dim'), ('batch', kv_axis, length, 'head_dim')
   given = {name: axes for name, axes in VISIBILITY_AXES.items() if getattr(see, name) is not None}
+  given |= {name: ('batch', length) for name in given.keys() & VECTORS}
   out = (heads, heads[:3]) if return_lse else heads
   return per_shard(run, (heads, kv_heads, kv_heads, dataclasses.replace(see, **given)), out)
 
@@ -105,7 +108,7 @@ def _of_sinks(see: Visibility, q_positions: Array, kv_positions: Array) -> Visib
     q_segments, kv_segments = see.q_segment_ids, jnp.where(is_sink, see.kv_segment_ids, 0)
   return Visibility(
     causal=True, cached=see.cached, q_segment_ids=q_segments, kv_segment_ids=kv_segments,
-    q_positions=q_positions - see.window, kv_positions=kv_positions,
+    q_positions=q_positions - see.window, kv_positions=kv_positions, kv_places=see.kv_places,
   )  # fmt: skip
 
 
@@ -238,7 +241,7 @@ class Attention(nnx.Module):
     if see.cached:
       return 'reference'
     return api.choose(
-      self.cfg.implementation, dropout=dropout, divided=divides('length'),
+      self.cfg.implementation, dropout=dropout, shared=self.cfg.dropout.shared, divided=divides('length'),
       position_scores=see.position_scores is not None, relative_bias=see.relative_bias is not None, lengths=lengths,
     )  # fmt: skip
 
@@ -249,12 +252,26 @@ class Attention(nnx.Module):
     )
     if implementation == 'reference':
       return lambda *args, **options: _named(run(*args, dropout=dropped, **options))
+    if implementation == 'ring':
+      return self._around(run, dropped)
 
     def divided(q: Array, k: Array, v: Array, see: Visibility, *, return_lse: bool = False):
       own = functools.partial(run, return_lse=return_lse)
       return _on_each_device(own, see, self.cfg.kv_axis, return_lse=return_lse)(q, k, v, see)
 
     return divided
+
+  def _around(self, run: Callable, dropped: api.Dropout | None) -> Callable:
+    """`_op` of rows whose parts are on different devices."""
+
+    def ring(q: Array, k: Array, v: Array, see: Visibility, *, return_lse: bool = False):
+      own = functools.partial(run, return_lse=return_lse, axis='sequence' if divides('length') else None)
+      kv_axis, places, see = self.cfg.kv_axis, see.kv_places, dataclasses.replace(see, kv_places=None).count_sinks()
+      if dropped is not None:
+        (k, v), kv_axis = api.drop_values(k, v, q.shape[1] // k.shape[1], dropped, places), 'heads'
+      return _on_each_device(own, see, kv_axis, return_lse=return_lse, length='length')(q, k, v, see)
+
+    return ring
 
   def _with_position_scores(self, see: Visibility, dtype) -> tuple[float | None, Visibility]:
     """(the scale of scores, `see` with this layer's keys and queries of relative embeddings where there are any).

@@ -12,7 +12,8 @@ from jax import Array
 from pallas_kernels import tuned
 from pallas_kernels.attention import cudnn, gpu, reference, tpu
 from pallas_kernels.attention.blockwise import attention as blockwise
-from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility
+from pallas_kernels.attention.reference import Dropout, PositionScores, RelativeBias, Visibility, drop_values
+from pallas_kernels.attention.ring import attention as ring
 from pallas_kernels.errors import KernelError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
   'Visibility',
   'attention',
   'choose',
+  'drop_values',
   'flash_attention',
   'mesh_platform',
 ]
@@ -35,6 +37,12 @@ def _mosaic_gpu(q: Array, k: Array, v: Array, see: Visibility, **options):
   return gpu_mosaic.attention(q, k, v, see, **options)
 
 
+def _ring(q: Array, k: Array, v: Array, see: Visibility, **options):
+  # The kernels read a relative bias by indices, which the tokens of a device do not have.
+  kernel = mesh_platform() == 'tpu' and see.relative_bias is None
+  return ring.attention(q, k, v, see, kernel=kernel, **options)
+
+
 # `interpret` runs `tpu` on any platform, slowly: for tests, and to compute on a CPU what a TPU would compute.
 IMPLEMENTATIONS = {
   'reference': reference.attention,
@@ -44,12 +52,14 @@ IMPLEMENTATIONS = {
   'mosaic_gpu': _mosaic_gpu,
   'cudnn': cudnn.attention,
   'blockwise': blockwise.attention,
+  'ring': _ring,
 }
 HOPPER = ('h100', 'h200')
 # These read and write [batch, heads, length, head_dim]; the others transpose.
 HEADS_FIRST = {
   'tpu': functools.partial(tpu.attention, heads_first=True),
   'interpret': functools.partial(tpu.attention, heads_first=True, interpret=True),
+  'ring': functools.partial(_ring, heads_first=True),
 }
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
 LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits
@@ -60,6 +70,7 @@ def choose(
   implementation: str,
   *,
   dropout: bool,
+  shared: bool = False,
   divided: bool = False,
   position_scores: bool = False,
   relative_bias: bool = False,
@@ -70,14 +81,16 @@ def choose(
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have. On
   Hopper GPUs 'auto' selects 'triton' for all that has run there, which a relative bias has not. 'mosaic_gpu' and
   'cudnn', which have no packed rows, must be named. On other GPUs and on CPUs it selects 'blockwise' for long rows.
-  `divided`: each device holds parts of rows, which the partitioner gathers only for the reference.
+  `divided`: each device holds parts of rows, which 'ring' sends around and the partitioner gathers for the reference.
+  `shared`: the dropout has one mask for all queries of a head, which the caller of 'ring' puts on the values.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
   `lengths` of queries and keys.
 
   Raises KernelError.
   """
+  unlike = dropout and not shared
   if implementation == 'auto':
-    chosen, reason = _automatic(dropout, divided, position_scores, relative_bias, lengths)
+    chosen, reason = _automatic(unlike or (dropout and not divided), divided, position_scores, relative_bias, lengths)
     if reason not in _reported:
       _reported.add(reason)
       logging.getLogger(__name__).info('attention: %s (%s)', chosen, reason)
@@ -91,15 +104,20 @@ def choose(
       f"kernels.attention='{implementation}' runs on {PLATFORMS[implementation]}, this mesh has {platform} devices; "
       "use 'auto' or 'reference'."
     )
-  if dropout and implementation != 'reference':
+  if implementation == 'ring' and unlike:
+    raise KernelError(
+      "kernels.attention='ring' has no attention dropout with a mask for each query, which model.dropout > 0 needs "
+      "with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or sites 't5'."
+    )
+  if dropout and implementation not in ('reference', 'ring'):
     raise KernelError(
       f"kernels.attention='{implementation}' has no attention dropout, which model.dropout > 0 needs; "
       "use 'auto' or 'reference', or model.dropout=0."
     )
-  if divided and implementation != 'reference':
+  if divided and implementation not in ('reference', 'ring'):
     raise KernelError(
       f"kernels.attention='{implementation}' needs whole rows, which mesh.sequence > 1 divides: each device would do "
-      "all of the work; use mesh.sequence=1 with mesh.fsdp or mesh.tensor, or kernels.attention='reference'."
+      "all of the work; use kernels.attention='ring', or mesh.sequence=1 with mesh.fsdp or mesh.tensor."
     )
   if position_scores and implementation != 'reference':
     raise KernelError(
@@ -120,6 +138,8 @@ def _automatic(
 ) -> tuple[str, str]:
   """(implementation, reason)."""
   platform = mesh_platform()
+  if divided and not (dropout or position_scores):
+    return 'ring', 'mesh.sequence > 1 divides rows'
   if platform is None:
     return 'reference', 'no mesh gives the platform'
   whole = not (dropout or divided or position_scores)
@@ -135,8 +155,6 @@ def _automatic(
     )
   if platform not in ('tpu', 'gpu'):
     return 'reference', f'no kernel for {platform}'
-  if divided:
-    return 'reference', 'mesh.sequence > 1 divides rows'
   if position_scores:
     return 'reference', 'disentangled attention'
   return ('reference', 'attention dropout') if dropout else ('tpu', 'the kernel for TPU')
@@ -195,8 +213,11 @@ def attention(
   implementation: str = 'auto',
   return_lse: bool = False,
   heads_first: bool = False,
+  axis: str | None = None,
 ):
   """`flash_attention`, for a caller that has a `Visibility`. Raises KernelError as that does.
+
+  'ring' is called on each device with its part of the rows, which `axis` of the mesh divides.
 
   With `heads_first` arrays are [batch, heads, length, head_dim], and lse [batch, heads, length]: the order in which the
   kernels for TPU read and write them.
@@ -204,7 +225,7 @@ def attention(
   shapes = [_turned(x) if heads_first else x for x in (q, k, v)]
   chosen = _checked(shapes, see, implementation, dropout is not None, {'alibi': see.alibi, 'sink_logits': sink_logits})
   see = see.count_sinks()
-  options = {'dropout': dropout} if chosen == 'reference' else {}
+  options = {'dropout': dropout} if chosen == 'reference' else {'axis': axis} if chosen == 'ring' else {}
   options |= {'softcap': softcap, 'scale': scale, 'sink_logits': sink_logits, 'return_lse': return_lse}
   if not heads_first:
     return IMPLEMENTATIONS[chosen](q, k, v, see, **options)
@@ -233,7 +254,7 @@ def _checked(
     implementation, dropout=dropout, position_scores=see.position_scores is not None,
     relative_bias=see.relative_bias is not None, lengths=(q.shape[1], k.shape[1]),
   )  # fmt: skip
-  if see.relative_bias is not None and chosen not in ('reference', 'blockwise'):
+  if see.relative_bias is not None and chosen not in ('reference', 'blockwise', 'ring'):
     _check_positions(chosen, q, k, see.count_sinks())
   return chosen
 

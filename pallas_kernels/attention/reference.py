@@ -237,10 +237,26 @@ class Dropout(NamedTuple):
 
 
 def _drop(weights: Array, dropout: Dropout) -> Array:
-  rate, keys, shared = dropout
-  shape = (*weights.shape[1:3], 1 if shared else weights.shape[-2], weights.shape[-1])
-  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
-  return jnp.where(keep, weights / (1 - rate), 0.0)
+  shape = (*weights.shape[1:3], 1 if dropout.shared else weights.shape[-2], weights.shape[-1])
+  return jnp.where(_kept(dropout, shape), weights / (1 - dropout.rate), 0.0)
+
+
+def _kept(dropout: Dropout, shape: tuple[int, ...]) -> Array:
+  return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout.rate, shape))(dropout.keys)
+
+
+def drop_values(k: Array, v: Array, group: int, dropout: Dropout, places: Array | None = None) -> tuple[Array, Array]:
+  """k and v[batch, kv_heads, S, head_dim], one for each query head, whose attention is that of k and v with a `shared`
+  dropout: what all queries of a head drop of a key is dropped of its value.
+
+  `places` int32[batch, S] are the indices of the keys in rows in order, where they are not in order.
+  """
+  keep = _kept(dropout, (k.shape[1], group, 1, k.shape[2]))[:, :, :, 0]
+  if places is not None:
+    keep = jnp.take_along_axis(keep, places[:, None, None], axis=3)
+  keep = keep.reshape(k.shape[0], -1, k.shape[2], 1)
+  k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+  return k, jnp.where(keep, v / (1 - dropout.rate), jnp.zeros((), v.dtype))
 
 
 def attention(

@@ -98,13 +98,13 @@ def attention(
   table = None if see.relative_bias is None else see.relative_bias.table
   call = lambda rows: _flash(spec, *rows[:3], table, see.alibi, sink_logits, rows[3])
   arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
-  out, lse = _in_turns(call, arrays, batch, _rows_at_once(spec, vectors, batch))
+  out, lse = in_turns(call, arrays, batch, rows_at_once(spec, vectors, batch))
   last = (lambda x: x) if heads_first else (lambda x: jnp.moveaxis(x, 1, 2))
   out = last(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length])
   return (out, last(lse.reshape(batch, heads, -1)[:, :, :q_length])) if return_lse else out
 
 
-def _rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:
+def rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:
   """The largest divisor of `batch` for which the lists of tiles fit; without vectors all rows share one list."""
   if not jax.tree.leaves(vectors):
     return batch
@@ -112,7 +112,7 @@ def _rows_at_once(spec: Spec, vectors: Vectors, batch: int) -> int:
   return next(rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0)
 
 
-def _in_turns(call, arrays, batch: int, rows: int):
+def in_turns(call, arrays, batch: int, rows: int):
   if rows == batch:
     return call(arrays)
   split = lambda x: x.reshape(batch // rows, -1, *x.shape[1:])
@@ -126,17 +126,27 @@ def _flash(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors) -> 
   return _forward(spec, q, k, v, table, alibi, sink_logits, vectors)[0]
 
 
-def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
-  call = Call.make(spec, _numbers(table, alibi, sink_logits), vectors, by_keys=False)
-  f32 = jnp.float32
+def run_forward(spec: Spec, q, k, v, numbers, vectors: Vectors, dtype) -> tuple[Array, Array]:
+  """(o in `dtype`, lse in base 2, NO_ROW for a query without a visible key)."""
+  call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   out = call.run(
     tpu_kernels.forward,
     ins={'q': call.of_q(q), 'k': call.of_kv(k), 'v': call.of_kv(v)},
-    outs={'o': call.of_q(q), 'lse': call.row_of_q(jax.ShapeDtypeStruct((q.shape[0], 1, spec.q_length), f32))},
+    outs={'o': call.of_q(_like(q, dtype)),
+          'lse': call.row_of_q(jax.ShapeDtypeStruct((q.shape[0], 1, spec.q_length), f32))},
     scratch={'m': ((spec.block_q, LANES), f32), 'l': ((spec.block_q, LANES), f32),
              'acc': ((spec.block_q, q.shape[2]), f32), **call.toe('toe')},
   )  # fmt: skip
-  o, lse = (checkpoint_name(x, KEPT) for x in (out['o'], out['lse'][:, 0]))
+  return out['o'], out['lse'][:, 0]
+
+
+def _like(x, dtype) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def _forward(spec: Spec, q, k, v, table, alibi, sink_logits, vectors: Vectors):
+  found = run_forward(spec, q, k, v, _numbers(table, alibi, sink_logits), vectors, q.dtype)
+  o, lse = (checkpoint_name(x, KEPT) for x in found)
   natural = lse / LOG2E if table is None else _add_left(spec, lse / LOG2E, table)
   natural = jnp.where(lse == NO_ROW, -jnp.inf, natural)
   return (o, natural), (q, k, v, table, alibi, sink_logits, vectors, o, lse)
@@ -149,8 +159,8 @@ def _backward(spec: Spec, saved, gradients):
   di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
   rows = {'lse': lse[:, None], 'di': di[:, None]}
   same = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), **rows}
-  dq, dbias = _grad_queries(spec, same, numbers, vectors)
-  dk, dv = _grad_keys_values(spec, same, numbers, vectors)
+  dq, dbias = grad_queries(spec, same, numbers, vectors, q.dtype)
+  dk, dv = grad_keys_values(spec, same, numbers, vectors, k.dtype)
   # Kernels count the bias from its far left, but the gradients are those of the bias itself.
   dtable = None if table is None else toeplitz.table_gradient(spec, *dbias).astype(table.dtype)
   dsink = None if sink_logits is None else _grad_sinks(spec, table, sink_logits, lse, di)
@@ -169,11 +179,11 @@ def _grad_sinks(spec: Spec, table, sink_logits, lse, di) -> Array:
   return -(weights * di.reshape(weights.shape)).sum((0, 2)).astype(sink_logits.dtype)
 
 
-def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
+def grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors, dtype):
   """(dq, gradient of the bias: f32[heads, length of its line] and f32[heads, 2] of saturated tiles, or None)."""
   call, f32 = Call.make(spec, numbers, vectors, by_keys=False), jnp.float32
   q = arrays['q']
-  outs, scratch = {'dq': call.of_q(q)}, {'acc': ((spec.block_q, q.shape[2]), f32)}
+  outs, scratch = {'dq': call.of_q(_like(q, dtype))}, {'acc': ((spec.block_q, q.shape[2]), f32)}
   scratch |= {f'column_{name}': ((spec.block_q, LANES), f32) for name in ('lse', 'di')}
   if spec.biased:
     outs['dline'] = call.of_head(jax.ShapeDtypeStruct((q.shape[0], 1, toeplitz.length(spec)), f32))
@@ -186,13 +196,14 @@ def _grad_queries(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vec
   return out['dq'], (per_head(out['dline']).sum((0, 2)), per_head(out['dsaturated']).sum((0, -1, -2)))
 
 
-def _grad_keys_values(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors):
+def grad_keys_values(spec: Spec, arrays: Mapping[str, Array], numbers, vectors: Vectors, dtype):
   call, f32 = Call.make(spec, numbers, vectors, by_keys=True), jnp.float32
   k, v = arrays['k'], arrays['v']
   scratch = {name: ((spec.block_kv, k.shape[2]), f32) for name in ('acc_k', 'acc_v')}
   out = call.run(
     tpu_kernels.grad_keys_values, call.inputs(arrays),
-    {'dk': call.of_kv(k), 'dv': call.of_kv(v)}, scratch | call.toe('toe', members=spec.group),
+    {'dk': call.of_kv(_like(k, dtype)), 'dv': call.of_kv(_like(v, dtype))},
+    scratch | call.toe('toe', members=spec.group),
   )  # fmt: skip
   return out['dk'], out['dv']
 

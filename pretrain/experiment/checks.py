@@ -22,7 +22,7 @@ from data.objectives.objectives import (
 )
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
-from models.build import check_kernels, check_lora, check_model, check_precision
+from models.build import check_divided, check_kernels, check_lora, check_model, check_precision, row_order
 from models.layers.low_rank import LoraConfig
 from models.precision import DELAYED, PrecisionConfig, named_by
 from pallas_kernels.errors import KernelError
@@ -102,6 +102,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_precision(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
+  check_sequence(cfg, cfg.mesh.sequence)
   check_optimizer(cfg.optimizer)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
@@ -338,3 +339,25 @@ def check_batch(cfg: Experiment, shards: int) -> None:
       f'data.batch_size={cfg.data.batch_size} does not divide into {"*".join(BATCH_AXES)}={shards} shards x '
       f'train.accumulate={cfg.train.accumulate}; use a multiple of {pieces}, e.g. {good}.'
     )
+
+
+def check_sequence(cfg: Experiment, devices: int) -> None:
+  """Raises ConfigError where `devices` cannot share a row: by their attention, or because parts would be unequal."""
+  if devices <= 1:
+    return
+  try:
+    check_divided(cfg.model, cfg.kernels)
+  except KernelError as error:
+    raise ConfigError(str(error).removeprefix('CONFIG: ')) from error
+  balanced = row_order(cfg.model, cfg.kernels, devices).devices > 1
+  lengths = {'inputs_length': (cfg.data.inputs_length, 1), 'targets_length': (cfg.data.targets_length, 1 + balanced)}
+  if isinstance(cfg.data.packing, LengthBuckets):
+    lengths['packing.min_length'] = (cfg.data.packing.min_length, 1 + balanced)
+  for key, (length, parts) in lengths.items():
+    if length % (multiple := parts * devices):
+      near = max(round(length / multiple), 1) * multiple
+      both = ', of which each device has an early and a late one' if parts > 1 else ''
+      raise ConfigError(
+        f'data.{key}={length} does not divide into {"2 x " * (parts > 1)}mesh.sequence={devices} equal parts{both}; '
+        f'use a multiple of {multiple}, e.g. {near}.'
+      )

@@ -13,7 +13,7 @@ from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles, options_for
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
-from pretrain.experiment.checks import check_batch, check_mesh_of_experts
+from pretrain.experiment.checks import check_batch, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.optimizer import make_optimizer, skipped
@@ -67,6 +67,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
     check_memory(mesh, HOST, f'model.remat_offload={list(cfg.model.remat_offload)}')
   check_batch(cfg, batch_shards(mesh))
   check_mesh_of_experts(cfg, mesh.shape['expert'])
+  check_sequence(cfg, mesh.shape['sequence'])
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)

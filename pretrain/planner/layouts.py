@@ -20,7 +20,7 @@ REMATS = ('none', 'dots', *KEPT)  # and what the config has, where it names acti
 MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small for a matrix unit
 # Axes that are not searched, and why.
 LEFT_OUT = {
-  'sequence': 'attention kernels need whole rows',
+  'sequence': 'it is for rows too long for one device',
   'expert': 'its estimates were not compared with compiled steps',
   'stage': 'there are no pipelines',
 }

@@ -282,7 +282,17 @@ def in_layer(work: Workload, layout: Layout, stack: Layers) -> float:
   gathered += sum(p.values for p in found if p.name in ('query', 'key', 'value', 'out')) / attention
   heads = results(work, layout, stack, 'query', 'key', 'value') / attention
   live = 4 * results(work, layout, stack, 'up') + 2 * heads + 6 * own * work.cfg.model.embed
-  return work.itemsize * (gathered + live) + _scores(work, layout, stack)
+  return work.itemsize * (gathered + live) + _scores(work, layout, stack) + _ring(work, layout, stack)
+
+
+def _ring(work: Workload, layout: Layout, stack: Layers) -> float:
+  """What travels in the backward pass of ring attention, here and on its way: keys, values, and their gradients in f32;
+  and the gradient of queries, which waits in f32.
+  """
+  if layout.sizes['sequence'] == 1:
+    return 0.0
+  keys, queries = (results(work, layout, stack, *names) for names in (('key', 'value'), ('query',)))
+  return ((work.itemsize + 2 * F32) * keys + F32 * queries) / len(stack.keys)
 
 
 def _copies(product: Product) -> int:

@@ -163,8 +163,8 @@ def _filled(work: Workload, layout: Layout) -> float:
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
   """Links of a step: parameters gathered over fsdp in both passes of each microbatch; gradients summed, in the
-  activations' dtype, whole over fsdp, then a device's part over the other axes of rows; activations summed over tensor;
-  tokens on their way to experts and back, forward and backward.
+  activations' dtype, whole over fsdp, then a device's part over the other axes of tokens; activations summed over
+  tensor; keys and values sent around a ring over sequence; tokens on their way to experts and back.
   """
   sizes, size = layout.sizes, work.itemsize
   named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
@@ -173,7 +173,7 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
   if group := named(('fsdp',)):
     time += torus.seconds('all-gather', size * whole, of, group).times(2)
     time += torus.seconds('all-reduce', size * whole, of, group)
-  if group := named(('replica', 'data')):
+  if group := named(('replica', 'data', 'sequence')):
     time += torus.seconds('all-reduce', size * whole / sizes['fsdp'], of, group)
   if group := named(('expert',)):
     time += torus.seconds('all-reduce', size * memory.of_mesh(work, layout).dense / sizes['fsdp'], of, group)
@@ -185,6 +185,9 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
       number = stack.number * (2 * sums + (sums - 1 if again else 0))
       own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
       time += torus.seconds('all-reduce', own, of, group).times(number)
+  if group := named(('sequence',)):
+    for stack in work.stacks:
+      time += _ring(work, layout, of, group, stack)
   return time.times(layout.accumulate)
 
 
@@ -202,3 +205,13 @@ def _routed(work: Workload, layout: Layout, of: Slice, group: Group) -> Time:
     size = memory.tokens(work, layout, stack.length) * rows * model.embed * work.itemsize
     time += torus.seconds(kind, size, of, group).times(stack.number * (4 + again))
   return time
+
+
+def _ring(work: Workload, layout: Layout, of: Slice, over: torus.Group, stack: Layers) -> Time:
+  """Keys and values go around in each pass, in the backward one with their gradients, which are in f32 until home."""
+  hops, names = layout.sizes['sequence'], memory.kept(work, layout)
+  sent = lambda size: torus.seconds('collective-permute', size, of, over)
+  keys = memory.results(work, layout, stack, 'key', 'value')
+  passes = 2 + int(layout.remat != 'none' and 'context' not in names)
+  around = sent(work.itemsize * keys).times(hops * passes) + sent(memory.F32 * keys).times(hops)
+  return (around + sent(work.itemsize * keys)).times(stack.number)

@@ -96,6 +96,7 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
   def loss(
     params, batch: Batch, key: Array | None, weight: Array, read: Mapping[str, Any] = NONE
   ) -> tuple[Array, tuple[Metrics, Seen]]:
+    batch = model.order.arrange(batch)
     share = batch['decoder_loss_weights'].reshape(-1) / weight
     total, (value, lse, correct), aux = _token_losses(
       model, kernels, params, batch, key, read, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
@@ -126,9 +127,9 @@ def make_token_step(model: Model, kernels: KernelsConfig):
   _check_head(model)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
-    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
+    _, (value, _, correct), _ = _token_losses(model, kernels, params, model.order.arrange(batch), None)
     shape = batch['decoder_target_tokens'].shape
-    return value.reshape(shape), correct.reshape(shape)
+    return model.order.restore(value.reshape(shape)), model.order.restore(correct.reshape(shape))
 
   return token_step
 
@@ -143,6 +144,7 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
   _check_head(model)
 
   def eval_step(params, batch: Batch) -> Metrics:
+    batch = model.order.arrange(batch)
     _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
     labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
     text = weights * ((labels[:, None] != jnp.asarray(not_text)).all(-1) & (labels < num_pieces))

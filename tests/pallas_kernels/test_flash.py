@@ -252,13 +252,32 @@ def test_dropout_uses_the_reference_and_a_named_kernel_refuses_it():
   flash_attention(q, k, v, causal=True, dropout=(0.1, keys), implementation='auto')
 
 
-def test_rows_divided_over_the_mesh_use_the_reference():
-  with pytest.raises(KernelError, match=r"^CONFIG: kernels.attention='interpret' needs whole rows.*mesh.sequence=1"):
+def test_rows_divided_over_the_mesh_use_the_ring():
+  with pytest.raises(KernelError) as caught:
     choose('interpret', dropout=False, divided=True)
+  assert str(caught.value) == (
+    "CONFIG: kernels.attention='interpret' needs whole rows, which mesh.sequence > 1 divides: each device would do all "
+    "of the work; use kernels.attention='ring', or mesh.sequence=1 with mesh.fsdp or mesh.tensor."
+  )
   assert choose('reference', dropout=False, divided=True) == 'reference'
-  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=V5E)):
-    assert choose('auto', dropout=False, divided=True) == 'reference'
-    assert choose('auto', dropout=False) == 'tpu'
+  assert choose('ring', dropout=True, shared=True, divided=True) == 'ring'
+  for platform in ('tpu', 'cpu', 'gpu'):
+    device = AbstractDevice(device_kind='one', num_cores=1, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=device)):
+      assert choose('auto', dropout=True, shared=True, divided=True, relative_bias=True) == 'ring'
+      assert choose('auto', dropout=True, divided=True) == 'reference'
+      assert choose('auto', dropout=False, divided=True, position_scores=True) == 'reference'
+
+
+def test_what_a_ring_lacks_is_named():
+  with pytest.raises(KernelError) as caught:
+    choose('ring', dropout=True, divided=True)
+  assert str(caught.value) == (
+    "CONFIG: kernels.attention='ring' has no attention dropout with a mask for each query, which model.dropout > 0 "
+    "needs with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or sites 't5'."
+  )
+  with pytest.raises(KernelError, match=r"^CONFIG: kernels.attention='ring' has no disentangled attention, which"):
+    choose('ring', dropout=False, divided=True, position_scores=True)
 
 
 def test_auto_selects_by_the_platform_of_the_mesh_and_logs_why_once(caplog, monkeypatch):

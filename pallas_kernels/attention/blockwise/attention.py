@@ -67,7 +67,7 @@ def _specify(q: Array, k: Array, see: Visibility, softcap: float | None, blocks:
   )  # fmt: skip
 
 
-def _split(x: Array, block: int) -> Array:
+def split(x: Array, block: int) -> Array:
   """[batch, length, ...] -> [blocks, batch, block, ...], padded with 0."""
   x = pad(x, 1, -(-x.shape[1] // block) * block)
   return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
@@ -75,7 +75,7 @@ def _split(x: Array, block: int) -> Array:
 
 def _split_heads(x: Array, kv_heads: int, block: int) -> Array:
   """[batch, length, heads, head_dim] -> [blocks, batch, kv_heads, group, block, head_dim]."""
-  x = _split(x, block)
+  x = split(x, block)
   return jnp.moveaxis(x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1]), 2, 4)
 
 
@@ -85,7 +85,7 @@ def _vectors(spec: Spec, see: Visibility) -> dict[str, Array]:
   found = {name: jnp.arange(length, dtype=jnp.int32)[None] for name, length in index.items()}
   names = ('q_positions', 'kv_positions', 'q_segment_ids', 'kv_segment_ids', 'prefix_end')
   found |= {name: getattr(see, name) for name in names if getattr(see, name) is not None}
-  return {name: _split(x, spec.block_q if name.startswith('q_') else spec.block_kv) for name, x in found.items()}
+  return {name: split(x, spec.block_q if name.startswith('q_') else spec.block_kv) for name, x in found.items()}
 
 
 def _numbers(spec: Spec, q: Array, k: Array, see: Visibility, sink_logits: Array | None) -> dict[str, Array]:

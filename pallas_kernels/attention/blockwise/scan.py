@@ -6,7 +6,7 @@ Source: Rabe and Staats 2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.1413
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -111,16 +111,28 @@ def _hidden(mask: Array | None, scores: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: Arrays) -> tuple[Array, Array]:
   """(out, in q's shape and dtype; lse f32[blocks, batch, kv_heads, group, block_q]) of what `_split_heads` made."""
+  out, lse = mix(spec, q, k, v, numbers, vectors)
+  return out.astype(q.dtype), lse
 
-  def visit(carry, tile):
-    i, j = tile
-    see, (top, total, mixed) = _see(spec, vectors, i, j), (_at(x, i) for x in carry)
+
+def mix(
+  spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: Arrays, live: Array | None = None
+) -> tuple[Array, Array]:
+  """`attend` without gradients, `out` in f32. Of bool[num_q, num_kv] `live`, only true tiles are computed."""
+
+  def tile_of(own, i, j):
+    see, (top, total, mixed) = _see(spec, vectors, i, j), own
     raw = _einsum('bkgtd,bksd->bkgts', _at(q, i), _at(k, j))
     scores = _hidden(_mask(spec, see, j), _scores(spec, raw, _own(spec, numbers, i, j), see))
     larger = jnp.maximum(top, scores.max(-1))
     weights, fade = jnp.exp(scores - larger[..., None]), jnp.exp(top - larger)
     found = _einsum('bkgts,bksd->bkgtd', weights.astype(v.dtype), _at(v, j))
-    changed = larger, total * fade + weights.sum(-1), mixed * fade[..., None] + found
+    return larger, total * fade + weights.sum(-1), mixed * fade[..., None] + found
+
+  def visit(carry, tile):
+    i, j = tile
+    own = tuple(_at(x, i) for x in carry)
+    changed = _if_live(live, i, j, lambda: tile_of(own, i, j), lambda: own)
     return tuple(jax.lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in zip(carry, changed, strict=True)), None
 
   sinks = numbers.get('sinks')
@@ -129,8 +141,12 @@ def attend(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: A
   (top, total, mixed), _ = jax.lax.scan(visit, start, tuple(spec.tiles().T))
   seen = top > MASKED / 2  # the largest score of a query without a visible key is MASKED
   total = jnp.where(seen, total, 1.0)
-  out = jnp.where(seen[..., None], mixed / total[..., None], 0.0).astype(q.dtype)
+  out = jnp.where(seen[..., None], mixed / total[..., None], 0.0)
   return out, jnp.where(seen, top + jnp.log(total), -jnp.inf)
+
+
+def _if_live(live: Array | None, i: Array, j: Array, compute: Callable, otherwise: Callable):
+  return compute() if live is None else jax.lax.cond(live[i, j], compute, otherwise)
 
 
 def _forward(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors: Arrays):
@@ -139,36 +155,55 @@ def _forward(spec: Spec, q: Array, k: Array, v: Array, numbers: Arrays, vectors:
 
 
 def _backward(spec: Spec, saved, gradients):
-  """Of a query without a visible key all weights are 0: its scores are MASKED, and its lse is taken as 0."""
-  (q, k, v, numbers, vectors, out, lse), (out_gradient, lse_gradient) = saved, gradients
-  seen = jnp.isfinite(lse)
-  lse = jnp.where(seen, lse, 0.0)
-  # d loss / d score = weight * (d loss / d weight - shift)
-  shift = _einsum('nbkgtd,nbkgtd->nbkgt', out_gradient, out) - jnp.where(seen, lse_gradient, 0.0)
+  (q, k, v, *_), found = saved, pull(spec, saved, gradients)
+  arrays = tuple(found.pop(name).astype(x.dtype) for name, x in (('q', q), ('k', k), ('v', v)))
+  return *arrays, found, None
+
+
+def shift_of(out: Array, lse: Array, gradients: tuple[Array, Array]) -> Array:
+  """f32 in lse's shape: d loss / d score = weight * (d loss / d weight - this)."""
+  out_gradient, lse_gradient = gradients
+  return _einsum('...d,...d->...', out_gradient, out) - jnp.where(jnp.isfinite(lse), lse_gradient, 0.0)
+
+
+def pull(spec: Spec, saved, gradients: tuple[Array, Array], live: Array | None = None) -> dict[str, Array]:
+  """The gradients of q, k, v and `numbers`, in f32, from (q, k, v, numbers, vectors, out, lse), where `out` and `lse`
+  may be of more keys than these; `live` as in `mix`.
+
+  Of a query without a visible key all weights are 0: its scores are MASKED, and its lse is taken as 0."""
+  (q, k, v, numbers, vectors, out, lse), (out_gradient, _) = saved, gradients
+  shift = shift_of(out, lse, gradients)
+  lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+
+  def tile_of(i, j):
+    see, own = _see(spec, vectors, i, j), _own(spec, numbers, i, j)
+    q_i, k_j, v_j, g = _at(q, i), _at(k, j), _at(v, j), _at(out_gradient, i)
+    raw = _einsum('bkgtd,bksd->bkgts', q_i, k_j)
+    scores, of_scores = jax.vjp(lambda raw, own: _scores(spec, raw, own, see), raw, own)
+    weights = jnp.exp(_hidden(_mask(spec, see, j), scores) - _at(lse, i)[..., None])
+    by_weight = _einsum('bkgtd,bksd->bkgts', g, v_j) - _at(shift, i)[..., None]
+    raw_gradient, own_gradient = of_scores(weights * by_weight)
+    raw_gradient = raw_gradient.astype(q.dtype)
+    changes = {
+      'q': _einsum('bkgts,bksd->bkgtd', raw_gradient, k_j),
+      'k': _einsum('bkgts,bkgtd->bksd', raw_gradient, q_i),
+      'v': _einsum('bkgts,bkgtd->bksd', weights.astype(v.dtype), g),
+    }
+    return changes, own_gradient
 
   def visit(carry, tile):
     i, j = tile
-    see, own = _see(spec, vectors, i, j), _own(spec, numbers, i, j)
-    q_i, k_j, v_j, g = _at(q, i), _at(k, j), _at(v, j), _at(out_gradient, i)
-    scores, pull = jax.vjp(lambda raw, own: _scores(spec, raw, own, see), _einsum('bkgtd,bksd->bkgts', q_i, k_j), own)
-    weights = jnp.exp(_hidden(_mask(spec, see, j), scores) - _at(lse, i)[..., None])
-    by_weight = _einsum('bkgtd,bksd->bkgts', g, v_j) - _at(shift, i)[..., None]
-    raw_gradient, own_gradient = pull(weights * by_weight)
-    raw_gradient = raw_gradient.astype(q.dtype)
-    changes = {
-      'q': (i, _einsum('bkgts,bksd->bkgtd', raw_gradient, k_j)),
-      'k': (j, _einsum('bkgts,bkgtd->bksd', raw_gradient, q_i)),
-      'v': (j, _einsum('bkgts,bkgtd->bksd', weights.astype(v.dtype), g)),
-    }
-    return carry | _add_blocks(carry, changes) | _add_numbers(spec, carry, own_gradient, i, j), None
+    nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tile_of, i, j))
+    found, own = _if_live(live, i, j, lambda: tile_of(i, j), nothing)
+    changes = {'q': (i, found['q']), 'k': (j, found['k']), 'v': (j, found['v'])}
+    return carry | _add_blocks(carry, changes) | _add_numbers(spec, carry, own, i, j), None
 
   start = {'q': q, 'k': k, 'v': v} | {name: x for name, x in numbers.items() if name != 'sinks'}
   start = {name: jnp.zeros(x.shape, jnp.float32) for name, x in start.items()}
   found, _ = jax.lax.scan(visit, start, tuple(spec.tiles().T))
-  arrays = tuple(found.pop(name).astype(x.dtype) for name, x in (('q', q), ('k', k), ('v', v)))
   if 'sinks' in numbers:  # a weight without a value, so d loss / d weight is 0
     found['sinks'] = -(jnp.exp(numbers['sinks'][..., None] - lse) * shift).sum((0, 1, 4))
-  return *arrays, found, None
+  return found
 
 
 def _add_blocks(carry: Arrays, changes: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:

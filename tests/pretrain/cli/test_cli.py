@@ -444,6 +444,48 @@ def test_experts_that_the_mesh_does_not_divide_are_refused_with_the_nearest_size
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+  ('file', 'overrides', 'message'),
+  [
+    (
+      tiny.DECODER,
+      ('mesh.data=1', 'mesh.sequence=4', 'data.targets_length=20'),
+      'data.targets_length=20 does not divide into 2 x mesh.sequence=4 equal parts, of which each device has an early '
+      'and a late one; use a multiple of 8, e.g. 16.',
+    ),
+    (  # the mesh is known only when the devices are
+      tiny.DECODER,
+      ('mesh.data=1', 'mesh.sequence=-1', 'data.targets_length=40'),
+      'data.targets_length=40 does not divide into 2 x mesh.sequence=8 equal parts, of which each device has an early '
+      'and a late one; use a multiple of 16, e.g. 32.',
+    ),
+    (
+      tiny.UL2,
+      ('mesh.data=1', 'mesh.sequence=4', 'data.inputs_length=66'),
+      'data.inputs_length=66 does not divide into mesh.sequence=4 equal parts; use a multiple of 4, e.g. 64.',
+    ),
+    (
+      tiny.DECODER,
+      ('mesh.data=1', 'mesh.sequence=4', "data.packing.name='length_buckets'", 'data.packing.min_length=12',
+       'data.targets_length=96'),
+      'data.packing.min_length=12 does not divide into 2 x mesh.sequence=4 equal parts, of which each device has an '
+      'early and a late one; use a multiple of 8, e.g. 16.',
+    ),
+    (
+      tiny.DECODER,
+      ('mesh.data=1', 'mesh.sequence=4', "kernels.attention='blockwise'"),
+      "kernels.attention='blockwise' needs whole rows, which mesh.sequence > 1 divides: each device would do all of "
+      "the work; use kernels.attention='ring', or mesh.sequence=1 with mesh.fsdp or mesh.tensor.",
+    ),
+  ],
+)  # fmt: skip
+def test_rows_that_a_ring_cannot_share_are_refused(capsys, tmp_path, file, overrides, message):
+  flags = [f'--gin_file={file}', *(f'--gin.{o}' for o in overrides), f'--workdir={tmp_path / "run"}']
+  code, _, err = run(capsys, 'train', *flags)
+  assert (code, err) == (64, f'CONFIG: {message}\n')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_vocabulary_that_tensor_does_not_divide_is_refused(capsys, tmp_path):
   given = (*tiny.SMALL_DECODER, 'model.vocab_size=510', 'mesh.data=2', 'mesh.tensor=4')
   overrides = [f'--gin.{o}' for o in given]

@@ -133,7 +133,7 @@ def test_the_command_prints_the_table_and_writes_the_layout(compiler, tmp_path, 
   assert main([*FLAGS, '--compile=2', f'--output={path}', '--explain']) == 0
   out, err = capsys.readouterr()
   assert 'layouts estimated in' in err
-  assert 'Not searched: sequence (attention kernels need whole rows).' in out
+  assert 'Not searched: sequence (it is for rows too long for one device).' in out
   assert f'--gin_file={UL2} --gin_file={path}' in out
   cfg = bindings.load(Experiment, [UL2, str(path)], [])
   assert compiler.asked[0].of(load()) == cfg
