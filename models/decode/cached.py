@@ -52,7 +52,7 @@ def _filled(positions: Array) -> Array:
 
 
 def _start_encoder_decoder(module: EncoderDecoder, batch, max_tokens: int):
-  memory, _ = module.encode(batch, None)
+  memory, _ = module.encode(batch, None, decoding=True)
   segments = batch['encoder_segment_ids']
   cross_keys_values = module.decoder.cross_keys_values(memory, batch['encoder_positions'])
   if PLACES in batch:

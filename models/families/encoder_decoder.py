@@ -59,13 +59,13 @@ class EncoderDecoder(nnx.Module):
     self.head = make_head(cfg)
     self.cfg = cfg
 
-  def encode(self, batch, keys: Array | None) -> tuple[Array, Aux]:
-    """(encoder output [batch, inputs_length, embed], means over the encoder's layers)."""
+  def encode(self, batch, keys: Array | None, *, decoding: bool = False) -> tuple[Array, Aux]:
+    """(encoder output [batch, inputs_length, embed], means over the encoder's layers); `decoding` as for a `Stack`."""
     segments = batch['encoder_segment_ids']
     see = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=segments, **self.encoder_bias())
     keys = fold(keys, ENCODER_KEYS)
     x = self.embedding(batch['encoder_input_tokens'], batch['encoder_positions'], jnp.dtype(self.cfg.dtype), keys)
-    return self.encoder(x, batch['encoder_positions'], see, keys=keys)
+    return self.encoder(x, batch['encoder_positions'], see, keys=keys, decoding=decoding)
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Decoder output [batch, targets_length, embed], before the head."""

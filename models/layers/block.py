@@ -110,9 +110,11 @@ class Block(nnx.Module):
     keys: Array | None,
     layer: Array,
     cache: Cache | None,
+    *,
+    decoding: bool,
   ) -> tuple[Array, Cache | None, Aux]:
     """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
-    at, decoding = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE), cache is not None
+    at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
     h = self._enter(x, at)
     q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
     if cache is not None:
@@ -181,16 +183,26 @@ class Stack(nnx.Module):
     self.edges = (0, 0)  # set by models/precision.py
 
   def __call__(
-    self, x: Array, positions: Array | Angles, see: Visibility, cross: Cross | None = None, keys: Array | None = None
+    self,
+    x: Array,
+    positions: Array | Angles,
+    see: Visibility,
+    cross: Cross | None = None,
+    keys: Array | None = None,
+    *,
+    decoding: bool = False,
   ) -> tuple[Array, Aux]:
-    """(x[batch, length, embed], what blocks give beside it, averaged over layers but for each `ByLayer`)."""
+    """(x[batch, length, embed], what blocks give beside it, averaged over layers but for each `ByLayer`).
+
+    `decoding`: a text is written, and experts drop nothing.
+    """
 
     def one(window: int | None):
       def body(x, inputs):
         block, layer, table, amax = inputs
         own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
         with within(keys=own_keys, amax=amax):
-          x, _, aux = block(x, positions, own, cross, own_keys, layer, None)
+          x, _, aux = block(x, positions, own, cross, own_keys, layer, None, decoding=decoding)
         if self.kurtosis:
           aux = {**aux, 'kurtosis': ByLayer(excess_kurtosis(x, see.q_segment_ids))}
         return x, aux
@@ -212,7 +224,8 @@ class Stack(nnx.Module):
         block, layer, table, cross_keys_values = inputs
         x, cache = carry
         own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
-        return block(x, positions, _of_layer(see, window, self.sinks, table), own, None, layer, cache)[:2], None
+        own_see = _of_layer(see, window, self.sinks, table)
+        return block(x, positions, own_see, own, None, layer, cache, decoding=True)[:2], None
 
       return body
 

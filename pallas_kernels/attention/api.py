@@ -107,7 +107,7 @@ def choose(
   if implementation == 'ring' and unlike:
     raise KernelError(
       "kernels.attention='ring' has no attention dropout with a mask for each query, which model.dropout > 0 needs "
-      "with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or sites 't5'."
+      "with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or model.dropout_sites='t5'."
     )
   if dropout and implementation not in ('reference', 'ring'):
     raise KernelError(

@@ -16,9 +16,6 @@ def product(a: Side, b: Side, pair: Pair, dims) -> Array:
     a_codes, b_codes = (x.values.astype(_held(operand)) for x, operand in zip((a, b), pair, strict=True))
     if left.element.is_integer:
       return scaled(integer_sum(a_codes, b_codes, pair, dims), a.scale, b.scale, dims)
-    # Codes are made once, before the product: with their rounding in it the compiler for tpu7x took small tiles
-    # (decoder/7b there without options, 7.06e9 -> 6.55e9 cycles).
-    a_codes, b_codes = jax.lax.optimization_barrier((a_codes, b_codes))
   else:
     wide = jnp.promote_types(_wide(left), _wide(right))
     a_codes, b_codes = a.values.astype(wide), b.values.astype(wide)

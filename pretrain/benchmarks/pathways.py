@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pretrain.devices.mesh import host_rows, replicated, to_global
+from pretrain.devices.mesh import batch_shards, host_rows, replicated, to_global
 from pretrain.errors import ConfigError
 from pretrain.evaluation.writer import Writer
 
@@ -17,6 +17,12 @@ def check_pathways(writer: Writer) -> None:
   """Raises ConfigError for a model without experts, and for a run without held-out text."""
   if writer.cfg.model.experts is None:
     raise ConfigError('--pathways compares the experts of tokens, and this run has no model.experts; leave it out.')
+  rows, shards = writer.cfg.data.batch_size, batch_shards(writer.model.mesh)
+  if rows % shards:
+    raise ConfigError(
+      f'--pathways reads batches of the run, data.batch_size={rows}, which mesh.* does not divide into {shards}; use a '
+      'mesh that does.'
+    )
   if not _heldout(writer):
     raise ConfigError('--pathways reads held-out text, and this run has none (data.heldout); leave it out.')
 
@@ -31,7 +37,6 @@ def compare_pathways(
   `same` is the share of tokens for which all choices are. Both are means over tokens and layers; STACK/LAYER is the
   agreement in a layer.
   """
-  check_pathways(writer)
   run = jax.jit(lambda *args: matches(writer.model.choices, *args), out_shardings=replicated(writer.model.mesh))
   found = {}
   for step in steps:

@@ -69,7 +69,8 @@ def eval_command(options, overrides) -> None:
   wanted = measurements(options)
   check_measurements(wanted)
   writer, source = writer_of(options, devices, precision)
-  results = source | evaluate(writer, wanted) | pathways_of(options, writer, devices)
+  compare = pathways_of(options, writer, devices)
+  results = source | evaluate(writer, wanted) | compare()
   if out is not None:
     write_results(out, results)
   print('\n'.join(lines_of(results)))
@@ -107,14 +108,19 @@ def measurements(options):
 
 
 def pathways_of(options, writer, devices):
-  """{'pathways': results}, or nothing where no steps are given. Raises as `open_run` for a step that is not there."""
+  """A function that gives {'pathways': results}, or {} where no steps are given.
+
+  Raises as `open_run` for a step that is not there, and as `check_pathways`, before anything is measured.
+  """
   if not options.pathways:
-    return {}
-  from pretrain.benchmarks.pathways import compare_pathways
+    return dict
+  from pretrain.benchmarks.pathways import check_pathways, compare_pathways
   from pretrain.evaluation.writer import open_run
 
   runs = {step: open_run(options.workdir, step, encoders=True) for step in options.pathways}
-  return {'pathways': compare_pathways(writer, options.pathways, lambda step: runs[step].writer(devices).params)}
+  check_pathways(writer)
+  params_of = lambda step: runs[step].writer(devices).params
+  return lambda: {'pathways': compare_pathways(writer, options.pathways, params_of)}
 
 
 def writer_of(options, devices, precision):

@@ -361,3 +361,6 @@ def check_sequence(cfg: Experiment, devices: int) -> None:
         f'data.{key}={length} does not divide into {"2 x " * (parts > 1)}mesh.sequence={devices} equal parts{both}; '
         f'use a multiple of {multiple}, e.g. {near}.'
       )
+  if cfg.precision != PrecisionConfig():  # blocks along a row are those of one device
+    own = {f'data.{key} / {parts * devices}': n // (parts * devices) for key, (n, parts) in lengths.items() if n}
+    check_precision(cfg.model, cfg.precision, own)

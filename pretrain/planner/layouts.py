@@ -21,7 +21,7 @@ MOST_TENSOR = 16  # beyond it a product of a head or an MLP's part is too small 
 # Axes that are not searched, and why.
 LEFT_OUT = {
   'sequence': 'it is for rows too long for one device',
-  'expert': 'its estimates were not compared with compiled steps',
+  'expert': 'its time was not compared with compiled steps',
   'stage': 'there are no pipelines',
 }
 

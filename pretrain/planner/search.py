@@ -156,7 +156,7 @@ def _next(
 def _without(cfg: CompilerConfig, quickly: CompilerConfig, of: Slice) -> str:
   """Which options the run will have that the search has not."""
   kind = of.chip.kinds[0]
-  left_out = ', '.join(options_for(cfg, kind).keys() - options_for(quickly, kind).keys())
+  left_out = ', '.join(sorted(options_for(cfg, kind).keys() - options_for(quickly, kind).keys()))
   return f' without {left_out}, a default of {of.chip.name} that makes compiling slow' if left_out else ''
 
 

@@ -23,7 +23,7 @@ class LossConfig:
   """`z_loss` weighs log(Z)^2, which keeps logits near zero (1e-4 in T5X). Source: arXiv:2204.02311, §5.
 
   With `model.experts`: `load_balance` weighs what is least where experts get equally many tokens (1e-2 in Switch),
-  `router_z` the square of the router's log(Z) (1e-3 in ST-MoE): means over layers, see models/layers/experts.py.
+  `router_z` the square of the router's log(Z) (1e-3 in ST-MoE): means over layers (models/layers/routing/routers.py).
   """
 
   z_loss: Annotated[float, '>= 0'] = 0.0

@@ -20,6 +20,7 @@ from tests.models.small import (
   IDS,
   LEARNED,
   LLAMA,
+  ROUTED_T5,
   SINKS,
   T5,
   T5_ALIBI,
@@ -81,8 +82,9 @@ CASES = {
   'windows and sinks': (SINKS, False), 'experts': (EXPERTS, False), 'prefix': (LLAMA, True),
   'relative prefix': (RELATIVE, True), 't5': (T5, False), 't5 alibi': (T5_ALIBI, False),
   'clex': (CLEX, False), 'far sinks': (FAR_SINKS, False),
+  't5 capacity': (dataclasses.replace(ROUTED_T5, expert_capacity=0.5), False),
 }  # fmt: skip
-RARE = ('experts', 'relative prefix', 't5 alibi', 'clex', 'far sinks')
+RARE = ('experts', 't5 capacity', 'relative prefix', 't5 alibi', 'clex', 'far sinks')
 
 
 @pytest.mark.parametrize('case', [slow(case) if case in RARE else case for case in CASES])

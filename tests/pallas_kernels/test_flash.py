@@ -274,7 +274,7 @@ def test_what_a_ring_lacks_is_named():
     choose('ring', dropout=True, divided=True)
   assert str(caught.value) == (
     "CONFIG: kernels.attention='ring' has no attention dropout with a mask for each query, which model.dropout > 0 "
-    "needs with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or sites 't5'."
+    "needs with model.dropout_sites='bert'; use 'auto' or 'reference', or model.dropout=0, or model.dropout_sites='t5'."
   )
   with pytest.raises(KernelError, match=r"^CONFIG: kernels.attention='ring' has no disentangled attention, which"):
     choose('ring', dropout=False, divided=True, position_scores=True)

@@ -133,15 +133,17 @@ def test_a_recipe_at_evaluation_has_the_numbers_of_an_export_with_its_codes(run_
     ),
     (['--workdir=RUN', '--infill=a=TEXT'], 64, 'CONFIG: --infill: '),
     (['--from=x', '--pathways=1'], 64, 'CONFIG: --pathways are steps of a run; leave them out with --from.'),
-    (['--workdir=RUN', '--pathways=7'], 66, 'CKPT-NONE: RUN has no finished step 7; it has 1, 2.'),
+    (['--workdir=RUN', '--text=a=TEXT', '--pathways=7'], 66, 'CKPT-NONE: RUN has no finished step 7; it has 1, 2.'),
     (['--workdir=RUN', '--pathways=1'], 64, 'CONFIG: --pathways compares the experts of tokens, and this run has no '),
   ],
 )
-def test_a_mistake_is_one_line(run_dir, text, capsys, flags, code, message):
+def test_a_mistake_is_one_line(run_dir, text, capsys, monkeypatch, flags, code, message):
   known = {'RUN': str(run_dir), 'TEXT': str(text)}
   put = lambda line: line.replace('RUN', known['RUN']).replace('TEXT', known['TEXT'])
   if flags[-1:] == ['--infill=a=TEXT']:
     text.write_text('The owner grants each of these persons a license to all of the words. ' * 2)
+  if any('--pathways' in flag for flag in flags):  # before anything is measured
+    monkeypatch.setattr('pretrain.benchmarks.evaluate.evaluate', lambda *_: pytest.fail('measured'))
   assert main(['eval', *map(put, flags)]) == code
   err = capsys.readouterr().err
   shown = message if '--workdir=RUN' in message else put(message)

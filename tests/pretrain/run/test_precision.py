@@ -192,6 +192,10 @@ def test_shipped_configs_are_killed_and_resume_exactly(name, tmp_path):
       'blocks of 32, .* divide data.targets_length=40',
     ),
     (
+      ["precision.recipe='mxfp8'", 'data.targets_length=128', 'mesh.data=1', 'mesh.sequence=4'],
+      'blocks of 32, .* divide data.targets_length / 8=16; use a multiple of 32, e.g. 32',
+    ),
+    (
       ["precision.recipe='mxfp8'", 'model.mlp.hidden=48'],
       'of decoder.mlp.down has blocks of 32, .* mlp=48; use a mult',
     ),
