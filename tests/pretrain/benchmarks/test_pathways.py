@@ -1,6 +1,7 @@
 """How far the experts of tokens are chosen as at another step."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,3 +48,6 @@ def test_a_run_has_its_own_pathways_and_other_ones_at_another_step(text_store, t
   assert early['decoder/0'] > 0
   assert 'choices that are the same' in (tmp_path / 'report.html').read_text()
   assert capsys.readouterr().out.startswith('pathways/')
+  assert main(['eval', f'--workdir={tmp_path}', '--pathways=3', '--gin.mesh.data=3']) == 64
+  message = r'^CONFIG: --pathways reads batches of the run, data.batch_size=\d+, which mesh.* does not divide into 3; use a'
+  assert re.match(message, capsys.readouterr().err.splitlines()[-1])
