@@ -144,7 +144,7 @@ def kernel_cycles(folder: pathlib.Path, sizes: tuple[int, int, int]) -> int:
 
   inner, sides, rest = schedule.regions(schedule.dumped(folder, KERNEL))
   m, k, n = (size // block_of(size) for size in sizes)
-  first, *codes, last = sides
+  first, *codes, last = sides if len(sides) > 1 else [0, *sides]  # a first body of a few bundles is in `rest`
   return m * n * (k * (sum(inner) + rest) + first + last) + m * k * sum(codes)
 
 
