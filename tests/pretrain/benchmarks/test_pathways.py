@@ -49,5 +49,5 @@ def test_a_run_has_its_own_pathways_and_other_ones_at_another_step(text_store, t
   assert 'choices that are the same' in (tmp_path / 'report.html').read_text()
   assert capsys.readouterr().out.startswith('pathways/')
   assert main(['eval', f'--workdir={tmp_path}', '--pathways=3', '--gin.mesh.data=3']) == 64
-  message = r'^CONFIG: --pathways reads batches of the run, data.batch_size=\d+, which mesh.* does not divide into 3; use a'
+  message = r'^CONFIG: --pathways reads batches of the run, data.batch_size=\d+, which mesh.* does not divide into 3;'
   assert re.match(message, capsys.readouterr().err.splitlines()[-1])
