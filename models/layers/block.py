@@ -111,7 +111,7 @@ class Block(nnx.Module):
     layer: Array,
     cache: Cache | None,
     *,
-    decoding: bool,
+    decoding: bool = False,
   ) -> tuple[Array, Cache | None, Aux]:
     """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
     at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)

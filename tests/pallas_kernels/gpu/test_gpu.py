@@ -146,7 +146,7 @@ def test_arrays_larger_than_an_int32_index_are_refused():
     (AbstractDevice(device_kind='NVIDIA H200', num_cores=132, platform='gpu'), {}, 'triton'),
     (H100, {'relative_bias': True}, 'reference'),
     (H100, {'dropout': True}, 'reference'),
-    (H100, {'divided': True}, 'reference'),
+    (H100, {'divided': True}, 'ring'),
     (H100, {'position_scores': True}, 'reference'),
     (A100, {}, 'reference'),
     (A100, {'lengths': (4096, 1025)}, 'blockwise'),

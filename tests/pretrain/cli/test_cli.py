@@ -321,7 +321,7 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       tiny.UL2,
       "kernels.attention='fast'",
       "kernels.attention='fast' is not one of 'auto', 'reference', 'tpu', 'interpret', 'triton', 'mosaic_gpu', "
-      "'cudnn', 'blockwise'.",
+      "'cudnn', 'blockwise', 'ring'.",
     ),
     (
       tiny.UL2,
