@@ -47,7 +47,7 @@ class Parts:
   `experts` puts so many MLPs in place of one, of which a router chooses `experts_per_token` for each token (Mixtral);
   `loss.load_balance` and `loss.router_z` keep them all in use. With `expert_capacity` c an expert takes c times its
   equal share of the choices of each row, and drops the others, which keep their residual (GShard, Switch: 1.25);
-  None drops nothing. What is written with a cache never drops any.
+  None drops nothing. Generation never drops any.
 
   `embedding_rotation` puts a learned square matrix, orthogonal at first, behind the embedding and another before the
   head (EmbProj of Outlier-Safe Pre-Training, arXiv:2506.19697, with `norm.scale` 'single' and Muon). `kurtosis`

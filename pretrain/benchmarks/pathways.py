@@ -28,7 +28,7 @@ def check_pathways(writer: Writer) -> None:
 
 
 def compare_pathways(
-  writer: Writer, steps: Sequence[int], params_of: Callable[[int], Any], said=lambda done: None
+  writer: Writer, steps: Sequence[int], params_of: Callable[[int], Any]
 ) -> dict[str, dict[str, float]]:
   """Results by 'SET, step STEP' for each held-out set and each of `steps`, whose parameters are `params_of(step)`.
 
@@ -44,7 +44,6 @@ def compare_pathways(
     for name, batches in _heldout(writer).items():
       sums = [run(writer.params, other, to_global(batch, writer.model.mesh)) for batch in batches]
       found[f'{name}, step {step}'] = _means(jax.device_get(sums))
-      said(len(found))
     del other  # before the next one is read
   return found
 

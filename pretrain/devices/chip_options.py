@@ -46,7 +46,7 @@ TABLE = (
 
 
 def of_chip(name: str, *, quick: bool = False) -> dict[str, Any]:
-  """The options of the table for this chip (`pretrain/devices/chips.py`); with `quick` without those that are slow."""
+  """The default options of this chip (`pretrain/devices/chips.py`). `quick` leaves out those that slow compilation."""
   found: dict[str, Any] = {}
   for entry in TABLE:
     found |= entry.options if name in entry.chips and not (quick and entry.slow) else {}

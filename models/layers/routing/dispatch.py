@@ -1,6 +1,6 @@
 """Tokens through their experts, on one device or on several that each hold some of the experts.
 
-All functions are of one device's part of the arrays: x[batch, length, embed], `chosen` and `weights`
+All functions work on one device's part of the arrays: x[batch, length, embed], `chosen` and `weights`
 [batch, length, per_token], matrices [experts of this device, …]. They return [1, batch, length, embed], where the first
 dim is that of `mlp`: each device along it has a part of the sum.
 """

@@ -24,8 +24,8 @@ Arrays = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-  """What a device has of the queries, or of the keys and values: `arrays` in the layout of its `Inner`, and int32
-  `vectors[number of them, ...]`, stacked so that they travel together.
+  """A device's part of the queries, or of the keys and values: `arrays` in the layout of its `Inner`, and int32
+  `vectors[number of vectors, ...]`, stacked so that one hop sends all.
   """
 
   arrays: tuple[Array, ...]
@@ -50,7 +50,7 @@ class Inner(Protocol):
   def pull(
     self, queries: Shard, keys: Shard, numbers: Arrays, result: tuple[Array, Array], gradients: tuple[Array, Array]
   ) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
-    """The gradients of the queries, of (keys, values) and of `numbers`; `result` is of the keys of all shards."""
+    """The gradients of the queries, of (keys, values) and of `numbers`; `result` is (out, lse) over all shards."""
 
   def pull_sinks(self, sinks: Array, result: tuple[Array, Array], gradients: tuple[Array, Array]) -> Array:
     """The gradient of the sinks."""
@@ -93,7 +93,7 @@ class Ring:
 
 
 def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-  """(out, lse) over the keys of both; lse is -inf where there is none."""
+  """(out, lse) over the keys of both; lse is -inf for a query that sees no key."""
   (out, lse), (more, more_lse) = one, other
   top = jnp.maximum(lse, more_lse)
   top = jnp.where(jnp.isfinite(top), top, 0.0)
