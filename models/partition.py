@@ -21,7 +21,7 @@ PARAMETER_RULES: Rules = {
   'head_dim': None,
   'mlp': 'tensor',
   'vocab': 'tensor',
-  'layers': None,
+  'layers': 'stage',
   'experts': 'expert',
   'buckets': None,
   'length': None,
@@ -40,6 +40,7 @@ ACTIVATION_RULES: Rules = {
   'vocab': 'tensor',
   'experts': 'expert',
   'rank': None,
+  'stages': 'stage',
 }
 
 

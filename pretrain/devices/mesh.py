@@ -24,8 +24,8 @@ class MeshConfig:
   """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all remaining devices.
 
   `replica` crosses slices (slow network), `data` copies parameters, `fsdp` shards them, `tensor` splits heads,
-  MLP and vocabulary, `sequence` splits lengths; `expert` splits experts, and rows as `data` does; `stage` is for
-  pipelines.
+  MLP and vocabulary, `sequence` splits lengths, `expert` splits experts, and rows as `data` does, `stage` splits
+  layers.
   """
 
   replica: int = 1

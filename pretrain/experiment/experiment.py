@@ -100,6 +100,8 @@ MAY_CHANGE = (
   'checkpoint.retries',
   'snapshot.',
   'mesh.',
+  'model.pipeline_microbatches',
+  'model.pipeline_repeats',
   'compiler.',
   'watchdog.',
   'elastic.',
