@@ -63,14 +63,11 @@ def pipelined(
   several = schedule.repeats > 1
 
   def stage(flow: Flow, layers: list[Array], rows: list[Array], now: Now) -> tuple[Flow, Any]:
-    own = [a[0] for a in layers]
-    of_layers_flow = flow.layers
-    if several:
-      of_layers_flow, own = _borrowed(flow.layers, layers, now.repeat)
-    of_rows_flow, beside = _borrowed(flow.rows, rows, now.microbatch)
+    of_repeat = _borrowed(flow.layers, layers, now.repeat) if several else ([], [a[0] for a in layers])
+    of_microbatch = _borrowed(flow.rows, rows, now.microbatch)
     seen = jax.tree.map(lambda a: a[now.repeat], now.observed)
-    y, aux = run(flow.x, of_rows.unflatten(beside), (of_layers.unflatten(own), seen))
-    return Flow(y, flow.store, of_layers_flow, of_rows_flow), aux
+    y, aux = run(flow.x, of_rows.unflatten(of_microbatch[1]), (of_layers.unflatten(of_repeat[1]), seen))
+    return Flow(y, flow.store, of_repeat[0], of_microbatch[0]), aux
 
   each = jax.vmap(keeping(stage) if several else stage, spmd_axis_name=AXIS)
   store = constrain(_everywhere(x, schedule), 'stages', None, *FLOW[1:])

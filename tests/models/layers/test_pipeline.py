@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from models.layers.pipeline.groups import exchange
+from models.layers.pipeline.program import pipelined
 from models.layers.pipeline.schedule import Pipeline, Schedule
 from models.layers.pipeline.slots import for_each, lend, put, take
-from models.partition import shardings
-from pretrain.devices.mesh import MeshConfig, batch_sharding, make_mesh
+from models.partition import on, shardings
+from pretrain.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from tests.models.small import EXPERTS, LLAMA, T5, batch, model_and_params, shaken
 
 SCHEDULES = [Schedule(*sizes) for sizes in itertools.product((1, 2, 4), (1, 3, 4, 8), (1, 2, 3))]
@@ -102,6 +103,53 @@ def test_what_is_lent_has_the_sum_of_its_gradients():
 def test_largest_sizes_are_joined_by_their_maximum():
   gradient = jax.grad(lambda x: (for_each(x, 3) * jnp.array([[1.0], [5.0], [2.0]])).sum())(jnp.zeros(2))
   np.testing.assert_array_equal(gradient, [5, 5])
+
+
+TOY = Schedule(2, 3, 2)
+
+
+def toy_layers(x, rows, inputs):
+  """Layers of one number each, which read a number of each row; the inverse of a mean, infinite where x is 0."""
+  (weights,), seen = inputs
+
+  def layer(x, own):
+    w, seen = own
+    x = jnp.tanh(w * x + rows['shift'][:, None, None] + w * seen)
+    return x, {'inverse': 1 / jax.lax.stop_gradient(jnp.square(x * w).mean()), 'mean': x.mean()}
+
+  return jax.lax.scan(layer, x, (weights, seen))
+
+
+def toy(pipelines: bool):
+  """(value, (hidden, aux), gradients) of four layers over six rows, shares of microbatches being unequal."""
+  rng = np.random.default_rng(0)
+  x, shift, weights = rng.normal(size=(6, 2, 4)), np.zeros(6), rng.normal(size=8) + 2
+  mesh, keeping = make_mesh(MeshConfig(stage=2)), lambda f: jax.checkpoint(f)
+  shares, parts = np.float32([0.5, 0.2, 0.3]), [slice(m, None, 3) for m in range(3)]
+
+  def loss(x, shift, weights, seen):
+    if pipelines:
+      with on(mesh):
+        y, aux = pipelined(toy_layers, x, {'shift': shift}, (weights,), seen, TOY, jnp.asarray(shares), keeping)
+    else:
+      found = [toy_layers(x[part], {'shift': shift[part]}, ((weights,), seen)) for part in parts]
+      y = jnp.zeros(x.shape)
+      for part, (own, _) in zip(parts, found, strict=True):
+        y = y.at[part].set(own)
+      aux = jax.tree.map(lambda *a: sum(s * b for s, b in zip(shares, a, strict=True)), *(a for _, a in found))
+    return jnp.sin(3 * y).sum() + (aux['mean'] * np.arange(8, dtype=np.float32)).sum(), (y, aux)
+
+  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+  given = [np.float32(a) for a in (x, shift, weights, np.zeros(8))]
+  return jax.device_get(run(*(jax.device_put(given, replicated(mesh)) if pipelines else given)))
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_toy_layers_equals_a_loop_and_idle_ticks_count_nowhere():
+  """What an idle stage tells is infinite here; rows have shares of their own."""
+  own, expected = toy(True), toy(False)
+  for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
 ROWS = batch([(5, 7), (9, 3), (14,), (2, 4), (6,), (3, 3, 3), (10, 2), (1, 2)])
