@@ -10,7 +10,7 @@ from jax import Array
 
 from models.layers.pipeline.groups import AXIS, in_order, of_stages
 from models.layers.pipeline.schedule import Schedule
-from models.layers.pipeline.slots import for_each, lend, put, take
+from models.layers.pipeline.slots import either, for_each, lend, like, put, take
 from models.partition import constrain, per_shard
 
 FLOW = ('stages', 'batch', 'length', 'embed')
@@ -80,8 +80,8 @@ def pipelined(
 def _tick(each: Callable, flow: Flow, layers: list[Array], rows: list[Array], now: Now, ends: Ends) -> tuple[Flow, Any]:
   """All stages at work, then each hands on what it has; the last one puts it into the store of the first."""
   store, fresh = take(flow.store, *ends.first)
-  x = jnp.where(_is_first(fresh), fresh, flow.x)
-  x = constrain(jnp.where(_like(now.active, x), x, 0), *FLOW)
+  x = either(_is_first(fresh), fresh, flow.x)
+  x = constrain(either(now.active, x, jnp.zeros_like(x)), *FLOW)
   flow, aux = each(flow._replace(x=x, store=None), layers, rows, now)
   x = per_shard(_handed_on, (FLOW,), FLOW)(flow.x)
   return flow._replace(x=x, store=put(store, *ends.last, x)), aux
@@ -101,11 +101,7 @@ def _table(schedule: Schedule, observed: Any) -> tuple[Now, Ends]:
 
 
 def _is_first(x: Array) -> Array:
-  return _like(jnp.arange(x.shape[0]) == 0, x)
-
-
-def _like(of_stages: Array, x: Array) -> Array:
-  return of_stages.reshape(-1, *(1 for _ in x.shape[1:]))
+  return jnp.arange(x.shape[0]) == 0
 
 
 def split(x: Array, number: int) -> Array:
@@ -122,7 +118,7 @@ def _everywhere(x: Array, schedule: Schedule) -> Array:
 def _of_first(store: Array) -> Array:
   """The part of the first stage, on all stages: a sum with zeros, which the partitioner adds over devices."""
   # Not `jnp.sum`, which adds bfloat16 up in float32: the sum is over devices, with zeros.
-  own = jax.lax.reduce(jnp.where(_is_first(store), store, 0), np.zeros((), store.dtype), jax.lax.add, (0,))
+  own = jax.lax.reduce(jnp.where(like(_is_first(store), store), store, 0), np.zeros((), store.dtype), jax.lax.add, (0,))
   return constrain(own, None, *FLOW[1:])
 
 

@@ -57,6 +57,25 @@ put.defvjp(_put_fwd, _put_bwd)
 
 
 @jax.custom_vjp
+def either(which: Array, a: Array, b: Array) -> Array:
+  """Of each stage a where `which`[stages], else b. For the gradient `which` is kept, and no mask of the size of a."""
+  return jnp.where(like(which, a), a, b)
+
+
+def _either_bwd(which: Array, gradient: Array):
+  mask = like(which, gradient)
+  return None, jnp.where(mask, gradient, 0), jnp.where(mask, 0, gradient)
+
+
+either.defvjp(lambda which, a, b: (either(which, a, b), which), _either_bwd)
+
+
+def like(of_stages: Array, x: Array) -> Array:
+  """`of_stages`[stages] with as many dims as x, to broadcast over the others."""
+  return of_stages.reshape(-1, *(1 for _ in x.shape[1:]))
+
+
+@jax.custom_vjp
 def lend(account: Array, store: Array, slot: Array) -> tuple[Array, Array]:
   """(the account, `store[slot]`) of one stage, as often as wanted. `account` has the shape of `store`; gradients go to
   it, and none to `store`.

@@ -105,7 +105,7 @@ def test_largest_sizes_are_joined_by_their_maximum():
   np.testing.assert_array_equal(gradient, [5, 5])
 
 
-TOY = Schedule(2, 3, 2)
+TOY = Schedule(4, 3, 2)
 
 
 def toy_layers(x, rows, inputs):
@@ -121,10 +121,10 @@ def toy_layers(x, rows, inputs):
 
 
 def toy(pipelines: bool):
-  """(value, (hidden, aux), gradients) of four layers over six rows, shares of microbatches being unequal."""
+  """(value, (hidden, aux), gradients) of eight layers over six rows, shares of microbatches being unequal."""
   rng = np.random.default_rng(0)
   x, shift, weights = rng.normal(size=(6, 2, 4)), np.zeros(6), rng.normal(size=8) + 2
-  mesh, keeping = make_mesh(MeshConfig(stage=2)), lambda f: jax.checkpoint(f)
+  mesh, keeping = make_mesh(MeshConfig(stage=4)), lambda f: jax.checkpoint(f)
   shares, parts = np.float32([0.5, 0.2, 0.3]), [slice(m, None, 3) for m in range(3)]
 
   def loss(x, shift, weights, seen):
