@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.sequence': 1, 'mesh.expert': 1}
+ONE = {'mesh.replica': 1, 'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.sequence': 1, 'mesh.expert': 1}
 LAYOUTS = {
   'one device': (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
@@ -29,8 +29,11 @@ LAYOUTS = {
   'accumulate 2, expert=4': (ONE | {'mesh.expert': 4, 'train.accumulate': 2}, 1),
   'accumulate 2, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   'accumulate 4, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 4}, 1),
+  'replica=2 x fsdp=2 x tensor=2': (ONE | {'mesh.replica': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'accumulate 2, replica=2 x fsdp=4': (ONE | {'mesh.replica': 2, 'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   '2 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 2),
   '3 hosts, data=3': (ONE | {'mesh.data': 3}, 3),
+  '3 hosts, rows that lie apart': (ONE | {'mesh.tensor': 2, 'mesh.expert': 3}, 3),
   '4 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 4),
 }
 BARS = {'float32': 1e-5, 'bfloat16': 1e-3}
