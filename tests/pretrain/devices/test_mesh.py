@@ -73,6 +73,16 @@ def test_a_batch_is_sharded_over_the_batch_axes_in_order():
   assert host_rows(mesh, 4) == slice(0, 4)
 
 
+def test_a_host_of_several_places_its_rows(monkeypatch):
+  """As the only one of two: it has all parts. Rows may be more than the batch has, where they are short."""
+  mesh = make_mesh(MeshConfig(data=2, tensor=2, expert=2))
+  rows = np.arange(24, dtype=np.int32).reshape(12, 2)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  placed = to_global({'x': rows}, mesh)['x']
+  assert placed.sharding == batch_sharding(mesh)
+  np.testing.assert_array_equal(jax.device_get(placed), rows)
+
+
 def of_hosts(topology: str, slices: int, **sizes: int):
   """A mesh over devices that are not there, four chips of 2 x 2 on each host."""
   of = parse(topology, slices)

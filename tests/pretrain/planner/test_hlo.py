@@ -2,8 +2,10 @@
 
 import pytest
 
+from pretrain.devices.chips import parse
 from pretrain.planner import hlo
-from pretrain.planner.compiled import Collective, collected
+from pretrain.planner.compiled import Collective, by_source, collected, timed_collectives
+from pretrain.planner.torus import Time, places
 
 # As libtpu writes it: a loop of three turns, a gather split over two fusions, an array in VMEM.
 PROGRAM = """HloModule step, is_scheduled=true
@@ -147,3 +149,12 @@ def test_what_a_device_sends_to_other_slices_is_counted():
   assert found == Collective('all-reduce', 256 * 8 * 128 * 4, 3, (), None, '')
   with pytest.raises(ValueError, match='a transfer between slices of a kind that is not known: ALL_MIX'):
     collected(hlo.parse(text.replace('ALL_REDUCE', 'ALL_MIX')), 8)
+
+
+def test_bytes_to_other_slices_are_timed_over_their_network_alone():
+  of = parse('v5e:2x2', 2)
+  text = PROGRAM.replace('  %convert.1', f'{SEND}\n  %convert.1')
+  timed = list(timed_collectives(hlo.parse(text), places(of), of))
+  ((_, sent),) = ((one, time) for one, time in timed if one.crosses)
+  assert sent == Time(dcn=pytest.approx(256 * 8 * 128 * 4 / of.chip.dcn))  # twice half of it
+  assert ('all-reduce', 'between slices', 3) in [row[:3] for row in by_source(timed)]

@@ -95,8 +95,12 @@ def test_a_ring_sends_keys_and_values_around_and_their_gradients_home():
   assert whole.ici - others.ici == pytest.approx(sent / of.chip.link, rel=0.02)
 
 
-@pytest.mark.parametrize(('dtype', 'size'), [('float32', 4), ('bfloat16', 2)])
-@pytest.mark.parametrize('mesh', [{'fsdp': 64}, {'data': 2, 'fsdp': 32}, {'fsdp': 16, 'tensor': 4}], ids=str)
+@pytest.mark.parametrize(
+  ('dtype', 'size', 'mesh'),
+  [
+    ('float32', 4, {'fsdp': 64}), ('bfloat16', 2, {'data': 2, 'fsdp': 32}), ('bfloat16', 2, {'fsdp': 16, 'tensor': 4}),
+  ],
+)  # fmt: skip
 def test_between_slices_a_device_sends_its_part_of_the_gradients_once(dtype, size, mesh):
   """Llama 7B on two slices of 64 chips: parameters / 64 in each direction, whatever the microbatches."""
   of = parse('v5p:4x4x4', 2)
