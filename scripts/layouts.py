@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 
-ONE = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.sequence': 1, 'mesh.expert': 1, 'mesh.stage': 1}
+AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
+ONE = {f'mesh.{axis}': 1 for axis in AXES}
 LAYOUTS = {
   'one device': (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
@@ -37,8 +38,12 @@ LAYOUTS = {
   'accumulate 2, stage=4 x data=2': (ONE | {'mesh.stage': 4, 'mesh.data': 2, 'train.accumulate': 2}, 1),
   'accumulate 2, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   'accumulate 4, fsdp=4': (ONE | {'mesh.fsdp': 4, 'train.accumulate': 4}, 1),
+  'replica=2 x fsdp=2 x tensor=2': (ONE | {'mesh.replica': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}, 1),
+  'replica=2 x stage=2 x fsdp=2': (ONE | {'mesh.replica': 2, 'mesh.stage': 2, 'mesh.fsdp': 2}, 1),
+  'accumulate 2, replica=2 x fsdp=4': (ONE | {'mesh.replica': 2, 'mesh.fsdp': 4, 'train.accumulate': 2}, 1),
   '2 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 2),
   '3 hosts, data=3': (ONE | {'mesh.data': 3}, 3),
+  '3 hosts, rows that lie apart': (ONE | {'mesh.tensor': 2, 'mesh.expert': 3}, 3),
   '4 hosts, fsdp=4': (ONE | {'mesh.fsdp': 4}, 4),
 }
 TOO_FEW_LAYERS = 'does not divide into mesh.stage'

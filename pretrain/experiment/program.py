@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
+from pretrain.step.across_replicas import across_replicas
 from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
 from pretrain.step.scaling import scaling_tracks
@@ -46,6 +48,14 @@ class Program:
 def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
   """What the methods of a run keep in `TrainState.extra`: each contributes entries of its own."""
   return {**averaging_tracks(cfg.averaging), **scaling_tracks(cfg.precision, model.specs)}
+
+
+def whole_batch(cfg: Experiment, mesh: Mesh, shardings: Any, tracks: Tracks) -> Callable[[Callable], Callable]:
+  """What makes gradients of the whole batch of those of microbatches: nothing, or sums over replicas."""
+  if mesh.shape['replica'] == 1:
+    return lambda value_and_grad: value_and_grad
+  own = {'mesh': mesh, 'shardings': shardings, 'dtype': cfg.train.replica_dtype, 'tracks': tracks}
+  return functools.partial(across_replicas, **own)
 
 
 def check_divisible(parameters, mesh) -> None:
@@ -87,6 +97,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
     fill=make_fill(cfg.model, cfg.lora), tracks=tracks, num_microbatches=cfg.train.accumulate, shardings=params,
+    whole=whole_batch(cfg, mesh, params, tracks),
   )  # fmt: skip
 
   def start(params) -> TrainState:

@@ -36,6 +36,7 @@ OF_KEPT = 3
 # 0.0.42: v5e:16x16 (4.581) save_context +0.015, save_out_proj -0.017, save_qkv_proj -0.179, save_dot_except_mlp -0.272;
 # v5p:4x4x4 (2.347) minimal -0.305, minimal_with_context -0.295.
 OF_NAMED = 1
+DTYPES = {'float32': 4, 'bfloat16': 2}  # bytes of train.replica_dtype
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
 PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
@@ -165,9 +166,9 @@ def _filled(work: Workload, layout: Layout) -> float:
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
   """Links of a step: parameters gathered over fsdp in both passes of each microbatch; gradients summed, in the
-  activations' dtype, whole over fsdp, then a device's part over the other axes of tokens; activations summed over
-  tensor; keys and values sent around a ring over sequence; tokens on their way to experts and back; activations handed
-  from stage to stage.
+  activations' dtype, whole over fsdp, then a device's part over the other axes of tokens, and over replicas once a step
+  (`_replicas`); activations summed over tensor; keys and values sent around a ring over sequence; tokens on their way
+  to experts and back; activations handed from stage to stage.
   """
   sizes, size = layout.sizes, work.itemsize
   named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
@@ -176,7 +177,7 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
   if group := named(('fsdp',)):
     time += torus.seconds('all-gather', size * whole, of, group).times(2)
     time += torus.seconds('all-reduce', size * whole, of, group)
-  if group := named(('replica', 'data', 'sequence')):
+  if group := named(('data', 'sequence')):
     time += torus.seconds('all-reduce', size * whole / sizes['fsdp'], of, group)
   if group := named(('expert',)):
     time += torus.seconds('all-reduce', size * memory.of_mesh(work, layout).dense / sizes['fsdp'], of, group)
@@ -193,7 +194,22 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
       time += _ring(work, layout, of, group, stack)
   if group := named(('stage',)):
     time += _handed_on(work, layout, of, group)
-  return time.times(layout.accumulate)
+  return time.times(layout.accumulate) + _replicas(work, layout, of, over)
+
+
+def _replicas(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
+  """Links of the sum over replicas, of the part of the gradients that a device has alone in its slice. Where `data` or
+  `sequence` have divided them so far, parts are gathered again.
+  """
+  sizes, size = layout.sizes, DTYPES[work.cfg.train.replica_dtype]
+  if (group := over.get(('replica',))) is None:
+    return Time()
+  own, copies = size * memory.of_mesh(work, layout).trained, sizes['data'] * sizes['sequence']
+  time = torus.seconds('all-reduce', own / copies, of, group)
+  if copies > 1:
+    axes = tuple(axis for axis in ('data', 'sequence') if sizes[axis] > 1)
+    time += torus.seconds('all-gather', own, of, over[axes])
+  return time
 
 
 def _handed_on(work: Workload, layout: Layout, of: Slice, over: Group) -> Time:
