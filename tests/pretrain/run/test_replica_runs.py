@@ -14,12 +14,16 @@ from tests.pretrain.run.test_online import killed_at
 
 BOTH = ('model.dropout=0.1', 'train.accumulate=2', 'train.steps=20', 'data.batch_size=16')  # rows are packed
 LAYOUTS = (MeshConfig(), MeshConfig(replica=2, fsdp=4), MeshConfig(replica=2, fsdp=2, tensor=2))
-MORE = (MeshConfig(replica=4, data=2), MeshConfig(replica=2, sequence=2, fsdp=2))
+MORE = (
+  MeshConfig(replica=4, data=2),
+  MeshConfig(replica=2, sequence=2, fsdp=2),
+  MeshConfig(replica=2, stage=2, fsdp=2),
+)
 
 
 @pytest.mark.slow
 def test_twenty_steps_have_the_losses_of_one_device(text_store, capfd):
-  """Also with rows on a ring, and with nothing that divides parameters."""
+  """Also with rows on a ring, with stages of a pipeline, and with nothing that divides parameters."""
   assert_layout_invariant(tiny.ul2(text_store, *BOTH), LAYOUTS + MORE, steps=20)
   assert 'Involuntary full rematerialization' not in ''.join(capfd.readouterr())
 
