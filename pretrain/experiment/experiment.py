@@ -100,6 +100,7 @@ MAY_CHANGE = (
   'checkpoint.retries',
   'snapshot.',
   'mesh.',
+  'optimizer.offload',
   'compiler.',
   'watchdog.',
   'elastic.',

@@ -3,6 +3,7 @@
 The parts are those that stand in the programs that libtpu 0.0.42 compiles (`pretrain plan --explain` lists them).
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -12,8 +13,9 @@ from models.layers import remat
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
 from pallas_kernels.linear_cross_entropy import chunked
+from pretrain.optim.offload import IN_FLIGHT
 from pretrain.planner.layouts import Layout
-from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
+from pretrain.planner.workload import Layers, Path, Workload, divided, lanes, shard, stored
 
 F32 = 4
 VMEM = 64 * 2**20  # bytes of an array that the compiler keeps in the vector memory between two operations
@@ -45,13 +47,15 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OfMesh:
-  """What depends on a workload and its mesh alone. Bytes: `state`, its `parameters`, `copies` in the dtype of
-  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor` and `expert` divide
-  them; `dense`, those of them that are no experts'.
+  """What depends on a workload and its mesh alone. Bytes: `state` on the device, its `parameters`, `away` in the host's
+  memory, the largest `chunk` of that, `copies` in the dtype of activations. Values: `trained`, gradients on a device;
+  `whole`, all parameters where only `tensor` and `expert` divide them; `dense`, those of them that are no experts'.
   """
 
   state: float
   parameters: float
+  away: float
+  chunk: float
   copies: float
   trained: float
   whole: float
@@ -69,9 +73,15 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
   every = {**work.ends, **stacked}
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
+  chunks = collections.Counter[Path | None]()
+  for array in work.state:
+    if array.away is not None:
+      chunks[array.away] += array.bytes(sizes)
   return OfMesh(
-    state=sum(array.bytes(sizes) for array in work.state),
+    state=sum(array.bytes(sizes) for array in work.state if array.away is None),
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
+    away=sum(chunks.values()),
+    chunk=max(chunks.values(), default=0),
     copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     whole=values(divided, every.values(), only),
@@ -92,6 +102,7 @@ def estimate(work: Workload, layout: Layout) -> Memory:
   """What a step needs where it needs most: at the head, in the backward pass of a stack, or at the embedding."""
   moments = [_at_head(work, layout), _at_embedding(work, layout)]
   moments += [_in_backward(work, layout, stack) for stack in work.stacks]
+  moments += [_at_update(work, layout)]
   return max(moments, key=lambda found: found.total)
 
 
@@ -128,6 +139,12 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
   grads = _accumulated(mesh, layout) + F32 * mesh.trained
   copies = mesh.copies + _table(work, layout)
   return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack))
+
+
+def _at_update(work: Workload, layout: Layout) -> Memory:
+  """Chunks of the state that come from the host and go back, each beside its updated arrays."""
+  mesh = of_mesh(work, layout)
+  return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 2 * IN_FLIGHT * mesh.chunk)
 
 
 def _accumulated(mesh: OfMesh, layout: Layout) -> float:
