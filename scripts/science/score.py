@@ -34,7 +34,7 @@ def score(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   """
   program = build_program(cfg)
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
-  params = checkpoints.restore_params(program.abstract.params, checkpoints.latest())
+  params = checkpoints.restore_params(program.trained, checkpoints.latest())
   scores = {name: _loss(cfg, name, objective, program, params) for name, objective in questions(cfg).items()}
   return scores | averages(workdir)
 
