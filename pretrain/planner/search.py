@@ -70,7 +70,7 @@ def search(
   own: Layout | None = None,
 ) -> Found:
   """The layouts of `cfg` on `of`, the best `number` of them compiled. The second is `own`, so that the choice is never
-  slower than the layout that a config has.
+  slower than the layout that a config has; where `own` has an axis that is not searched, a line of `report` says so.
 
   Raises ConfigError where no layout divides the rows and the parameters, or none fits the memory.
   """
@@ -90,6 +90,11 @@ def search(
     f'{len(every)} layouts estimated in {seconds:.1f} s, {len(fits)} fit; compiling {min(number, len(fits))}'
     f'{_without(cfg.compiler, quickly, of)}.'
   )
+  if own is not None and (left_out := [axis for axis in layouts.LEFT_OUT if own.sizes[axis] > 1]):
+    report(
+      f"the config's own layout, {own.mesh}, is not among them: mesh.{left_out[0]} is not searched, "
+      f'{layouts.LEFT_OUT[left_out[0]]}.'
+    )
   tried = _compiled(to_compile, of, fits, number, report, own)
   if not any(isinstance(program, Compiled) for _, program in tried):
     raise ConfigError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -27,15 +28,15 @@ def questions(cfg: Experiment) -> dict[str, Objective]:
   return {'causal': CausalLm(), 'prefix': Ul2(denoisers=(Denoiser(kind='S'),)), 'infill': Ul2(denoisers=(infill,))}
 
 
-def score(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
-  """Nats per token of held-out text (without sentinels, modes and EOS), for each task.
+def score(cfg: Experiment, workdir: pathlib.Path, asked: Mapping[str, Objective] | None = None) -> dict[str, float]:
+  """Nats per token of held-out text (without sentinels, modes and EOS), for each task of `asked` (None: `questions`).
 
   If the run evaluated averages of its weights, also the last of these numbers: `ema`, `lawa`, and `raw`.
   """
   program = build_program(cfg)
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
   params = checkpoints.restore_params(program.trained, checkpoints.latest())
-  scores = {name: _loss(cfg, name, objective, program, params) for name, objective in questions(cfg).items()}
+  scores = {name: _loss(cfg, name, objective, program, params) for name, objective in (asked or questions(cfg)).items()}
   return scores | averages(workdir)
 
 

@@ -102,6 +102,21 @@ def test_a_layout_of_another_slice_is_left_out(compiler):
   assert len(compiler.asked) == 3
 
 
+def test_a_layout_with_an_axis_that_is_not_searched_is_named(compiler):
+  """It is not compared, so the choice may be slower than it."""
+  lines, own = [], Layout(dict.fromkeys(AXES, 1) | {'fsdp': 16, 'sequence': 8}, 1, 'full')
+  search.search(load(), parse(SLICE), 1, lines.append, own=own)
+  wanted = (
+    "the config's own layout, fsdp=16 sequence=8, is not among them: mesh.sequence is not searched, it is for rows too "
+    'long for one device.'
+  )
+  assert wanted in lines
+  search.search(
+    load(), parse(SLICE), 1, (plain := []).append, own=dataclasses.replace(own, sizes={**own.sizes, 'sequence': 1})
+  )
+  assert not any('is not among them' in line for line in plain)
+
+
 def test_layouts_that_leave_no_room_come_last(compiler):
   """UL2 20B with everything kept is estimated at 92% of a v5p, and compiled slower than with products kept."""
   found = search.search(load(), parse(SLICE), 1)
