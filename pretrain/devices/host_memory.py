@@ -12,9 +12,9 @@ def is_away(x: Array) -> bool:
   return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def on_device(tree: Any) -> Any:
-  """The arrays of `tree` in the device's memory."""
-  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_away(x) else x, tree)
+def on_device(x: Array) -> Array:
+  """`x` in the device's memory."""
+  return jax.device_put(x, jax.memory.Space.Device) if is_away(x) else x
 
 
 def in_turn(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:

@@ -60,7 +60,7 @@ class Opened:
   def writer(self, mesh: MeshConfig = ONE_DEVICE) -> Writer:
     """With its parameters on one device, or on a mesh. Raises ConfigError for a mesh that does not fit the model."""
     program = program_for(plain(self.cfg), mesh)
-    params = read_weights(self.checkpoints.directory.parent, self.step, program.trained)
+    params = read_weights(self.checkpoints.directory.parent, self.step, program.abstract.params)
     return Writer(self.cfg, self.data, program.model, params)
 
 

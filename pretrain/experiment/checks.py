@@ -34,7 +34,6 @@ from pretrain.devices.mesh import BATCH_AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
-from pretrain.optim.averaging import Ema
 from pretrain.optim.optimizer import check_optimizer
 from pretrain.optim.schedule import check_schedule
 from pretrain.optim.spikes import RewindSpikes
@@ -105,7 +104,6 @@ def _check_one(cfg: Experiment) -> None:
   check_kernels(cfg.kernels)
   check_sequence(cfg, cfg.mesh.sequence)
   check_optimizer(cfg.optimizer)
-  _check_offload(cfg)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)
   check_mixture(cfg.data)
@@ -113,14 +111,6 @@ def _check_one(cfg: Experiment) -> None:
   check_order(cfg.data)
   check_online(cfg.data)
   check_tags(cfg.data, cfg.objective)
-
-
-def _check_offload(cfg: Experiment) -> None:
-  if 'parameters' in cfg.optimizer.offload and isinstance(cfg.averaging, Ema):
-    raise ConfigError(
-      "optimizer.offload has 'parameters', and averaging.name='ema' keeps their average on the device, which needs "
-      "them there after each update; remove 'parameters', or set averaging.name='none'."
-    )
 
 
 def _check_experts(cfg: Experiment) -> None:

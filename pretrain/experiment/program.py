@@ -11,13 +11,12 @@ import models.build
 from models import partition, specs
 from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles, options_for
-from pretrain.devices.host_memory import on_device
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import averaging_tracks
-from pretrain.optim.offload import applied, on_host, parameters_on_host, streamed
+from pretrain.optim.offload import on_host, streamed
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
@@ -40,18 +39,8 @@ class Program:
 
   @property
   def weights(self):
-    """Shapes, dtypes and shardings on the device of the parameters of the model without adapters."""
-    return self.abstract.frozen or self.trained
-
-  @property
-  def trained(self):
-    """Shapes, dtypes and shardings on the device of the parameters that are trained."""
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind('device'))
-    return jax.tree.map(place, self.abstract.params)
-
-  def fetched(self, params):
-    """Trained parameters on the device; those that are there are not copied."""
-    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.trained))
+    """Shapes, dtypes and shardings of the parameters of the model without adapters."""
+    return self.abstract.frozen or self.abstract.params
 
 
 def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
@@ -94,15 +83,13 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
   opt_state = on_host(cfg.optimizer.offload, trained, shapes.opt_state, opt_state)
-  trained_at = parameters_on_host(cfg.optimizer.offload, trained, params)
-  tx = streamed(tx, opt_state, trained_at)
+  tx = streamed(tx, opt_state)
   extra = {name: track.place(params, everywhere) for name, track in tracks.items()}
-  placed = TrainState(everywhere, trained_at, opt_state, extra, frozen)
+  placed = TrainState(everywhere, params, opt_state, extra, frozen)
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
     fill=make_fill(cfg.model, cfg.lora), tracks=tracks, num_microbatches=cfg.train.accumulate, shardings=params,
-    fetch=on_device, apply=applied,
   )  # fmt: skip
 
   def start(params) -> TrainState:
@@ -111,8 +98,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
 
   return Program(
     mesh, model, abstract, jax.jit(begin(tx), out_shardings=placed),
-    # What goes to the host cannot take the place of what comes on the device.
-    jax.jit(start, donate_argnums=0 if trained_at == params else (), out_shardings=placed),
+    jax.jit(start, donate_argnums=0, out_shardings=placed),
     jax.jit(
       step, donate_argnums=0, out_shardings=(placed, everywhere),
       compiler_options=options_for(cfg.compiler, mesh.devices.flat[0].device_kind) or None,

@@ -320,7 +320,7 @@ class OpenedWeights:
   def writer(self, mesh: MeshConfig) -> Writer:
     """With the weights placed on a mesh; nothing is written."""
     program = program_for(self.cfg, mesh)
-    shardings = {path: leaf.sharding for path, leaf in flat(program.trained).items()}
+    shardings = {path: leaf.sharding for path, leaf in flat(program.abstract.params).items()}
     return Writer(self.cfg, self.data, program.model, parameters(self.source, shardings))
 
 

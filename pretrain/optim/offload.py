@@ -1,4 +1,4 @@
-"""Moments and parameters in the memory of the host: they come to the device in chunks, and go back while others come.
+"""Moments in the memory of the host: they come to the device a parameter at a time, and go back while others come.
 
 Source: Ren et al. 2021, arXiv:2101.06840 (ZeRO-Offload), §4, has the state on the host; Yang et al. 2024,
 arXiv:2406.08334 (ProTrain), §3, moves it in chunks. Here a chunk is what belongs to one parameter.
@@ -15,12 +15,13 @@ from jax.sharding import NamedSharding
 
 from models.layers.remat import HOST
 from models.specs import ParamSpec, is_matrix
-from pretrain.devices.host_memory import is_away
 from pretrain.optim.shared import Offloaded
 from pretrain.optim.state import own_path
 
 DEVICE = 'device'
-IN_FLIGHT = 2  # chunks on the device: the next one comes while one is updated and goes back
+# How many chunks may be on their way. With one, libtpu 0.0.42 lets the next come while one goes back. With two, twice
+# the memory is in use, and the update itself, a hundredth of the time of the transfers, overlaps with them too.
+IN_FLIGHT = 1
 
 
 def on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], shapes: Any, places: Any) -> Any:
@@ -37,33 +38,20 @@ def on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], shapes: Any, p
   return jax.tree_util.tree_map_with_path(place, shapes, places)
 
 
-def parameters_on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], places: Any) -> Any:
-  """`places` of parameters, those of matrices in the host's memory where `names` has 'parameters'."""
-  moved = lambda spec, place: place.with_memory_kind(HOST) if 'parameters' in names and is_matrix(spec) else place
-  return jax.tree.map(moved, specs, places)
-
-
 def moves(names: Sequence[Offloaded], spec: ParamSpec, shape: Sequence[int]) -> bool:
   """Whether a statistic of this shape of the parameter `spec` is one of `names`."""
   return 'moments' in names and is_matrix(spec) and tuple(shape) == tuple(spec.shape)
 
 
-def applied(params: Any, updates: Any) -> Any:
-  """The parameters after `updates` of `streamed`: those of the host's memory are the updates themselves."""
-  return jax.tree.map(lambda p, update: update if is_away(p) else optax.apply_updates(p, update), params, updates)
+def streamed(tx: optax.GradientTransformation, places: Any) -> optax.GradientTransformation:
+  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks.
 
-
-def streamed(tx: optax.GradientTransformation, places: Any, parameters: Any) -> optax.GradientTransformation:
-  """`tx` with its state at `places` and `parameters` at theirs: what is in the host's memory comes and goes in chunks.
-
-  Values are those of `tx`; the update of a parameter of the host's memory is its new value, there (`applied`). Without
-  the order that this one gives to the chunks, XLA has all arrays on the device at once (libtpu 0.0.42), which saves
-  nothing.
+  Values are those of `tx`. Without the order that this one gives to the chunks, XLA has all arrays on the device at
+  once (libtpu 0.0.42), which saves nothing.
   """
-  homes = [*jax.tree.leaves(places), *jax.tree.leaves(parameters)]
-  flat = lambda tree: [own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-  number, chunks = len(jax.tree.leaves(places)), _chunks([*flat(places), *flat(parameters)], homes)
-  owned = {path: i for i, path in enumerate(flat(parameters))}
+  paths = [own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(places)[0]]
+  homes = jax.tree.leaves(places)
+  chunks = _chunks(paths, homes)
   if not chunks:
     return tx
   tx = optax.with_extra_args_support(tx)
@@ -72,26 +60,24 @@ def streamed(tx: optax.GradientTransformation, places: Any, parameters: Any) -> 
     leaves, tree = jax.tree.flatten(tx.init(params))
     before: Any = ()
     for numbers in chunks.values():
-      own = [i for i in numbers if i < number]
-      chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in own], before))
-      before = jax.device_put(chunk, [homes[i] for i in own])
-      leaves = _replaced(leaves, own, before)
+      chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], before))
+      before = jax.device_put(chunk, [homes[i] for i in numbers])
+      leaves = _replaced(leaves, numbers, before)
     return jax.tree.unflatten(tree, leaves)
 
   def update(grads, state, params=None, **extra):
     values = _Values(tx.update, (grads, state, params), extra)
-    first, leaves = len(owned), [*jax.tree.leaves(state), *jax.tree.leaves(params)]
-    ready, moved = [optax.tree.norm(grads)] * IN_FLIGHT, dict[int, Array]()
+    owned = _numbers([own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]])
+    first, leaves = len(jax.tree.leaves(grads)), jax.tree.leaves(state)
+    ready, moved = [optax.tree.norm(grads)] * IN_FLIGHT, {}
     for path, numbers in chunks.items():
       chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], ready[-IN_FLIGHT]))
       fetched = jax.device_put(chunk, [homes[i].with_memory_kind(DEVICE) for i in numbers])
       values.give({first + i: x for i, x in zip(numbers, fetched, strict=True)})
-      (update,) = values.outputs([owned[path]])
-      new = values.outputs(first + i for i in numbers if i < number)
-      new += [optax.apply_updates(x, update) for i, x in zip(numbers, fetched, strict=True) if i >= number]
-      back = jax.device_put(new, [homes[i] for i in numbers])
-      moved |= {first + i if i < number else owned[path]: x for i, x in zip(numbers, back, strict=True)}
-      ready.append((update, back))
+      values.outputs(owned[path])  # in the order of the program, beside what they are computed with
+      back = jax.device_put(values.outputs(first + i for i in numbers), [homes[i] for i in numbers])
+      moved |= {first + i: x for i, x in zip(numbers, back, strict=True)}
+      ready.append(back)
     return values.result(moved)
 
   return optax.GradientTransformationExtraArgs(init, update)

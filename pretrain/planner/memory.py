@@ -13,7 +13,6 @@ from models.layers import remat
 from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
 from pallas_kernels.linear_cross_entropy import chunked
-from pretrain.optim.offload import IN_FLIGHT
 from pretrain.planner.layouts import Layout
 from pretrain.planner.workload import Layers, Path, Workload, divided, lanes, shard, stored
 
@@ -99,7 +98,8 @@ def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
 
 
 def estimate(work: Workload, layout: Layout) -> Memory:
-  """What a step needs where it needs most: at the head, in the backward pass of a stack, or at the embedding."""
+  """What a step needs where it needs most: at the head, in the backward pass of a stack, at the embedding, or in the
+  update."""
   moments = [_at_head(work, layout), _at_embedding(work, layout)]
   moments += [_in_backward(work, layout, stack) for stack in work.stacks]
   moments += [_at_update(work, layout)]
@@ -142,9 +142,9 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
 
 
 def _at_update(work: Workload, layout: Layout) -> Memory:
-  """Chunks of the state that come from the host and go back, each beside its updated arrays."""
+  """Of the state on the host a chunk that came, its update that goes back, and the next chunk, which comes."""
   mesh = of_mesh(work, layout)
-  return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 2 * IN_FLIGHT * mesh.chunk)
+  return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 3 * mesh.chunk)
 
 
 def _accumulated(mesh: OfMesh, layout: Layout) -> float:

@@ -11,7 +11,7 @@ from models.build import build
 from models.families.encoder import EncoderConfig
 from models.families.encoder_decoder import EncoderDecoderConfig
 from models.partition import PARAMETER_RULES
-from models.specs import ParamSpec, Tree, is_matrix, is_spec
+from models.specs import ParamSpec, Tree, is_spec
 from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import Ema
 from pretrain.optim.offload import moves
@@ -24,7 +24,7 @@ Path = tuple[str, ...]
 @dataclasses.dataclass(frozen=True)
 class Held:
   """An array of the state; `axes` None: whole on every device. `kind`: parameters, optimizer or average. `away`: in the
-  memory of the host, with what else belongs to the parameter of this path."""
+  memory of the host, as a moment of the parameter of this path."""
 
   kind: str
   shape: tuple[int, ...]
@@ -113,20 +113,12 @@ def describe(cfg: Experiment) -> Workload:
   stacks = tuple(_stacks(cfg, every))
   inside = {path for path in every if 'blocks' in path}
   ends = {path: spec for path, spec in every.items() if path not in inside}
-  state = (
-    *_parameters(cfg, every, trained),
-    *_optimizer(cfg, model.split(model.specs)[0], trained),
-    *_average(cfg, trained),
-  )
+  state = (*_parameters(every), *_optimizer(cfg, model.split(model.specs)[0], trained), *_average(cfg, trained))
   return Workload(cfg, stacks, ends, state, frozenset(trained), jnp.dtype(cfg.model.dtype).itemsize)
 
 
-def _parameters(cfg: Experiment, every: Mapping[Path, ParamSpec], trained: Mapping[Path, ParamSpec]) -> list[Held]:
-  away = {path for path, spec in trained.items() if 'parameters' in cfg.optimizer.offload and is_matrix(spec)}
-  held = lambda path, s: Held(
-    'parameters', s.shape, s.axes, jnp.dtype(s.dtype).itemsize, path if path in away else None
-  )
-  return [held(path, spec) for path, spec in every.items()]
+def _parameters(every: Mapping[Path, ParamSpec]) -> list[Held]:
+  return [Held('parameters', s.shape, s.axes, jnp.dtype(s.dtype).itemsize) for s in every.values()]
 
 
 def _average(cfg: Experiment, trained: Mapping[Path, ParamSpec]) -> list[Held]:

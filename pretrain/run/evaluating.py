@@ -26,7 +26,7 @@ def evaluate(run: Run) -> None:
 
 def weights(run: Run) -> Iterator[tuple[str, Any]]:
   """The trained parameters as '', then each average of them by its name."""
-  yield '', run.phase.program.fetched(run.state.params)
+  yield '', run.state.params
   if 'ema' in run.state.extra:
     yield 'ema', run.state.extra['ema']
   steps = lawa_steps(run.step, run.cfg.checkpoint.every, run.cfg.evaluation.lawa_checkpoints)
@@ -39,8 +39,8 @@ def weights(run: Run) -> Iterator[tuple[str, Any]]:
 def params_of(run: Run, step: int):
   """The parameters of this step, or of one on disk."""
   if step == run.step:
-    return run.phase.program.fetched(run.state.params)
-  return run.checkpoints.restore_params(run.phase.program.trained, step)
+    return run.state.params
+  return run.checkpoints.restore_params(run.phase.program.abstract.params, step)
 
 
 def check_lawa_processes(count: int, processes: int) -> None:

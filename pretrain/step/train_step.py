@@ -111,10 +111,9 @@ def checksum(batch: Batch) -> Array:
 def make_train_step(
   loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics],
   tracks: Tracks = NOTHING, num_microbatches: int = 1, shardings=None,
-  fetch: Callable[[Any], Any] = lambda params: params, apply: Callable[[Any, Any], Any] = optax.apply_updates,
 ):  # fmt: skip
   """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters. Each of
-  `tracks` has an entry of `state.extra`. `fetch(params)` is what the loss reads; `apply(params, updates)` ends a step.
+  `tracks` has an entry of `state.extra`.
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
@@ -125,7 +124,7 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
     value_and_grad = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches, tracks)
     read = read_of(tracks, state.extra)
-    (_, (metrics, seen)), (grads, felt) = value_and_grad(fetch(state.params), batch, key, weight, read)
+    (_, (metrics, seen)), (grads, felt) = value_and_grad(state.params, batch, key, weight, read)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])
@@ -139,7 +138,7 @@ def make_train_step(
       | fill(batch)
       | skipped(opt_state)
     )
-    params = apply(state.params, updates)
+    params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     seen = {**seen, **felt}
     extra = {name: track.update(state.extra[name], seen, params, step) for name, track in tracks.items()}

@@ -88,7 +88,7 @@ def extend_vocabulary(
   near = nearest(vectors.path, old, new, missing, vectors.most) if vectors is not None and len(missing) else None
   program = program_on_one_device(cfg)
   axes = {path: spec.axes for path, spec in flatten_dict(dict(program.model.specs)).items()}
-  params = flatten_dict(step.read(program.trained))
+  params = flatten_dict(step.read(program.abstract.params))
   for path, x in params.items():
     if 'vocab' in axes[path]:
       dim = axes[path].index('vocab')

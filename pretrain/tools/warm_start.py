@@ -100,7 +100,7 @@ def _open(step: Step, model: ModelConfig) -> Source:
       f'{bad[0]} is {theirs[bad[0]]!r} in {step.workdir}/config.gin, {ours[bad[0]]!r} in --gin_file (first of '
       f'{len(bad)}). Nothing was written; set it as it is there.',
     )
-  return Source(step, own.model, flatten_dict(step.read(program_on_one_device(own).trained)))
+  return Source(step, own.model, flatten_dict(step.read(program_on_one_device(own).abstract.params)))
 
 
 def _value(path: Path, sources: Mapping[str, Source], cross: Cross) -> tuple[Any, Source]:

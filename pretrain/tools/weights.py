@@ -176,7 +176,7 @@ def merge(base: Step, inputs: Sequence[Step], coefficients: Sequence[float], out
 def _combine(steps: Sequence[Step], coefficients: Sequence[float], output: Folder, source: str) -> None:
   check_new(output)
   cfg = _one_architecture(steps)
-  abstract = program_on_one_device(cfg).trained
+  abstract = program_on_one_device(cfg).abstract.params
   terms = ((c, step.read(abstract)) for c, step in zip(coefficients, steps, strict=True))
   _write(output, linear_combination(terms), cfg, steps[0], source)
 
@@ -190,7 +190,7 @@ def soup(cfg: Experiment, steps: Sequence[Step], metric: str, output: Folder, so
   saved = _one_architecture(steps)
   _check_model(cfg, '--gin_file', saved, steps[0])
   program, score = _scorer(cfg, metric)
-  read = lambda index: steps[index].read(program.trained)
+  read = lambda index: steps[index].read(program.abstract.params)
   scores = []
   for i, step in enumerate(steps):
     scores.append(score(read(i)))

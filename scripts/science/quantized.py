@@ -27,7 +27,7 @@ def losses_in(cfg: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   """Nats per token of held-out text of the final weights, with all blocks in each recipe."""
   program = build_program(cfg)
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
-  params = checkpoints.restore_params(program.trained, checkpoints.latest())
+  params = checkpoints.restore_params(program.abstract.params, checkpoints.latest())
   data = open_data(cfg.data, cfg.objective, seed=0, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
   (batches,) = data.heldout(BATCHES, slice(0, cfg.data.batch_size)).values()
   return losses_on(cfg, params, list(batches), program.mesh)

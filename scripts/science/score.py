@@ -35,7 +35,7 @@ def score(cfg: Experiment, workdir: pathlib.Path, asked: Mapping[str, Objective]
   """
   program = build_program(cfg)
   checkpoints = Checkpoints(workdir, cfg.checkpoint, read_only=True)
-  params = checkpoints.restore_params(program.trained, checkpoints.latest())
+  params = checkpoints.restore_params(program.abstract.params, checkpoints.latest())
   scores = {name: _loss(cfg, name, objective, program, params) for name, objective in (asked or questions(cfg)).items()}
   return scores | averages(workdir)
 

@@ -46,7 +46,7 @@ def save_as_trained(workdir: pathlib.Path) -> None:
   from pretrain.tools.weights import config_of, find, program_on_one_device
 
   program = program_on_one_device(config_of(workdir))
-  params = find(f'{workdir}/0').read(program.trained)
+  params = find(f'{workdir}/0').read(program.abstract.params)
   checkpoints = Checkpoints(workdir, CheckpointConfig())
   checkpoints.save(1, TrainState(jnp.int32(1), params, {}, {}), {'data': {}}, (workdir / 'config.gin').read_text())
   checkpoints.close()

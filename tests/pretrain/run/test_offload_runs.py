@@ -17,10 +17,10 @@ from pretrain.snapshots.layout import Copies, Layout, assemble
 from pretrain.testing import logged_losses
 from tests.pretrain import tiny
 
-ON, BOTH = "optimizer.offload=['moments']", "optimizer.offload=['moments','parameters']"
+ON = "optimizer.offload=['moments']"
 KEYS = (
   'mesh.data=2', 'mesh.fsdp=2', 'checkpoint.every=2', 'checkpoint.keep=9', 'replicas.every=1', 'snapshot.every=1',
-  "spikes.name='skip'",
+  "spikes.name='skip'", "averaging.name='ema'",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def leaves_of(workdir, step: int) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_run_may_turn_it_on_and_off_and_saves_the_same_bits(tmp_path, capsys):
   train(tiny.decoder(*KEYS, 'train.steps=6'), tmp_path / 'plain')
-  train(tiny.decoder(*KEYS, 'train.steps=2', BOTH), tmp_path / 'switched')
+  train(tiny.decoder(*KEYS, 'train.steps=2', ON), tmp_path / 'switched')
   train(tiny.decoder(*KEYS, 'train.steps=4'), tmp_path / 'switched')
   train(tiny.decoder(*KEYS, 'train.steps=6', ON, 'mesh.data=4', 'mesh.fsdp=1'), tmp_path / 'switched')
   for step in (2, 4):
@@ -70,19 +70,6 @@ def test_a_snapshot_brings_it_back_to_the_hosts_memory(away):
   np.testing.assert_array_equal(restored, x)
 
 
-def test_programs_beside_the_step_get_parameters_on_the_device():
-  built = program.build_program(tiny.decoder(BOTH))
-  kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim > 2}
-  params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), built.abstract.params)
-  assert (kinds(params), kinds(built.fetched(params)), kinds(built.weights)) == (
-    {'pinned_host'},
-    {'device'},
-    {'device'},
-  )
-  again = built.fetched(built.fetched(params))
-  assert all(x is y for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(built.fetched(again)), strict=True))
-
-
 def test_a_platform_without_this_memory_is_refused(monkeypatch):
   monkeypatch.setattr(program, 'HOST', 'tape')
   with pytest.raises(
@@ -94,14 +81,7 @@ def test_a_platform_without_this_memory_is_refused(monkeypatch):
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
-    (
-      ("optimizer.offload=['gradients']",),
-      r"optimizer\.offload\[0\]='gradients' is not one of 'moments', 'parameters'",
-    ),
-    (
-      ("averaging.name='ema'", "optimizer.offload=['moments','parameters']"),
-      "optimizer.offload has 'parameters', and averaging.name='ema' keeps their average on the device, .*; remove 'p",
-    ),
+    (("optimizer.offload=['gradients']",), r"optimizer\.offload\[0\]='gradients' is not one of 'moments'"),
     (
       ("optimizer.name='adafactor'", ON),
       r"optimizer\.offload has 'moments', and optimizer\.name='adafactor' with optimizer\.momentum=0\.0 has none of a "
