@@ -56,6 +56,7 @@ COMPILED = {
   ('decoder/125m', 'v5e:2x4', NONE): (195.3, 4717.0),
   ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2): (7665.6, 13250.0),
   ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2, MOMENTS): (2555.6, 8140.0),
+  ('ul2/20b', 'v5p:2x2x1', 'mesh.fsdp=4', 'train.accumulate=16', "optimizer.name='adamw'", MOMENTS): (18688.9, 74612.4),
   ('ul2/20b', 'v5p:4x4x8', 'mesh.fsdp=32', 'mesh.tensor=4', 'train.accumulate=4', NONE): (589.4, 49639.0),
   ('decoder/125m', 'v5e:2x4', 'data.batch_size=208', 'train.accumulate=2'): (195.3, 12426.1),
 }
