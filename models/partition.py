@@ -21,7 +21,7 @@ PARAMETER_RULES: Rules = {
   'head_dim': None,
   'mlp': 'tensor',
   'vocab': 'tensor',
-  'layers': None,
+  'layers': 'stage',
   'experts': 'expert',
   'buckets': None,
   'length': None,
@@ -40,6 +40,7 @@ ACTIVATION_RULES: Rules = {
   'vocab': 'tensor',
   'experts': 'expert',
   'rank': None,
+  'stages': 'stage',
 }
 
 
@@ -52,7 +53,7 @@ def spec_for(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     if axis is not None and axis not in rules:
       raise KeyError(f'unknown logical axis {axis!r}; the axes are {", ".join(rules)}.')
   entries = [None if axis is None else rules[axis] for axis in axes]
-  used = [m for entry in entries for m in ((entry,) if isinstance(entry, str) else entry or ())]
+  used = [m for entry in entries for m in _names(entry)]
   if len(used) != len(set(used)):
     raise ValueError(f'axes {tuple(axes)} put two dims on one mesh axis: {entries}.')
   return PartitionSpec(*entries)
@@ -66,19 +67,34 @@ def shardings(specs: Tree, mesh: Mesh) -> Tree:
 
 @contextlib.contextmanager
 def on(mesh: Mesh | AbstractMesh | None):
-  """Inside, `constrain` shards over this mesh; without a mesh it does nothing."""
-  if mesh is None:
+  """Inside, `constrain` shards over this mesh; without a mesh it does nothing.
+
+  In a `shard_map` over some of its axes, arrays are the parts that these give a device, and the other axes remain.
+  """
+  if mesh is None or jax.sharding.get_abstract_mesh().manual_axes:
     yield
     return
   with jax.sharding.use_abstract_mesh(getattr(mesh, 'abstract_mesh', mesh)):
     yield
 
 
+def _rules() -> Rules:
+  """ACTIVATION_RULES without the axes that a `shard_map` around has divided arrays over."""
+  if not (done := jax.sharding.get_abstract_mesh().manual_axes):
+    return ACTIVATION_RULES
+  left = {axis: tuple(n for n in _names(entry) if n not in done) for axis, entry in ACTIVATION_RULES.items()}
+  return {axis: names or None for axis, names in left.items()}
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
   """Shards an activation; without this the partitioner guesses, and replicates."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec_for(axes, ACTIVATION_RULES))
+  return jax.lax.with_sharding_constraint(x, spec_for(axes, _rules()))
 
 
 def divides(axis: str) -> bool:
@@ -88,8 +104,8 @@ def divides(axis: str) -> bool:
 
 def parts(*axes: str) -> int:
   """Into how many parts the mesh in use divides an activation along these logical axes."""
-  sizes, entries = jax.sharding.get_abstract_mesh().shape, [ACTIVATION_RULES[axis] for axis in axes]
-  return math.prod(sizes.get(n, 1) for entry in entries for n in ((entry,) if isinstance(entry, str) else entry or ()))
+  sizes, rules = jax.sharding.get_abstract_mesh().shape, _rules()
+  return math.prod(sizes.get(n, 1) for axis in axes for n in _names(rules[axis]))
 
 
 def per_shard(kernel, in_axes, out_axes):
@@ -100,7 +116,8 @@ def per_shard(kernel, in_axes, out_axes):
   """
   if jax.sharding.get_abstract_mesh().empty:
     return kernel
-  spec = lambda axes: spec_for(axes, ACTIVATION_RULES)
+  rules = _rules()
+  spec = lambda axes: spec_for(axes, rules)
   in_specs = jax.tree.map(spec, in_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
   out_specs = jax.tree.map(spec, out_axes, is_leaf=lambda x: isinstance(x, tuple) and not any(map(_nested, x)))
   # A kernel does not declare along which axes its outputs vary, so that check is off.
@@ -123,7 +140,7 @@ def _key(axis: str | None) -> str:
 
 def _check_parameter(path: str, spec: ParamSpec, mesh) -> None:
   for dim, axis, entry in zip(spec.shape, spec.axes, spec_for(spec.axes, PARAMETER_RULES), strict=True):
-    names = (entry,) if isinstance(entry, str) else entry or ()
+    names = _names(entry)
     size = math.prod(mesh.shape[name] for name in names)
     if dim % size:
       raise ValueError(

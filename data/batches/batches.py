@@ -18,6 +18,13 @@ from data.prepare.messages import ROLES as ROLE_NAMES
 from data.stores.store import ROLES, Kind, Store
 from data.stores.vocabulary import Tokenizer, Vocabulary
 
+Rows = slice | Sequence[slice]  # of a global batch: a host's may lie apart, in ascending order
+
+
+def ranges(rows: Rows) -> Sequence[slice]:
+  """The slices that `rows` consists of."""
+  return (rows,) if isinstance(rows, slice) else rows
+
 
 @dataclasses.dataclass(frozen=True)
 class RowDescription:
@@ -120,9 +127,14 @@ class DataSource:
       batch['source_index'] = source.astype(np.int32)
     return batch
 
-  def batch(self, step: int, rows: slice) -> Batch:
+  def batch(self, step: int, rows: Rows) -> Batch:
     """These rows of the global batch of a step, which begins at row `step * batch_size` of the run."""
-    return self.global_rows(step * self.cfg.batch_size + rows.start, rows.stop - rows.start)
+    return self.batch_at(step * self.cfg.batch_size, rows)
+
+  def batch_at(self, start: int, rows: Rows) -> Batch:
+    """These rows of the global batch that begins at row `start` of the run."""
+    parts = [self.global_rows(start + own.start, own.stop - own.start) for own in ranges(rows)]
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
   def _locate(self, source: np.ndarray, own: np.ndarray) -> Iterator[tuple[np.ndarray, StoreRows, int, np.ndarray]]:
     """Yields (rows of the result, source, epoch, positions in the epoch) for each source and epoch of mixed rows."""
@@ -173,7 +185,7 @@ class DataSource:
     store = next(rows.store for rows in self.sources if rows.store.path == origin.path)
     return int(store.offsets_of(origin.shard)[document - store.shards[origin.shard].documents.start])
 
-  def heldout(self, num_batches: int, rows: slice) -> dict[str, 'HeldoutSet']:
+  def heldout(self, num_batches: int, rows: Rows) -> dict[str, 'HeldoutSet']:
     """At most `num_batches` batches of each evaluation set, the same ones in every call."""
     size = self.cfg.batch_size
     return {name: HeldoutSet(own, size, num_batches, rows) for name, own in self._heldout.items()}
@@ -229,18 +241,18 @@ class HeldoutSet:
   source: StoreRows
   batch_size: int
   num_batches: int
-  rows: slice
+  rows: Rows
 
   def __len__(self) -> int:
     return min(self.num_batches, -(-self.source.num_rows(0) // self.batch_size))
 
   def __iter__(self) -> Iterator[Batch]:
     for i in range(len(self)):
-      yield self._batch(i * self.batch_size + self.rows.start, self.rows.stop - self.rows.start)
+      yield self._batch(i * self.batch_size + np.concatenate([np.arange(r.start, r.stop) for r in ranges(self.rows)]))
 
-  def _batch(self, start: int, count: int) -> Batch:
-    present = np.arange(start, start + count) < self.source.num_rows(0)
+  def _batch(self, places: np.ndarray) -> Batch:
+    present = places < self.source.num_rows(0)
     # A padding row needs the shapes of a real row: row 0 is made and set to zero.
-    part = self.source.batch(0, np.where(present, np.arange(start, start + count), 0))
+    part = self.source.batch(0, np.where(present, places, 0))
     blanked = {name: values * present[:, None].astype(values.dtype) for name, values in part.items()}
-    return blanked | {'example_index': np.arange(start, start + count).astype(np.int32)}
+    return blanked | {'example_index': places.astype(np.int32)}

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data.batches.batches import DataSource
+from data.batches.batches import DataSource, Rows
 from data.batches.source import Data
 from data.errors import DataError
 from data.objectives.features import Batch
@@ -29,18 +29,17 @@ FULL_ROWS = 3  # of positions in full rows, which earlier releases cannot read
 class _Steps:
   """Element i of a Grain source: this host's rows of the i-th global batch after `examples`."""
 
-  def __init__(self, source: DataSource, examples: int, rows: slice):
+  def __init__(self, source: DataSource, examples: int, rows: Rows):
     self._source, self._examples, self._rows = source, examples, rows
 
   def __len__(self) -> int:
     return 2**62 // self._source.cfg.batch_size  # in effect endless: the run stops at its own number of steps
 
   def __getitem__(self, index: int) -> Batch:
-    start = self._examples + int(index) * self._source.cfg.batch_size
-    return self._source.global_rows(start + self._rows.start, self._rows.stop - self._rows.start)
+    return self._source.batch_at(self._examples + int(index) * self._source.cfg.batch_size, self._rows)
 
 
-def loader(source: DataSource, position: Mapping[str, Any], rows: slice) -> Iterator[tuple[dict[str, Any], Batch]]:
+def loader(source: DataSource, position: Mapping[str, Any], rows: Rows) -> Iterator[tuple[dict[str, Any], Batch]]:
   """Yields (position after the batch, this host's `rows` of the global batch) for each step from `position` on.
 
   `position` is {'examples': 0} at the beginning, and later the position that came with the last used batch. Its other
@@ -89,7 +88,7 @@ def _close(held: list[grain.DatasetIterator[Batch]]) -> None:
   held.pop().close()
 
 
-def _ahead(source: DataSource, examples: int, rows: slice) -> grain.DatasetIterator[Batch]:
+def _ahead(source: DataSource, examples: int, rows: Rows) -> grain.DatasetIterator[Batch]:
   workers, prefetch = source.cfg.workers, source.cfg.prefetch
   steps = grain.MapDataset.source(_Steps(source, examples, rows))
   # Reader threads contend for the interpreter lock: several are slower than none.

@@ -10,7 +10,7 @@ from jax import Array
 from models.build import Model
 from models.families.encoder_decoder import EncoderDecoder
 from models.layers.attention import Cache, Visibility
-from models.layers.block import Cross
+from models.layers.rows import Cross
 from models.partition import constrain
 from models.specs import Tree
 

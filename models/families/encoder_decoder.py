@@ -19,8 +19,8 @@ from models.families.parts import (
   placed,
 )
 from models.layers.attention import Visibility
-from models.layers.block import Cross
 from models.layers.dropout import example_keys, fold
+from models.layers.rows import Cross
 from models.layers.values import Aux, ByLayer, of_stack
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2

@@ -15,6 +15,7 @@ from models.layers.experts import ExpertsConfig
 from models.layers.linear import Bias, Projections
 from models.layers.mlp import MlpConfig
 from models.layers.norm import NormConfig, RmsNormConfig
+from models.layers.pipeline.schedule import Pipeline
 from models.layers.positions.biases import Alibi, NoBias, RelativePositionBias
 from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.disentangled import Disentangled
@@ -105,6 +106,10 @@ class Parts:
   remat: Policy = 'none'
   remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
   remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
+  pipeline_microbatches: Annotated[int, '>= 1'] | None = dataclasses.field(
+    default=None, metadata={'rendered': 'if set'}
+  )
+  pipeline_repeats: Annotated[int, '>= 1'] = dataclasses.field(default=1, metadata={'rendered': 'if set'})
 
 
 KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {
@@ -298,7 +303,7 @@ def make_stack(cfg: Parts, attention: AttentionConfig, layers: int, *, cross: bo
   finishing = Rotation(cfg.embed) if cfg.embedding_rotation and before_head else None
   return Stack(
     block, layers, remat=remat_of(cfg), windows=cfg.windows or (None,), sinks=cfg.sinks, own_bias=each,
-    finishing=finishing, kurtosis=cfg.kurtosis,
+    finishing=finishing, kurtosis=cfg.kurtosis, pipeline=Pipeline(cfg.pipeline_microbatches, cfg.pipeline_repeats),
   )  # fmt: skip
 
 

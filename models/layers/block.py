@@ -15,10 +15,13 @@ from models.layers.experts import Experts, ExpertsConfig
 from models.layers.linear import Projections
 from models.layers.mlp import Mlp, MlpConfig
 from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
+from models.layers.pipeline.program import pipelined, split
+from models.layers.pipeline.schedule import Pipeline
 from models.layers.positions.rotary import Angles
-from models.layers.remat import Remat, rematerialise
-from models.layers.values import Aux, ByLayer, averaged
-from models.partition import constrain
+from models.layers.remat import Remat, keeping, rematerialise
+from models.layers.rows import Beside, Cross
+from models.layers.values import Aux, ByLayer, averaged, resolved
+from models.partition import constrain, parts
 from models.product import amax_of, within
 from models.specs import stack
 
@@ -27,15 +30,6 @@ Parallel = Literal['none', 'one_norm', 'two_norms']
 Windows = tuple[int | None, ...]
 SELF_SITE, CROSS_SITE, MLP_SITE, FINAL_SITE = 0, 1, 2, 3
 CROSS_KEYS_SITE = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cross:
-  """What cross-attention reads: the encoder's output (or each layer's keys and values of it), and the visibility."""
-
-  see: Visibility
-  memory: Array | None = None
-  keys_values: tuple[Array, Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +168,7 @@ class Stack(nnx.Module):
     own_bias: bool = False,
     finishing: nnx.Module | None = None,
     kurtosis: bool = False,
+    pipeline: Pipeline | None = None,
   ):
     self.blocks = stack(Block(cfg), layers)
     self.norm = None if cfg.placement == 'post' else make_norm(cfg.embed, cfg.norm)
@@ -181,6 +176,7 @@ class Stack(nnx.Module):
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
     self.finishing, self.kurtosis = finishing, kurtosis
     self.edges = (0, 0)  # set by models/precision.py
+    self.pipeline = pipeline  # None: the stages of a mesh do all layers together
 
   def __call__(
     self,
@@ -197,22 +193,43 @@ class Stack(nnx.Module):
     `decoding`: a text is written, and experts drop nothing.
     """
 
-    def one(window: int | None):
-      def body(x, inputs):
-        block, layer, table, amax = inputs
-        own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
-        with within(keys=own_keys, amax=amax):
-          x, _, aux = block(x, positions, own, cross, own_keys, layer, None, decoding=decoding)
-        if self.kurtosis:
-          aux = {**aux, 'kurtosis': ByLayer(excess_kurtosis(x, see.q_segment_ids))}
-        return x, aux
-
-      return rematerialise(body, self.remat)
-
-    layers = jnp.arange(self.layers, dtype=jnp.uint32)
-    x, aux = self._scan(one, x, (self.blocks, layers, self._tables(see), amax_of(self.blocks)))
+    beside = Beside(positions, see, cross, keys)
+    layers = (self.blocks, jnp.arange(self.layers, dtype=jnp.uint32), self._tables(see))
+    if decoding or self.pipeline is None or parts('stages') == 1:
+      x, aux = self._scan(lambda window: self._layer(window, beside, decoding), x, (layers, amax_of(self.blocks)))
+    else:
+      x, aux = self._staged(x, beside, layers, self.pipeline)
     x = dropout(self.finish(x), self.rate, fold(keys, self.layers), FINAL_SITE)
     return x, averaged(aux)
+
+  def _layer(self, window: int | None, beside: Beside, decoding: bool = False, stages: bool = False) -> Callable:
+    """One layer: the body of a scan over ((block, its number, its table), its amax)."""
+    positions, see, cross, keys = beside.positions, beside.see, beside.cross, beside.keys
+
+    def body(x, inputs):
+      (block, layer, table), amax = inputs
+      own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
+      with within(keys=own_keys, amax=amax):
+        x, _, aux = block(x, positions, own, cross, own_keys, layer, None, decoding=decoding)
+      if self.kurtosis:
+        aux = {**aux, 'kurtosis': ByLayer(excess_kurtosis(x, see.q_segment_ids))}
+      return x, aux if stages else resolved(aux)
+
+    return rematerialise(body, self.remat, stages=stages)
+
+  def _staged(self, x: Array, beside: Beside, layers, pipeline: Pipeline) -> tuple[Array, Aux]:
+    """All layers, a part of them on each stage of the mesh."""
+    schedule = pipeline.of(x.shape[0] // parts('batch'), parts('stages'))
+
+    def run(x: Array, rows, inputs):
+      own = beside.of_rows(rows)
+      return self._scan(lambda window: self._layer(window, own, stages=True), x, inputs)
+
+    x, aux = pipelined(
+      run, x, beside.by_row(), layers, amax_of(self.blocks), schedule, shares(beside.see, schedule.microbatches),
+      keeping(self.remat),
+    )  # fmt: skip
+    return x, resolved(aux)
 
   def decode(
     self, x: Array, positions: Array | Angles, see: Visibility, cache: Cache, cross: Cross | None = None
@@ -277,6 +294,14 @@ def segments(layers: int, edges: tuple[int, int]) -> list[tuple[int, int, bool]]
   first, last = edges
   parts = [(0, first, True), (first, layers - last, False), (layers - last, layers, True)]
   return [part for part in parts if part[0] < part[1]]
+
+
+def shares(see: Visibility, microbatches: int) -> Array:
+  """f32[microbatches]: what part of the tokens that count each of them has; they are those of `excess_kurtosis`."""
+  if see.q_segment_ids is None:
+    return jnp.full(microbatches, 1 / microbatches)
+  tokens = (split(see.q_segment_ids, microbatches) != 0).sum((1, 2)).astype(jnp.float32)
+  return tokens / jnp.maximum(tokens.sum(), 1.0)
 
 
 def _of_layer(see: Visibility, window: int | None, sinks: int, table: Array | None) -> Visibility:

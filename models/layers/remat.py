@@ -75,21 +75,32 @@ def check(cfg: Remat, *, gated: bool) -> None:
     )
 
 
-def rematerialise(body: Callable, cfg: Remat) -> Callable:
-  """`body(carry, inputs)` of a scan over blocks with fewer activations kept for its gradient."""
+def rematerialise(body: Callable, cfg: Remat, *, stages: bool = False) -> Callable:
+  """`body(carry, inputs)` of a scan over blocks with fewer activations kept for its gradient; `stages`: it is mapped
+  over those of a pipeline.
+  """
   if cfg.policy == 'none':
     return body
 
   def run(carry, inputs):
     return body(named(carry, 'input'), inputs)
 
-  return jax.checkpoint(run, policy=_policy(cfg), prevent_cse=False)
+  return jax.checkpoint(run, policy=_policy(cfg, stages), prevent_cse=False)
 
 
-def _policy(cfg: Remat) -> Callable | None:
+def keeping(cfg: Remat) -> Callable[[Callable], Callable]:
+  """Of a function over blocks that `rematerialise` made, what these keep and their inputs are kept, and nothing else:
+  no parameters that it chooses. For stages of a pipeline; not with the policy 'none', which keeps everything.
+  """
+  with_inputs = dataclasses.replace(cfg, keep=('input', *cfg.names), policy='custom')
+  own = cfg if cfg.policy == 'dots' or 'input' in cfg.offload else with_inputs
+  return lambda function: jax.checkpoint(function, policy=_policy(own, stages=True), prevent_cse=False)
+
+
+def _policy(cfg: Remat, stages: bool) -> Callable | None:
   policies = jax.checkpoint_policies
   if cfg.policy == 'dots':
-    return _is_product
+    return _is_product_of_stages if stages else _is_product
   if cfg.offload:
     on_device = [name for name in cfg.names if name not in cfg.offload]
     return policies.save_and_offload_only_these_names(
@@ -97,6 +108,14 @@ def _policy(cfg: Remat) -> Callable | None:
       offload_dst=HOST,
     )  # fmt: skip
   return policies.save_only_these_names(*cfg.names) if cfg.names else None
+
+
+def _is_product_of_stages(primitive, *args, **params) -> bool:
+  """`_is_product` where one dim of each array is that of stages; inputs of blocks too."""
+  if primitive.name == 'name' and params['name'] == 'input':
+    return True
+  one_batch_dim = primitive.name == 'dot_general' and len(params['dimension_numbers'][1][0]) == 1
+  return one_batch_dim or _is_product(primitive, *args, **params)
 
 
 def _is_product(primitive, *args, **params) -> bool:

@@ -15,8 +15,26 @@ class ByLayer:
   values: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Balance:
+  """Two means over tokens, f32[..., experts]: the share of choices that each expert gets, and its mean probability."""
+
+  load: Array
+  probability: Array
+
+  def value(self) -> Array:
+    """Experts times the sum of the products: no mean over tokens, so parts of a batch are joined before it is made."""
+    return self.load.shape[-1] * (self.load * self.probability).sum(-1)
+
+
 # A scalar is averaged over layers.
-Aux = dict[str, Array | ByLayer]
+Aux = dict[str, Array | ByLayer | Balance]
+
+
+def resolved(aux: Aux) -> Aux:
+  """Each `Balance` as its value."""
+  return {name: x.value() if isinstance(x, Balance) else x for name, x in aux.items()}
 
 
 def averaged(aux: Aux) -> Aux:

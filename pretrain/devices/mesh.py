@@ -24,8 +24,8 @@ class MeshConfig:
   """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: all remaining devices.
 
   `replica` crosses slices (slow network), `data` copies parameters, `fsdp` shards them, `tensor` splits heads,
-  MLP and vocabulary, `sequence` splits lengths; `expert` splits experts, and rows as `data` does; `stage` is for
-  pipelines.
+  MLP and vocabulary, `sequence` splits lengths, `expert` splits experts, and rows as `data` does, `stage` splits
+  layers.
   """
 
   replica: int = 1
@@ -157,21 +157,40 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def host_rows(mesh: Mesh, batch_size: int) -> slice:
-  """The contiguous rows of a global batch that this process feeds."""
-  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  bounds = {index[0].indices(batch_size)[:2] for index in indices.values()}
-  start, stop = min(a for a, _ in bounds), max(b for _, b in bounds)
-  if sum(b - a for a, b in bounds) != stop - start:
-    raise ConfigError(
-      f'mesh gives process {jax.process_index()} rows {sorted(bounds)} of a batch, not one slice; reorder mesh.*.'
-    )
-  return slice(start, stop)
+def own_shards(mesh: Mesh, process: int) -> list[int]:
+  """Which of the `batch_shards` equal parts of a batch are on the devices of a process, in ascending order.
+
+  They may lie apart: a mesh follows the links of a torus, of which a host has a corner.
+  """
+  axes = [AXES.index(axis) for axis in BATCH_AXES]
+  parts = np.moveaxis(mesh.devices, axes, range(len(axes))).reshape(batch_shards(mesh), -1)
+  return [n for n, devices in enumerate(parts) if any(device.process_index == process for device in devices)]
+
+
+def host_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> slice | tuple[slice, ...]:
+  """The rows of a global batch that a process feeds, by default this one: a slice, or several where they lie apart."""
+  own, size = own_shards(mesh, jax.process_index() if process is None else process), batch_size // batch_shards(mesh)
+  starts = [n for n in own if n - 1 not in own]
+  stops = [n + 1 for n in own if n + 1 not in own]
+  found = tuple(slice(size * a, size * b) for a, b in zip(starts, stops, strict=True))
+  return found[0] if len(found) == 1 else found
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of each field -> arrays sharded over the batch axes of the mesh."""
+  """This process's rows of each field (`host_rows`) -> arrays sharded over the batch axes of the mesh."""
   sharding = batch_sharding(mesh)
   if jax.process_count() == 1:
     return jax.device_put(dict(batch), sharding)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  own = own_shards(mesh, jax.process_index())
+  return {name: _assembled(x, own, batch_shards(mesh), sharding) for name, x in batch.items()}
+
+
+def _assembled(x: np.ndarray, own: Sequence[int], number: int, sharding: NamedSharding) -> jax.Array:
+  """The global array of which `x` has the parts `own`, of `number` equal ones."""
+  size = len(x) // len(own)
+
+  def part(index: tuple[slice, ...]) -> np.ndarray:
+    first = size * own.index((index[0].start or 0) // size)
+    return x[first : first + size]
+
+  return jax.make_array_from_callback((size * number, *x.shape[1:]), sharding, part)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from data.batches.batches import DataSource
+from data.batches.batches import DataSource, ranges
 from data.objectives.objectives import Supervised, pair_lengths
 from models.decode.writing import greedy
 from pretrain.devices.mesh import host_rows, replicated, to_global
@@ -45,7 +45,8 @@ def make_exact_match(cfg: Experiment, program: Program, data: DataSource) -> Exa
   def hits(params, pairs: Pairs) -> int:
     """The number of matches in at most a batch of pairs; unused rows repeat the first pair."""
     prompts = [inputs for inputs, _ in pairs] + [pairs[0][0]] * (size - len(pairs))
-    batch = prompt_batch(prompts[rows], cfg, longest, data.vocabulary.ids)
+    own = [prompt for part in ranges(rows) for prompt in prompts[part]]
+    batch = prompt_batch(own, cfg, longest, data.vocabulary.ids)
     outputs = np.asarray(decode(params, to_global(batch, mesh))).tolist()
     answered = zip(outputs[: len(pairs)], pairs, strict=True)
     return sum(render(until_end(output, ids.eos)) == render(targets) for output, (_, targets) in answered)

@@ -72,8 +72,9 @@ def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:
     raise ConfigError(f'mesh.sequence={mesh.sequence}: prompts and outputs are not divided by length; set it to 1.')
   shards = batch_shards(make_mesh(mesh))
   one_each = dataclasses.replace(cfg.data, batch_size=shards)  # rows are those of the command, not of training
+  model = dataclasses.replace(cfg.model, pipeline_microbatches=None)
   return build_program(
-    dataclasses.replace(cfg, mesh=mesh, data=one_each, train=dataclasses.replace(cfg.train, accumulate=1))
+    dataclasses.replace(cfg, mesh=mesh, model=model, data=one_each, train=dataclasses.replace(cfg.train, accumulate=1))
   )
 
 

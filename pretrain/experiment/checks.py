@@ -34,6 +34,7 @@ from pretrain.devices.mesh import BATCH_AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
+from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.optimizer import check_optimizer
 from pretrain.optim.schedule import check_schedule
 from pretrain.optim.spikes import RewindSpikes
@@ -95,7 +96,8 @@ def _check_one(cfg: Experiment) -> None:
   _check_best(cfg)
   check_snapshot(cfg.snapshot)
   # The size of an axis of -1 is not known before devices are counted; build_program checks again with the mesh.
-  check_batch(cfg, math.prod(max(getattr(cfg.mesh, axis), 1) for axis in BATCH_AXES))
+  shards = math.prod(max(getattr(cfg.mesh, axis), 1) for axis in BATCH_AXES)
+  check_batch(cfg, shards)
   check_model(cfg.model)
   _check_experts(cfg)
   _check_lora(cfg)
@@ -103,6 +105,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_positions(cfg)
   check_kernels(cfg.kernels)
   check_sequence(cfg, cfg.mesh.sequence)
+  check_pipeline(cfg, cfg.mesh.stage, shards)
   check_optimizer(cfg.optimizer)
   check_schedule(cfg.schedule)
   check_objective(cfg.objective, cfg.data.inputs_length, cfg.data.targets_length, cfg.data.sentinels)

@@ -28,6 +28,9 @@ class TrainConfig:
   """`steps` ends the run; `accumulate` splits the global batch into that many microbatches. `profile_steps` = (first,
   last) are traced by every process, or only by those in `profile_hosts`.
 
+  With `mesh.replica` > 1 gradients are summed over replicas in `replica_dtype`: 'bfloat16' sends half the bytes between
+  slices, and rounds each replica's gradients before the sum.
+
   `decay_delay` = 1 starts the decay of the learning rate one step late: the peak comes twice. Versions before 0.1.0 did
   that, and their runs keep it when they are resumed; leave it at 0.
   """
@@ -40,6 +43,9 @@ class TrainConfig:
     default=None, metadata={'rendered': 'if set'}
   )
   decay_delay: Literal[0, 1] = 0
+  replica_dtype: Literal['float32', 'bfloat16'] = dataclasses.field(
+    default='float32', metadata={'rendered': 'if set'}
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,7 @@ MAY_CHANGE = (
   'train.log_every',
   'train.profile_steps',
   'train.profile_hosts',
+  'train.replica_dtype',
   'evaluation.',
   'checkpoint.every',
   'checkpoint.keep',
@@ -101,6 +108,8 @@ MAY_CHANGE = (
   'snapshot.',
   'mesh.',
   'optimizer.offload',
+  'model.pipeline_microbatches',
+  'model.pipeline_repeats',
   'compiler.',
   'watchdog.',
   'elastic.',

@@ -15,7 +15,7 @@ from pretrain.errors import ConfigError
 MAY_SET = (
   'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'train.accumulate',
   'kernels.', 'precision.recipe', 'precision.overrides', 'precision.first_layers', 'precision.last_layers',
-  'precision.edge_recipe',
+  'precision.edge_recipe', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip
 
 

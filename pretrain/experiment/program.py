@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replica
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.offload import on_host, streamed
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
+from pretrain.step.across_replicas import across_replicas
 from pretrain.step.fill import make_fill
 from pretrain.step.loss import make_loss
 from pretrain.step.scaling import scaling_tracks
@@ -48,6 +51,14 @@ def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
   return {**averaging_tracks(cfg.averaging), **scaling_tracks(cfg.precision, model.specs)}
 
 
+def whole_batch(cfg: Experiment, mesh: Mesh, shardings: Any, tracks: Tracks) -> Callable[[Callable], Callable]:
+  """What makes gradients of the whole batch of those of microbatches: nothing, or sums over replicas."""
+  if mesh.shape['replica'] == 1:
+    return lambda value_and_grad: value_and_grad
+  own = {'mesh': mesh, 'shardings': shardings, 'dtype': cfg.train.replica_dtype, 'tracks': tracks}
+  return functools.partial(across_replicas, **own)
+
+
 def check_divisible(parameters, mesh) -> None:
   """Raises ConfigError where the mesh does not divide a parameter."""
   try:
@@ -71,6 +82,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_batch(cfg, batch_shards(mesh))
   check_mesh_of_experts(cfg, mesh.shape['expert'])
   check_sequence(cfg, mesh.shape['sequence'])
+  check_pipeline(cfg, mesh.shape['stage'], batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
@@ -90,6 +102,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,
     fill=make_fill(cfg.model, cfg.lora), tracks=tracks, num_microbatches=cfg.train.accumulate, shardings=params,
+    whole=whole_batch(cfg, mesh, params, tracks),
   )  # fmt: skip
 
   def start(params) -> TrainState:

@@ -18,12 +18,21 @@ from pretrain.tools import plan
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all', 'ragged-all-to-all')
 GROUPS = re.compile(r'replica_groups=(.*?), (?!device_ids=)[a-z_]+=')  # device_ids are a part of the groups
+# Sums over slices are left to the runtime: a device sends its part of its slice's sum to the host, and gets it back.
+BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+TRANSFERS = {
+  'ALL_REDUCE': 'all-reduce', 'ALL_GATHER': 'all-gather', 'REDUCE_SCATTER': 'reduce-scatter',
+  'ALL_TO_ALL': 'all-to-all', 'ONE_TO_ONE': 'collective-permute',
+}  # fmt: skip
 RINGS = re.compile(r'"emitter":"(\d)D|StrategyND\{colors:(\d)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of the program. `bytes`: the whole array; `group`: the devices of the first group."""
+  """One collective of the program. `bytes`: the whole array; `devices`: those of the first group.
+
+  Between slices there are no `devices`: each has a partner in every other slice, and `bytes` are what it sends.
+  """
 
   kind: str
   bytes: int
@@ -31,6 +40,11 @@ class Collective:
   devices: tuple[int, ...]
   rings: int | None  # sides of the slice that it uses at once, where the compiler says
   source: str
+
+  @property
+  def crosses(self) -> bool:
+    """Whether it is between slices."""
+    return not self.devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +92,11 @@ def compile_step(cfg: Experiment, of: Slice) -> tuple[plan.Memory, Any, Sequence
 def timed_collectives(program: Program, devices: Sequence[Any], of: Slice) -> Iterator[tuple[Collective, Time]]:
   """Each collective with the time of one run."""
   for one in collected(program, len(devices)):
-    over = torus.group([devices[i] for i in one.devices], of)
-    yield one, torus.seconds(one.kind, one.bytes, of, over, one.rings)
+    if one.crosses:
+      yield one, torus.between(one.kind, one.bytes, of)
+    else:
+      over = torus.group([devices[i] for i in one.devices], of)
+      yield one, torus.seconds(one.kind, one.bytes, of, over, one.rings)
 
 
 def collected(program: Program, number: int) -> list[Collective]:
@@ -89,6 +106,8 @@ def collected(program: Program, number: int) -> list[Collective]:
   """
   found, seen = [], set()
   for times, one, inside in _visited(program, program.entry, 1, ''):
+    if one.op == 'send' and (between := BETWEEN.search(one.rest)):
+      found.append(_between(one, between[1], times))
     kind = next((kind for kind in KINDS if one.op in (kind, f'{kind}-start')), None)
     if kind is None:
       continue
@@ -104,6 +123,13 @@ def collected(program: Program, number: int) -> list[Collective]:
     sides = int(rings[1] or rings[2]) if rings else None
     found.append(Collective('reduce-scatter' if scatters else kind, size, times, members, sides, one.source))
   return found
+
+
+def _between(one: Instruction, name: str, times: int) -> Collective:
+  """The collective of a transfer that the runtime calls so. Raises ValueError for a name that is not known."""
+  if (kind := TRANSFERS.get(name)) is None:
+    raise ValueError(f'a transfer between slices of a kind that is not known: {name}')
+  return Collective(kind, sum(hlo.sizes(hlo.elements(one.shape)[0])), times, (), None, one.source)
 
 
 def _size(one: Instruction, kind: str) -> int:
@@ -129,7 +155,7 @@ def by_source(timed: Iterable[tuple[Collective, Time]]) -> list[tuple[str, str, 
   """(kind, what it is for, times, GB, seconds), the most seconds first; equal ones together."""
   total: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
   for one, time in timed:
-    row = total[one.kind, short(one.source)]
+    row = total[one.kind, 'between slices' if one.crosses else short(one.source)]
     row[0] += one.times
     row[1] += one.times * one.bytes / 1e9
     row[2] += one.times * time.total

@@ -14,6 +14,7 @@ from models.partition import ACTIVATION_RULES
 from models.specs import ParamSpec, is_matrix
 from pallas_kernels.linear_cross_entropy import chunked
 from pretrain.planner.layouts import Layout
+from pretrain.planner.stages import turns
 from pretrain.planner.workload import Layers, Path, Workload, divided, lanes, shard, stored
 
 F32 = 4
@@ -48,7 +49,8 @@ class Memory:
 class OfMesh:
   """What depends on a workload and its mesh alone. Bytes: `state` on the device, its `parameters`, `away` in the host's
   memory, the largest `chunk` of that, `copies` in the dtype of activations. Values: `trained`, gradients on a device;
-  `whole`, all parameters where only `tensor` and `expert` divide them; `dense`, those of them that are no experts'.
+  `whole`, all parameters where only `tensor`, `expert` and `stage` divide them; `dense`, those of them that are no
+  experts'.
   """
 
   state: float
@@ -68,7 +70,7 @@ def of_mesh(work: Workload, layout: Layout) -> OfMesh:
 @functools.lru_cache(maxsize=4096)
 def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   sizes = dict(items)
-  only = dict.fromkeys(sizes, 1) | {axis: sizes[axis] for axis in ('tensor', 'expert')}
+  only = dict.fromkeys(sizes, 1) | {axis: sizes[axis] for axis in ('tensor', 'expert', 'stage')}
   stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
   every = {**work.ends, **stacked}
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
@@ -253,21 +255,21 @@ def unread(work: Workload) -> tuple[str, ...]:
 def kept_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of activations that all layers of a stack keep for the backward pass."""
   if layout.remat == 'none':
-    return stack.number * _everything(work, layout, stack)
+    return turns(work, layout, stack) * _everything(work, layout, stack)
   return inputs_by(work, layout, stack) + named_by(work, layout, stack)
 
 
 def inputs_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of the inputs of a stack's layers, where they are not in host memory."""
   own = 0.0 if 'input' in layout.offload else tokens(work, layout, stack.length) * work.cfg.model.embed
-  return stack.number * work.itemsize * own
+  return turns(work, layout, stack) * work.itemsize * own
 
 
 def named_by(work: Workload, layout: Layout, stack: Layers) -> float:
   """Bytes of the activations that a policy names, where they are not in host memory."""
   names = [name for name in kept(work, layout) if name not in layout.offload]
   mixed = results(work, layout, stack, 'query') if 'context' in names else 0.0
-  return stack.number * work.itemsize * (mixed + results(work, layout, stack, *names))
+  return turns(work, layout, stack) * work.itemsize * (mixed + results(work, layout, stack, *names))
 
 
 def _everything(work: Workload, layout: Layout, stack: Layers) -> float:

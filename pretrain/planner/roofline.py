@@ -19,6 +19,7 @@ from pretrain.devices.chips import Slice
 from pretrain.devices.compiler import options_for
 from pretrain.planner import memory, torus
 from pretrain.planner.layouts import Layout
+from pretrain.planner.stages import gathers, schedule, turns
 from pretrain.planner.torus import Group, Time
 from pretrain.planner.workload import Layers, Workload
 
@@ -35,6 +36,7 @@ OF_KEPT = 3
 # 0.0.42: v5e:16x16 (4.581) save_context +0.015, save_out_proj -0.017, save_qkv_proj -0.179, save_dot_except_mlp -0.272;
 # v5p:4x4x4 (2.347) minimal -0.305, minimal_with_context -0.295.
 OF_NAMED = 1
+DTYPES = {'float32': 4, 'bfloat16': 2}  # bytes of train.replica_dtype
 # Arrays of one layer that pass between a device and its HBM in a forward pass outside of products, by their width:
 # residual and norms, the parts of the MLP's activation, layouts and rotations around the attention kernel.
 PASSES = {'embed': 8, 'hidden': 3, 'heads': 8}
@@ -129,10 +131,11 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
   around = work.itemsize * own * PASSES['heads'] * heads * len(stack.keys)
   passes = own * PASSES['embed'] * work.cfg.model.embed + PASSES['hidden'] * memory.results(work, layout, stack, 'up')
   moved = work.itemsize * (passes + 2 * sum(p.values for p in found))
+  number = turns(work, layout, stack)
   return (
-    stack.number * (products + rerun * again),
-    stack.number * scores * (1 + (rerun if 'context' not in names else 0) + 2.5),
-    stack.number * (moved * (1 + rerun + 2) + around * (1 + (rerun if not behind else 0) + 2)),
+    number * (products + rerun * again),
+    number * scores * (1 + (rerun if 'context' not in names else 0) + 2.5),
+    number * (moved * (1 + rerun + 2) + around * (1 + (rerun if not behind else 0) + 2)),
   )
 
 
@@ -163,17 +166,18 @@ def _filled(work: Workload, layout: Layout) -> float:
 
 def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
   """Links of a step: parameters gathered over fsdp in both passes of each microbatch; gradients summed, in the
-  activations' dtype, whole over fsdp, then a device's part over the other axes of tokens; activations summed over
-  tensor; keys and values sent around a ring over sequence; tokens on their way to experts and back.
+  activations' dtype, whole over fsdp, then a device's part over the other axes of tokens, and over replicas once a step
+  (`_replicas`); activations summed over tensor; keys and values sent around a ring over sequence; tokens on their way
+  to experts and back; activations handed from stage to stage.
   """
   sizes, size = layout.sizes, work.itemsize
   named = lambda axes: over.get(tuple(a for a in axes if sizes[a] > 1))
   time = Time()
-  whole = memory.of_mesh(work, layout).whole
+  whole = memory.of_mesh(work, layout).whole * gathers(work, layout)
   if group := named(('fsdp',)):
     time += torus.seconds('all-gather', size * whole, of, group).times(2)
     time += torus.seconds('all-reduce', size * whole, of, group)
-  if group := named(('replica', 'data', 'sequence')):
+  if group := named(('data', 'sequence')):
     time += torus.seconds('all-reduce', size * whole / sizes['fsdp'], of, group)
   if group := named(('expert',)):
     time += torus.seconds('all-reduce', size * memory.of_mesh(work, layout).dense / sizes['fsdp'], of, group)
@@ -182,13 +186,39 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
     for stack in work.stacks:
       sums = len(stack.keys) + 1
       again = layout.remat != 'none' and 'out' not in (*memory.kept(work, layout), *memory.unread(work))
-      number = stack.number * (2 * sums + (sums - 1 if again else 0))
+      number = turns(work, layout, stack) * (2 * sums + (sums - 1 if again else 0))
       own = memory.tokens(work, layout, stack.length) * work.cfg.model.embed * size
       time += torus.seconds('all-reduce', own, of, group).times(number)
   if group := named(('sequence',)):
     for stack in work.stacks:
       time += _ring(work, layout, of, group, stack)
-  return time.times(layout.accumulate)
+  if group := named(('stage',)):
+    time += _handed_on(work, layout, of, group)
+  return time.times(layout.accumulate) + _replicas(work, layout, of, over)
+
+
+def _replicas(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
+  """Links of the sum over replicas, of the part of the gradients that a device has alone in its slice. Where `data` or
+  `sequence` have divided them so far, parts are gathered again.
+  """
+  sizes, size = layout.sizes, DTYPES[work.cfg.train.replica_dtype]
+  if (group := over.get(('replica',))) is None:
+    return Time()
+  own, copies = size * memory.of_mesh(work, layout).trained, sizes['data'] * sizes['sequence']
+  time = torus.seconds('all-reduce', own / copies, of, group)
+  if copies > 1:
+    axes = tuple(axis for axis in ('data', 'sequence') if sizes[axis] > 1)
+    time += torus.seconds('all-gather', own, of, over[axes])
+  return time
+
+
+def _handed_on(work: Workload, layout: Layout, of: Slice, over: Group) -> Time:
+  """Links between stages: activations in each tick, forward and backward."""
+  own, time = schedule(work, layout), Time()
+  for stack in work.stacks:
+    size = memory.tokens(work, layout, stack.length) / own.microbatches * work.cfg.model.embed * work.itemsize
+    time += torus.seconds('collective-permute', size, of, over).times(2 * own.ticks)
+  return time
 
 
 def _routed(work: Workload, layout: Layout, of: Slice, group: Group) -> Time:
@@ -203,7 +233,7 @@ def _routed(work: Workload, layout: Layout, of: Slice, group: Group) -> Time:
   time = Time()
   for stack in work.stacks:
     size = memory.tokens(work, layout, stack.length) * rows * model.embed * work.itemsize
-    time += torus.seconds(kind, size, of, group).times(stack.number * (4 + again))
+    time += torus.seconds(kind, size, of, group).times(turns(work, layout, stack) * (4 + again))
   return time
 
 
@@ -214,4 +244,4 @@ def _ring(work: Workload, layout: Layout, of: Slice, over: torus.Group, stack: L
   keys = memory.results(work, layout, stack, 'key', 'value')
   passes = 2 + int(layout.remat != 'none' and 'context' not in names)
   around = sent(work.itemsize * keys).times(hops * passes) + sent(memory.F32 * keys).times(hops)
-  return (around + sent(work.itemsize * keys)).times(stack.number)
+  return (around + sent(work.itemsize * keys)).times(turns(work, layout, stack))

@@ -139,6 +139,16 @@ def seconds(kind: str, size: float, of: Slice, over: Group, rings: int | None = 
   return Time(ici, passes * size / inside * (1 - 1 / over.slices) / (of.chip.dcn / of.chip.devices))
 
 
+def between(kind: str, size: float, of: Slice) -> Time:
+  """The time of a collective between slices in which each device sends `size` bytes, its part of an array.
+
+  What returns is as much, or for a gather the parts of the other slices; in an all-reduce each slice sums up its share.
+  """
+  others = of.slices - 1
+  shares = {'all-reduce': 2 * others / of.slices, 'all-gather': others, 'collective-permute': 1}
+  return Time(dcn=size * shares.get(kind, others / of.slices) / (of.chip.dcn / of.chip.devices))
+
+
 def members(text: str, number: int) -> list[int]:
   """The first group of a collective's `replica_groups` in a compiled program over `number` devices.
 

@@ -110,10 +110,10 @@ def checksum(batch: Batch) -> Array:
 
 def make_train_step(
   loss: LossFn, tx, schedule, skipped, seed: int, *, fill: Callable[[Batch], Metrics],
-  tracks: Tracks = NOTHING, num_microbatches: int = 1, shardings=None,
+  tracks: Tracks = NOTHING, num_microbatches: int = 1, shardings=None, whole=lambda value_and_grad: value_and_grad,
 ):  # fmt: skip
   """`train_step(state, batch) -> (state, metrics)`; gradients have `shardings`, those of the parameters. Each of
-  `tracks` has an entry of `state.extra`.
+  `tracks` has an entry of `state.extra`. `whole` wraps the gradient function (`across_replicas`).
 
   The key of dropout follows from `seed` and the step. It is made inside the step: outside, it would need more programs.
   """
@@ -122,9 +122,9 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), 1), state.step)
-    value_and_grad = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches, tracks)
+    own = accumulate(lambda params, *rest: loss(state.whole(params), *rest), num_microbatches, tracks)
     read = read_of(tracks, state.extra)
-    (_, (metrics, seen)), (grads, felt) = value_and_grad(state.params, batch, key, weight, read)
+    (_, (metrics, seen)), (grads, felt) = whole(own)(state.params, batch, key, weight, read)
     if shardings is not None:  # otherwise fsdp all-reduces whole gradients instead of a reduce-scatter
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=metrics['loss'])

@@ -14,10 +14,11 @@ from data.batches.source import Synthetic, open_data
 from data.objectives.objectives import CausalLm, Instruction, Objective, PrefixLm, Supervised
 from pretrain.devices.chips import Slice, parse
 from pretrain.devices.compilation_cache import cache_dir
-from pretrain.devices.mesh import batch_sharding
+from pretrain.devices.mesh import batch_sharding, batch_shards
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phases_of
+from pretrain.experiment.pipelines import schedule_of
 from pretrain.experiment.program import Program, build_program
 
 # Without these libtpu looks for a TPU on this machine, and refuses to be loaded by two processes at a time.
@@ -143,11 +144,24 @@ def plan(cfg: Experiment, topology: str, slices: int = 1) -> str:
   """What `pretrain plan` prints: the memory of the train step of each phase."""
   lines = []
   for phase in phases_of(cfg):
-    memory, _ = compile_train_step(phase.cfg, topology, slices)
+    program = build_program(phase.cfg, tpu_devices(topology, slices))
+    memory, _ = compile_for(program.train_step, (program.abstract, abstract_batch(phase.cfg, program)))
     since = f' from step {phase.start}' if cfg.phases else ''
     lines.append(f'train step on {topology}{since}, MiB per device:')
     for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):
       lines.append(f'  {name:<12}{getattr(memory, name) / MIB:>10,.1f}')
     if memory.host:
       lines.append(f'  {"on the host":<12}{memory.host / MIB:>10,.1f}')
+    lines += pipeline(phase.cfg, program.mesh.shape['stage'], batch_shards(program.mesh))
   return '\n'.join(lines)
+
+
+def pipeline(cfg: Experiment, stages: int, shards: int) -> list[str]:
+  """A line about the pipeline of a step, if there is one."""
+  if stages == 1:
+    return []
+  own = schedule_of(cfg, stages, shards)
+  return [
+    f'pipeline: {stages} stages, {own.microbatches} microbatches, {own.repeats} repeats: {own.ticks} ticks in each '
+    f'pass of a stack, of which a stage is idle in {own.bubble:.1%}'
+  ]

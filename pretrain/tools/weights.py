@@ -42,7 +42,7 @@ from pretrain.workdirs.folder import Folder, as_folder
 NOT_ARCHITECTURE = (
   'model.dropout', 'model.dropout_sites', 'model.dtype', 'model.remat', 'model.remat_keep', 'model.remat_offload',
   'model.embedding_init_std', 'model.head_init_scale', 'model.init_std', 'model.scale_residual_init', 'model.kurtosis',
-  'model.expert_capacity',
+  'model.expert_capacity', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip
 # Keys that a run that starts from another may change too: the scale of positions, for longer rows.
 MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.layers.values import Aux, ByLayer
+from models.layers.values import Aux, Balance, ByLayer
 
 
 def places(length: int, number: int, per_token: int, capacity: float) -> int:
@@ -47,8 +47,8 @@ def ranked(ids: Array, number: int) -> tuple[Array, Array, Array]:
 
 
 def router_values(logits: Array, chosen: Array, segments: Array | None, kept: Array | None = None) -> Aux:
-  """`load_balance`: 1 where all experts get equally many tokens, `number` where one gets all; `router_z`: the mean
-  square of log Z of the router. Means are over tokens whose `segments` are not 0 (None: all).
+  """`load_balance`, whose value is 1 where all experts get equally many tokens, `number` where one gets all;
+  `router_z`: the mean square of log Z of the router. Means are over tokens whose `segments` are not 0 (None: all).
 
   For each layer `expert_load`, each expert's share of all choices; `router_entropy` in nats, ln(number) where the
   router prefers no expert; and where there is a capacity `expert_dropped`, the share of choices that are not `kept`.
@@ -61,7 +61,7 @@ def router_values(logits: Array, chosen: Array, segments: Array | None, kept: Ar
   share = share / jnp.maximum(share.sum(), 1.0)
   mean = lambda x: jnp.einsum('bl,bl...->...', share, x)
   load = mean(jax.nn.one_hot(chosen, number, dtype=jnp.float32).mean(-2))
-  balance = number * (load * mean(jax.nn.softmax(logits))).sum()
+  balance = Balance(load, mean(jax.nn.softmax(logits)))
   found: Aux = {'load_balance': balance, 'router_z': mean(jnp.square(jax.nn.logsumexp(logits, -1)))}
   entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1)
   described = {'expert_load': load, 'router_entropy': mean(entropy)}

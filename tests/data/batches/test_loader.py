@@ -71,6 +71,13 @@ def test_hosts_load_their_rows(text_store):
     assert_equal(batch, source.batch(2, slice(2 * h, 2 * h + 2)))
 
 
+def test_a_host_may_have_rows_that_lie_apart(text_store):
+  source = opened(text_store)
+  ((_, batch),) = take(source, {'examples': 16}, 1, (slice(0, 2), slice(5, 6), slice(7, 8)))
+  whole = source.batch(2, slice(0, 8))
+  assert_equal(batch, {name: values[[0, 1, 5, 7]] for name, values in whole.items()})
+
+
 def test_positions_in_full_rows_have_a_version_of_their_own(text_store):
   source = opened(text_store, packing=FullRows())
   ((position, batch),) = take(source, {'version': 3, 'examples': 16}, 1)

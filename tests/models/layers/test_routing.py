@@ -125,7 +125,7 @@ def gradient(capacity: float | None, axes: tuple[tuple[str, int], ...], rate: fl
     with on(mesh):
       y, aux = bind(p)(x, keys, SEGMENTS)
     y = y.astype(jnp.float32)
-    scalars = aux['load_balance'] + aux['router_z']
+    scalars = aux['load_balance'].value() + aux['router_z']
     return jnp.sin(y).sum() + scalars, (y, {name: v.values for name, v in aux.items() if hasattr(v, 'values')})
 
   placed_params = params if mesh is None else jax.device_put(params, shardings(specs, mesh))

@@ -1,21 +1,30 @@
 """Mesh sizes, the rows of hosts, and the errors for sizes that do not fit."""
 
+import dataclasses
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from data.batches.batches import ranges
+from pretrain.devices.chips import parse
 from pretrain.devices.mesh import (
   AXES,
   MeshConfig,
+  arrange,
   axis_sizes,
   batch_sharding,
+  batch_shards,
   check_memory,
   host_rows,
   make_mesh,
+  own_shards,
   prepare_platform,
   to_global,
 )
 from pretrain.errors import ConfigError
+from pretrain.planner.torus import places
 
 
 def test_a_memory_that_a_device_lacks_is_named_with_those_that_it_has():
@@ -62,6 +71,65 @@ def test_a_batch_is_sharded_over_the_batch_axes_in_order():
   assert placed.sharding == batch_sharding(mesh)
   np.testing.assert_array_equal(jax.device_get(placed), batch['x'])
   assert host_rows(mesh, 4) == slice(0, 4)
+
+
+def test_a_host_of_several_places_its_rows(monkeypatch):
+  """As the only one of two: it has all parts. Rows may be more than the batch has, where they are short."""
+  mesh = make_mesh(MeshConfig(data=2, tensor=2, expert=2))
+  rows = np.arange(24, dtype=np.int32).reshape(12, 2)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  placed = to_global({'x': rows}, mesh)['x']
+  assert placed.sharding == batch_sharding(mesh)
+  np.testing.assert_array_equal(jax.device_get(placed), rows)
+
+
+def of_hosts(topology: str, slices: int, **sizes: int):
+  """A mesh over devices that are not there, four chips of 2 x 2 on each host."""
+  of = parse(topology, slices)
+  host = lambda d: (d.slice_index, *(at // side for at, side in zip(d.coords, (2, 2, 1), strict=True)))
+  devices = places(of)
+  numbers = {at: n for n, at in enumerate(dict.fromkeys(map(host, devices)))}
+  devices = [dataclasses.replace(d, process_index=numbers[host(d)]) for d in devices]
+  shape = dict.fromkeys(AXES, 1) | sizes
+  return types.SimpleNamespace(devices=arrange(tuple(shape.values()), devices, slices), shape=shape), len(numbers)
+
+
+@pytest.mark.parametrize(
+  ('topology', 'slices', 'sizes'),
+  [
+    ('v5p:4x4x4', 1, {'fsdp': 64}), ('v5p:2x2x2', 2, {'replica': 2, 'fsdp': 8}), ('v5e:4x4', 1, {'data': 4, 'fsdp': 4}),
+    ('v5p:4x4x4', 2, {'replica': 2, 'fsdp': 16, 'tensor': 4}),
+  ],
+)  # fmt: skip
+def test_each_row_of_a_batch_is_fed_by_the_hosts_that_have_its_devices(topology, slices, sizes):
+  """A host has a corner of the torus, so its rows lie apart; together the hosts have every row."""
+  mesh, hosts = of_hosts(topology, slices, **sizes)
+  batch_size = 2 * batch_shards(mesh)
+  taken = [host_rows(mesh, batch_size, process) for process in range(hosts)]
+  own = [[row for part in ranges(rows) for row in range(part.start, part.stop)] for rows in taken]
+  assert sorted({row for rows in own for row in rows}) == list(range(batch_size))
+  assert all(rows == sorted(rows) and len(rows) == 2 * len(own_shards(mesh, n)) for n, rows in enumerate(own))
+  assert any(not isinstance(rows, slice) for rows in taken)
+
+
+def test_neighbouring_rows_of_a_host_are_one_slice():
+  mesh, _ = of_hosts('v5p:4x4x4', 1, fsdp=64)
+  assert own_shards(mesh, 0) == [0, 4, 16, 20]
+  assert host_rows(mesh, 128, 0) == (slice(0, 2), slice(8, 10), slice(32, 34), slice(40, 42))
+  mesh, _ = of_hosts('v5e:2x4', 1, fsdp=8)
+  assert [host_rows(mesh, 16, n) for n in range(2)] == [slice(0, 8), slice(8, 16)]
+
+
+def test_replicas_are_slices_and_the_ring_of_fsdp_follows_the_torus():
+  """fsdp=4 on a ring of four chips: neighbours are one hop apart, and partners in the other slice at the same place."""
+  mesh, _ = of_hosts('v5p:4x4x4', 2, replica=2, fsdp=4, tensor=16)
+  grid = mesh.devices.reshape(2, 4, 16)
+  assert [{d.slice_index for d in part.flat} for part in grid] == [{0}, {1}]
+  for one, other in zip(grid[0].flat, grid[1].flat, strict=True):
+    assert one.coords == other.coords
+  for ring in grid.transpose(0, 2, 1).reshape(-1, 4):
+    steps = [np.subtract(b.coords, a.coords) % 4 for a, b in zip(ring, np.roll(ring, -1), strict=True)]
+    assert {tuple(sorted(step.tolist())) for step in steps} <= {(0, 0, 1), (0, 0, 3)}
 
 
 def test_too_few_threads_are_refused(monkeypatch):

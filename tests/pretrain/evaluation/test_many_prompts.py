@@ -53,6 +53,14 @@ def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
   assert len({result.output for result in alone}) > 1
 
 
+@pytest.mark.slow
+def test_stages_of_a_mesh_write_what_one_device_writes(run_dir):
+  """Each of them does all layers, and gathers those that it lacks."""
+  how = Decoding(batch=4)
+  found = list(answers(lambda: open_run(run_dir), PROMPTS, 6, how=how, mesh=MeshConfig(stage=2)))
+  assert found == generate(run_dir, PROMPTS, 6, how=how)
+
+
 def test_prompts_of_a_batch_are_read_in_few_rows(run_dir, monkeypatch):
   """Sixteen prompts, one of them long, fill four rows as long as this one. Answers are the same."""
   writer, shapes = open_writer(run_dir), []

@@ -75,6 +75,24 @@ def assert_alike(folder, steps: int) -> None:
 
 
 @pytest.mark.slow
+def test_hosts_whose_rows_lie_apart_train_like_one(text_store, tmp_path, monkeypatch, capfd):
+  """Three hosts of two devices: the second feeds the first and the last third of each batch."""
+  keys = ('mesh.tensor=2', 'mesh.expert=3', 'data.batch_size=6', 'evaluation.every=2', 'train.steps=4')
+  with monkeypatch.context() as patch:
+    patch.setenv('XLA_FLAGS', XLA_FLAGS)
+    command = flags('decoder', text_store, tmp_path / 'three', *keys)
+    assert main.main(['run', '--hosts=3', '--', *command]) == 0, capfd.readouterr()
+  monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
+  alone = ('mesh.tensor=1', 'mesh.expert=1')
+  cfg = tiny.experiment(MODELS['decoder'][0], *overrides('decoder', text_store), *keys, *alone)
+  pretrain.run.train.train(cfg, tmp_path / 'one')
+  for key, rtol in {'batch_checksum': 0, 'loss': 1e-5, 'eval/license/loss': 1e-5}.items():
+    three, one = (list(series(tmp_path / name, key).values()) for name in ('three', 'one'))
+    assert len(three) in (2, 4)
+    np.testing.assert_allclose(three, one, rtol=rtol, err_msg=key)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('process', [0, 1])
 def test_two_hosts_reject_a_damaged_step_and_resume_from_the_same_one(
   process, text_store, tmp_path, monkeypatch, capfd

@@ -2,8 +2,10 @@
 
 import pytest
 
+from pretrain.devices.chips import parse
 from pretrain.planner import hlo
-from pretrain.planner.compiled import collected
+from pretrain.planner.compiled import Collective, by_source, collected, timed_collectives
+from pretrain.planner.torus import Time, places
 
 # As libtpu writes it: a loop of three turns, a gather split over two fusions, an array in VMEM.
 PROGRAM = """HloModule step, is_scheduled=true
@@ -131,3 +133,28 @@ def test_the_devices_of_a_group_are_read_with_its_groups():
   one = 'replica_groups=[1,8]<=[8], dimensions={0}'
   mesh = "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}"
   assert collected(hlo.parse(PROGRAM.replace(one, mesh)), 8)[0].devices == (0, 1, 2, 3)
+
+
+SEND = (
+  '  %send.1 = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%get-tuple-element.1, %after-all.1), '
+  'channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+  '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
+
+
+def test_what_a_device_sends_to_other_slices_is_counted():
+  """In a loop of three turns, as libtpu 0.0.42 writes the sum over two slices: no collective of the program has it."""
+  text = PROGRAM.replace('  %convert.1', f'{SEND}\n  %convert.1')
+  (found,) = (one for one in collected(hlo.parse(text), 8) if one.crosses)
+  assert found == Collective('all-reduce', 256 * 8 * 128 * 4, 3, (), None, '')
+  with pytest.raises(ValueError, match='a transfer between slices of a kind that is not known: ALL_MIX'):
+    collected(hlo.parse(text.replace('ALL_REDUCE', 'ALL_MIX')), 8)
+
+
+def test_bytes_to_other_slices_are_timed_over_their_network_alone():
+  of = parse('v5e:2x2', 2)
+  text = PROGRAM.replace('  %convert.1', f'{SEND}\n  %convert.1')
+  timed = list(timed_collectives(hlo.parse(text), places(of), of))
+  ((_, sent),) = ((one, time) for one, time in timed if one.crosses)
+  assert sent == Time(dcn=pytest.approx(256 * 8 * 128 * 4 / of.chip.dcn))  # twice half of it
+  assert ('all-reduce', 'between slices', 3) in [row[:3] for row in by_source(timed)]

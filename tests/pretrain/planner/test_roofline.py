@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from models.build import build
+from models.specs import count
 from pretrain.config import bindings
 from pretrain.devices.chips import parse
 from pretrain.experiment.experiment import Experiment
@@ -91,3 +93,23 @@ def test_a_ring_sends_keys_and_values_around_and_their_gradients_home():
   sent = 32 * 2 * 16384 * 4096 * (3 * 8 * 2 + 8 * 4 + 2)
   assert whole.ici - others.ici > sent / of.chip.link
   assert whole.ici - others.ici == pytest.approx(sent / of.chip.link, rel=0.02)
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'size', 'mesh'),
+  [
+    ('float32', 4, {'fsdp': 64}), ('bfloat16', 2, {'data': 2, 'fsdp': 32}), ('bfloat16', 2, {'fsdp': 16, 'tensor': 4}),
+  ],
+)  # fmt: skip
+def test_between_slices_a_device_sends_its_part_of_the_gradients_once(dtype, size, mesh):
+  """Llama 7B on two slices of 64 chips: parameters / 64 in each direction, whatever the microbatches."""
+  of = parse('v5p:4x4x4', 2)
+  keys = ('data.targets_length=2048', 'data.batch_size=512', f"train.replica_dtype='{dtype}'", 'mesh.replica=2')
+  cfg = bindings.load(
+    Experiment, [str(tiny.ROOT / 'configs/decoder/7b.gin')], [*keys, *(f'mesh.{axis}={n}' for axis, n in mesh.items())]
+  )
+  work, own = workload.describe(cfg), layouts.of_config(cfg, of.devices)
+  groups = torus.groups(own.sizes, of)
+  for accumulate in (1, 4):
+    found = roofline.collectives(work, dataclasses.replace(own, accumulate=accumulate), of, groups)
+    assert found.dcn == pytest.approx(size * count(build(cfg.model).specs) / 64 / of.chip.dcn, rel=1e-3)

@@ -6,7 +6,7 @@ import pytest
 from pretrain.devices.chips import parse
 from pretrain.devices.mesh import AXES, arrange
 from pretrain.errors import ConfigError
-from pretrain.planner.torus import Group, groups, members, places, rate, seconds
+from pretrain.planner.torus import Group, between, groups, members, places, rate, seconds
 
 
 def sizes(**own: int) -> dict[str, int]:
@@ -52,6 +52,18 @@ def test_between_slices_only_a_devices_part_moves():
   over = groups(sizes(replica=2, fsdp=128), of)['replica', 'fsdp']
   assert over == Group((4, 4, 8), 1, 2)
   assert seconds('all-reduce', 1e9, of, over).dcn == pytest.approx(2 * 1e9 / 128 / 2 / 6.25e9)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'passes'),
+  [('all-reduce', 2 * 3 / 4), ('all-gather', 3), ('reduce-scatter', 3 / 4), ('all-to-all', 3 / 4),
+   ('collective-permute', 1)],
+)  # fmt: skip
+def test_bytes_between_four_slices(kind, passes):
+  """What a chip sends of 1e9 bytes, by hand; 6.25e9 bytes/s a chip, of which tpu7x has two devices."""
+  assert between(kind, 1e9, parse('v5p:2x2x1', 4)).dcn == pytest.approx(passes * 1e9 / 6.25e9)
+  assert between(kind, 1e9, parse('tpu7x:2x2x1', 4)).dcn == pytest.approx(passes * 1e9 / 6.25e9)
+  assert between(kind, 1e9, parse('v5p:2x2x1', 4)).ici == 0
 
 
 def test_only_replica_crosses_slices():
