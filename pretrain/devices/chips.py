@@ -16,9 +16,10 @@ class Chip:
   """One kind of TPU. Rates are per second and per chip; a chip is `devices` devices of JAX.
 
   `flops`: dense bf16, two for each multiply-add. `hbm`: the bytes that the compiler lets one device use. `link`: bytes
-  that one link carries in one direction; a chip has two links for each of the `dims` dimensions of its torus.
-  `dcn`: bytes to other slices. `clock`: cycles in which the compiler estimates. `pod`: the largest slice. A side is a
-  ring, not a line, where it is a multiple of `ring` (three dimensions), or equals the pod's (two).
+  that one link carries in one direction; a chip has two links for each of the `dims` dimensions of its torus. `dcn`:
+  bytes to other slices. `pcie`: bytes between a chip and the memory of its host, each way. `clock`: cycles in which the
+  compiler estimates. `pod`: the largest slice. A side is a ring, not a line, where it is a multiple of `ring` (three
+  dimensions), or equals the pod's (two).
   """
 
   name: str
@@ -29,6 +30,7 @@ class Chip:
   link: float
   dims: int
   dcn: float
+  pcie: float
   clock: float
   pod: tuple[int, ...]
   host: tuple[int, ...]
@@ -47,8 +49,10 @@ class Chip:
 
 
 # FLOP/s, HBM and pods: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x. Bytes of links and between slices: Austin
-# et al. 2025, jax-ml.github.io/scaling-book/tpus, "TPU specs" (one-way ICI bandwidth per link; DCN egress per TPU).
-# hbm: "available HBM" in libtpu 0.0.42's refusal of a program that is too large. clock: scripts/bench/schedule.py.
+# et al. 2025, jax-ml.github.io/scaling-book/tpus, "TPU specs" (one-way ICI bandwidth per link; DCN egress per TPU;
+# PCIe: "typically around 1.5e10 bytes / second per chip", 32 GB/s for v6e; none is published for tpu7x, which has v6e's
+# here). hbm: "available HBM" in libtpu 0.0.42's refusal of a program that is too large. clock:
+# scripts/bench/schedule.py.
 CUBES = ('4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16', '16x16x16', '16x16x24')
 FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CHIPS: Mapping[str, Chip] = {
@@ -56,19 +60,21 @@ CHIPS: Mapping[str, Chip] = {
   for chip in (
     Chip(
       name='v5e', kinds=('TPU v5 lite', 'TPU v5e'), flops=197e12, hbm=15.75 * GIB, hbm_rate=819e9, link=4.5e10, dims=2,
-      dcn=3.125e9, clock=1.5e9, pod=(16, 16), host=(2, 2), known=FLAT,
+      dcn=3.125e9, pcie=1.5e10, clock=1.5e9, pod=(16, 16), host=(2, 2), known=FLAT,
     ),
     Chip(
       name='v5p', kinds=('TPU v5', 'TPU v5p'), flops=459e12, hbm=95.74 * GIB, hbm_rate=2765e9, link=9e10, dims=3,
-      dcn=6.25e9, clock=1.75e9, pod=(16, 16, 24), host=(2, 2, 1), known=('2x2x1', '2x2x2', '2x2x4', '2x4x4', *CUBES),
+      dcn=6.25e9, pcie=1.5e10, clock=1.75e9, pod=(16, 16, 24), host=(2, 2, 1),
+      known=('2x2x1', '2x2x2', '2x2x4', '2x4x4', *CUBES),
     ),
     Chip(
       name='v6e', kinds=('TPU v6 lite', 'TPU v6e'), flops=918e12, hbm=31.25 * GIB, hbm_rate=1638e9, link=9e10, dims=2,
-      dcn=12.5e9, clock=1.75e9, pod=(16, 16), host=(2, 2), known=FLAT,
+      dcn=12.5e9, pcie=3.2e10, clock=1.75e9, pod=(16, 16), host=(2, 2), known=FLAT,
     ),
     Chip(
       name='tpu7x', kinds=('TPU7x', 'TPU v7x'), flops=2307e12, hbm=94.75 * GIB, hbm_rate=7380e9, link=9e10, dims=3,
-      dcn=12.5e9, clock=1.9e9, pod=(16, 16, 36), host=(2, 2, 1), known=('2x2x1', '2x2x2', '2x2x4', '2x4x4', *CUBES),
+      dcn=12.5e9, pcie=3.2e10, clock=1.9e9, pod=(16, 16, 36), host=(2, 2, 1),
+      known=('2x2x1', '2x2x2', '2x2x4', '2x4x4', *CUBES),
       devices=2,
     ),
   )
@@ -121,6 +127,11 @@ class Slice:
   def hbm_rate(self) -> float:
     """Bytes/s between one device and its HBM."""
     return self.chip.hbm_rate / self.chip.devices
+
+  @property
+  def host_rate(self) -> float:
+    """Bytes/s between one device and the memory of its host, each way."""
+    return self.chip.pcie / self.chip.devices
 
 
 def parse(topology: str, slices: int = 1) -> Slice:

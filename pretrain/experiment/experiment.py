@@ -107,6 +107,7 @@ MAY_CHANGE = (
   'checkpoint.retries',
   'snapshot.',
   'mesh.',
+  'optimizer.offload',
   'model.pipeline_microbatches',
   'model.pipeline_repeats',
   'compiler.',

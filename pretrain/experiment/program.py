@@ -18,6 +18,7 @@ from pretrain.experiment.checks import check_batch, check_mesh_of_experts, check
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.averaging import averaging_tracks
+from pretrain.optim.offload import on_host, streamed
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.state import state_shardings
@@ -76,6 +77,8 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_compiles(cfg.compiler, mesh)
   if cfg.model.remat_offload:
     check_memory(mesh, HOST, f'model.remat_offload={list(cfg.model.remat_offload)}')
+  if cfg.optimizer.offload:
+    check_memory(mesh, HOST, f'optimizer.offload={list(cfg.optimizer.offload)}')
   check_batch(cfg, batch_shards(mesh))
   check_mesh_of_experts(cfg, mesh.shape['expert'])
   check_sequence(cfg, mesh.shape['sequence'])
@@ -83,14 +86,16 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
-  tx = make_optimizer(cfg.optimizer, schedule, model.split(model.specs)[0], mesh, spikes=cfg.spikes, since=start)
-  tracks = tracks_of(cfg, model)
+  tracks, trained = tracks_of(cfg, model), model.split(model.specs)[0]
+  tx = make_optimizer(cfg.optimizer, schedule, trained, mesh, spikes=cfg.spikes, since=start)
   draw = functools.partial(specs.initialize, model.specs)
-  init = functools.partial(init_state, draw, tx, cfg.seed, tracks, model.split)
-  shapes = jax.eval_shape(init)
+  begin = lambda tx: functools.partial(init_state, draw, tx, cfg.seed, tracks, model.split)
+  shapes = jax.eval_shape(begin(tx))
   params, frozen = model.split(partition.shardings(model.specs, mesh))
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
+  opt_state = on_host(cfg.optimizer.offload, trained, shapes.opt_state, opt_state)
+  tx = streamed(tx, opt_state)
   extra = {name: track.place(params, everywhere) for name, track in tracks.items()}
   placed = TrainState(everywhere, params, opt_state, extra, frozen)
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
@@ -105,7 +110,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
     return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, tracks, model.split)
 
   return Program(
-    mesh, model, abstract, jax.jit(init, out_shardings=placed),
+    mesh, model, abstract, jax.jit(begin(tx), out_shardings=placed),
     jax.jit(start, donate_argnums=0, out_shardings=placed),
     jax.jit(
       step, donate_argnums=0, out_shardings=(placed, everywhere),

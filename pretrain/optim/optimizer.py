@@ -44,7 +44,14 @@ Optimizer = AdamW | Adafactor | Lion | Muon
 
 def check_optimizer(cfg: Optimizer) -> None:
   """Raises ValueError for a key that has no effect."""
-  if isinstance(cfg, Adafactor) and not cfg.momentum and cfg.state_dtype != 'float32':
+  if not isinstance(cfg, Adafactor) or cfg.momentum:
+    return
+  if 'moments' in cfg.offload:
+    raise ValueError(
+      "optimizer.offload has 'moments', and optimizer.name='adafactor' with optimizer.momentum=0.0 has none of a "
+      "parameter's size; remove it."
+    )
+  if cfg.state_dtype != 'float32':
     raise ValueError(
       f"optimizer.state_dtype='{cfg.state_dtype}' is of moments of a parameter's size, and optimizer.name='adafactor' "
       'with optimizer.momentum=0.0 has none; remove it.'

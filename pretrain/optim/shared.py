@@ -13,6 +13,7 @@ from jax import Array
 from models.specs import ParamSpec, is_matrix
 
 StateDtype = Literal['float32', 'bfloat16', 'int8']
+Offloaded = Literal['moments']
 STACKED = ('layers', 'experts')  # leading axes along which a parameter is several, each with statistics of its own
 ROWS, COLUMNS = ('embed',), ('vocab', 'mlp', 'heads', 'kv_heads', 'one_head', 'head_dim')
 
@@ -24,6 +25,8 @@ class Shared:
   `parameter_scale` multiplies each update by the RMS of its parameter, layer by layer: T5's parameters are drawn at
   sizes a hundred times apart, for Adafactor, which does the same. Source: Shazeer and Stern 2018, arXiv:1804.04235, §8;
   with Adam: Nawrot 2023, arXiv:2309.02373, §3.
+
+  `offload` keeps the moments of matrices in the host's memory between steps (`optim.offload`).
   """
 
   weight_decay: Annotated[float, '>= 0'] = 0.01
@@ -31,6 +34,7 @@ class Shared:
   parameter_scale: bool = False
   max_consecutive_nonfinite: Annotated[int, '>= 1'] = 5
   state_dtype: StateDtype = 'float32'
+  offload: tuple[Offloaded, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
 
 
 def num_stacked(spec: ParamSpec) -> int:

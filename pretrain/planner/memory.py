@@ -3,6 +3,7 @@
 The parts are those that stand in the programs that libtpu 0.0.42 compiles (`pretrain plan --explain` lists them).
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ from models.specs import ParamSpec, is_matrix
 from pallas_kernels.linear_cross_entropy import chunked
 from pretrain.planner.layouts import Layout
 from pretrain.planner.stages import turns
-from pretrain.planner.workload import Layers, Workload, divided, lanes, shard, stored
+from pretrain.planner.workload import Layers, Path, Workload, divided, lanes, shard, stored
 
 F32 = 4
 VMEM = 64 * 2**20  # bytes of an array that the compiler keeps in the vector memory between two operations
@@ -46,13 +47,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OfMesh:
-  """What depends on a workload and its mesh alone. Bytes: `state`, its `parameters`, `copies` in the dtype of
-  activations. Values: `trained`, gradients on a device; `whole`, all parameters where only `tensor`, `expert` and
-  `stage` divide them; `dense`, those of them that are no experts'.
+  """What depends on a workload and its mesh alone. Bytes: `state` on the device, its `parameters`, `away` in the host's
+  memory, the largest `chunk` of that, `copies` in the dtype of activations. Values: `trained`, gradients on a device;
+  `whole`, all parameters where only `tensor`, `expert` and `stage` divide them; `dense`, those of them that are no
+  experts'.
   """
 
   state: float
   parameters: float
+  away: float
+  chunk: float
   copies: float
   trained: float
   whole: float
@@ -70,9 +74,15 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
   every = {**work.ends, **stacked}
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
+  chunks = collections.Counter[Path | None]()
+  for array in work.state:
+    if array.away is not None:
+      chunks[array.away] += array.bytes(sizes)
   return OfMesh(
-    state=sum(array.bytes(sizes) for array in work.state),
+    state=sum(array.bytes(sizes) for array in work.state if array.away is None),
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
+    away=sum(chunks.values()),
+    chunk=max(chunks.values(), default=0),
     copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     whole=values(divided, every.values(), only),
@@ -90,9 +100,11 @@ def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
 
 
 def estimate(work: Workload, layout: Layout) -> Memory:
-  """What a step needs where it needs most: at the head, in the backward pass of a stack, or at the embedding."""
+  """What a step needs where it needs most: at the head, in the backward pass of a stack, at the embedding, or in the
+  update."""
   moments = [_at_head(work, layout), _at_embedding(work, layout)]
   moments += [_in_backward(work, layout, stack) for stack in work.stacks]
+  moments += [_at_update(work, layout)]
   return max(moments, key=lambda found: found.total)
 
 
@@ -129,6 +141,12 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
   grads = _accumulated(mesh, layout) + F32 * mesh.trained
   copies = mesh.copies + _table(work, layout)
   return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack))
+
+
+def _at_update(work: Workload, layout: Layout) -> Memory:
+  """Of the state on the host a chunk that came, its update that goes back, and the next chunk, which comes."""
+  mesh = of_mesh(work, layout)
+  return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 3 * mesh.chunk)
 
 
 def _accumulated(mesh: OfMesh, layout: Layout) -> float:

@@ -98,8 +98,22 @@ def explanation(work: Workload, of: Slice, program: Compiled, shown: int = 14) -
     *columns([['kind', 'of', 'times', 'GB', 'ms'], *_collectives(program, shown)]),
     '',
     *columns([[*TIMES, 'MFU', 'tok/s/chip', ''], _step(work, of, program.step)]),
+    *_on_host(work, of, program),
   ]
   return '\n'.join(lines)
+
+
+def _on_host(work: Workload, of: Slice, program: Compiled) -> list[str]:
+  """What lies in the memory of the host, and what the optimizer moves in a step."""
+  away = memory.of_mesh(work, program.layout).away
+  if not program.memory.host:
+    return []
+  return [
+    '',
+    f'{program.memory.host / MIB:,.0f} MiB of a device in the memory of its host; a step moves {away / 1e9:,.2f} GB of '
+    f"the optimizer's state to the device and as many back: {1e3 * away / of.host_rate:,.0f} ms at "
+    f'{of.host_rate / 1e9:,.0f} GB/s each way, not in the times above.',
+  ]
 
 
 def _buffers(program: Compiled, shown: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ from models.partition import PARAMETER_RULES
 from models.specs import ParamSpec, Tree, is_spec
 from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import Ema
+from pretrain.optim.offload import moves
 from pretrain.optim.optimizer import make_optimizer
 from pretrain.optim.state import own_path
 
@@ -22,12 +23,14 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-  """An array of the state; `axes` None: whole on every device. `kind`: parameters, optimizer or average."""
+  """An array of the state; `axes` None: whole on every device. `kind`: parameters, optimizer or average. `away`: in the
+  memory of the host, as a moment of the parameter of this path."""
 
   kind: str
   shape: tuple[int, ...]
   axes: tuple[str | None, ...] | None
   itemsize: int
+  away: Path | None = None
 
   def bytes(self, sizes: Mapping[str, int]) -> int:
     """On one device of a mesh with these axes."""
@@ -130,7 +133,8 @@ def _optimizer(cfg: Experiment, tree: Tree, trained: Mapping[Path, ParamSpec]) -
   for path, leaf in jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, shapes))[0]:
     spec = trained.get(own_path(path))
     axes = spec.axes if spec is not None and len(spec.axes) == leaf.ndim else None
-    found.append(Held('optimizer', leaf.shape, axes, leaf.dtype.itemsize))
+    away = spec is not None and moves(cfg.optimizer.offload, spec, leaf.shape)
+    found.append(Held('optimizer', leaf.shape, axes, leaf.dtype.itemsize, own_path(path) if away else None))
   return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from pretrain.devices.host_memory import in_turn
 from pretrain.devices.mesh import AXES, replicated
 from pretrain.errors import ConfigError, ReplicaError
 from pretrain.replicas import digest
@@ -82,7 +83,7 @@ class Replicas:
 
 def digests_of(leaves: list[Array]) -> Array:
   """uint32[1, leaf, 2]: the digests of the shards of this device."""
-  return jnp.stack([jnp.stack(digest.sums(x)) for x in leaves])[None]
+  return jnp.stack(in_turn(lambda x: jnp.stack(digest.sums(x)), leaves))[None]
 
 
 def first_holders(x: jax.ShapeDtypeStruct, devices: list[jax.Device]) -> list[int]:

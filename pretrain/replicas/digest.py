@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pretrain.devices.host_memory import on_device
+
 Sums = tuple[Array, Array]
 
 # MurmurHash3's finalizer (Appleby 2011, MurmurHash3.cpp fmix32), and one found by search (Wellons 2018,
@@ -40,7 +42,7 @@ def key_of(path) -> str:
 @jax.jit
 def sums(x: Array) -> Sums:
   """Two uint32 sums. Every bit counts, including the sign of zero and the payload of NaN."""
-  bits, place = bits_of(x), places(x.shape)
+  bits, place = bits_of(on_device(x)), places(x.shape)
   if bits.ndim > place.ndim:  # 64-bit values are two words
     place = 2 * place[..., None] + jnp.arange(2, dtype=jnp.uint32)
   first = mix(bits ^ (place * jnp.uint32(0x9E3779B1)), FMIX32)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from pretrain.devices.host_memory import in_turn
 from pretrain.replicas import digest
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) of each dim
@@ -119,7 +120,8 @@ def copying(device, pieces: Sequence[Piece]) -> Callable[[Sequence[Array]], list
   kind = None if device.platform == 'cpu' else 'pinned_host'
   placed = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
   # A copy even if the piece is the whole shard: without it the output would alias the state, which is donated.
-  return jax.jit(lambda xs: [jax.numpy.copy(x[i]) for x, i in zip(xs, where, strict=True)], out_shardings=placed)
+  one = lambda x, i: jax.device_put(jax.numpy.copy(x[i]), placed)
+  return jax.jit(lambda xs: in_turn(one, xs, where), out_shardings=placed)
 
 
 def write(block: np.ndarray, copies: Sequence[tuple[Piece, Array]]) -> None:
@@ -147,5 +149,6 @@ def _assemble(number: int, leaf, process: int, by_shard: Mapping[Any, Sequence[P
       shape = [stop - start for start, stop in piece.index]
       whole[within(piece.index, shard)] = read(piece).view(leaf.dtype).reshape(shape)
     # No alias: the step overwrites its input.
-    arrays += [jax.device_put(whole, device, may_alias=False) for device in local]
+    places = [jax.sharding.SingleDeviceSharding(d, memory_kind=leaf.sharding.memory_kind) for d in local]
+    arrays += [jax.device_put(whole, place, may_alias=False) for place in places]
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)

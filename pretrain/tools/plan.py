@@ -41,6 +41,7 @@ class Memory:
   temporaries: int
   code: int
   peak: int = 0  # arguments, outputs and temporaries where most are in use at once; the rest of `total` is gaps
+  host: int = 0  # in the memory of the host, in no other number
 
   @property
   def total(self) -> int:
@@ -99,9 +100,11 @@ def compile_for(function, abstract_args) -> tuple[Memory, Any]:
       f'{reason} Use more devices, mesh.fsdp, model.remat, a smaller batch or train.accumulate.'
     ) from error
   stats = compiled.memory_analysis()
+  host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
   memory = Memory(
     arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, donated=stats.alias_size_in_bytes,
-    temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes, peak=stats.peak_memory_in_bytes,
+    temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes,
+    peak=stats.peak_memory_in_bytes - host, host=host,
   )  # fmt: skip
   return memory, compiled
 
@@ -147,6 +150,8 @@ def plan(cfg: Experiment, topology: str, slices: int = 1) -> str:
     lines.append(f'train step on {topology}{since}, MiB per device:')
     for name in ('arguments', 'outputs', 'donated', 'temporaries', 'code', 'total'):
       lines.append(f'  {name:<12}{getattr(memory, name) / MIB:>10,.1f}')
+    if memory.host:
+      lines.append(f'  {"on the host":<12}{memory.host / MIB:>10,.1f}')
     lines += pipeline(phase.cfg, program.mesh.shape['stage'], batch_shards(program.mesh))
   return '\n'.join(lines)
 

@@ -11,11 +11,16 @@ from pretrain.config import bindings
 from pretrain.devices.chips import parse
 from pretrain.devices.mesh import AXES
 from pretrain.experiment.experiment import Experiment
-from pretrain.planner import layouts, memory, search, workload
+from pretrain.planner import compiled, layouts, memory, roofline, search, tables, workload
+from pretrain.tools import plan
 from tests.pretrain import tiny
 
 MIB = 2**20
 NONE = "model.remat='none'"
+SMALL_UL2 = (
+  'model.encoder_layers=4', 'model.decoder_layers=4', 'data.batch_size=64', 'mesh.fsdp=4', "optimizer.name='adamw'",
+)  # fmt: skip
+MOMENTS = "optimizer.offload=['moments']"
 LONG = ('data.targets_length=131072', 'data.batch_size=8', 'train.accumulate=1')
 # (config, slice, changed keys) -> (arguments, arguments and temporaries in use at once) in MiB of a device, as libtpu
 # 0.0.42.1 says of the compiled step (memory_analysis: argument_size and peak_memory).
@@ -49,6 +54,9 @@ COMPILED = {
   ('decoder/mixtral_8x7b', 'v5p:4x4x4', 'mesh.fsdp=8', 'mesh.expert=8', 'train.accumulate=8'): (10361.0, 29032.0),
   ('decoder/7b', 'v5p:4x4x4', 'mesh.fsdp=8', 'mesh.sequence=8', *LONG): (9642.0, 23293.0),
   ('decoder/125m', 'v5e:2x4', NONE): (195.3, 4717.0),
+  ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2): (7665.6, 13250.0),
+  ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2, MOMENTS): (2555.6, 8140.0),
+  ('ul2/20b', 'v5p:2x2x1', 'mesh.fsdp=4', 'train.accumulate=16', "optimizer.name='adamw'", MOMENTS): (18688.9, 74612.4),
   ('ul2/20b', 'v5p:4x4x8', 'mesh.fsdp=32', 'mesh.tensor=4', 'train.accumulate=4', NONE): (589.4, 49639.0),
   ('decoder/125m', 'v5e:2x4', 'data.batch_size=208', 'train.accumulate=2'): (195.3, 12426.1),
 }
@@ -92,6 +100,20 @@ def test_what_a_policy_keeps_is_what_the_compiler_keeps():
   assert memory.kept_by(work, one, work.stacks[0]) / MIB == 2048 + 2048  # no gradient reads what 'down' makes
   moved = dataclasses.replace(one, offload=('query', 'input'))
   assert memory.kept_by(work, moved, work.stacks[0]) == 0
+
+
+def test_what_lies_on_the_host_is_printed_with_its_way_there():
+  cfg, of = load('ul2/20b', *SMALL_UL2, MOMENTS), parse('v5p:2x2x1')
+  work, layout = workload.describe(cfg), layouts.of_config(cfg, 4)
+  step = roofline.Step(1.0, 0.0, 0.0, 0.0, 0.0)
+  lines = lambda host: tables.explanation(
+    work, of, compiled.Compiled(layout, step, plan.Memory(0, 0, 0, 0, 0, 0, host), (), ())
+  ).splitlines()
+  assert lines(5110 * MIB)[-1] == (
+    "5,110 MiB of a device in the memory of its host; a step moves 5.36 GB of the optimizer's state to the device and "
+    'as many back: 357 ms at 15 GB/s each way, not in the times above.'
+  )
+  assert not any('its host' in line for line in lines(0))
 
 
 def test_what_a_norm_or_a_router_reads_is_kept():

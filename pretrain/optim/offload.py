@@ -1,0 +1,151 @@
+"""Moments in the memory of the host: they come to the device a parameter at a time, and go back while others come.
+
+Source: Ren et al. 2021, arXiv:2101.06840 (ZeRO-Offload), §4, has the state on the host; Yang et al. 2024,
+arXiv:2406.08334 (ProTrain), §3, moves it in chunks. Here a chunk is what belongs to one parameter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
+from jax.sharding import NamedSharding
+
+from models.layers.remat import HOST
+from models.specs import ParamSpec, is_matrix
+from pretrain.optim.shared import Offloaded
+from pretrain.optim.state import own_path
+
+DEVICE = 'device'
+# How many chunks may be on their way. With one, libtpu 0.0.42 lets the next come while one goes back. With two, twice
+# the memory is in use, and the update itself, a hundredth of the time of the transfers, overlaps with them too.
+IN_FLIGHT = 1
+
+
+def on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], shapes: Any, places: Any) -> Any:
+  """`places`, shardings of an optimizer's state of these `shapes`, with what `names` says in the host's memory.
+
+  'moments' are the arrays of a matrix's own shape. Vectors, factored means and scales are small, and stay.
+  """
+  own = {own_path(path): spec for path, spec in jax.tree_util.tree_flatten_with_path(specs)[0]}
+
+  def place(path, leaf, sharding: NamedSharding) -> NamedSharding:
+    spec = own.get(own_path(path))
+    return sharding.with_memory_kind(HOST) if spec is not None and moves(names, spec, leaf.shape) else sharding
+
+  return jax.tree_util.tree_map_with_path(place, shapes, places)
+
+
+def moves(names: Sequence[Offloaded], spec: ParamSpec, shape: Sequence[int]) -> bool:
+  """Whether a statistic of this shape of the parameter `spec` is one of `names`."""
+  return 'moments' in names and is_matrix(spec) and tuple(shape) == tuple(spec.shape)
+
+
+def streamed(tx: optax.GradientTransformation, places: Any) -> optax.GradientTransformation:
+  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks.
+
+  Values are those of `tx`. Without the order that this one gives to the chunks, XLA has all arrays on the device at
+  once (libtpu 0.0.42), which saves nothing.
+  """
+  paths = [own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(places)[0]]
+  homes = jax.tree.leaves(places)
+  chunks = _chunks(paths, homes)
+  if not chunks:
+    return tx
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    leaves, tree = jax.tree.flatten(tx.init(params))
+    before: Any = ()
+    for numbers in chunks.values():
+      chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], before))
+      before = jax.device_put(chunk, [homes[i] for i in numbers])
+      leaves = _replaced(leaves, numbers, before)
+    return jax.tree.unflatten(tree, leaves)
+
+  def update(grads, state, params=None, **extra):
+    values = _Values(tx.update, (grads, state, params), extra)
+    owned = _numbers([own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]])
+    first, leaves = len(jax.tree.leaves(grads)), jax.tree.leaves(state)
+    ready, moved = [optax.tree.norm(grads)] * IN_FLIGHT, {}
+    for path, numbers in chunks.items():
+      chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], ready[-IN_FLIGHT]))
+      fetched = jax.device_put(chunk, [homes[i].with_memory_kind(DEVICE) for i in numbers])
+      values.give({first + i: x for i, x in zip(numbers, fetched, strict=True)})
+      values.outputs(owned[path])  # in the order of the program, beside what they are computed with
+      back = jax.device_put(values.outputs(first + i for i in numbers), [homes[i] for i in numbers])
+      moved |= {first + i: x for i, x in zip(numbers, back, strict=True)}
+      ready.append(back)
+    return values.result(moved)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chunks(paths: Sequence[tuple[str, ...]], homes: Sequence[NamedSharding]) -> dict[tuple[str, ...], list[int]]:
+  """The numbers of the arrays in the host's memory, by the path of their parameter."""
+  away = [path if home.memory_kind == HOST else None for path, home in zip(paths, homes, strict=True)]
+  return {path: numbers for path, numbers in _numbers(away).items() if path is not None}
+
+
+def _numbers(keys: Iterable[Any]) -> dict[Any, list[int]]:
+  found: dict[Any, list[int]] = {}
+  for i, key in enumerate(keys):
+    found.setdefault(key, []).append(i)
+  return found
+
+
+def _replaced(leaves: Sequence[Array], numbers: Sequence[int], new: Sequence[Array]) -> list[Array]:
+  given = dict(zip(numbers, new, strict=True))
+  return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+class _Values:
+  """The outputs of a function, computed when they are asked for: each operation once, and after what it reads.
+
+  An array of the host's memory is no argument until its copy on the device is given.
+  """
+
+  def __init__(self, function: Callable, args: tuple, extra: Mapping[str, Any]):
+    leaves, tree = jax.tree.flatten((args, dict(extra)))
+    shapes = jax.tree.unflatten(tree, [_shape(x) for x in leaves])
+    flat = lambda given, more: function(*given, **more)
+    traced, self._result = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    self._jaxpr = traced.jaxpr
+    self._read = {x for eqn in self._jaxpr.eqns for x in eqn.invars if not isinstance(x, Literal)}
+    self._read |= {x for x in self._jaxpr.outvars if not isinstance(x, Literal)}
+    variables = (*self._jaxpr.constvars, *self._jaxpr.invars)
+    self._known = dict(zip(variables, (*traced.consts, *leaves), strict=True))
+
+  def give(self, arguments: Mapping[int, Array]) -> None:
+    """Arguments by their number, in place of those of the call."""
+    self._known |= {self._jaxpr.invars[i]: x for i, x in arguments.items()}
+
+  def outputs(self, numbers: Iterable[int]) -> list[Array]:
+    wanted = [self._jaxpr.outvars[i] for i in numbers]
+    self._compute([x for x in wanted if not isinstance(x, Literal)])
+    return [x.val if isinstance(x, Literal) else self._known[x] for x in wanted]
+
+  def result(self, given: Mapping[int, Array]) -> Any:
+    """What the function returns, with the outputs that are given."""
+    others = [i for i in range(len(self._jaxpr.outvars)) if i not in given]
+    leaves = dict(zip(others, self.outputs(others), strict=True)) | given
+    return jax.tree.unflatten(jax.tree.structure(self._result), [leaves[i] for i in range(len(leaves))])
+
+  def _compute(self, wanted: Iterable[Var]) -> None:
+    """Runs what `wanted` needs of the operations that have not run."""
+    needed, eqns = set(wanted) - self._known.keys(), []
+    for eqn in reversed(self._jaxpr.eqns):
+      if needed.intersection(eqn.outvars):
+        eqns.insert(0, eqn)
+        needed |= {x for x in eqn.invars if not isinstance(x, Literal)} - self._known.keys()
+    made = [x for eqn in eqns for x in eqn.outvars if x in self._read]
+    reads = [*dict.fromkeys(x for eqn in eqns for x in eqn.invars if not isinstance(x, Literal) and x in self._known)]
+    part = self._jaxpr.replace(constvars=[], invars=reads, outvars=made, eqns=eqns)
+    values = jaxpr_as_fun(ClosedJaxpr(part, ()))(*(self._known[x] for x in reads))
+    self._known |= zip(made, values, strict=True)
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, 'weak_type', False))
