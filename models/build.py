@@ -81,7 +81,7 @@ class Model:
     for stack in ('encoder', 'decoder'):
       if hasattr(module, stack):
         getattr(module, stack).blocks.mlp.tells_choices = True
-        getattr(module, stack).pipeline = None  # it has means over tokens
+        getattr(module, stack).pipeline = None  # a pipeline returns means over tokens, not the choices of each token
     with partition.on(self.mesh):
       aux = module(batch, None)[1]
     return {key.removeprefix(name): found.values for key, found in aux.items() if key.startswith(name)}

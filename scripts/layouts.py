@@ -81,10 +81,10 @@ def train(options, dtype: str, name: str, overrides: dict, hosts: int) -> tuple[
 
 
 def compare(options, dtype: str) -> bool:
-  good, reference = True, None
+  good, reference, skipped = True, None, []
   for name, layout in LAYOUTS.items():
     if (found := train(options, dtype, name, *layout)) is None:
-      print(f'{dtype:9} {name:30} too few layers', flush=True)
+      skipped.append(name)
       continue
     rows, remat = found
     reference = reference or rows
@@ -94,6 +94,8 @@ def compare(options, dtype: str) -> bool:
     print(
       f'{dtype:9} {name:30} loss {worst:.1e} (bar {BARS[dtype]:.0e})  batches equal {same}  remat {remat}', flush=True
     )
+  if skipped:
+    print(f'{dtype:9} not compared, too few layers: {", ".join(skipped)}', flush=True)
   return good
 
 

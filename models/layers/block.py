@@ -176,7 +176,7 @@ class Stack(nnx.Module):
     self.windows, self.sinks, self.own_bias = windows, sinks, own_bias
     self.finishing, self.kurtosis = finishing, kurtosis
     self.edges = (0, 0)  # set by models/precision.py
-    self.pipeline = pipeline  # None: the stages of a mesh do all layers together
+    self.pipeline = pipeline  # None: every stage of a mesh computes all layers
 
   def __call__(
     self,

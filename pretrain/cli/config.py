@@ -47,7 +47,10 @@ def plot_schedule(cfg, path: pathlib.Path) -> pathlib.Path:
 
 
 # A search replaces the layout of a config, so that need not divide the rows.
-NO_LAYOUT = ('mesh.replica=1', 'mesh.data=1', 'mesh.fsdp=1', 'mesh.sequence=1', 'mesh.tensor=1', 'train.accumulate=1')
+NO_LAYOUT = (
+  'mesh.replica=1', 'mesh.data=1', 'mesh.fsdp=1', 'mesh.sequence=1', 'mesh.tensor=1', 'mesh.expert=1', 'mesh.stage=1',
+  'train.accumulate=1',
+)  # fmt: skip
 
 
 def plan_flags(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax import Array
 
+HOST, DEVICE = 'pinned_host', 'device'  # JAX's names of kinds of memory
+
 
 def is_away(x: Array) -> bool:
   """Whether `x`, an argument of a function that is compiled, lies in the host's memory."""

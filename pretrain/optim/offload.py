@@ -13,12 +13,11 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
-from models.layers.remat import HOST
 from models.specs import ParamSpec, is_matrix
+from pretrain.devices.host_memory import DEVICE, HOST
 from pretrain.optim.shared import Offloaded
 from pretrain.optim.state import own_path
 
-DEVICE = 'device'
 # How many chunks may be on their way. With one, libtpu 0.0.42 lets the next come while one goes back. With two, twice
 # the memory is in use, and the update itself, a hundredth of the time of the transfers, overlaps with them too.
 IN_FLIGHT = 1

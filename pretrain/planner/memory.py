@@ -144,7 +144,7 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
 
 
 def _at_update(work: Workload, layout: Layout) -> Memory:
-  """Of the state on the host a chunk that came, its update that goes back, and the next chunk, which comes."""
+  """Three chunks of the state on the host: one fetched, its updated copy on the way back, the next on the way in."""
   mesh = of_mesh(work, layout)
   return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 3 * mesh.chunk)
 

@@ -46,3 +46,6 @@ def explain(cfg: Experiment, options: argparse.Namespace) -> None:
   work = workload.describe(cfg)
   program = compiled.measure(work, layouts.of_config(cfg, of.devices), of)
   print(tables.explanation(work, of, program))
+  sizes = program.layout.sizes
+  for line in plan.pipeline(cfg, sizes['stage'], program.layout.shards):
+    print(line)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from pretrain.devices.host_memory import in_turn
+from pretrain.devices.host_memory import HOST, in_turn
 from pretrain.replicas import digest
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) of each dim
@@ -117,7 +117,7 @@ class Copies:
 def copying(device, pieces: Sequence[Piece]) -> Callable[[Sequence[Array]], list[Array]]:
   """A compiled program from the shards on `device` to their pieces."""
   where = [within(piece.index, piece.shard) for piece in pieces]
-  kind = None if device.platform == 'cpu' else 'pinned_host'
+  kind = None if device.platform == 'cpu' else HOST
   placed = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
   # A copy even if the piece is the whole shard: without it the output would alias the state, which is donated.
   one = lambda x, i: jax.device_put(jax.numpy.copy(x[i]), placed)

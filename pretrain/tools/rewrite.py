@@ -1,8 +1,8 @@
 """`pretrain checkpoints restore-as`: a step of one run as a step of another, with another optimizer or average.
 
 Parameters, step and position in the data are kept bit for bit. So are the optimizer's state if no key of `optimizer`
-differs, and `extra` (moving averages, histories of delayed scaling) if no key of `averaging` does; otherwise they start
-fresh, averages from the parameters.
+but `offload` differs, and `extra` (moving averages, histories of delayed scaling) if no key of `averaging` does;
+otherwise they start fresh, averages from the parameters.
 The losses that spikes are measured against are kept if no key of `spikes` differs.
 """
 
@@ -39,7 +39,8 @@ def restore_as(step: Step, overrides: Sequence[str], output: Folder, source: str
   own = phase_at(new, max(step.number - 1, 0)).cfg
   program = _program(own)
   stored = _program(dataclasses.replace(own, spikes=old.spikes))
-  kept = ['opt_state'] * (old.optimizer == new.optimizer) + ['extra'] * (old.averaging == new.averaging)
+  same_optimizer = _of_values(old) == _of_values(new)
+  kept = ['opt_state'] * same_optimizer + ['extra'] * (old.averaging == new.averaging)
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     position = checkpoints.position(step.number)
     parts = checkpoints.restore_parts(_abstract(stored, ['step', 'params', *kept]), step.number)
@@ -47,6 +48,11 @@ def restore_as(step: Step, overrides: Sequence[str], output: Folder, source: str
   whole = {**read_trunk(step.workdir, old, step.number, program.weights), **parts['params']}
   _write(output, step.number, _state(program, parts, whole, old.spikes == new.spikes), position, text)
   return [part for part in ('opt_state', 'extra') if part not in kept]
+
+
+def _of_values(cfg: Experiment):
+  """The keys of the optimizer that change values: not where its state is kept."""
+  return dataclasses.replace(cfg.optimizer, offload=())
 
 
 def _program(cfg: Experiment) -> Program:

@@ -146,7 +146,7 @@ def toy(pipelines: bool):
 
 @pytest.mark.slow
 def test_a_pipeline_of_toy_layers_equals_a_loop_and_idle_ticks_count_nowhere():
-  """What an idle stage tells is infinite here; rows have shares of their own."""
+  """Auxiliary values of an idle stage are infinite here; rows have shares of their own."""
   own, expected = toy(True), toy(False)
   for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))

@@ -74,7 +74,7 @@ def test_a_batch_is_sharded_over_the_batch_axes_in_order():
 
 
 def test_a_host_of_several_places_its_rows(monkeypatch):
-  """As the only one of two: it has all parts. Rows may be more than the batch has, where they are short."""
+  """As the only one of two: it has all parts. Batches of shorter rows have more rows."""
   mesh = make_mesh(MeshConfig(data=2, tensor=2, expert=2))
   rows = np.arange(24, dtype=np.int32).reshape(12, 2)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)

@@ -29,6 +29,13 @@ def test_twenty_steps_have_the_losses_of_one_device(text_store, capfd):
 
 
 @pytest.mark.slow
+def test_replicas_of_a_pipeline_with_repeats_have_the_losses_of_one_device(text_store):
+  more = ('model.encoder_layers=4', 'model.decoder_layers=4', 'model.pipeline_repeats=2', "model.remat='full'")
+  cfg = tiny.ul2(text_store, *BOTH, *more)
+  assert_layout_invariant(cfg, (LAYOUTS[0], MeshConfig(replica=2, stage=2)), steps=4)
+
+
+@pytest.mark.slow
 def test_activations_in_bfloat16_agree_to_a_thousandth(text_store):
   cfg = tiny.ul2(text_store, *BOTH, "model.dtype='bfloat16'")
   assert_layout_invariant(cfg, LAYOUTS, steps=6, rtol=1e-3)

@@ -131,6 +131,14 @@ def test_a_changed_average_starts_from_the_parameters(run, tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, moved.opt_state, old.opt_state)
 
 
+def test_moments_that_move_to_the_host_are_kept(run, tmp_path, capsys):
+  """Where they are is no other optimizer."""
+  new, away = tmp_path / 'new', "optimizer.offload=['moments']"
+  assert main(['checkpoints', 'restore-as', f'--input={run}/4', f'--gin.{away}', f'--output={new}']) == 0
+  assert capsys.readouterr().out == f'{new}\n'
+  jax.tree.map(np.testing.assert_array_equal, state_of(new, 4, away).state.opt_state, state_of(run, 4).state.opt_state)
+
+
 @pytest.mark.parametrize(
   ('action', 'flags', 'code', 'message'),
   [
