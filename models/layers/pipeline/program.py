@@ -37,8 +37,8 @@ class Ends(NamedTuple):
 
 class Flow(NamedTuple):
   """What passes from tick to tick: `x` [stages, batch, length, embed], which each stage gets from the one before, and
-  `store` [stages, microbatches, batch, length, embed], in which the first stage keeps the microbatches that wait for the
-  next round.
+  `store` [stages, microbatches, batch, length, embed], in which the first stage keeps the microbatches that wait for
+  the next round.
   """
 
   x: Array
