@@ -18,6 +18,7 @@ from pretrain.tools import plan
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all', 'ragged-all-to-all')
 GROUPS = re.compile(r'replica_groups=(.*?), (?!device_ids=)[a-z_]+=')  # device_ids are a part of the groups
+PAIRS = re.compile(r'source_target_pairs=\{([{}\d,]+)\}')  # of a collective-permute
 # Sums over slices are left to the runtime: a device sends its part of its slice's sum to the host, and gets it back.
 BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 TRANSFERS = {
@@ -118,7 +119,8 @@ def collected(program: Program, number: int) -> list[Collective]:
     seen.add(key)
     scatters = kind == 'all-reduce' and 'reduce-scatter' in inside
     groups, rings = GROUPS.search(one.rest), RINGS.search(one.rest)
-    members = tuple(torus.members(groups[1] if groups else '', number))
+    pairs = PAIRS.search(one.rest)
+    members = torus.connected(pairs[1]) if pairs else tuple(torus.members(groups[1] if groups else '', number))
     size = _size(one, kind) * (len(members) if kind == 'reduce-scatter' else 1)
     sides = int(rings[1] or rings[2]) if rings else None
     found.append(Collective('reduce-scatter' if scatters else kind, size, times, members, sides, one.source))

@@ -171,6 +171,20 @@ def members(text: str, number: int) -> list[int]:
   return list(range(number))
 
 
+def connected(pairs: str) -> tuple[int, ...]:
+  """The devices that the first of `source_target_pairs` reaches, over any number of hops.
+
+  >>> connected('{0,1},{4,5},{1,0},{5,4}')
+  (0, 1)
+  """
+  left = [{int(n) for n in pair.split(',')} for pair in re.findall(r'\{(\d+,\d+)\}', pairs)]
+  found = left.pop(0)
+  while near := [pair for pair in left if pair & found]:
+    left = [pair for pair in left if not pair & found]
+    found = found.union(*near)
+  return tuple(sorted(found))
+
+
 def _order(found: re.Match[str], number: int) -> np.ndarray:
   """The devices of a mesh in the order of its axes: a list, or a transposed range."""
   if found[4]:
