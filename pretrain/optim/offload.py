@@ -110,7 +110,8 @@ class _Values:
     leaves, tree = jax.tree.flatten((args, dict(extra)))
     shapes = jax.tree.unflatten(tree, [_shape(x) for x in leaves])
     flat = lambda given, more: function(*given, **more)
-    traced, self._result = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    calls, self._result = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    traced = jax.make_jaxpr(lambda *values: _without_calls(calls, values))(*jax.tree.leaves(shapes))
     self._jaxpr = traced.jaxpr
     self._read = {x for eqn in self._jaxpr.eqns for x in eqn.invars if not isinstance(x, Literal)}
     self._read |= {x for x in self._jaxpr.outvars if not isinstance(x, Literal)}
@@ -144,6 +145,23 @@ class _Values:
     part = self._jaxpr.replace(constvars=[], invars=reads, outvars=made, eqns=eqns)
     values = jaxpr_as_fun(ClosedJaxpr(part, ()))(*(self._known[x] for x in reads))
     self._known |= zip(made, values, strict=True)
+
+
+def _without_calls(closed: ClosedJaxpr, values: Iterable[Any]) -> list[Any]:
+  """The outputs of `closed`. What functions under `jit` do is done in their place: a call of one with all moments, as
+  optax has, would need all of them at once."""
+  jaxpr = closed.jaxpr
+  known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *values), strict=True))
+  value = lambda x: x.val if isinstance(x, Literal) else known[x]
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ('jit', 'pjit'):
+      outputs = _without_calls(eqn.params['jaxpr'], map(value, eqn.invars))
+    else:
+      reads = [*dict.fromkeys(x for x in eqn.invars if not isinstance(x, Literal))]
+      part = jaxpr.replace(constvars=[], invars=reads, outvars=eqn.outvars, eqns=[eqn])
+      outputs = jaxpr_as_fun(ClosedJaxpr(part, ()))(*map(value, reads))
+    known |= zip(eqn.outvars, outputs, strict=True)
+  return [value(x) for x in jaxpr.outvars]
 
 
 def _shape(x: Array) -> jax.ShapeDtypeStruct:

@@ -109,7 +109,7 @@ def test_each_row_of_a_batch_is_fed_by_the_hosts_that_have_its_devices(topology,
   own = [[row for part in ranges(rows) for row in range(part.start, part.stop)] for rows in taken]
   assert sorted({row for rows in own for row in rows}) == list(range(batch_size))
   assert all(rows == sorted(rows) and len(rows) == 2 * len(own_shards(mesh, n)) for n, rows in enumerate(own))
-  assert any(not isinstance(rows, slice) for rows in taken)
+  assert topology != 'v5p:4x4x4' or any(not isinstance(rows, slice) for rows in taken)
 
 
 def test_neighbouring_rows_of_a_host_are_one_slice():
