@@ -46,7 +46,8 @@ TABLE = (
 
 
 def of_chip(name: str, *, quick: bool = False) -> dict[str, Any]:
-  """The default options of this chip (`pretrain/devices/chips.py`). `quick` leaves out those that slow compilation."""
+  """The default options of this chip (`pretrain/devices/chips.py`). With `quick`, without the options that make
+  compilation slow."""
   found: dict[str, Any] = {}
   for entry in TABLE:
     found |= entry.options if name in entry.chips and not (quick and entry.slow) else {}

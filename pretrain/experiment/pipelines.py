@@ -34,8 +34,13 @@ def check_pipeline(cfg: Experiment, stages: int, shards: int) -> None:
 
 def schedule_of(cfg: Experiment, stages: int, shards: int) -> Schedule:
   """The schedule of a (micro)batch of a training step on a mesh of so many stages, with rows in `shards` parts."""
-  rows = cfg.data.batch_size // (shards * cfg.train.accumulate)
-  return Pipeline(cfg.model.pipeline_microbatches, cfg.model.pipeline_repeats).of(max(rows, 1), stages)
+  rows = max(_rows(cfg, shards), 1)
+  return Pipeline(cfg.model.pipeline_microbatches, cfg.model.pipeline_repeats).of(rows, stages)
+
+
+def _rows(cfg: Experiment, shards: int) -> int:
+  """Rows per device of one of the microbatches of `train.accumulate`."""
+  return cfg.data.batch_size // (shards * cfg.train.accumulate)
 
 
 def _depths(cfg: Experiment) -> Iterator[tuple[str, int]]:
@@ -59,11 +64,11 @@ def _check_layers(cfg: Experiment, key: str, layers: int, stages: int) -> None:
 
 
 def _check_rows(cfg: Experiment, stages: int, shards: int) -> None:
-  rows, wanted = cfg.data.batch_size // (shards * cfg.train.accumulate), cfg.model.pipeline_microbatches
+  rows, wanted = _rows(cfg, shards), cfg.model.pipeline_microbatches
   if wanted is not None and rows and rows % wanted:
     near = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - wanted), n))
     raise ConfigError(
-      f'model.pipeline_microbatches={wanted} does not divide the {rows} rows that a device has of '
+      f'model.pipeline_microbatches={wanted} does not divide the {rows} rows per device of '
       f'data.batch_size={cfg.data.batch_size} on {shards} shards with train.accumulate={cfg.train.accumulate}; use '
       f'model.pipeline_microbatches={near}, or remove it.'
     )

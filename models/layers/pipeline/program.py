@@ -55,8 +55,8 @@ def pipelined(
   the latter are means over microbatches, whose shares are `weights` f32[microbatches].
 
   Leaves of `rows` are [batch, …], leaves of `layers` and `observed` [layers, …]; gradients of `observed` are joined by
-  their maximum. With repeats a stage chooses its layers in each tick, so `keeping` says what of a tick is kept for its
-  gradient: otherwise parameters would be. A stage without work computes on zeros; what it gives counts nowhere.
+  their maximum. With repeats a stage selects its layers in each tick; `keeping` is a rematerialisation policy that does
+  not save the selected parameters for the backward pass. An idle stage computes on zeros, and its results are masked.
   """
   rows, of_rows = jax.tree.flatten(jax.tree.map(lambda a: _everywhere(a, schedule), rows))
   layers, of_layers = jax.tree.flatten(jax.tree.map(lambda a: of_stages(a, schedule), layers))

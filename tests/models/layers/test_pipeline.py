@@ -155,14 +155,14 @@ def test_a_pipeline_of_toy_layers_equals_a_loop_and_idle_ticks_count_nowhere():
 ROWS = batch([(5, 7), (9, 3), (14,), (2, 4), (6,), (3, 3, 3), (10, 2), (1, 2)])
 
 
-def evaluate(cfg, mesh: MeshConfig | None, rows=ROWS, read=None):
+def evaluate(cfg, mesh: MeshConfig | None, rows=ROWS):
   """(value, (hidden, aux), gradients), with dropout."""
   placed = None if mesh is None else make_mesh(mesh)
   model, params = model_and_params(cfg, placed)
   params = shaken(params)
 
   def loss(params, rows):
-    hidden, aux = model.apply(params, rows, jax.random.key(3), read)
+    hidden, aux = model.apply(params, rows, jax.random.key(3))
     return jnp.sin(hidden).sum() + sum(x for name, x in aux.items() if name in ('load_balance', 'router_z')), (
       hidden,
       aux,

@@ -55,7 +55,7 @@ def test_a_batch_on_a_mesh_has_the_answers_of_each_prompt_alone(run_dir, how):
 
 @pytest.mark.slow
 def test_stages_of_a_mesh_write_what_one_device_writes(run_dir):
-  """Each of them does all layers, and gathers those that it lacks."""
+  """Each stage computes all layers, and gathers the parameters of the others."""
   how = Decoding(batch=4)
   found = list(answers(lambda: open_run(run_dir), PROMPTS, 6, how=how, mesh=MeshConfig(stage=2)))
   assert found == generate(run_dir, PROMPTS, 6, how=how)

@@ -117,7 +117,7 @@ def test_parameters_and_the_optimizer_are_divided_over_stages(text_store):
     ),
     (
       ('mesh.stage=2', 'model.pipeline_microbatches=3'),
-      'model.pipeline_microbatches=3 does not divide the 4 rows that a device has of data.batch_size=8 on 1 shards '
+      'model.pipeline_microbatches=3 does not divide the 4 rows per device of data.batch_size=8 on 1 shards '
       'with train.accumulate=2; use model.pipeline_microbatches=2, or remove it.',
     ),
     (
