@@ -17,7 +17,7 @@ def linear_cross_entropy(
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ' tokens'], Float[Array, ' tokens'], Bool[Array, ' tokens']]:
   """See `api.linear_cross_entropy`."""
-  logits = jax.lax.dot_general(x, w.astype(x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  logits = _product(x, w.astype(x.dtype))
   if bias is not None:
     logits = logits + bias.astype(jnp.float32)
   if softcap is not None:
@@ -31,3 +31,21 @@ def linear_cross_entropy(
   if label_smoothing:
     loss = (1 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1))
   return loss + z_loss * jnp.square(lse), lse, label_logit >= top
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, 'tokens embed'], w: Float[Array, 'embed vocab']) -> Float[Array, 'tokens vocab']:
+  """In f32. The gradient of x waits for that of w: otherwise the compiler may make the second one after those of all
+  layers, and the logits stay in memory until then. Both are made in the dtype of x and w.
+  """
+  return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, w = saved
+  dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+  dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype)
+  return jax.lax.optimization_barrier((dx, dw))
+
+
+_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _gradients)
