@@ -30,6 +30,7 @@ PARAMETER_RULES: Rules = {
 }
 ACTIVATION_RULES: Rules = {
   'batch': ('replica', 'data', 'fsdp', 'expert'),  # the work outside of experts is divided over `expert` too
+  'rows': ('replica', 'data', 'fsdp', 'expert', 'stage'),  # the batch where no pipeline runs: `rows`
   'length': 'sequence',
   'embed': None,
   'heads': 'tensor',
@@ -106,6 +107,12 @@ def parts(*axes: str) -> int:
   """Into how many parts the mesh in use divides an activation along these logical axes."""
   sizes, rules = jax.sharding.get_abstract_mesh().shape, _rules()
   return math.prod(sizes.get(n, 1) for axis in axes for n in _names(rules[axis]))
+
+
+def rows(number: int) -> str:
+  """The logical axis of a batch of so many rows where no pipeline runs: 'rows', so that stages have parts of it
+  too, where they divide it, and 'batch' elsewhere."""
+  return 'rows' if divides('stages') and number % parts('rows') == 0 else 'batch'
 
 
 def per_shard(kernel, in_axes, out_axes):

@@ -227,6 +227,12 @@ def tokens(work: Workload, layout: Layout, length: int) -> float:
   return layout.rows(work.rows) * length / layout.sizes['sequence']
 
 
+def of_head(work: Workload, layout: Layout) -> float:
+  """Positions of a microbatch whose loss one device computes: stages divide them where they divide the rows."""
+  stages = layout.sizes['stage']
+  return tokens(work, layout, work.stacks[-1].length) / (1 if layout.rows(work.rows) % stages else stages)
+
+
 def results(work: Workload, layout: Layout, stack: Layers, *names: str) -> float:
   """Values of a layer's products of these names for a microbatch, on one device."""
   each = sum(p.tokens * p.width for p in products(work, layout, stack) if p.name in names)
@@ -326,7 +332,7 @@ def head(work: Workload, layout: Layout) -> float:
   """Logits in f32 (of a chunk, where they are made in chunks) and the gathered table; then the gradient of logits (of a
   part), or the table's whole gradient in f32.
   """
-  own = tokens(work, layout, work.stacks[-1].length)
+  own = of_head(work, layout)
   vocab, embed = work.cfg.model.vocab_size / layout.sizes['tensor'], work.cfg.model.embed
   parts, chunks = 1, 1
   if work.cfg.kernels.linear_cross_entropy == 'chunked':

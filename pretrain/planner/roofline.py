@@ -141,7 +141,7 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
 
 def _head(work: Workload, layout: Layout) -> float:
   """FLOPs of the head, forward and backward."""
-  own = memory.tokens(work, layout, work.stacks[-1].length)
+  own = memory.of_head(work, layout)
   return 6 * own * work.cfg.model.embed * work.cfg.model.vocab_size / layout.sizes['tensor']
 
 

@@ -55,7 +55,10 @@ def _token_losses(
   labels, head = batch['decoder_target_tokens'], model.head(params)
   options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
   with partition.on(model.mesh):
-    tokens, words = labels.size // partition.parts('batch', 'length'), head.shape[1] // partition.parts('vocab')
+    rows = partition.rows(labels.shape[0])
+    if rows != 'batch':  # what a pipeline gives is the same on all stages
+      hidden, labels = partition.constrain(hidden, rows, 'length', 'embed'), partition.constrain(labels, rows, 'length')
+    tokens, words = labels.size // partition.parts(rows, 'length'), head.shape[1] // partition.parts('vocab')
     if choose(kernels.linear_cross_entropy, tokens, words) == 'chunked':
       shares = jnp.zeros(labels.shape) if share is None else share.reshape(labels.shape)
       total, found = weighed(hidden, head, labels, shares, **{'z_loss': 0.0, 'label_smoothing': 0.0} | options)
@@ -67,11 +70,11 @@ def _token_losses(
 def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None = None, **options):
   """(sum(weights * loss), (loss, lse, correct)), in chunks, of x[batch, length, embed] and labels[batch, length].
 
-  Each device has its part of the tokens and of the vocabulary; gradients of the head are added up over devices once,
+  Each device has its part of the tokens (also over stages, `partition.rows`) and of the vocabulary; gradients of the head are added up over devices once,
   after the last chunk. The other results have no gradient.
   """
   axis = 'tensor' if partition.divides('vocab') else None
-  tokens, of_vocab = ('batch', 'length'), None if bias is None else ('vocab',)
+  tokens, of_vocab = (partition.rows(labels.shape[0]), 'length'), None if bias is None else ('vocab',)
 
   def own(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None):
     total, found = chunked.weighed(x, w, labels, weights, bias=bias, axis=axis, **options)

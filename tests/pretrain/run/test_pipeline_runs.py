@@ -89,6 +89,18 @@ def test_a_step_hands_activations_on_once_in_each_tick_of_each_pass(text_store):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('implementation', ['reference', 'chunked'])
+def test_stages_compute_the_loss_of_their_part_of_the_rows(text_store, implementation):
+  """16 rows of 64 over 2 shards and 4 stages, 512 words: 128 tokens of a device; 3 rows of a device stay whole."""
+  given = ('train.accumulate=1', f"kernels.linear_cross_entropy='{implementation}'")
+  of = lambda rows: dataclasses.replace(configured('prefix', text_store, *given, f'data.batch_size={rows}'), mesh=FOUR)
+  logits = lambda text: {int(found) for found in re.findall(r'f32\[(\d+),512\][^ ]* (?:dot|fusion)\(', text)}
+  widest = lambda text: max(logits(text) - {32})  # 32 wide: the gradient of the head's matrix
+  assert widest(compiled(of(16))) == 128
+  assert widest(compiled(of(6))) == 192
+
+
+@pytest.mark.slow
 def test_parameters_and_the_optimizer_are_divided_over_stages(text_store):
   state = build_program(dataclasses.replace(configured('prefix', text_store), mesh=MeshConfig(stage=2))).abstract
   up = state.params['decoder']['blocks']['mlp']['up']
