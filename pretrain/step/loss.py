@@ -70,8 +70,8 @@ def _token_losses(
 def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None = None, **options):
   """(sum(weights * loss), (loss, lse, correct)), in chunks, of x[batch, length, embed] and labels[batch, length].
 
-  Each device has its part of the tokens (also over stages, `partition.rows`) and of the vocabulary; gradients of the head are added up over devices once,
-  after the last chunk. The other results have no gradient.
+  Each device has its part of the tokens (also over stages: `partition.rows`) and of the vocabulary; gradients of the
+  head are added up over devices once, after the last chunk. The other results have no gradient.
   """
   axis = 'tensor' if partition.divides('vocab') else None
   tokens, of_vocab = (partition.rows(labels.shape[0]), 'length'), None if bias is None else ('vocab',)
