@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul.formats import Operand, Pair
 from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size
-from pallas_kernels.quantized_matmul.rounding import Noise, bits, rounded, row_hashes
+from pallas_kernels.quantized_matmul.rounding import Noise, bits, nearest, nearest_code, rounded, row_hashes
 
 LANES = 128
 BLOCKS = (1024, 512, 256, 128)
@@ -203,10 +203,10 @@ def _kernel(sides: tuple[Side, Side], steps: int, keeps: bool, *refs):
 def _codes(side: Side, column, tile, up, hashes) -> Array:
   if side.operand is None:
     return tile[...]
-  element, random = side.operand.element, None
+  element = side.operand.element
   x = tile[...].astype(jnp.float32) * up[...]
-  if hashes is not None:
-    columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + column
-    random = bits(hashes[...], columns.astype(jnp.uint32))
-  found = rounded(x, element, random)
+  if hashes is None:
+    return nearest_code(x, element) if element.is_integer else nearest(x, element).astype(side.held)
+  columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + column
+  found = rounded(x, element, bits(hashes[...], columns.astype(jnp.uint32)))
   return (found.astype(jnp.int32) if element.is_integer else found).astype(side.held)

@@ -20,7 +20,7 @@ from pallas_kernels.quantized_matmul.formats import (
   Recipe,
   values_of,
 )
-from pallas_kernels.quantized_matmul.rounding import rounded
+from pallas_kernels.quantized_matmul.rounding import nearest, nearest_code, rounded
 
 THEIRS = {
   'int8': np.int8, 'int4': ml_dtypes.int4, 'e4m3': ml_dtypes.float8_e4m3fn, 'e5m2': ml_dtypes.float8_e5m2,
@@ -79,7 +79,12 @@ def test_the_nearest_value_is_ml_dtypes_with_ties_to_even(element):
   x = np.concatenate([x, rng.normal(0, element.largest, 4000)]).astype(np.float32)
   inside = np.clip(x, -element.largest, element.largest)
   theirs = np.rint(inside) if element.is_integer else inside.astype(THEIRS[element.name]).astype(np.float32)
-  np.testing.assert_array_equal(np.asarray(rounded(jnp.asarray(x), element)), theirs)
+  found = np.asarray(jax.jit(rounded, static_argnums=1)(x, element))
+  np.testing.assert_array_equal(found, theirs)
+  np.testing.assert_array_equal(np.signbit(found), np.signbit(theirs))
+  in_kernel = jax.jit(nearest_code if element.is_integer else nearest, static_argnums=1)(x, element)
+  np.testing.assert_array_equal(np.asarray(in_kernel, np.float32), theirs)
+  assert element.is_integer or np.isnan(np.asarray(nearest(jnp.float32(np.nan), element)))
 
 
 encode = jax.jit(reference.encode, static_argnums=(1, 2))
