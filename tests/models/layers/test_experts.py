@@ -145,6 +145,9 @@ def test_aux_is_the_mean_over_layers():
 
   layers, whole = jax.jit(one_by_one)(params), jax.jit(model.apply)(params, data)[1]
   assert set(whole) == {'load_balance', 'router_z', 'expert_load/decoder', 'router_entropy/decoder'}
+  for aux in layers:  # Fedus et al. 2022, §2.2, eq. 4
+    own = aux['load_balance']
+    aux['load_balance'] = EXPERTS.experts * np.sum(np.asarray(own.load) * np.asarray(own.probability))
   for name in ('load_balance', 'router_z'):
     each = [float(aux[name]) for aux in layers]
     assert float(whole[name]) == pytest.approx(np.mean(each), rel=1e-5)
