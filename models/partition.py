@@ -59,6 +59,11 @@ def spec_for(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
+def entries_of(axes: Sequence[str | None], rules: Rules) -> tuple[tuple[str, ...], ...]:
+  """For each dim the mesh axes that divide it, () where it is whole."""
+  return tuple(_names(entry) for entry in spec_for(axes, rules))
+
+
 def shardings(specs: Tree, mesh: Mesh) -> Tree:
   """The NamedSharding of each parameter."""
   place = lambda s: NamedSharding(mesh, spec_for(s.axes, PARAMETER_RULES))

@@ -1,12 +1,12 @@
-"""The product on TPU as a Mosaic kernel that quantizes inside: tiles come as they are, codes never go back to memory.
+"""The product on TPU as a Mosaic kernel: codes in, or numbers that it quantizes, with scales that it is given.
 
-There is one scale for each tensor or channel, computed before the kernel runs. The interpreter runs the same kernel.
+Codes that the kernel makes never go back to memory: those of the first matrix are made once for a block of rows, and
+stay in fast memory while all blocks of the second one pass. The interpreter runs the same kernel.
 """
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,199 +14,231 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul.formats import Operand, Pair
-from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size
-from pallas_kernels.quantized_matmul.rounding import Noise, bits, rounded, row_hashes
+from pallas_kernels.quantized_matmul import blocks
+from pallas_kernels.quantized_matmul.blocks import Blocks, Shape
+from pallas_kernels.quantized_matmul.formats import Operand
+from pallas_kernels.quantized_matmul.rounding import mix, rounded
 
-LANES = 128
-BLOCKS = (1024, 512, 256, 128)
-VMEM = 64 * 2**20  # bytes that the kernel may use of a core's fast memory
-KEPT = 8 * 2**20  # bytes of codes of the first matrix that are kept while all blocks of the second pass
+AT_ONCE = 64  # rows that are rounded at a time
+
+
+class Matrix(NamedTuple):
+  """A matrix as it is stored: x[rows, columns], or x[batch, heads, length, head_dim] with rows (batch, length) and
+  columns (heads, head_dim). `summed` is the dim of the matrix that the product sums over.
+
+  `up`: what its numbers are multiplied with before they are rounded, f32[rows, 1] or f32[1, columns]; None: they are
+  multiplied as they are. `hashes` uint32[rows, 1] and `columns` uint32[1, columns] make the random bits. `scale`, with
+  the dims of `up`: what the sums are multiplied with; None in both matrices: sums are returned as they are.
+  """
+
+  x: Array
+  summed: int
+  up: Array | None = None
+  hashes: Array | None = None
+  columns: Array | None = None
+  scale: Array | None = None
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    if self.x.ndim == 2:
+      return self.x.shape
+    batch, heads, length, dim = self.x.shape
+    return batch * length, heads * dim
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """A matrix as it is stored, and which of its dims is summed over (0 or 1). `block` is the shape of its tiles.
-
-  `operand` None: its numbers are multiplied as they are.
+  """What the kernel knows of a matrix. `block`: the shape of its tiles; `place` (0 or 1): the first or second matrix,
+  and the grid's dim of what is not summed over. `heads`: the shape of an array of heads. `kept`: steps whose codes stay.
   """
 
   operand: Operand | None
   summed: int
   block: tuple[int, int]
+  place: int
+  held: Any
+  heads: tuple[int, ...] | None = None
+  kept: int = 0
 
   @property
   def is_random(self) -> bool:
     return self.operand is not None and self.operand.is_random
 
   @property
-  def held(self):
-    """The dtype of codes in a product."""
-    return jnp.int8 if self.operand.element.is_integer else self.operand.element.dtype
+  def is_copied(self) -> bool:
+    """Whether the product reads codes that the kernel has written."""
+    return self.operand is not None or self.heads is not None
 
-  def spec(self, kept: int) -> pl.BlockSpec:
-    """The tile at step (i, j, k); `kept` is the grid's dim of the rows or columns that are not summed over."""
-    return pl.BlockSpec(self.block, lambda *step: (step[2], step[kept]) if self.summed == 0 else (step[kept], step[2]))
+  def at(self, step) -> tuple[Any, Any]:
+    """The row and column of the tile at step (i, j, k). Numbers whose codes are kept are read for the first j alone."""
+    summed = jnp.where(step[1] == 0, step[2], self.kept - 1) if self.kept > 1 else step[2]
+    return (summed, step[self.place]) if self.summed == 0 else (step[self.place], summed)
 
-  def scales_spec(self, kept: int) -> pl.BlockSpec:
-    """The numbers of the tile's channels: one for each row or column that is not summed over."""
-    if self.summed == 0:
-      return pl.BlockSpec((1, self.block[1]), lambda *step: (0, step[kept]))
-    return pl.BlockSpec((self.block[0], 1), lambda *step: (step[kept], 0))
+  def spec(self) -> pl.BlockSpec:
+    return _spec(self.block, self.heads, self.at)
 
-  def rows_spec(self, kept: int) -> pl.BlockSpec:
-    return pl.BlockSpec((self.block[0], 1), lambda *step: (step[2] if self.summed == 0 else step[kept], 0))
+  def rows_spec(self) -> pl.BlockSpec:
+    return pl.BlockSpec((self.block[0], 1), lambda *step: (self.at(step)[0], 0))
 
-  def first_column(self, kept: int, step):
-    """The index in the matrix of the first column of the tile at step (i, j, k)."""
-    return step[2 if self.summed == 1 else kept] * self.block[1]
+  def columns_spec(self) -> pl.BlockSpec:
+    return pl.BlockSpec((1, self.block[1]), lambda *step: (0, self.at(step)[1]))
 
-
-def block_of(size: int) -> int:
-  """The largest of `BLOCKS` that divides `size`, or all of it."""
-  return next((block for block in BLOCKS if size % block == 0), size)
+  def scratch(self) -> list[Any]:
+    return [pltpu.VMEM((max(self.kept, 1), *self.block), self.held)] if self.is_copied else []
 
 
-def product(a: Any, b: Any, pair: Pair, dims, *, interpret: Any = False) -> Array:
-  """`reference.product` of two (array, noise), each quantized in the kernel, in the dtype of the first.
+def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.BlockSpec:
+  """The tile at row and column at(step) of a matrix, or of the array of heads that stands for it."""
+  if heads is None:
+    return pl.BlockSpec(block, lambda *step: at(step))
+  _, _, length, dim = heads
+  per = max(length // block[0], 1)  # blocks of rows in a row of the batch
 
-  Raises KernelError for formats with a scale for each block, and for sums that an int32 may not hold.
+  def place(*step):
+    row, column = at(step)
+    return row // per, column, row % per, 0
+
+  return pl.BlockSpec((max(block[0] // length, 1), block[1] // dim, min(block[0], length), dim), place)
+
+
+def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes: int) -> Shape:
+  """The product, as `blocks.choose` takes it."""
+  (m, k), n = (a.shape if a.summed else a.shape[::-1]), b.shape[1 - b.summed]
+  heads = lambda x, dim: x.x.shape if x.x.ndim == 4 else None
+  rows, columns = {'m': [], 'k': [], 'n': []}, {'m': [], 'k': [], 'n': []}
+  for x, names in ((a, 'mk' if a.summed else 'km'), (b, 'nk' if b.summed else 'kn')):
+    if found := heads(x, 0):
+      rows[names[0]].append(found[2])
+      columns[names[1]].append(found[3])
+  if out_heads is not None:
+    rows['m'].append(out_heads[2])
+    columns['n'].append(out_heads[3])
+  frozen = lambda of: tuple(tuple(of[name]) for name in 'mkn')
+  size = lambda x: x.x.dtype.itemsize
+  return Shape(m, k, n, size(a), size(b), out_bytes, a.up is not None or a.x.ndim == 4, frozen(rows), frozen(columns))
+
+
+def matmul(
+  a: Matrix, b: Matrix, pair: tuple[Operand | None, Operand | None], *, dtype: Any = jnp.float32,
+  out_heads: tuple[int, ...] | None = None, interpret: Any = False, tiles: Blocks | None = None,
+) -> Array:  # fmt: skip
+  """[M, N] in `dtype`, or with `out_heads` an array of heads of that shape: the product of both, which are quantized
+  where they have an `up`, by their `Operand`. Without scales: the sums, in int32 or float32.
   """
-  _check(a[0], pair, dims)
-  flat = [_flat(*side, own) for side, own in zip((a, b), dims, strict=True)]
-  outer = [
-    tuple(n for axis, n in enumerate(x.shape) if axis not in own) for (x, _), own in zip((a, b), dims, strict=True)
-  ]
-  found = matmul(*flat, pair, dtype=a[0].dtype, interpret=interpret)
-  return found.reshape(*outer[0], *outer[1])
-
-
-def fits(a: Array, pair: Pair, dims) -> bool:
-  """Whether the kernel has this product, on one device."""
-  try:
-    _check(a, pair, dims)
-  except KernelError:
-    return False
-  return all(operand.scale != 'delayed' for operand in pair)
-
-
-def _check(a: Array, pair: Pair, dims) -> None:
-  blocked = [operand.format for operand in pair if not operand.in_hardware]
-  kinds = {operand.element.is_integer for operand in pair}
-  if blocked or len(kinds) > 1:
-    raise KernelError(
-      f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
-      "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
-    )
-  count = math.prod(a.shape[axis] for axis in dims[0])
-  if kinds == {True} and count > EXACT_SUM // int(pair[0].element.largest * pair[1].element.largest):
-    raise KernelError(
-      f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
-      "'auto' or 'xla', or smaller batches."
-    )
-
-
-def _flat(x: Array, noise: Noise | None, axes: tuple[int, ...]):
-  """(x as a matrix, its noise, the dim that is summed over). The dims that go with the first one are its rows."""
-  others = tuple(axis for axis in range(x.ndim) if axis not in axes)
-  first, last = (axes, others) if 0 in axes else (others, axes)
-  rows = math.prod(x.shape[axis] for axis in first)
-  own = None if noise is None else Noise(noise.seed, _row_numbers(x, noise, first))
-  return jnp.transpose(x, (*first, *last)).reshape(rows, -1), own, 0 if first == axes else 1
-
-
-def _row_numbers(x: Array, noise: Noise, first: tuple[int, ...]) -> Array:
-  """uint32[rows]: those of `noise`, for the dims `first` of x."""
-  if noise.columns is None:
-    return jnp.broadcast_to(noise.rows, x.shape[:-1]).reshape(-1)
-  kept = tuple(n if axis in first else 1 for axis, n in enumerate(x.shape))
-  return jnp.broadcast_to(noise.rows, kept).reshape(-1)
-
-
-def matmul(a, b, pair: tuple[Operand | None, Operand | None], *, dtype=jnp.float32, interpret: Any = False) -> Array:
-  """[M, N] in `dtype`: the product of two (matrix, noise, summed dim); without an `Operand` one is taken as it is."""
+  integer = _held(a, pair[0]) == jnp.int8
+  total = jnp.int32 if integer else jnp.float32
+  is_raw = a.scale is None
+  dtype = total if is_raw and pair != (None, None) else dtype
+  of = shape_of(a, b, out_heads, jnp.dtype(dtype).itemsize)
+  tiles = tiles or blocks.choose(of, blocks.chip_in_use())
+  rows, columns, steps = tiles.grid(of)
   sides, arrays, specs = [], [], []
-  for (x, noise, summed), operand, kept in zip((a, b), pair, (0, 1), strict=True):
-    side = Side(operand, summed, (block_of(x.shape[0]), block_of(x.shape[1])))
-    up, scale = scales_of(x, side)
+  for x, operand, place, own in ((a, pair[0], 0, (tiles.m, tiles.k)), (b, pair[1], 1, (tiles.n, tiles.k))):
+    block = own if x.summed == 1 else own[::-1]
+    side = Side(operand if x.up is not None else None, x.summed, block, place, _held(x, operand),
+                x.x.shape if x.x.ndim == 4 else None)  # fmt: skip
+    side = dataclasses.replace(side, kept=steps if place == 0 and side.is_copied else 0)
     sides.append(side)
-    arrays += [x, up] + ([row_hashes(noise)[:, None]] if side.is_random else [])
-    specs += [side.spec(kept), side.scales_spec(kept)] + ([side.rows_spec(kept)] if side.is_random else [])
-    scale = scale.reshape((-1, 1) if kept == 0 else (1, -1))
-    arrays.append(scale)
-    size = (side.block[1 - summed], 1) if kept == 0 else (1, side.block[1 - summed])
-    specs.append(pl.BlockSpec(size, (lambda i, j, k: (i, 0)) if kept == 0 else (lambda i, j, k: (0, j))))
-  m, n = a[0].shape[1 - a[2]], b[0].shape[1 - b[2]]
-  block_m, block_n = (side.block[1 - side.summed] for side in sides)
-  steps = a[0].shape[a[2]] // sides[0].block[a[2]]
-  integer = a[0].dtype == jnp.int8 if pair[0] is None else pair[0].element.is_integer
-  keeps = pair[0] is not None and steps * block_m * sides[0].block[a[2]] <= KEPT and n > block_n
-  cache = [pltpu.VMEM((steps, *sides[0].block), sides[0].held)] if keeps else []
+    of_channel = side.columns_spec() if x.summed == 0 else side.rows_spec()
+    arrays += [x.x] + ([x.up] if side.operand else []) + ([x.hashes, x.columns] if side.is_random else [])
+    specs += [side.spec()] + ([of_channel] if side.operand else [])
+    specs += [side.rows_spec(), side.columns_spec()] if side.is_random else []
+    if not is_raw:
+      arrays.append(x.scale.reshape((-1, 1) if place == 0 else (1, -1)))
+      size = (own[0], 1) if place == 0 else (1, own[0])
+      specs.append(pl.BlockSpec(size, (lambda i, j, k: (i, 0)) if place == 0 else (lambda i, j, k: (0, j))))
+  scratch = [*sides[0].scratch(), *sides[1].scratch(), *([pltpu.VMEM((tiles.m, tiles.n), total)] if steps > 1 else [])]
   return pl.pallas_call(
-    functools.partial(_kernel, tuple(sides), steps, keeps),
-    name='quantized_matmul', interpret=interpret, out_shape=jax.ShapeDtypeStruct((m, n), dtype),
-    grid=(m // block_m, n // block_n, steps), in_specs=specs,
-    out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, k: (i, j)),
-    scratch_shapes=[*cache, pltpu.VMEM((block_m, block_n), jnp.int32 if integer else jnp.float32)],
+    functools.partial(_kernel, tuple(sides), steps, is_raw, out_heads, total),
+    name='quantized_matmul', interpret=interpret,
+    out_shape=jax.ShapeDtypeStruct((of.m, of.n) if out_heads is None else out_heads, dtype),
+    grid=(rows, columns, steps), in_specs=specs,
+    out_specs=_spec((tiles.m, tiles.n), out_heads, lambda step: step[:2]),
+    scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary' if keeps else 'parallel', 'arbitrary'), vmem_limit_bytes=VMEM
+      dimension_semantics=('parallel', 'arbitrary' if sides[0].kept else 'parallel', 'arbitrary'),
+      vmem_limit_bytes=blocks.chip_in_use().limit,
     ),
   )(*arrays)  # fmt: skip
 
 
-def scales_of(x: Array, side: Side) -> tuple[Array, Array]:
-  """(what x is multiplied with, the scale of its codes): one for each channel, equal ones for a tensor's."""
-  shape = tuple(1 if axis == side.summed else n for axis, n in enumerate(x.shape))
-  if side.operand is None:
-    return jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32)
-  own = (side.summed,) if side.operand.scale == 'channel' else (0, 1)
-  found = float_scales(largest_size(x.astype(jnp.float32), own), side.operand.element)
-  return tuple(jnp.broadcast_to(each, shape) for each in found)
+def _held(x: Matrix, operand: Operand | None):
+  """The dtype in which the product takes the matrix."""
+  if x.up is None or operand is None:
+    return x.x.dtype
+  return jnp.int8 if operand.element.is_integer else operand.element.dtype
 
 
-def _kernel(sides: tuple[Side, Side], steps: int, keeps: bool, *refs):
-  """One step: both tiles to codes, their product into the accumulator; the last step writes the scaled sum.
-
-  With `keeps` the codes of the first matrix are made once for a block of rows, and read for each block of columns.
-  """
-  refs, total = list(refs[:-1]), refs[-1]
-  cache, out = refs.pop() if keeps else None, refs.pop()
-
-  make, scales, place = [], [], [pl.program_id(axis) for axis in range(3)]
-  for kept, side in enumerate(sides):
-    tile, up = refs.pop(0), refs.pop(0)
-    hashes = refs.pop(0) if side.is_random else None
-    scales.append(refs.pop(0))
-    make.append(functools.partial(_codes, side, side.first_column(kept, place), tile, up, hashes))
-  step = place[2]
+def _kernel(sides: tuple[Side, Side], steps: int, is_raw: bool, out_heads, total, *refs):
+  """One step: both tiles to codes where they are not, their product into the sum; the last step writes it."""
+  refs = list(refs)
+  given = []
+  for side in sides:
+    own = {'tile': refs.pop(0)}
+    own |= {'up': refs.pop(0)} if side.operand else {}
+    own |= {'hashes': refs.pop(0), 'columns': refs.pop(0)} if side.is_random else {}
+    given.append((own, None if is_raw else refs.pop(0)))
+  out = refs.pop(0)
+  step, codes = pl.program_id(2), []
+  for side, (own, _) in zip(sides, given, strict=True):
+    if not side.is_copied:
+      codes.append(own['tile'][...])
+      continue
+    held = refs.pop(0)
+    at = step if side.kept else 0
+    fill = functools.partial(_fill, side, held, at, **own)
+    pl.when(pl.program_id(1) == 0)(fill) if side.kept else fill()
+    codes.append(held[at])
+  dims = (((sides[0].summed,), (sides[1].summed,)), ((), ()))
+  found = jax.lax.dot_general(*codes, dims, preferred_element_type=total)
+  write = functools.partial(_write, out, out_heads, [scale for _, scale in given])
+  if steps == 1:
+    write(found)
+    return
+  sums = refs.pop(0)
 
   @pl.when(step == 0)
   def _():
-    total[...] = jnp.zeros_like(total)
+    sums[...] = found
 
-  if keeps:
-
-    @pl.when(place[1] == 0)
-    def _():
-      cache[step] = make[0]()
-
-  codes = cache[step] if keeps else make[0](), make[1]()
-  dims = (((sides[0].summed,), (sides[1].summed,)), ((), ()))
-  total[...] += jax.lax.dot_general(*codes, dims, preferred_element_type=total.dtype)
-
-  @pl.when(step == steps - 1)
+  @pl.when(step > 0)
   def _():
-    out[...] = (total[...].astype(jnp.float32) * scales[0][...] * scales[1][...]).astype(out.dtype)
+    sums[...] += found
+
+  pl.when(step == steps - 1)(lambda: write(sums[...]))
 
 
-def _codes(side: Side, column, tile, up, hashes) -> Array:
-  if side.operand is None:
-    return tile[...]
-  element, random = side.operand.element, None
-  x = tile[...].astype(jnp.float32) * up[...]
-  if hashes is not None:
-    columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + column
-    random = bits(hashes[...], columns.astype(jnp.uint32))
-  found = rounded(x, element, random)
-  return (found.astype(jnp.int32) if element.is_integer else found).astype(side.held)
+def _write(out, heads, scales, found: Array) -> None:
+  if scales[0] is not None:
+    found = found.astype(jnp.float32) * scales[0][...] * scales[1][...]
+  found = found.astype(out.dtype)
+  if heads is None:
+    out[...] = found
+    return
+  batch, count, length, dim = out.shape
+  for row in range(batch):
+    for head in range(count):
+      out[row, head] = found[row * length : (row + 1) * length, head * dim : (head + 1) * dim]
+
+
+def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> None:
+  """Writes the codes of a tile to held[at], some rows at a time."""
+  batch, count, length, dim = tile.shape if side.heads else (1, 1, *tile.shape)
+  size = AT_ONCE if length % AT_ONCE == 0 else length
+  per = length // size
+
+  def some(turn, _):
+    row, place = turn // per, turn % per
+    inside, rows = pl.ds(pl.multiple_of(place * size, size), size), pl.ds(pl.multiple_of(turn * size, size), size)
+    for head in range(count):
+      own = slice(head * dim, (head + 1) * dim)
+      x = tile[row, head, inside, :] if side.heads else tile[inside, :]
+      if side.operand is not None:
+        of_channel = up[:, own] if side.summed == 0 else up[rows, :]
+        random = mix(hashes[rows, :] ^ columns[:, own]) if side.is_random else None
+        x = rounded(x.astype(jnp.float32) * of_channel, side.operand.element, random)
+        x = x.astype(jnp.int32) if side.operand.element.is_integer else x
+      held[at, rows, own] = x.astype(side.held)
+    return _
+
+  jax.lax.fori_loop(0, batch * per, some, 0)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul import tpu
+from pallas_kernels.quantized_matmul import blocks
 from pallas_kernels.quantized_matmul.api import check, quantized_matmul
+from pallas_kernels.quantized_matmul.blocks import Blocks
 from pallas_kernels.quantized_matmul.formats import Operand, Recipe
 from pretrain.tools.plan import compile_for, tpu_devices
 
