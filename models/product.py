@@ -143,7 +143,7 @@ def _division(w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or parts('stages') > 1:
     return None
-  names = w.get_metadata()['axes']
+  names = w.get_metadata()['axes'][-w[...].ndim :]  # a layer of a stack is without the axis `layers`
   tokens, count = iter(('batch', 'length')), len(axes)
   inputs = iter(names[:count])
   of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(count + 2))

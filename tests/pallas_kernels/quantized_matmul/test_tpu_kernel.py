@@ -109,7 +109,7 @@ def test_what_the_kernel_lacks_is_refused_by_name(make, message):
   assert message in str(caught.value)
 
 
-def test_the_kernel_is_refused_on_other_devices_and_on_several():
+def test_the_kernel_is_refused_on_other_platforms():
   one = jax.make_mesh((1,), ('x',), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
   with jax.sharding.use_abstract_mesh(one.abstract_mesh):
     assert [check(name) for name in ('auto', 'xla', 'reference', 'interpret')] == [
@@ -117,10 +117,6 @@ def test_the_kernel_is_refused_on_other_devices_and_on_several():
     ]  # fmt: skip
     with pytest.raises(KernelError, match="'tpu' runs on tpu, this mesh has cpu devices; use 'auto'"):
       check('tpu')
-  many = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
-  several = pytest.raises(KernelError, match="'interpret' runs on one device, this mesh has 8; use 'auto' or 'xla'")
-  with jax.sharding.use_abstract_mesh(many.abstract_mesh), several:
-    check('interpret')
 
 
 @pytest.mark.aot
