@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import blocks, tpu
 from pallas_kernels.quantized_matmul.formats import Operand, Pair
-from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size, scaled
+from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size
 from pallas_kernels.quantized_matmul.rounding import COLUMN, Noise, mix, rounded, row_hashes
 
 Entries = tuple[tuple[str, ...], ...]  # for each dim the mesh axes that divide it
@@ -71,12 +71,16 @@ def product(
   dtype, mesh = a[0].dtype if dtype is None else dtype, jax.sharding.get_abstract_mesh()
   several = not mesh.empty and mesh.size > 1
   check(a[0], b[0], pair, dims, parts)
+  shape = _outer(a[0], dims[0]) + _outer(b[0], dims[1])
+  if parts is not None:
+    b, dims, parts = _flat_weight(b, dims, parts)
   sides = [_given(*side, own, operand) for side, own, operand in zip((a, b), dims, pair, strict=True)]
   if _is_made_before(sides, dims, parts if several else None, dtype):
     sides[1] = coded(sides[1], pair[1], parts[1] if several and parts else None)
+  heads = shape[-2:] if len(shape) == 4 and 0 not in dims[0] else None
   if not several or parts is None:
-    return _on_device(pair, dims, dtype, interpret, *sides)
-  return _on_each(sides, pair, dims, parts, dtype, interpret)
+    return _on_device(pair, dims, dtype, interpret, heads, *sides).reshape(shape)
+  return _on_each(sides, pair, dims, parts, dtype, interpret, heads).reshape(shape)
 
 
 def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> bool:
@@ -182,25 +186,58 @@ def sizes_of(a: Array, b: Array, dims, parts: tuple[Parts, Parts] | None) -> tup
   return own(of_a, dims[0]), math.prod(of_a[axis] for axis in dims[0]), own(of_b, dims[1])
 
 
-def _on_each(sides, pair: Pair, dims, parts: tuple[Parts, Parts], dtype, interpret) -> Array:
+def _outer(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+  return tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
+
+
+def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
+  """(b, dims, parts) with a weight as a matrix, so that it is gathered as one: else devices copy it after that."""
+  (x, noise), own, axes = b, parts[1], dims[1]
+  if own.stored is None:
+    return b, dims, parts
+  first = axes if 0 in axes else tuple(axis for axis in range(x.ndim) if axis not in axes)
+  groups = (first, tuple(axis for axis in range(x.ndim) if axis not in first))
+  if any(names[axis] for names in (own.entries, own.stored) for group in groups for axis in group[1:]):
+    return b, dims, parts  # a dim inside is divided
+  merge = lambda entries: tuple(entries[group[0]] for group in groups)
+  size = lambda x, group: math.prod(x.shape[axis] for axis in group)
+  flat = lambda x: x.reshape(*(size(x, group) for group in groups))
+  noise = None if noise is None else noise._replace(rows=flat(noise.rows), columns=flat(noise.columns))
+  return (flat(x), noise), (dims[0], (0,) if axes == first else (1,)), (parts[0], Parts(merge(own.entries), merge(own.stored)))
+
+
+def _on_each(sides, pair: Pair, dims, parts: tuple[Parts, Parts], dtype, interpret, heads) -> Array:
   """On each device the product of its parts, and the sum of these over the devices that divide what is summed over."""
   names = sum((parts[0].entries[axis] for axis in dims[0]), ())
   in_specs = tuple(jax.tree.map(lambda x, own=own: _spec(x, own.entries), side) for side, own in zip(sides, parts))
-  kept = tuple(
-    names for own, axes in zip(parts, dims, strict=True) for axis, names in enumerate(own.entries) if axis not in axes
-  )
+  kept = [[n for axis, n in enumerate(own.entries) if axis not in axes] for own, axes in zip(parts, dims, strict=True)]
+  flat = not any(n for own in kept for n in own[1:])
+  if heads is not None:
+    heads = heads[0] // _size(kept[1][0]), heads[1]
+    entries = (*kept[0], kept[1][0], ())
+  else:
+    entries = tuple(own[0] for own in kept) if flat else (*kept[0], *kept[1])
+
+  def run(a, b):
+    out = _on_device(pair, dims, None if is_divided else dtype, interpret, heads, a, b)
+    if heads is None:
+      out = out.reshape(*(math.prod(_outer(x.x, own)) for x, own in zip((a, b), dims, strict=True))) if flat else (
+        out.reshape(*_outer(a.x, dims[0]), *_outer(b.x, dims[1])))
+    return out[None] if is_divided else out
+
   is_divided = _size(names) > 1
-  if not is_divided:
-    run = functools.partial(_on_device, pair, dims, dtype, interpret)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=PartitionSpec(*map(_entry, kept)), check_vma=False)(*sides)
-  run = lambda a, b: _on_device(pair, dims, None, interpret, a, b)[None]
-  specs = PartitionSpec(_entry(names), *map(_entry, kept))
+  specs = PartitionSpec(*([_entry(names)] if is_divided else []), *map(_entry, entries))
   each = jax.shard_map(run, in_specs=in_specs, out_specs=specs, check_vma=False)(*sides)
+  if not is_divided:
+    return each
   count = math.prod(sides[0].x.shape[axis] for axis in dims[0])
   if each.dtype == jnp.int32 and count > _longest(pair):
     each = each.astype(jnp.float32)
   total = jnp.sum(each, 0, dtype=each.dtype).astype(jnp.float32)
-  return scaled(total, sides[0].scale, sides[1].scale, dims).astype(dtype)
+  # `rows` dims of the total go with those of the first matrix; the others with the second one's.
+  rows = 1 if flat and heads is None else len(kept[0])
+  left = sides[0].scale.reshape(*total.shape[:rows], *(1,) * (total.ndim - rows))
+  return (total * left * sides[1].scale.reshape(total.shape[rows:])).astype(dtype)
 
 
 def _entry(names: tuple[str, ...]):
@@ -212,25 +249,20 @@ def _spec(x: Array, entries: Entries) -> PartitionSpec:
   return PartitionSpec(*(_entry(names) if n > 1 else None for n, names in zip(x.shape, entries, strict=True)))
 
 
-def _on_device(pair: Pair, dims, dtype, interpret, a: Given, b: Given) -> Array:
-  """The product of two arrays that are on one device; `dtype` None: its sums, without scales."""
-  outer = [tuple(n for axis, n in enumerate(x.x.shape) if axis not in own) for x, own in zip((a, b), dims, strict=True)]
+def _on_device(pair: Pair, dims, dtype, interpret, heads, a: Given, b: Given) -> Array:
+  """[rows, columns] or with `heads` = (heads, head_dim) [batch, length, heads, head_dim]: the product of two arrays that
+  are on one device; `dtype` None: its sums, without scales.
+  """
   flat = [_matrix(x, own) for x, own in zip((a, b), dims, strict=True)]
   if dtype is None:
     flat = [x._replace(scale=None) for x in flat]
-  heads = _heads_of(outer)
-  found = tpu.matmul(*flat, pair, dtype=dtype, interpret=interpret, out_heads=heads)
-  if heads is not None:
-    return jnp.swapaxes(found, 1, 2)
-  return found.reshape(*outer[0], *outer[1])
-
-
-def _heads_of(outer) -> tuple[int, ...] | None:
-  """(batch, heads, length, head_dim) of a result that has these dims and is written in this order: attention's."""
-  if len(outer[0]) != 2 or len(outer[1]) != 2:
-    return None
-  (batch, length), (heads, dim) = outer
-  return (batch, heads, length, dim) if _in_tiles(length, dim) else None
+  run = functools.partial(tpu.matmul, *flat, pair, dtype=dtype, interpret=interpret)
+  if heads is None:
+    return run()
+  batch, length = _outer(a.x, dims[0])
+  if not _in_tiles(length, heads[1]):
+    return run().reshape(batch, length, *heads)
+  return jnp.swapaxes(run(out_heads=(batch, heads[0], length, heads[1])), 1, 2)
 
 
 def _in_tiles(length: int, dim: int) -> bool:

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized_matmul import blocks
-from pallas_kernels.quantized_matmul.blocks import Blocks, Shape
-from pallas_kernels.quantized_matmul.formats import Operand
+from pallas_kernels.quantized_matmul.blocks import LANES, Blocks, Shape
+from pallas_kernels.quantized_matmul.formats import Element, Operand
 from pallas_kernels.quantized_matmul.rounding import mix, rounded
 
 AT_ONCE = 64  # rows that are rounded at a time
@@ -69,6 +69,15 @@ class Side:
     """Whether the product reads codes that the kernel has written."""
     return self.operand is not None or self.heads is not None
 
+  @property
+  def is_turned(self) -> bool:
+    """Whether codes are kept with rows and columns exchanged: once for all products, which need the sum's dim last."""
+    return self.kept > 0 and self.summed == 0 and self.block[0] % LANES == self.block[1] % LANES == 0
+
+  @property
+  def summed_in_product(self) -> int:
+    return 1 if self.is_turned else self.summed
+
   def at(self, step) -> tuple[Any, Any]:
     """The row and column of the tile at step (i, j, k). Numbers whose codes are kept are read for the first j alone."""
     summed = jnp.where(step[1] == 0, step[2], self.kept - 1) if self.kept > 1 else step[2]
@@ -84,7 +93,8 @@ class Side:
     return pl.BlockSpec((1, self.block[1]), lambda *step: (0, self.at(step)[1]))
 
   def scratch(self) -> list[Any]:
-    return [pltpu.VMEM((max(self.kept, 1), *self.block), self.held)] if self.is_copied else []
+    block = self.block[::-1] if self.is_turned else self.block
+    return [pltpu.VMEM((max(self.kept, 1), *block), self.held)] if self.is_copied else []
 
 
 def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.BlockSpec:
@@ -189,7 +199,7 @@ def _kernel(sides: tuple[Side, Side], steps: int, is_raw: bool, out_heads, total
     fill = functools.partial(_fill, side, held, at, **own)
     pl.when(pl.program_id(1) == 0)(fill) if side.kept else fill()
     codes.append(held[at])
-  dims = (((sides[0].summed,), (sides[1].summed,)), ((), ()))
+  dims = (((sides[0].summed_in_product,), (sides[1].summed_in_product,)), ((), ()))
   found = jax.lax.dot_general(*codes, dims, preferred_element_type=total)
   write = functools.partial(_write, out, out_heads, [scale for _, scale in given])
   if steps == 1:
@@ -221,10 +231,29 @@ def _write(out, heads, scales, found: Array) -> None:
       out[row, head] = found[row * length : (row + 1) * length, head * dim : (head + 1) * dim]
 
 
+def _code(x: Array, element: Element, random: Array | None) -> Array:
+  """float32 or int32: `x` as a value of `element`. To the nearest integer nothing saturates, because the largest number
+  of a channel has the largest code."""
+  if not element.is_integer:
+    return rounded(x, element, random)
+  nearest = random is None
+  return (jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN) if nearest else rounded(x, element, random)).astype(
+    jnp.int32
+  )
+
+
+def _wide(x: Array) -> Array:
+  """Numbers of 32 bits, of which the chip exchanges rows and columns."""
+  if x.dtype.itemsize == 4:
+    return x
+  return x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
+
+
 def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> None:
   """Writes the codes of a tile to held[at], some rows at a time."""
   batch, count, length, dim = tile.shape if side.heads else (1, 1, *tile.shape)
-  size = AT_ONCE if length % AT_ONCE == 0 else length
+  most = LANES if side.is_turned else AT_ONCE
+  size = most if length % most == 0 else length
   per = length // size
 
   def some(turn, _):
@@ -236,9 +265,11 @@ def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> 
       if side.operand is not None:
         of_channel = up[:, own] if side.summed == 0 else up[rows, :]
         random = mix(hashes[rows, :] ^ columns[:, own]) if side.is_random else None
-        x = rounded(x.astype(jnp.float32) * of_channel, side.operand.element, random)
-        x = x.astype(jnp.int32) if side.operand.element.is_integer else x
-      held[at, rows, own] = x.astype(side.held)
+        x = _code(x.astype(jnp.float32) * of_channel, side.operand.element, random)
+      if side.is_turned:
+        held[at, own, rows] = _wide(x).T.astype(side.held)
+      else:
+        held[at, rows, own] = x.astype(side.held)
     return _
 
   jax.lax.fori_loop(0, batch * per, some, 0)
