@@ -147,7 +147,9 @@ def _division(w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
   tokens, count = iter(('batch', 'length')), len(axes)
   inputs = iter(names[:count])
   of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(count + 2))
-  return Division(entries_of(of_x, ACTIVATION_RULES), entries_of(names, ACTIVATION_RULES), entries_of(names, PARAMETER_RULES))
+  return Division(
+    entries_of(of_x, ACTIVATION_RULES), entries_of(names, ACTIVATION_RULES), entries_of(names, PARAMETER_RULES)
+  )
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from pallas_kernels.quantized_matmul.formats import FORMATS, Operand, Pair, Reci
 from pallas_kernels.quantized_matmul.rounding import Noise
 from pallas_kernels.quantized_matmul.sharded import Division, Parts
 
-__all__ = ['Division', 'FORMATS', 'IMPLEMENTATIONS', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
+__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Division', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
 
 # `interpret` runs `tpu` on any platform, slowly: for tests.
 IMPLEMENTATIONS = {

@@ -104,7 +104,9 @@ def chip_in_use() -> Chip:
 def choose(of: Shape, chip: Chip) -> Blocks:
   """The blocks with the fewest cycles that fit, of those the largest; the smallest ones where none fits."""
   summed = [of.k // parts for parts in range(1, of.k // LANES + 1) if of.k % (parts * LANES) == 0] or [of.k]
-  sizes = [[size for size in own if of.allows(dim, size)] for dim, own in enumerate((_sizes(of.m), summed, _sizes(of.n)))]
+  sizes = [
+    [size for size in own if of.allows(dim, size)] for dim, own in enumerate((_sizes(of.m), summed, _sizes(of.n)))
+  ]
   every = [Blocks(*found) for found in itertools.product(*sizes)]
   fitting = [blocks for blocks in every if blocks.vmem(of) <= chip.tiles]
   if not fitting:

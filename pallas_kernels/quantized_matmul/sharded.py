@@ -60,7 +60,14 @@ class Parts(NamedTuple):
 
 
 def product(
-  a: Any, b: Any, pair: Pair, dims, parts: tuple[Parts, Parts] | None = None, *, dtype: Any = None, interpret: Any = False
+  a: Any,
+  b: Any,
+  pair: Pair,
+  dims,
+  parts: tuple[Parts, Parts] | None = None,
+  *,
+  dtype: Any = None,
+  interpret: Any = False,
 ) -> Array:
   """`reference.product` of two (array, noise) by the kernel in `dtype`, by default that of the first. `parts`: how the
   mesh divides both; without it they are on one device.
@@ -68,19 +75,24 @@ def product(
   Raises KernelError for formats with a scale for each block, for sums that an int32 may not hold, and on several
   devices without `parts`, or where these do not divide a dim.
   """
-  dtype, mesh = a[0].dtype if dtype is None else dtype, jax.sharding.get_abstract_mesh()
-  several = not mesh.empty and mesh.size > 1
   check(a[0], b[0], pair, dims, parts)
-  shape = _outer(a[0], dims[0]) + _outer(b[0], dims[1])
+  dtype, shape = a[0].dtype if dtype is None else dtype, _outer(a[0].shape, dims[0]) + _outer(b[0].shape, dims[1])
+  heads = shape[-2:] if len(shape) == 4 and 0 not in dims[0] else None
+  if not _several():
+    parts = None
   if parts is not None:
     b, dims, parts = _flat_weight(b, dims, parts)
   sides = [_given(*side, own, operand) for side, own, operand in zip((a, b), dims, pair, strict=True)]
-  if _is_made_before(sides, dims, parts if several else None, dtype):
-    sides[1] = coded(sides[1], pair[1], parts[1] if several and parts else None)
-  heads = shape[-2:] if len(shape) == 4 and 0 not in dims[0] else None
-  if not several or parts is None:
+  if _is_made_before(sides, dims, parts, dtype):
+    sides[1] = coded(sides[1], pair[1], None if parts is None else parts[1])
+  if parts is None:
     return _on_device(pair, dims, dtype, interpret, heads, *sides).reshape(shape)
   return _on_each(sides, pair, dims, parts, dtype, interpret, heads).reshape(shape)
+
+
+def _several() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1
 
 
 def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> bool:
@@ -101,9 +113,8 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
       f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
       "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
     )
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1:
-    _check_parts((a, b), parts, mesh)
+  if _several():
+    _check_parts((a, b), parts)
   count = math.prod(n for axis, n in enumerate(local_shape(a, parts and parts[0])) if axis in dims[0])
   if kinds == {True} and count > _longest(pair):
     raise KernelError(
@@ -112,11 +123,12 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
     )
 
 
-def _check_parts(arrays, parts: tuple[Parts, Parts] | None, mesh) -> None:
+def _check_parts(arrays, parts: tuple[Parts, Parts] | None) -> None:
   if parts is None:
+    devices = jax.sharding.get_abstract_mesh().size
     raise KernelError(
-      f"kernels.quantized_matmul='tpu' does not know how this mesh of {mesh.size} devices divides a product (a pipeline "
-      "of mesh.stage, or part of a larger kernel); use 'auto' or 'xla', whose products the partitioner divides."
+      f"kernels.quantized_matmul='tpu' does not know how this mesh of {devices} devices divides a product (one in a "
+      "pipeline of mesh.stage, or inside another kernel); use 'auto' or 'xla', whose products the partitioner divides."
     )
   for x, own in zip(arrays, parts, strict=True):
     for n, names in zip(x.shape, own.entries, strict=True):
@@ -182,12 +194,13 @@ def _is_made_before(sides: list[Given], dims, parts: tuple[Parts, Parts] | None,
 def sizes_of(a: Array, b: Array, dims, parts: tuple[Parts, Parts] | None) -> tuple[int, int, int]:
   """(rows, length of the sums, columns) of one device's product."""
   of_a, of_b = (local_shape(x, own) for x, own in zip((a, b), parts or (None, None), strict=True))
-  own = lambda shape, axes: math.prod(n for axis, n in enumerate(shape) if axis not in axes)
+  own = lambda shape, axes: math.prod(_outer(shape, axes))
   return own(of_a, dims[0]), math.prod(of_a[axis] for axis in dims[0]), own(of_b, dims[1])
 
 
-def _outer(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-  return tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
+def _outer(sizes: tuple, axes: tuple[int, ...]) -> tuple:
+  """What `sizes`, one for each dim, has for the dims that are not `axes`."""
+  return tuple(n for axis, n in enumerate(sizes) if axis not in axes)
 
 
 def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
@@ -203,41 +216,50 @@ def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
   size = lambda x, group: math.prod(x.shape[axis] for axis in group)
   flat = lambda x: x.reshape(*(size(x, group) for group in groups))
   noise = None if noise is None else noise._replace(rows=flat(noise.rows), columns=flat(noise.columns))
-  return (flat(x), noise), (dims[0], (0,) if axes == first else (1,)), (parts[0], Parts(merge(own.entries), merge(own.stored)))
+  return (
+    (flat(x), noise),
+    (dims[0], (0,) if axes == first else (1,)),
+    (parts[0], Parts(merge(own.entries), merge(own.stored))),
+  )
 
 
 def _on_each(sides, pair: Pair, dims, parts: tuple[Parts, Parts], dtype, interpret, heads) -> Array:
-  """On each device the product of its parts, and the sum of these over the devices that divide what is summed over."""
-  names = sum((parts[0].entries[axis] for axis in dims[0]), ())
-  in_specs = tuple(jax.tree.map(lambda x, own=own: _spec(x, own.entries), side) for side, own in zip(sides, parts))
-  kept = [[n for axis, n in enumerate(own.entries) if axis not in axes] for own, axes in zip(parts, dims, strict=True)]
-  flat = not any(n for own in kept for n in own[1:])
-  if heads is not None:
-    heads = heads[0] // _size(kept[1][0]), heads[1]
-    entries = (*kept[0], kept[1][0], ())
+  """On each device the product of its parts, and the sum of these over the devices that divide what is summed over.
+
+  Dims are joined to rows and columns where a device's part allows it: [rows, columns], [batch, length, columns], ….
+  """
+  of_sum = sum((parts[0].entries[axis] for axis in dims[0]), ())
+  outer = [_outer(own.entries, axes) for own, axes in zip(parts, dims, strict=True)]
+  sizes = [_outer(local_shape(side.x, own), axes) for side, own, axes in zip(sides, parts, dims, strict=True)]
+  is_divided = _size(of_sum) > 1
+  if heads is None:
+    joins = [not any(own[1:]) for own in outer]
+    outer = [own[:1] if joined else own for own, joined in zip(outer, joins, strict=True)]
+    sizes = [(math.prod(own),) if joined else own for own, joined in zip(sizes, joins, strict=True)]
   else:
-    entries = tuple(own[0] for own in kept) if flat else (*kept[0], *kept[1])
+    heads = heads[0] // _size(outer[1][0]), heads[1]
+    outer[1], sizes[1] = (outer[1][0], ()), heads
 
-  def run(a, b):
+  def run(a: Given, b: Given) -> Array:
     out = _on_device(pair, dims, None if is_divided else dtype, interpret, heads, a, b)
-    if heads is None:
-      out = out.reshape(*(math.prod(_outer(x.x, own)) for x, own in zip((a, b), dims, strict=True))) if flat else (
-        out.reshape(*_outer(a.x, dims[0]), *_outer(b.x, dims[1])))
-    return out[None] if is_divided else out
+    return out.reshape(*(1,) * is_divided, *sizes[0], *sizes[1])
 
-  is_divided = _size(names) > 1
-  specs = PartitionSpec(*([_entry(names)] if is_divided else []), *map(_entry, entries))
-  each = jax.shard_map(run, in_specs=in_specs, out_specs=specs, check_vma=False)(*sides)
+  in_specs = tuple(_specs(side, own) for side, own in zip(sides, parts, strict=True))
+  out_specs = PartitionSpec(*[_entry(of_sum)] * is_divided, *map(_entry, (*outer[0], *outer[1])))
+  # A kernel does not declare along which axes its outputs vary, so that check is off.
+  found = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*sides)
   if not is_divided:
-    return each
-  count = math.prod(sides[0].x.shape[axis] for axis in dims[0])
-  if each.dtype == jnp.int32 and count > _longest(pair):
-    each = each.astype(jnp.float32)
-  total = jnp.sum(each, 0, dtype=each.dtype).astype(jnp.float32)
-  # `rows` dims of the total go with those of the first matrix; the others with the second one's.
-  rows = 1 if flat and heads is None else len(kept[0])
-  left = sides[0].scale.reshape(*total.shape[:rows], *(1,) * (total.ndim - rows))
-  return (total * left * sides[1].scale.reshape(total.shape[rows:])).astype(dtype)
+    return found
+  if found.dtype == jnp.int32 and math.prod(sides[0].x.shape[axis] for axis in dims[0]) > _longest(pair):
+    found = found.astype(jnp.float32)
+  total = jnp.sum(found, 0, dtype=found.dtype).astype(jnp.float32)
+  rows, columns = total.shape[: len(sizes[0])], total.shape[len(sizes[0]) :]
+  left, right = sides[0].scale.reshape(*rows, *(1,) * len(columns)), sides[1].scale.reshape(columns)
+  return (total * left * right).astype(dtype)
+
+
+def _specs(side: Given, own: Parts) -> Given:
+  return jax.tree.map(lambda x: _spec(x, own.entries), side)
 
 
 def _entry(names: tuple[str, ...]):
@@ -249,9 +271,9 @@ def _spec(x: Array, entries: Entries) -> PartitionSpec:
   return PartitionSpec(*(_entry(names) if n > 1 else None for n, names in zip(x.shape, entries, strict=True)))
 
 
-def _on_device(pair: Pair, dims, dtype, interpret, heads, a: Given, b: Given) -> Array:
-  """[rows, columns] or with `heads` = (heads, head_dim) [batch, length, heads, head_dim]: the product of two arrays that
-  are on one device; `dtype` None: its sums, without scales.
+def _on_device(pair: Pair, dims, dtype, interpret, heads: tuple[int, ...] | None, a: Given, b: Given) -> Array:
+  """[rows, columns] or with (heads, head_dim) [batch, length, heads, head_dim]: the product of arrays on one device;
+  `dtype` None: its sums, without scales.
   """
   flat = [_matrix(x, own) for x, own in zip((a, b), dims, strict=True)]
   if dtype is None:
@@ -259,7 +281,7 @@ def _on_device(pair: Pair, dims, dtype, interpret, heads, a: Given, b: Given) ->
   run = functools.partial(tpu.matmul, *flat, pair, dtype=dtype, interpret=interpret)
   if heads is None:
     return run()
-  batch, length = _outer(a.x, dims[0])
+  batch, length = _outer(a.x.shape, dims[0])
   if not _in_tiles(length, heads[1]):
     return run().reshape(batch, length, *heads)
   return jnp.swapaxes(run(out_heads=(batch, heads[0], length, heads[1])), 1, 2)

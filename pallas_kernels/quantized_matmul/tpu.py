@@ -49,7 +49,8 @@ class Matrix(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Side:
   """What the kernel knows of a matrix. `block`: the shape of its tiles; `place` (0 or 1): the first or second matrix,
-  and the grid's dim of what is not summed over. `heads`: the shape of an array of heads. `kept`: steps whose codes stay.
+  and the grid's dim of what is not summed over; `held`: the dtype in which it is multiplied; `heads`: the shape of an
+  array of heads; `kept`: the number of steps whose codes stay.
   """
 
   operand: Operand | None
@@ -73,6 +74,13 @@ class Side:
   def is_turned(self) -> bool:
     """Whether codes are kept with rows and columns exchanged: once for all products, which need the sum's dim last."""
     return self.kept > 0 and self.summed == 0 and self.block[0] % LANES == self.block[1] % LANES == 0
+
+  @property
+  def turns(self) -> int:
+    """How often a loop makes codes of some rows, to make those of a tile."""
+    most = LANES if self.is_turned else AT_ONCE
+    length = min(self.block[0], self.heads[2]) if self.heads else self.block[0]
+    return self.block[0] // (most if length % most == 0 else length)
 
   @property
   def summed_in_product(self) -> int:
@@ -114,12 +122,11 @@ def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.Block
 def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes: int) -> Shape:
   """The product, as `blocks.choose` takes it."""
   (m, k), n = (a.shape if a.summed else a.shape[::-1]), b.shape[1 - b.summed]
-  heads = lambda x, dim: x.x.shape if x.x.ndim == 4 else None
   rows, columns = {'m': [], 'k': [], 'n': []}, {'m': [], 'k': [], 'n': []}
   for x, names in ((a, 'mk' if a.summed else 'km'), (b, 'nk' if b.summed else 'kn')):
-    if found := heads(x, 0):
-      rows[names[0]].append(found[2])
-      columns[names[1]].append(found[3])
+    if x.x.ndim == 4:
+      rows[names[0]].append(x.x.shape[2])
+      columns[names[1]].append(x.x.shape[3])
   if out_heads is not None:
     rows['m'].append(out_heads[2])
     columns['n'].append(out_heads[3])
@@ -128,48 +135,85 @@ def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes:
   return Shape(m, k, n, size(a), size(b), out_bytes, a.up is not None or a.x.ndim == 4, frozen(rows), frozen(columns))
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One run of the kernel: its product, its tiles, and what it knows of both matrices. `total`: the dtype of sums,
+  `dtype` that of the result; `out_heads` as in `matmul`.
+  """
+
+  of: Shape
+  tiles: Blocks
+  sides: tuple[Side, Side]
+  is_raw: bool
+  total: Any
+  dtype: Any
+  out_heads: tuple[int, ...] | None
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    return self.tiles.grid(self.of)
+
+  @property
+  def scratch(self) -> list[Any]:
+    sums = [pltpu.VMEM((self.tiles.m, self.tiles.n), self.total)] if self.grid[2] > 1 else []
+    return [*self.sides[0].scratch(), *self.sides[1].scratch(), *sums]
+
+  def run(self, arrays: list[Array], specs: list[pl.BlockSpec], interpret: Any) -> Array:
+    shape = (self.of.m, self.of.n) if self.out_heads is None else self.out_heads
+    order = 'arbitrary' if self.sides[0].kept else 'parallel'
+    return pl.pallas_call(
+      functools.partial(_kernel, self), name='quantized_matmul', interpret=interpret, grid=self.grid,
+      out_shape=jax.ShapeDtypeStruct(shape, self.dtype), in_specs=specs, scratch_shapes=self.scratch,
+      out_specs=_spec((self.tiles.m, self.tiles.n), self.out_heads, lambda step: step[:2]),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', order, 'arbitrary'), vmem_limit_bytes=blocks.chip_in_use().limit
+      ),
+    )(*arrays)  # fmt: skip
+
+
 def matmul(
   a: Matrix, b: Matrix, pair: tuple[Operand | None, Operand | None], *, dtype: Any = jnp.float32,
-  out_heads: tuple[int, ...] | None = None, interpret: Any = False, tiles: Blocks | None = None,
+  out_heads: tuple[int, ...] | None = None, interpret: Any = False,
 ) -> Array:  # fmt: skip
   """[M, N] in `dtype`, or with `out_heads` an array of heads of that shape: the product of both, which are quantized
-  where they have an `up`, by their `Operand`. Without scales: the sums, in int32 or float32.
+  where they have an `up`, by their `Operand`. Without scales: the sums, in int32 or float32; of matrices that are not
+  quantized (`pair` has no Operand) in `dtype`.
   """
-  integer = _held(a, pair[0]) == jnp.int8
-  total = jnp.int32 if integer else jnp.float32
+  total = jnp.int32 if _held(a, pair[0]) == jnp.int8 else jnp.float32
   is_raw = a.scale is None
   dtype = total if is_raw and pair != (None, None) else dtype
   of = shape_of(a, b, out_heads, jnp.dtype(dtype).itemsize)
-  tiles = tiles or blocks.choose(of, blocks.chip_in_use())
-  rows, columns, steps = tiles.grid(of)
+  tiles = blocks.choose(of, blocks.chip_in_use())
   sides, arrays, specs = [], [], []
-  for x, operand, place, own in ((a, pair[0], 0, (tiles.m, tiles.k)), (b, pair[1], 1, (tiles.n, tiles.k))):
-    block = own if x.summed == 1 else own[::-1]
-    side = Side(operand if x.up is not None else None, x.summed, block, place, _held(x, operand),
-                x.x.shape if x.x.ndim == 4 else None)  # fmt: skip
-    side = dataclasses.replace(side, kept=steps if place == 0 and side.is_copied else 0)
-    sides.append(side)
-    of_channel = side.columns_spec() if x.summed == 0 else side.rows_spec()
-    arrays += [x.x] + ([x.up] if side.operand else []) + ([x.hashes, x.columns] if side.is_random else [])
-    specs += [side.spec()] + ([of_channel] if side.operand else [])
-    specs += [side.rows_spec(), side.columns_spec()] if side.is_random else []
+  for x, operand, place, own in ((a, pair[0], 0, tiles.m), (b, pair[1], 1, tiles.n)):
+    side = _side(x, operand, place, (own, tiles.k), tiles.grid(of)[2])
+    given = _given(x, side)
     if not is_raw:
-      arrays.append(x.scale.reshape((-1, 1) if place == 0 else (1, -1)))
-      size = (own[0], 1) if place == 0 else (1, own[0])
-      specs.append(pl.BlockSpec(size, (lambda i, j, k: (i, 0)) if place == 0 else (lambda i, j, k: (0, j))))
-  scratch = [*sides[0].scratch(), *sides[1].scratch(), *([pltpu.VMEM((tiles.m, tiles.n), total)] if steps > 1 else [])]
-  return pl.pallas_call(
-    functools.partial(_kernel, tuple(sides), steps, is_raw, out_heads, total),
-    name='quantized_matmul', interpret=interpret,
-    out_shape=jax.ShapeDtypeStruct((of.m, of.n) if out_heads is None else out_heads, dtype),
-    grid=(rows, columns, steps), in_specs=specs,
-    out_specs=_spec((tiles.m, tiles.n), out_heads, lambda step: step[:2]),
-    scratch_shapes=scratch,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary' if sides[0].kept else 'parallel', 'arbitrary'),
-      vmem_limit_bytes=blocks.chip_in_use().limit,
-    ),
-  )(*arrays)  # fmt: skip
+      at = (lambda i, j, k: (i, 0)) if place == 0 else (lambda i, j, k: (0, j))
+      size = (own, 1) if place == 0 else (1, own)
+      given.append((x.scale.reshape((-1, 1) if place == 0 else (1, -1)), pl.BlockSpec(size, at)))
+    sides.append(side)
+    arrays += [array for array, _ in given]
+    specs += [spec for _, spec in given]
+  return Call(of, tiles, tuple(sides), is_raw, total, dtype, out_heads).run(arrays, specs, interpret)
+
+
+def _side(x: Matrix, operand: Operand | None, place: int, sizes: tuple[int, int], steps: int) -> Side:
+  """`sizes` of a tile: along what is not summed over, and along what is."""
+  block = sizes if x.summed == 1 else sizes[::-1]
+  heads = x.x.shape if x.x.ndim == 4 else None
+  side = Side(operand if x.up is not None else None, x.summed, block, place, _held(x, operand), heads)
+  return dataclasses.replace(side, kept=steps) if place == 0 and side.is_copied else side
+
+
+def _given(x: Matrix, side: Side) -> list[tuple[Any, pl.BlockSpec]]:
+  """The arrays of a side with their tiles, in the order of `_kernel`."""
+  found = [(x.x, side.spec())]
+  if side.operand is not None:
+    found.append((x.up, side.columns_spec() if x.summed == 0 else side.rows_spec()))
+  if side.is_random:
+    found += [(x.hashes, side.rows_spec()), (x.columns, side.columns_spec())]
+  return found
 
 
 def _held(x: Matrix, operand: Operand | None):
@@ -179,15 +223,14 @@ def _held(x: Matrix, operand: Operand | None):
   return jnp.int8 if operand.element.is_integer else operand.element.dtype
 
 
-def _kernel(sides: tuple[Side, Side], steps: int, is_raw: bool, out_heads, total, *refs):
+def _kernel(call: Call, *refs):
   """One step: both tiles to codes where they are not, their product into the sum; the last step writes it."""
-  refs = list(refs)
-  given = []
+  refs, given, sides, steps = list(refs), [], call.sides, call.grid[2]
   for side in sides:
     own = {'tile': refs.pop(0)}
     own |= {'up': refs.pop(0)} if side.operand else {}
     own |= {'hashes': refs.pop(0), 'columns': refs.pop(0)} if side.is_random else {}
-    given.append((own, None if is_raw else refs.pop(0)))
+    given.append((own, None if call.is_raw else refs.pop(0)))
   out = refs.pop(0)
   step, codes = pl.program_id(2), []
   for side, (own, _) in zip(sides, given, strict=True):
@@ -200,8 +243,8 @@ def _kernel(sides: tuple[Side, Side], steps: int, is_raw: bool, out_heads, total
     pl.when(pl.program_id(1) == 0)(fill) if side.kept else fill()
     codes.append(held[at])
   dims = (((sides[0].summed_in_product,), (sides[1].summed_in_product,)), ((), ()))
-  found = jax.lax.dot_general(*codes, dims, preferred_element_type=total)
-  write = functools.partial(_write, out, out_heads, [scale for _, scale in given])
+  found = jax.lax.dot_general(codes[0], codes[1], dims, preferred_element_type=call.total)
+  write = functools.partial(_write, out, call.out_heads, [scale for _, scale in given])
   if steps == 1:
     write(found)
     return
@@ -251,9 +294,8 @@ def _wide(x: Array) -> Array:
 
 def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> None:
   """Writes the codes of a tile to held[at], some rows at a time."""
-  batch, count, length, dim = tile.shape if side.heads else (1, 1, *tile.shape)
-  most = LANES if side.is_turned else AT_ONCE
-  size = most if length % most == 0 else length
+  _, count, length, dim = tile.shape if side.heads else (1, 1, *tile.shape)
+  size = side.block[0] // side.turns
   per = length // size
 
   def some(turn, _):
@@ -272,4 +314,4 @@ def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> 
         held[at, rows, own] = x.astype(side.held)
     return _
 
-  jax.lax.fori_loop(0, batch * per, some, 0)
+  jax.lax.fori_loop(0, side.turns, some, 0)

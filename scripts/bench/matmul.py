@@ -39,10 +39,10 @@ def programs(formats: tuple[str, ...]) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from pallas_kernels.quantized_matmul import tpu, xla
+  from pallas_kernels.quantized_matmul import sharded, tpu, xla
   from pallas_kernels.quantized_matmul.formats import Operand
 
-  bare = lambda x, w: tpu.matmul((x, None, 1), (w, None, 0), (None, None), dtype=jnp.bfloat16)
+  bare = lambda x, w: tpu.matmul(tpu.Matrix(x, 1), tpu.Matrix(w, 0), (None, None), dtype=jnp.bfloat16)
   dot = lambda wide, x, w: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
   found = {
     'bf16 kernel': (bare, jnp.bfloat16),
@@ -59,7 +59,7 @@ def programs(formats: tuple[str, ...]) -> dict:
     found |= {
       f'{name} kernel': (bare, held),
       f'{name} xla': (functools.partial(dot, wide), held),
-      f'{name} kernel quantized': (functools.partial(quantized, tpu.product, operand), jnp.bfloat16),
+      f'{name} kernel quantized': (functools.partial(quantized, sharded.product, operand), jnp.bfloat16),
       f'{name} xla quantized': (functools.partial(quantized, xla.product, operand), jnp.bfloat16),
     }
   return found
@@ -100,7 +100,7 @@ def compare(chip: str, shapes: list[tuple[int, int, int]]) -> None:
 
   from pallas_kernels.quantized_matmul.api import TUNED
 
-  folder = pathlib.Path(os.environ['DUMP'])
+  folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
   for shape in shapes:
     for kind, (run, sizes, arrays) in products(RECIPES[chip.split(':')[0]], *shape).items():
       for name in TUNED:
@@ -110,7 +110,7 @@ def compare(chip: str, shapes: list[tuple[int, int, int]]) -> None:
         except jax.errors.JaxRuntimeError as error:
           print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
           continue
-        own = kernel_cycles(folder, sizes) if name == 'tpu' else 0
+        own = newest(calls, folder, name_of) if name == 'tpu' else 0
         print(json.dumps(row | {'cycles': own + schedule.fusion_cycles(program.as_text())}), flush=True)
 
 
@@ -135,24 +135,55 @@ def compiled(chip: str, run, shapes, dtype):
     return jax.jit(run).lower(*arrays).compile()
 
 
-def kernel_cycles(folder: pathlib.Path, sizes: tuple[int, int, int]) -> int:
-  """Of the kernel compiled last, over its grid: each step, and for each block of the output its first and last body.
+def recorded() -> dict:
+  """{(shape of the result, shapes of the operands): Call}, filled while a program is traced."""
+  from pallas_kernels.quantized_matmul import tpu
 
-  A body between these makes the codes of a block of rows, once for all blocks of columns.
+  found, own = {}, tpu.Call.run
+
+  def run(self, arrays, specs, interpret):
+    found[key_of(self.out_heads or (self.of.m, self.of.n), *(x.shape for x in arrays))] = self
+    return own(self, arrays, specs, interpret)
+
+  tpu.Call.run = run
+  return found
+
+
+def key_of(*shapes) -> tuple[str, ...]:
+  return tuple(','.join(map(str, shape)) for shape in shapes)
+
+
+def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
+  """The larger of two: bundles over the grid, and the bytes that its tiles move over the bandwidth of HBM.
+
+  Loops inside a step make codes, of the first matrix once for a block of rows. Two cores share the blocks of rows.
   """
-  from pallas_kernels.quantized_matmul.tpu import block_of
+  from pallas_kernels.quantized_matmul.blocks import CHIPS
 
-  inner, sides, rest = schedule.regions(schedule.dumped(folder, KERNEL))
-  m, k, n = (size // block_of(size) for size in sizes)
-  first, *codes, last = sides if len(sides) > 1 else [0, *sides]  # a first body of a few bundles is in `rest`
-  return m * n * (k * (sum(inner) + rest) + first + last) + m * k * sum(codes)
+  rows, columns, steps = call.grid
+  step, inside = schedule.loops(path)
+  sides = [side for side in call.sides if side.is_copied and side.turns > 1]
+  if len(sides) != len(inside):
+    raise ValueError(f'{path.name} has {len(inside)} loops in a step, and codes of {len(sides)} matrices are made.')
+  each = -(-rows // schedule.CORES[chip]) * steps
+  bundles = each * columns * (step - sum(inside))
+  for side, size in zip(sides, inside, strict=True):
+    bundles += each * (1 if side.kept else columns) * side.turns * size
+  return max(bundles, round(call.tiles.bytes_moved(call.of) / CHIPS[chip].rate))
+
+
+def newest(calls: dict, folder: pathlib.Path, chip: str) -> int:
+  """The cycles of the only kernel that was traced since the last time."""
+  (call,) = calls.values()
+  calls.clear()
+  return kernel_cycles(call, schedule.dumped(folder, KERNEL), chip)
 
 
 def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
   """Prints one line of JSON for each program."""
   import jax
 
-  folder = pathlib.Path(os.environ['DUMP'])
+  folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
   for m, k, n in shapes:
     for name, (run, dtype) in programs(FORMATS[chip.split(':')[0]]).items():
       row = {'chip': chip, 'shape': f'{m}x{k}x{n}', 'program': name}
@@ -161,7 +192,7 @@ def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
       except jax.errors.JaxRuntimeError as error:
         print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
         continue
-      own = kernel_cycles(folder, (m, k, n)) if 'kernel' in name else 0
+      own = newest(calls, folder, name_of) if 'kernel' in name else 0
       other = schedule.fusion_cycles(program.as_text())
       print(json.dumps(row | {'kernel': own, 'xla': other, 'cycles': own + other}), flush=True)
 
