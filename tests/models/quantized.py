@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from models import partition
-from models.build import build
+from models.build import KernelsConfig, build
 from models.specs import initialize
 from tests.models.small import LLAMA, batch
 
@@ -37,12 +37,12 @@ def params():
   return initialize(build(SMALL).specs, jax.random.key(0))
 
 
-def placed(cfg, precision, axes: str | None):
+def placed(cfg, precision, axes: str | None, kernels: KernelsConfig = KernelsConfig()):
   """(model, parameters, rows), on a mesh along `axes`."""
   if axes is None:
-    return build(cfg, precision=precision), params(), rows()
+    return build(cfg, kernels, precision=precision), params(), rows()
   mesh = jax.make_mesh(SHAPES[axes], AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  model = build(cfg, mesh=mesh, precision=precision)
+  model = build(cfg, kernels, mesh=mesh, precision=precision)
   put = jax.tree.map(jax.device_put, params(), partition.shardings(model.specs, mesh))
   place = lambda x: jax.device_put(x, NamedSharding(mesh, partition.spec_for(
     ('batch', 'length')[: x.ndim], partition.ACTIVATION_RULES)))  # fmt: skip
