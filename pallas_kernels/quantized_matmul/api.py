@@ -170,22 +170,26 @@ def _noise_of_weight(w: Array, seed, count: int) -> Noise | None:
   return _noise(w, seed, index(w.shape[:count]), tuple(range(count, w.ndim)))
 
 
-def kind_of(pair: Pair, dims) -> str:
-  """The class of a product in tuning/CHIP.json: which of a weight's products, the formats, how they are rounded."""
+def kind_of(pair: Pair, dims, parts: tuple[Parts, Parts] | None = None) -> str:
+  """The class of a product in tuning/CHIP.json: which of a weight's products, the formats, how they are rounded, and
+  with `parts` that it is a part of one on several devices, where the kernel gets weights as codes.
+  """
   formats = dict.fromkeys(operand.format for operand in pair)
   random = ('stochastic',) if any(operand.is_random for operand in pair) else ()
-  return '_'.join((LAYOUTS[dims[0][0] == 0, dims[1][0] == 0], *formats, *random))
+  divided = () if parts is None else ('divided',)
+  return '_'.join((*divided, LAYOUTS[dims[0][0] == 0, dims[1][0] == 0], *formats, *random))
 
 
 def fastest(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None = None) -> str:
-  """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape, which
-  is that of one device's part.
+  """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape. On
+  several devices shapes are those of one device's part.
 
   'xla' without such an entry, where the kernel lacks the product, and on several devices without `parts`.
   """
   if not sharded.fits(a, b, pair, dims, parts):
     return 'xla'
-  return tuned.fastest(OP, kind_of(pair, dims), sharded.sizes_of(a, b, dims, parts), TUNED) or 'xla'
+  parts = parts if sharded.on_several() else None
+  return tuned.fastest(OP, kind_of(pair, dims, parts), sharded.sizes_of(a, b, dims, parts), TUNED) or 'xla'
 
 
 def _product(implementation: str, pair: Pair | None, a: Any, b: Any, dims, parts) -> Array:

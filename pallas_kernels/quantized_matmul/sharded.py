@@ -78,7 +78,7 @@ def product(
   check(a[0], b[0], pair, dims, parts)
   dtype, shape = a[0].dtype if dtype is None else dtype, _outer(a[0].shape, dims[0]) + _outer(b[0].shape, dims[1])
   heads = shape[-2:] if len(shape) == 4 and 0 not in dims[0] else None
-  if not _several():
+  if not on_several():
     parts = None
   if parts is not None:
     b, dims, parts = _flat_weight(b, dims, parts)
@@ -90,7 +90,8 @@ def product(
   return _on_each(sides, pair, dims, parts, dtype, interpret, heads).reshape(shape)
 
 
-def _several() -> bool:
+def on_several() -> bool:
+  """Whether the mesh in use has several devices."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and mesh.size > 1
 
@@ -113,7 +114,7 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
       f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
       "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
     )
-  if _several():
+  if on_several():
     _check_parts((a, b), parts)
   count = math.prod(n for axis, n in enumerate(local_shape(a, parts and parts[0])) if axis in dims[0])
   if kinds == {True} and count > _longest(pair):

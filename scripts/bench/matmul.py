@@ -1,6 +1,6 @@
 """Quantized products on TPUs that this machine does not have: cycles of compiled programs, ours and XLA's own.
 
-  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096] [--write]
+  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096] [--write [--several]]
   python scripts/bench/matmul.py --gpu    the GPU of this machine (gpu/matmul.py)
 
 `schedule.py` defines the cycles. A shape is tokens x inputs x outputs, on one device. For bfloat16 and for codes: the
@@ -9,6 +9,7 @@ product alone; `quantized`: of bfloat16 matrices that the product quantizes, wit
 
 `--write` compiles the three products of a weight instead, as the chip's recipe quantizes them, by XLA and by our
 kernel, and puts the faster one of each into pallas_kernels/tuning/CHIP.json: kernels.quantized_matmul='auto' runs it.
+With `--several` on all devices of the slice, which divide the tokens and where the weight is stored its rows.
 """
 
 import argparse
@@ -65,48 +66,56 @@ def programs(formats: tuple[str, ...]) -> dict:
   return found
 
 
-def products(recipe: str, m: int, k: int, n: int) -> dict:
-  """{class of the product: (function of an implementation and two bfloat16 matrices, (rows, sum, columns), shapes)} of
-  the three products of a weight [k, n] with m tokens.
+def products(recipe: str, m: int, k: int, n: int, devices: int = 1) -> dict:
+  """{class of the product: (function of an implementation and two bfloat16 matrices, (rows, sum, columns), shapes,
+  divisions)} of the three products of a weight [k, n] with m tokens on each device. On several devices they divide the
+  tokens, and the rows of the weight where it is stored; `divisions` are those of the arrays as they come.
   """
   import jax.numpy as jnp
 
   from models.precision import RECIPES as known
   from pallas_kernels.quantized_matmul import api
   from pallas_kernels.quantized_matmul.rounding import Noise
+  from pallas_kernels.quantized_matmul.sharded import Parts
 
+  whole, axis, tokens = (), ('x',), m * devices
+  rows, weight = Parts((axis, whole)), Parts((whole, whole), (axis, whole))
   sides = {
-    'forward': (((m, k), (k, n)), ((1,), (0,)), (m, k, n)),
-    'dgrad': (((m, n), (k, n)), ((1,), (1,)), (m, n, k)),
-    'wgrad': (((m, k), (m, n)), ((0,), (0,)), (k, m, n)),
+    'forward': (((tokens, k), (k, n)), ((1,), (0,)), (m, k, n), (rows, weight)),
+    'dgrad': (((tokens, n), (k, n)), ((1,), (1,)), (m, n, k), (rows, weight)),
+    'wgrad': (((tokens, k), (tokens, n)), ((0,), (0,)), (k, m, n), (rows, rows)),
   }
   found = {}
-  for name, (shapes, dims, sizes) in sides.items():
+  for name, (shapes, dims, sizes, parts) in sides.items():
     pair = known[recipe].pairs[name]
 
-    def run(implementation, a, b, pair=pair, dims=dims):
-      noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])) for seed, x in enumerate((a, b))]
-      own = api.IMPLEMENTATIONS[implementation]
-      return own((a, noise[0]), (b, noise[1]), pair, dims).astype(jnp.bfloat16)
+    def run(implementation, a, b, pair=pair, dims=dims, parts=parts):
+      noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])[:, None], api.index(x.shape[1:])[None])
+               for seed, x in enumerate((a, b))]  # fmt: skip
+      own = {'parts': parts} if implementation in api.KERNELS else {}
+      return api.IMPLEMENTATIONS[implementation]((a, noise[0]), (b, noise[1]), pair, dims, **own).astype(jnp.bfloat16)
 
-    found[api.kind_of(pair, dims)] = run, sizes, shapes
+    stored = tuple(part.stored or part.entries for part in parts)
+    found[api.kind_of(pair, dims, parts if devices > 1 else None)] = run, sizes, shapes, stored
   return found
 
 
-def compare(chip: str, shapes: list[tuple[int, int, int]]) -> None:
+def compare(chip: str, shapes: list[tuple[int, int, int]], several: bool) -> None:
   """Prints one line of JSON for each product and implementation, with the key of its entry."""
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.quantized_matmul.api import TUNED
+  from pretrain.tools.plan import tpu_devices
 
   folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
+  devices = len(tpu_devices(chip)) if several else 1
   for shape in shapes:
-    for kind, (run, sizes, arrays) in products(RECIPES[chip.split(':')[0]], *shape).items():
+    for kind, (run, sizes, arrays, stored) in products(RECIPES[name_of], *shape, devices).items():
       for name in TUNED:
         row = {'key': f'{kind}_{"x".join(map(str, sizes))}', 'implementation': name}
         try:
-          program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16)
+          program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16, stored if several else None)
         except jax.errors.JaxRuntimeError as error:
           print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
           continue
@@ -123,15 +132,18 @@ def winners(rows: list[dict]) -> dict:
   return found
 
 
-def compiled(chip: str, run, shapes, dtype):
+def compiled(chip: str, run, shapes, dtype, divisions=None):
+  """`run` on arrays of these shapes on one device, or with `divisions` on all of the slice: mesh axes of each dim."""
   import jax
 
   from pretrain.tools.plan import tpu_devices
 
-  mesh = jax.make_mesh((1,), ('x',), devices=tpu_devices(chip)[:1])
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  devices = tpu_devices(chip) if divisions else tpu_devices(chip)[:1]
+  mesh = jax.make_mesh((len(devices),), ('x',), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+  place = lambda entries: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(n or None for n in entries)))
+  places = map(place, divisions or ((),) * len(shapes))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes)
+    arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, at in zip(shapes, places, strict=True))
     return jax.jit(run).lower(*arrays).compile()
 
 
@@ -224,6 +236,7 @@ def main() -> None:
   how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--shapes', default=SHAPES)
+  parser.add_argument('--several', action='store_true', help='with --write: shapes are those of each of many devices')
   parser.add_argument('--write', action='store_true', help='write the faster implementations to pallas_kernels/tuning/')
   flags = parser.parse_args()
   if flags.gpu:
@@ -232,9 +245,14 @@ def main() -> None:
     return
   if 'DUMP' in os.environ:
     shapes = [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')]
-    (compare if flags.write else of_chip)(flags.chips, shapes)
+    if flags.write:
+      compare(flags.chips, shapes, flags.several)
+    else:
+      of_chip(flags.chips, shapes)
     return
-  found = schedule.at_once(__file__, flags.chips, [f'--shapes={flags.shapes}', *(['--write'] * flags.write)])
+  found = schedule.at_once(
+    __file__, flags.chips, [f'--shapes={flags.shapes}', *(['--write'] * flags.write), *(['--several'] * flags.several)]
+  )
   if flags.write:
     for chip, rows in zip(flags.chips.split(','), found, strict=True):
       print(tune_kernels.write(chip.split(':')[0], winners(rows), 'compiled schedule', 'quantized_matmul'), flush=True)

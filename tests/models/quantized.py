@@ -19,6 +19,8 @@ ROWS = [[20, 12], [25, 7], [32], [9, 9], [31], [16, 16], [3, 20], [30]]
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 SHAPES = {'fsdp': (1, 1, 8, 1, 1, 1, 1), 'tensor': (1, 1, 2, 1, 4, 1, 1)}
 
+DEFAULT = KernelsConfig()
+
 
 def rows() -> dict[str, np.ndarray]:
   return batch(ROWS, 32)
@@ -37,7 +39,7 @@ def params():
   return initialize(build(SMALL).specs, jax.random.key(0))
 
 
-def placed(cfg, precision, axes: str | None, kernels: KernelsConfig = KernelsConfig()):
+def placed(cfg, precision, axes: str | None, kernels: KernelsConfig = DEFAULT):
   """(model, parameters, rows), on a mesh along `axes`."""
   if axes is None:
     return build(cfg, kernels, precision=precision), params(), rows()
