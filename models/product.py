@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from models.partition import ACTIVATION_RULES, PARAMETER_RULES, entries_of, parts
+from models.partition import PARAMETER_RULES, entries_of, parts
 from models.specs import cast, is_variable
 from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.formats import Operand, Recipe
@@ -138,18 +138,15 @@ def _quantized(x: Array, param: nnx.Param, axes: tuple[int, ...], own: Quantizat
 
 
 def _division(w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
-  """How the mesh in use divides x[batch, …, length, …], with the weight's first axes as its dims `axes`, and w; None
-  where a product is that of several stages, or inside a kernel of the mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or parts('stages') > 1:
+  """How the mesh in use divides w and x[batch, …, length, …], whose dims `axes` are the first ones of the weight; None
+  without a mesh, and where stages of a pipeline share a product.
+  """
+  if jax.sharding.get_abstract_mesh().empty or parts('stages') > 1:
     return None
   names = w.get_metadata()['axes'][-w[...].ndim :]  # a layer of a stack is without the axis `layers`
-  tokens, count = iter(('batch', 'length')), len(axes)
-  inputs = iter(names[:count])
-  of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(count + 2))
-  return Division(
-    entries_of(of_x, ACTIVATION_RULES), entries_of(names, ACTIVATION_RULES), entries_of(names, PARAMETER_RULES)
-  )
+  inputs, tokens = iter(names[: len(axes)]), iter(('batch', 'length'))
+  of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(len(axes) + 2))
+  return Division(entries_of(of_x), entries_of(names), entries_of(names, PARAMETER_RULES))
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:

@@ -139,3 +139,27 @@ def test_a_product_that_a_mesh_does_not_divide_is_refused_with_the_fix(division,
   x, w, _ = arrays('up')
   with jax.sharding.use_abstract_mesh(mesh_of(8, 1).abstract_mesh), pytest.raises(KernelError, match=message):
     quantized_matmul(x, w, Recipe(forward=(INT8, INT8)), implementation='interpret', division=division)
+
+
+def test_a_part_of_the_mesh_may_be_divided_around_the_product():
+  """As replicas are, each with its own sums and scales: two halves of the rows, as if there was no other half."""
+  x, w, _ = arrays('up')
+  mesh = jax.make_mesh((2, 2), ('replica', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+  division = Division((FSDP, WHOLE, WHOLE), (WHOLE, WHOLE), (FSDP, WHOLE))
+
+  def run(x, w, division=None, implementation='reference'):
+    own = {'seed': jnp.uint32(5), 'implementation': implementation, 'division': division}
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES['int8'], **own), x, w)
+    return out, back(out)[1][None]
+
+  each = jax.shard_map(
+    functools.partial(run, division=division, implementation='interpret'), axis_names={'replica'}, check_vma=False,
+    in_specs=(PartitionSpec('replica'), PartitionSpec()), out_specs=PartitionSpec('replica'),
+  )  # fmt: skip
+  with jax.set_mesh(mesh):
+    found = jax.jit(each)(x, w)
+  halves = [jax.jit(run)(half, w) for half in (x[:2], x[2:])]
+  for one, others in zip(found, zip(*halves, strict=True), strict=True):
+    np.testing.assert_array_equal(
+      np.asarray(one, np.float32), np.concatenate([np.asarray(y, np.float32) for y in others])
+    )
