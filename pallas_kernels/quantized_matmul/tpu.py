@@ -20,6 +20,7 @@ from pallas_kernels.quantized_matmul.formats import Element, Operand
 from pallas_kernels.quantized_matmul.rounding import mix, rounded
 
 AT_ONCE = 64  # rows that are rounded at a time
+COLUMNS = 512  # of the second matrix, that are multiplied at a time
 
 
 class Matrix(NamedTuple):
@@ -154,6 +155,13 @@ class Call:
     return self.tiles.grid(self.of)
 
   @property
+  def turns(self) -> int:
+    """How often a loop multiplies with some columns of a tile of the second matrix, to do so with all."""
+    heads = [] if self.out_heads is None else [self.out_heads[3]]
+    fits = self.tiles.n % COLUMNS == 0 and all(COLUMNS % dim == 0 for dim in heads)
+    return self.tiles.n // COLUMNS if fits else 1
+
+  @property
   def scratch(self) -> list[Any]:
     sums = [pltpu.VMEM((self.tiles.m, self.tiles.n), self.total)] if self.grid[2] > 1 else []
     return [*self.sides[0].scratch(), *self.sides[1].scratch(), *sums]
@@ -235,43 +243,55 @@ def _kernel(call: Call, *refs):
   step, codes = pl.program_id(2), []
   for side, (own, _) in zip(sides, given, strict=True):
     if not side.is_copied:
-      codes.append(own['tile'][...])
+      codes.append(own['tile'])
       continue
     held = refs.pop(0)
     at = step if side.kept else 0
     fill = functools.partial(_fill, side, held, at, **own)
     pl.when(pl.program_id(1) == 0)(fill) if side.kept else fill()
-    codes.append(held[at])
-  dims = (((sides[0].summed_in_product,), (sides[1].summed_in_product,)), ((), ()))
-  found = jax.lax.dot_general(codes[0], codes[1], dims, preferred_element_type=call.total)
-  write = functools.partial(_write, out, call.out_heads, [scale for _, scale in given])
-  if steps == 1:
-    write(found)
-    return
-  sums = refs.pop(0)
+    codes.append(held.at[at])
+  sums = refs.pop(0) if steps > 1 else None
+  write = functools.partial(_write, call, out, [scale for _, scale in given])
 
-  @pl.when(step == 0)
-  def _():
-    sums[...] = found
+  def some(turn, _):
+    """The product with some columns of the second matrix: short code, which compiles in a fraction of the time."""
+    size = call.tiles.n // call.turns
+    columns = pl.ds(pl.multiple_of(turn * size, size), size)
+    second = codes[1][:, columns] if sides[1].summed == 0 else codes[1][columns, :]
+    dims = (((sides[0].summed_in_product,), (sides[1].summed,)), ((), ()))
+    found = jax.lax.dot_general(codes[0][...], second, dims, preferred_element_type=call.total)
+    if sums is None:
+      write(found, turn, columns)
+      return _
 
-  @pl.when(step > 0)
-  def _():
-    sums[...] += found
+    @pl.when(step == 0)
+    def _first():
+      sums[:, columns] = found
 
-  pl.when(step == steps - 1)(lambda: write(sums[...]))
+    @pl.when(step > 0)
+    def _later():
+      sums[:, columns] += found
+
+    pl.when(step == steps - 1)(lambda: write(sums[:, columns], turn, columns))
+    return _
+
+  jax.lax.fori_loop(0, call.turns, some, 0)
 
 
-def _write(out, heads, scales, found: Array) -> None:
-  if scales[0] is not None:
-    found = found.astype(jnp.float32) * scales[0][...] * scales[1][...]
+def _write(call: Call, out, scales, found: Array, turn, columns) -> None:
+  """Sums with their scales to some columns of the result."""
+  if not call.is_raw:
+    found = found.astype(jnp.float32) * scales[0][...] * scales[1][:, columns]
   found = found.astype(out.dtype)
-  if heads is None:
-    out[...] = found
+  if call.out_heads is None:
+    out[:, columns] = found
     return
-  batch, count, length, dim = out.shape
+  batch, _, length, dim = out.shape
+  count = found.shape[1] // dim
   for row in range(batch):
     for head in range(count):
-      out[row, head] = found[row * length : (row + 1) * length, head * dim : (head + 1) * dim]
+      part = found[row * length : (row + 1) * length, head * dim : (head + 1) * dim]
+      out[row, turn * count + head] = part
 
 
 def _code(x: Array, element: Element, random: Array | None) -> Array:

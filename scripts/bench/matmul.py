@@ -168,20 +168,21 @@ def key_of(*shapes) -> tuple[str, ...]:
 def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   """The larger of two: bundles over the grid, and the bytes that its tiles move over the bandwidth of HBM.
 
-  Loops inside a step make codes, of the first matrix once for a block of rows. Two cores share the blocks of rows.
+  Loops inside a step make codes, of the first matrix once for a block of rows, and multiply with some columns at a
+  time. Two cores share the blocks of rows.
   """
   from pallas_kernels.quantized_matmul.blocks import CHIPS
 
   rows, columns, steps = call.grid
   step, inside = schedule.loops(path)
-  sides = [side for side in call.sides if side.is_copied and side.turns > 1]
-  if len(sides) != len(inside):
-    raise ValueError(f'{path.name} has {len(inside)} loops in a step, and codes of {len(sides)} matrices are made.')
-  each = -(-rows // schedule.CORES[chip]) * steps
-  bundles = each * columns * (step - sum(inside))
-  for side, size in zip(sides, inside, strict=True):
-    bundles += each * (1 if side.kept else columns) * side.turns * size
-  return max(bundles, round(call.tiles.bytes_moved(call.of) / CHIPS[chip].rate))
+  makers = [side for side in call.sides if side.is_copied and side.turns > 1]
+  turns = [side.turns / columns if side.kept else side.turns for side in makers]
+  turns += [call.turns] if call.turns > 1 else []
+  if len(turns) != len(inside):
+    raise ValueError(f'{path.name} has {len(inside)} loops in a step, and the kernel {len(turns)}.')
+  bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
+  whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
+  return round(max(whole, call.tiles.bytes_moved(call.of) / CHIPS[chip].rate))
 
 
 def newest(calls: dict, folder: pathlib.Path, chip: str) -> int:

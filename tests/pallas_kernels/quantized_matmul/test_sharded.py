@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul import blocks, sharded
+from pallas_kernels.quantized_matmul import blocks, sharded, tpu
 from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.blocks import Blocks
 from tests.pallas_kernels.quantized_matmul.test_tpu_kernel import INT8, RECIPES
@@ -57,6 +57,7 @@ def results(case: str, name: str, implementation: str, mesh=None, tiles: int | N
     return out, *back(g)
 
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tpu, 'COLUMNS', 128)
     if tiles is not None:
       patch.setattr(blocks, 'choose', lambda of, chip: Blocks(tiles, math.gcd(tiles, of.k), tiles))
     if mesh is None:
