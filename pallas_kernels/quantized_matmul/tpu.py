@@ -314,16 +314,18 @@ def _wide(x: Array) -> Array:
 
 def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> None:
   """Writes the codes of a tile to held[at], some rows at a time."""
-  _, count, length, dim = tile.shape if side.heads else (1, 1, *tile.shape)
+  _, pieces, length, width = tile.shape if side.heads else (1, 1, *tile.shape)
+  if side.is_random and not side.heads and width % LANES == 0:  # what a number's bits take stays in registers
+    pieces, width = width // LANES, LANES
   size = side.block[0] // side.turns
   per = length // size
 
   def some(turn, _):
     row, place = turn // per, turn % per
     inside, rows = pl.ds(pl.multiple_of(place * size, size), size), pl.ds(pl.multiple_of(turn * size, size), size)
-    for head in range(count):
-      own = slice(head * dim, (head + 1) * dim)
-      x = tile[row, head, inside, :] if side.heads else tile[inside, :]
+    for piece in range(pieces):
+      own = slice(piece * width, (piece + 1) * width)
+      x = tile[row, piece, inside, :] if side.heads else tile[inside, own]
       if side.operand is not None:
         of_channel = up[:, own] if side.summed == 0 else up[rows, :]
         random = mix(hashes[rows, :] ^ columns[:, own]) if side.is_random else None

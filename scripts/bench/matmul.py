@@ -71,6 +71,7 @@ def products(recipe: str, m: int, k: int, n: int, devices: int = 1) -> dict:
   divisions)} of the three products of a weight [k, n] with m tokens on each device. On several devices they divide the
   tokens, and the rows of the weight where it is stored; `divisions` are those of the arrays as they come.
   """
+  import jax
   import jax.numpy as jnp
 
   from models.precision import RECIPES as known
@@ -93,7 +94,9 @@ def products(recipe: str, m: int, k: int, n: int, devices: int = 1) -> dict:
       noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])[:, None], api.index(x.shape[1:])[None])
                for seed, x in enumerate((a, b))]  # fmt: skip
       own = {'parts': parts} if implementation in api.KERNELS else {}
-      return api.IMPLEMENTATIONS[implementation]((a, noise[0]), (b, noise[1]), pair, dims, **own).astype(jnp.bfloat16)
+      out = api.IMPLEMENTATIONS[implementation]((a, noise[0]), (b, noise[1]), pair, dims, **own).astype(jnp.bfloat16)
+      # Rows are divided: those of tokens, and those of the gradient of the weight, as it is stored.
+      return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec('x')) if devices > 1 else out
 
     stored = tuple(part.stored or part.entries for part in parts)
     found[api.kind_of(pair, dims, parts if devices > 1 else None)] = run, sizes, shapes, stored
@@ -133,9 +136,12 @@ def winners(rows: list[dict]) -> dict:
 
 
 def compiled(chip: str, run, shapes, dtype, divisions=None):
-  """`run` on arrays of these shapes on one device, or with `divisions` on all of the slice: mesh axes of each dim."""
+  """`run` on arrays of these shapes on one device, or with `divisions` (mesh axes of each dim) on the slice, with
+  the options of a train step.
+  """
   import jax
 
+  from pretrain.devices.chip_options import of_chip
   from pretrain.tools.plan import tpu_devices
 
   devices = tpu_devices(chip) if divisions else tpu_devices(chip)[:1]
@@ -144,7 +150,8 @@ def compiled(chip: str, run, shapes, dtype, divisions=None):
   places = map(place, divisions or ((),) * len(shapes))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, at in zip(shapes, places, strict=True))
-    return jax.jit(run).lower(*arrays).compile()
+    options = of_chip(chip.split(':')[0]) if divisions else {}
+    return jax.jit(run).lower(*arrays).compile(compiler_options=options)
 
 
 def recorded() -> dict:
