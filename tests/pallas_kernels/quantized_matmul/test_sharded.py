@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import blocks, sharded, tpu
 from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.blocks import Blocks
+from pretrain.tools.plan import compile_for, tpu_devices
 from tests.pallas_kernels.quantized_matmul.test_tpu_kernel import INT8, RECIPES
 
 WHOLE, FSDP, TENSOR = (), ('fsdp',), ('tensor',)
@@ -164,3 +166,29 @@ def test_a_part_of_the_mesh_may_be_divided_around_the_product():
     np.testing.assert_array_equal(
       np.asarray(one, np.float32), np.concatenate([np.asarray(y, np.float32) for y in others])
     )
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['query', 'out'])
+def test_all_three_products_compile_for_a_slice(case):
+  """Three kernels, and weights gathered as codes."""
+  (x, w, g), (_, axes, of_x, of_w, stored) = arrays(case), CASES[case]
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=tpu_devices('v6e:2x4'))
+  division = Division(of_x, of_w, stored)
+  spec = lambda entries: NamedSharding(mesh, PartitionSpec(*(names or None for names in entries)))
+
+  def run(x, w, g):
+    own = {'seed': jnp.uint32(5), 'implementation': 'tpu', 'division': division, 'axes': axes}
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES['int8'], **own), x, w)
+    return out, *back(g)
+
+  places = zip((x, w, g), (of_x, stored, division.of_gradient(axes)), strict=True)
+  given = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=spec(own)) for array, own in places]
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    _, compiled = compile_for(jax.jit(run), given)
+  text = compiled.as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+  gathered = [line for line in text.splitlines() if re.search(r' all-gather(-start)?\(', line)]
+  assert any('s8[' in line for line in gathered)
+  assert not any('bf16[' in line for line in gathered), gathered
