@@ -9,6 +9,8 @@ from pallas_kernels import tuned
 MIB = 2**20
 SIZES = (2048, 1024, 512, 256, 128)
 LANES = 128
+WIDTH = 256  # of a matrix unit; 128 on v5e and v5p
+START = 500  # cycles of a step beside its products
 AGAIN = 0.15  # what reading and writing the accumulator adds to a product that is summed in several steps
 
 
@@ -92,8 +94,8 @@ class Blocks:
   def cycles(self, of: Shape, chip: Chip) -> float:
     """The larger of what the products and what their bytes take."""
     rows, columns, steps = self.grid(of)
-    products = rows * self.m * columns * self.n * of.k / chip.products * (1 if steps == 1 else 1 + AGAIN)
-    return max(products, self.bytes_moved(of) / chip.rate)
+    tile = _wide(self.m) * _wide(self.n) * self.k / chip.products * (1 if steps == 1 else 1 + AGAIN)
+    return max(rows * columns * steps * (tile + START), self.bytes_moved(of) / chip.rate)
 
 
 def chip_in_use() -> Chip:
@@ -112,6 +114,11 @@ def choose(of: Shape, chip: Chip) -> Blocks:
   if not fitting:
     return min(every, key=lambda blocks: blocks.vmem(of))
   return min(fitting, key=lambda blocks: (round(blocks.cycles(of, chip), -2), -blocks.k, -blocks.m * blocks.n))
+
+
+def _wide(size: int) -> int:
+  """Rows or columns that the matrix unit is busy for."""
+  return -(-size // WIDTH) * WIDTH
 
 
 def _sizes(size: int) -> list[int]:
