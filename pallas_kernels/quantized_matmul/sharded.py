@@ -97,12 +97,13 @@ def on_several() -> bool:
 
 
 def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> bool:
-  """Whether the kernel has this product on the mesh in use."""
+  """Whether the kernel has this product on the mesh in use, and tiles of whole lanes divide a device's part."""
   try:
     check(a, b, pair, dims, parts)
   except KernelError:
     return False
-  return all(operand.scale != 'delayed' for operand in pair)
+  whole = all(n % blocks.LANES == 0 for n in sizes_of(a, b, dims, parts if on_several() else None))
+  return whole and all(operand.scale != 'delayed' for operand in pair)
 
 
 def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> None:

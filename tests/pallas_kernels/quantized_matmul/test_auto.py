@@ -95,6 +95,7 @@ def test_several_devices_have_entries_of_their_own_by_the_shape_of_one_part(writ
   assert chosen(16384, devices=4, divided=True)['forward'] == 'xla'
   assert set(chosen(1024, devices=1, divided=True).values()) == {'xla'}
   assert set(chosen(4096, devices=3, divided=True).values()) == {'xla'}, 'three do not divide the rows'
+  assert set(chosen(480, devices=4, divided=True).values()) == {'xla'}, 'a part has 120 tokens, no whole lanes'
 
 
 @pytest.mark.parametrize(
