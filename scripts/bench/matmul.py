@@ -173,7 +173,8 @@ def key_of(*shapes) -> tuple[str, ...]:
 
 
 def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
-  """The larger of two: bundles over the grid, and the bytes that its tiles move over the bandwidth of HBM.
+  """The largest of three: bundles over the grid, the bytes that its tiles move over the bandwidth of HBM, and its
+  multiplications at the peak of 8 bits.
 
   Loops inside a step make codes, of the first matrix once for a block of rows, and multiply with some columns at a
   time. Two cores share the blocks of rows.
@@ -189,7 +190,8 @@ def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
     raise ValueError(f'{path.name} has {len(inside)} loops in a step, and the kernel {len(turns)}.')
   bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
   whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
-  return round(max(whole, call.tiles.bytes_moved(call.of) / CHIPS[chip].rate))
+  products = call.of.m * call.of.k * call.of.n / CHIPS[chip].products
+  return round(max(whole, call.tiles.bytes_moved(call.of) / CHIPS[chip].rate, products))
 
 
 def newest(calls: dict, folder: pathlib.Path, chip: str) -> int:
