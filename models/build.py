@@ -35,8 +35,8 @@ class KernelsConfig:
   'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform), 'ring' (rows that
   `mesh.sequence` divides, on any platform). Decoding with a cache uses the reference.
   `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
-  `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', or on one device 'tpu'
-  and 'interpret'; 'auto' takes the faster one of 'xla' and 'tpu' from pallas_kernels/tuning/.
+  `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', 'tpu' and 'interpret';
+  'auto' takes the faster one of 'xla' and 'tpu' from pallas_kernels/tuning/.
   """
 
   attention: str = 'auto'

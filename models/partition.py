@@ -79,16 +79,21 @@ def on(mesh: Mesh | AbstractMesh | None):
     yield
 
 
-def _rules() -> Rules:
-  """ACTIVATION_RULES without the axes that a `shard_map` around has divided arrays over."""
+def _rules(rules: Rules = ACTIVATION_RULES) -> Rules:
+  """`rules` without the axes that a `shard_map` around has divided arrays over."""
   if not (done := jax.sharding.get_abstract_mesh().manual_axes):
-    return ACTIVATION_RULES
-  left = {axis: tuple(n for n in _names(entry) if n not in done) for axis, entry in ACTIVATION_RULES.items()}
+    return rules
+  left = {axis: tuple(n for n in _names(entry) if n not in done) for axis, entry in rules.items()}
   return {axis: names or None for axis, names in left.items()}
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def entries_of(axes: Sequence[str | None], rules: Rules = ACTIVATION_RULES) -> tuple[tuple[str, ...], ...]:
+  """For each dim the axes of the mesh in use that divide it, () where it is whole."""
+  return tuple(_names(entry) for entry in spec_for(axes, _rules(rules)))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

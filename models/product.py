@@ -13,8 +13,9 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from models.partition import PARAMETER_RULES, entries_of, parts
 from models.specs import cast, is_variable
-from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.formats import Operand, Recipe
 from pallas_kernels.quantized_matmul.reference import quantize
 from pallas_kernels.quantized_matmul.rounding import mix
@@ -91,7 +92,7 @@ def product_of_heads(x: Array, w: nnx.Param) -> Array:
   if own is not None and recipe is not None:
     if recipe.weights is not None:
       return product(jnp.swapaxes(x, 1, 2), w, 2)
-    return _quantized(x, cast(w, x), (1, 3), own, recipe)
+    return _quantized(x, w, (1, 3), own, recipe)
   turned = jax.lax.optimization_barrier(jnp.moveaxis(cast(w, x), 2, 0))
   return jax.lax.dot_general(x, turned, (((1, 3), (1, 2)), ((), ())))
 
@@ -103,7 +104,7 @@ def product(x: Array, w: nnx.Param, dims: int) -> Array:
     return contracted(x, cast(w, x), dims)
   if recipe.weights is not None:
     return contracted(x, stored(w[...], dims, recipe.weights).astype(x.dtype), dims)
-  return _quantized(x, cast(w, x), tuple(range(x.ndim - dims, x.ndim)), own, recipe)
+  return _quantized(x, w, tuple(range(x.ndim - dims, x.ndim)), own, recipe)
 
 
 def _recipe_of(w: nnx.Param) -> tuple[Quantization | None, Recipe | None]:
@@ -119,18 +120,33 @@ def stored(w: Array, dims: int, operand: Operand) -> Array:
   return (found.values * found.scale).reshape(w.shape)
 
 
-def _quantized(x: Array, w: Array, axes: tuple[int, ...], own: Quantization, recipe: Recipe) -> Array:
-  """x times w, summed over `axes` of x and the first dims of w. Blocks lie along all of the dims as one."""
+def _quantized(x: Array, param: nnx.Param, axes: tuple[int, ...], own: Quantization, recipe: Recipe) -> Array:
+  """x times the weight, summed over `axes` of x and its first dims. Blocks lie along all of the dims as one."""
+  w = cast(param, x)
   tokens, outputs = [axis for axis in range(x.ndim) if axis not in axes], w.shape[len(axes) :]
   sizes = tuple(x.shape[axis] for axis in tokens)
   beside = _noise(sizes, own.site) if recipe.is_random else {}
   if recipe.is_delayed:
     beside |= {'amax': (_around.get().amax or {}).get(own.name)}
+  division = _division(param, axes)
   if any(recipe.block(name) > 1 for name in recipe.pairs):
+    division = None
     inputs = math.prod(w.shape[: len(axes)])
     x, w, axes = jnp.transpose(x, (*tokens, *axes)).reshape(*sizes, inputs), w.reshape(inputs, -1), (len(sizes),)
-  out = quantized_matmul(x, w, recipe, axes=axes, implementation=own.implementation, **beside)
+  out = quantized_matmul(x, w, recipe, axes=axes, implementation=own.implementation, division=division, **beside)
   return checkpoint_name(out.reshape(*sizes, *outputs), KEPT)
+
+
+def _division(w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
+  """How the mesh in use divides w and x[batch, …, length, …], whose dims `axes` are the first ones of the weight; None
+  without a mesh, and where stages of a pipeline share a product.
+  """
+  if jax.sharding.get_abstract_mesh().empty or parts('stages') > 1:
+    return None
+  names = w.get_metadata()['axes'][-w[...].ndim :]  # a layer of a stack is without the axis `layers`
+  inputs, tokens = iter(names[: len(axes)]), iter(('batch', 'length'))
+  of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(len(axes) + 2))
+  return Division(entries_of(of_x), entries_of(names), entries_of(names, PARAMETER_RULES))
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:

@@ -1,7 +1,6 @@
 """`quantized_matmul`: a product that quantizes its operands, and those of both its gradients, by a recipe."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,19 +10,21 @@ from jax import Array
 
 from pallas_kernels import tuned
 from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul import reference, tpu, xla
+from pallas_kernels.quantized_matmul import reference, sharded, xla
 from pallas_kernels.quantized_matmul.formats import FORMATS, Operand, Pair, Recipe
 from pallas_kernels.quantized_matmul.rounding import Noise
+from pallas_kernels.quantized_matmul.sharded import Division, Parts
 
-__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
+__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Division', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
 
 # `interpret` runs `tpu` on any platform, slowly: for tests.
 IMPLEMENTATIONS = {
   'reference': reference.product,
   'xla': xla.product,
-  'tpu': tpu.product,
-  'interpret': functools.partial(tpu.product, interpret=True),
+  'tpu': sharded.product,
+  'interpret': functools.partial(sharded.product, interpret=True),
 }
+KERNELS = ('tpu', 'interpret')  # implementations that are told how the mesh divides both matrices
 FORWARD_X, FORWARD_W, DGRAD_G, DGRAD_W, WGRAD_X, WGRAD_G = range(6)  # numbers of the operands, for their random bits
 DELAYED = ('xla', 'reference')  # implementations that take scales from outside
 OP, TUNED = 'quantized_matmul', ('xla', 'tpu')  # of entries in tuning/CHIP.json
@@ -32,7 +33,7 @@ LAYOUTS = {(False, True): 'forward', (False, False): 'dgrad', (True, True): 'wgr
 
 
 def check(implementation: str) -> str:
-  """The implementation to run, or 'auto'. Raises KernelError for one that does not exist, or not on this mesh.
+  """The implementation to run, or 'auto'. Raises KernelError for one that does not exist, or not on this platform.
 
   The platform is that of the mesh in use: a program may be compiled for devices that this process does not have.
   """
@@ -41,21 +42,16 @@ def check(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
     raise KernelError(f"kernels.quantized_matmul='{implementation}' is not one of 'auto', {known}.")
-  mesh, kernel = jax.sharding.get_abstract_mesh(), implementation in ('tpu', 'interpret')
+  mesh = jax.sharding.get_abstract_mesh()
   platform = None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
   if implementation == 'tpu' and platform not in (None, 'tpu'):
     raise KernelError(f"kernels.quantized_matmul='tpu' runs on tpu, this mesh has {platform} devices; use 'auto'.")
-  if kernel and not mesh.empty and mesh.size > 1:
-    raise KernelError(
-      f"kernels.quantized_matmul='{implementation}' runs on one device, this mesh has {mesh.size}; use 'auto' or "
-      "'xla', whose products the partitioner divides."
-    )
   return implementation
 
 
 def quantized_matmul(
   x: Array, w: Array, recipe: Recipe, *, axes: tuple[int, ...] | None = None, seed: Array | None = None,
-  rows: Array | None = None, amax: Array | None = None, implementation: str = 'auto',
+  rows: Array | None = None, amax: Array | None = None, implementation: str = 'auto', division: Division | None = None,
 ) -> Array:  # fmt: skip
   """x[*tokens, inputs] times w[inputs, *outputs], [*tokens, *outputs] in x's dtype; gradients ignore rounding, and are
   themselves products of quantized operands (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
@@ -69,6 +65,8 @@ def quantized_matmul(
   `amax` float32[3] are the largest sizes that x, w and the gradient of the product had in earlier steps, for delayed
   scales. Its gradient is not a derivative: it is the largest sizes that the three have now.
 
+  `division`: how the mesh in use divides x and w, for kernels; the partitioner of XLA needs none.
+
   Raises KernelError for shapes that do not fit, blocks that do not divide, and stochastic rounding without a seed.
   """
   axes = (x.ndim - 1,) if axes is None else axes
@@ -81,7 +79,7 @@ def quantized_matmul(
   if seed is not None:
     seed = jnp.asarray(seed, jnp.uint32)
     rows = index(tuple(x.shape[axis] for axis in tokens)) if rows is None else rows
-  return _matmul(recipe, _chosen(implementation, recipe), axes, x, w, seed, rows, amax)
+  return _matmul(recipe, _chosen(implementation, recipe), axes, division, x, w, seed, rows, amax)
 
 
 def _others(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,27 +108,30 @@ def index(shape: tuple[int, ...]) -> Array:
   return jnp.arange(int(np.prod(shape)), dtype=jnp.uint32).reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _matmul(recipe: Recipe, implementation: str, axes: tuple[int, ...], x: Array, w: Array, seed, rows, amax) -> Array:
-  return _forward(recipe, implementation, axes, x, w, seed, rows, amax)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _matmul(recipe: Recipe, implementation: str, axes, division, x: Array, w: Array, seed, rows, amax) -> Array:
+  return _forward(recipe, implementation, axes, division, x, w, seed, rows, amax)[0]
 
 
-def _forward(recipe: Recipe, implementation: str, axes: tuple[int, ...], x: Array, w: Array, seed, rows, amax):
+def _forward(recipe: Recipe, implementation: str, axes, division, x: Array, w: Array, seed, rows, amax):
   (of_x, of_w, _), count = _each(amax), len(axes)
   sides = (x, _noise(x, seed, rows, axes), FORWARD_X, *of_x), (w, _noise_of_weight(w, seed, count), FORWARD_W, *of_w)
-  out = _product(implementation, recipe.forward, *sides, (axes, tuple(range(count))))
+  of_x, of_w, _ = _parts(division, axes)
+  out = _product(implementation, recipe.forward, *sides, (axes, tuple(range(count))), (of_x, of_w))
   return out.astype(x.dtype), (x, w, seed, rows, amax)
 
 
-def _backward(recipe: Recipe, implementation: str, axes: tuple[int, ...], saved, g: Array):
+def _backward(recipe: Recipe, implementation: str, axes: tuple[int, ...], division, saved, g: Array):
   x, w, seed, rows, amax = saved
   (of_x, of_w, of_g), tokens, count = _each(amax), _others(x, axes), len(axes)
   of_tokens, outputs = tuple(range(len(tokens))), tuple(range(len(tokens), g.ndim))
   grad = lambda operand: (g, _noise(g, seed, rows, outputs), operand, *of_g)
   weight = w, _noise_of_weight(w, seed, count), DGRAD_W, *of_w
-  dx = _product(implementation, recipe.dgrad, grad(DGRAD_G), weight, (outputs, tuple(range(count, w.ndim))))
+  parts_x, parts_w, parts_g = _parts(division, axes)
+  dims = outputs, tuple(range(count, w.ndim))
+  dx = _product(implementation, recipe.dgrad, grad(DGRAD_G), weight, dims, (parts_g, parts_w))
   inputs = x, _noise(x, seed, rows, axes), WGRAD_X, *of_x
-  dw = _product(implementation, recipe.wgrad, inputs, grad(WGRAD_G), (tokens, of_tokens))
+  dw = _product(implementation, recipe.wgrad, inputs, grad(WGRAD_G), (tokens, of_tokens), (parts_x, parts_g))
   dx = jnp.moveaxis(dx, range(len(tokens), x.ndim), axes)
   zero = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
   now = None if amax is None else jnp.stack([_largest(each) for each in (x, w, g)])
@@ -138,6 +139,13 @@ def _backward(recipe: Recipe, implementation: str, axes: tuple[int, ...], saved,
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _parts(division: Division | None, axes: tuple[int, ...]) -> tuple[Parts | None, ...]:
+  """How the mesh divides x, w and the gradient of their product."""
+  if division is None:
+    return None, None, None
+  return Parts(division.x), Parts(division.w, division.stored), Parts(division.of_gradient(axes))
 
 
 def _each(amax: Array | None) -> tuple[tuple[Array, ...], ...]:
@@ -162,31 +170,35 @@ def _noise_of_weight(w: Array, seed, count: int) -> Noise | None:
   return _noise(w, seed, index(w.shape[:count]), tuple(range(count, w.ndim)))
 
 
-def kind_of(pair: Pair, dims) -> str:
-  """The class of a product in tuning/CHIP.json: which of a weight's products, the formats, how they are rounded."""
+def kind_of(pair: Pair, dims, parts: tuple[Parts, Parts] | None = None) -> str:
+  """The class of a product in tuning/CHIP.json: which of a weight's products, the formats, how they are rounded, and
+  with `parts` that it is a part of one on several devices, where the kernel gets weights as codes.
+  """
   formats = dict.fromkeys(operand.format for operand in pair)
   random = ('stochastic',) if any(operand.is_random for operand in pair) else ()
-  return '_'.join((LAYOUTS[dims[0][0] == 0, dims[1][0] == 0], *formats, *random))
+  divided = () if parts is None else ('divided',)
+  return '_'.join((*divided, LAYOUTS[dims[0][0] == 0, dims[1][0] == 0], *formats, *random))
 
 
-def fastest(a: Array, b: Array, pair: Pair, dims) -> str:
-  """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape.
+def fastest(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None = None) -> str:
+  """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape. On
+  several devices shapes are those of one device's part.
 
-  'xla' without such an entry, on several devices, and where the kernel lacks the product.
+  'xla' without such an entry, where the kernel lacks the product, and on several devices without `parts`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if (not mesh.empty and mesh.size > 1) or not tpu.fits(a, pair, dims):
+  if not sharded.fits(a, b, pair, dims, parts):
     return 'xla'
-  own = lambda x, axes: math.prod(n for axis, n in enumerate(x.shape) if axis not in axes)
-  sizes = own(a, dims[0]), math.prod(a.shape[axis] for axis in dims[0]), own(b, dims[1])
-  return tuned.fastest(OP, kind_of(pair, dims), sizes, TUNED) or 'xla'
+  parts = parts if sharded.on_several() else None
+  return tuned.fastest(OP, kind_of(pair, dims, parts), sharded.sizes_of(a, b, dims, parts), TUNED) or 'xla'
 
 
-def _product(implementation: str, pair: Pair | None, a: Any, b: Any, dims) -> Array:
+def _product(implementation: str, pair: Pair | None, a: Any, b: Any, dims, parts) -> Array:
   """A product over `dims` of two (array, noise, number of the operand), with delayed scales also an amax."""
   if pair is None:
     return jax.lax.dot_general(a[0], b[0], (dims, ((), ())))
+  parts = None if None in parts else parts
   if implementation == 'auto':
-    implementation = fastest(a[0], b[0], pair, dims)
+    implementation = fastest(a[0], b[0], pair, dims, parts)
   sides = ((x, None if noise is None else noise.of(number), *amax) for x, noise, number, *amax in (a, b))
-  return IMPLEMENTATIONS[implementation](*sides, pair, dims)
+  own = {'parts': parts} if implementation in KERNELS else {}
+  return IMPLEMENTATIONS[implementation](*sides, pair, dims, **own)

@@ -15,7 +15,6 @@ from pallas_kernels.quantized_matmul.formats import Element
 COLUMN, ROW = 0x85EBCA77, 0x9E3779B1  # odd: multiples of them differ for all 2**32 indices
 FRACTION_BITS, EXPONENT_BIAS = 23, 127
 EXPONENT_MASK, HALF = 0xFF << FRACTION_BITS, 1 << (FRACTION_BITS - 1)
-FAR = 1.5 * 2**FRACTION_BITS
 
 
 class Noise(NamedTuple):
@@ -98,12 +97,6 @@ def nearest(x: Array, element: Element) -> Array:
   far = exponent + ((FRACTION_BITS - element.mantissa) << FRACTION_BITS | HALF)
   far = jax.lax.bitcast_convert_type(far, jnp.float32)
   return (x + far) - far
-
-
-def nearest_code(x: Array, element: Element) -> Array:
-  """int8: the nearest integer of `rounded`, in fewer operations: adding FAR leaves it in the low bits of the sum."""
-  far = jnp.clip(x, -element.largest, element.largest) + FAR
-  return jax.lax.bitcast_convert_type(far, jnp.int32).astype(jnp.int8)
 
 
 def _either(x: Array, random: Array) -> Array:

@@ -1,12 +1,12 @@
-"""The product on TPU as a Mosaic kernel that quantizes inside: tiles come as they are, codes never go back to memory.
+"""The product on TPU as a Mosaic kernel: codes in, or numbers that it quantizes, with scales that it is given.
 
-There is one scale for each tensor or channel, computed before the kernel runs. The interpreter runs the same kernel.
+Codes that the kernel makes never go back to memory: those of the first matrix are made once for a block of rows, and
+stay in fast memory while all blocks of the second one pass. The interpreter runs the same kernel.
 """
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,199 +14,324 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul.formats import Operand, Pair
-from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size
-from pallas_kernels.quantized_matmul.rounding import Noise, bits, nearest, nearest_code, rounded, row_hashes
+from pallas_kernels.quantized_matmul import blocks
+from pallas_kernels.quantized_matmul.blocks import LANES, Blocks, Shape
+from pallas_kernels.quantized_matmul.formats import Element, Operand
+from pallas_kernels.quantized_matmul.rounding import mix, nearest, rounded
 
-LANES = 128
-BLOCKS = (1024, 512, 256, 128)
-VMEM = 64 * 2**20  # bytes that the kernel may use of a core's fast memory
-KEPT = 8 * 2**20  # bytes of codes of the first matrix that are kept while all blocks of the second pass
+AT_ONCE = 64  # rows that are rounded at a time
+COLUMNS = 512  # of the second matrix, that are multiplied at a time
+
+
+class Matrix(NamedTuple):
+  """A matrix as it is stored: x[rows, columns], or x[batch, heads, length, head_dim] with rows (batch, length) and
+  columns (heads, head_dim). `summed` is the dim of the matrix that the product sums over.
+
+  `up`: what its numbers are multiplied with before they are rounded, f32[rows, 1] or f32[1, columns]; None: they are
+  multiplied as they are. `hashes` uint32[rows, 1] and `columns` uint32[1, columns] make the random bits. `scale`, with
+  the dims of `up`: what the sums are multiplied with; None in both matrices: sums are returned as they are.
+  """
+
+  x: Array
+  summed: int
+  up: Array | None = None
+  hashes: Array | None = None
+  columns: Array | None = None
+  scale: Array | None = None
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    if self.x.ndim == 2:
+      return self.x.shape
+    batch, heads, length, dim = self.x.shape
+    return batch * length, heads * dim
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """A matrix as it is stored, and which of its dims is summed over (0 or 1). `block` is the shape of its tiles.
-
-  `operand` None: its numbers are multiplied as they are.
+  """What the kernel knows of a matrix. `block`: the shape of its tiles; `place` (0 or 1): the first or second matrix,
+  and the grid's dim of what is not summed over; `held`: the dtype in which it is multiplied; `heads`: the shape of an
+  array of heads; `kept`: the number of steps whose codes stay.
   """
 
   operand: Operand | None
   summed: int
   block: tuple[int, int]
+  place: int
+  held: Any
+  heads: tuple[int, ...] | None = None
+  kept: int = 0
 
   @property
   def is_random(self) -> bool:
     return self.operand is not None and self.operand.is_random
 
   @property
-  def held(self):
-    """The dtype of codes in a product."""
-    return jnp.int8 if self.operand.element.is_integer else self.operand.element.dtype
+  def is_copied(self) -> bool:
+    """Whether the product reads codes that the kernel has written."""
+    return self.operand is not None or self.heads is not None
 
-  def spec(self, kept: int) -> pl.BlockSpec:
-    """The tile at step (i, j, k); `kept` is the grid's dim of the rows or columns that are not summed over."""
-    return pl.BlockSpec(self.block, lambda *step: (step[2], step[kept]) if self.summed == 0 else (step[kept], step[2]))
+  @property
+  def is_turned(self) -> bool:
+    """Whether codes are kept with rows and columns exchanged: once for all products, which need the sum's dim last."""
+    return self.kept > 0 and self.summed == 0 and self.block[0] % LANES == self.block[1] % LANES == 0
 
-  def scales_spec(self, kept: int) -> pl.BlockSpec:
-    """The numbers of the tile's channels: one for each row or column that is not summed over."""
-    if self.summed == 0:
-      return pl.BlockSpec((1, self.block[1]), lambda *step: (0, step[kept]))
-    return pl.BlockSpec((self.block[0], 1), lambda *step: (step[kept], 0))
+  @property
+  def turns(self) -> int:
+    """How often a loop makes codes of some rows, to make those of a tile."""
+    most = LANES if self.is_turned else AT_ONCE
+    length = min(self.block[0], self.heads[2]) if self.heads else self.block[0]
+    return self.block[0] // (most if length % most == 0 else length)
 
-  def rows_spec(self, kept: int) -> pl.BlockSpec:
-    return pl.BlockSpec((self.block[0], 1), lambda *step: (step[2] if self.summed == 0 else step[kept], 0))
+  @property
+  def summed_in_product(self) -> int:
+    return 1 if self.is_turned else self.summed
 
-  def first_column(self, kept: int, step):
-    """The index in the matrix of the first column of the tile at step (i, j, k)."""
-    return step[2 if self.summed == 1 else kept] * self.block[1]
+  def at(self, step) -> tuple[Any, Any]:
+    """The row and column of the tile at step (i, j, k). Numbers whose codes are kept are read for the first j alone."""
+    summed = jnp.where(step[1] == 0, step[2], self.kept - 1) if self.kept > 1 else step[2]
+    return (summed, step[self.place]) if self.summed == 0 else (step[self.place], summed)
+
+  def spec(self) -> pl.BlockSpec:
+    return _spec(self.block, self.heads, self.at)
+
+  def rows_spec(self) -> pl.BlockSpec:
+    return pl.BlockSpec((self.block[0], 1), lambda *step: (self.at(step)[0], 0))
+
+  def columns_spec(self) -> pl.BlockSpec:
+    return pl.BlockSpec((1, self.block[1]), lambda *step: (0, self.at(step)[1]))
+
+  def scratch(self) -> list[Any]:
+    block = self.block[::-1] if self.is_turned else self.block
+    return [pltpu.VMEM((max(self.kept, 1), *block), self.held)] if self.is_copied else []
 
 
-def block_of(size: int) -> int:
-  """The largest of `BLOCKS` that divides `size`, or all of it."""
-  return next((block for block in BLOCKS if size % block == 0), size)
+def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.BlockSpec:
+  """The tile at row and column at(step) of a matrix, or of the array of heads that stands for it."""
+  if heads is None:
+    return pl.BlockSpec(block, lambda *step: at(step))
+  _, _, length, dim = heads
+  per = max(length // block[0], 1)  # blocks of rows in a row of the batch
+
+  def place(*step):
+    row, column = at(step)
+    return row // per, column, row % per, 0
+
+  return pl.BlockSpec((max(block[0] // length, 1), block[1] // dim, min(block[0], length), dim), place)
 
 
-def product(a: Any, b: Any, pair: Pair, dims, *, interpret: Any = False) -> Array:
-  """`reference.product` of two (array, noise), each quantized in the kernel, in the dtype of the first.
+def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes: int) -> Shape:
+  """The product, as `blocks.choose` takes it."""
+  (m, k), n = (a.shape if a.summed else a.shape[::-1]), b.shape[1 - b.summed]
+  rows, columns = {'m': [], 'k': [], 'n': []}, {'m': [], 'k': [], 'n': []}
+  for x, names in ((a, 'mk' if a.summed else 'km'), (b, 'nk' if b.summed else 'kn')):
+    if x.x.ndim == 4:
+      rows[names[0]].append(x.x.shape[2])
+      columns[names[1]].append(x.x.shape[3])
+  if out_heads is not None:
+    rows['m'].append(out_heads[2])
+    columns['n'].append(out_heads[3])
+  frozen = lambda of: tuple(tuple(of[name]) for name in 'mkn')
+  size = lambda x: x.x.dtype.itemsize
+  return Shape(m, k, n, size(a), size(b), out_bytes, a.up is not None or a.x.ndim == 4, frozen(rows), frozen(columns))
 
-  Raises KernelError for formats with a scale for each block, and for sums that an int32 may not hold.
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One run of the kernel: its product, its tiles, and what it knows of both matrices. `total`: the dtype of sums,
+  `dtype` that of the result; `out_heads` as in `matmul`.
   """
-  _check(a[0], pair, dims)
-  flat = [_flat(*side, own) for side, own in zip((a, b), dims, strict=True)]
-  outer = [
-    tuple(n for axis, n in enumerate(x.shape) if axis not in own) for (x, _), own in zip((a, b), dims, strict=True)
-  ]
-  found = matmul(*flat, pair, dtype=a[0].dtype, interpret=interpret)
-  return found.reshape(*outer[0], *outer[1])
+
+  of: Shape
+  tiles: Blocks
+  sides: tuple[Side, Side]
+  is_raw: bool
+  total: Any
+  dtype: Any
+  out_heads: tuple[int, ...] | None
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    return self.tiles.grid(self.of)
+
+  @property
+  def turns(self) -> int:
+    """How often a loop multiplies with some columns of a tile of the second matrix, to do so with all."""
+    heads = [] if self.out_heads is None else [self.out_heads[3]]
+    fits = self.tiles.n % COLUMNS == 0 and all(COLUMNS % dim == 0 for dim in heads)
+    return self.tiles.n // COLUMNS if fits else 1
+
+  @property
+  def scratch(self) -> list[Any]:
+    sums = [pltpu.VMEM((self.tiles.m, self.tiles.n), self.total)] if self.grid[2] > 1 else []
+    return [*self.sides[0].scratch(), *self.sides[1].scratch(), *sums]
+
+  def run(self, arrays: list[Array], specs: list[pl.BlockSpec], interpret: Any) -> Array:
+    shape = (self.of.m, self.of.n) if self.out_heads is None else self.out_heads
+    order = 'arbitrary' if self.sides[0].kept else 'parallel'
+    return pl.pallas_call(
+      functools.partial(_kernel, self), name='quantized_matmul', interpret=interpret, grid=self.grid,
+      out_shape=jax.ShapeDtypeStruct(shape, self.dtype), in_specs=specs, scratch_shapes=self.scratch,
+      out_specs=_spec((self.tiles.m, self.tiles.n), self.out_heads, lambda step: step[:2]),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', order, 'arbitrary'), vmem_limit_bytes=blocks.chip_in_use().limit
+      ),
+    )(*arrays)  # fmt: skip
 
 
-def fits(a: Array, pair: Pair, dims) -> bool:
-  """Whether the kernel has this product, on one device."""
-  try:
-    _check(a, pair, dims)
-  except KernelError:
-    return False
-  return all(operand.scale != 'delayed' for operand in pair)
-
-
-def _check(a: Array, pair: Pair, dims) -> None:
-  blocked = [operand.format for operand in pair if not operand.in_hardware]
-  kinds = {operand.element.is_integer for operand in pair}
-  if blocked or len(kinds) > 1:
-    raise KernelError(
-      f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
-      "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
-    )
-  count = math.prod(a.shape[axis] for axis in dims[0])
-  if kinds == {True} and count > EXACT_SUM // int(pair[0].element.largest * pair[1].element.largest):
-    raise KernelError(
-      f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
-      "'auto' or 'xla', or smaller batches."
-    )
-
-
-def _flat(x: Array, noise: Noise | None, axes: tuple[int, ...]):
-  """(x as a matrix, its noise, the dim that is summed over). The dims that go with the first one are its rows."""
-  others = tuple(axis for axis in range(x.ndim) if axis not in axes)
-  first, last = (axes, others) if 0 in axes else (others, axes)
-  rows = math.prod(x.shape[axis] for axis in first)
-  own = None if noise is None else Noise(noise.seed, _row_numbers(x, noise, first))
-  return jnp.transpose(x, (*first, *last)).reshape(rows, -1), own, 0 if first == axes else 1
-
-
-def _row_numbers(x: Array, noise: Noise, first: tuple[int, ...]) -> Array:
-  """uint32[rows]: those of `noise`, for the dims `first` of x."""
-  if noise.columns is None:
-    return jnp.broadcast_to(noise.rows, x.shape[:-1]).reshape(-1)
-  kept = tuple(n if axis in first else 1 for axis, n in enumerate(x.shape))
-  return jnp.broadcast_to(noise.rows, kept).reshape(-1)
-
-
-def matmul(a, b, pair: tuple[Operand | None, Operand | None], *, dtype=jnp.float32, interpret: Any = False) -> Array:
-  """[M, N] in `dtype`: the product of two (matrix, noise, summed dim); without an `Operand` one is taken as it is."""
+def matmul(
+  a: Matrix, b: Matrix, pair: tuple[Operand | None, Operand | None], *, dtype: Any = jnp.float32,
+  out_heads: tuple[int, ...] | None = None, interpret: Any = False,
+) -> Array:  # fmt: skip
+  """[M, N] in `dtype`, or with `out_heads` an array of heads of that shape: the product of both, which are quantized
+  where they have an `up`, by their `Operand`. Without scales: the sums, in int32 or float32; of matrices that are not
+  quantized (`pair` has no Operand) in `dtype`.
+  """
+  total = jnp.int32 if _held(a, pair[0]) == jnp.int8 else jnp.float32
+  is_raw = a.scale is None
+  dtype = total if is_raw and pair != (None, None) else dtype
+  of = shape_of(a, b, out_heads, jnp.dtype(dtype).itemsize)
+  tiles = blocks.choose(of, blocks.chip_in_use())
   sides, arrays, specs = [], [], []
-  for (x, noise, summed), operand, kept in zip((a, b), pair, (0, 1), strict=True):
-    side = Side(operand, summed, (block_of(x.shape[0]), block_of(x.shape[1])))
-    up, scale = scales_of(x, side)
+  for x, operand, place, own in ((a, pair[0], 0, tiles.m), (b, pair[1], 1, tiles.n)):
+    side = _side(x, operand, place, (own, tiles.k), tiles.grid(of)[2])
+    given = _given(x, side)
+    if not is_raw:
+      at = (lambda i, j, k: (i, 0)) if place == 0 else (lambda i, j, k: (0, j))
+      size = (own, 1) if place == 0 else (1, own)
+      given.append((x.scale.reshape((-1, 1) if place == 0 else (1, -1)), pl.BlockSpec(size, at)))
     sides.append(side)
-    arrays += [x, up] + ([row_hashes(noise)[:, None]] if side.is_random else [])
-    specs += [side.spec(kept), side.scales_spec(kept)] + ([side.rows_spec(kept)] if side.is_random else [])
-    scale = scale.reshape((-1, 1) if kept == 0 else (1, -1))
-    arrays.append(scale)
-    size = (side.block[1 - summed], 1) if kept == 0 else (1, side.block[1 - summed])
-    specs.append(pl.BlockSpec(size, (lambda i, j, k: (i, 0)) if kept == 0 else (lambda i, j, k: (0, j))))
-  m, n = a[0].shape[1 - a[2]], b[0].shape[1 - b[2]]
-  block_m, block_n = (side.block[1 - side.summed] for side in sides)
-  steps = a[0].shape[a[2]] // sides[0].block[a[2]]
-  integer = a[0].dtype == jnp.int8 if pair[0] is None else pair[0].element.is_integer
-  keeps = pair[0] is not None and steps * block_m * sides[0].block[a[2]] <= KEPT and n > block_n
-  cache = [pltpu.VMEM((steps, *sides[0].block), sides[0].held)] if keeps else []
-  return pl.pallas_call(
-    functools.partial(_kernel, tuple(sides), steps, keeps),
-    name='quantized_matmul', interpret=interpret, out_shape=jax.ShapeDtypeStruct((m, n), dtype),
-    grid=(m // block_m, n // block_n, steps), in_specs=specs,
-    out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, k: (i, j)),
-    scratch_shapes=[*cache, pltpu.VMEM((block_m, block_n), jnp.int32 if integer else jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary' if keeps else 'parallel', 'arbitrary'), vmem_limit_bytes=VMEM
-    ),
-  )(*arrays)  # fmt: skip
+    arrays += [array for array, _ in given]
+    specs += [spec for _, spec in given]
+  return Call(of, tiles, tuple(sides), is_raw, total, dtype, out_heads).run(arrays, specs, interpret)
 
 
-def scales_of(x: Array, side: Side) -> tuple[Array, Array]:
-  """(what x is multiplied with, the scale of its codes): one for each channel, equal ones for a tensor's."""
-  shape = tuple(1 if axis == side.summed else n for axis, n in enumerate(x.shape))
-  if side.operand is None:
-    return jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32)
-  own = (side.summed,) if side.operand.scale == 'channel' else (0, 1)
-  found = float_scales(largest_size(x.astype(jnp.float32), own), side.operand.element)
-  return tuple(jnp.broadcast_to(each, shape) for each in found)
+def _side(x: Matrix, operand: Operand | None, place: int, sizes: tuple[int, int], steps: int) -> Side:
+  """`sizes` of a tile: along what is not summed over, and along what is."""
+  block = sizes if x.summed == 1 else sizes[::-1]
+  heads = x.x.shape if x.x.ndim == 4 else None
+  side = Side(operand if x.up is not None else None, x.summed, block, place, _held(x, operand), heads)
+  return dataclasses.replace(side, kept=steps) if place == 0 and side.is_copied else side
 
 
-def _kernel(sides: tuple[Side, Side], steps: int, keeps: bool, *refs):
-  """One step: both tiles to codes, their product into the accumulator; the last step writes the scaled sum.
-
-  With `keeps` the codes of the first matrix are made once for a block of rows, and read for each block of columns.
-  """
-  refs, total = list(refs[:-1]), refs[-1]
-  cache, out = refs.pop() if keeps else None, refs.pop()
-
-  make, scales, place = [], [], [pl.program_id(axis) for axis in range(3)]
-  for kept, side in enumerate(sides):
-    tile, up = refs.pop(0), refs.pop(0)
-    hashes = refs.pop(0) if side.is_random else None
-    scales.append(refs.pop(0))
-    make.append(functools.partial(_codes, side, side.first_column(kept, place), tile, up, hashes))
-  step = place[2]
-
-  @pl.when(step == 0)
-  def _():
-    total[...] = jnp.zeros_like(total)
-
-  if keeps:
-
-    @pl.when(place[1] == 0)
-    def _():
-      cache[step] = make[0]()
-
-  codes = cache[step] if keeps else make[0](), make[1]()
-  dims = (((sides[0].summed,), (sides[1].summed,)), ((), ()))
-  total[...] += jax.lax.dot_general(*codes, dims, preferred_element_type=total.dtype)
-
-  @pl.when(step == steps - 1)
-  def _():
-    out[...] = (total[...].astype(jnp.float32) * scales[0][...] * scales[1][...]).astype(out.dtype)
+def _given(x: Matrix, side: Side) -> list[tuple[Any, pl.BlockSpec]]:
+  """The arrays of a side with their tiles, in the order of `_kernel`."""
+  found = [(x.x, side.spec())]
+  if side.operand is not None:
+    found.append((x.up, side.columns_spec() if x.summed == 0 else side.rows_spec()))
+  if side.is_random:
+    found += [(x.hashes, side.rows_spec()), (x.columns, side.columns_spec())]
+  return found
 
 
-def _codes(side: Side, column, tile, up, hashes) -> Array:
-  if side.operand is None:
-    return tile[...]
-  element = side.operand.element
-  x = tile[...].astype(jnp.float32) * up[...]
-  if hashes is None:
-    return nearest_code(x, element) if element.is_integer else nearest(x, element).astype(side.held)
-  columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + column
-  found = rounded(x, element, bits(hashes[...], columns.astype(jnp.uint32)))
-  return (found.astype(jnp.int32) if element.is_integer else found).astype(side.held)
+def _held(x: Matrix, operand: Operand | None):
+  """The dtype in which the product takes the matrix."""
+  if x.up is None or operand is None:
+    return x.x.dtype
+  return jnp.int8 if operand.element.is_integer else operand.element.dtype
+
+
+def _kernel(call: Call, *refs):
+  """One step: both tiles to codes where they are not, their product into the sum; the last step writes it."""
+  refs, given, sides, steps = list(refs), [], call.sides, call.grid[2]
+  for side in sides:
+    own = {'tile': refs.pop(0)}
+    own |= {'up': refs.pop(0)} if side.operand else {}
+    own |= {'hashes': refs.pop(0), 'columns': refs.pop(0)} if side.is_random else {}
+    given.append((own, None if call.is_raw else refs.pop(0)))
+  out = refs.pop(0)
+  step, codes = pl.program_id(2), []
+  for side, (own, _) in zip(sides, given, strict=True):
+    if not side.is_copied:
+      codes.append(own['tile'])
+      continue
+    held = refs.pop(0)
+    at = step if side.kept else 0
+    fill = functools.partial(_fill, side, held, at, **own)
+    pl.when(pl.program_id(1) == 0)(fill) if side.kept else fill()
+    codes.append(held.at[at])
+  sums = refs.pop(0) if steps > 1 else None
+  write = functools.partial(_write, call, out, [scale for _, scale in given])
+
+  def some(turn, _):
+    """The product with some columns of the second matrix: short code, which compiles in a fraction of the time."""
+    size = call.tiles.n // call.turns
+    columns = pl.ds(pl.multiple_of(turn * size, size), size)
+    second = codes[1][:, columns] if sides[1].summed == 0 else codes[1][columns, :]
+    dims = (((sides[0].summed_in_product,), (sides[1].summed,)), ((), ()))
+    found = jax.lax.dot_general(codes[0][...], second, dims, preferred_element_type=call.total)
+    if sums is None:
+      write(found, turn, columns)
+      return _
+
+    @pl.when(step == 0)
+    def _first():
+      sums[:, columns] = found
+
+    @pl.when(step > 0)
+    def _later():
+      sums[:, columns] += found
+
+    pl.when(step == steps - 1)(lambda: write(sums[:, columns], turn, columns))
+    return _
+
+  jax.lax.fori_loop(0, call.turns, some, 0)
+
+
+def _write(call: Call, out, scales, found: Array, turn, columns) -> None:
+  """Sums with their scales to some columns of the result."""
+  if not call.is_raw:
+    found = found.astype(jnp.float32) * scales[0][...] * scales[1][:, columns]
+  found = found.astype(out.dtype)
+  if call.out_heads is None:
+    out[:, columns] = found
+    return
+  batch, _, length, dim = out.shape
+  count = found.shape[1] // dim
+  for row in range(batch):
+    for head in range(count):
+      part = found[row * length : (row + 1) * length, head * dim : (head + 1) * dim]
+      out[row, turn * count + head] = part
+
+
+def _code(x: Array, element: Element, random: Array | None) -> Array:
+  """float32 or int32: `x` as a value of `element`. To the nearest integer nothing saturates, because the largest number
+  of a channel has the largest code."""
+  if random is None and not element.is_integer:
+    return nearest(x, element)
+  nearby = jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN) if random is None else rounded(x, element, random)
+  return nearby.astype(jnp.int32) if element.is_integer else nearby
+
+
+def _wide(x: Array) -> Array:
+  """Numbers of 32 bits, of which the chip exchanges rows and columns."""
+  if x.dtype.itemsize == 4:
+    return x
+  return x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
+
+
+def _fill(side: Side, held, at, *, tile, up=None, hashes=None, columns=None) -> None:
+  """Writes the codes of a tile to held[at], some rows at a time."""
+  _, pieces, length, width = tile.shape if side.heads else (1, 1, *tile.shape)
+  if side.is_random and not side.heads and width % LANES == 0:  # what a number's bits take stays in registers
+    pieces, width = width // LANES, LANES
+  size = side.block[0] // side.turns
+  per = length // size
+
+  def some(turn, _):
+    row, place = turn // per, turn % per
+    inside, rows = pl.ds(pl.multiple_of(place * size, size), size), pl.ds(pl.multiple_of(turn * size, size), size)
+    for piece in range(pieces):
+      own = slice(piece * width, (piece + 1) * width)
+      x = tile[row, piece, inside, :] if side.heads else tile[inside, own]
+      if side.operand is not None:
+        of_channel = up[:, own] if side.summed == 0 else up[rows, :]
+        random = mix(hashes[rows, :] ^ columns[:, own]) if side.is_random else None
+        x = _code(x.astype(jnp.float32) * of_channel, side.operand.element, random)
+      if side.is_turned:
+        held[at, own, rows] = _wide(x).T.astype(side.held)
+      else:
+        held[at, rows, own] = x.astype(side.held)
+    return _
+
+  jax.lax.fori_loop(0, side.turns, some, 0)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ TRANSFERS = {
   'ALL_REDUCE': 'all-reduce', 'ALL_GATHER': 'all-gather', 'REDUCE_SCATTER': 'reduce-scatter',
   'ALL_TO_ALL': 'all-to-all', 'ONE_TO_ONE': 'collective-permute',
 }  # fmt: skip
+ARRAYS = re.compile(r'(\w+)\[([\d,]*)\]')
+OPERANDS = re.compile(r'operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
 RINGS = re.compile(r'"emitter":"(\d)D|StrategyND\{colors:(\d)')
 
 
@@ -63,7 +66,7 @@ def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
   """The cost of a layout's step, by its program. Raises ConfigError where it does not fit.
 
   Pallas kernels carry no estimate. Those of attention have the time that `roofline` gives them, those of rotary
-  positions that of reading and writing their array once.
+  positions that of reading and writing their array once, those of quantized products that of `quantized_seconds`.
   """
   cfg = layout.of(work.cfg)
   memory, compiled, devices = compile_step(cfg, of)
@@ -72,7 +75,7 @@ def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
   links = sum((time.times(one.times) for one, time in timed), Time())
   guess = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
   cycles = sum(times * one.cycles for times, one in program.executed())
-  kernels = guess.kernels + rotary_bytes(program) / of.chip.hbm_rate
+  kernels = guess.kernels + rotary_bytes(program) / of.chip.hbm_rate + quantized_seconds(program, of)
   step = roofline.Step(cycles / of.chip.clock, kernels, 0.0, links.ici, links.dcn)
   return Compiled(layout, step, memory, timed, tuple(hlo.at_peak(program)))
 
@@ -81,6 +84,27 @@ def rotary_bytes(program: Program) -> int:
   """What the kernels for rotary positions read and write in a step."""
   rotary = lambda one: one.op == 'custom-call' and one.name.startswith('rotary')
   return sum(2 * times * sum(hlo.sizes(one.shape)) for times, one in program.executed() if rotary(one))
+
+
+def quantized_seconds(program: Program, of: Slice) -> float:
+  """The least time of the kernels of quantized products in a step: that of their multiplications at the peak of 8 bits,
+  twice that of bf16, or of their arrays at the bandwidth of memory.
+  """
+  total, rate = 0.0, of.chip.hbm_rate / of.chip.devices
+  for times, one in program.executed():
+    if one.op == 'custom-call' and one.name.startswith('quantized_matmul'):
+      arrays = [_elements(found) for found in ARRAYS.findall(OPERANDS.search(one.rest)[1])]
+      out = _elements(ARRAYS.search(one.shape).groups())
+      # The two matrices, m x k and k x n, and the product, m x n.
+      products = math.sqrt(math.prod(sorted(arrays)[-2:]) * out)
+      moved = sum(hlo.sizes(one.shape)) + sum(hlo.sizes(OPERANDS.search(one.rest)[1]))
+      total += times * max(products / of.flops, moved / rate)
+  return total
+
+
+def _elements(array: tuple[str, str]) -> int:
+  """The number of elements of an array's (dtype, dims)."""
+  return math.prod(int(n) for n in array[1].split(',') if n)
 
 
 def compile_step(cfg: Experiment, of: Slice) -> tuple[plan.Memory, Any, Sequence[Any]]:

@@ -3,9 +3,10 @@
   python scripts/bench/end_to_end.py --aot --chips=v5e:4x4 --gin_file=configs/t5/base.gin [--gin.KEY=VALUE …]
     [--attention=auto,reference]
 
-`schedule.py` defines the cycles: those of kernels and fusions, in loops once for each iteration. Each row is counted as
-one document that fills it, so that only causality leaves tiles out. Collectives are counted but have no cycles, because
-XLA gives no estimate for them; nor for rotary kernels, each of which reads and writes queries or keys once.
+`schedule.py` defines the cycles: those of kernels and fusions, in loops once for each iteration. A kernel of quantized
+products takes no less than what the bytes that it moves need at the chip's bandwidth (`matmul.py`). Each row is counted
+as one document that fills it, so that only causality leaves tiles out. Collectives are counted but have no cycles,
+because XLA gives no estimate for them; nor for rotary kernels, each of which reads and writes queries or keys once.
 """
 
 import argparse
@@ -23,10 +24,12 @@ sys.path.insert(
 )  # before this folder, whose data.py would be `data`
 
 import attention
+import matmul
 import schedule
 
 NAMES = ('auto', 'reference')
 KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
+PRODUCT = re.compile(r'%quantized_matmul\.(\d+) = (\S+) .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
@@ -80,6 +83,19 @@ def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
     sizes = schedule.regions(paths[call])
     cycles[kernel] += times * attention.kernel_cycles(spec, kernel, sizes, counted, rows)
   return dict(cycles)
+
+
+def products(text: str, calls: dict, folder: pathlib.Path, chip: str) -> dict[str, int]:
+  """{'quantized_matmul': cycles} of the compiled step; empty where it has none. Equal calls share one schedule."""
+  found, paths = collections.Counter(), {}
+  for times, line in schedule.executed(text):
+    if one := PRODUCT.search(line):
+      shapes = [dims for dims in re.findall(r'\w+\[([\d,]*)\]', one[2] + one[3])]
+      found[tuple(shapes)] += times
+      dumps = [p for p in folder.glob(f'*-quantized_matmul.{one[1]}-*final_bundles*') if 'sched' not in p.name]
+      paths |= {tuple(shapes): dumps[0]} if dumps else {}
+  own = [times * matmul.kernel_cycles(calls[key], paths[key], chip) for key, times in found.items()]
+  return {'quantized_matmul': sum(own)} if own else {}
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -141,12 +157,14 @@ def check(flags, names: list[str]) -> None:
 def measure(flags, name: str) -> dict:
   from pretrain.tools import plan
 
-  specs = recorded()
+  specs, calls = recorded(), matmul.recorded()
   memory, compiled = plan.compile_train_step(config(flags, name), flags.chips)
-  text = compiled.as_text()
+  text, folder = compiled.as_text(), pathlib.Path(os.environ['DUMP'])
+  own = {f'attention_{name}': cycles for name, cycles in kernels(text, specs, folder).items()}
+  own |= products(text, calls, folder, flags.chips.split(':')[0])
   return {
     'attention': name, 'MiB': round(memory.total / plan.MIB), 'fusions': schedule.fusion_cycles(text),
-    'kernels': kernels(text, specs, pathlib.Path(os.environ['DUMP'])), 'not timed': collectives(text) | rotary(text),
+    'kernels': own, 'not timed': collectives(text) | rotary(text),
   }  # fmt: skip
 
 
@@ -154,7 +172,7 @@ def table(rows: list[dict]) -> str:
   """One column for each row; of two, their ratio too."""
   names = sorted({name for row in rows for name in row['kernels']})
   lines = {'MiB per device': [row['MiB'] for row in rows]}
-  lines |= {f'cycles of attention_{name}': [row['kernels'].get(name, 0) for row in rows] for name in names}
+  lines |= {f'cycles of {name}': [row['kernels'].get(name, 0) for row in rows] for name in names}
   lines |= {'cycles of fusions': [row['fusions'] for row in rows]}
   lines |= {'cycles': [row['fusions'] + sum(row['kernels'].values()) for row in rows]}
   for name in sorted({name for row in rows for name in row['not timed']}):

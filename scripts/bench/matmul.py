@@ -1,6 +1,6 @@
 """Quantized products on TPUs that this machine does not have: cycles of compiled programs, ours and XLA's own.
 
-  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096] [--write]
+  python scripts/bench/matmul.py --aot [--chips v5e:2x4,v6e:2x4] [--shapes 1024x4096x4096] [--write [--several]]
   python scripts/bench/matmul.py --gpu    the GPU of this machine (gpu/matmul.py)
 
 `schedule.py` defines the cycles. A shape is tokens x inputs x outputs, on one device. For bfloat16 and for codes: the
@@ -9,6 +9,7 @@ product alone; `quantized`: of bfloat16 matrices that the product quantizes, wit
 
 `--write` compiles the three products of a weight instead, as the chip's recipe quantizes them, by XLA and by our
 kernel, and puts the faster one of each into pallas_kernels/tuning/CHIP.json: kernels.quantized_matmul='auto' runs it.
+With `--several` on all devices of the slice, which divide the tokens and where the weight is stored its rows.
 """
 
 import argparse
@@ -39,10 +40,10 @@ def programs(formats: tuple[str, ...]) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from pallas_kernels.quantized_matmul import tpu, xla
+  from pallas_kernels.quantized_matmul import sharded, tpu, xla
   from pallas_kernels.quantized_matmul.formats import Operand
 
-  bare = lambda x, w: tpu.matmul((x, None, 1), (w, None, 0), (None, None), dtype=jnp.bfloat16)
+  bare = lambda x, w: tpu.matmul(tpu.Matrix(x, 1), tpu.Matrix(w, 0), (None, None), dtype=jnp.bfloat16)
   dot = lambda wide, x, w: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
   found = {
     'bf16 kernel': (bare, jnp.bfloat16),
@@ -59,58 +60,69 @@ def programs(formats: tuple[str, ...]) -> dict:
     found |= {
       f'{name} kernel': (bare, held),
       f'{name} xla': (functools.partial(dot, wide), held),
-      f'{name} kernel quantized': (functools.partial(quantized, tpu.product, operand), jnp.bfloat16),
+      f'{name} kernel quantized': (functools.partial(quantized, sharded.product, operand), jnp.bfloat16),
       f'{name} xla quantized': (functools.partial(quantized, xla.product, operand), jnp.bfloat16),
     }
   return found
 
 
-def products(recipe: str, m: int, k: int, n: int) -> dict:
-  """{class of the product: (function of an implementation and two bfloat16 matrices, (rows, sum, columns), shapes)} of
-  the three products of a weight [k, n] with m tokens.
+def products(recipe: str, m: int, k: int, n: int, devices: int = 1) -> dict:
+  """{class of the product: (function of an implementation and two bfloat16 matrices, (rows, sum, columns), shapes,
+  divisions)} of the three products of a weight [k, n] with m tokens on each device. On several devices they divide the
+  tokens, and the rows of the weight where it is stored; `divisions` are those of the arrays as they come.
   """
+  import jax
   import jax.numpy as jnp
 
   from models.precision import RECIPES as known
   from pallas_kernels.quantized_matmul import api
   from pallas_kernels.quantized_matmul.rounding import Noise
+  from pallas_kernels.quantized_matmul.sharded import Parts
 
+  whole, axis, tokens = (), ('x',), m * devices
+  rows, weight = Parts((axis, whole)), Parts((whole, whole), (axis, whole))
   sides = {
-    'forward': (((m, k), (k, n)), ((1,), (0,)), (m, k, n)),
-    'dgrad': (((m, n), (k, n)), ((1,), (1,)), (m, n, k)),
-    'wgrad': (((m, k), (m, n)), ((0,), (0,)), (k, m, n)),
+    'forward': (((tokens, k), (k, n)), ((1,), (0,)), (m, k, n), (rows, weight)),
+    'dgrad': (((tokens, n), (k, n)), ((1,), (1,)), (m, n, k), (rows, weight)),
+    'wgrad': (((tokens, k), (tokens, n)), ((0,), (0,)), (k, m, n), (rows, rows)),
   }
   found = {}
-  for name, (shapes, dims, sizes) in sides.items():
+  for name, (shapes, dims, sizes, parts) in sides.items():
     pair = known[recipe].pairs[name]
 
-    def run(implementation, a, b, pair=pair, dims=dims):
-      noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])) for seed, x in enumerate((a, b))]
-      own = api.IMPLEMENTATIONS[implementation]
-      return own((a, noise[0]), (b, noise[1]), pair, dims).astype(jnp.bfloat16)
+    def run(implementation, a, b, pair=pair, dims=dims, parts=parts):
+      noise = [Noise(jnp.uint32(seed), api.index(x.shape[:1])[:, None], api.index(x.shape[1:])[None])
+               for seed, x in enumerate((a, b))]  # fmt: skip
+      own = {'parts': parts} if implementation in api.KERNELS else {}
+      out = api.IMPLEMENTATIONS[implementation]((a, noise[0]), (b, noise[1]), pair, dims, **own).astype(jnp.bfloat16)
+      # Rows are divided: those of tokens, and those of the gradient of the weight, as it is stored.
+      return jax.lax.with_sharding_constraint(out, jax.sharding.PartitionSpec('x')) if devices > 1 else out
 
-    found[api.kind_of(pair, dims)] = run, sizes, shapes
+    stored = tuple(part.stored or part.entries for part in parts)
+    found[api.kind_of(pair, dims, parts if devices > 1 else None)] = run, sizes, shapes, stored
   return found
 
 
-def compare(chip: str, shapes: list[tuple[int, int, int]]) -> None:
+def compare(chip: str, shapes: list[tuple[int, int, int]], several: bool) -> None:
   """Prints one line of JSON for each product and implementation, with the key of its entry."""
   import jax
   import jax.numpy as jnp
 
   from pallas_kernels.quantized_matmul.api import TUNED
+  from pretrain.tools.plan import tpu_devices
 
-  folder = pathlib.Path(os.environ['DUMP'])
+  folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
+  devices = len(tpu_devices(chip)) if several else 1
   for shape in shapes:
-    for kind, (run, sizes, arrays) in products(RECIPES[chip.split(':')[0]], *shape).items():
+    for kind, (run, sizes, arrays, stored) in products(RECIPES[name_of], *shape, devices).items():
       for name in TUNED:
         row = {'key': f'{kind}_{"x".join(map(str, sizes))}', 'implementation': name}
         try:
-          program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16)
+          program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16, stored if several else None)
         except jax.errors.JaxRuntimeError as error:
           print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
           continue
-        own = kernel_cycles(folder, sizes) if name == 'tpu' else 0
+        own = newest(calls, folder, name_of) if name == 'tpu' else 0
         print(json.dumps(row | {'cycles': own + schedule.fusion_cycles(program.as_text())}), flush=True)
 
 
@@ -123,36 +135,77 @@ def winners(rows: list[dict]) -> dict:
   return found
 
 
-def compiled(chip: str, run, shapes, dtype):
+def compiled(chip: str, run, shapes, dtype, divisions=None):
+  """`run` on arrays of these shapes on one device, or with `divisions` (mesh axes of each dim) on the slice, with
+  the options of a train step.
+  """
   import jax
 
+  from pretrain.devices.chip_options import of_chip
   from pretrain.tools.plan import tpu_devices
 
-  mesh = jax.make_mesh((1,), ('x',), devices=tpu_devices(chip)[:1])
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  devices = tpu_devices(chip) if divisions else tpu_devices(chip)[:1]
+  mesh = jax.make_mesh((len(devices),), ('x',), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+  place = lambda entries: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(n or None for n in entries)))
+  places = map(place, divisions or ((),) * len(shapes))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes)
-    return jax.jit(run).lower(*arrays).compile()
+    arrays = (jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, at in zip(shapes, places, strict=True))
+    options = of_chip(chip.split(':')[0]) if divisions else {}
+    return jax.jit(run).lower(*arrays).compile(compiler_options=options)
 
 
-def kernel_cycles(folder: pathlib.Path, sizes: tuple[int, int, int]) -> int:
-  """Of the kernel compiled last, over its grid: each step, and for each block of the output its first and last body.
+def recorded() -> dict:
+  """{(shape of the result, shapes of the operands): Call}, filled while a program is traced."""
+  from pallas_kernels.quantized_matmul import tpu
 
-  A body between these makes the codes of a block of rows, once for all blocks of columns.
+  found, own = {}, tpu.Call.run
+
+  def run(self, arrays, specs, interpret):
+    found[key_of(self.out_heads or (self.of.m, self.of.n), *(x.shape for x in arrays))] = self
+    return own(self, arrays, specs, interpret)
+
+  tpu.Call.run = run
+  return found
+
+
+def key_of(*shapes) -> tuple[str, ...]:
+  return tuple(','.join(map(str, shape)) for shape in shapes)
+
+
+def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
+  """The largest of three: bundles over the grid, the bytes that its tiles move over the bandwidth of HBM, and its
+  multiplications at the peak of 8 bits.
+
+  Loops inside a step make codes, of the first matrix once for a block of rows, and multiply with some columns at a
+  time. Two cores share the blocks of rows.
   """
-  from pallas_kernels.quantized_matmul.tpu import block_of
+  from pallas_kernels.quantized_matmul.blocks import CHIPS
 
-  inner, sides, rest = schedule.regions(schedule.dumped(folder, KERNEL))
-  m, k, n = (size // block_of(size) for size in sizes)
-  first, *codes, last = sides if len(sides) > 1 else [0, *sides]  # a first body of a few bundles is in `rest`
-  return m * n * (k * (sum(inner) + rest) + first + last) + m * k * sum(codes)
+  rows, columns, steps = call.grid
+  step, inside = schedule.loops(path)
+  makers = [side for side in call.sides if side.is_copied and side.turns > 1]
+  turns = [side.turns / columns if side.kept else side.turns for side in makers]
+  turns += [call.turns] if call.turns > 1 else []
+  if len(turns) != len(inside):
+    raise ValueError(f'{path.name} has {len(inside)} loops in a step, and the kernel {len(turns)}.')
+  bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
+  whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
+  products = call.of.m * call.of.k * call.of.n / CHIPS[chip].products
+  return round(max(whole, call.tiles.bytes_moved(call.of) / CHIPS[chip].rate, products))
+
+
+def newest(calls: dict, folder: pathlib.Path, chip: str) -> int:
+  """The cycles of the only kernel that was traced since the last time."""
+  (call,) = calls.values()
+  calls.clear()
+  return kernel_cycles(call, schedule.dumped(folder, KERNEL), chip)
 
 
 def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
   """Prints one line of JSON for each program."""
   import jax
 
-  folder = pathlib.Path(os.environ['DUMP'])
+  folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
   for m, k, n in shapes:
     for name, (run, dtype) in programs(FORMATS[chip.split(':')[0]]).items():
       row = {'chip': chip, 'shape': f'{m}x{k}x{n}', 'program': name}
@@ -161,7 +214,7 @@ def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
       except jax.errors.JaxRuntimeError as error:
         print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
         continue
-      own = kernel_cycles(folder, (m, k, n)) if 'kernel' in name else 0
+      own = newest(calls, folder, name_of) if 'kernel' in name else 0
       other = schedule.fusion_cycles(program.as_text())
       print(json.dumps(row | {'kernel': own, 'xla': other, 'cycles': own + other}), flush=True)
 
@@ -193,6 +246,7 @@ def main() -> None:
   how.add_argument('--gpu', action='store_true', help='measure the GPU of this machine')
   parser.add_argument('--chips', default=','.join(schedule.CHIPS))
   parser.add_argument('--shapes', default=SHAPES)
+  parser.add_argument('--several', action='store_true', help='with --write: shapes are those of each of many devices')
   parser.add_argument('--write', action='store_true', help='write the faster implementations to pallas_kernels/tuning/')
   flags = parser.parse_args()
   if flags.gpu:
@@ -201,9 +255,14 @@ def main() -> None:
     return
   if 'DUMP' in os.environ:
     shapes = [tuple(map(int, shape.split('x'))) for shape in flags.shapes.split(',')]
-    (compare if flags.write else of_chip)(flags.chips, shapes)
+    if flags.write:
+      compare(flags.chips, shapes, flags.several)
+    else:
+      of_chip(flags.chips, shapes)
     return
-  found = schedule.at_once(__file__, flags.chips, [f'--shapes={flags.shapes}', *(['--write'] * flags.write)])
+  found = schedule.at_once(
+    __file__, flags.chips, [f'--shapes={flags.shapes}', *(['--write'] * flags.write), *(['--several'] * flags.several)]
+  )
   if flags.write:
     for chip, rows in zip(flags.chips.split(','), found, strict=True):
       print(tune_kernels.write(chip.split(':')[0], winners(rows), 'compiled schedule', 'quantized_matmul'), flush=True)

@@ -34,6 +34,7 @@ class Listing:
   regions: list[tuple[int, int]]
   bodies: list[tuple[int, int]]  # the bundles that a forward branch skips
   loop: int  # bundles of the outermost loop, one step of the grid
+  loops: list[tuple[int, int]]  # all of them
 
   def having(self, flags: list[bool], spans) -> list[tuple[int, int]]:
     return [span for span in spans if any(flags[span[0] : span[1] + 1])]
@@ -52,11 +53,12 @@ def read(path: pathlib.Path) -> Listing:
     target |= dict.fromkeys(re.findall(r'Start/End empty region (\d+)', line), at)
     branches |= dict.fromkeys(re.findall(r'sbr\.rel \([^)]*\) target = \$region(\d+)', line), at)
   to = {r: target.get(r, start.get(r, at)) for r, at in branches.items()}
+  loops = sorted((to[r], at + DELAY) for r, at in branches.items() if to[r] <= at)
   return Listing(
     products, copies,
     sorted({(s, end.get(r, s)) for r, s in start.items()}),
     sorted((at + DELAY + 1, to[r] - 1) for r, at in branches.items() if to[r] > at),
-    max(at + DELAY + 1 - to[r] for r, at in branches.items()),
+    max(at + DELAY + 1 - to[r] for r, at in branches.items()), loops,
   )  # fmt: skip
 
 
@@ -76,6 +78,15 @@ def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
   direct = lambda a, b: within(a, b) and not any(within(a, c) and within(c, b) for c in bodies)
   sides = [size(body) - sum(size(a) for a in bodies if direct(a, body)) for body in bodies]
   return [size(span) for span in inner], sides, listing.loop - sum(map(size, inner)) - sum(sides)
+
+
+def loops(path: pathlib.Path) -> tuple[int, list[int]]:
+  """(bundles of the loop over the grid with one turn of each loop inside, of each loop inside it in order)."""
+  listing = read(path)
+  outer = max(listing.loops, key=lambda span: span[1] - span[0])
+  return listing.loop, [
+    last + 1 - first for first, last in listing.loops if (first, last) != outer and first > outer[0]
+  ]
 
 
 def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:

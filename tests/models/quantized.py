@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from models import partition
-from models.build import build
+from models.build import KernelsConfig, build
 from models.specs import initialize
 from tests.models.small import LLAMA, batch
 
@@ -18,6 +18,8 @@ SMALL = dataclasses.replace(LLAMA, heads=4, kv_heads=4, mlp=dataclasses.replace(
 ROWS = [[20, 12], [25, 7], [32], [9, 9], [31], [16, 16], [3, 20], [30]]
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 SHAPES = {'fsdp': (1, 1, 8, 1, 1, 1, 1), 'tensor': (1, 1, 2, 1, 4, 1, 1)}
+
+DEFAULT = KernelsConfig()
 
 
 def rows() -> dict[str, np.ndarray]:
@@ -37,12 +39,12 @@ def params():
   return initialize(build(SMALL).specs, jax.random.key(0))
 
 
-def placed(cfg, precision, axes: str | None):
+def placed(cfg, precision, axes: str | None, kernels: KernelsConfig = DEFAULT):
   """(model, parameters, rows), on a mesh along `axes`."""
   if axes is None:
-    return build(cfg, precision=precision), params(), rows()
+    return build(cfg, kernels, precision=precision), params(), rows()
   mesh = jax.make_mesh(SHAPES[axes], AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  model = build(cfg, mesh=mesh, precision=precision)
+  model = build(cfg, kernels, mesh=mesh, precision=precision)
   put = jax.tree.map(jax.device_put, params(), partition.shardings(model.specs, mesh))
   place = lambda x: jax.device_put(x, NamedSharding(mesh, partition.spec_for(
     ('batch', 'length')[: x.ndim], partition.ACTIVATION_RULES)))  # fmt: skip

@@ -17,6 +17,7 @@ from models.layers.low_rank import LoraConfig
 from models.precision import BF16, POST_TRAINING, RECIPES, PrecisionConfig, attach, chosen
 from models.product import KEY, Quantization, product, rounding
 from models.specs import initialize, param_specs
+from pallas_kernels.quantized_matmul import api
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
 from tests.models.quantized import SMALL, loss_of, params, placed, rows
 from tests.models.small import LLAMA, T5, batch
@@ -140,6 +141,23 @@ def test_a_mesh_gives_what_one_device_does(name, axes):
   from_seed = distance(run_with(build(SMALL, precision=PrecisionConfig(recipe=name)), seed=2)[1], expected_grads)
   assert between < 2e-2
   assert from_seed == 0 or between < from_seed / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'axes'), [('int8', 'fsdp'), ('int8', 'tensor'), ('fp8', 'fsdp'), ('fp8', 'tensor')])
+def test_the_kernel_on_a_mesh_gives_what_one_device_does(name, axes, monkeypatch):
+  """Every product of a model, with the mesh's division of its arrays."""
+  used, own = [], api.IMPLEMENTATIONS['interpret']
+  run = lambda a, b, pair, dims, parts: used.append(parts) or own(a, b, pair, dims, parts)
+  monkeypatch.setitem(api.IMPLEMENTATIONS, 'interpret', run)
+  precision = PrecisionConfig(recipe=name)
+  model, put, own_rows = placed(SMALL, precision, axes, KernelsConfig(quantized_matmul='interpret'))
+  loss, grads = run_with(model, put, own_rows)
+  expected, expected_grads = results(name)
+  np.testing.assert_allclose(loss, expected, rtol=2e-4)
+  assert distance(grads, expected_grads) < 2e-2
+  assert len(used) >= 3 * 7
+  assert None not in used
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from models.precision import RECIPES
 from pallas_kernels import tuned
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul.api import OP, TUNED, fastest, kind_of, quantized_matmul
+from pallas_kernels.quantized_matmul.sharded import Parts
 from scripts import tune_kernels
 from scripts.bench import matmul
 
@@ -38,12 +39,21 @@ def bf16(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def chosen(tokens: int, recipe: str = 'int8', **mesh) -> dict[str, str]:
-  """What runs the products of `tokens` x 512 x 2048: forward, and the gradients of x and w."""
+def chosen(tokens: int, recipe: str = 'int8', divided: bool = False, **mesh) -> dict[str, str]:
+  """What runs the products of `tokens` x 512 x 2048: forward, and the gradients of x and w; `divided`: with a
+  description of how the mesh divides them.
+  """
   x, w, g = bf16(4, tokens // 4, 512), bf16(512, 2048), bf16(4, tokens // 4, 2048)
-  sides = {'forward': (x, w, ((2,), (0,))), 'dgrad': (g, w, ((2,), (1,))), 'wgrad': (x, g, ((0, 1), (0, 1)))}
+  of_x, of_w = Parts((('data',), (), ())), Parts(((), ()), (('data',), ()))
+  sides = {
+    'forward': (x, w, ((2,), (0,)), (of_x, of_w)), 'dgrad': (g, w, ((2,), (1,)), (of_x, of_w)),
+    'wgrad': (x, g, ((0, 1), (0, 1)), (of_x, of_x)),
+  }  # fmt: skip
   with on(**mesh):
-    return {name: fastest(a, b, RECIPES[recipe].pairs[name], dims) for name, (a, b, dims) in sides.items()}
+    return {
+      name: fastest(a, b, RECIPES[recipe].pairs[name], dims, parts if divided else None)
+      for name, (a, b, dims, parts) in sides.items()
+    }
 
 
 def test_a_product_without_an_entry_is_logged_with_the_program_that_writes_one(write, caplog):
@@ -75,6 +85,19 @@ def test_xla_runs_where_the_kernel_cannot_or_nothing_was_tuned(write, options):
   assert chosen(1024, **options) == {'forward': 'xla', 'dgrad': 'xla', 'wgrad': 'xla'}
 
 
+def test_several_devices_have_entries_of_their_own_by_the_shape_of_one_part(write):
+  """Tokens are divided by four."""
+  write(
+    {f'divided_{key}': {'implementation': name} for key, name in ENTRIES.items()}
+    | {key: {'implementation': 'xla'} for key in ENTRIES}
+  )
+  assert chosen(4096, devices=4, divided=True) == {'forward': 'tpu', 'dgrad': 'tpu', 'wgrad': 'xla'}
+  assert chosen(16384, devices=4, divided=True)['forward'] == 'xla'
+  assert set(chosen(1024, devices=1, divided=True).values()) == {'xla'}
+  assert set(chosen(4096, devices=3, divided=True).values()) == {'xla'}, 'three do not divide the rows'
+  assert set(chosen(480, devices=4, divided=True).values()) == {'xla'}, 'a part has 120 tokens, no whole lanes'
+
+
 @pytest.mark.parametrize(
   ('key', 'entry'),
   [
@@ -95,6 +118,7 @@ def test_a_damaged_entry_is_a_one_line_error(write, key, entry):
 def test_the_bench_writes_the_faster_implementation_beside_other_entries(write, tmp_path, monkeypatch):
   kinds = list(matmul.products('int8', 1024, 512, 2048))
   assert kinds == ['forward_int8', 'dgrad_int8_stochastic', 'wgrad_int8_stochastic']
+  assert list(matmul.products('int8', 1024, 512, 2048, devices=4)) == [f'divided_{kind}' for kind in kinds]
   rows = [
     {'key': f'{kind}_1024x512x2048', 'implementation': name, 'cycles': cycles}
     for kind, cycles_of in zip(kinds, ((7, 5), (5, 7), (9, 8)), strict=True)
@@ -119,7 +143,8 @@ def test_the_bench_writes_the_faster_implementation_beside_other_entries(write, 
 
 def test_shipped_entries_name_an_implementation_of_a_product_that_a_recipe_has():
   dims = {'forward': ((1,), (0,)), 'dgrad': ((1,), (1,)), 'wgrad': ((0,), (0,))}
-  known = {kind_of(pair, dims[name]) for recipe in RECIPES.values() if recipe for name, pair in recipe.pairs.items()}
+  pairs = [(name, pair) for recipe in RECIPES.values() if recipe for name, pair in recipe.pairs.items()]
+  known = {kind_of(pair, dims[name], parts) for name, pair in pairs for parts in (None, (Parts(()), Parts(())))}
   for path in tuned.FOLDER.glob('*.json'):
     for key, entry in json.loads(path.read_text()).get(OP, {}).items():
       kind, _, shape = key.rpartition('_')

@@ -4,7 +4,7 @@ import pytest
 
 from pretrain.devices.chips import parse
 from pretrain.planner import hlo
-from pretrain.planner.compiled import Collective, by_source, collected, timed_collectives
+from pretrain.planner.compiled import Collective, by_source, collected, quantized_seconds, timed_collectives
 from pretrain.planner.torus import Time, places
 
 # As libtpu writes it: a loop of three turns, a gather split over two fusions, an array in VMEM.
@@ -158,3 +158,23 @@ def test_bytes_to_other_slices_are_timed_over_their_network_alone():
   ((_, sent),) = ((one, time) for one, time in timed if one.crosses)
   assert sent == Time(dcn=pytest.approx(256 * 8 * 128 * 4 / of.chip.dcn))  # twice half of it
   assert ('all-reduce', 'between slices', 3) in [row[:3] for row in by_source(timed)]
+
+
+KERNEL = """HloModule step, is_scheduled=true
+
+ENTRY %main (x: bf16[8192,4096]) -> bf16[4,32,2048,128] {
+  %x = bf16[8192,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %quantized_matmul.29 = bf16[4,32,2048,128]{3,2,1,0:T(8,128)(2,1)} custom-call(%x, %up, %scale, %codes, %of_w), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8192,4096]{1,0}, f32[8192,1]{1,0}, \
+f32[8192,1]{1,0}, s8[4096,4096]{1,0}, f32[1,4096]{1,0}}, frontend_attributes={kernel_metadata={}}
+}
+"""
+
+
+def test_a_kernel_of_quantized_products_takes_its_multiplications_or_its_bytes():
+  of = parse('v6e:4x4')
+  products = 8192 * 4096 * 4096 / of.flops  # two operations each, at twice the peak of bf16
+  assert quantized_seconds(hlo.parse(KERNEL), of) == pytest.approx(products)
+  short = KERNEL.replace('8192,', '256,').replace('4,32,2048,128', '4,32,64,128')
+  moved = 2 * 256 * 4096 + 2 * 256 * 4 + 4096 * 4096 + 4096 * 4 + 2 * 256 * 4096
+  assert quantized_seconds(hlo.parse(short), of) == pytest.approx(moved / of.chip.hbm_rate)
