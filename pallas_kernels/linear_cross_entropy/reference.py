@@ -17,7 +17,7 @@ def linear_cross_entropy(
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ' tokens'], Float[Array, ' tokens'], Bool[Array, ' tokens']]:
   """See `api.linear_cross_entropy`."""
-  logits = _product(x, w.astype(x.dtype))
+  logits = (_product if softcap is None else _matmul)(x, w.astype(x.dtype))
   if bias is not None:
     logits = logits + bias.astype(jnp.float32)
   if softcap is not None:
@@ -33,12 +33,18 @@ def linear_cross_entropy(
   return loss + z_loss * jnp.square(lse), lse, label_logit >= top
 
 
-@jax.custom_vjp
-def _product(x: Float[Array, 'tokens embed'], w: Float[Array, 'embed vocab']) -> Float[Array, 'tokens vocab']:
-  """In f32. The gradient of x waits for that of w: otherwise the compiler may make the second one after those of all
-  layers, and the logits stay in memory until then. Both are made in the dtype of x and w.
-  """
+def _matmul(x: Float[Array, 'tokens embed'], w: Float[Array, 'embed vocab']) -> Float[Array, 'tokens vocab']:
   return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product(x: Array, w: Array) -> Array:
+  """`_matmul`. The gradient of x waits for that of w: otherwise the compiler may make the second one after those of all
+  layers, and the logits stay in memory until then. Both are made in the dtype of x and w.
+
+  Not for capped logits, whose gradient the compiler holds beside them: with that of w this is more than it spares.
+  """
+  return _matmul(x, w)
 
 
 def _gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -48,4 +54,4 @@ def _gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   return jax.lax.optimization_barrier((dx, dw))
 
 
-_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _gradients)
+_product.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _gradients)

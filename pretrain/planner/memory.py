@@ -329,14 +329,16 @@ def _copies(product: Product) -> int:
 
 
 def head(work: Workload, layout: Layout) -> float:
-  """Logits in f32 and the gathered table; then the table's whole gradient, in the dtype of activations. In chunks: the
-  logits of one, and the gradient of the logits of a part or the table's in f32.
+  """Logits in f32 and the gathered table; then the table's whole gradient, in the dtype of activations. In chunks (the
+  logits are those of one), or with capped logits: the gradient of the logits (of a part), or the table's in f32.
   """
   own = of_head(work, layout)
   vocab, embed = work.cfg.model.vocab_size / layout.sizes['tensor'], work.cfg.model.embed
-  logits, gradient = own * vocab * F32, vocab * embed * work.itemsize
-  if work.cfg.kernels.linear_cross_entropy == 'chunked':
+  parts, chunks = 1, 1
+  if in_chunks := work.cfg.kernels.linear_cross_entropy == 'chunked':
     parts, chunks = chunked.split(round(own), round(vocab))
-    logits, gradient = logits / parts / chunks, max(own * vocab * work.itemsize / parts, vocab * embed * F32)
+  logits, gradient = own * vocab * F32 / parts / chunks, vocab * embed * work.itemsize
+  if in_chunks or work.cfg.model.logit_softcap is not None:
+    gradient = max(own * vocab * work.itemsize / parts, vocab * embed * F32)
   in_hbm = logits if logits > VMEM else 0.0
   return in_hbm + vocab * embed * work.itemsize + gradient + 4 * own * embed * work.itemsize
