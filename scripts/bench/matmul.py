@@ -182,12 +182,10 @@ def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   from pallas_kernels.quantized_matmul.blocks import CHIPS
 
   rows, columns, steps = call.grid
-  step, inside = schedule.loops(path)
   makers = [side for side in call.sides if side.is_copied and side.turns > 1]
   turns = [side.turns / columns if side.kept else side.turns for side in makers]
   turns += [call.turns] if call.turns > 1 else []
-  if len(turns) != len(inside):
-    raise ValueError(f'{path.name} has {len(inside)} loops in a step, and the kernel {len(turns)}.')
+  step, inside = schedule.loops(path, rows * columns * steps, len(turns))
   bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
   whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
   products = call.of.m * call.of.k * call.of.n / CHIPS[chip].products

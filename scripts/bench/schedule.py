@@ -80,13 +80,20 @@ def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
   return [size(span) for span in inner], sides, listing.loop - sum(map(size, inner)) - sum(sides)
 
 
-def loops(path: pathlib.Path) -> tuple[int, list[int]]:
-  """(bundles of the loop over the grid with one turn of each loop inside, of each loop inside it in order)."""
+def loops(path: pathlib.Path, steps: int, number: int) -> tuple[int, list[int]]:
+  """(bundles of one of the `steps` of the grid with one turn of each loop inside, of the `number` longest loops inside
+  it in order). Short ones, some dozens of bundles, copy. Raises ValueError where there are fewer.
+  """
   listing = read(path)
-  outer = max(listing.loops, key=lambda span: span[1] - span[0])
-  return listing.loop, [
-    last + 1 - first for first, last in listing.loops if (first, last) != outer and first > outer[0]
-  ]
+  size = lambda span: span[1] + 1 - span[0]
+  step, found = len(listing.products), listing.loops
+  if steps > 1:
+    outer = max(found, key=size)
+    step, found = listing.loop, [span for span in found if span != outer and span[0] > outer[0]]
+  if len(found) < number:
+    raise ValueError(f'{path.name} has {len(found)} loops in a step, and the kernel {number}.')
+  longest = sorted(found, key=size)[len(found) - number :]
+  return step, [size(span) for span in found if span in longest]
 
 
 def dumped(folder: pathlib.Path, name: str) -> pathlib.Path:
