@@ -128,7 +128,7 @@ def _quantized(x: Array, param: nnx.Param, axes: tuple[int, ...], own: Quantizat
   beside = _noise(sizes, own.site) if recipe.is_random else {}
   if recipe.is_delayed:
     beside |= {'amax': (_around.get().amax or {}).get(own.name)}
-  division = _division(param, axes)
+  division = _division(x, param, axes)
   if any(recipe.block(name) > 1 for name in recipe.pairs):
     division = None
     inputs = math.prod(w.shape[: len(axes)])
@@ -137,24 +137,29 @@ def _quantized(x: Array, param: nnx.Param, axes: tuple[int, ...], own: Quantizat
   return checkpoint_name(out.reshape(*sizes, *outputs), KEPT)
 
 
-def _division(w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
+def _division(x: Array, w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
   """How the mesh in use divides w and x[batch, …, length, …], whose dims `axes` are the first ones of the weight; None
-  without a mesh, and where stages of a pipeline share a product.
+  without a mesh, where stages of a pipeline share a product, and for other x (a table of positions).
   """
-  if jax.sharding.get_abstract_mesh().empty or parts('stages') > 1:
+  if jax.sharding.get_abstract_mesh().empty or parts('stages') > 1 or x.ndim != len(axes) + 2:
     return None
   names = w.get_metadata()['axes'][-w[...].ndim :]  # a layer of a stack is without the axis `layers`
   inputs, tokens = iter(names[: len(axes)]), iter(('batch', 'length'))
-  of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(len(axes) + 2))
+  of_x = tuple(next(inputs if axis in axes else tokens) for axis in range(x.ndim))
   return Division(entries_of(of_x), entries_of(names), entries_of(names, PARAMETER_RULES))
 
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:
-  """A number for each token, that depends on its example's key and its position only; none without keys."""
+  """A number for each token, that depends on its example's key and its position only; none without keys. `tokens` is
+  [batch, length], or the length of a table that all examples share, which has a part of all keys.
+  """
   keys = _around.get().keys
   if keys is None:
     return {}
   words = jax.random.key_data(keys)
   example = mix(words[:, 0] ^ mix(words[:, 1]))
-  position = mix(jnp.arange(tokens[1], dtype=jnp.uint32))
+  position = mix(jnp.arange(tokens[-1], dtype=jnp.uint32))
+  if len(tokens) == 1:
+    shared = jax.lax.reduce(example, jnp.uint32(0), jax.lax.bitwise_xor, (0,))
+    return {'seed': jnp.uint32(site), 'rows': mix(shared ^ position)}
   return {'seed': jnp.uint32(site), 'rows': mix(example[:, None] ^ position)}

@@ -17,12 +17,13 @@ AGAIN = 0.15  # what reading and writing the accumulator adds to a product that 
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """`limit`: bytes of fast memory that a kernel may use; `rate`: bytes of HBM in a cycle; `products`: multiplications
-  of 8-bit numbers in a cycle. Of both cores where a device has two, `limit` that of each.
+  of 8-bit numbers in a cycle. Of all `cores` of a device, which share the blocks of rows; `limit` is that of each.
   """
 
   limit: int
   rate: float
   products: float
+  cores: int = 1
 
   @property
   def tiles(self) -> int:
@@ -33,7 +34,7 @@ class Chip:
 # Google Cloud's pages of each TPU version: HBM bandwidth and peak of int8 (of fp8 on tpu7x) over the clock.
 CHIPS = {
   'v5e': Chip(100 * MIB, 819 / 1.5, 394e3 / 1.5 / 2),
-  'v5p': Chip(56 * MIB, 2765 / 1.75, 918e3 / 1.75 / 2),
+  'v5p': Chip(56 * MIB, 2765 / 1.75, 918e3 / 1.75 / 2, cores=2),
   'v6e': Chip(100 * MIB, 1640 / 1.75, 1836e3 / 1.75 / 2),
   'tpu7x': Chip(56 * MIB, 3690 / 1.9, 2307e3 / 1.9 / 2),
 }
@@ -95,7 +96,8 @@ class Blocks:
     """The larger of what the products and what their bytes take."""
     rows, columns, steps = self.grid(of)
     tile = _wide(self.m) * _wide(self.n) * self.k / chip.products * (1 if steps == 1 else 1 + AGAIN)
-    return max(rows * columns * steps * (tile + START), self.bytes_moved(of) / chip.rate)
+    in_turn = -(-rows // chip.cores) * columns * steps
+    return max(in_turn * (tile * chip.cores + START), self.bytes_moved(of) / chip.rate)
 
 
 def chip_in_use() -> Chip:

@@ -76,8 +76,12 @@ def product(
   devices without `parts`, or where these do not divide a dim.
   """
   check(a[0], b[0], pair, dims, parts)
-  dtype, shape = a[0].dtype if dtype is None else dtype, _outer(a[0].shape, dims[0]) + _outer(b[0].shape, dims[1])
-  heads = shape[-2:] if len(shape) == 4 and 0 not in dims[0] else None
+  dtype, outer = (
+    a[0].dtype if dtype is None else dtype,
+    [_outer(x[0].shape, axes) for x, axes in zip((a, b), dims, strict=True)],
+  )
+  shape, is_of_heads = outer[0] + outer[1], len(outer[0]) == len(outer[1]) == 2 and 0 not in dims[0]
+  heads = outer[1] if is_of_heads else None
   if not on_several():
     parts = None
   if parts is not None:
@@ -291,7 +295,7 @@ def _on_device(pair: Pair, dims, dtype, interpret, heads: tuple[int, ...] | None
 
 def _in_tiles(length: int, dim: int) -> bool:
   """Whether tiles of the kernel can be parts of arrays of heads."""
-  return dim % blocks.LANES == 0 and length % blocks.LANES == 0
+  return length % blocks.LANES == 0 and any(size % dim == 0 for size in blocks.SIZES if dim % blocks.LANES == 0)
 
 
 def _matrix(x: Given, axes: tuple[int, ...]) -> tpu.Matrix:

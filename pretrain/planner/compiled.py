@@ -75,7 +75,7 @@ def measure(work: Workload, layout: Layout, of: Slice) -> Compiled:
   links = sum((time.times(one.times) for one, time in timed), Time())
   guess = roofline.estimate(work, layout, of, torus.groups(layout.sizes, of))
   cycles = sum(times * one.cycles for times, one in program.executed())
-  kernels = guess.kernels + rotary_bytes(program) / of.chip.hbm_rate + quantized_seconds(program, of)
+  kernels = guess.kernels + rotary_bytes(program) / of.hbm_rate + quantized_seconds(program, of)
   step = roofline.Step(cycles / of.chip.clock, kernels, 0.0, links.ici, links.dcn)
   return Compiled(layout, step, memory, timed, tuple(hlo.at_peak(program)))
 
@@ -90,7 +90,7 @@ def quantized_seconds(program: Program, of: Slice) -> float:
   """The least time of the kernels of quantized products in a step: that of their multiplications at the peak of 8 bits,
   twice that of bf16, or of their arrays at the bandwidth of memory.
   """
-  total, rate = 0.0, of.chip.hbm_rate / of.chip.devices
+  total, rate = 0.0, of.hbm_rate
   for times, one in program.executed():
     if one.op == 'custom-call' and one.name.startswith('quantized_matmul'):
       arrays = [_elements(found) for found in ARRAYS.findall(OPERANDS.search(one.rest)[1])]

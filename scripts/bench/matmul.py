@@ -117,6 +117,7 @@ def compare(chip: str, shapes: list[tuple[int, int, int]], several: bool) -> Non
     for kind, (run, sizes, arrays, stored) in products(RECIPES[name_of], *shape, devices).items():
       for name in TUNED:
         row = {'key': f'{kind}_{"x".join(map(str, sizes))}', 'implementation': name}
+        calls.clear()
         try:
           program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16, stored if several else None)
         except jax.errors.JaxRuntimeError as error:
@@ -186,6 +187,9 @@ def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   turns = [side.turns / columns if side.kept else side.turns for side in makers]
   turns += [call.turns] if call.turns > 1 else []
   step, inside = schedule.loops(path, rows * columns * steps, len(turns))
+  # The compiler writes out loops of a few turns: they are in `step`.
+  in_loops = sorted(turns)[len(turns) - len(inside) :]
+  turns = [n for n in turns if n in in_loops]
   bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
   whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
   products = call.of.m * call.of.k * call.of.n / CHIPS[chip].products
@@ -207,6 +211,7 @@ def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
   for m, k, n in shapes:
     for name, (run, dtype) in programs(FORMATS[chip.split(':')[0]]).items():
       row = {'chip': chip, 'shape': f'{m}x{k}x{n}', 'program': name}
+      calls.clear()
       try:
         program = compiled(chip, run, ((m, k), (k, n)), dtype)
       except jax.errors.JaxRuntimeError as error:
@@ -247,6 +252,8 @@ def main() -> None:
   parser.add_argument('--several', action='store_true', help='with --write: shapes are those of each of many devices')
   parser.add_argument('--write', action='store_true', help='write the faster implementations to pallas_kernels/tuning/')
   flags = parser.parse_args()
+  if flags.several and not flags.write:
+    parser.error('--several goes with --write.')
   if flags.gpu:
     for line in matmul_gpu.rows():
       print(line, flush=True)

@@ -82,7 +82,7 @@ def regions(path: pathlib.Path) -> tuple[list[int], list[int], int]:
 
 def loops(path: pathlib.Path, steps: int, number: int) -> tuple[int, list[int]]:
   """(bundles of one of the `steps` of the grid with one turn of each loop inside, of the `number` longest loops inside
-  it in order). Short ones, some dozens of bundles, copy. Raises ValueError where there are fewer.
+  it in order, or of all if there are fewer). Short ones, some dozens of bundles, copy.
   """
   listing = read(path)
   size = lambda span: span[1] + 1 - span[0]
@@ -90,9 +90,7 @@ def loops(path: pathlib.Path, steps: int, number: int) -> tuple[int, list[int]]:
   if steps > 1:
     outer = max(found, key=size)
     step, found = listing.loop, [span for span in found if span != outer and span[0] > outer[0]]
-  if len(found) < number:
-    raise ValueError(f'{path.name} has {len(found)} loops in a step, and the kernel {number}.')
-  longest = sorted(found, key=size)[len(found) - number :]
+  longest = sorted(found, key=size)[max(len(found) - number, 0) :]
   return step, [size(span) for span in found if span in longest]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
 
 from models.build import KernelsConfig, build, check_precision, make_module
 from models.decode.cached import teacher_forced
@@ -19,8 +20,9 @@ from models.product import KEY, Quantization, product, rounding
 from models.specs import initialize, param_specs
 from pallas_kernels.quantized_matmul import api
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
+from tests.models import quantized
 from tests.models.quantized import SMALL, loss_of, params, placed, rows
-from tests.models.small import LLAMA, T5, batch
+from tests.models.small import DEBERTA, LLAMA, T5, batch
 
 QUANTIZED = [name for name in RECIPES if name not in ('bf16', *POST_TRAINING)]
 
@@ -305,6 +307,22 @@ def test_weights_alone_are_the_numbers_of_their_codes():
     own = nnx.Param(jnp.asarray(w), **{KEY: Quantization(RECIPES[name], 0, 'auto')})
     found = jax.jit(lambda x, own=own: product(x, own, 2))(jnp.asarray(x))
     np.testing.assert_allclose(found, np.einsum('abij,ijk->abk', x, numbers), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('recipe', ['fp8', 'int8'])
+def test_products_of_a_table_that_all_examples_share_are_quantized_on_a_mesh_too(recipe):
+  """DeBERTa multiplies the vectors of its distances with the weights of keys and queries: [distances, embed]."""
+  axes = quantized.AXES
+  auto = (AxisType.Auto,) * len(axes)
+  mesh = jax.make_mesh((1, 1, 2, 1, 1, 1, 1), axes, axis_types=auto, devices=jax.devices()[:2])
+  found, data = {}, batch()
+  for name, own, precision in (('one', None, recipe), ('mesh', mesh, recipe), ('bf16', None, 'bf16')):
+    model = build(DEBERTA, mesh=own, precision=PrecisionConfig(recipe=precision))
+    params = initialize(model.specs, jax.random.key(0))
+    apply = jax.jit(lambda params, key, model=model: model.apply(params, data, key)[0])
+    found[name] = np.asarray(apply(params, jax.random.key(1)))
+  np.testing.assert_allclose(found['mesh'], found['one'], atol=1e-4)
+  assert np.abs(found['one'] - found['bf16']).max() > 1e-3
 
 
 def test_rows_that_blocks_do_not_divide_are_refused():

@@ -59,6 +59,17 @@ def test_the_kernel_is_the_definition_on_any_tiling(name, block):
     assert np.mean(found != expected) < 0.02
 
 
+@pytest.mark.parametrize(
+  ('x', 'w'), [((2, 3, 4, 256), (256, 384)), ((8, 256), (256, 2, 3, 128)), ((2, 128, 256), (256, 8, 384))]
+)
+def test_any_number_of_dims_of_tokens_and_outputs(x, w):
+  """Three dims of tokens; a matrix times one with three dims of outputs; heads of 384, which no tile is made of."""
+  rng = np.random.default_rng(0)
+  a, b = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (x, w))
+  by = lambda name: quantized_matmul(a, b, Recipe(forward=(INT8, INT8)), implementation=name)
+  np.testing.assert_array_equal(*(np.asarray(by(name), np.float32) for name in ('interpret', 'reference')))
+
+
 @pytest.mark.parametrize('implementation', ['reference', 'xla', 'interpret'])
 def test_dims_of_heads_are_summed_as_one_dim(implementation):
   """x[batch, heads, length, head_dim] and w[heads, head_dim, …], to the last bit, with random bits and gradients."""

@@ -56,10 +56,15 @@ FAST = ('every feature',)
 WITH_BIAS = {name for name, case in (OWN | CASES | MORE).items() if 'relative_bias' in case[2]}
 
 
+def near(case: str) -> float:
+  """The gradient of a table of biases sums over all pairs of tokens: 2.6e-6 from float64 on some CPUs."""
+  return 5e-6 if case in WITH_BIAS else 2e-6
+
+
 @pytest.mark.parametrize('case', [*FAST, *(slow(case) for case in OWN | CASES | MORE if case not in FAST)])
 def test_values_and_gradients_are_those_of_float64(case):
   wrong = differences(case, run=on_a_ring(4, balanced=True), blocks=(32, 16))
-  assert max(wrong.values()) < 5e-6, wrong  # a table of biases sums over all pairs: 2.6e-6 on some CPUs
+  assert max(wrong.values()) < near(case), wrong
 
 
 @pytest.mark.slow
@@ -67,7 +72,7 @@ def test_values_and_gradients_are_those_of_float64(case):
 @pytest.mark.parametrize('case', OWN | CASES | MORE)
 def test_neither_devices_nor_order_change_the_answer(case, devices, balanced):
   wrong = differences(case, run=on_a_ring(devices, balanced), blocks=(64, 64))
-  assert max(wrong.values()) < 5e-6, wrong  # a table of biases sums over all pairs: 2.6e-6 on some CPUs
+  assert max(wrong.values()) < near(case), wrong
 
 
 BY_KERNEL = [case for case in OWN | CASES | MORE if case not in WITH_BIAS]
