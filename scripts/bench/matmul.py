@@ -176,11 +176,13 @@ def key_of(*shapes) -> tuple[str, ...]:
 
 def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   """The largest of three: bundles over the grid, the bytes that its tiles move over the bandwidth of HBM, and its
-  multiplications at the peak of 8 bits.
+  multiplications at the chip's peak.
 
   Loops inside a step make codes, of the first matrix once for a block of rows, and multiply with some columns at a
   time. Two cores share the blocks of rows.
   """
+  import jax.numpy as jnp
+
   from pallas_kernels.quantized_matmul.blocks import CHIPS
 
   rows, columns, steps = call.grid
@@ -193,7 +195,8 @@ def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   turns = [n for n in turns if n in in_loops]
   bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
   whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
-  products = call.of.m * call.of.k * call.of.n / CHIPS[chip].products
+  bytes_of = max(jnp.dtype(side.held).itemsize for side in call.sides)  # numbers of two bytes take twice as long
+  products = call.of.m * call.of.k * call.of.n * bytes_of / CHIPS[chip].products
   return round(max(whole, call.tiles.bytes_moved(call.of) / CHIPS[chip].rate, products))
 
 
