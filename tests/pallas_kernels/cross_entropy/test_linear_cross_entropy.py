@@ -47,3 +47,14 @@ def test_z_loss_smoothing_and_cap():
 def test_an_unknown_implementation_is_refused():
   with pytest.raises(ValueError, match=r"kernels\.linear_cross_entropy='x' is not one of 'auto', 'reference'"):
     linear_cross_entropy(X, W, LABELS, implementation='x')
+
+
+@pytest.mark.parametrize(('softcap', 'number'), [(None, 1), (30.0, 0)])
+def test_the_gradient_of_x_waits_for_that_of_w(softcap, number):
+  """So that layers below go backwards when the logits are gone; not with capped logits, which would need more."""
+  x, w, labels = jnp.ones((8, 4)), jnp.ones((4, 16)), jnp.zeros(8, jnp.int32)
+  loss = lambda x, w: linear_cross_entropy(x, w, labels, softcap=softcap, implementation='reference')[0].sum()
+  text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w).as_text()
+  barriers = [line for line in text.splitlines() if 'optimization_barrier' in line]
+  assert len(barriers) == number
+  assert all('tensor<8x4xf32>, tensor<4x16xf32>' in line for line in barriers)
