@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from models.partition import PARAMETER_RULES, entries_of, parts
+from models.partition import PARAMETER_RULES, divides, entries_of
 from models.specs import cast, is_variable
 from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.formats import Operand, Recipe
@@ -128,11 +128,12 @@ def _quantized(x: Array, param: nnx.Param, axes: tuple[int, ...], own: Quantizat
   beside = _noise(sizes, own.site) if recipe.is_random else {}
   if recipe.is_delayed:
     beside |= {'amax': (_around.get().amax or {}).get(own.name)}
-  division = _division(x, param, axes)
+  division = None  # formats in blocks have no kernel, which alone needs it
   if any(recipe.block(name) > 1 for name in recipe.pairs):
-    division = None
     inputs = math.prod(w.shape[: len(axes)])
     x, w, axes = jnp.transpose(x, (*tokens, *axes)).reshape(*sizes, inputs), w.reshape(inputs, -1), (len(sizes),)
+  else:
+    division = _division(x, param, axes)
   out = quantized_matmul(x, w, recipe, axes=axes, implementation=own.implementation, division=division, **beside)
   return checkpoint_name(out.reshape(*sizes, *outputs), KEPT)
 
@@ -141,7 +142,7 @@ def _division(x: Array, w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
   """How the mesh in use divides w and x[batch, …, length, …], whose dims `axes` are the first ones of the weight; None
   without a mesh, where stages of a pipeline share a product, and for other x (a table of positions).
   """
-  if jax.sharding.get_abstract_mesh().empty or parts('stages') > 1 or x.ndim != len(axes) + 2:
+  if jax.sharding.get_abstract_mesh().empty or divides('stages') or x.ndim != len(axes) + 2:
     return None
   names = w.get_metadata()['axes'][-w[...].ndim :]  # a layer of a stack is without the axis `layers`
   inputs, tokens = iter(names[: len(axes)]), iter(('batch', 'length'))
@@ -151,7 +152,7 @@ def _division(x: Array, w: nnx.Param, axes: tuple[int, ...]) -> Division | None:
 
 def _noise(tokens: tuple[int, ...], site: int) -> dict[str, Array]:
   """A number for each token, that depends on its example's key and its position only; none without keys. `tokens` is
-  [batch, length], or the length of a table that all examples share, which has a part of all keys.
+  [batch, length], or the length of a table that all examples share, whose numbers depend on all keys.
   """
   keys = _around.get().keys
   if keys is None:

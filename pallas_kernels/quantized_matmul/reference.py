@@ -71,9 +71,14 @@ def largest_size(x: Array, axes: tuple[int, ...]) -> Array:
 def _random(x: Array, operand: Operand, noise: Noise | None) -> Array | None:
   if operand.rounding == 'nearest':
     return None
+  return bits_of(given(noise), x.shape[-1])
+
+
+def given(noise: Noise | None) -> Noise:
+  """`noise`. Raises KernelError if there is none."""
   if noise is None:
     raise KernelError("quantized_matmul rounds stochastically and has no seed; pass `seed`, or rounding='nearest'.")
-  return bits_of(noise, x.shape[-1])
+  return noise
 
 
 def _check_blocks(x: Array, axis: int, operand: Operand) -> None:

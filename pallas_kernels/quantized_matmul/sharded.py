@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import blocks, tpu
 from pallas_kernels.quantized_matmul.formats import Operand, Pair
-from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, largest_size
+from pallas_kernels.quantized_matmul.reference import EXACT_SUM, float_scales, given, largest_size
 from pallas_kernels.quantized_matmul.rounding import COLUMN, Noise, mix, rounded, row_hashes
 
 Entries = tuple[tuple[str, ...], ...]  # for each dim the mesh axes that divide it
@@ -76,10 +76,8 @@ def product(
   devices without `parts`, or where these do not divide a dim.
   """
   check(a[0], b[0], pair, dims, parts)
-  dtype, outer = (
-    a[0].dtype if dtype is None else dtype,
-    [_outer(x[0].shape, axes) for x, axes in zip((a, b), dims, strict=True)],
-  )
+  dtype = a[0].dtype if dtype is None else dtype
+  outer = [_outer(x[0].shape, axes) for x, axes in zip((a, b), dims, strict=True)]
   shape, is_of_heads = outer[0] + outer[1], len(outer[0]) == len(outer[1]) == 2 and 0 not in dims[0]
   heads = outer[1] if is_of_heads else None
   if not on_several():
@@ -168,8 +166,7 @@ def _given(x: Array, noise: Noise | None, axes: tuple[int, ...], operand: Operan
   up, scale = jnp.broadcast_to(up, of_channel), jnp.broadcast_to(scale, of_channel)
   if not operand.is_random:
     return Given(x, up, scale)
-  if noise is None:
-    raise KernelError("quantized_matmul rounds stochastically and has no seed; pass `seed`, or rounding='nearest'.")
+  noise = given(noise)
   if noise.columns is None:
     last = jnp.arange(x.shape[-1], dtype=jnp.uint32).reshape(*(1,) * (x.ndim - 1), -1)
     noise = noise._replace(rows=noise.rows[..., None], columns=last)

@@ -191,8 +191,8 @@ def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:
   turns += [call.turns] if call.turns > 1 else []
   step, inside = schedule.loops(path, rows * columns * steps, len(turns))
   # The compiler writes out loops of a few turns: they are in `step`.
-  in_loops = sorted(turns)[len(turns) - len(inside) :]
-  turns = [n for n in turns if n in in_loops]
+  for _ in range(len(turns) - len(inside)):
+    turns.remove(min(turns))
   bundles = step - sum(inside) + sum(n * size for n, size in zip(turns, inside, strict=True))
   whole = -(-rows // schedule.CORES[chip]) * columns * steps * bundles
   bytes_of = max(jnp.dtype(side.held).itemsize for side in call.sides)  # numbers of two bytes take twice as long

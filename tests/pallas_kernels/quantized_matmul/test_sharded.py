@@ -14,6 +14,7 @@ from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import blocks, sharded, tpu
 from pallas_kernels.quantized_matmul.api import Division, quantized_matmul
 from pallas_kernels.quantized_matmul.blocks import Blocks
+from pretrain.devices import chips
 from pretrain.tools.plan import compile_for, tpu_devices
 from tests.pallas_kernels.quantized_matmul.test_tpu_kernel import INT8, RECIPES
 
@@ -98,7 +99,7 @@ def test_a_mesh_gives_what_one_device_does(case, name, fsdp, tensor, tiles):
 
 
 def test_a_weight_is_gathered_as_codes():
-  """All-gathers of the forward product and of the gradient of x are of int8, and of whole weights."""
+  """The forward product and the gradient of x each all-gather the weight, in int8."""
   (x, w, g), (_, axes, of_x, of_w, stored) = arrays('up'), CASES['up']
   mesh = mesh_of(4, 1)
   own = {'seed': jnp.uint32(5), 'implementation': 'interpret', 'division': Division(of_x, of_w, stored), 'axes': axes}
@@ -192,3 +193,11 @@ def test_all_three_products_compile_for_a_slice(case):
   gathered = [line for line in text.splitlines() if re.search(r' all-gather(-start)?\(', line)]
   assert any('s8[' in line for line in gathered)
   assert not any('bf16[' in line for line in gathered), gathered
+
+
+@pytest.mark.parametrize('chip', chips.CHIPS.values(), ids=lambda chip: chip.name)
+def test_blocks_have_the_rates_of_the_planners_chips(chip):
+  """Of a device: memory, and products of 8 bits, which are twice those of bfloat16."""
+  own = blocks.CHIPS[chip.name]
+  assert own.rate * chip.clock / 1e9 == pytest.approx(chip.hbm_rate / chip.devices / 1e9, rel=0.01)
+  assert 2 * own.products * chip.clock == pytest.approx(2 * chip.flops / chip.devices, rel=0.01)
