@@ -205,10 +205,13 @@ def row_order(cfg: ModelConfig, kernels: KernelsConfig, devices: int) -> RowOrde
   return RowOrder(devices)
 
 
-def check_divided(cfg: ModelConfig, kernels: KernelsConfig) -> None:
-  """Raises KernelError where the attention that `kernels` names cannot have rows that `mesh.sequence` divides."""
+def check_attention(cfg: ModelConfig, kernels: KernelsConfig, *, divided: bool) -> None:
+  """Raises KernelError where the attention that `kernels` names lacks what training `cfg` needs: dropout, disentangled
+  scores, or, with `divided`, rows that `mesh.sequence` divides. The platform is not asked: finished runs are read on
+  any.
+  """
   if kernels.attention != 'auto':
     attention.choose(
       kernels.attention, dropout=cfg.dropout > 0 and cfg.dropout_sites != 'none', shared=cfg.dropout_sites == 't5',
-      divided=True, position_scores=cfg.positions == 'disentangled',
+      divided=divided, position_scores=cfg.positions == 'disentangled',
     )  # fmt: skip

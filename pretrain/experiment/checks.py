@@ -22,7 +22,7 @@ from data.objectives.objectives import (
 )
 from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
-from models.build import check_divided, check_kernels, check_lora, check_model, check_precision, row_order
+from models.build import check_attention, check_kernels, check_lora, check_model, check_precision, row_order
 from models.layers.low_rank import LoraConfig
 from models.precision import DELAYED, PrecisionConfig, named_by
 from pallas_kernels.errors import KernelError
@@ -345,13 +345,15 @@ def check_batch(cfg: Experiment, shards: int) -> None:
 
 
 def check_sequence(cfg: Experiment, devices: int) -> None:
-  """Raises ConfigError where `devices` cannot share a row: by their attention, or because parts would be unequal."""
-  if devices <= 1:
-    return
+  """Raises ConfigError where the attention lacks what the model needs, also on one device, and where `devices` cannot
+  share a row: by their attention, or because parts would be unequal.
+  """
   try:
-    check_divided(cfg.model, cfg.kernels)
+    check_attention(cfg.model, cfg.kernels, divided=devices > 1)
   except KernelError as error:
     raise ConfigError(str(error).removeprefix('CONFIG: ')) from error
+  if devices <= 1:
+    return
   balanced = row_order(cfg.model, cfg.kernels, devices).devices > 1
   lengths = {'inputs_length': (cfg.data.inputs_length, 1), 'targets_length': (cfg.data.targets_length, 1 + balanced)}
   if isinstance(cfg.data.packing, LengthBuckets):
