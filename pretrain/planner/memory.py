@@ -71,8 +71,8 @@ def of_mesh(work: Workload, layout: Layout) -> OfMesh:
 def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   sizes = dict(items)
   only = dict.fromkeys(sizes, 1) | {axis: sizes[axis] for axis in ('tensor', 'expert', 'stage')}
-  stacked = {(s.name, 'blocks', *path): spec for s in work.stacks for path, spec in s.specs.items()}
-  every = {**work.ends, **stacked}
+  stacked = [spec for stack in work.stacks for spec in stack.specs.values()]
+  every = work.every
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
   chunks = collections.Counter[Path | None]()
   for array in work.state:
@@ -83,7 +83,7 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
     away=sum(chunks.values()),
     chunk=max(chunks.values(), default=0),
-    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked.values(), sizes),
+    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked, sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     whole=values(divided, every.values(), only),
     dense=values(divided, (spec for spec in every.values() if 'experts' not in spec.axes[:-1]), only),

@@ -11,17 +11,24 @@ to a broadcast of 32 MiB. UL2 20B shows it: 'dots' keeps 30 GB more than 'full',
 scripts/bench/planner/published.py prints the predictions beside those.
 """
 
+import collections
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 
+from jax.sharding import AbstractMesh
+
 from models.flops import flops_per_step
+from models.partition import PARAMETER_RULES, spec_for
 from pretrain.devices.chips import Slice
 from pretrain.devices.compiler import options_for
 from pretrain.planner import memory, torus
 from pretrain.planner.layouts import Layout
 from pretrain.planner.stages import gathers, schedule, turns
 from pretrain.planner.torus import Group, Time
-from pretrain.planner.workload import Layers, Workload
+from pretrain.planner.workload import Layers, Workload, divided
+from pretrain.step.across_replicas import parts_of
 
 PRODUCTS = 0.9
 WINDOWED, FEW = 3.0, 32
@@ -198,18 +205,34 @@ def collectives(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[s
 
 
 def _replicas(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str, ...], Group]) -> Time:
-  """Links of the sum over replicas, of the part of the gradients that a device has alone in its slice. Where `data` or
-  `sequence` have divided them so far, parts are gathered again.
+  """Links of the sum over replicas, of the part of the gradients that a device has alone in its slice. Parts that the
+  axes along which a parameter has copies have divided so far are gathered again, in the gradients' dtype.
   """
-  sizes, size = layout.sizes, DTYPES[work.cfg.train.replica_dtype]
   if (group := over.get(('replica',))) is None:
     return Time()
-  own, copies = size * memory.of_mesh(work, layout).trained, sizes['data'] * sizes['sequence']
-  time = torus.seconds('all-reduce', own / copies, of, group)
-  if copies > 1:
-    axes = tuple(axis for axis in ('data', 'sequence') if sizes[axis] > 1)
-    time += torus.seconds('all-gather', own, of, over[axes])
+  sent, gathered = _parts(work, tuple(layout.sizes.items()))
+  time = torus.seconds('all-reduce', DTYPES[work.cfg.train.replica_dtype] * sent, of, group)
+  for axes, values in gathered.items():
+    time += torus.seconds('all-gather', memory.F32 * values, of, over[axes])
   return time
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(work: Workload, items: tuple[tuple[str, int], ...]) -> tuple[float, Mapping[tuple[str, ...], float]]:
+  """Values of gradients that a device sends to other slices; and those that it has of gradients which it gathers over
+  some axes then. A matrix outside of the experts has copies along `expert`, one outside of the layers along `stage`.
+  """
+  sizes, sent, gathered = dict(items), 0.0, collections.Counter[tuple[str, ...]]()
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  names = lambda spec: {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+  for spec in (spec for path, spec in work.every.items() if path in work.trained):
+    held, own = divided(spec.shape, spec.axes, sizes), spec_for(spec.axes, PARAMETER_RULES)
+    more = names(parts_of(spec.shape, own, mesh)) - names(own)
+    axes = tuple(axis for axis in sizes if axis in more)
+    sent += held / math.prod(sizes[axis] for axis in axes)
+    gathered[axes] += held
+  del gathered[()]
+  return sent, gathered
 
 
 def _handed_on(work: Workload, layout: Layout, of: Slice, over: Group) -> Time:

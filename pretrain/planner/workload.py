@@ -65,6 +65,11 @@ class Workload:
     return self.cfg.data.batch_size
 
   @property
+  def every(self) -> dict[Path, ParamSpec]:
+    """All parameters."""
+    return {**self.ends, **{(s.name, 'blocks', *path): spec for s in self.stacks for path, spec in s.specs.items()}}
+
+  @property
   def tokens(self) -> int:
     """Positions of one row, on all sides."""
     return self.cfg.data.inputs_length + self.cfg.data.targets_length

@@ -95,21 +95,59 @@ def test_a_ring_sends_keys_and_values_around_and_their_gradients_home():
   assert whole.ici - others.ici == pytest.approx(sent / of.chip.link, rel=0.02)
 
 
-@pytest.mark.parametrize(
-  ('dtype', 'size', 'mesh'),
-  [
-    ('float32', 4, {'fsdp': 64}), ('bfloat16', 2, {'data': 2, 'fsdp': 32}), ('bfloat16', 2, {'fsdp': 16, 'tensor': 4}),
-  ],
-)  # fmt: skip
-def test_between_slices_a_device_sends_its_part_of_the_gradients_once(dtype, size, mesh):
-  """Llama 7B on two slices of 64 chips: parameters / 64 in each direction, whatever the microbatches."""
+def between_slices(file: str, dtype: str, mesh: dict[str, int]):
+  """(workload, layout, slice, groups) of a config on two slices of 64 chips."""
   of = parse('v5p:4x4x4', 2)
   keys = ('data.targets_length=2048', 'data.batch_size=512', f"train.replica_dtype='{dtype}'", 'mesh.replica=2')
-  cfg = bindings.load(
-    Experiment, [str(tiny.ROOT / 'configs/decoder/7b.gin')], [*keys, *(f'mesh.{axis}={n}' for axis, n in mesh.items())]
-  )
-  work, own = workload.describe(cfg), layouts.of_config(cfg, of.devices)
-  groups = torus.groups(own.sizes, of)
+  own = (f'mesh.{axis}={n}' for axis, n in mesh.items())
+  cfg = bindings.load(Experiment, [str(tiny.ROOT / f'configs/decoder/{file}.gin')], [*keys, *own])
+  work, layout = workload.describe(cfg), layouts.of_config(cfg, of.devices)
+  return work, layout, of, torus.groups(layout.sizes, of)
+
+
+LLAMA, MIXTRAL = '7b', 'mixtral_8x7b'
+
+
+@pytest.mark.parametrize(
+  ('file', 'dtype', 'size', 'mesh'),
+  [
+    (LLAMA, 'float32', 4, {'fsdp': 64}),
+    (LLAMA, 'bfloat16', 2, {'data': 2, 'fsdp': 32}),
+    (LLAMA, 'bfloat16', 2, {'fsdp': 16, 'tensor': 4}),
+    (LLAMA, 'float32', 4, {'fsdp': 16, 'stage': 4}),
+    (MIXTRAL, 'float32', 4, {'fsdp': 8, 'expert': 8}),
+    (MIXTRAL, 'bfloat16', 2, {'fsdp': 2, 'sequence': 2, 'expert': 8, 'stage': 2}),
+  ],
+)
+def test_between_slices_a_device_sends_its_part_of_the_gradients_once(file, dtype, size, mesh):
+  """On two slices of 64 chips: parameters / 64 in each direction, whatever the microbatches, also of parameters that
+  lie whole on each stage or on each part of the experts."""
+  work, own, of, groups = between_slices(file, dtype, mesh)
   for accumulate in (1, 4):
     found = roofline.collectives(work, dataclasses.replace(own, accumulate=accumulate), of, groups)
-    assert found.dcn == pytest.approx(size * count(build(cfg.model).specs) / 64 / of.chip.dcn, rel=1e-3)
+    assert found.dcn == pytest.approx(size * count(build(work.cfg.model).specs) / 64 / of.chip.dcn, rel=1e-3)
+
+
+# Of Mixtral 8x7B: attention and norms of a layer, its experts with their router, and what is outside of the layers.
+LAYER, EXPERTS = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096, 8 * 3 * 4096 * 14336 + 4096 * 8
+ENDS = 2 * 32000 * 4096 + 4096
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'copied'),
+  [
+    ({'fsdp': 8, 'expert': 8}, {('expert',): (32 * LAYER + ENDS) / 8}),
+    ({'fsdp': 2, 'expert': 8, 'stage': 4}, {('expert',): 32 / 4 * LAYER / 2, ('expert', 'stage'): ENDS / 2}),
+    (
+      {'fsdp': 4, 'sequence': 2, 'expert': 8},
+      {('sequence', 'expert'): (32 * LAYER + ENDS) / 4, ('sequence',): 32 * EXPERTS / (4 * 8)},
+    ),
+  ],
+)
+def test_parts_are_gathered_again_over_the_axes_along_which_a_parameter_has_copies(mesh, copied):
+  """In float32, also where slices exchange bfloat16: libtpu 0.0.42 gathers what `across_replicas` has cast back."""
+  work, own, of, groups = between_slices(MIXTRAL, 'bfloat16', mesh)
+  inside = {axes: group for axes, group in groups.items() if axes != ('replica',)}
+  links = [roofline.collectives(work, own, of, over).ici for over in (groups, inside)]
+  want = sum(torus.seconds('all-gather', 4 * n, of, groups[axes]).ici for axes, n in copied.items())
+  assert links[0] - links[1] == pytest.approx(want, rel=1e-6)
