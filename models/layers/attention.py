@@ -174,10 +174,16 @@ class Attention(nnx.Module):
     q = self._heads(x, self.query, self.query_bias, 'heads')
     return self._finished(q, self.query_norm, positions, 'query', 'heads')
 
-  def keys_values(self, x: Array, positions: Array | Angles) -> tuple[Array, Array]:
-    """Two of [batch, kv_heads, length, head_dim]."""
+  def keys_values(self, x: Array, positions: Array | Angles, see: Visibility | None = None) -> tuple[Array, Array]:
+    """Two of [batch, kv_heads, length, head_dim]. With `see` they are silenced for it: 0 for padding.
+
+    That is done before norm and positions, which leave 0 as it is: there the compiler makes it a part of the product.
+    Behind the rotary kernel it would be a pass of its own.
+    """
     k = self._heads(x, self.key, self.key_bias, self.cfg.kv_axis)
     v = self._heads(x, self.value, self.value_bias, self.cfg.kv_axis)
+    if see is not None:
+      k, v = see.silence_padding(k, v, heads_first=True)
     return self._finished(k, self.key_norm, positions, 'key', self.cfg.kv_axis), named(v, 'value')
 
   def _heads(self, x: Array, w: nnx.Param | LowRank, bias: nnx.Param | None, axis: str) -> Array:

@@ -110,9 +110,12 @@ class Block(nnx.Module):
     """x[batch, length, embed] -> the same, the cache with this layer's new keys and values, this layer's values."""
     at = Sublayer(self.self_norm, self.self_out_norm, SELF_SITE)
     h = self._enter(x, at)
-    q, (k, v) = self.self_attention.queries(h, positions), self.self_attention.keys_values(h, positions)
-    if cache is not None:
-      cache, k, v = cache.write(layer, k, v)
+    q = self.self_attention.queries(h, positions)
+    if cache is None:
+      k, v = self.self_attention.keys_values(h, positions, see)
+      see = dataclasses.replace(see, silenced=True)
+    else:  # `see` is of all slots of the cache
+      cache, k, v = cache.write(layer, *self.self_attention.keys_values(h, positions))
     mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':
       update, aux = self.mlp(
