@@ -80,11 +80,16 @@ class Visibility(api.Visibility):
   positions are given only where a prefix or a cache needs them. `cached`: keys are slots of a cache, and there are more
   of them than queries; there the reference is as fast as a kernel. `relative`: embeddings of
   distances for disentangled attention. `kv_places`: the indices of keys in rows in order, where `RowOrder` moved them.
+  `silenced`: `silence_padding` has been applied to keys and values, and attention does not do it again.
   """
 
   relative: RelativeEmbeddings | None = None
   kv_places: Array | None = None
   cached: bool = dataclasses.field(default=False, metadata={'static': True})
+  silenced: bool = dataclasses.field(default=False, metadata={'static': True})
+
+  def silence_padding(self, k: Array, v: Array, *, heads_first: bool = False) -> tuple[Array, Array]:
+    return (k, v) if self.silenced else super().silence_padding(k, v, heads_first=heads_first)
 
 
 def _on_each_device(run, see: Visibility, kv_axis: str, *, return_lse: bool, length: str | None = None):

@@ -59,11 +59,9 @@ class Visibility:
   Query i sees key j iff their segments are equal and not 0, and (not causal, or position j <= position i, or
   position j < prefix_end[j]), and |position i - position j| < window or position j < num_sinks. Positions default to
   indices, with `num_sinks` to those inside a segment: the first tokens of each document, not of the row.
-  `silenced`: the caller has applied `silence_padding` to k and v, and implementations do not do it again.
   """
 
   causal: bool = _static()
-  silenced: bool = _static(default=False)
   window: int | None = _static(default=None)
   num_sinks: int = _static(default=0)
   alibi: Float[Array, ' heads'] | None = None
@@ -85,7 +83,7 @@ class Visibility:
 
   def silence_padding(self, k: Array, v: Array, *, heads_first: bool = False) -> tuple[Array, Array]:
     """k and v with 0 for keys of segment 0: a weight of 0 does not silence a NaN."""
-    if self.kv_segment_ids is None or self.silenced:
+    if self.kv_segment_ids is None:
       return k, v
     given = jnp.expand_dims(self.kv_segment_ids != 0, (1, 3) if heads_first else (2, 3))
     silence = lambda x: jnp.where(given, x, 0)
