@@ -18,6 +18,7 @@ from jax import Array
 
 from models.layers.low_rank import Path, inputs_of, products, words_of
 from models.product import KEY, Quantization
+from models.rendered import IF_SET
 from models.specs import ParamSpec, Tree, param_specs
 from pallas_kernels.quantized_matmul.api import Operand, Recipe
 
@@ -26,7 +27,6 @@ RecipeName = Literal[
 ]  # fmt: skip
 DELAYED = 'fp8_delayed'
 AMAX = 'amax'  # the name of the histories beside the parameters
-IF_SET = {'rendered': 'if set'}  # configs that were saved before these keys stay as they were
 
 
 def _recipe(forward: str, gradient: str | None = None, **options: Any) -> Recipe:

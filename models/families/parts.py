@@ -21,6 +21,7 @@ from models.layers.positions.clex import LearnedFrequencies
 from models.layers.positions.disentangled import Disentangled
 from models.layers.positions.rotary import Clex, NoScaling, Rope, RopeScaling, check_scaling
 from models.layers.remat import Name, Policy
+from models.rendered import IF_SET
 from models.row_order import PLACES
 from models.specs import stack
 
@@ -70,7 +71,7 @@ class Parts:
   mlp: MlpConfig
   experts: Annotated[int, '>= 2'] | None = None
   experts_per_token: Annotated[int, '>= 1'] = 2
-  expert_capacity: Annotated[float, '> 0'] | None = dataclasses.field(default=None, metadata={'rendered': 'if set'})
+  expert_capacity: Annotated[float, '> 0'] | None = dataclasses.field(default=None, metadata=IF_SET)
   norm: NormConfig = RmsNormConfig()
   norm_placement: Placement = 'pre'
   parallel: Parallel = 'none'
@@ -94,8 +95,8 @@ class Parts:
   relative_norm: bool = False
   head: Literal['untied', 'tied', 'tied_scaled', 'binary'] = 'untied'
   head_bias: bool = False
-  embedding_rotation: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
-  kurtosis: bool = dataclasses.field(default=False, metadata={'rendered': 'if set'})
+  embedding_rotation: bool = dataclasses.field(default=False, metadata=IF_SET)
+  kurtosis: bool = dataclasses.field(default=False, metadata=IF_SET)
   embedding_init_std: Annotated[float, '>= 0'] = 1.0
   head_init_scale: Annotated[float, '>= 0'] = 1.0
   init_std: Annotated[float, '> 0'] | None = None
@@ -104,12 +105,12 @@ class Parts:
   dropout_sites: Sites = 't5'
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Policy = 'none'
-  remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
-  remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
+  remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata=IF_SET)
+  remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata=IF_SET)
   pipeline_microbatches: Annotated[int, '>= 1'] | None = dataclasses.field(
-    default=None, metadata={'rendered': 'if set'}
+    default=None, metadata=IF_SET
   )
-  pipeline_repeats: Annotated[int, '>= 1'] = dataclasses.field(default=1, metadata={'rendered': 'if set'})
+  pipeline_repeats: Annotated[int, '>= 1'] = dataclasses.field(default=1, metadata=IF_SET)
 
 
 KEYS_OF_POSITIONS: dict[str, tuple[Positions, ...]] = {

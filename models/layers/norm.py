@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from models.rendered import IF_SET
 from models.specs import Ones, Zeros, cast, weight
 
 
@@ -20,7 +21,7 @@ class RmsNormConfig:
 
   name: Literal['rmsnorm'] = 'rmsnorm'
   eps: Annotated[float, '> 0'] = 1e-6
-  scale: Literal['each', 'single'] = dataclasses.field(default='each', metadata={'rendered': 'if set'})
+  scale: Literal['each', 'single'] = dataclasses.field(default='each', metadata=IF_SET)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

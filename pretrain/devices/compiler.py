@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from models.rendered import IF_SET
 from pretrain.devices import chip_options
 from pretrain.devices.chips import CHIPS, of_kind
 from pretrain.devices.mesh import replicated
 from pretrain.errors import ConfigError
 
 NAME = re.compile(r'[a-z]\w*')
-IF_SET = {'rendered': 'if set'}  # configs that were saved before these keys stay as they were
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

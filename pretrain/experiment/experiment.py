@@ -8,6 +8,7 @@ from data.objectives.objectives import Objective
 from models.build import KernelsConfig, ModelConfig
 from models.layers.low_rank import LoraConfig
 from models.precision import PrecisionConfig
+from models.rendered import IF_SET
 from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.devices.compiler import CompilerConfig
 from pretrain.devices.mesh import MeshConfig
@@ -39,13 +40,9 @@ class TrainConfig:
   log_every: Annotated[int, '>= 1'] = 1
   accumulate: Annotated[int, '>= 1'] = 1
   profile_steps: tuple[int, int] | None = None
-  profile_hosts: tuple[Annotated[int, '>= 0'], ...] | None = dataclasses.field(
-    default=None, metadata={'rendered': 'if set'}
-  )
+  profile_hosts: tuple[Annotated[int, '>= 0'], ...] | None = dataclasses.field(default=None, metadata=IF_SET)
   decay_delay: Literal[0, 1] = 0
-  replica_dtype: Literal['float32', 'bfloat16'] = dataclasses.field(
-    default='float32', metadata={'rendered': 'if set'}
-  )  # fmt: skip
+  replica_dtype: Literal['float32', 'bfloat16'] = dataclasses.field(default='float32', metadata=IF_SET)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

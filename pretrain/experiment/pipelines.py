@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from models.layers.pipeline.schedule import Pipeline, Schedule
+from models.precision import RECIPES, named_by
+from pallas_kernels.quantized_matmul.api import KERNELS
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
 
@@ -24,11 +26,24 @@ def check_pipeline(cfg: Experiment, stages: int, shards: int) -> None:
       f'{edges} with mesh.stage={stages}: all stages run one program, so their layers have one recipe; use 0 of both, '
       'or mesh.stage=1.'
     )
+  _check_products(cfg, stages)
   if cfg.model.pipeline_repeats > 1 and cfg.model.remat == 'none':
     raise ConfigError(
       f"model.pipeline_repeats={cfg.model.pipeline_repeats} with model.remat='none', which would keep the parameters "
       "of a stage once for each microbatch; use model.remat='minimal_with_context' or 'full', or "
       'model.pipeline_repeats=1.'
+    )
+
+
+def _check_products(cfg: Experiment, stages: int) -> None:
+  """A product of all stages is one, which XLA divides and the kernel of one device cannot."""
+  own = cfg.kernels.quantized_matmul
+  quantized = [name for name in named_by(cfg.precision) if RECIPES[name] is not None]
+  if own in KERNELS and quantized:
+    raise ConfigError(
+      f"kernels.quantized_matmul='{own}' with mesh.stage={stages} and precision recipe '{quantized[0]}': its kernel has "
+      "no products of several stages; use kernels.quantized_matmul='auto' or 'xla', whose products the partitioner "
+      'divides, or mesh.stage=1.'
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from models.rendered import IF_SET
 from models.specs import ParamSpec, is_matrix
 
 StateDtype = Literal['float32', 'bfloat16', 'int8']
@@ -34,7 +35,7 @@ class Shared:
   parameter_scale: bool = False
   max_consecutive_nonfinite: Annotated[int, '>= 1'] = 5
   state_dtype: StateDtype = 'float32'
-  offload: tuple[Offloaded, ...] = dataclasses.field(default=(), metadata={'rendered': 'if set'})
+  offload: tuple[Offloaded, ...] = dataclasses.field(default=(), metadata=IF_SET)
 
 
 def num_stacked(spec: ParamSpec) -> int:

@@ -137,6 +137,18 @@ def test_parameters_and_the_optimizer_are_divided_over_stages(text_store):
       'precision.first_layers=1 and precision.last_layers=0 with mesh.stage=2: all stages run one program, so their '
       'layers have one recipe; use 0 of both, or mesh.stage=1.',
     ),
+    *(
+      (
+        ('mesh.stage=2', f"kernels.quantized_matmul='{name}'", *recipe),
+        f"kernels.quantized_matmul='{name}' with mesh.stage=2 and precision recipe 'int8': its kernel has no products of "
+        "several stages; use kernels.quantized_matmul='auto' or 'xla', whose products the partitioner divides, or "
+        'mesh.stage=1.',
+      )
+      for name, recipe in (
+        ('tpu', ["precision.recipe='int8'"]),
+        ('interpret', ["precision.overrides={'mlp': 'int8', 'attention': 'bf16'}"]),
+      )
+    ),
     (
       ('mesh.stage=2', 'model.layers=4', 'model.pipeline_repeats=2'),
       "model.pipeline_repeats=2 with model.remat='none', which would keep the parameters of a stage once for each "
@@ -150,6 +162,18 @@ def test_what_stages_cannot_share_is_refused_with_the_nearest_size(given, messag
   assert str(error.value) == f'CONFIG: {message}'
 
 
+@pytest.mark.parametrize(
+  'given',
+  [
+    ("kernels.quantized_matmul='tpu'",),
+    ("kernels.quantized_matmul='auto'", "precision.recipe='int8'"),
+    ("kernels.quantized_matmul='xla'", "precision.recipe='int8'"),
+  ],
+)
+def test_stages_share_products_that_no_kernel_computes(given):
+  assert tiny.decoder('mesh.data=1', 'mesh.stage=2', *given).mesh.stage == 2
+
+
 def test_both_stacks_of_an_encoder_decoder_must_divide():
   with pytest.raises(ConfigError, match=r'model\.encoder_layers=3 does not divide into mesh\.stage=2 .* mesh\.stage=1'):
     tiny.experiment(tiny.UL2, *tiny.SMALL_UL2, 'model.encoder_layers=3', 'mesh.stage=2')
@@ -159,6 +183,9 @@ def test_an_axis_that_takes_the_remaining_devices_is_checked_when_they_are_known
   cfg = tiny.decoder('mesh.data=1', 'mesh.stage=-1')
   with pytest.raises(ConfigError, match=r'model\.layers=2 does not divide into mesh\.stage=8 x .* mesh\.stage=2\.'):
     build_program(cfg)
+  named = ("kernels.quantized_matmul='interpret'", "precision.recipe='int8'", 'model.layers=8')
+  with pytest.raises(ConfigError, match=r"='interpret' with mesh\.stage=8 and precision recipe 'int8'.* mesh\.stage=1\."):
+    build_program(tiny.decoder('mesh.data=1', 'mesh.stage=-1', *named))
 
 
 def test_plan_says_how_long_stages_are_idle():
