@@ -20,6 +20,7 @@ CHIPS = {
   'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v6': 'v6e', 'TPU7x': 'tpu7x', 'TPU v7x': 'tpu7x',
   'H100': 'h100', 'H200': 'h200', 'A100': 'a100',
 }  # fmt: skip
+FAR = 8  # an entry says nothing of a shape with a size so many times smaller or larger than its own
 # op -> the program that writes its entries.
 WRITERS = {'attention': 'scripts/tune_kernels.py', 'quantized_matmul': 'scripts/bench/matmul.py --aot --write'}
 
@@ -54,22 +55,25 @@ def fastest(op: str, kind: str, sizes: tuple[int, ...], known: Collection[str]) 
   """The fastest implementation of those in `known`, from the entry of this chip and `kind` with the closest shape.
 
   The distance of two shapes is the sum of the squared logarithms of the ratios of their sizes. Returns None, and logs
-  one line, if the file has no entry of this kind.
+  one line, if the file has no entry of this kind, or none whose sizes are all within a factor of `FAR`.
 
   Raises KernelError for a damaged file.
   """
   path, entries = _entries(op)
-  found = {}
+  found, is_known = {}, False
   for key, entry in entries.items():
     own, _, shape = key.rpartition('_')
     if own != kind:
       continue
     if not isinstance(entry, dict) or entry.get('implementation') not in known or not _is_shape(shape, len(sizes)):
       raise _damaged(path, f'{op}.{key} = {entry!r} lacks one of {", ".join(known)}, or a shape')
-    ratios = (math.log(int(size) / n) for size, n in zip(shape.split('x'), sizes, strict=True))
-    found[sum(ratio**2 for ratio in ratios)] = entry['implementation']
+    ratios = [max(int(size) / n, n / int(size)) for size, n in zip(shape.split('x'), sizes, strict=True)]
+    is_known = True
+    if max(ratios) <= FAR:
+      found[sum(math.log(ratio) ** 2 for ratio in ratios)] = entry['implementation']
   if not found:
-    _missing(op, kind, device_kind())
+    near = f' within a factor of {FAR} of {"x".join(map(str, sizes))}' if is_known else ''
+    _missing(op, kind + near, device_kind())
     return None
   return found[min(found)]
 

@@ -107,9 +107,7 @@ class Parts:
   remat: Policy = 'none'
   remat_keep: tuple[Name, ...] = dataclasses.field(default=(), metadata=IF_SET)
   remat_offload: tuple[Name, ...] = dataclasses.field(default=(), metadata=IF_SET)
-  pipeline_microbatches: Annotated[int, '>= 1'] | None = dataclasses.field(
-    default=None, metadata=IF_SET
-  )
+  pipeline_microbatches: Annotated[int, '>= 1'] | None = dataclasses.field(default=None, metadata=IF_SET)
   pipeline_repeats: Annotated[int, '>= 1'] = dataclasses.field(default=1, metadata=IF_SET)
 
 

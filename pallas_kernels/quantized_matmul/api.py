@@ -184,7 +184,8 @@ def fastest(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | N
   """What 'auto' runs: the implementation whose schedule was the fastest on this chip in the nearest tuned shape. On
   several devices shapes are those of one device's part.
 
-  'xla' without such an entry, where the kernel lacks the product, and on several devices without `parts`.
+  'xla' without such an entry of a shape that is not far (`tuned.FAR`), where the kernel lacks the product or has no
+  tiles that fit, and on several devices without `parts`.
   """
   if not sharded.fits(a, b, pair, dims, parts):
     return 'xla'

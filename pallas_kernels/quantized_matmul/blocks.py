@@ -5,6 +5,7 @@ import functools
 import itertools
 
 from pallas_kernels import tuned
+from pallas_kernels.errors import KernelError
 
 MIB = 2**20
 SIZES = (2048, 1024, 512, 256, 128)
@@ -45,7 +46,8 @@ DEFAULT = CHIPS['v5p']
 class Shape:
   """A product [m, k] x [k, n]. Bytes of one number: as they are read, and as they are written. `kept`: whether codes of
   the first matrix are kept in fast memory while all blocks of the second one pass. `rows` and `columns`, for each of m,
-  k and n: lengths and head_dims of the arrays of heads in which it is (batch, length) or (heads, head_dim).
+  k and n: lengths and head_dims of the arrays of heads in which it is (batch, length) or (heads, head_dim). `formats`
+  of both matrices are for messages.
   """
 
   m: int
@@ -57,6 +59,7 @@ class Shape:
   kept: bool
   rows: tuple[tuple[int, ...], ...] = ((), (), ())
   columns: tuple[tuple[int, ...], ...] = ((), (), ())
+  formats: tuple[str, ...] = ()
 
   def allows(self, dim: int, size: int) -> bool:
     """Whether tiles may have this size along m (0), k or n: whole parts of rows or of a batch, and whole heads."""
@@ -104,18 +107,37 @@ def chip_in_use() -> Chip:
   return CHIPS.get(tuned.chip_of(tuned.device_kind()) or '', DEFAULT)
 
 
-@functools.cache
 def choose(of: Shape, chip: Chip) -> Blocks:
-  """The blocks with the fewest cycles that fit, of those the largest; the smallest ones where none fits."""
+  """The blocks with the fewest cycles that fit, of those the largest. Raises KernelError where none fits."""
+  if (found := fitting(of, chip)) is not None:
+    return found
+  least = min((blocks.vmem(of) for blocks in _every(of)), default=0)
+  raise KernelError(
+    f"kernels.quantized_matmul='tpu' has no tiles for [{of.m}, {of.k}] x [{of.k}, {of.n}] on one device"
+    f'{" in " + " and ".join(dict.fromkeys(of.formats)) if of.formats else ""}: the smallest take {_mib(least)} MiB of '
+    f"the {_mib(chip.tiles)} MiB that tiles may have of this chip's limit of {_mib(chip.limit)} MiB of VMEM. Use "
+    "kernels.quantized_matmul='auto' or 'xla', or a smaller batch where tokens are summed."
+  )
+
+
+def _mib(count: int) -> str:
+  return f'{count / MIB:.1f}'
+
+
+@functools.cache
+def fitting(of: Shape, chip: Chip) -> Blocks | None:
+  """As `choose`; None where no blocks fit."""
+  found = [blocks for blocks in _every(of) if blocks.vmem(of) <= chip.tiles]
+  cost = lambda blocks: (round(blocks.cycles(of, chip), -2), -blocks.k, -blocks.m * blocks.n)
+  return min(found, key=cost, default=None)
+
+
+def _every(of: Shape) -> list[Blocks]:
   summed = [of.k // parts for parts in range(1, of.k // LANES + 1) if of.k % (parts * LANES) == 0] or [of.k]
   sizes = [
     [size for size in own if of.allows(dim, size)] for dim, own in enumerate((_sizes(of.m), summed, _sizes(of.n)))
   ]
-  every = [Blocks(*found) for found in itertools.product(*sizes)]
-  fitting = [blocks for blocks in every if blocks.vmem(of) <= chip.tiles]
-  if not fitting:
-    return min(every, key=lambda blocks: blocks.vmem(of))
-  return min(fitting, key=lambda blocks: (round(blocks.cycles(of, chip), -2), -blocks.k, -blocks.m * blocks.n))
+  return [Blocks(*found) for found in itertools.product(*sizes)]
 
 
 def _wide(size: int) -> int:

@@ -72,20 +72,19 @@ def product(
   """`reference.product` of two (array, noise) by the kernel in `dtype`, by default that of the first. `parts`: how the
   mesh divides both; without it they are on one device.
 
-  Raises KernelError for formats with a scale for each block, for sums that an int32 may not hold, and on several
-  devices without `parts`, or where these do not divide a dim.
+  Raises KernelError for formats with a scale for each block, for sums that an int32 may not hold, where no tiles fit
+  into the chip's VMEM, and on several devices without `parts`, or where these do not divide a dim.
   """
-  check(a[0], b[0], pair, dims, parts)
   dtype = a[0].dtype if dtype is None else dtype
+  check(a[0], b[0], pair, dims, parts, dtype)
   outer = [_outer(x[0].shape, axes) for x, axes in zip((a, b), dims, strict=True)]
-  shape, is_of_heads = outer[0] + outer[1], len(outer[0]) == len(outer[1]) == 2 and 0 not in dims[0]
-  heads = outer[1] if is_of_heads else None
+  shape, heads = outer[0] + outer[1], outer[1] if _is_of_heads(outer, dims) else None
   if not on_several():
     parts = None
   if parts is not None:
     b, dims, parts = _flat_weight(b, dims, parts)
   sides = [_given(*side, own, operand) for side, own, operand in zip((a, b), dims, pair, strict=True)]
-  if _is_made_before(sides, dims, parts, dtype):
+  if _is_made_before(a[0], b[0], dims, parts, dtype):
     sides[1] = coded(sides[1], pair[1], None if parts is None else parts[1])
   if parts is None:
     return _on_device(pair, dims, dtype, interpret, heads, *sides).reshape(shape)
@@ -99,17 +98,19 @@ def on_several() -> bool:
 
 
 def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> bool:
-  """Whether the kernel has this product on the mesh in use, and tiles of whole lanes divide a device's part."""
+  """Whether the kernel has this product on the mesh in use, in a's dtype, and tiles for it, and whole lanes divide a
+  device's part.
+  """
   try:
-    check(a, b, pair, dims, parts)
+    check(a, b, pair, dims, parts, a.dtype)
   except KernelError:
     return False
   whole = all(n % blocks.LANES == 0 for n in sizes_of(a, b, dims, parts if on_several() else None))
   return whole and all(operand.scale != 'delayed' for operand in pair)
 
 
-def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> None:
-  """Raises KernelError, with the fix, for a product that the kernel does not have on the mesh in use."""
+def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None, dtype: Any) -> None:
+  """Raises KernelError, with the fix, for a product in `dtype` that the kernel does not have on the mesh in use."""
   blocked = [operand.format for operand in pair if not operand.in_hardware]
   kinds = {operand.element.is_integer for operand in pair}
   if blocked or len(kinds) > 1:
@@ -125,6 +126,25 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
       f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
       "'auto' or 'xla', or smaller batches."
     )
+  blocks.choose(shape_in_kernel(a, b, pair, dims, parts, dtype), blocks.chip_in_use())
+
+
+def shape_in_kernel(
+  a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None, dtype: Any
+) -> blocks.Shape:
+  """What one device's kernel is given of the product of a and b, of which it reads shapes and dtypes alone."""
+  parts = parts if on_several() else None
+  of_a, of_b = (local_shape(x, own) for x, own in zip((a, b), parts or (None, None), strict=True))
+  outer = [_outer(shape, axes) for shape, axes in zip((of_a, of_b), dims, strict=True)]
+  is_coded, is_divided = _is_made_before(a, b, dims, parts, dtype), False
+  if parts is not None:
+    is_divided = _size(sum((parts[0].entries[axis] for axis in dims[0]), ())) > 1
+    if (groups := _groups(b.ndim, dims[1], parts[1])) is not None:
+      dims, of_b = (dims[0], (groups.index(dims[1]),)), tuple(math.prod(of_b[axis] for axis in own) for own in groups)
+  left = _abstract(of_a, dims[0], a.dtype, is_coded=False)
+  right = _abstract(of_b, dims[1], _code_dtype(pair[1]) if is_coded else b.dtype, is_coded=is_coded)
+  heads = _out_heads(outer[0], outer[1]) if _is_of_heads(outer, dims) else None
+  return tpu.shape_of(left, right, pair, heads, 4 if is_divided else jnp.dtype(dtype).itemsize)
 
 
 def _check_parts(arrays, parts: tuple[Parts, Parts] | None) -> None:
@@ -177,21 +197,26 @@ def coded(side: Given, operand: Operand, own: Parts | None = None) -> Given:
   """The same with codes in the place of numbers, made by XLA: of a weight that is kept divided, where it is kept."""
   random = None if side.hashes is None else mix(side.hashes ^ side.columns)
   found = rounded(side.x.astype(jnp.float32) * side.up, operand.element, random)
-  codes = found.astype(jnp.int8 if operand.element.is_integer else operand.element.dtype)
+  codes = found.astype(_code_dtype(operand))
   if own is not None and own.stored is not None:
     codes = jax.lax.with_sharding_constraint(codes, _spec(codes, own.stored))
   return Given(codes, None, side.scale)
 
 
-def _is_made_before(sides: list[Given], dims, parts: tuple[Parts, Parts] | None, dtype: Any) -> bool:
+def _code_dtype(operand: Operand) -> Any:
+  return jnp.int8 if operand.element.is_integer else operand.element.dtype
+
+
+def _is_made_before(a: Array, b: Array, dims, parts: tuple[Parts, Parts] | None, dtype: Any) -> bool:
   """Whether codes of the second matrix are made before the kernel: a weight's are, to be gathered as codes, and those
-  that the kernel would make again for each block of rows.
+  that the kernel would make again for each block of rows, or has no tiles for.
   """
   if parts is not None and parts[1].stored is not None:
     return True
-  m, k, n = sizes_of(sides[0].x, sides[1].x, dims, parts)
-  bytes_of = (x.dtype.itemsize for x in (sides[0].x, sides[1].x, jnp.zeros((), dtype)))
-  return blocks.choose(blocks.Shape(m, k, n, *bytes_of, kept=True), blocks.chip_in_use()).m < m
+  m, k, n = sizes_of(a, b, dims, parts)
+  bytes_of = (jnp.dtype(own).itemsize for own in (a.dtype, b.dtype, dtype))
+  found = blocks.fitting(blocks.Shape(m, k, n, *bytes_of, kept=True), blocks.chip_in_use())
+  return found is None or found.m < m
 
 
 def sizes_of(a: Array, b: Array, dims, parts: tuple[Parts, Parts] | None) -> tuple[int, int, int]:
@@ -209,21 +234,28 @@ def _outer(sizes: tuple, axes: tuple[int, ...]) -> tuple:
 def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
   """(b, dims, parts) with a weight as a matrix, so that it is gathered as one: else devices copy it after that."""
   (x, noise), own, axes = b, parts[1], dims[1]
-  if own.stored is None:
+  if own.stored is None or (groups := _groups(x.ndim, axes, own)) is None:
     return b, dims, parts
-  first = axes if 0 in axes else tuple(axis for axis in range(x.ndim) if axis not in axes)
-  groups = (first, tuple(axis for axis in range(x.ndim) if axis not in first))
-  if any(names[axis] for names in (own.entries, own.stored) for group in groups for axis in group[1:]):
-    return b, dims, parts  # a dim inside is divided
   merge = lambda entries: tuple(entries[group[0]] for group in groups)
   size = lambda x, group: math.prod(x.shape[axis] for axis in group)
   flat = lambda x: x.reshape(*(size(x, group) for group in groups))
   noise = None if noise is None else noise._replace(rows=flat(noise.rows), columns=flat(noise.columns))
   return (
     (flat(x), noise),
-    (dims[0], (0,) if axes == first else (1,)),
+    (dims[0], (groups.index(axes),)),
     (parts[0], Parts(merge(own.entries), merge(own.stored))),
   )
+
+
+def _groups(ndim: int, axes: tuple[int, ...], own: Parts) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+  """The dims of a weight that are the rows, and those that are the columns, of a matrix; None where it stays as it is:
+  one of them but the first is divided, or it is no weight.
+  """
+  groups = _sides(ndim, axes)
+  divided = (
+    names[axis] for names in (own.entries, own.stored or ()) if names for group in groups for axis in group[1:]
+  )
+  return None if own.stored is None or any(divided) else groups
 
 
 def _on_each(sides, pair: Pair, dims, parts: tuple[Parts, Parts], dtype, interpret, heads) -> Array:
@@ -284,10 +316,20 @@ def _on_device(pair: Pair, dims, dtype, interpret, heads: tuple[int, ...] | None
   run = functools.partial(tpu.matmul, *flat, pair, dtype=dtype, interpret=interpret)
   if heads is None:
     return run()
-  batch, length = _outer(a.x.shape, dims[0])
-  if not _in_tiles(length, heads[1]):
-    return run().reshape(batch, length, *heads)
-  return jnp.swapaxes(run(out_heads=(batch, heads[0], length, heads[1])), 1, 2)
+  tokens = _outer(a.x.shape, dims[0])
+  if (own := _out_heads(tokens, heads)) is None:
+    return run().reshape(*tokens, *heads)
+  return jnp.swapaxes(run(out_heads=own), 1, 2)
+
+
+def _is_of_heads(outer, dims) -> bool:
+  """Whether the result is [batch, length, heads, head_dim]; `outer`: the sizes of both arrays that it has."""
+  return len(outer[0]) == len(outer[1]) == 2 and 0 not in dims[0]
+
+
+def _out_heads(tokens: tuple[int, ...], heads: tuple[int, ...]) -> tuple[int, ...] | None:
+  """The array of heads that the kernel writes; None where it writes a matrix."""
+  return (tokens[0], heads[0], tokens[1], heads[1]) if _in_tiles(tokens[1], heads[1]) else None
 
 
 def _in_tiles(length: int, dim: int) -> bool:
@@ -299,8 +341,7 @@ def _matrix(x: Given, axes: tuple[int, ...]) -> tpu.Matrix:
   """A device's array as a matrix. The dims that go with the first one are its rows; an array whose rows and columns are
   two dims each, one of tokens and one of heads, is taken in the order batch, heads, length, head_dim.
   """
-  others = tuple(axis for axis in range(x.x.ndim) if axis not in axes)
-  first, last = (axes, others) if 0 in axes else (others, axes)
+  first, last = _sides(x.x.ndim, axes)
 
   def flat(y: Array | None) -> Array | None:
     if y is None:
@@ -308,7 +349,32 @@ def _matrix(x: Given, axes: tuple[int, ...]) -> tpu.Matrix:
     rows = math.prod(y.shape[axis] for axis in first)
     return jnp.transpose(y, (*first, *last)).reshape(rows, math.prod(y.shape[axis] for axis in last))
 
-  array = flat(x.x)
-  if len(first) == len(last) == 2 and _in_tiles(x.x.shape[first[1]], x.x.shape[last[1]]):
-    array = jnp.transpose(x.x, (first[0], last[0], first[1], last[1]))
+  order = _order_of_heads(x.x.shape, axes)
+  array = flat(x.x) if order is None else jnp.transpose(x.x, order)
   return tpu.Matrix(array, 0 if first == axes else 1, flat(x.up), flat(x.hashes), flat(x.columns), flat(x.scale))
+
+
+def _sides(ndim: int, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The dims that are the rows of a matrix, which go with the first one, and those that are its columns."""
+  others = tuple(axis for axis in range(ndim) if axis not in axes)
+  return (axes, others) if 0 in axes else (others, axes)
+
+
+def _order_of_heads(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...] | None:
+  """The dims batch, heads, length and head_dim of an array that the kernel takes so; None for a matrix."""
+  first, last = _sides(len(shape), axes)
+  if len(first) == len(last) == 2 and _in_tiles(shape[first[1]], shape[last[1]]):
+    return first[0], last[0], first[1], last[1]
+  return None
+
+
+def _abstract(shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any, *, is_coded: bool) -> tpu.Matrix:
+  """`_matrix` without numbers, of codes or of what the kernel makes codes of."""
+  order, sides = _order_of_heads(shape, axes), _sides(len(shape), axes)
+  own = (
+    tuple(math.prod(shape[axis] for axis in side) for side in sides)
+    if order is None
+    else tuple(shape[axis] for axis in order)
+  )
+  x: Any = jax.ShapeDtypeStruct(own, dtype)
+  return tpu.Matrix(x, 0 if sides[0] == axes else 1, None if is_coded else x)

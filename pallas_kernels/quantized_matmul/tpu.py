@@ -120,8 +120,10 @@ def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.Block
   return pl.BlockSpec((max(block[0] // length, 1), block[1] // dim, min(block[0], length), dim), place)
 
 
-def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes: int) -> Shape:
-  """The product, as `blocks.choose` takes it."""
+def shape_of(
+  a: Matrix, b: Matrix, pair: tuple[Operand | None, Operand | None], out_heads: tuple[int, ...] | None, out_bytes: int
+) -> Shape:
+  """The product, as `blocks.choose` takes it. Reads shapes and dtypes of arrays alone."""
   (m, k), n = (a.shape if a.summed else a.shape[::-1]), b.shape[1 - b.summed]
   rows, columns = {'m': [], 'k': [], 'n': []}, {'m': [], 'k': [], 'n': []}
   for x, names in ((a, 'mk' if a.summed else 'km'), (b, 'nk' if b.summed else 'kn')):
@@ -133,7 +135,9 @@ def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes:
     columns['n'].append(out_heads[3])
   frozen = lambda of: tuple(tuple(of[name]) for name in 'mkn')
   size = lambda x: x.x.dtype.itemsize
-  return Shape(m, k, n, size(a), size(b), out_bytes, a.up is not None or a.x.ndim == 4, frozen(rows), frozen(columns))
+  formats = tuple(operand.format for operand in pair if operand is not None)
+  kept = a.up is not None or a.x.ndim == 4
+  return Shape(m, k, n, size(a), size(b), out_bytes, kept, frozen(rows), frozen(columns), formats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +189,12 @@ def matmul(
 ) -> Array:  # fmt: skip
   """[M, N] in `dtype`, or with `out_heads` an array of heads of that shape: the product of both, which are quantized
   where they have an `up`, by their `Operand`. Without scales: the sums, in int32 or float32; of matrices that are not
-  quantized (`pair` has no Operand) in `dtype`.
+  quantized (`pair` has no Operand) in `dtype`. Raises KernelError where no tiles fit into the chip's VMEM.
   """
   total = jnp.int32 if _held(a, pair[0]) == jnp.int8 else jnp.float32
   is_raw = a.scale is None
   dtype = total if is_raw and pair != (None, None) else dtype
-  of = shape_of(a, b, out_heads, jnp.dtype(dtype).itemsize)
+  of = shape_of(a, b, pair, out_heads, jnp.dtype(dtype).itemsize)
   tiles = blocks.choose(of, blocks.chip_in_use())
   sides, arrays, specs = [], [], []
   for x, operand, place, own in ((a, pair[0], 0, tiles.m), (b, pair[1], 1, tiles.n)):

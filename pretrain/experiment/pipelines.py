@@ -41,9 +41,9 @@ def _check_products(cfg: Experiment, stages: int) -> None:
   quantized = [name for name in named_by(cfg.precision) if RECIPES[name] is not None]
   if own in KERNELS and quantized:
     raise ConfigError(
-      f"kernels.quantized_matmul='{own}' with mesh.stage={stages} and precision recipe '{quantized[0]}': its kernel has "
-      "no products of several stages; use kernels.quantized_matmul='auto' or 'xla', whose products the partitioner "
-      'divides, or mesh.stage=1.'
+      f"kernels.quantized_matmul='{own}' with mesh.stage={stages} and precision recipe '{quantized[0]}': the kernel "
+      "cannot divide a product over stages; use kernels.quantized_matmul='auto' or 'xla', whose products the "
+      'partitioner divides, or mesh.stage=1.'
     )
 
 

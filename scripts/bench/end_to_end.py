@@ -29,7 +29,7 @@ import schedule
 
 NAMES = ('auto', 'reference')
 KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
-PRODUCT = re.compile(r'%quantized_matmul\.(\d+) = (\S+) .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
+PRODUCT = re.compile(rf'%(({matmul.KERNEL}_[0-9a-f]+)[\d.]*) = .* custom-call\(')
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
@@ -86,16 +86,17 @@ def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
 
 
 def products(text: str, calls: dict, folder: pathlib.Path, chip: str) -> dict[str, int]:
-  """{'quantized_matmul': cycles} of the compiled step; empty where it has none. Equal calls share one schedule."""
+  """{'quantized_matmul': cycles} of the compiled step; empty where it has none. `calls` by the names of their programs
+  (`matmul.recorded`): equal ones share one schedule, those that only have equal shapes do not.
+  """
   found, paths = collections.Counter(), {}
   for times, line in schedule.executed(text):
     if one := PRODUCT.search(line):
-      shapes = [dims for dims in re.findall(r'\w+\[([\d,]*)\]', one[2] + one[3])]
-      found[tuple(shapes)] += times
-      dumps = [p for p in folder.glob(f'*-quantized_matmul.{one[1]}-*final_bundles*') if 'sched' not in p.name]
-      paths |= {tuple(shapes): dumps[0]} if dumps else {}
-  own = [times * matmul.kernel_cycles(calls[key], paths[key], chip) for key, times in found.items()]
-  return {'quantized_matmul': sum(own)} if own else {}
+      found[one[2]] += times
+      dumps = [p for p in folder.glob(f'*-{one[1]}-*final_bundles*') if 'sched' not in p.name]
+      paths |= {one[2]: dumps[0]} if dumps else {}
+  own = [times * matmul.kernel_cycles(calls[name], paths[name], chip) for name, times in found.items()]
+  return {matmul.KERNEL: sum(own)} if own else {}
 
 
 def collectives(text: str) -> dict[str, int]:

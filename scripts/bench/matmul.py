@@ -14,10 +14,12 @@ With `--several` on all devices of the slice, which divide the tokens and where 
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import sys
+from unittest import mock
 
 sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[2])
@@ -157,21 +159,29 @@ def compiled(chip: str, run, shapes, dtype, divisions=None):
 
 
 def recorded() -> dict:
-  """{(shape of the result, shapes of the operands): Call}, filled while a program is traced."""
+  """{name: Call}, filled while programs are traced. Kernels that differ in anything have different names, by which they
+  go in the compiled text and in the files of their schedules; nothing else of them changes.
+  """
+  from jax.experimental import pallas as pl
+
   from pallas_kernels.quantized_matmul import tpu
 
-  found, own = {}, tpu.Call.run
+  found, own, plain = {}, tpu.Call.run, pl.pallas_call
 
   def run(self, arrays, specs, interpret):
-    found[key_of(self.out_heads or (self.of.m, self.of.n), *(x.shape for x in arrays))] = self
-    return own(self, arrays, specs, interpret)
+    name = name_of(self, arrays)
+    found[name] = self
+    with mock.patch.object(pl, 'pallas_call', lambda *args, **options: plain(*args, **options | {'name': name})):
+      return own(self, arrays, specs, interpret)
 
   tpu.Call.run = run
   return found
 
 
-def key_of(*shapes) -> tuple[str, ...]:
-  return tuple(','.join(map(str, shape)) for shape in shapes)
+def name_of(call, arrays) -> str:
+  """With a hash of all that the kernel's program depends on: product, tiles, and shapes and dtypes of its operands."""
+  operands = [(x.shape, str(x.dtype)) for x in arrays]
+  return f'{KERNEL}_{hashlib.sha256(repr((call, operands)).encode()).hexdigest()[:16]}'
 
 
 def kernel_cycles(call, path: pathlib.Path, chip: str) -> int:

@@ -85,6 +85,47 @@ def test_xla_runs_where_the_kernel_cannot_or_nothing_was_tuned(write, options):
   assert chosen(1024, **options) == {'forward': 'xla', 'dgrad': 'xla', 'wgrad': 'xla'}
 
 
+@pytest.mark.parametrize(('devices', 'prefix'), [(1, ''), (4, 'divided_')])
+@pytest.mark.parametrize(
+  ('entry', 'expected'),
+  [
+    ('1024x512x2048', 'tpu'), ('8192x512x2048', 'tpu'), ('128x512x2048', 'tpu'),
+    ('8193x512x2048', 'xla'), ('127x512x2048', 'xla'), ('1024x63x2048', 'xla'), ('1024x4097x2048', 'xla'),
+    ('1024x512x255', 'xla'), ('1024x512x16385', 'xla'), ('8192x4096x256', 'tpu'),
+  ],
+)  # fmt: skip
+def test_an_entry_counts_up_to_a_factor_of_eight_in_each_size(write, entry, expected, devices, prefix, caplog):
+  """Of 1,024 x 512 x 2,048 on a device. Beyond, XLA's own product runs, which is logged once for each shape."""
+  write({f'{prefix}forward_int8_{entry}': {'implementation': 'tpu'}})
+  with caplog.at_level('INFO', 'pallas_kernels.tuned'):
+    own = [chosen(1024 * devices, devices=devices, divided=devices > 1)['forward'] for _ in range(2)]
+  assert own == [expected] * 2
+  said = [line for line in caplog.messages if f'{prefix}forward_int8' in line]
+  assert said == (expected == 'xla') * [
+    f'quantized_matmul: no tuned entry for {prefix}forward_int8 within a factor of 8 of 1024x512x2048 on TPU v5 lite, '
+    'the default is used; scripts/bench/matmul.py --aot --write finds one.'
+  ]
+
+
+def test_of_far_and_near_entries_the_near_ones_count(write):
+  write({f'forward_int8_{key}': {'implementation': name} for key, name in (
+    ('64x512x2048', 'xla'), ('4096x4096x16384', 'tpu'), ('128x64x256', 'xla'))})  # fmt: skip
+  assert chosen(1024)['forward'] == 'tpu'
+  assert chosen(128)['forward'] == 'xla'
+
+
+def test_xla_runs_where_no_tiles_fit(write):
+  """Codes of 128 rows and all tokens, which the gradient of w keeps, take 128 MiB of the 90 that tiles may have."""
+  kinds = (
+    'forward_fp8_e4m3_{0}x512x2048',
+    'dgrad_fp8_e5m2_fp8_e4m3_{0}x2048x512',
+    'wgrad_fp8_e4m3_fp8_e5m2_512x{0}x2048',
+  )
+  write({kind.format(2**19): {'implementation': 'tpu'} for kind in kinds})
+  assert chosen(2**19, 'fp8') == {'forward': 'tpu', 'dgrad': 'tpu', 'wgrad': 'tpu'}
+  assert chosen(2**20, 'fp8') == {'forward': 'tpu', 'dgrad': 'tpu', 'wgrad': 'xla'}
+
+
 def test_several_devices_have_entries_of_their_own_by_the_shape_of_one_part(write):
   """Tokens are divided by four."""
   write(

@@ -145,6 +145,29 @@ def test_a_product_that_a_mesh_does_not_divide_is_refused_with_the_fix(division,
     quantized_matmul(x, w, Recipe(forward=(INT8, INT8)), implementation='interpret', division=division)
 
 
+@pytest.mark.parametrize(
+  ('case', 'shape'), [*((case, (2, 2)) for case in CASES), ('query', (1, 1)), ('out', (1, 1))], ids=str
+)
+def test_tiles_are_checked_for_what_the_kernel_is_given(case, shape, monkeypatch):
+  """The shapes, bytes and heads of all three products, before anything is traced; once for each kernel."""
+  checked, ran, own = [], [], tpu.Call.run
+  choose = blocks.choose
+  monkeypatch.setattr(blocks, 'choose', lambda of, chip: checked.append(of) or choose(of, chip))
+  monkeypatch.setattr(tpu.Call, 'run', lambda self, *rest: ran.append(self.of) or own(self, *rest))
+  (x, w, g), (_, axes, of_x, of_w, stored) = arrays(case), CASES[case]
+  division = Division(of_x, of_w, stored)
+
+  def run(x, w, g):
+    own = {'seed': jnp.uint32(5), 'implementation': 'interpret', 'division': division, 'axes': axes}
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES['int8'], **own), x, w)
+    return out, *back(g)
+
+  with jax.sharding.use_abstract_mesh(mesh_of(*shape).abstract_mesh):
+    jax.eval_shape(run, x, w, g)
+  assert len(ran) == 3
+  assert checked == [of for of in ran for _ in range(2)], 'by `check`, then by the kernel'
+
+
 def test_a_part_of_the_mesh_may_be_divided_around_the_product():
   """As replicas are, each with its own sums and scales: two halves of the rows, as if there was no other half."""
   x, w, _ = arrays('up')

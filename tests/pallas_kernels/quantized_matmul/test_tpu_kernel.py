@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import blocks
@@ -118,6 +118,23 @@ def test_what_the_kernel_lacks_is_refused_by_name(make, message):
   with pytest.raises(KernelError) as caught:
     make(*arrays()[:2])
   assert message in str(caught.value)
+
+
+def test_a_product_without_tiles_that_fit_is_refused_before_it_is_compiled():
+  """A sum of 100,001 is one tile, for no multiple of 128 divides it: 128 * 100,001 numbers of bfloat16 and as many
+  codes of w, both twice, and codes of x; the result twice in bfloat16 and in float32.
+  """
+  mesh = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice(device_kind='TPU v5p', num_cores=2, platform='tpu'))
+  x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 100_001), (100_001, 128)))
+  run = lambda x, w: quantized_matmul(x, w, Recipe(forward=(INT8, INT8)), implementation='tpu')
+  with jax.sharding.use_abstract_mesh(mesh), pytest.raises(KernelError) as caught:
+    jax.eval_shape(run, x, w)
+  mib = (128 * 100_001 * (2 * 2 + 2 * 1 + 1) + 128 * 128 * (2 * 2 + 2 * 4)) / 2**20
+  assert str(caught.value) == (
+    "CONFIG: kernels.quantized_matmul='tpu' has no tiles for [256, 100001] x [100001, 128] on one device in int8: the "
+    f"smallest take {mib:.1f} MiB of the 50.4 MiB that tiles may have of this chip's limit of 56.0 MiB of VMEM. Use "
+    "kernels.quantized_matmul='auto' or 'xla', or a smaller batch where tokens are summed."
+  )
 
 
 def test_the_kernel_is_refused_on_other_platforms():

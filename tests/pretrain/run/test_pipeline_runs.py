@@ -140,8 +140,8 @@ def test_parameters_and_the_optimizer_are_divided_over_stages(text_store):
     *(
       (
         ('mesh.stage=2', f"kernels.quantized_matmul='{name}'", *recipe),
-        f"kernels.quantized_matmul='{name}' with mesh.stage=2 and precision recipe 'int8': its kernel has no products of "
-        "several stages; use kernels.quantized_matmul='auto' or 'xla', whose products the partitioner divides, or "
+        f"kernels.quantized_matmul='{name}' with mesh.stage=2 and precision recipe 'int8': the kernel cannot divide a "
+        "product over stages; use kernels.quantized_matmul='auto' or 'xla', whose products the partitioner divides, or "
         'mesh.stage=1.',
       )
       for name, recipe in (
@@ -184,7 +184,9 @@ def test_an_axis_that_takes_the_remaining_devices_is_checked_when_they_are_known
   with pytest.raises(ConfigError, match=r'model\.layers=2 does not divide into mesh\.stage=8 x .* mesh\.stage=2\.'):
     build_program(cfg)
   named = ("kernels.quantized_matmul='interpret'", "precision.recipe='int8'", 'model.layers=8')
-  with pytest.raises(ConfigError, match=r"='interpret' with mesh\.stage=8 and precision recipe 'int8'.* mesh\.stage=1\."):
+  with pytest.raises(
+    ConfigError, match=r"='interpret' with mesh\.stage=8 and precision recipe 'int8'.* mesh\.stage=1\."
+  ):
     build_program(tiny.decoder('mesh.data=1', 'mesh.stage=-1', *named))
 
 
