@@ -90,12 +90,56 @@ def expected(case: str, name: str):
 )  # fmt: skip
 def test_a_mesh_gives_what_one_device_does(case, name, fsdp, tensor, tiles):
   """Forward and both gradients with random bits: integers to the last bit, sums of fp8 in another order nearly."""
-  found = results(case, name, 'interpret', mesh_of(fsdp, tensor), tiles)
+  if (case, name, fsdp, tensor, tiles) == ('up', 'int8', 2, 2, None):
+    found = on_mesh('up')(*arrays('up'))
+  else:
+    found = results(case, name, 'interpret', mesh_of(fsdp, tensor), tiles)
   for one, other in zip(found, expected(case, name), strict=True):
     if name == 'int8':
       np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(one, other, rtol=2**-7, atol=1e-3)
     assert np.mean(one != other) < 0.02
+
+
+@functools.cache
+def on_mesh(case: str):
+  """The product and both gradients in int8 of arrays as they lie on 2 x 2 devices, in one compiled program."""
+  _, axes, of_x, of_w, stored = CASES[case]
+  mesh, division = mesh_of(2, 2), Division(of_x, of_w, stored)
+  own = {'seed': jnp.uint32(5), 'implementation': 'interpret', 'division': division, 'axes': axes}
+  place = lambda entries: NamedSharding(mesh, PartitionSpec(*(names or None for names in entries)))
+
+  def run(x, w, g):
+    out, back = jax.vjp(lambda x, w: quantized_matmul(x, w, RECIPES['int8'], **own), x, w)
+    return out, *back(g)
+
+  compiled = jax.jit(run, in_shardings=tuple(map(place, (of_x, stored, division.of_gradient(axes)))))
+
+  def found(*given):
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      patch.setattr(tpu, 'COLUMNS', 128)
+      return tuple(np.asarray(array.astype(jnp.float32)) for array in compiled(*given))
+
+  return found
+
+
+@pytest.mark.parametrize('value', [math.nan, -math.inf])
+@pytest.mark.parametrize('place', [(0, (3, 7, 5)), (1, (200, 380)), (2, (1, 100, 11))], ids=['x', 'w', 'gradient'])
+def test_a_number_that_is_not_finite_is_seen_on_a_mesh_where_it_belongs(place, value):
+  """With sums over devices in both gradients, of raw integers: numbers are not finite where the product in float64 has
+  none that are, and all others are those without it, to the last bit.
+  """
+  given, clean = list(arrays('up')), on_mesh('up')(*arrays('up'))
+  given[place[0]] = given[place[0]].at[place[1]].set(value)
+  found = on_mesh('up')(*given)
+  x, w, g = (np.asarray(array, np.float64) for array in given)
+  with np.errstate(invalid='ignore'):
+    expected = x @ w, g @ w.T, x.reshape(-1, 256).T @ g.reshape(-1, 384)
+  assert [int((~np.isfinite(one)).sum()) for one in expected] == {
+    0: [384, 0, 384], 1: [512, 512, 0], 2: [0, 256, 256]}[place[0]]  # fmt: skip
+  for one, before, exact in zip(found, clean, expected, strict=True):
+    np.testing.assert_array_equal(np.isfinite(one), np.isfinite(exact))
+    np.testing.assert_array_equal(one[np.isfinite(exact)], before[np.isfinite(exact)])
 
 
 def test_a_weight_is_gathered_as_codes():
