@@ -1,6 +1,5 @@
 """Cycles of kernels of quantized products, in schedules written by hand; and which schedule belongs to which kernel."""
 
-import functools
 import pathlib
 import sys
 
@@ -99,21 +98,18 @@ def calls(monkeypatch):
 
 
 def test_products_of_a_square_weight_have_a_name_for_each_program(calls):
-  """x w and x w^T in fp8 have equal shapes, and sum over another dim of w; the text that is compiled has the names."""
+  """x w and x w^T in fp8 have operands of equal shapes (codes of w are made before, for there are more rows than a tile
+  has), and sum over another dim of w. The text that is compiled has the names.
+  """
   mesh = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice(device_kind='TPU7x', num_cores=1, platform='tpu'))
-  product = functools.partial(sharded.product, pair=(E4M3, E4M3))
+  product = lambda x, w, dim: sharded.product((x, None), (w, None), (E4M3, E4M3), ((1,), (dim,)))
 
   def run(x, w):
-    forward = product((x, None), (w, None), dims=((1,), (0,)))
-    return (
-      forward,
-      product((forward, None), (w, None), dims=((1,), (1,))),
-      product((w, None), (w, None), dims=((1,), (0,))),
-    )
+    return product(product(product(x, w, 0), w, 1), w, 0)
 
-  square = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+  x, w = (jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16) for rows in (4096, 256))
   with jax.sharding.use_abstract_mesh(mesh):
-    text = jax.jit(run).trace(square, square).lower(lowering_platforms=('tpu',)).as_text()
+    text = jax.jit(run).trace(x, w).lower(lowering_platforms=('tpu',)).as_text()
   assert sorted(own.sides[1].summed for own in calls.values()) == [0, 1]
   assert all(name.startswith('quantized_matmul_') for name in calls)
   assert sorted(text.count(f'kernel_name = "{name}"') for name in calls) == [1, 2]
