@@ -14,6 +14,7 @@ from models import partition
 from models.families.decoder import Decoder, DecoderConfig, check_decoder
 from models.families.encoder import Encoder, EncoderConfig, check_encoder
 from models.families.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, check_encoder_decoder
+from models.families.parts import dropout_of
 from models.layers.low_rank import NONE, LoraConfig, attach, grafted
 from models.precision import AMAX, BF16, PrecisionConfig, check_blocks, check_layers, check_trains
 from models.precision import attach as attach_precision
@@ -207,11 +208,12 @@ def row_order(cfg: ModelConfig, kernels: KernelsConfig, devices: int) -> RowOrde
 
 def check_attention(cfg: ModelConfig, kernels: KernelsConfig, *, divided: bool) -> None:
   """Raises KernelError where the attention that `kernels` names lacks what training `cfg` needs: dropout, disentangled
-  scores, or, with `divided`, rows that `mesh.sequence` divides. The platform is not asked: finished runs are read on
-  any.
+  scores, or, with `divided`, rows that `mesh.sequence` divides. Call it without a mesh in use: then the platform is not
+  asked, and a config for another one passes.
   """
   if kernels.attention != 'auto':
+    own = dropout_of(cfg)
     attention.choose(
-      kernels.attention, dropout=cfg.dropout > 0 and cfg.dropout_sites != 'none', shared=cfg.dropout_sites == 't5',
-      divided=divided, position_scores=cfg.positions == 'disentangled',
+      kernels.attention, dropout=own.outer > 0, shared=own.shared, divided=divided,
+      position_scores=cfg.positions == 'disentangled',
     )  # fmt: skip

@@ -20,7 +20,7 @@ CHIPS = {
   'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v6': 'v6e', 'TPU7x': 'tpu7x', 'TPU v7x': 'tpu7x',
   'H100': 'h100', 'H200': 'h200', 'A100': 'a100',
 }  # fmt: skip
-FAR = 8  # an entry says nothing of a shape with a size so many times smaller or larger than its own
+FAR = 8  # an entry counts for shapes whose sizes are at most so many times smaller or larger than its own
 # op -> the program that writes its entries.
 WRITERS = {'attention': 'scripts/tune_kernels.py', 'quantized_matmul': 'scripts/bench/matmul.py --aot --write'}
 

@@ -112,7 +112,7 @@ def _of_sinks(see: Visibility, q_positions: Array, kv_positions: Array) -> Visib
   else:
     q_segments, kv_segments = see.q_segment_ids, jnp.where(is_sink, see.kv_segment_ids, 0)
   return Visibility(
-    causal=True, cached=see.cached, q_segment_ids=q_segments, kv_segment_ids=kv_segments,
+    causal=True, cached=see.cached, silenced=see.silenced, q_segment_ids=q_segments, kv_segment_ids=kv_segments,
     q_positions=q_positions - see.window, kv_positions=kv_positions, kv_places=see.kv_places,
   )  # fmt: skip
 

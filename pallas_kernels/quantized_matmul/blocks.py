@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 
 from pallas_kernels import tuned
 from pallas_kernels.errors import KernelError
@@ -45,9 +46,9 @@ DEFAULT = CHIPS['v5p']
 @dataclasses.dataclass(frozen=True)
 class Shape:
   """A product [m, k] x [k, n]. Bytes of one number: as they are read, and as they are written. `kept`: whether codes of
-  the first matrix are kept in fast memory while all blocks of the second one pass. `rows` and `columns`, for each of m,
-  k and n: lengths and head_dims of the arrays of heads in which it is (batch, length) or (heads, head_dim). `formats`
-  of both matrices are for messages.
+  the first matrix are kept in fast memory while all blocks of the second one pass; `copied`: whether the kernel writes
+  a tile of codes of the second one. `rows` and `columns`, for each of m, k and n: lengths and head_dims of the arrays
+  of heads in which it is (batch, length) or (heads, head_dim).
   """
 
   m: int
@@ -57,9 +58,9 @@ class Shape:
   b_bytes: int
   out_bytes: int
   kept: bool
+  copied: bool
   rows: tuple[tuple[int, ...], ...] = ((), (), ())
   columns: tuple[tuple[int, ...], ...] = ((), (), ())
-  formats: tuple[str, ...] = ()
 
   def allows(self, dim: int, size: int) -> bool:
     """Whether tiles may have this size along m (0), k or n: whole parts of rows or of a batch, and whole heads."""
@@ -84,7 +85,7 @@ class Blocks:
   def vmem(self, of: Shape) -> int:
     """Bytes: two tiles of each array, the sums, and codes."""
     tiles = self.m * self.k * of.a_bytes + self.k * self.n * of.b_bytes + self.m * self.n * of.out_bytes
-    codes = (self.m * of.k if of.kept else 0) + (self.k * self.n if of.b_bytes > 1 else 0)
+    codes = (self.m * of.k if of.kept else 0) + (self.k * self.n if of.copied else 0)
     return 2 * tiles + 2 * 4 * self.m * self.n + codes
 
   def bytes_moved(self, of: Shape) -> int:
@@ -107,14 +108,16 @@ def chip_in_use() -> Chip:
   return CHIPS.get(tuned.chip_of(tuned.device_kind()) or '', DEFAULT)
 
 
-def choose(of: Shape, chip: Chip) -> Blocks:
-  """The blocks with the fewest cycles that fit, of those the largest. Raises KernelError where none fits."""
+def choose(of: Shape, chip: Chip, formats: Iterable[str] = ()) -> Blocks:
+  """The blocks with the fewest cycles that fit, of those the largest. Raises KernelError where none fits, with the
+  `formats` of both matrices.
+  """
   if (found := fitting(of, chip)) is not None:
     return found
-  least = min((blocks.vmem(of) for blocks in _every(of)), default=0)
+  least, named = min(blocks.vmem(of) for blocks in _every(of)), ' and '.join(dict.fromkeys(formats))
   raise KernelError(
     f"kernels.quantized_matmul='tpu' has no tiles for [{of.m}, {of.k}] x [{of.k}, {of.n}] on one device"
-    f'{" in " + " and ".join(dict.fromkeys(of.formats)) if of.formats else ""}: the smallest take {_mib(least)} MiB of '
+    f'{named and f" in {named}"}: the smallest take {_mib(least)} MiB of '
     f"the {_mib(chip.tiles)} MiB that tiles may have of this chip's limit of {_mib(chip.limit)} MiB of VMEM. Use "
     "kernels.quantized_matmul='auto' or 'xla', or a smaller batch where tokens are summed."
   )

@@ -76,7 +76,7 @@ def product(
   into the chip's VMEM, and on several devices without `parts`, or where these do not divide a dim.
   """
   dtype = a[0].dtype if dtype is None else dtype
-  check(a[0], b[0], pair, dims, parts, dtype)
+  check(a[0], b[0], pair, dims, parts)
   outer = [_outer(x[0].shape, axes) for x, axes in zip((a, b), dims, strict=True)]
   shape, heads = outer[0] + outer[1], outer[1] if _is_of_heads(outer, dims) else None
   if not on_several():
@@ -102,15 +102,17 @@ def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None
   device's part.
   """
   try:
-    check(a, b, pair, dims, parts, a.dtype)
+    check(a, b, pair, dims, parts)
   except KernelError:
     return False
   whole = all(n % blocks.LANES == 0 for n in sizes_of(a, b, dims, parts if on_several() else None))
-  return whole and all(operand.scale != 'delayed' for operand in pair)
+  if not whole or any(operand.scale == 'delayed' for operand in pair):
+    return False
+  return blocks.fitting(shape_in_kernel(a, b, pair, dims, parts, a.dtype), blocks.chip_in_use()) is not None
 
 
-def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None, dtype: Any) -> None:
-  """Raises KernelError, with the fix, for a product in `dtype` that the kernel does not have on the mesh in use."""
+def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> None:
+  """Raises KernelError, with the fix, for a product that the kernel does not have on the mesh in use."""
   blocked = [operand.format for operand in pair if not operand.in_hardware]
   kinds = {operand.element.is_integer for operand in pair}
   if blocked or len(kinds) > 1:
@@ -126,7 +128,6 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
       f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
       "'auto' or 'xla', or smaller batches."
     )
-  blocks.choose(shape_in_kernel(a, b, pair, dims, parts, dtype), blocks.chip_in_use())
 
 
 def shape_in_kernel(
@@ -144,7 +145,7 @@ def shape_in_kernel(
   left = _abstract(of_a, dims[0], a.dtype, is_coded=False)
   right = _abstract(of_b, dims[1], _code_dtype(pair[1]) if is_coded else b.dtype, is_coded=is_coded)
   heads = _out_heads(outer[0], outer[1]) if _is_of_heads(outer, dims) else None
-  return tpu.shape_of(left, right, pair, heads, 4 if is_divided else jnp.dtype(dtype).itemsize)
+  return tpu.shape_of(left, right, heads, 4 if is_divided else jnp.dtype(dtype).itemsize)
 
 
 def _check_parts(arrays, parts: tuple[Parts, Parts] | None) -> None:
@@ -215,7 +216,7 @@ def _is_made_before(a: Array, b: Array, dims, parts: tuple[Parts, Parts] | None,
     return True
   m, k, n = sizes_of(a, b, dims, parts)
   bytes_of = (jnp.dtype(own).itemsize for own in (a.dtype, b.dtype, dtype))
-  found = blocks.fitting(blocks.Shape(m, k, n, *bytes_of, kept=True), blocks.chip_in_use())
+  found = blocks.fitting(blocks.Shape(m, k, n, *bytes_of, kept=True, copied=True), blocks.chip_in_use())
   return found is None or found.m < m
 
 

@@ -120,9 +120,7 @@ def _spec(block: tuple[int, int], heads: tuple[int, ...] | None, at) -> pl.Block
   return pl.BlockSpec((max(block[0] // length, 1), block[1] // dim, min(block[0], length), dim), place)
 
 
-def shape_of(
-  a: Matrix, b: Matrix, pair: tuple[Operand | None, Operand | None], out_heads: tuple[int, ...] | None, out_bytes: int
-) -> Shape:
+def shape_of(a: Matrix, b: Matrix, out_heads: tuple[int, ...] | None, out_bytes: int) -> Shape:
   """The product, as `blocks.choose` takes it. Reads shapes and dtypes of arrays alone."""
   (m, k), n = (a.shape if a.summed else a.shape[::-1]), b.shape[1 - b.summed]
   rows, columns = {'m': [], 'k': [], 'n': []}, {'m': [], 'k': [], 'n': []}
@@ -135,9 +133,8 @@ def shape_of(
     columns['n'].append(out_heads[3])
   frozen = lambda of: tuple(tuple(of[name]) for name in 'mkn')
   size = lambda x: x.x.dtype.itemsize
-  formats = tuple(operand.format for operand in pair if operand is not None)
-  kept = a.up is not None or a.x.ndim == 4
-  return Shape(m, k, n, size(a), size(b), out_bytes, kept, frozen(rows), frozen(columns), formats)
+  kept, copied = (x.up is not None or x.x.ndim == 4 for x in (a, b))
+  return Shape(m, k, n, size(a), size(b), out_bytes, kept, copied, frozen(rows), frozen(columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +191,8 @@ def matmul(
   total = jnp.int32 if _held(a, pair[0]) == jnp.int8 else jnp.float32
   is_raw = a.scale is None
   dtype = total if is_raw and pair != (None, None) else dtype
-  of = shape_of(a, b, pair, out_heads, jnp.dtype(dtype).itemsize)
-  tiles = blocks.choose(of, blocks.chip_in_use())
+  of = shape_of(a, b, out_heads, jnp.dtype(dtype).itemsize)
+  tiles = blocks.choose(of, blocks.chip_in_use(), [operand.format for operand in pair if operand is not None])
   sides, arrays, specs = [], [], []
   for x, operand, place, own in ((a, pair[0], 0, tiles.m), (b, pair[1], 1, tiles.n)):
     side = _side(x, operand, place, (own, tiles.k), tiles.grid(of)[2])

@@ -104,6 +104,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_precision(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)
+  check_features(cfg, cfg.mesh.sequence)
   check_sequence(cfg, cfg.mesh.sequence)
   check_pipeline(cfg, cfg.mesh.stage, shards)
   check_optimizer(cfg.optimizer)
@@ -344,14 +345,18 @@ def check_batch(cfg: Experiment, shards: int) -> None:
     )
 
 
-def check_sequence(cfg: Experiment, devices: int) -> None:
-  """Raises ConfigError where the attention lacks what the model needs, also on one device, and where `devices` cannot
-  share a row: by their attention, or because parts would be unequal.
+def check_features(cfg: Experiment, devices: int) -> None:
+  """Raises ConfigError where the attention that `kernels` names lacks what the model needs: dropout, disentangled
+  scores, or rows that `devices` share.
   """
   try:
     check_attention(cfg.model, cfg.kernels, divided=devices > 1)
   except KernelError as error:
     raise ConfigError(str(error).removeprefix('CONFIG: ')) from error
+
+
+def check_sequence(cfg: Experiment, devices: int) -> None:
+  """Raises ConfigError where `devices` cannot share a row because parts would be unequal."""
   if devices <= 1:
     return
   balanced = row_order(cfg.model, cfg.kernels, devices).devices > 1

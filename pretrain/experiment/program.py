@@ -14,7 +14,7 @@ from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles, options_for
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
-from pretrain.experiment.checks import check_batch, check_mesh_of_experts, check_sequence
+from pretrain.experiment.checks import check_batch, check_features, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.averaging import averaging_tracks
@@ -81,6 +81,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
     check_memory(mesh, HOST, f'optimizer.offload={list(cfg.optimizer.offload)}')
   check_batch(cfg, batch_shards(mesh))
   check_mesh_of_experts(cfg, mesh.shape['expert'])
+  check_features(cfg, mesh.shape['sequence'])
   check_sequence(cfg, mesh.shape['sequence'])
   check_pipeline(cfg, mesh.shape['stage'], batch_shards(mesh))
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)

@@ -17,14 +17,12 @@ import functools
 import math
 from collections.abc import Mapping
 
-from jax.sharding import AbstractMesh
-
 from models.flops import flops_per_step
 from models.partition import PARAMETER_RULES, spec_for
 from pretrain.devices.chips import Slice
 from pretrain.devices.compiler import options_for
 from pretrain.planner import memory, torus
-from pretrain.planner.layouts import Layout
+from pretrain.planner.layouts import Layout, abstract
 from pretrain.planner.stages import gathers, schedule, turns
 from pretrain.planner.torus import Group, Time
 from pretrain.planner.workload import Layers, Workload, divided
@@ -219,11 +217,12 @@ def _replicas(work: Workload, layout: Layout, of: Slice, over: Mapping[tuple[str
 
 @functools.lru_cache(maxsize=4096)
 def _parts(work: Workload, items: tuple[tuple[str, int], ...]) -> tuple[float, Mapping[tuple[str, ...], float]]:
-  """Values of gradients that a device sends to other slices; and those that it has of gradients which it gathers over
-  some axes then. A matrix outside of the experts has copies along `expert`, one outside of the layers along `stage`.
+  """(values of gradients that a device sends to other slices, {mesh axes: values of the gradients that are gathered
+  over them afterwards, as a device holds them}). A matrix outside of the experts has copies along `expert`, one outside
+  of the layers along `stage`.
   """
   sizes, sent, gathered = dict(items), 0.0, collections.Counter[tuple[str, ...]]()
-  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  mesh = abstract(sizes)
   names = lambda spec: {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
   for spec in (spec for path, spec in work.every.items() if path in work.trained):
     held, own = divided(spec.shape, spec.axes, sizes), spec_for(spec.axes, PARAMETER_RULES)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from models.build import build
+from pallas_kernels.errors import KernelError
 from pretrain.devices.chips import Slice
 from pretrain.devices.compiler import CompilerConfig, options_for, quick
 from pretrain.errors import ConfigError
@@ -124,10 +125,10 @@ def _compiled(
     began = time.monotonic()
     try:
       program = compiled.measure(work, one.layout, of)
-    except ConfigError as error:
+    except (ConfigError, KernelError) as error:
       program = str(error).removeprefix('CONFIG: ')
     tried.append((one, program))
-    did = 'compiled' if isinstance(program, Compiled) else 'does not fit:'
+    did = 'compiled' if isinstance(program, Compiled) else 'refused:'
     report(f'{did} {one.layout.text} ({time.monotonic() - began:.0f} s)')
   return tried
 

@@ -82,7 +82,7 @@ def _tried(found: Found) -> list[list[str]]:
 
 
 def _failed(found: Found) -> list[str]:
-  return [f'does not fit: {e.layout.text}: {c[:200]}' for e, c in found.tried if not isinstance(c, Compiled)]
+  return [f'refused: {e.layout.text}: {c[:200]}' for e, c in found.tried if not isinstance(c, Compiled)]
 
 
 def explanation(work: Workload, of: Slice, program: Compiled, shown: int = 14) -> str:

@@ -54,6 +54,7 @@ class Workload:
   """A step of one config, whatever its mesh."""
 
   cfg: Experiment
+  every: Mapping[Path, ParamSpec]  # all parameters, also adapters
   stacks: tuple[Layers, ...]
   ends: Mapping[Path, ParamSpec]  # what is outside the stacks: embeddings, head, norms
   state: tuple[Held, ...]
@@ -63,11 +64,6 @@ class Workload:
   @property
   def rows(self) -> int:
     return self.cfg.data.batch_size
-
-  @property
-  def every(self) -> dict[Path, ParamSpec]:
-    """All parameters."""
-    return {**self.ends, **{(s.name, 'blocks', *path): spec for s in self.stacks for path, spec in s.specs.items()}}
 
   @property
   def tokens(self) -> int:
@@ -119,7 +115,7 @@ def describe(cfg: Experiment) -> Workload:
   inside = {path for path in every if 'blocks' in path}
   ends = {path: spec for path, spec in every.items() if path not in inside}
   state = (*_parameters(every), *_optimizer(cfg, model.split(model.specs)[0], trained), *_average(cfg, trained))
-  return Workload(cfg, stacks, ends, state, frozenset(trained), jnp.dtype(cfg.model.dtype).itemsize)
+  return Workload(cfg, every, stacks, ends, state, frozenset(trained), jnp.dtype(cfg.model.dtype).itemsize)
 
 
 def _parameters(every: Mapping[Path, ParamSpec]) -> list[Held]:

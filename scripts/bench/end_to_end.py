@@ -29,7 +29,7 @@ import schedule
 
 NAMES = ('auto', 'reference')
 KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
-PRODUCT = re.compile(rf'%(({matmul.KERNEL}_[0-9a-f]+)[\d.]*) = .* custom-call\(')
+PRODUCT = re.compile(rf'%(({matmul.KERNEL}_[0-9a-f]+)[\w.\-]*) = .* custom-call\(')
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )

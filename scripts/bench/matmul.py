@@ -110,6 +110,7 @@ def compare(chip: str, shapes: list[tuple[int, int, int]], several: bool) -> Non
   import jax
   import jax.numpy as jnp
 
+  from pallas_kernels.errors import KernelError
   from pallas_kernels.quantized_matmul.api import TUNED
   from pretrain.tools.plan import tpu_devices
 
@@ -122,7 +123,7 @@ def compare(chip: str, shapes: list[tuple[int, int, int]], several: bool) -> Non
         calls.clear()
         try:
           program = compiled(chip, functools.partial(run, name), arrays, jnp.bfloat16, stored if several else None)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, KernelError) as error:
           print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
           continue
         own = newest(calls, folder, name_of) if name == 'tpu' else 0
@@ -221,6 +222,8 @@ def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
   """Prints one line of JSON for each program."""
   import jax
 
+  from pallas_kernels.errors import KernelError
+
   folder, calls, name_of = pathlib.Path(os.environ['DUMP']), recorded(), chip.split(':')[0]
   for m, k, n in shapes:
     for name, (run, dtype) in programs(FORMATS[chip.split(':')[0]]).items():
@@ -228,7 +231,7 @@ def of_chip(chip: str, shapes: list[tuple[int, int, int]]) -> None:
       calls.clear()
       try:
         program = compiled(chip, run, ((m, k), (k, n)), dtype)
-      except jax.errors.JaxRuntimeError as error:
+      except (jax.errors.JaxRuntimeError, KernelError) as error:
         print(json.dumps(row | {'error': str(error).splitlines()[0][:200]}), flush=True)
         continue
       own = newest(calls, folder, name_of) if 'kernel' in name else 0

@@ -1,5 +1,6 @@
 """Cycles of kernels of quantized products, in schedules written by hand; and which schedule belongs to which kernel."""
 
+import json
 import pathlib
 import sys
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import sharded, tpu
 from pallas_kernels.quantized_matmul.blocks import Blocks, Shape
 from pallas_kernels.quantized_matmul.formats import Operand
@@ -65,7 +67,7 @@ def call(of: Shape, tiles: Blocks, held=jnp.int8, operand: Operand | None = INT8
 
 # Two blocks of rows and two of columns. Codes of 128 rows, made in two turns for the first of both columns alone;
 # columns of 1,024 are multiplied in two turns of 512.
-QUANTIZED = call(Shape(256, 256, 2048, 2, 1, 2, kept=True), Blocks(128, 256, 1024))
+QUANTIZED = call(Shape(256, 256, 2048, 2, 1, 2, kept=True, copied=False), Blocks(128, 256, 1024))
 BYTES = 256 * 256 * 2 + 2 * 256 * 2048 + 256 * 2048 * 2  # w is read for each block of rows
 
 
@@ -86,7 +88,7 @@ def test_a_kernel_takes_its_bundles_or_its_bytes(tmp_path, chip, blocks, expecte
 @pytest.mark.parametrize(('held', 'bytes_of'), [(jnp.int8, 1), (jnp.bfloat16, 2)], ids=str)
 def test_a_kernel_takes_no_less_than_its_products_at_the_peak(tmp_path, held, bytes_of):
   """1,836 TOPS of int8 at 1.75 GHz, half of them in bfloat16."""
-  own = call(Shape(4096, 4096, 4096, 1, 1, 2, kept=False), Blocks(2048, 4096, 2048), held, operand=None)
+  own = call(Shape(4096, 4096, 4096, 1, 1, 2, kept=False, copied=False), Blocks(2048, 4096, 2048), held, operand=None)
   path = written(tmp_path / 'kernel', *step(0, 0, 50))
   assert matmul.kernel_cycles(own, path, 'v6e') == round(4096**3 * bytes_of / (1836e12 / 1.75e9 / 2))
 
@@ -143,3 +145,19 @@ def test_kernels_of_equal_shapes_have_schedules_of_their_own(tmp_path):
   first, second = 4 * (39 + 3000 + 2 * 5000), 4 * (39 + 4000 + 2 * 7000)
   assert end_to_end.products(STEP, own, tmp_path, 'v6e') == {'quantized_matmul': (3 + 1) * first + 3 * second}
   assert end_to_end.products(STEP.replace('quantized_matmul', 'other'), own, tmp_path, 'v6e') == {}
+
+
+def test_a_product_that_is_refused_is_a_row_and_the_next_one_is_tried(tmp_path, monkeypatch, capsys):
+  """As one that does not compile; `KernelError` comes while the program is traced."""
+  monkeypatch.setenv('DUMP', str(tmp_path))
+  monkeypatch.setattr(tpu.Call, 'run', tpu.Call.run)
+
+  def refused(*_):
+    raise KernelError('no tiles\nfor it')
+
+  monkeypatch.setattr(matmul, 'compiled', refused)
+  matmul.compare('v6e:2x4', [(256, 128, 128)], several=False)
+  matmul.of_chip('v6e:2x4', [(256, 128, 128)])
+  rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert len(rows) > 2 * 3
+  assert {row['error'] for row in rows} == {'CONFIG: no tiles'}

@@ -35,7 +35,7 @@ def results(name: str, implementation: str, block: int | None = None):
   x, w, g = arrays()
   with pytest.MonkeyPatch.context() as patch:
     if block is not None:
-      patch.setattr(blocks, 'choose', lambda of, chip: Blocks(block, block, block))
+      patch.setattr(blocks, 'choose', lambda of, *_: Blocks(block, block, block))
 
     @jax.jit
     def run(x, w, g):

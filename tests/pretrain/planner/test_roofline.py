@@ -128,6 +128,15 @@ def test_between_slices_a_device_sends_its_part_of_the_gradients_once(file, dtyp
     assert found.dcn == pytest.approx(size * count(build(work.cfg.model).specs) / 64 / of.chip.dcn, rel=1e-3)
 
 
+def test_between_slices_adapters_are_gradients_too():
+  """They alone are trained: rank 16 on 24 queries and 24 values of 512 x 384, divided over eight devices."""
+  of = parse('v5e:2x4', 2)
+  cfg = bindings.load(Experiment, [str(tiny.ROOT / 'configs/t5/lora_small.gin')], ['mesh.replica=2'])
+  work, own = workload.describe(cfg), layouts.of_config(cfg, of.devices)
+  found = roofline.collectives(work, own, of, torus.groups(own.sizes, of))
+  assert found.dcn == pytest.approx(4 * 48 * 16 * (512 + 6 * 64) / 8 / of.chip.dcn, rel=1e-3)
+
+
 # Of Mixtral 8x7B: attention and norms of a layer, its experts with their router, and what is outside of the layers.
 LAYER, EXPERTS = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096, 8 * 3 * 4096 * 14336 + 4096 * 8
 ENDS = 2 * 32000 * 4096 + 4096
