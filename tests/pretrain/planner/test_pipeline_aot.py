@@ -18,6 +18,8 @@ SIZES = (
   'model.embed=256', 'model.heads=2', 'model.head_dim=128', 'model.mlp.hidden=512', 'model.layers=8', 'mesh.data=1',
   "model.dtype='bfloat16'", "model.remat='full'", 'data.targets_length=256',
 )  # fmt: skip
+# Else the compiler keeps other arrays in VMEM with more microbatches, and the cycles of a tick differ by some percent.
+NOTHING_IN_VMEM = "compiler.options={'xla_vf_vmem_memory_space_assignment': False}"
 
 
 @functools.cache
@@ -37,21 +39,17 @@ def cycles(program: hlo.Program) -> int:
   return sum(times * one.cycles for times, one in program.executed())
 
 
-# Of small products the compiler keeps another part in VMEM with more microbatches, which two rounds would show.
-WIDE = ('model.embed=1024', 'model.heads=8', 'model.mlp.hidden=4096', 'data.targets_length=512')
-
-
-@pytest.mark.parametrize(('repeats', 'sizes'), [(1, ()), (2, WIDE)])
-def test_cycles_of_the_loops_over_ticks_grow_as_the_bubble_says(repeats, sizes):
+@pytest.mark.parametrize('repeats', [1, 2])
+def test_cycles_of_the_loops_over_ticks_grow_as_the_bubble_says(repeats):
   """With the rows of a microbatch fixed, cycles are t (M R + S - 1): t is known from M and 2 M, the rest is idle."""
   found, bubbles = {}, {}
   for number in (8, 16):
     own = (f'data.batch_size={2 * number}', f'model.pipeline_microbatches={number}')
-    cfg, program = step('mesh.stage=4', *sizes, *own, f'model.pipeline_repeats={repeats}')
+    cfg, program = step('mesh.stage=4', NOTHING_IN_VMEM, *own, f'model.pipeline_repeats={repeats}')
     schedule = schedule_of(cfg, 4, 1)
     both = loops(program, schedule.ticks)
     assert len(both) == 2, 'forward and backward'
-    found[number], bubbles[number] = schedule.ticks * sum(map(cycles, both)), schedule.bubble
+    found[number], bubbles[number] = schedule.ticks * sum(map(cycles, both)), 3 / (number * repeats + 3)
   each = (found[16] - found[8]) / 8
   for number, total in found.items():
     idle = 1 - number * each / total
