@@ -1,4 +1,4 @@
-"""`pretrain checkpoints`: its flags, and each action as one call of `pretrain.tools.weights`."""
+"""`pretrain checkpoints`: its flags, and each action as one call of `pretrain.tools` or `pretrain.growth`."""
 
 import argparse
 
@@ -20,6 +20,8 @@ SOURCE_FLAGS = (
   'tokenizer',
   'method',
   'seed',
+  'first',
+  'noise',
 )
 
 
@@ -50,6 +52,7 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
     action.add_argument('--ema', action='store_true', help='use the moving averages (averaging.name) of the steps')
   extend_flags(added['extend-vocabulary'])
   warm_start_flags(added['warm-start'])
+  grow_flags(added['grow'])
   for action in (average, soup, merge, restore):
     action.add_argument('--output', required=True, type=shared.workdir, help='a new workdir, to generate or start from')
 
@@ -88,6 +91,31 @@ def warm_start_flags(action: argparse.ArgumentParser) -> None:
     '--cross', choices=('random', 'self'), default='random', help='cross-attention: drawn, or a copy of self-attention'
   )
   action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
+
+
+def grow_flags(action: argparse.ArgumentParser) -> None:
+  shared.config_flags(action)
+  action.add_argument(
+    '--input', required=True, type=shared.location, metavar='RUN[/STEP]', help='the small model; RUN: its newest step'
+  )
+  action.add_argument(
+    '--method',
+    required=True,
+    choices=('stack', 'interleave', 'upscale', 'upcycle'),
+    help='more layers: all again (G_stack), each in its place, or those in the middle (SOLAR, Yi); or experts of MLPs',
+  )
+  action.add_argument(
+    '--first', type=count, metavar='N', help='of upscale: the first layer that comes twice, counted from 0'
+  )
+  action.add_argument('--noise', type=float, metavar='S', help='of upcycle: added to experts, in std of their matrix')
+  action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
+
+
+def count(value: str) -> int:
+  """An integer >= 0."""
+  if not value.isdecimal():
+    raise argparse.ArgumentTypeError(f"'{value}' is not an integer >= 0")
+  return int(value)
 
 
 def path_list(value: str) -> list[str]:
@@ -215,10 +243,21 @@ def warm_start_command(options, overrides) -> None:
   print(options.to, *(['drawn as in a new model:', *lines] if lines else []), sep='\n  ')
 
 
+def grow_command(options, overrides) -> None:
+  """Write the weights of a larger model, that of --gin_file, from those of a smaller one."""
+  weights = on_the_host()
+  cfg = shared.load(options, overrides)
+  shared.check_workdir(options.to, '--to')
+  from pretrain.growth.grow import Growth, grow
+
+  how = Growth(options.method, options.first, options.noise or 0.0)
+  print(options.to, *grow(cfg, weights.find(options.input), how, options.to, source_of(options)), sep='\n  ')
+
+
 WAYS = {
   'list': list_command, 'verify': verify_command, 'diff': diff_command, 'average': average_command,
   'soup': soup_command, 'merge': merge_command, 'restore-as': restore_as_command,
-  'extend-vocabulary': extend_vocabulary_command, 'warm-start': warm_start_command,
+  'extend-vocabulary': extend_vocabulary_command, 'warm-start': warm_start_command, 'grow': grow_command,
 }  # fmt: skip
 
 
@@ -238,5 +277,5 @@ def source_of(options) -> str:
   return f'pretrain checkpoints {name} ' + ' '.join(
     f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'
     for key, value in vars(options).items()
-    if key in SOURCE_FLAGS and value not in (None, False)
+    if key in SOURCE_FLAGS and value is not None and value is not False
   )

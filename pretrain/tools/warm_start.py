@@ -15,14 +15,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from models.build import ModelConfig, build
 from models.families.parts import attention_config
 from models.specs import initialize
-from pretrain.checkpoints.checkpoints import Checkpoints
-from pretrain.checkpoints.config import CheckpointConfig
 from pretrain.config import bindings
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.trunk import plain
-from pretrain.hosts.ownership import owned
-from pretrain.tools.weights import MAY_DIFFER, Step, check_new, config_of, program_on_one_device
+from pretrain.tools.weights import (
+  MAY_DIFFER,
+  Step,
+  check_new,
+  config_of,
+  program_on_one_device,
+  without_initial,
+  write_run,
+)
 from pretrain.workdirs.folder import Folder
 
 Path = tuple[str, ...]
@@ -75,7 +80,7 @@ def warm_start(
         'written; set the sizes of model.* as they are there.',
       )
     params[path] = drawn[path] if found is None else _scaled(found, path, where.model, cfg.model)
-  _write(output, unflatten_dict(params), cfg, tokenizer, source)
+  write_run(output, unflatten_dict(params), without_initial(cfg), tokenizer, source)
   return lines
 
 
@@ -128,13 +133,3 @@ def _scaled(x: Any, path: Path, theirs: ModelConfig, ours: ModelConfig) -> Any:
 def _folds_scale(cfg: ModelConfig) -> bool:
   t5 = cfg.name == 'encoder_decoder'
   return attention_config(cfg, 'reference', kv_heads=cfg.heads, t5_scale=t5).folds_scale
-
-
-def _write(output: Folder, params: Any, cfg: Experiment, tokenizer: str | None, source: str) -> None:
-  cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, initial=None))
-  text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
-  with owned(output, '--to'):
-    checkpoints = Checkpoints(output, CheckpointConfig())
-    checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': tokenizer}}, text)
-    checkpoints.close()
-    (output / 'config.gin').write_text(text)  # last: a folder without it is not a run

@@ -103,7 +103,7 @@ def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any
   plain_rope = theirs.get(f'{SCALING}name') == 'none'
   added = [key for key in MAY_BE_ADDED if not theirs.get(key)]
   added += [key for key in ours.keys() | theirs.keys() if key.startswith(SCALING) and plain_rope]
-  if bad := _differences(ours, theirs, (*MAY_DIFFER, *added)):
+  if bad := differences(ours, theirs, (*MAY_DIFFER, *added)):
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
@@ -248,7 +248,7 @@ def _one_architecture(steps: Sequence[Step]) -> Experiment:
 
 def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> None:
   ours, theirs = bindings.flatten(cfg), bindings.flatten(other)
-  if bad := _differences(ours, theirs, NOT_ARCHITECTURE, 'data.sentinels'):
+  if bad := differences(ours, theirs, NOT_ARCHITECTURE, 'data.sentinels'):
     raise CheckpointError(
       'CKPT-MISMATCH',
       f'{bad[0]} is {ours.get(bad[0])!r} in {where}, {theirs.get(bad[0])!r} in {step.workdir}/config.gin '
@@ -256,7 +256,7 @@ def _check_model(cfg: Experiment, where: str, other: Experiment, step: Step) -> 
     )
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Sequence[str], *others: str) -> list[str]:
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: Sequence[str], *others: str) -> list[str]:
   """The keys that differ, among those of the model (without those in `free`) and `others`."""
   keys = [key for key in dict.fromkeys([*ours, *theirs]) if key.startswith('model.') and key not in free]
   return [key for key in [*keys, *others] if ours.get(key) != theirs.get(key)]
@@ -306,13 +306,24 @@ def _steps(workdir: Folder) -> list[int]:
 
 
 def _write(output: Folder, params: Any, cfg: Experiment, first: Step, source: str) -> None:
-  """The config is written last: a folder without it is not a run."""
-  text = f'# Parameters made by: {source}\n{bindings.render(plain(cfg))}'
-  with owned(output, '--output'):
+  write_run(output, params, plain(cfg), first.tokenizer(), source, '--output')
+
+
+def write_run(
+  output: Folder, params: Any, cfg: Experiment, tokenizer: str | None, source: str, flag: str = '--to'
+) -> None:
+  """Makes `output`, which `flag` named, a run with one step, 0, of parameters alone, whose text `tokenizer` made."""
+  text = f'# Parameters made by: {source}\n{bindings.render(cfg)}'
+  with owned(output, flag):
     checkpoints = Checkpoints(output, CheckpointConfig())
-    checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': first.tokenizer()}}, text)
+    checkpoints.save_params(0, params, {'source': source, 'data': {'tokenizer': tokenizer}}, text)
     checkpoints.close()
-    (output / 'config.gin').write_text(text)
+    (output / 'config.gin').write_text(text)  # last: a folder without it is not a run
+
+
+def without_initial(cfg: Experiment) -> Experiment:
+  """`cfg` of a run that holds weights itself, and starts from no other."""
+  return dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, initial=None))
 
 
 def _list(values: Sequence[float]) -> str:

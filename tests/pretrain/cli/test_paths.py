@@ -63,6 +63,7 @@ FLAGS = [
   (['checkpoints', 'diff'], '--inputs', 'inputs'),
   (['checkpoints', 'merge', '--inputs=a', '--output=o', '--coefficients=1'], '--base', 'base'),
   (['checkpoints', 'restore-as', '--output=o'], '--input', 'input'),
+  (['checkpoints', 'grow', '--gin_file=f', '--method=stack', '--to=o'], '--input', 'input'),
 ]
 
 
@@ -94,6 +95,7 @@ def test_no_flag_takes_a_string_that_is_neither_path_nor_text():
   assert plain == {
     (('plan',), '--topology'), (('data', 'prepare'), '--documents'), (('data', 'prepare'), '--records'),
     (('checkpoints', 'extend-vocabulary'), '--method'), (('checkpoints', 'warm-start'), '--cross'),
+    (('checkpoints', 'grow'), '--method'),
     (('train',), '--cluster'), (('replay',), '--cluster'), (('generate',), '--special'),
     (('export',), '--dtype'), (('export',), '--quantize'),
   }  # fmt: skip

@@ -80,6 +80,7 @@ def test_each_way_to_make_weights_reads_and_writes_stores(run, flags, text_store
     'merge': [f'--base={URL}/1', f'--inputs={URL}/2', '--coefficients=1', '--output=gs://runs/merge'],
     'restore-as': [f'--input={URL}/2', '--output=gs://runs/restore-as', "--gin.averaging.name='ema'"],
     'extend-vocabulary': [f'--workdir={URL}/2', f'--tokenizer={OTHER}', '--to=gs://runs/extend-vocabulary'],
+    'grow': [*gin, f'--input={URL}/2', '--method=stack', '--gin.model.decoder_layers=4', '--to=gs://runs/grow'],
     'warm-start': [*gin, f'--encoder={URL}', f'--decoder={URL}/1', '--to=gs://runs/warm-start'],
   }
   for way, argv in ways.items():
