@@ -45,8 +45,12 @@ def config(name: str):
 
 @functools.cache
 def parameters(name: str):
-  """Random numbers also where all layers begin with the same: copies of another layer would not be seen."""
-  return small.shaken(initialize(build(config(name).model).specs, jax.random.key(1)))
+  """Random numbers also where all layers begin with the same, of another size in each: no two layers are alike."""
+  specs = build(config(name).model).specs
+  params = flatten_dict(small.shaken(initialize(specs, jax.random.key(1))))
+  of_layers = {path: spec.shape for path, spec in flatten_dict(dict(specs)).items() if spec.axes[:1] == ('layers',)}
+  sizes = lambda shape: 1 + np.arange(shape[0], dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1)) / 2
+  return unflatten_dict({path: x * sizes(of_layers[path]) if path in of_layers else x for path, x in params.items()})
 
 
 @pytest.fixture(scope='module')
@@ -289,7 +293,8 @@ MISTAKES = {
   )),
   'odd': ('decoder', ['--method=upscale', '--gin.model.layers=5'], (
     'model.layers is 3 in the weights, 5 in --gin_file; --method=upscale leaves out equally many layers of both '
-    'copies, so the depth is even. Nothing was written; set model.layers=6, or say with --first=N which layer comes twice.',
+    'copies, so the depth is even. Nothing was written; set model.layers=6, or say with --first=N which layer comes '
+    'twice.',
   )),
   'first beyond': ('decoder', ['--method=upscale', '--gin.model.layers=5', '--first=2'], (
     'model.layers is 3 in the weights, 5 in --gin_file; with --first=2 the layers 2 to 3 would come twice, and the '
