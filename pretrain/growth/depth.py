@@ -85,10 +85,10 @@ def _places(key: str, before: int, after: int, how: Depth, first: int | None) ->
     _check_upscale(key, grown, before, after, first)
     return upscaled(before, after, first)
   if after % before:
-    low = after // before * before
+    other = ', or use --method=upscale' if after < 2 * before else ''
     raise ConfigError(
-      f'{grown}; --method={how} repeats every layer equally often. Nothing was written; set {key}={low + before}, or '
-      'use --method=upscale.'
+      f'{grown}; --method={how} repeats every layer equally often. Nothing was written; set '
+      f'{key}={after // before * before + before}{other}.'
     )
   return (stacked if how == 'stack' else interleaved)(before, after)
 

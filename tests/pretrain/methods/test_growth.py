@@ -282,10 +282,11 @@ MISTAKES = {
   )),
   'not a multiple': ('decoder', ['--method=stack', '--gin.model.layers=7'], (
     'model.layers is 3 in the weights, 7 in --gin_file; --method=stack repeats every layer equally often. Nothing was '
-    'written; set model.layers=9, or use --method=upscale.',
+    'written; set model.layers=9.',
   )),
   'interleave: not a multiple': ('decoder', ['--method=interleave', '--gin.model.layers=5'], (
-    '--method=interleave repeats every layer equally often. Nothing was written; set model.layers=6,',
+    '--method=interleave repeats every layer equally often. Nothing was written; set model.layers=6, or use '
+    '--method=upscale.',
   )),
   'three times': ('decoder', ['--method=upscale', '--gin.model.layers=8'], (
     'model.layers is 3 in the weights, 8 in --gin_file; --method=upscale has a layer at most twice. Nothing was '
