@@ -12,12 +12,14 @@ because XLA gives no estimate for them; nor for rotary kernels, each of which re
 import argparse
 import collections
 import concurrent.futures
+import hashlib
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parents[2])
@@ -28,7 +30,7 @@ import matmul
 import schedule
 
 NAMES = ('auto', 'reference')
-KERNEL = re.compile(r'%attention_(\w+?)\.(\d+) = .*operand_layout_constraints=\{(.*?)\}, [a-z_]+=')
+KERNEL = re.compile(r'%((attention_\w+?_[0-9a-f]{16})[\w.\-]*) = .* custom-call\(')
 PRODUCT = re.compile(rf'%(({matmul.KERNEL}_[0-9a-f]+)[\w.\-]*) = .* custom-call\(')
 COLLECTIVE = re.compile(
   r'%([\w.\-]+) = .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
@@ -39,16 +41,22 @@ CHANNEL = re.compile(r'channel_id=(\d+)')
 
 
 def recorded() -> dict:
-  """{(kernel, shapes of its operands): (its Spec, heads of all rows)}, filled while the step is traced."""
+  """{name: (kernel, its Spec, heads of all rows)}, filled while the step is traced. As in `matmul.recorded`, kernels
+  that differ in anything have different names: encoder and decoder may have operands of equal shapes, and other masks.
+  """
+  from jax.experimental import pallas as pl
+
   from pallas_kernels.attention import tpu
 
-  found, own = {}, tpu.Call.run
+  found, own, plain = {}, tpu.Call.run, pl.pallas_call
 
   def run(self, kernel, ins, outs, scratch):
-    arrays = [self.words, *self.numbers.values(), *(x for x, _ in {**self._row_vectors(), **ins}.values())]
-    shapes = tuple(','.join(map(str, x.shape)) for x in arrays)
-    found[kernel.__name__, shapes] = self.spec, ins['q'][0].shape[0]
-    return own(self, kernel, ins, outs, scratch)
+    arrays = [self.words, *self.numbers.values(), *(x for x, _ in {**self._row_vectors(), **ins, **outs}.values())]
+    program = self.spec, [(x.shape, str(x.dtype)) for x in arrays]
+    name = f'attention_{kernel.__name__}_{hashlib.sha256(repr(program).encode()).hexdigest()[:16]}'
+    found[name] = kernel.__name__, self.spec, ins['q'][0].shape[0]
+    with mock.patch.object(pl, 'pallas_call', lambda *args, **options: plain(*args, **options | {'name': name})):
+      return own(self, kernel, ins, outs, scratch)
 
   tpu.Call.run = run
   return found
@@ -67,35 +75,34 @@ def whole(spec):
 
 
 def kernels(text: str, specs: dict, folder: pathlib.Path) -> dict[str, int]:
-  """{kernel: cycles} of the compiled step. Equal calls share one schedule, under the name of one of them."""
-  calls, paths = [], {}
-  for times, line in schedule.executed(text):
-    if found := KERNEL.search(line):
-      # A list of tiles whose length is computed at run time comes with that length, a scalar.
-      call = found[1], tuple(dims for dims in re.findall(r'\w+\[([\d,]*)\]', found[3]) if dims)
-      calls.append((times, call))
-      dumps = [p for p in folder.glob(f'*-attention_{found[1]}.{found[2]}-*final_bundles*') if 'sched' not in p.name]
-      paths |= {call: dumps[0]} if dumps else {}
+  """{kernel: cycles} of the compiled step; `specs` as of `recorded`."""
   cycles = collections.Counter()
-  for times, call in calls:
-    kernel, (spec, rows) = call[0], specs[call]
+  for name, (times, path) in scheduled(KERNEL, text, folder).items():
+    kernel, spec, rows = specs[name]
     counted = attention.count(spec, whole(spec), by_keys=kernel == attention.KEYS)
-    sizes = schedule.regions(paths[call])
-    cycles[kernel] += times * attention.kernel_cycles(spec, kernel, sizes, counted, rows)
+    cycles[kernel] += times * attention.kernel_cycles(spec, kernel, schedule.regions(path), counted, rows)
   return dict(cycles)
+
+
+def scheduled(pattern: re.Pattern, text: str, folder: pathlib.Path) -> dict[str, tuple[int, pathlib.Path]]:
+  """{name of a kernel: (how often a step runs it, its schedule)}. Calls of one program share a schedule, under the name
+  of one of them.
+  """
+  times, paths = collections.Counter(), {}
+  for count, line in schedule.executed(text):
+    if one := pattern.search(line):
+      times[one[2]] += count
+      dumps = [p for p in folder.glob(f'*-{one[1]}-*final_bundles*') if 'sched' not in p.name]
+      paths |= {one[2]: dumps[0]} if dumps else {}
+  return {name: (count, paths[name]) for name, count in times.items()}
 
 
 def products(text: str, calls: dict, folder: pathlib.Path, chip: str) -> dict[str, int]:
   """{'quantized_matmul': cycles} of the compiled step; empty where it has none. `calls` by the names of their programs
   (`matmul.recorded`): equal ones share one schedule, those that only have equal shapes do not.
   """
-  found, paths = collections.Counter(), {}
-  for times, line in schedule.executed(text):
-    if one := PRODUCT.search(line):
-      found[one[2]] += times
-      dumps = [p for p in folder.glob(f'*-{one[1]}-*final_bundles*') if 'sched' not in p.name]
-      paths |= {one[2]: dumps[0]} if dumps else {}
-  own = [times * matmul.kernel_cycles(calls[name], paths[name], chip) for name, times in found.items()]
+  found = scheduled(PRODUCT, text, folder)
+  own = [times * matmul.kernel_cycles(calls[name], path, chip) for name, (times, path) in found.items()]
   return {matmul.KERNEL: sum(own)} if own else {}
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.attention import tpu as attention_tpu
+from pallas_kernels.attention.reference import Visibility
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul import sharded, tpu
 from pallas_kernels.quantized_matmul.blocks import Blocks, Shape
@@ -161,3 +163,20 @@ def test_a_product_that_is_refused_is_a_row_and_the_next_one_is_tried(tmp_path, 
   rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert len(rows) > 2 * 3
   assert {row['error'] for row in rows} == {'CONFIG: no tiles'}
+
+
+def test_attention_has_a_name_for_each_mask(monkeypatch):
+  """A causal and a full kernel of one tile have operands of equal shapes. Two equal calls have one name."""
+  monkeypatch.setattr(attention_tpu.Call, 'run', attention_tpu.Call.run)
+  specs = end_to_end.recorded()
+  mesh = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice(device_kind='TPU v5p', num_cores=2, platform='tpu'))
+  blocks = attention_tpu.Blocks(q=512, kv=512, compute=512)
+  seen = lambda x, causal: attention_tpu.attention(x, x, x, Visibility(causal=causal), blocks=blocks)
+  x = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    run = jax.jit(lambda x: seen(seen(seen(x, True), False), True))
+    text = run.trace(x).lower(lowering_platforms=('tpu',)).as_text()
+  assert sorted((kernel, spec.causal, rows) for kernel, spec, rows in specs.values()) == [
+    ('forward', False, 2), ('forward', True, 2)]  # fmt: skip
+  assert {spec.causal: text.count(f'kernel_name = "{name}"') for name, (_, spec, _) in specs.items()} == {
+    True: 2, False: 1}  # fmt: skip
