@@ -114,7 +114,7 @@ class Block(nnx.Module):
     if cache is None:
       k, v = self.self_attention.keys_values(h, positions, see)
       see = dataclasses.replace(see, silenced=True)
-    else:  # `see` is of all slots of the cache
+    else:  # `see` covers all slots of the cache, not only the new keys
       cache, k, v = cache.write(layer, *self.self_attention.keys_values(h, positions))
     mixed = self.self_attention.attend(q, k, v, see, keys, SELF_SITE, positions)
     if self.parallel != 'none':

@@ -75,7 +75,7 @@ def _random(x: Array, operand: Operand, noise: Noise | None) -> Array | None:
 
 
 def given(noise: Noise | None) -> Noise:
-  """`noise`. Raises KernelError if there is none."""
+  """Returns `noise`. Raises KernelError if it is None."""
   if noise is None:
     raise KernelError("quantized_matmul rounds stochastically and has no seed; pass `seed`, or rounding='nearest'.")
   return noise

@@ -235,7 +235,7 @@ def _outer(sizes: tuple, axes: tuple[int, ...]) -> tuple:
 def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
   """(b, dims, parts) with a weight as a matrix, so that it is gathered as one: else devices copy it after that."""
   (x, noise), own, axes = b, parts[1], dims[1]
-  if own.stored is None or (groups := _groups(x.ndim, axes, own)) is None:
+  if (groups := _groups(x.ndim, axes, own)) is None:
     return b, dims, parts
   merge = lambda entries: tuple(entries[group[0]] for group in groups)
   size = lambda x, group: math.prod(x.shape[axis] for axis in group)
@@ -249,14 +249,14 @@ def _flat_weight(b: Any, dims, parts: tuple[Parts, Parts]):
 
 
 def _groups(ndim: int, axes: tuple[int, ...], own: Parts) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-  """The dims of a weight that are the rows, and those that are the columns, of a matrix; None where it stays as it is:
-  one of them but the first is divided, or it is no weight.
+  """(row dims, column dims) with which a weight becomes a matrix. None for an array that is no weight, and where a dim
+  behind the first one of its group is sharded, so that reshaping would move data.
   """
+  if own.stored is None:
+    return None
   groups = _sides(ndim, axes)
-  divided = (
-    names[axis] for names in (own.entries, own.stored or ()) if names for group in groups for axis in group[1:]
-  )
-  return None if own.stored is None or any(divided) else groups
+  is_sharded = any(names[axis] for names in (own.entries, own.stored) for group in groups for axis in group[1:])
+  return None if is_sharded else groups
 
 
 def _on_each(sides, pair: Pair, dims, parts: tuple[Parts, Parts], dtype, interpret, heads) -> Array:
@@ -356,7 +356,7 @@ def _matrix(x: Given, axes: tuple[int, ...]) -> tpu.Matrix:
 
 
 def _sides(ndim: int, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The dims that are the rows of a matrix, which go with the first one, and those that are its columns."""
+  """(row dims, column dims): the group that contains dim 0 is the rows. `axes` is one of the two groups."""
   others = tuple(axis for axis in range(ndim) if axis not in axes)
   return (axes, others) if 0 in axes else (others, axes)
 

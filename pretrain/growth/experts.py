@@ -19,7 +19,7 @@ from models.specs import Normal, ParamSpec, initialize
 from pretrain.errors import ConfigError
 
 Path = tuple[str, ...]
-KEYS = ('model.experts', 'model.experts_per_token')  # those that upcycling changes
+KEYS = ('model.experts', 'model.experts_per_token')  # config keys that upcycling may change
 
 
 def check_upcycling(before: ModelConfig, after: ModelConfig) -> None:
@@ -36,7 +36,7 @@ def check_upcycling(before: ModelConfig, after: ModelConfig) -> None:
 def upcycled(
   params: Mapping[Path, Any], specs: Mapping[Path, ParamSpec], key: jax.Array, noise: float = 0.0
 ) -> tuple[dict[Path, Any], dict[Path, Any]]:
-  """(all parameters of the model with `specs`, the inits of those that were drawn), by their path.
+  """(all parameters of the model with `specs`, initializers of the new ones), each by path.
 
   What `params` lack is drawn from `key` as in a new model. With `noise` every expert gets normal numbers of its own,
   whose std is that share of the std of the matrix in its layer.

@@ -99,7 +99,7 @@ def scheduled(pattern: re.Pattern, text: str, folder: pathlib.Path) -> dict[str,
 
 def products(text: str, calls: dict, folder: pathlib.Path, chip: str) -> dict[str, int]:
   """{'quantized_matmul': cycles} of the compiled step; empty where it has none. `calls` by the names of their programs
-  (`matmul.recorded`): equal ones share one schedule, those that only have equal shapes do not.
+  (`matmul.recorded`): calls of one program share a schedule; programs with equal shapes have one each.
   """
   found = scheduled(PRODUCT, text, folder)
   own = [times * matmul.kernel_cycles(calls[name], path, chip) for name, (times, path) in found.items()]

@@ -539,7 +539,7 @@ def test_attention_that_lacks_what_the_model_needs_is_refused_on_any_mesh(capsys
 def test_a_ring_of_one_device_is_accepted_with_what_a_ring_has():
   """A run on a ring may be resumed, and is read, on one device."""
   for more in ((), ('model.dropout=0.1', "model.dropout_sites='t5'"), ('model.windows=(9, None)',)):
-    tiny.decoder(*RING, *more)
+    assert tiny.decoder(*RING, *more).kernels.attention == 'ring'
 
 
 def test_a_vocabulary_that_tensor_does_not_divide_is_refused(capsys, tmp_path):
