@@ -1,8 +1,10 @@
 """The files of one step, written and read by Orbax, its only import. `step_folders` finds the steps, not Orbax."""
 
 import contextlib
+import inspect
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +31,9 @@ def be_quiet() -> None:
 
 
 def without_what_is_left_behind(found: Any) -> None:
-  """After one write of a save fails, its other writes raise "Event loop is closed"; that is harmless and not shown."""
-  if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed'):
+  """After one read or write fails, Orbax drops its others unfinished. What they raise then is harmless and not shown."""
+  of_orbax = inspect.iscoroutine(found.object) and f'{os.sep}orbax{os.sep}' in found.object.cr_code.co_filename
+  if not (of_orbax or (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed')):
     sys.__unraisablehook__(found)
 
 

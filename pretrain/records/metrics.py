@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 
 from pretrain.errors import ConfigError
@@ -186,7 +187,9 @@ class Events:
     if self._writer is None:
       from tensorboardX import SummaryWriter  # takes half a second: not before the config is checked
 
-      self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+      # The library names a file by the second and the host: a restart within a second would write over it.
+      suffix = f'.{time.time_ns()}.{os.getpid()}'
+      self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, filename_suffix=suffix)
     from tensorboardX.proto.summary_pb2 import Summary
 
     for name, value in values.items():

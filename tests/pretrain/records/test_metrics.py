@@ -177,6 +177,17 @@ def test_tensorboard_gets_every_value_and_a_mark_where_a_resume_began(ten_steps)
   assert [e.step for e in events if e.session_log.status == SessionLog.START] == [7]
 
 
+def test_every_start_has_its_own_file_of_events_even_within_a_second(tmp_path, monkeypatch):
+  from tensorboardX import event_file_writer
+
+  monkeypatch.setattr(event_file_writer.time, 'time', lambda: 1_796_059_864.0)
+  for resumed in range(3):
+    metrics = open_metrics(tmp_path, resume_step=resumed)
+    metrics.write(resumed + 1, {'loss': 2.0})
+    metrics.close()
+  assert len(list((tmp_path / 'tensorboard').iterdir())) == 3
+
+
 def records(data):
   """The payloads of a TFRecord file: length (8 bytes), its checksum (4), payload, its checksum (4)."""
   while data:
