@@ -3,6 +3,7 @@
 Policies that MaxText has too have its names (configs/base.yml: remat_policy).
 """
 
+import contextvars
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
@@ -30,6 +31,7 @@ KEPT: dict[str, tuple[Name, ...]] = {
   'minimal_with_context': (*QKV, 'context', 'out', *MLP),
 }
 HOST, OF_EXPERTS = 'pinned_host', 'product_of_experts'
+_apart: contextvars.ContextVar[bool] = contextvars.ContextVar('apart', default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,25 @@ class Remat:
 
 
 def named(x: jax.Array, name: Name) -> jax.Array:
-  """`x`, which a policy can keep by this name."""
-  return checkpoint_name(x, name)
+  """`x`, which a policy can keep by this name; inside of `apart`, with a leading dim of 1."""
+  return checkpoint_name(x[None], name)[0] if _apart.get() else checkpoint_name(x, name)
+
+
+def apart(body: Callable) -> Callable:
+  """`body`, for the second of two stacks: what it keeps has other shapes than what the first keeps.
+
+  A loop keeps its arrays in buffers that begin as zeros. The compiler for TPU leaves the zeros out, but not where two
+  loops have buffers of one shape: an encoder and a decoder of as many layers then write each of them once for nothing.
+  """
+
+  def run(carry, inputs):
+    token = _apart.set(True)
+    try:
+      return body(carry, inputs)
+    finally:
+      _apart.reset(token)
+
+  return run
 
 
 def product_of_experts(x: jax.Array) -> jax.Array:

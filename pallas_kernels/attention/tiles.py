@@ -35,6 +35,8 @@ class Spec:
   `max_distance` and `buckets` belong to the bias: None and 0 without one. `positioned`: positions are vectors, not
   indices.
   A tile of scores is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
+  `q_rows`, `kv_rows`: the rows of the arrays of queries and keys where they end inside the only block (TPU). What
+  a kernel finds after them may be anything, NaN too.
   """
 
   heads: int
@@ -56,6 +58,8 @@ class Spec:
   alibi: bool = False
   sinks: bool = False
   softcap: float | None = None
+  q_rows: int | None = None
+  kv_rows: int | None = None
   interpret: Any = False
 
   @property

@@ -92,12 +92,14 @@ def attention(
     block_q=blocks.q, block_kv=blocks.kv, compute=blocks.compute,
     segmented=vectors.q_segments is not None, positioned=vectors.q_positions is not None,
     scale=1 / math.sqrt(head_dim) if scale is None else scale, sinks=sink_logits is not None, softcap=softcap,
+    q_rows=q_length if q_length < blocks.q else None, kv_rows=kv_length if kv_length < blocks.kv else None,
     interpret=interpret, **tiles.static(see),
   )  # fmt: skip
-  major = lambda x, length: pad(x, 2, length).reshape(-1, length, head_dim)
+  major = lambda x, rows: pad(x, 2, rows).reshape(-1, rows, head_dim)
+  q_rows, kv_rows = spec.q_rows or spec.q_length, spec.kv_rows or spec.kv_length
   table = None if see.relative_bias is None else see.relative_bias.table
   call = lambda rows: _flash(spec, *rows[:3], table, see.alibi, sink_logits, rows[3])
-  arrays = (major(q, spec.q_length), major(k, spec.kv_length), major(v, spec.kv_length), vectors)
+  arrays = (major(q, q_rows), major(k, kv_rows), major(v, kv_rows), vectors)
   out, lse = in_turns(call, arrays, batch, rows_at_once(spec, vectors, batch))
   last = (lambda x: x) if heads_first else (lambda x: jnp.moveaxis(x, 1, 2))
   out = last(out.reshape(batch, heads, -1, head_dim)[:, :, :q_length])
@@ -156,7 +158,8 @@ def _backward(spec: Spec, saved, gradients):
   q, k, v, table, alibi, sink_logits, vectors, o, lse = saved
   do, dlse = gradients
   numbers = _numbers(table, alibi, sink_logits)
-  di = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(lse == NO_ROW, 0.0, dlse)
+  di = pad(jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1), 1, spec.q_length)
+  di -= jnp.where(lse == NO_ROW, 0.0, dlse)
   rows = {'lse': lse[:, None], 'di': di[:, None]}
   same = {'q': q, 'k': k, 'v': v, 'do': do.astype(q.dtype), **rows}
   dq, dbias = grad_queries(spec, same, numbers, vectors, q.dtype)

@@ -156,6 +156,21 @@ class Tile:
     q_dim = 1 if self.transposed else 0
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (q_dim, 1 - q_dim))
 
+  def queries(self, name: str, piece: Piece) -> Array:
+    """The rows of 'q' or 'do', zeros after the last."""
+    return self._rows(name, piece.queries, self.spec.q_rows)
+
+  def keys(self, name: str, piece: Piece) -> Array:
+    """The rows of 'k' or 'v', zeros after the last."""
+    return self._rows(name, piece.keys, self.spec.kv_rows)
+
+  def _rows(self, name: str, part: slice, rows: int | None) -> Array:
+    found = self.ref[name][part]
+    if rows is None or part.stop <= rows:
+      return found
+    row = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
+    return jnp.where(row < rows - part.start, found, jnp.zeros_like(found))
+
   def ahead(self, piece: Piece, shape) -> Array:
     """Position of the key - position of the query."""
     if self.spec.positioned:
@@ -290,7 +305,7 @@ def forward(spec: Spec, words, ref) -> None:
 def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  s, _ = tile.scores(dot(ref['q'][queries], ref['k'][keys], NT), piece)
+  s, _ = tile.scores(dot(tile.queries('q', piece), tile.keys('k', piece), NT), piece)
   old = ref['m'][queries]
   m = jnp.maximum(old, s.max(1, keepdims=True))
   p = jnp.exp2(s - wide(m, columns))
@@ -300,7 +315,7 @@ def _forward_piece(tile: Tile, piece: Piece) -> None:
     jnp.add, [p[:, x : x + LANES] for x in range(0, columns, LANES)]
   )
   acc = ref['acc']
-  acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(ref['v'].dtype), ref['v'][keys], NN)
+  acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(ref['v'].dtype), tile.keys('v', piece), NN)
 
 
 def grad_queries(spec: Spec, words, ref) -> None:
@@ -340,10 +355,11 @@ def grad_queries(spec: Spec, words, ref) -> None:
 def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  k = ref['k'][keys]
-  s, slope = tile.scores(dot(ref['q'][queries], k, NT), piece)
+  k = tile.keys('k', piece)
+  s, slope = tile.scores(dot(tile.queries('q', piece), k, NT), piece)
   p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
-  ds = p * (dot(ref['do'][queries], ref['v'][keys], NT) - wide(ref['column_di'][queries], columns))
+  products = dot(tile.queries('do', piece), tile.keys('v', piece), NT)
+  ds = p * (products - wide(ref['column_di'][queries], columns))
   dx = ds if slope is None else ds * slope
   ref['acc'][queries] += dot(dx.astype(k.dtype), k, NN)
   if tile.spec.biased and tile.near:
@@ -384,11 +400,11 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
 
 def _grad_keys_values_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
-  q, do = ref['q'][queries], ref['do'][queries]
-  s, slope = tile.scores(dot(ref['k'][keys], q, NT), piece)
+  q, do = tile.queries('q', piece), tile.queries('do', piece)
+  s, slope = tile.scores(dot(tile.keys('k', piece), q, NT), piece)
   right = 0.0 if tile.near else _right(tile.spec, tile.word, tile.head)
   p = jnp.exp2(s - (ref['lse'][:, queries] - right))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
-  ds = p * (dot(ref['v'][keys], do, NT) - ref['di'][:, queries])
+  ds = p * (dot(tile.keys('v', piece), do, NT) - ref['di'][:, queries])
   ds = ds if slope is None else ds * slope
   ref['acc_k'][keys] += dot(ds.astype(q.dtype), q, NN)

@@ -1,6 +1,7 @@
 """Rows, options and comparisons for the tests of attention kernels."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -83,4 +84,6 @@ def compare(arrays, options: dict, blocks: Any = SMALL, interpret=True, attentio
 
 
 def relative(got, want) -> float:
-  return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+  """The relative L2 difference; infinite where one of them has a NaN, because `max` passes over NaN."""
+  found = np.linalg.norm(got - want) / np.linalg.norm(want)
+  return math.inf if np.isnan(found) else float(found)

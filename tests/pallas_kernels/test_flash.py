@@ -17,6 +17,7 @@ from tests.pallas_kernels.attention_cases import SMALL, attend, compare, draw, n
 
 ROW = np.stack([row(100, 30, 100, padding=26), row(156, 100)])
 OTHER = np.stack([row(20, 60, 40, padding=8), row(100, 28)])
+SHORT = np.stack([row(40, 30, padding=29), row(99)])  # end inside the only block
 PREFIX = prefixed(ROW, (0, 20, 0, 70))
 SLOPES = jnp.asarray([0.1, 0.01], jnp.float32)
 SINKS = jnp.asarray([0.3, -1.0], jnp.float32)
@@ -43,12 +44,16 @@ CASES = {
   ),
   'bias, packed': ((256,), {'batch': 2}, {'causal': True, **packed(ROW), **bias(False)}),
   'bias of both sides': ((384, 384), {}, {'causal': False, **bias(True)}),
+  'short rows, a bias, a cap': ((99,), {'batch': 2}, {'causal': True, 'softcap': 1.5, **packed(SHORT), **bias(False)}),
+  'short queries, keys of two blocks': ((114, 200), {}, {'causal': False, **bias(True)}),
 }  # fmt: skip
 MORE = {
   'window of both sides': ((300,), {}, {'causal': False, 'window': 70}),
   'window, first tokens, by index': ((300,), {}, {'causal': True, 'window': 70, 'num_sinks': 5}),
   'slopes': ((256,), {}, {'causal': True, 'alibi': SLOPES}),
   'more queries than keys': ((256, 140), {}, {'causal': True}),
+  'queries of two blocks, short keys': ((200, 60), {'heads': 4}, {'causal': False, 'sink_logits': jnp.ones(4)}),
+  'short rows by index': ((50,), {}, {'causal': True, 'window': 30}),
   'bias, prefixes, keys shared': ((256,), {'batch': 2, 'kv_heads': 1}, {'causal': True, **PREFIX, **bias(False)}),
   'all': (
     (256,), {'batch': 2},

@@ -20,7 +20,7 @@ async def own():
   await Forever()
 
 
-@pytest.mark.parametrize('begin, shown', [(lambda: asyncio_utils.cancellable(Forever()), False), (own, True)])
+@pytest.mark.parametrize(('begin', 'shown'), [(lambda: asyncio_utils.cancellable(Forever()), False), (own, True)])
 def test_only_what_orbax_leaves_behind_is_not_shown(begin, shown, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'unraisablehook', sys.__unraisablehook__)
   orbax_files.be_quiet()
