@@ -56,6 +56,8 @@ def test_every_feature_compiles(chip):
   wide = compile_both(chip, 2048, head_dim=256, prefix=True, alibi=jnp.ones(HEADS), sink_logits=jnp.zeros(HEADS))
   odd = compile_both(chip, 1000, head_dim=48, dtype=jnp.float32)
   assert max(memory.temporaries for memory in (narrow, wide, odd)) < 12 * MIB, 'the scores alone would be 128 MiB'
+  for length, dtype in ((99, jnp.bfloat16), (114, jnp.float32), (3, jnp.bfloat16)):  # end inside the only block
+    compile_both(chip, length, head_dim=64, block=128, dtype=dtype, softcap=3.0)
 
 
 @pytest.mark.slow
