@@ -8,6 +8,7 @@ Each line: a layout, its largest relative loss difference to one device, whether
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -80,6 +81,12 @@ def train(options, dtype: str, name: str, overrides: dict, hosts: int) -> tuple[
   return [row for row in rows if 'loss' in row], remat
 
 
+def difference(row: dict, reference: dict) -> float:
+  """The relative difference of two losses, infinite where one of them is NaN."""
+  found = abs(float(row['loss']) / float(reference['loss']) - 1)
+  return math.inf if math.isnan(found) else found
+
+
 def compare(options, dtype: str) -> bool:
   good, reference, skipped = True, None, []
   for name, layout in LAYOUTS.items():
@@ -88,7 +95,7 @@ def compare(options, dtype: str) -> bool:
       continue
     rows, remat = found
     reference = reference or rows
-    worst = max(abs(a['loss'] / b['loss'] - 1) for a, b in zip(rows, reference, strict=True))
+    worst = max(difference(a, b) for a, b in zip(rows, reference, strict=True))
     same = [r['batch_checksum'] for r in rows] == [r['batch_checksum'] for r in reference]
     good &= worst <= BARS[dtype] and same and not remat
     print(

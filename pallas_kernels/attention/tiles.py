@@ -30,13 +30,13 @@ KEPT = 'context'  # the name of the output and the log-sum-exp, which jax.checkp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """The static properties of a call. Lengths are padded to blocks.
+  """The static properties of a call. Lengths are padded to blocks, and so are arrays, but for `q_rows` and `kv_rows`.
 
   `max_distance` and `buckets` belong to the bias: None and 0 without one. `positioned`: positions are vectors, not
   indices.
   A tile of scores is [block_q, block_kv], computed `compute` keys at a time; `compute` divides both.
-  `q_rows`, `kv_rows`: the rows of the arrays of queries and keys where they end inside the only block (TPU). What
-  a kernel finds after them may be anything, NaN too.
+  `q_rows`, `kv_rows`: the lengths of the arrays of queries and of keys where they are shorter than the only block, else
+  None (TPU alone). What a kernel reads behind their end is undefined, and may be NaN.
   """
 
   heads: int

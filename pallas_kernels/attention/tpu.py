@@ -317,7 +317,8 @@ class Call:
         out_specs=[block for _, block in outs.values()],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
       ),
-      # The list of tiles only has blocks inside the arrays; checking that again took a fifth of a step.
+      # The list of tiles only has blocks that begin inside the arrays; checking that again took a fifth of a step. An
+      # array that ends inside its block is read and written up to its end.
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'parallel', *['arbitrary'] * (len(grid) - 2)), disable_bounds_checks=True
       ),

@@ -156,11 +156,11 @@ class Tile:
     q_dim = 1 if self.transposed else 0
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (q_dim, 1 - q_dim))
 
-  def queries(self, name: str, piece: Piece) -> Array:
+  def rows_of_q(self, name: str, piece: Piece) -> Array:
     """The rows of 'q' or 'do', zeros after the last."""
     return self._rows(name, piece.queries, self.spec.q_rows)
 
-  def keys(self, name: str, piece: Piece) -> Array:
+  def rows_of_kv(self, name: str, piece: Piece) -> Array:
     """The rows of 'k' or 'v', zeros after the last."""
     return self._rows(name, piece.keys, self.spec.kv_rows)
 
@@ -305,7 +305,7 @@ def forward(spec: Spec, words, ref) -> None:
 def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  s, _ = tile.scores(dot(tile.queries('q', piece), tile.keys('k', piece), NT), piece)
+  s, _ = tile.scores(dot(tile.rows_of_q('q', piece), tile.rows_of_kv('k', piece), NT), piece)
   old = ref['m'][queries]
   m = jnp.maximum(old, s.max(1, keepdims=True))
   p = jnp.exp2(s - wide(m, columns))
@@ -314,8 +314,8 @@ def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref['l'][queries] = keep * ref['l'][queries] + functools.reduce(
     jnp.add, [p[:, x : x + LANES] for x in range(0, columns, LANES)]
   )
-  acc = ref['acc']
-  acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(ref['v'].dtype), tile.keys('v', piece), NN)
+  acc, v = ref['acc'], tile.rows_of_kv('v', piece)
+  acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(v.dtype), v, NN)
 
 
 def grad_queries(spec: Spec, words, ref) -> None:
@@ -355,10 +355,10 @@ def grad_queries(spec: Spec, words, ref) -> None:
 def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  k = tile.keys('k', piece)
-  s, slope = tile.scores(dot(tile.queries('q', piece), k, NT), piece)
+  k = tile.rows_of_kv('k', piece)
+  s, slope = tile.scores(dot(tile.rows_of_q('q', piece), k, NT), piece)
   p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
-  products = dot(tile.queries('do', piece), tile.keys('v', piece), NT)
+  products = dot(tile.rows_of_q('do', piece), tile.rows_of_kv('v', piece), NT)
   ds = p * (products - wide(ref['column_di'][queries], columns))
   dx = ds if slope is None else ds * slope
   ref['acc'][queries] += dot(dx.astype(k.dtype), k, NN)
@@ -400,11 +400,11 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
 
 def _grad_keys_values_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
-  q, do = tile.queries('q', piece), tile.queries('do', piece)
-  s, slope = tile.scores(dot(tile.keys('k', piece), q, NT), piece)
+  q, do = tile.rows_of_q('q', piece), tile.rows_of_q('do', piece)
+  s, slope = tile.scores(dot(tile.rows_of_kv('k', piece), q, NT), piece)
   right = 0.0 if tile.near else _right(tile.spec, tile.word, tile.head)
   p = jnp.exp2(s - (ref['lse'][:, queries] - right))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
-  ds = p * (dot(tile.keys('v', piece), do, NT) - ref['di'][:, queries])
+  ds = p * (dot(tile.rows_of_kv('v', piece), do, NT) - ref['di'][:, queries])
   ds = ds if slope is None else ds * slope
   ref['acc_k'][keys] += dot(ds.astype(q.dtype), q, NN)

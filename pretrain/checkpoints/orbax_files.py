@@ -18,6 +18,7 @@ from pretrain.checkpoints import manifest, orbax_stores
 from pretrain.workdirs.folder import Folder
 from pretrain.workdirs.store_path import StorePath
 
+ORBAX = os.path.dirname(ocp.__file__) + os.sep
 CHUNK = 64 * 2**20  # bytes: the most of an array that must be unpacked to read a part of it
 SMALL_FILE = 16 * 2**20  # bytes, for saves of parameters alone: they must need little memory and may take longer
 
@@ -31,8 +32,8 @@ def be_quiet() -> None:
 
 
 def without_what_is_left_behind(found: Any) -> None:
-  """After one read or write fails, Orbax drops its others unfinished. What they raise then is harmless and not shown."""
-  of_orbax = inspect.iscoroutine(found.object) and f'{os.sep}orbax{os.sep}' in found.object.cr_code.co_filename
+  """After a read or a write fails, Orbax drops the others. What these raise then is harmless and not shown."""
+  of_orbax = inspect.iscoroutine(found.object) and found.object.cr_code.co_filename.startswith(ORBAX)
   if not (of_orbax or (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == 'Event loop is closed')):
     sys.__unraisablehook__(found)
 

@@ -92,6 +92,7 @@ class Experiment:
 MAY_CHANGE = (
   'train.steps',
   'train.log_every',
+  'train.accumulate',
   'train.profile_steps',
   'train.profile_hosts',
   'train.replica_dtype',
@@ -105,6 +106,9 @@ MAY_CHANGE = (
   'snapshot.',
   'mesh.',
   'optimizer.offload',
+  'model.remat',
+  'model.remat_keep',
+  'model.remat_offload',
   'model.pipeline_microbatches',
   'model.pipeline_repeats',
   'compiler.',

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -173,7 +174,8 @@ class Case:
   def apart(self, reference: 'Case') -> float:
     """The largest relative difference of a loss."""
     pairs = zip(read_metrics(self.workdir), read_metrics(reference.workdir), strict=False)
-    return max((abs(a['loss'] / b['loss'] - 1) for a, b in pairs), default=0.0)
+    found = [abs(a['loss'] / b['loss'] - 1) for a, b in pairs]
+    return math.inf if any(map(math.isnan, found)) else max(found, default=0.0)
 
   def differs_at(self, step: int, reference: 'Case') -> str:
     """'' if the arrays of a saved step equal those of `reference`, bit for bit."""

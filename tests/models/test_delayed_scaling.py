@@ -135,7 +135,7 @@ def test_microbatches_observe_what_the_batch_does():
   assert value == pytest.approx(expected, rel=1e-5)
   jax.tree.map(same, felt, expected_felt)
   norms = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), grads, expected_grads)
-  assert max(jax.tree.leaves(norms)) < 0.02
+  assert np.max(jax.tree.leaves(norms)) < 0.02
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def error(cfg, params, golden, names, width, mesh=None, attention='auto') -> flo
   batch = row(cfg, golden, names, width)
   if mesh is not None:
     batch = {field: np.repeat(values, 2, 0) for field, values in batch.items()}
-  return max(difference(found, golden, names) for found in np.asarray(run(params, batch)))
+  return np.max([difference(found, golden, names) for found in np.asarray(run(params, batch))])
 
 
 def difference(found: np.ndarray, golden: dict, names: list[str]) -> float:

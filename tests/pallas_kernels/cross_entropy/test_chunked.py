@@ -58,7 +58,7 @@ def found(total, everything: bool, arrays=(X, W, BIAS)) -> dict[str, np.ndarray]
 
 
 def worst(got: dict, want: dict) -> float:
-  return max(np.abs(got[n].reshape(want[n].shape) - want[n]).max() / np.abs(want[n]).max() for n in want)
+  return np.max([np.abs(got[n].reshape(want[n].shape) - want[n]).max() / np.abs(want[n]).max() for n in want])
 
 
 def of_tokens(function, x, w, bias, **options):

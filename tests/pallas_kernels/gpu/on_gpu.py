@@ -50,6 +50,7 @@ def errors(name: str, case, dtype) -> dict[str, float]:
   if dtype == jnp.float32:
     return own
   definition = found('reference', arrays, options, weights)
+  assert all(np.isfinite(definition[x]).all() for x in truth)
   return {x: own[x] / max(relative(definition[x], truth[x]), 1e-3) for x in truth}
 
 

@@ -31,6 +31,13 @@ def test_a_config_without_options_is_saved_as_before():
   assert 'compiler' not in bindings.render(tiny.decoder())
 
 
+def test_t5_has_the_defaults_of_v5e_but_for_vmem():
+  """Its config repeats the others, so they must be those of the table."""
+  cfg = bindings.load(Experiment, [str(tiny.ROOT / 'configs/t5/small.gin')], [])
+  assert dict(cfg.compiler.chip_options) == {'v5e': chip_options.of_chip('v5e', quick=True)}
+  assert options_for(cfg.compiler, V5E).keys() == {WINDOWED}
+
+
 def test_options_are_saved_and_read_back(tmp_path):
   cfg = tiny.decoder(FAST)
   (tmp_path / 'config.gin').write_text(bindings.render(cfg))

@@ -85,4 +85,4 @@ def worst(
     ends = np.cumsum([len(golden[f'{name}_logits']) for name in row])
     for name, part in zip(row, np.split(own[: ends[-1]], ends[:-1]), strict=True):
       errors.append(np.abs(part - golden[f'{name}_logits']).max() / scale)
-  return float(max(errors))
+  return float(np.max(errors))

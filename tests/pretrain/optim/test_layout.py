@@ -27,7 +27,7 @@ name_of = lambda cfg: cfg.name if hasattr(cfg, 'name') else 'fsdp' if cfg == FSD
 def distance(a, b) -> float:
   """The largest difference of any value, relative to the largest update of its array."""
   one = lambda x, y, start: float(np.abs(np.asarray(x) - y).max() / np.abs(np.asarray(y) - start).max())
-  return max(jax.tree.leaves(jax.tree.map(one, a, b, draw(SPECS, 0))))
+  return np.max(jax.tree.leaves(jax.tree.map(one, a, b, draw(SPECS, 0))))
 
 
 @functools.cache

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pretrain.devices.mesh import MeshConfig
+from pretrain.records.metrics import read_metrics
+from pretrain.run.train import train
 from pretrain.testing import assert_layout_invariant, cpu_mesh, losses
 from tests.pretrain import tiny
 
@@ -67,6 +69,16 @@ def test_accumulation_with_dropout_does_not_change_the_answer(text_store, accumu
   split = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulate=accumulate))
   for metric in ('loss', 'grad_norm'):  # the first says little about the gradients of the step it is from
     np.testing.assert_allclose(losses(split, 4, metric), losses(cfg, 4, metric), rtol=1e-5, err_msg=metric)
+
+
+def test_a_run_that_is_resumed_with_other_microbatches_and_remat_has_the_same_losses(tmp_path):
+  """As with another mesh. Without the keys in MAY_CHANGE the second start is refused."""
+  keys = ('model.dropout=0.1', 'mesh.fsdp=2', 'checkpoint.every=3')
+  assert train(tiny.decoder(*keys, 'train.steps=3'), tmp_path) == 0
+  other = ('train.accumulate=2', "model.remat='full'", 'train.steps=6')
+  assert train(tiny.decoder(*keys, *other), tmp_path) == 0
+  found = [row['loss'] for row in read_metrics(tmp_path) if 'loss' in row]
+  np.testing.assert_allclose(found, losses(tiny.decoder(*keys), 6), rtol=1e-5)
 
 
 @pytest.mark.slow
