@@ -36,11 +36,6 @@ def dot(a: Array, b: Array, dims) -> Array:
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def column(row: Array) -> Array:
-  """(1, n) -> (n, 128), every lane equal."""
-  return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
 def wide(x: Array, columns: int) -> Array:
   """(n, 128) of equal lanes -> (n, columns)."""
   return x[:, :columns] if columns <= LANES else jnp.tile(x, (1, -(-columns // LANES)))[:, :columns]
@@ -156,20 +151,14 @@ class Tile:
     q_dim = 1 if self.transposed else 0
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (q_dim, 1 - q_dim))
 
-  def rows_of_q(self, name: str, piece: Piece) -> Array:
-    """The rows of 'q' or 'do', zeros after the last."""
-    return self._rows(name, piece.queries, self.spec.q_rows)
-
-  def rows_of_kv(self, name: str, piece: Piece) -> Array:
-    """The rows of 'k' or 'v', zeros after the last."""
-    return self._rows(name, piece.keys, self.spec.kv_rows)
-
-  def _rows(self, name: str, part: slice, rows: int | None) -> Array:
-    found = self.ref[name][part]
-    if rows is None or part.stop <= rows:
-      return found
-    row = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
-    return jnp.where(row < rows - part.start, found, jnp.zeros_like(found))
+  def rows(self, name: str, piece: Piece) -> Array:
+    """Those of 'q', 'do', 'k' or 'v', with zeros behind the end of the array."""
+    of_q = name in ('q', 'do')
+    part, end = (piece.queries, self.spec.q_rows) if of_q else (piece.keys, self.spec.kv_rows)
+    x = self.ref[name][part]
+    if end is None or part.stop <= end:
+      return x
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < end - part.start, x, jnp.zeros_like(x))
 
   def ahead(self, piece: Piece, shape) -> Array:
     """Position of the key - position of the query."""
@@ -265,7 +254,8 @@ def _build(spec: Spec, head: Head, toe, *, transposed: bool) -> None:
 
 def _columns(ref) -> None:
   for name in [name for name in ref if name.startswith('column_')]:
-    ref[name][...] = column(ref[name.removeprefix('column_')][...])
+    row = ref[name.removeprefix('column_')][...]
+    ref[name][...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def forward(spec: Spec, words, ref) -> None:
@@ -305,7 +295,7 @@ def forward(spec: Spec, words, ref) -> None:
 def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  s, _ = tile.scores(dot(tile.rows_of_q('q', piece), tile.rows_of_kv('k', piece), NT), piece)
+  s, _ = tile.scores(dot(tile.rows('q', piece), tile.rows('k', piece), NT), piece)
   old = ref['m'][queries]
   m = jnp.maximum(old, s.max(1, keepdims=True))
   p = jnp.exp2(s - wide(m, columns))
@@ -314,7 +304,7 @@ def _forward_piece(tile: Tile, piece: Piece) -> None:
   ref['l'][queries] = keep * ref['l'][queries] + functools.reduce(
     jnp.add, [p[:, x : x + LANES] for x in range(0, columns, LANES)]
   )
-  acc, v = ref['acc'], tile.rows_of_kv('v', piece)
+  acc, v = ref['acc'], tile.rows('v', piece)
   acc[queries] = wide(keep, acc.shape[1]) * acc[queries] + dot(p.astype(v.dtype), v, NN)
 
 
@@ -355,10 +345,10 @@ def grad_queries(spec: Spec, words, ref) -> None:
 def _grad_queries_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
   columns = keys.stop - keys.start
-  k = tile.rows_of_kv('k', piece)
-  s, slope = tile.scores(dot(tile.rows_of_q('q', piece), k, NT), piece)
+  k = tile.rows('k', piece)
+  s, slope = tile.scores(dot(tile.rows('q', piece), k, NT), piece)
   p = jnp.exp2(s - wide(ref['column_lse'][queries], columns))
-  products = dot(tile.rows_of_q('do', piece), tile.rows_of_kv('v', piece), NT)
+  products = dot(tile.rows('do', piece), tile.rows('v', piece), NT)
   ds = p * (products - wide(ref['column_di'][queries], columns))
   dx = ds if slope is None else ds * slope
   ref['acc'][queries] += dot(dx.astype(k.dtype), k, NN)
@@ -400,11 +390,11 @@ def grad_keys_values(spec: Spec, words, ref) -> None:
 
 def _grad_keys_values_piece(tile: Tile, piece: Piece) -> None:
   ref, keys, queries = tile.ref, piece.keys, piece.queries
-  q, do = tile.rows_of_q('q', piece), tile.rows_of_q('do', piece)
-  s, slope = tile.scores(dot(tile.rows_of_kv('k', piece), q, NT), piece)
+  q, do = tile.rows('q', piece), tile.rows('do', piece)
+  s, slope = tile.scores(dot(tile.rows('k', piece), q, NT), piece)
   right = 0.0 if tile.near else _right(tile.spec, tile.word, tile.head)
   p = jnp.exp2(s - (ref['lse'][:, queries] - right))
   ref['acc_v'][keys] += dot(p.astype(do.dtype), do, NN)
-  ds = p * (dot(tile.rows_of_kv('v', piece), do, NT) - ref['di'][:, queries])
+  ds = p * (dot(tile.rows('v', piece), do, NT) - ref['di'][:, queries])
   ds = ds if slope is None else ds * slope
   ref['acc_k'][keys] += dot(ds.astype(q.dtype), q, NN)
