@@ -18,7 +18,7 @@ from models.layers.norm import LayerNorm, NormConfig, RmsNorm, make_norm
 from models.layers.pipeline.program import pipelined, split
 from models.layers.pipeline.schedule import Pipeline
 from models.layers.positions.rotary import Angles
-from models.layers.remat import Remat, apart, keeping, rematerialise
+from models.layers.remat import Remat, distinct_shapes, keeping, rematerialise
 from models.layers.rows import Beside, Cross
 from models.layers.values import Aux, ByLayer, averaged, resolved
 from models.partition import constrain, parts
@@ -218,7 +218,7 @@ class Stack(nnx.Module):
         aux = {**aux, 'kurtosis': ByLayer(excess_kurtosis(x, see.q_segment_ids))}
       return x, aux if stages else resolved(aux)
 
-    return rematerialise(body if cross is None else apart(body), self.remat, stages=stages)
+    return rematerialise(body if cross is None else distinct_shapes(body), self.remat, stages=stages)
 
   def _staged(self, x: Array, beside: Beside, layers, pipeline: Pipeline) -> tuple[Array, Aux]:
     """All layers, a part of them on each stage of the mesh."""

@@ -31,7 +31,7 @@ KEPT: dict[str, tuple[Name, ...]] = {
   'minimal_with_context': (*QKV, 'context', 'out', *MLP),
 }
 HOST, OF_EXPERTS = 'pinned_host', 'product_of_experts'
-_apart: contextvars.ContextVar[bool] = contextvars.ContextVar('apart', default=False)
+_unit_dim: contextvars.ContextVar[bool] = contextvars.ContextVar('unit_dim', default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,23 +49,24 @@ class Remat:
 
 
 def named(x: jax.Array, name: Name) -> jax.Array:
-  """`x`, which a policy can keep by this name; inside of `apart`, with a leading dim of 1."""
-  return checkpoint_name(x[None], name)[0] if _apart.get() else checkpoint_name(x, name)
+  """`x`, which a policy can keep by this name; inside `distinct_shapes`, with a leading dim of 1."""
+  return checkpoint_name(x[None], name)[0] if _unit_dim.get() else checkpoint_name(x, name)
 
 
-def apart(body: Callable) -> Callable:
-  """`body`, for the second of two stacks: what it keeps has other shapes than what the first keeps.
+def distinct_shapes(body: Callable) -> Callable:
+  """`body` of a decoder's scan. Arrays that it keeps by name get a leading dim of 1, so that none has the shape of one
+  that the encoder keeps.
 
-  A loop keeps its arrays in buffers that begin as zeros. The compiler for TPU leaves the zeros out, but not where two
-  loops have buffers of one shape: an encoder and a decoder of as many layers then write each of them once for nothing.
+  A scan writes what it keeps into buffers that start as zeros. The compiler for TPU allocates them without writing
+  zeros, unless two scans have buffers of the same shape, as an encoder and a decoder of equal depth and width have.
   """
 
   def run(carry, inputs):
-    token = _apart.set(True)
+    token = _unit_dim.set(True)
     try:
       return body(carry, inputs)
     finally:
-      _apart.reset(token)
+      _unit_dim.reset(token)
 
   return run
 

@@ -59,9 +59,7 @@ def checkpoints_flags(command: argparse.ArgumentParser) -> None:
 
 def positive(value: str) -> int:
   """An integer >= 1."""
-  if not value.isdecimal() or int(value) < 1:
-    raise argparse.ArgumentTypeError(f"'{value}' is not an integer >= 1")
-  return int(value)
+  return count(value, 1)
 
 
 def extend_flags(action: argparse.ArgumentParser) -> None:
@@ -111,10 +109,10 @@ def grow_flags(action: argparse.ArgumentParser) -> None:
   action.add_argument('--to', required=True, type=shared.workdir, metavar='NEW', help='a new workdir')
 
 
-def count(value: str) -> int:
-  """An integer >= 0."""
-  if not value.isdecimal():
-    raise argparse.ArgumentTypeError(f"'{value}' is not an integer >= 0")
+def count(value: str, least: int = 0) -> int:
+  """An integer >= `least`."""
+  if not value.isdecimal() or int(value) < least:
+    raise argparse.ArgumentTypeError(f"'{value}' is not an integer >= {least}")
   return int(value)
 
 

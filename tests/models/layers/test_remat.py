@@ -90,7 +90,7 @@ def kept_by_loops(function, params) -> list[set]:
 
 
 def test_an_encoder_and_a_decoder_of_one_size_keep_arrays_of_different_shapes():
-  """Of names; inputs of layers are alike. Without `apart` all are, and the compiler for TPU writes zeros (below)."""
+  """But for inputs of layers. Without `distinct_shapes` all are alike, and the TPU compiler writes zeros (below)."""
   encoder, decoder = kept_by_loops(*gradient(T5, decoder_layers=T5.encoder_layers, remat='minimal_with_context'))
   inputs = (2, 2, 14, 32)
   assert encoder == {(2, 2, 4, 14, 8), (2, 2, 14, 48), inputs}  # of heads, of MLPs
