@@ -152,7 +152,7 @@ def check_precision(
   cfg: ModelConfig, precision: PrecisionConfig, lengths: Mapping[str, int], *, forward_only: bool = False
 ) -> None:
   """Raises ValueError for a name of no product or recipe, for more first and last layers than there are, and where
-  blocks divide a size or one of `lengths` not; for training also for recipes that have no gradients.
+  blocks divide a size or one of `lengths` not; for training also as `check_trains`.
   """
   specs = param_specs(make_module(cfg, KernelsConfig()))
   check_layers(precision, specs, len(cfg.windows or (None,)))

@@ -161,8 +161,8 @@ def pushed(history: Array, now: Array) -> Array:
 
 
 def check_layers(cfg: PrecisionConfig, specs: Tree, windows: int = 1) -> None:
-  """Raises ValueError where a stack has no such first and last layers, and for delayed scales without a history.
-  `windows`: layers are scanned in groups of so many.
+  """Raises ValueError where a stack has no such first and last layers. `windows`: layers are scanned in groups of so
+  many.
   """
   flat, both = flatten_dict(dict(specs)), 'precision.first_layers={} and precision.last_layers={}'.format(*cfg.edges)
   for stack, layers in {path[0]: flat[path].shape[0] for path in products(specs)}.items():
@@ -175,15 +175,17 @@ def check_layers(cfg: PrecisionConfig, specs: Tree, windows: int = 1) -> None:
       f"precision.edge_recipe='{cfg.edge_recipe}' without precision.first_layers or precision.last_layers, whose "
       'recipe it is; set one of them, or remove it.'
     )
+
+
+def check_trains(cfg: PrecisionConfig) -> None:
+  """Raises ValueError for a recipe that only evaluation and generation can use, and for delayed scales without a
+  history of sizes.
+  """
   if DELAYED in named_by(cfg) and not cfg.amax_history:
     raise ValueError(
       f"precision: recipe '{DELAYED}' with precision.amax_history=0, so there are no earlier steps to scale by; set "
       "it, e.g. 1024, or use 'fp8'."
     )
-
-
-def check_trains(cfg: PrecisionConfig) -> None:
-  """Raises ValueError for a recipe that only evaluation and generation can use."""
   if found := [name for name in named_by(cfg) if name in POST_TRAINING]:
     trains = ', '.join(repr(name) for name in RECIPES if name not in POST_TRAINING)
     raise ValueError(

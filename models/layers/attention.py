@@ -18,6 +18,7 @@ from models.layers.positions.disentangled import RelativeEmbeddings
 from models.layers.positions.rotary import Angles, Rope, rotary
 from models.layers.remat import Name, named
 from models.partition import constrain, divides, per_shard
+from models.product import within
 from models.specs import weight
 from pallas_kernels.attention import api
 
@@ -292,11 +293,13 @@ class Attention(nnx.Module):
     if see.relative is None:
       return 1.0 if self.cfg.folds_scale else None, see
     x, kinds = see.relative.table.astype(dtype), see.relative.scores
-    own = api.PositionScores(
-      keys=linear(x, self.key, self.key_bias) if 'c2p' in kinds else None,
-      queries=linear(x, self.query, self.query_bias) if 'p2c' in kinds else None,
-      max_distance=see.relative.max_distance,
-    )
+    # The sizes that delayed scales follow from are those of the tokens: those of the table would be added to them.
+    with within(amax=None):
+      own = api.PositionScores(
+        keys=linear(x, self.key, self.key_bias) if 'c2p' in kinds else None,
+        queries=linear(x, self.query, self.query_bias) if 'p2c' in kinds else None,
+        max_distance=see.relative.max_distance,
+      )
     scale = ((1 + len(kinds)) * self.cfg.head_dim) ** -0.5
     return scale, dataclasses.replace(see, relative=None, position_scores=own)
 

@@ -15,7 +15,7 @@ from pallas_kernels.quantized_matmul.formats import FORMATS, Operand, Pair, Reci
 from pallas_kernels.quantized_matmul.rounding import Noise
 from pallas_kernels.quantized_matmul.sharded import Division, Parts
 
-__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Division', 'Operand', 'Recipe', 'check', 'check_delayed', 'quantized_matmul']
+__all__ = ['FORMATS', 'IMPLEMENTATIONS', 'Division', 'Operand', 'Recipe', 'check', 'check_recipe', 'quantized_matmul']
 
 # `interpret` runs `tpu` on any platform, slowly: for tests.
 IMPLEMENTATIONS = {
@@ -42,11 +42,15 @@ def check(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(repr(name) for name in IMPLEMENTATIONS)
     raise KernelError(f"kernels.quantized_matmul='{implementation}' is not one of 'auto', {known}.")
-  mesh = jax.sharding.get_abstract_mesh()
-  platform = None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
-  if implementation == 'tpu' and platform not in (None, 'tpu'):
+  if implementation == 'tpu' and (platform := _platform()) not in (None, 'tpu'):
     raise KernelError(f"kernels.quantized_matmul='tpu' runs on tpu, this mesh has {platform} devices; use 'auto'.")
   return implementation
+
+
+def _platform() -> str | None:
+  """That of the mesh in use; None without a mesh, or where it has no devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
 def quantized_matmul(
@@ -67,8 +71,14 @@ def quantized_matmul(
 
   `division`: how the mesh in use divides x and w, for kernels; the partitioner of XLA needs none.
 
-  Raises KernelError for shapes that do not fit, blocks that do not divide, and stochastic rounding without a seed.
+  Raises KernelError for shapes that do not fit, blocks that do not divide, stochastic rounding without a seed, and a
+  recipe that rounds weights alone.
   """
+  if recipe.weights is not None:
+    raise KernelError(
+      f'quantized_matmul quantizes both operands, and this recipe has weights in {recipe.weights.format} alone; round '
+      'them with reference.quantize, and multiply as usual.'
+    )
   axes = (x.ndim - 1,) if axes is None else axes
   sizes, tokens = tuple(x.shape[axis] for axis in axes), _others(x, axes)
   if 0 not in tokens or sizes != w.shape[: len(axes)] or w.ndim == len(axes) or tuple(sorted(axes)) != axes:
@@ -88,19 +98,20 @@ def _others(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _chosen(implementation: str, recipe: Recipe) -> str:
   """`check`, but for delayed scales, which a kernel that finds its own scales cannot use."""
-  if not recipe.is_delayed:
-    return check(implementation)
-  check_delayed(implementation)
-  return 'xla' if implementation == 'auto' else check(implementation)
+  check_recipe(implementation, recipe)
+  return 'xla' if recipe.is_delayed and implementation == 'auto' else check(implementation)
 
 
-def check_delayed(implementation: str) -> None:
-  """Raises KernelError for an implementation without delayed scales."""
-  if implementation not in ('auto', *DELAYED):
+def check_recipe(implementation: str, recipe: Recipe) -> None:
+  """Raises KernelError for an implementation without the scales of `recipe`: delayed ones, or those of blocks."""
+  if recipe.is_delayed and implementation not in ('auto', *DELAYED):
     raise KernelError(
       f"kernels.quantized_matmul='{implementation}' has no delayed scaling; use 'auto', 'xla' or 'reference', or "
       "precision.recipe='fp8', which computes scales from the tensor itself."
     )
+  if implementation in KERNELS:
+    for pair in recipe.pairs.values():
+      sharded.check_scales(pair, implementation)
 
 
 def index(shape: tuple[int, ...]) -> Array:
@@ -185,9 +196,9 @@ def fastest(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | N
   several devices shapes are those of one device's part.
 
   'xla' without such an entry of a shape that is not far (`tuned.FAR`), where the kernel lacks the product or has no
-  tiles that fit, and on several devices without `parts`.
+  tiles that fit, on several devices without `parts`, and on other platforms.
   """
-  if not sharded.fits(a, b, pair, dims, parts):
+  if _platform() != 'tpu' or not sharded.fits(a, b, pair, dims, parts):
     return 'xla'
   parts = parts if sharded.on_several() else None
   return tuned.fastest(OP, kind_of(pair, dims, parts), sharded.sizes_of(a, b, dims, parts), TUNED) or 'xla'

@@ -5,7 +5,7 @@ arXiv:2509.25149, §2 and appendix B; fp8 for training: Micikevicius et al. 2022
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +73,7 @@ class Operand:
   for each `block` consecutive numbers that it does; 'delayed': one for all, from the sizes that the matrix had before.
   The formats mx… and nvfp4 have blocks of their own.
 
-  Raises KernelError for a format that does not exist, and for scales that it does not have.
+  Raises KernelError for a format, scale or rounding that does not exist, and for scales that the format does not have.
   """
 
   format: str
@@ -85,7 +85,17 @@ class Operand:
     if self.format not in FORMATS:
       known = ', '.join(map(repr, FORMATS))
       raise KernelError(f'quantized_matmul has no format {self.format!r}; choose from {known}.')
+    for field, choices in (('scale', get_args(Scale)), ('rounding', get_args(Rounding))):
+      if (value := getattr(self, field)) not in choices:
+        known = ', '.join(map(repr, choices))
+        raise KernelError(f'quantized_matmul has no {field} {value!r}; choose from {known}.')
+    if self.block is not None and self.block < 1:
+      raise KernelError(f'quantized_matmul got blocks of {self.block} numbers; use at least 1.')
     own = FORMATS[self.format].block
+    if own is not None and self.scale not in ('channel', 'block'):
+      raise KernelError(
+        f"quantized_matmul: {self.format} has scales of blocks, not scale='{self.scale}'; remove `scale`."
+      )
     if own is not None:
       object.__setattr__(self, 'scale', 'block')
       object.__setattr__(self, 'block', self.block or own)

@@ -113,13 +113,8 @@ def fits(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None
 
 def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | None) -> None:
   """Raises KernelError, with the fix, for a product that the kernel does not have on the mesh in use."""
-  blocked = [operand.format for operand in pair if not operand.in_hardware]
+  check_scales(pair)
   kinds = {operand.element.is_integer for operand in pair}
-  if blocked or len(kinds) > 1:
-    raise KernelError(
-      f"kernels.quantized_matmul='tpu' has no {' and '.join(blocked) or 'products of integers and fp8'}; it has int8, "
-      "int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
-    )
   if on_several():
     _check_parts((a, b), parts)
   count = math.prod(n for axis, n in enumerate(local_shape(a, parts and parts[0])) if axis in dims[0])
@@ -127,6 +122,16 @@ def check(a: Array, b: Array, pair: Pair, dims, parts: tuple[Parts, Parts] | Non
     raise KernelError(
       f"kernels.quantized_matmul='tpu' sums {count} products of {pair[0].format} in an int32, which may overflow; use "
       "'auto' or 'xla', or smaller batches."
+    )
+
+
+def check_scales(pair: Pair, implementation: str = 'tpu') -> None:
+  """Raises KernelError for operands that the kernel does not multiply as codes of one kind."""
+  blocked = dict.fromkeys(f'{operand.format} with scales of blocks' for operand in pair if not operand.in_hardware)
+  if blocked or len({operand.element.is_integer for operand in pair}) > 1:
+    raise KernelError(
+      f"kernels.quantized_matmul='{implementation}' has no {' and '.join(blocked) or 'products of integers and fp8'}; "
+      "it has int8, int4 and fp8 with scales of tensors or channels. Use 'auto' or 'xla'."
     )
 
 

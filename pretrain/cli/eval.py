@@ -125,12 +125,20 @@ def pathways_of(options, writer, devices):
 
 def writer_of(options, devices, precision):
   """(the model, what the results say about it)."""
-  own = {} if precision is None else {'precision': dataclasses.asdict(precision)}
   if options.source is not None:
     from pretrain.interchange.importing import open_weights
 
-    return open_weights(options.source, precision, encoders=True).writer(devices), {'model': str(options.source), **own}
-  from pretrain.evaluation.writer import open_run
+    opened, named = open_weights(options.source, precision, encoders=True), {'model': str(options.source)}
+  else:
+    from pretrain.evaluation.writer import open_run
 
-  run = open_run(options.workdir, options.step, encoders=True, precision=precision)
-  return run.writer(devices), {'model': str(options.workdir), 'step': run.step, **own}
+    opened = open_run(options.workdir, options.step, encoders=True, precision=precision)
+    named = {'model': str(options.workdir), 'step': opened.step}
+  return opened.writer(devices), named | recipe_of(opened.cfg.precision, precision)
+
+
+def recipe_of(used, given) -> dict:
+  """How products were quantized; {} where none were, and nothing was asked for."""
+  from models.precision import BF16
+
+  return {} if given is None and used == BF16 else {'precision': dataclasses.asdict(used)}

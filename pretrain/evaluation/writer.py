@@ -9,7 +9,7 @@ from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.prepare.published import Published
 from data.stores.paths import looked_in
-from models.build import Model, check_precision
+from models.build import KernelsConfig, Model, check_precision
 from models.precision import PrecisionConfig
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.config import bindings
@@ -128,7 +128,9 @@ def data_of(cfg: Experiment, tokenizer: Published | None = None) -> DataSource:
 
 
 def config_of(workdir: Folder, *, encoders: bool = False) -> Experiment:
-  """The config of a run on text, for one device; of an encoder, which writes none, only with `encoders`."""
+  """The config of a run on text, for one device of any platform, whose kernels 'auto' chooses; of an encoder, which
+  writes none, only with `encoders`.
+  """
   saved = workdir / 'config.gin'
   if not saved.exists():
     raise CheckpointError(
@@ -136,7 +138,8 @@ def config_of(workdir: Folder, *, encoders: bool = False) -> Experiment:
       f'no run in {workdir}{looked_in(str(workdir))}: config.gin is missing; '
       f'train first: pretrain train --workdir={workdir}.',
     )
-  cfg = dataclasses.replace(bindings.load(Experiment, [str(saved)], []), mesh=MeshConfig())
+  cfg = bindings.load(Experiment, [str(saved)], [])
+  cfg = dataclasses.replace(cfg, mesh=MeshConfig(), kernels=KernelsConfig())
   if cfg.model.name == 'encoder' and not encoders:
     raise ConfigError(
       f"{saved}: model.name='encoder' writes no text; generate from a run with model.name='encoder_decoder' or "

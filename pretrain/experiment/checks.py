@@ -24,9 +24,9 @@ from data.packing.buckets import LengthBuckets
 from data.packing.packing import check_packing
 from models.build import check_attention, check_kernels, check_lora, check_model, check_precision, row_order
 from models.layers.low_rank import LoraConfig
-from models.precision import DELAYED, PrecisionConfig, named_by
+from models.precision import DELAYED, RECIPES, PrecisionConfig, named_by
 from pallas_kernels.errors import KernelError
-from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS, check_delayed
+from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS, check_recipe
 from pretrain.config import bindings
 from pretrain.config.gin_text import inside
 from pretrain.devices.compiler import check_options
@@ -311,10 +311,13 @@ def _check_precision(cfg: Experiment) -> None:
     lengths = {f'data.{key}': length for key in keys if (length := getattr(cfg.data, key))}
     if isinstance(cfg.data.packing, LengthBuckets):
       lengths |= {'data.packing.min_length': cfg.data.packing.min_length}
+    if cfg.model.positions == 'disentangled':  # the gradients of keys and queries also sum over its distances
+      lengths |= {'model.relative_buckets': cfg.model.relative_buckets}
     check_precision(cfg.model, cfg.precision, lengths)
-  if DELAYED in named_by(cfg.precision) and cfg.kernels.quantized_matmul in IMPLEMENTATIONS:
+  if cfg.kernels.quantized_matmul in IMPLEMENTATIONS:
     try:
-      check_delayed(cfg.kernels.quantized_matmul)
+      for recipe in filter(None, map(RECIPES.get, named_by(cfg.precision))):
+        check_recipe(cfg.kernels.quantized_matmul, recipe)
     except KernelError as error:
       raise ConfigError(str(error).removeprefix('CONFIG: ')) from error
 

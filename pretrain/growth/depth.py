@@ -21,7 +21,7 @@ STACKS = {'layers': ('decoder', 'encoder'), 'encoder_layers': ('encoder',), 'dec
 def stacked(before: int, after: int) -> list[int]:
   """The whole stack again and again. Layer i is a copy of layer i mod `before`.
 
-  Source: G_stack of Du et al. 2024, arXiv:2405.15319, §3; github.com/tongxuluo/prts, `stacking_list` of
+  Source: G_stack of Du et al. 2024, arXiv:2405.15319; github.com/tongxuluo/prts, `stacking_list` of
   prts_configs/stacking_6L_24L.json.
 
   >>> stacked(3, 6)
@@ -42,7 +42,7 @@ def interleaved(before: int, after: int) -> list[int]:
 def upscaled(before: int, after: int, first: int | None = None) -> list[int]:
   """Two copies of the stack, the one without its last layers, then the other without its first `first`.
 
-  None leaves out equally many: the m = before - after / 2 of SOLAR (Kim et al. 2023, arXiv:2312.15166, §2, figure 1: 32
+  None leaves out equally many: the m = before - after / 2 of SOLAR (Kim et al. 2023, arXiv:2312.15166, figure 1: 32
   layers, m = 8, 48 layers). Yi-9B, which has the layers 12 to 27 of Yi-6B twice, is `upscaled(32, 48, first=12)`
   (arXiv:2403.04652; 01-ai.github.io/blog/dive-deeper-into-yi-9b).
 

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=1')
 
-from quantized import losses_in
+from quantized import BATCHES, losses_in
 from steps import last_loss
 from study import Results, Seeds, made_by, parser, write
 from trials import RESULT, Trial, group, run_all, summary, table
 
+from pretrain.config import bindings
 from pretrain.experiment.experiment import Experiment
 from pretrain.records.metrics import read_metrics
 
@@ -125,6 +126,7 @@ def outliers(results: Results, folder: pathlib.Path) -> str:
     for fmt in ('int4', 'nvfp4'):
       added = [a - b for a, b in zip(value(f'loss {fmt}'), value('loss bf16'), strict=True)]
       rows[-1] += [summary(value(f'loss {fmt}')), summary(added)]
+  batches = bindings.load(Experiment, [CONFIG]).evaluation.batches
   header = ['model', 'kurtosis', 'of the layer with most', 'loss', 'in int4', 'added', 'in nvfp4', 'added']
   return f"""## Outliers
 
@@ -132,7 +134,7 @@ AdamW with RMS norms, and the same model with Muon, norms with a single scale, a
 before the head (`configs/decoder/tiny_osp.gin` has all three). Kurtosis is the excess over that of normal numbers, of
 the output of each layer, in the last tenth of the steps. The last columns quantize weights and activations of all
 blocks after training: `int4` rounds to nearest with one scale for each token and each column of a weight, `nvfp4` has
-scales for 16 numbers.
+scales for 16 numbers. These losses are of the first {BATCHES} held-out batches; those above are of {batches}.
 
 {table(header, rows)}
 

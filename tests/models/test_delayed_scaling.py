@@ -9,12 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from models.build import build
 from models.precision import AMAX, RECIPES, PrecisionConfig, first_history, largest_of, pushed
+from models.specs import initialize
 from pallas_kernels.errors import KernelError
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pretrain.step.scaling import scaling_tracks
 from pretrain.step.train_step import accumulate
 from tests.models.quantized import SMALL, loss_of, params, placed
+from tests.models.small import DEBERTA, batch
 
 E4M3, E5M2 = (ml_dtypes.float8_e4m3fn, 448.0), (ml_dtypes.float8_e5m2, 57344.0)
 DELAYED = RECIPES['fp8_delayed']
@@ -122,6 +125,19 @@ def test_every_layer_observes_its_own_operands():
   np.testing.assert_array_equal(own['self_attention']['query'][:, 0], own['self_attention']['key'][:, 0])
   assert (np.asarray(own['mlp']['up'][:, 0]) != np.asarray(own['mlp']['down'][:, 0])).all()
   assert all((np.asarray(x) > 0).all() for x in jax.tree.leaves(felt))
+
+
+def test_a_weight_that_is_used_twice_has_the_size_that_it_has():
+  """Keys and queries of disentangled attention also multiply the table of distances: sizes of the two are not added."""
+  model = build(DEBERTA, precision=WHOLE)
+  own, data = initialize(model.specs, jax.random.key(0)), batch()
+  amax = jax.tree.map(lambda x: largest_of(x + 3), first_history(WHOLE, model.specs))
+  run = lambda amax: model.apply(own, data, None, {AMAX: amax})[0].sum()
+  felt = jax.jit(jax.grad(run))(amax)['encoder']['blocks']['self_attention']
+  for name in ('query', 'key', 'value'):
+    weights = np.abs(np.asarray(own['encoder']['blocks']['self_attention'][name]))
+    np.testing.assert_array_equal(felt[name][:, 1], weights.reshape(DEBERTA.layers, -1).max(1))
+  np.testing.assert_array_equal(felt['query'][:, 0], felt['value'][:, 0])
 
 
 same = functools.partial(np.testing.assert_allclose, rtol=0.02)

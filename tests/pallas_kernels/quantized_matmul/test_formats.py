@@ -148,6 +148,11 @@ def test_a_number_at_the_limit_of_a_block_saturates():
   (lambda: Operand('nvfp4', block=32), 'nvfp4 has blocks of 16, not 32; remove `block`.'),
   (lambda: Operand('int8', block=32), "got scale='channel' with block=32; a block size belongs to scale='block'."),
   (lambda: Operand('int8', scale='block'), "got scale='block' with block=None; a block size belongs"),
+  (lambda: Operand('int8', scale='row'), "has no scale 'row'; choose from 'tensor', 'channel', 'block', 'delayed'."),
+  (lambda: Operand('int8', rounding='random'), "has no rounding 'random'; choose from 'nearest', 'stochastic'."),
+  (lambda: Operand('int8', scale='block', block=0), 'got blocks of 0 numbers; use at least 1.'),
+  (lambda: Operand('mxfp8', scale='tensor'), "mxfp8 has scales of blocks, not scale='tensor'; remove `scale`."),
+  (lambda: Operand('nvfp4', scale='delayed'), "nvfp4 has scales of blocks, not scale='delayed'; remove `scale`."),
   (
     lambda: reference.quantize(jnp.ones((2, 40)), (1,), Operand('mxfp8')),
     'sums over 40 numbers, which blocks of 32 (mxfp8) do not divide; pad them, or use another format.',

@@ -252,6 +252,10 @@ def test_a_mesh_computes_what_one_device_does(name, place):
     lambda x, w: quantized_matmul(x, w, RECIPES['int8'], implementation='cuda'),
     "kernels.quantized_matmul='cuda' is not one of 'auto', 'reference', 'xla'",
   ),
+  (
+    lambda x, w: quantized_matmul(x, w, Recipe(weights=Operand('int4'))),
+    'quantizes both operands, and this recipe has weights in int4 alone; round them with reference.quantize, and',
+  ),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(make, message):
   with pytest.raises(KernelError) as caught:

@@ -101,11 +101,16 @@ def test_a_number_that_is_not_finite_is_seen():
   (
     lambda x, w: quantized_matmul(
       x, w, Recipe(forward=(Operand('nvfp4'), Operand('mxfp8'))), implementation='interpret'),
-    "kernels.quantized_matmul='tpu' has no nvfp4 and mxfp8; it has int8, int4 and fp8 with scales of tensors or chan"
+    "kernels.quantized_matmul='interpret' has no nvfp4 with scales of blocks and mxfp8 with scales of blocks; it has"
+  ),
+  (
+    lambda x, w: quantized_matmul(
+      x, w, Recipe(forward=(Operand('int8', scale='block', block=32),) * 2), implementation='interpret'),
+    "kernels.quantized_matmul='interpret' has no int8 with scales of blocks; it has int8, int4 and fp8 with scales of"
   ),
   (
     lambda x, w: quantized_matmul(x, w, Recipe(forward=(E4M3, INT8)), implementation='interpret'),
-    "kernels.quantized_matmul='tpu' has no products of integers and fp8; it has int8",
+    "kernels.quantized_matmul='interpret' has no products of integers and fp8; it has int8",
   ),
   (
     lambda x, w: jax.eval_shape(

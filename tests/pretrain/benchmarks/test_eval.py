@@ -1,17 +1,22 @@
 """`pretrain eval`: results in eval.json and the report, the same from an export; a mistake is one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from models.build import KernelsConfig
+from models.precision import BF16, PrecisionConfig
 from pretrain.benchmarks.infilling import infill
 from pretrain.benchmarks.needles import Haystacks, haystack, probe
 from pretrain.benchmarks.scoring import Scored, Scorer
+from pretrain.cli.eval import recipe_of
 from pretrain.cli.main import main
 from pretrain.errors import ConfigError
 from pretrain.evaluation.blanks import choose
+from pretrain.evaluation.writer import config_of as config_of_run
 from pretrain.evaluation.writer import open_writer
 from pretrain.records.heat_map import draw_needles
 from pretrain.run.train import train
@@ -93,6 +98,28 @@ def test_a_recipe_at_evaluation_has_the_numbers_of_an_export_with_its_codes(run_
   assert max(nats.values()) - min(nats.values()) < 0.01 * nats['plain']
   assert found['recipe']['precision']['recipe'] == 'int8_weights'
   assert 'precision' not in found['plain']
+
+
+def test_results_name_the_recipe_that_they_have():
+  """That of the run too; nothing where products are not quantized, but what was asked for."""
+  int8 = PrecisionConfig(recipe='int8')
+  assert recipe_of(int8, None)['precision']['recipe'] == 'int8'
+  assert recipe_of(int8, int8) == recipe_of(int8, None)
+  assert recipe_of(BF16, BF16)['precision']['recipe'] == 'bf16'
+  assert recipe_of(BF16, None) == {}
+
+
+def test_a_run_whose_kernels_do_not_run_here_is_measured(run_dir, text, tmp_path):
+  """A run of a TPU on a CPU: kernels of the run are replaced by 'auto', which chooses by platform."""
+  shutil.copytree(run_dir, tmp_path / 'run')
+  own = (run_dir / 'config.gin').read_text()
+  named = "kernels.attention = 'tpu'\nkernels.quantized_matmul = 'tpu'\nprecision.recipe = 'int8'\n"
+  (tmp_path / 'run/config.gin').write_text(f'{own}\n{named}')
+  assert config_of_run(tmp_path / 'run').kernels == KernelsConfig()
+  assert main(['eval', f'--workdir={tmp_path / "run"}', f'--text=a={text}', '--batch=1']) == 0
+  found = json.loads((tmp_path / 'run/eval.json').read_text())
+  assert found['precision']['recipe'] == 'int8'
+  assert np.isfinite(found['text']['a']['nats'])
 
 
 @pytest.mark.parametrize(

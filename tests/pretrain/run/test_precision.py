@@ -134,11 +134,15 @@ def test_a_run_with_all_parts_against_outliers_learns_and_logs_kurtosis(tmp_path
   assert all(np.isfinite(row[f'kurtosis/decoder/{layer}']) for row in rows for layer in (0, 1))
 
 
-@pytest.mark.parametrize('name', ['tiny_fp8', 'tiny_fp4'])
+SHIPPED_RECIPES = {'tiny_fp8': ('fp8', {}), 'tiny_fp4': ('nvfp4_fp8', {'attention': 'fp8'})}
+
+
+@pytest.mark.parametrize('name', SHIPPED_RECIPES)
 def test_shipped_configs_differ_from_tiny_in_precision_alone(name):
   folder = tiny.ROOT / 'configs/decoder'
   own, plain = (bindings.flatten(bindings.load(Experiment, [str(folder / f'{n}.gin')])) for n in (name, 'tiny'))
   assert {key for key in own if own[key] != plain[key]} <= {'precision.recipe', 'precision.overrides', 'phases'}
+  assert (own['precision.recipe'], own['precision.overrides']) == SHIPPED_RECIPES[name]
 
 
 SHIPPED = """
@@ -202,6 +206,14 @@ def test_shipped_configs_are_killed_and_resume_exactly(name, tmp_path):
     (["precision.recipe='fp8_delayed'"], 'with precision.amax_history=0, so there are no earlier steps .* set it, e.g'),
     ([*DELAYED, "kernels.quantized_matmul='tpu'"], "quantized_matmul='tpu' has no delayed scaling; use 'auto', 'xla'"),
     (
+      [NVFP4, "kernels.quantized_matmul='interpret'"],
+      "quantized_matmul='interpret' has no nvfp4 with scales of blocks; it has int8, int4 and fp8 .* Use 'auto'",
+    ),
+    (
+      ["precision.overrides={'mlp': 'mxfp8'}", "kernels.quantized_matmul='tpu'"],
+      "kernels.quantized_matmul='tpu' has no mxfp8 with scales of blocks",
+    ),
+    (
       ['precision.amax_history=4'],
       "amax_history=4 and no recipe is 'fp8_delayed', which alone reads it; set precision",
     ),
@@ -240,3 +252,11 @@ def test_shipped_configs_are_killed_and_resume_exactly(name, tmp_path):
 def test_what_cannot_be_is_refused_before_anything_is_built(overrides, message):
   with pytest.raises(ConfigError, match=message):
     tiny.decoder(*overrides)
+
+
+def test_blocks_divide_the_distances_of_disentangled_attention(text_store):
+  """Gradients of its keys and queries also sum over the table of distances."""
+  parts = ("precision.recipe='mxfp8'", "model.positions='disentangled'", 'model.embed=64', 'model.mlp.hidden=64')
+  with pytest.raises(ConfigError, match=r'blocks of 32, which do not divide model\.relative_buckets=48; use a'):
+    tiny.encoder(text_store, *parts, 'data.targets_length=64', 'model.relative_buckets=48')
+  tiny.encoder(text_store, *parts, 'data.targets_length=64', 'model.relative_buckets=64')
