@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,24 +20,23 @@ MOST_POSITIONS = 2**24  # of a side, in all sampled rows: a few seconds of an ob
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Counts of an epoch's plan, and the seconds it took to make."""
+  """Counts of an epoch's plan."""
 
   rows: int
   tokens: int
   pieces: int
   documents: int
   cut: int  # documents that were split into several pieces
-  seconds: float
 
 
 def packed(rows: StoreRows, epoch: int = 0) -> Packed:
   """Counts over all shards of an epoch. One shard's plan is in memory at a time."""
-  start, totals = time.perf_counter(), np.zeros(5, np.int64)
+  totals = np.zeros(5, np.int64)
   for shard in range(len(rows.store.shards)):
     number, pieces = rows.planned(shard, epoch)
     of_document = np.unique(pieces.documents, return_counts=True)[1]
     totals += (number, pieces.lengths.sum(), len(pieces.lengths), len(of_document), (of_document > 1).sum())
-  return Packed(*totals.tolist(), time.perf_counter() - start)
+  return Packed(*totals.tolist())
 
 
 class Used(NamedTuple):

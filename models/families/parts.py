@@ -174,6 +174,11 @@ def _check_experts(cfg: Parts) -> None:
       f'model.experts_per_token={cfg.experts_per_token} of model.experts={cfg.experts}; a token goes to different '
       f'experts, use at most {cfg.experts}.'
     )
+  if cfg.experts is not None and cfg.experts_per_token == 1:
+    raise ValueError(
+      'model.experts_per_token=1 weighs the one expert of a token by 1, whatever its router says, so that the router '
+      'would not learn from the loss; use at least 2.'
+    )
   if cfg.expert_capacity is not None:
     _check_capacity(cfg, cfg.expert_capacity)
   if cfg.experts is not None and cfg.bias in ('all', 'mlp'):

@@ -30,7 +30,8 @@ KEPT: dict[str, tuple[Name, ...]] = {
   'minimal': (*QKV, 'out', *MLP),
   'minimal_with_context': (*QKV, 'context', 'out', *MLP),
 }
-HOST, OF_EXPERTS = 'pinned_host', 'product_of_experts'
+HOST = 'pinned_host'  # JAX's name of this kind of memory
+OF_EXPERTS = 'product_of_experts'
 _unit_dim: contextvars.ContextVar[bool] = contextvars.ContextVar('unit_dim', default=False)
 
 
@@ -89,10 +90,10 @@ def check(cfg: Remat, *, gated: bool) -> None:
   # A block's input is kept in any case, so it can be moved with every policy that has names.
   known = (*cfg.names, 'input') if cfg.policy in (*KEPT, 'custom') else ()
   if wrong := [name for name in cfg.offload if name not in known]:
-    held = ', '.join(map(repr, dict.fromkeys(known))) or 'no names'
-    raise ValueError(
-      f"model.remat_offload has {wrong[0]!r}, and model.remat='{cfg.policy}' keeps {held}; choose from these."
-    )
+    held = ', '.join(map(repr, dict.fromkeys(known)))
+    none = "has no names that could be moved; use one that has ('minimal', 'custom', …), or remove model.remat_offload"
+    fix = f'keeps {held}; choose from these' if held else none
+    raise ValueError(f"model.remat_offload has {wrong[0]!r}, and model.remat='{cfg.policy}' {fix}.")
 
 
 def rematerialise(body: Callable, cfg: Remat, *, stages: bool = False) -> Callable:

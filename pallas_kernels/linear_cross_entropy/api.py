@@ -6,9 +6,10 @@ from pallas_kernels import tuned
 from pallas_kernels.linear_cross_entropy import chunked, reference
 
 IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'chunked': chunked.linear_cross_entropy}
-# chip -> (tokens, words) of a device from which on 'chunked' takes at most 1.02 times the cycles of the reference, as
-# libtpu 0.0.42 estimates both at a width of 4,096 (scripts/bench/head/cross_entropy.py; table in docs/LOG.md).
-FASTER = {'v5p': (32768, 65536)}
+# chip -> the (tokens, words) of a device for which 'chunked' takes at most 1.02 times the cycles of the reference, as
+# libtpu 0.0.42 estimates both at a width of 4,096 (scripts/bench/head/cross_entropy.py; table in docs/LOG.md). Larger
+# ones need several parts, whose gradients of w are added up, for 3% more cycles.
+FASTER = {'v5p': ((32768, 65536),)}
 
 
 def choose(implementation: str, tokens: int = 0, vocab: int = 0) -> str:
@@ -22,10 +23,8 @@ def choose(implementation: str, tokens: int = 0, vocab: int = 0) -> str:
     raise ValueError(f"kernels.linear_cross_entropy='{implementation}' is not one of 'auto', {known}.")
   if implementation != 'auto':
     return implementation
-  least = FASTER.get(tuned.chip_of(tuned.device_kind()) or '')
-  # In several parts it adds up gradients of w, for 3% more cycles.
-  fast = least is not None and tokens >= least[0] and vocab >= least[1] and chunked.split(tokens, vocab)[0] == 1
-  return 'chunked' if fast else 'reference'
+  chip = tuned.chip_of(tuned.device_kind()) or ''
+  return 'chunked' if (tokens, vocab) in FASTER.get(chip, ()) else 'reference'
 
 
 def linear_cross_entropy(

@@ -98,16 +98,21 @@ def check_compiles(cfg: CompilerConfig, mesh: Mesh) -> None:
   alone = ((name, refusal({name: value}, mesh)) for name, value in options.items())
   name, reason = next((found for found in alone if found[1] is not None), (', '.join(options), reason))
   given = f'{name}={options[name]!r}' if name in options else name
-  is_default = name in options and name not in cfg.options
-  where, fix = (
-    ('a default of this chip', 'Set compiler.chip_defaults=False')
-    if is_default
-    else ('compiler.options', 'Remove the option')
-  )
+  where, fix = _origin(cfg, kind, name)
   raise ConfigError(
     f'{where}: the compiler for {kind} refuses {given} ({reason.rstrip(". ")}); '
     f'nothing was changed. {fix}; flags differ between chips and between versions of XLA and libtpu.'
   )
+
+
+def _origin(cfg: CompilerConfig, kind: str, name: str) -> tuple[str, str]:
+  """(where an option for devices of this kind comes from, how it is removed)."""
+  chip = of_kind(kind)
+  if chip is None or name not in defaults_for(cfg, kind) or name in cfg.options:
+    return 'compiler.options', 'Remove the option'
+  if chip.name in cfg.chip_options:
+    return f'compiler.chip_options[{chip.name!r}]', 'Remove the option there'
+  return 'a default of this chip', 'Set compiler.chip_defaults=False'
 
 
 def refusal(options: Mapping[str, Any], mesh: Mesh) -> str | None:

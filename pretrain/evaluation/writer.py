@@ -65,7 +65,10 @@ class Opened:
 
 
 def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:
-  """The model of a run on one device or on a mesh. Raises ConfigError for a mesh that does not fit the model."""
+  """The model of a run on one device or on a mesh, whose experts drop nothing: what a text scores must not depend on
+  other texts of its row. Raises ConfigError for a mesh that does not fit the model.
+  """
+  cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, expert_capacity=None))
   if mesh == ONE_DEVICE:
     return build_program(cfg, jax.devices()[:1])
   if mesh.sequence != 1:

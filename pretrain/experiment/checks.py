@@ -362,6 +362,11 @@ def check_sequence(cfg: Experiment, devices: int) -> None:
   """Raises ConfigError where `devices` cannot share a row because parts would be unequal."""
   if devices <= 1:
     return
+  if cfg.evaluation.generate and cfg.model.experts is not None:
+    raise ConfigError(
+      f'evaluation.generate={cfg.evaluation.generate} with model.experts and mesh.sequence={devices}: outputs are '
+      'written token by token, and devices do not share a token; set evaluation.generate=0, or mesh.sequence=1.'
+    )
   balanced = row_order(cfg.model, cfg.kernels, devices).devices > 1
   lengths = {'inputs_length': (cfg.data.inputs_length, 1), 'targets_length': (cfg.data.targets_length, 1 + balanced)}
   if isinstance(cfg.data.packing, LengthBuckets):

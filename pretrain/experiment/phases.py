@@ -13,7 +13,8 @@ from pretrain.errors import ConfigError
 
 # What a phase may set: nothing that would change the shape of the state.
 MAY_SET = (
-  'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'train.accumulate',
+  'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'model.remat_keep',
+  'model.remat_offload', 'train.accumulate',
   'kernels.', 'precision.recipe', 'precision.overrides', 'precision.first_layers', 'precision.last_layers',
   'precision.edge_recipe', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
-from models.layers.remat import HOST
 from pretrain.devices.compiler import check_compiles, options_for
+from pretrain.devices.host_memory import HOST
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch, check_features, check_mesh_of_experts, check_sequence

@@ -113,7 +113,7 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
-    seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its tokens do
+    seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its targets do
     for name, mean in seen.items():
       if isinstance(mean, ByLayer):
         metrics |= {'/'.join((name, *map(str, at))): mean.values[at] for at in np.ndindex(mean.values.shape)}

@@ -39,6 +39,7 @@ def test_causal_work_is_equal():
   ('changes', 'attention', 'devices'),
   [
     ({}, 'auto', 4), ({}, 'ring', 4), ({}, 'reference', 1), ({'dropout': 0.1}, 'auto', 4),
+    ({'experts': 4, 'expert_capacity': 1.0}, 'auto', 1), ({'experts': 4}, 'auto', 4),
     ({'dropout': 0.1, 'dropout_sites': 'bert'}, 'auto', 1), ({'dropout_sites': 'bert'}, 'auto', 4),
     ({'rope_scaling': Clex(original_max_positions=4, max_factor=3)}, 'auto', 1),
   ],

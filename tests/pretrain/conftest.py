@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import pretrain.run.train  # before its names are replaced below
 from data.batches.source import StoreData
@@ -99,3 +101,16 @@ def pytest_runtest_protocol(item, nextitem):
     return (yield)
   finally:
     sharing = False
+
+
+@pytest.fixture
+def compiler_output(monkeypatch, capfd):
+  """Returns a function that gives what the compiler has written. Programs that the cache has are compiled again: only
+  then are there warnings.
+  """
+  assert jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # whether it is used is asked once
+  yield lambda: ''.join(capfd.readouterr())
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()

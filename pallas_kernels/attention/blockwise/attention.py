@@ -1,4 +1,5 @@
-"""Attention in plain JAX that never writes [length, length]: O(length) memory on any platform and mesh.
+"""Attention in plain JAX that never writes [length, length]: O(length) memory on any platform, where a device
+has whole rows (`mesh.sequence` = 1).
 
 A tile is a block of queries times a block of keys. Tiles that no query sees are left out where that follows from
 indices: causality without a prefix, and windows. It has every feature of `reference.attention`, the definition, except

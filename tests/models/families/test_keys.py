@@ -25,6 +25,7 @@ from tests.models.small import ALIBI, BERT, CLEX, DEBERTA, ENCODER, FAR_SINKS, L
     (T5, {'windows': (4, None)}, 'model.windows has 2 entries, which do not divide model.decoder_layers=3'),
     (LLAMA, {'sinks': 4}, 'model.sinks=4 with model.windows=(); without a window every token sees the first ones'),
     (LLAMA, {'experts_per_token': 3}, 'model.experts_per_token=3 without model.experts; set it, or remove this.'),
+    (LLAMA, {'experts': 2, 'experts_per_token': 1}, 'model.experts_per_token=1 weighs the one expert of a token by 1'),
     (LLAMA, {'experts': 2, 'experts_per_token': 3}, 'model.experts_per_token=3 of model.experts=2'),
     (LLAMA, {'expert_capacity': 1.5}, 'model.expert_capacity=1.5 without model.experts; set it, or remove this.'),
     (

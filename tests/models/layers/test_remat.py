@@ -142,7 +142,12 @@ def test_offloaded_activations_go_to_the_host_and_come_back_equal(names):
     (T5, {'remat': 'custom'}, r"model.remat='custom' with model.remat_keep=\[\]; model.remat='custom' keeps the names"),
     (T5, {'remat': 'full', 'remat_keep': ('up',)}, r"model.remat='full' with model.remat_keep=\['up'\]"),
     (T5_1_0, {'remat': 'custom', 'remat_keep': ('gate',)}, "has 'gate', and model.mlp.gated=False; remove it"),
-    (T5, {'remat': 'dots', 'remat_offload': ('out',)}, "has 'out', and model.remat='dots' keeps no names; choose"),
+    (T5, {'remat': 'dots', 'remat_offload': ('out',)}, "has 'out', and model.remat='dots' has no names that cou"),
+    (
+      T5,
+      {'remat_offload': ('out',)},
+      r"remat='none' has no names that could be moved; use one that has \('minimal'",
+    ),
     (T5, {'remat': 'save_qkv_proj', 'remat_offload': ('out',)}, "keeps 'query', 'key', 'value', 'input'; choose"),
   ],
 )

@@ -79,7 +79,8 @@ def test_each_entry_of_the_table_has_chips_a_reason_and_evidence():
     assert entry.chips
     assert {*entry.chips} <= {*CHIPS}
     assert entry.reason
-    assert re.search(r'(v5e|v5p|v6e|tpu7x):\d', entry.evidence), 'a compiled program'
+    compiled = {*re.findall(r'(v5e|v5p|v6e|tpu7x):\d', entry.evidence)}
+    assert {*entry.chips} <= compiled, 'a compiled program of each chip'
   for chip in CHIPS:
     names = [name for entry in chip_options.TABLE if chip in entry.chips for name in entry.options]
     assert len(names) == len(set(names))
@@ -156,6 +157,17 @@ def test_the_step_of_a_chip_is_compiled_with_its_defaults(monkeypatch):
   build_program(tiny.decoder('compiler.chip_defaults=False'))
 
 
+def test_a_refused_flag_of_a_saved_table_is_named_with_its_key(monkeypatch):
+  """What a run saved, or a user wrote, for a chip is not called a default of it."""
+  monkeypatch.setattr(compiler, 'of_kind', lambda kind: CHIPS['v5e'])
+  with pytest.raises(ConfigError) as caught:
+    check_compiles(CompilerConfig(chip_options={'v5e': {'xla_x': 1}}), make_mesh(MeshConfig()))
+  assert str(caught.value) == (
+    "CONFIG: compiler.chip_options['v5e']: the compiler for cpu refuses xla_x=1 (No such compile option: 'xla_x'); "
+    'nothing was changed. Remove the option there; flags differ between chips and between versions of XLA and libtpu.'
+  )
+
+
 def test_the_compiler_refuses_an_unknown_flag_by_its_name():
   mesh = make_mesh(MeshConfig())
   options = {'xla_cpu_enable_fast_math': True, VMEM: 65536}
@@ -204,7 +216,7 @@ def test_plan_refuses_an_unknown_flag_by_its_name(capsys):
 
 @pytest.mark.aot
 @pytest.mark.slow  # loads libtpu
-@pytest.mark.parametrize('chips', ['v5e:2x2', 'v5p:2x2x1'])
+@pytest.mark.parametrize('chips', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
 def test_libtpu_takes_the_defaults_of_each_chip(chips):
   devices = plan.tpu_devices(chips)
   mesh = make_mesh(MeshConfig(data=len(devices)), devices)

@@ -10,6 +10,7 @@ from data.batches.source import open_data
 from data.prepare.prepare import prepare
 from data.prepare.text import Reading
 from pretrain.devices.compilation_cache import cache_dir
+from pretrain.errors import ConfigError
 from pretrain.evaluation.exact_match import make_exact_match
 from pretrain.evaluation.outputs import outputs as outputs_of
 from pretrain.evaluation.writer import Writer
@@ -60,6 +61,15 @@ def test_a_run_logs_exact_match_beside_its_losses(pair_store, tmp_path):
   (row,) = read_metrics(tmp_path)
   assert row['eval/pairs/exact_match'] in (0, 1 / 3, 2 / 3, 1)
   assert row['eval/pairs/loss'] > 0
+
+
+def test_experts_do_not_write_on_devices_that_share_rows(pair_store):
+  ring = ('mesh.data=1', 'mesh.sequence=2', 'evaluation.every=1', 'evaluation.generate=3')
+  config_of(pair_store, 'supervised', *ring)
+  with pytest.raises(
+    ConfigError, match=r'generate=3 with model\.experts and mesh\.sequence=2: outputs .*generate=0, or'
+  ):
+    config_of(pair_store, 'supervised', *ring, 'model.experts=4')
 
 
 WORDS = ('the', 'work', 'of', 'any', 'license', 'or', 'terms', 'you')

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+import pretrain.run.train
 from pretrain.devices.mesh import MeshConfig
 from pretrain.records.metrics import read_metrics
 from pretrain.records.plots import plots_of
 from pretrain.run.train import train
 from pretrain.testing import losses
 from tests.pretrain import tiny
+from tests.pretrain.run.test_online import killed_at
 
 ROUTED = (
   'model.experts=4', 'model.experts_per_token=2', 'model.dropout=0.1', 'loss.load_balance=0.01', 'loss.router_z=0.001',
@@ -29,20 +31,22 @@ def config(text_store, capacity: float | None, mesh: MeshConfig = ONE, *override
 
 @pytest.mark.slow
 @pytest.mark.parametrize('capacity', CAPACITIES, ids=CAPACITIES.values())
-def test_experts_on_several_devices_have_the_losses_of_one(text_store, capacity, capfd):
+def test_experts_on_several_devices_have_the_losses_of_one(text_store, capacity, compiler_output):
   expected = losses(config(text_store, capacity), 20)
   assert expected[0] - expected[-1] > 0.3, 'it learns'
   for mesh in LAYOUTS:
     np.testing.assert_allclose(losses(config(text_store, capacity, mesh), 20), expected, rtol=1e-5, err_msg=str(mesh))
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  assert 'Involuntary full rematerialization' not in compiler_output()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('capacity', CAPACITIES, ids=CAPACITIES.values())
-def test_a_run_with_experts_resumes_on_another_mesh(text_store, capacity, tmp_path):
-  """Ten steps with four devices of experts, then ten on another mesh, against twenty on one device."""
-  for mesh, steps in ((LAYOUTS[1], 10), (ANOTHER, 20)):
-    train(config(text_store, capacity, mesh, f'train.steps={steps}', 'checkpoint.every=10'), tmp_path)
+def test_a_killed_run_with_experts_resumes_on_another_mesh(text_store, capacity, tmp_path, monkeypatch):
+  """Killed in step 11 with four devices of experts, and resumed from step 8 on another mesh, as on one device."""
+  monkeypatch.setattr(pretrain.run.train, 'write_report', lambda _: None)
+  own = 'train.steps=20', 'checkpoint.every=4'
+  killed_at(config(text_store, capacity, LAYOUTS[1], *own), tmp_path, 11, monkeypatch)
+  train(config(text_store, capacity, ANOTHER, *own), tmp_path)
   rows = read_metrics(tmp_path)
   found = [row['loss'] for row in rows if 'loss' in row]
   np.testing.assert_allclose(found, losses(config(text_store, capacity), 20), rtol=1e-5)

@@ -18,6 +18,7 @@ from pretrain.testing import logged_losses
 from tests.pretrain import tiny
 
 ON = "optimizer.offload=['moments']"
+KEPT_AWAY = "model.remat='save_qkv_proj'", "model.remat_offload=['query']"
 KEYS = (
   'mesh.data=2', 'mesh.fsdp=2', 'checkpoint.every=2', 'checkpoint.keep=9', 'replicas.every=1', 'snapshot.every=1',
   "spikes.name='skip'", "averaging.name='ema'",
@@ -70,12 +71,14 @@ def test_a_snapshot_brings_it_back_to_the_hosts_memory(away):
   np.testing.assert_array_equal(restored, x)
 
 
-def test_a_platform_without_this_memory_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+  ('overrides', 'key'),
+  [([ON], r"optimizer\.offload=\['moments'\]"), (KEPT_AWAY, r"model\.remat_offload=\['query'\]")],
+)
+def test_a_platform_without_this_memory_is_refused(monkeypatch, overrides, key):
   monkeypatch.setattr(program, 'HOST', 'tape')
-  with pytest.raises(
-    ConfigError, match=r"optimizer\.offload=\['moments'\] needs tape memory, and cpu has .* remove it"
-  ):
-    program.build_program(tiny.decoder(ON))
+  with pytest.raises(ConfigError, match=rf'{key} needs tape memory, and cpu has .* remove it'):
+    program.build_program(tiny.decoder(*overrides))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,14 @@ def test_an_impossible_phase_is_refused_in_one_sentence(phases, message):
     check(tiny.decoder('mesh.data=2', f'phases={phases}'))
 
 
+def test_a_phase_may_keep_other_activations():
+  custom = "model.remat='custom'", "model.remat_keep=['query']", 'train.steps=30'
+  cfg = tiny.decoder(*custom, "phases=[{'start_step': 5, 'set': {'model.remat': 'full', 'model.remat_keep': []}}, "
+    "{'start_step': 9, 'set': {'model.remat': 'save_qkv_proj', 'model.remat_offload': ['key']}}]")  # fmt: skip
+  found = [(own.remat, own.remat_keep, own.remat_offload) for own in (phase.cfg.model for phase in phases_of(cfg))]
+  assert found == [('custom', ('query',), ()), ('full', (), ()), ('save_qkv_proj', (), ('key',))]
+
+
 def test_sentinels_have_the_same_ids_in_all_phases():
   causal, ul2r = "'objective.name': 'causal_lm'", "'objective.name': 'ul2r', 'data.sentinels': 64"
   first, back = f"{{'start_step': 3, 'set': {{{ul2r}}}}}", f"{{'start_step': 5, 'set': {{{causal}}}}}"

@@ -40,16 +40,16 @@ def configured(model: str, store, *more: str) -> Experiment:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', ['prefix', 'ul2'])
-def test_twenty_steps_have_the_losses_of_one_device(text_store, model, capfd):
+def test_twenty_steps_have_the_losses_of_one_device(text_store, model, compiler_output):
   assert_layout_invariant(configured(model, text_store), (ONE, MeshConfig(stage=2), FOUR), steps=20)
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  assert 'Involuntary full rematerialization' not in compiler_output()
 
 
 @pytest.mark.slow
-def test_repeats_have_the_losses_of_one_device(text_store, capfd):
+def test_repeats_have_the_losses_of_one_device(text_store, compiler_output):
   more = ('model.pipeline_repeats=2', "model.remat='full'")
   assert_layout_invariant(configured('prefix', text_store, *more), (ONE, TWO), steps=20)
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  assert 'Involuntary full rematerialization' not in compiler_output()
 
 
 @pytest.mark.slow

@@ -22,10 +22,10 @@ MORE = (
 
 
 @pytest.mark.slow
-def test_twenty_steps_have_the_losses_of_one_device(text_store, capfd):
+def test_twenty_steps_have_the_losses_of_one_device(text_store, compiler_output):
   """Also with rows on a ring, with stages of a pipeline, and with nothing that divides parameters."""
   assert_layout_invariant(tiny.ul2(text_store, *BOTH), LAYOUTS + MORE, steps=20)
-  assert 'Involuntary full rematerialization' not in ''.join(capfd.readouterr())
+  assert 'Involuntary full rematerialization' not in compiler_output()
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def compiled(cfg: Experiment) -> str:
 
 
 @pytest.mark.slow
-def test_a_step_sends_what_the_ring_says_and_replicates_nothing(text_store, capfd):
+def test_a_step_sends_what_the_ring_says_and_replicates_nothing(text_store, compiler_output):
   """Forward keys, values and vectors go round in one loop; backward these and two gradients, and the gradients once
   more to go home. The model's layers are scanned, so the program has each of them once for each kind of attention.
   """
@@ -79,4 +79,4 @@ def test_a_step_sends_what_the_ring_says_and_replicates_nothing(text_store, capf
   text = compiled(cfg)
   forward, backward = 3, 3 + 2 + 2
   assert len(re.findall(r' collective-permute(?:-start)?\(', text)) == forward + backward
-  assert 'Involuntary full rematerialization' not in ''.join(capfd.readouterr())
+  assert 'Involuntary full rematerialization' not in compiler_output()
