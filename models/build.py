@@ -32,9 +32,9 @@ ModelConfig = EncoderDecoderConfig | DecoderConfig | EncoderConfig
 class KernelsConfig:
   """Implementation of each op: 'auto' chooses by platform; a name that cannot run here fails.
 
-  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton',
-  'mosaic_gpu' or 'cudnn' (GPU; not yet tried there), 'blockwise' (O(length) memory, on any platform), 'ring' (rows that
-  `mesh.sequence` divides, on any platform). Decoding with a cache uses the reference.
+  `attention`: 'reference', 'tpu', 'interpret' ('tpu' in an interpreter: slow, on any platform), 'triton' (GPU),
+  'blockwise' (O(length) memory, on any platform), 'ring' (rows that `mesh.sequence` divides, on any platform). Decoding
+  with a cache uses the reference.
   `linear_cross_entropy`: 'reference' or 'chunked', which holds a part of the logits at a time.
   `quantized_matmul`, where `precision` quantizes: 'xla' (codes in XLA's own dot), 'reference', 'tpu' and 'interpret';
   'auto' takes the faster one of 'xla' and 'tpu' from pallas_kernels/tuning/.
@@ -207,13 +207,13 @@ def row_order(cfg: ModelConfig, kernels: KernelsConfig, devices: int) -> RowOrde
 
 
 def check_attention(cfg: ModelConfig, kernels: KernelsConfig, *, divided: bool) -> None:
-  """Raises KernelError where the attention that `kernels` names lacks what training `cfg` needs: dropout, disentangled
-  scores, or, with `divided`, rows that `mesh.sequence` divides. Call it without a mesh in use: then the platform is not
-  asked, and a config for another one passes.
+  """Raises KernelError where the attention that `kernels` names lacks what training `cfg` needs: packed rows, dropout,
+  disentangled scores, or, with `divided`, rows that `mesh.sequence` divides. Call it without a mesh in use: then the
+  platform is not asked, and a config for another one passes.
   """
   if kernels.attention != 'auto':
     own = dropout_of(cfg)
     attention.choose(
       kernels.attention, dropout=own.outer > 0, shared=own.shared, divided=divided,
-      position_scores=cfg.positions == 'disentangled',
+      position_scores=cfg.positions == 'disentangled', packed=True,
     )  # fmt: skip

@@ -62,6 +62,7 @@ HEADS_FIRST = {
   'ring': functools.partial(_ring, heads_first=True),
 }
 PLATFORMS = {'tpu': 'tpu', 'triton': 'gpu', 'mosaic_gpu': 'gpu', 'cudnn': 'gpu'}  # the others run anywhere
+WHOLE_ROWS = ('mosaic_gpu', 'cudnn')  # these have no segments, so no packed rows
 LONG = 2048  # on a CPU 'auto' keeps the reference up to LONG x LONG scores: losses of such runs keep their bits
 _reported: set[str] = set()
 
@@ -74,6 +75,7 @@ def choose(
   divided: bool = False,
   position_scores: bool = False,
   relative_bias: bool = False,
+  packed: bool = False,
   lengths: tuple[int, int] = (0, 0),
 ) -> str:
   """The implementation to run: `implementation` itself, or the one that 'auto' selects, logged once for each reason.
@@ -84,7 +86,7 @@ def choose(
   `divided`: each device holds parts of rows, which 'ring' sends around and the partitioner gathers for the reference.
   `shared`: the dropout has one mask for all queries of a head, which the caller of 'ring' puts on the values.
   `position_scores`: disentangled attention, whose scores depend on content and position together; no kernel has it.
-  `lengths` of queries and keys.
+  `packed`: rows have segments. `lengths` of queries and keys.
 
   Raises KernelError.
   """
@@ -123,6 +125,11 @@ def choose(
     raise KernelError(
       f"kernels.attention='{implementation}' has no disentangled attention, which model.positions='disentangled' "
       "needs; use 'auto' or 'reference'."
+    )
+  if packed and implementation in WHOLE_ROWS:
+    raise KernelError(
+      f"kernels.attention='{implementation}' has no packed rows, which all models train on; use 'auto', 'triton' or "
+      "'blockwise'."
     )
   return implementation
 

@@ -139,7 +139,7 @@ def test_copies_on_other_channels_and_outside_of_fusions_count(bench):
     (['--attention=fast'], "--attention names 'fast'; give different names of auto, reference, tpu, interpret"),
     (['--attention=auto,auto'], "--attention names 'auto'; give different names"),
     (['--attention='], "--attention names ''"),
-    (['--attention=reference,cudnn'], "kernels.attention='cudnn' runs on gpu, this mesh has cpu devices"),
+    (['--attention=reference,triton'], "kernels.attention='triton' runs on gpu, this mesh has cpu devices"),
     (['--attention=interpret', '--gin.model.dropout=0.1'], "kernels.attention='interpret' has no attention dropout"),
     (['--gin.model.widht=3'], 'model.widht'),
     (['--gin.mesh.data=3'], 'data.batch_size=32 does not divide into'),

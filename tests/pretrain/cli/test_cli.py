@@ -318,6 +318,11 @@ def test_a_mixture_is_read_from_what_a_run_saves(tmp_path):
       'set model.relative_max_distance > 16.',
     ),
     (
+      tiny.DECODER,
+      "kernels.attention='cudnn'",
+      "kernels.attention='cudnn' has no packed rows, which all models train on; use 'auto', 'triton' or 'blockwise'.",
+    ),
+    (
       tiny.UL2,
       "kernels.attention='fast'",
       "kernels.attention='fast' is not one of 'auto', 'reference', 'tpu', 'interpret', 'triton', 'mosaic_gpu', "
