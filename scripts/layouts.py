@@ -1,6 +1,6 @@
 """Shows that the losses of a run do not depend on its layout: meshes, microbatches, hosts, in f32 and bf16.
 
-python scripts/layouts.py --gin_file=configs/ul2/tiny.gin [--steps 20] [--workdir DIR]
+python scripts/layouts.py --gin_file=configs/ul2/tiny.gin [--steps 20] [--only expert stage] [--workdir DIR]
 
 Each line: a layout, its largest relative loss difference to one device, whether its batches equal those of one device
 (by checksum), and the number of "Involuntary full rematerialization" lines of the compiler. Exit code 1 above a bar.
@@ -18,8 +18,9 @@ import sys
 AXES = ('replica', 'data', 'fsdp', 'sequence', 'tensor', 'expert', 'stage')
 # A config's own microbatches and repeats need not divide the rows and layers of each layout.
 ONE = {f'mesh.{axis}': 1 for axis in AXES} | {'model.pipeline_microbatches': None, 'model.pipeline_repeats': 1}
+REFERENCE = 'one device'
 LAYOUTS = {
-  'one device': (ONE, 1),
+  REFERENCE: (ONE, 1),
   'data=8': (ONE | {'mesh.data': 8}, 1),
   'fsdp=8': (ONE | {'mesh.fsdp': 8}, 1),
   'fsdp=4 x tensor=2': (ONE | {'mesh.fsdp': 4, 'mesh.tensor': 2}, 1),
@@ -95,8 +96,8 @@ def difference(row: dict, reference: dict) -> float:
 
 def compare(options, dtype: str) -> bool:
   good, reference, skipped = True, None, []
-  for name, layout in LAYOUTS.items():
-    if (found := train(options, dtype, name, *layout)) is None:
+  for name in [REFERENCE, *(name for name in options.layouts if name != REFERENCE)]:
+    if (found := train(options, dtype, name, *LAYOUTS[name])) is None:
       skipped.append(name)
       continue
     rows, remat = found
@@ -117,9 +118,13 @@ def main() -> int:
   flags.add_argument('--gin_file', required=True)
   flags.add_argument('--steps', type=int, default=20)
   flags.add_argument('--batch_size', type=int, default=48, help='a multiple of 3 and of 16, for three hosts and 4 x 4')
+  flags.add_argument('--only', nargs='+', metavar='TEXT', help='layouts whose name has one of these (default: all)')
   flags.add_argument('--dtypes', nargs='+', default=list(BARS))
   flags.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/layouts'))
   options = flags.parse_args()
+  options.layouts = [name for name in LAYOUTS if not options.only or any(part in name for part in options.only)]
+  if not options.layouts:
+    flags.error(f'--only: no layout has {" or ".join(options.only)} in its name; they are {", ".join(LAYOUTS)}.')
   shutil.rmtree(options.workdir, ignore_errors=True)
   return 0 if all([compare(options, dtype) for dtype in options.dtypes]) else 1
 
