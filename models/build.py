@@ -127,6 +127,11 @@ def check_model(cfg: ModelConfig) -> None:
       assert_never(cfg)
 
 
+def trunk_of(cfg: ModelConfig) -> ModelConfig:
+  """The model that is left after training: without the depths of multi-token prediction."""
+  return dataclasses.replace(cfg, mtp_depth=0) if isinstance(cfg, DecoderConfig) else cfg
+
+
 def check_kernels(cfg: KernelsConfig) -> None:
   """Raises ValueError for an implementation that does not exist; one that cannot run here fails when called."""
   ops = {

@@ -102,7 +102,12 @@ def flops_per_position(
     between = _keys(cfg, cfg.layers, targets_length, causal=stack == 'decoder')
     if cfg.positions == 'disentangled':  # scores of positions: one product for twice as many columns as keys
       between += len(cfg.position_scores) * cfg.layers * targets_length
-    parameters = (of(stack) + head).flops(frozen=frozen, reaches=True)
+    depths = getattr(cfg, 'mtp_depth', 0)  # each has a block, an entry and the logits of the same head
+    deeper = {name: branch for name, branch in specs.items() if name.startswith('mtp_')}
+    ahead = _Products(depths * _head(cfg) + _matrix_parameters(deeper, cfg.experts_per_token))
+    last = dataclasses.replace(cfg, windows=cfg.windows[-1:])
+    between += depths * _keys(last, 1, targets_length, causal=True)
+    parameters = (of(stack) + head + ahead).flops(frozen=frozen, reaches=True)
     return {stack: parameters + FORWARD_AND_BACKWARD * 2 * product * between}
   encoder, cross = of('encoder'), _cross_keys_values(specs)
   decoder = of('decoder') + head - cross['key'] - cross['value']

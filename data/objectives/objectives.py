@@ -232,6 +232,12 @@ def is_decoder_only(objective: Objective) -> bool:
   return any(isinstance(part, CausalLm | Ul2r | FillInTheMiddle | Instruction) for part in parts_of(objective))
 
 
+def is_causal(objective: Objective) -> bool:
+  """Whether every token of a decoder's rows is read after those before it alone: no prefix is seen whole."""
+  whole = lambda part: not isinstance(part, CausalLm | FillInTheMiddle | Instruction)
+  return not any(whole(part) or getattr(part, 'prefix_attention', False) for part in parts_of(objective))
+
+
 def tasks_of(objective: Objective) -> tuple[Task, ...]:
   """The tasks whose rows make up `objective`, in the order of its config."""
   match objective:

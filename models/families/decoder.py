@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from models.families.ahead import LOSS, Entry, ahead
 from models.families.parts import (
   Parts,
   Positions,
@@ -21,10 +22,12 @@ from models.families.parts import (
   placed,
 )
 from models.layers.attention import Visibility
-from models.layers.dropout import example_keys
+from models.layers.dropout import example_keys, fold
+from models.layers.linear import Projections
 from models.layers.mlp import Activation, MlpConfig
 from models.layers.positions.rotary import Angles
-from models.layers.values import of_stack
+from models.layers.values import Aux, Prediction, joined, of_stack
+from models.rendered import IF_SET
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,17 @@ class DecoderMlpConfig(MlpConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(Parts):
-  """`kv_heads=None` gives each head its own keys. Other keys: models/families/parts.py."""
+  """`kv_heads=None` gives each head its own keys. `mtp_depth` is how many tokens beyond the next one training also
+  predicts, each by a block of its own behind the last layer (models/families/ahead.py); `loss.mtp` weighs them.
+  Evaluation, generation and export leave these blocks out. Other keys: models/families/parts.py.
+  """
 
   name: Literal['decoder'] = 'decoder'
   layers: Annotated[int, '>= 1']
   mlp: DecoderMlpConfig
   kv_heads: Annotated[int, '>= 1'] | None = None
   positions: Positions = 'rotary'
+  mtp_depth: Annotated[int, '>= 0'] = dataclasses.field(default=0, metadata=IF_SET)
 
 
 def check_decoder(cfg: DecoderConfig) -> None:
@@ -48,6 +55,11 @@ def check_decoder(cfg: DecoderConfig) -> None:
   if cfg.heads % (cfg.kv_heads or 1):
     raise ValueError(
       f'model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}; each serves equally many.'
+    )
+  if cfg.mtp_depth and cfg.positions == 'relative' and cfg.relative_layers == 'each':
+    raise ValueError(
+      f"model.mtp_depth={cfg.mtp_depth} with model.relative_layers='each': the blocks behind the last layer have no "
+      "biases of their own; use model.relative_layers='shared', or other positions."
     )
   check_no_encoder_parts(cfg)
   check_parts(cfg)
@@ -63,14 +75,41 @@ class Decoder(nnx.Module):
     self.decoder_bias = make_bias(cfg, cfg.layers, bidirectional=False)
     self.frequencies = make_frequencies(cfg)
     self.head = make_head(cfg)
+    of_depth = dataclasses.replace(cfg, windows=cfg.windows[-1:])  # the window of the last layer
+    for k in range(1, cfg.mtp_depth + 1):
+      setattr(self, f'mtp_{k}_entry', Entry(cfg.embed, cfg.norm, Projections(std=cfg.init_std)))
+      setattr(self, f'mtp_{k}', make_stack(of_depth, self.attention, 1, cross=False))
     self.cfg = cfg
 
   def __call__(self, batch, key: Array | None) -> tuple[Array, dict]:
     """Hidden states [batch, length, embed], before the head."""
     keys = example_keys(key, batch['example_index'])
     x, positions, see = self.enter(batch, keys)
-    x, aux = self.decoder(x, self.rotations(positions, batch['decoder_segment_ids'], key), see, keys=keys)
-    return x, of_stack(aux, 'decoder')
+    rotations = self.rotations(positions, batch['decoder_segment_ids'], key)
+    hidden, aux = self.decoder(x, rotations, see, keys=keys)
+    aux, deeper, found = of_stack(aux, 'decoder'), hidden, []
+    for k in range(1, self.cfg.mtp_depth + 1):
+      own, of_depth = self._predict(k, deeper, x, batch, rotations, see, keys)
+      layers, deeper, found = self.cfg.layers + k, own.hidden, [*found, own]
+      aux = joined(aux, of_depth, (layers - 1) / layers)
+    return hidden, aux | ({LOSS: tuple(found)} if found else {})
+
+  def _predict(
+    self, k: int, hidden: Array, x: Array, batch, rotations: Array | Angles, see: Visibility, keys: Array | None
+  ) -> tuple[Prediction, Aux]:
+    """Depth k behind `hidden`, the last one's; `x` are the vectors of the tokens.
+
+    Positions whose segment ends before token i + k are padding here: nothing reads them, and their weight is 0.
+    """
+    segments = batch['decoder_segment_ids']
+    there = ahead(segments, k) == segments
+    own = jnp.where(there, segments, 0)
+    see = dataclasses.replace(see, q_segment_ids=own, kv_segment_ids=own)
+    entered = getattr(self, f'mtp_{k}_entry')(hidden, ahead(x, k))
+    stack = getattr(self, f'mtp_{k}')
+    hidden, aux = stack(entered, rotations, see, keys=fold(keys, self.cfg.layers + k))  # a stack folds 0 to layers
+    weights = jnp.where(there, ahead(batch['decoder_loss_weights'], k), 0.0)
+    return Prediction(hidden, ahead(batch['decoder_target_tokens'], k), weights), of_stack(aux, f'mtp_{k}')
 
   def enter(self, batch, keys: Array | None) -> tuple[Array, Array, Visibility]:
     """What the first block reads of packed rows: vectors of the tokens, their positions, which keys each one sees."""

@@ -21,7 +21,7 @@ from models.families.parts import (
 from models.layers.attention import Visibility
 from models.layers.dropout import example_keys, fold
 from models.layers.rows import Cross
-from models.layers.values import Aux, ByLayer, of_stack
+from models.layers.values import Aux, joined, of_stack
 
 ENCODER_KEYS, DECODER_KEYS = 1, 2
 
@@ -79,10 +79,5 @@ class EncoderDecoder(nnx.Module):
     across = Visibility(causal=False, q_segment_ids=segments, kv_segment_ids=batch['encoder_segment_ids'])
     x = self.embedding(batch['decoder_input_tokens'], batch['decoder_positions'], jnp.dtype(self.cfg.dtype), keys)
     x, of_decoder = self.decoder(x, batch['decoder_positions'], see, Cross(see=across, memory=memory), keys)
-    return x, self._joined(of_stack(of_encoder, 'encoder'), of_stack(of_decoder, 'decoder'))
-
-  def _joined(self, of_encoder: Aux, of_decoder: Aux) -> Aux:
-    """Means over the layers of both stacks, and all `ByLayer`."""
     share = self.cfg.encoder_layers / (self.cfg.encoder_layers + self.cfg.decoder_layers)
-    both = {name: share * a + (1 - share) * of_decoder[name] for name, a in of_encoder.items() if name in of_decoder}
-    return {**both, **{name: x for name, x in (of_encoder | of_decoder).items() if isinstance(x, ByLayer)}}
+    return x, joined(of_stack(of_encoder, 'encoder'), of_stack(of_decoder, 'decoder'), share)

@@ -33,6 +33,7 @@ from pretrain.devices.compiler import check_options
 from pretrain.devices.mesh import BATCH_AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.multi_token import check_multi_token
 from pretrain.experiment.phases import phases_of
 from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.optimizer import check_optimizer
@@ -100,6 +101,7 @@ def _check_one(cfg: Experiment) -> None:
   check_batch(cfg, shards)
   check_model(cfg.model)
   _check_experts(cfg)
+  check_multi_token(cfg, stages=cfg.mesh.stage, devices=cfg.mesh.sequence)
   _check_lora(cfg)
   _check_precision(cfg)
   _check_positions(cfg)

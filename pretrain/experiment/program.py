@@ -16,6 +16,7 @@ from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replica
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch, check_features, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.multi_token import check_multi_token
 from pretrain.experiment.pipelines import check_pipeline
 from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.offload import on_host, streamed
@@ -84,6 +85,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_features(cfg, mesh.shape['sequence'])
   check_sequence(cfg, mesh.shape['sequence'])
   check_pipeline(cfg, mesh.shape['stage'], batch_shards(mesh))
+  check_multi_token(cfg, stages=mesh.shape['stage'], devices=mesh.shape['sequence'])
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)

@@ -118,9 +118,9 @@ def deepened(
   """`params` by their path, with copies of layers as the lists of `places` say; `specs` are those of either model."""
 
   def grown(path: Path, x: Any) -> Any:
-    if 'layers' not in specs[path].axes:
+    own = next((own for key, own in lists.items() if path[0].startswith(STACKS[key])), None)
+    if own is None or 'layers' not in specs[path].axes:  # also the block of each depth of model.mtp_depth
       return x
-    own = next(own for key, own in lists.items() if path[0].startswith(STACKS[key]))
     return jnp.take(x, jnp.array(own), axis=specs[path].axes.index('layers'))
 
   return {path: grown(path, x) for path, x in params.items()}

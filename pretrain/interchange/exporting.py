@@ -16,6 +16,7 @@ from data.batches.batches import DataSource
 from data.batches.source import open_data
 from data.prepare.published import JSON, published, tokenizer_in
 from data.stores.special_ids import T5_IDS, SpecialIds
+from models.build import trunk_of
 from models.specs import ParamSpec
 from pretrain.config import bindings
 from pretrain.devices.compilation_cache import cache_dir
@@ -63,6 +64,7 @@ class Export:
 def exported(step: Step, dtype: str | None = None) -> Export:
   """The export of `step`, of which nothing is read or written yet. Raises ConfigError for a model of no family."""
   cfg = config_of(step.workdir)
+  cfg = dataclasses.replace(cfg, model=trunk_of(cfg.model))
   imported = origin(step.workdir, cfg)
   family = chosen_family(cfg, imported)
   values = config_values(cfg, family, imported) | ({'dtype': dtype} if dtype else {})

@@ -145,8 +145,8 @@ def _stack(work: Workload, layout: Layout, of: Slice, stack: Layers) -> tuple[fl
 
 
 def _head(work: Workload, layout: Layout) -> float:
-  """FLOPs of the head, forward and backward."""
-  own = memory.of_head(work, layout)
+  """FLOPs of the head, forward and backward, once for each depth that predicts more tokens too."""
+  own = memory.of_head(work, layout) * (1 + getattr(work.cfg.model, 'mtp_depth', 0))
   return 6 * own * work.cfg.model.embed * work.cfg.model.vocab_size / layout.sizes['tensor']
 
 

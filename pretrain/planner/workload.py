@@ -149,6 +149,8 @@ def _stacks(cfg: Experiment, every: Mapping[Path, ParamSpec]) -> Iterable[Layers
   encoder = isinstance(model, EncoderConfig)
   keys = (_scores(cfg, targets, causal=not encoder),)
   yield _stack('encoder' if encoder else 'decoder', model.layers, targets, 0, keys, every)
+  for k in range(getattr(model, 'mtp_depth', 0)):
+    yield _stack(f'mtp_{k + 1}', 1, targets, 0, keys, every)
 
 
 def _scores(cfg: Experiment, length: int, *, causal: bool) -> float:

@@ -11,7 +11,8 @@ from jax import Array
 
 from models import partition
 from models.build import KernelsConfig, Model
-from models.layers.values import ByLayer
+from models.layers.values import ByLayer, Prediction
+from models.rendered import IF_SET
 from pallas_kernels.linear_cross_entropy import chunked
 from pallas_kernels.linear_cross_entropy.api import choose, linear_cross_entropy
 from pretrain.errors import ConfigError
@@ -24,14 +25,19 @@ class LossConfig:
 
   With `model.experts`: `load_balance` weighs what is least where experts get equally many tokens (1e-2 in Switch),
   `router_z` the square of the router's log(Z) (1e-3 in ST-MoE): means over layers (models/layers/routing/routers.py).
+
+  With `model.mtp_depth`, `mtp` weighs the mean of the losses of all depths; None is 0.3, with which DeepSeek-V3 began
+  and MiMo too. Both went down to 0.1 late in training (arXiv:2412.19437, §4.2; arXiv:2505.07608): a phase may set it.
   """
 
   z_loss: Annotated[float, '>= 0'] = 0.0
   label_smoothing: Annotated[float, '[0, 1)'] = 0.0
   load_balance: Annotated[float, '>= 0'] = 0.0
   router_z: Annotated[float, '>= 0'] = 0.0
+  mtp: Annotated[float, '>= 0'] | None = dataclasses.field(default=None, metadata=IF_SET)
 
 
+MTP = 0.3
 NONE: Mapping[str, Any] = {}  # read of `TrainState.extra` where no method keeps anything
 
 
@@ -45,14 +51,13 @@ def _check_head(model: Model) -> None:
 
 
 def _token_losses(
-  model: Model, kernels: KernelsConfig, params, batch: Batch, key, read=None, share: Array | None = None, **options
+  model: Model, kernels: KernelsConfig, params, hidden: Array, labels: Array, share: Array | None = None, **options
 ):
-  """(sum(share * loss) or None, (loss, lse, correct) of each token, aux); only a sum that is not None has a gradient.
+  """(sum(share * loss), (loss, lse, correct) of each token) of hidden[batch, length, embed] and labels[batch, length].
 
-  In chunks the gradient is made with the logits, so `share` must be known; otherwise the caller adds up.
+  Without `share` the sum is 0. It alone has a gradient in chunks, where that is made with the logits.
   """
-  hidden, aux = model.apply(params, batch, key, read)
-  labels, head = batch['decoder_target_tokens'], model.head(params)
+  head = model.head(params)
   options |= {'softcap': model.cfg.logit_softcap, 'bias': model.head_bias(params)}
   with partition.on(model.mesh):
     rows = partition.rows(labels.shape[0])
@@ -62,9 +67,10 @@ def _token_losses(
     if choose(kernels.linear_cross_entropy, tokens, words) == 'chunked':
       shares = jnp.zeros(labels.shape) if share is None else share.reshape(labels.shape)
       total, found = weighed(hidden, head, labels, shares, **{'z_loss': 0.0, 'label_smoothing': 0.0} | options)
-      return total, tuple(x.reshape(-1) for x in found), aux
+      return total, tuple(x.reshape(-1) for x in found)
   flat = hidden.reshape(-1, hidden.shape[-1])
-  return None, linear_cross_entropy(flat, head, labels.reshape(-1), implementation='reference', **options), aux
+  found = linear_cross_entropy(flat, head, labels.reshape(-1), implementation='reference', **options)
+  return 0.0 if share is None else (found[0] * share).sum(), found
 
 
 def weighed(x: Array, w: Array, labels: Array, weights: Array, bias: Array | None = None, **options):
@@ -91,21 +97,29 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
 
   A scalar in the model's `aux` is a mean over tokens; its metric is that mean, weighed over microbatches, and it is
   added to the value times the weight that `cfg` has for it. A value with a mean for each layer, `ByLayer`, is a metric
-  NAME/LAYER for each, or NAME/LAYER/EXPERT. All of them are observations too (`Track`). With several sources, metrics
-  `source_loss` and `source_weight` are float32[sources]: each source's part of the loss and of the weight.
+  NAME/LAYER for each, or NAME/LAYER/EXPERT. All of them are observations too (`Track`). The losses of a tuple of
+  `Prediction`, without z-loss and divided by the same `weight`, are metrics NAME/1, NAME/2, …; their mean is added to
+  the value times its weight in `cfg`. With several sources, metrics `source_loss` and `source_weight` are
+  float32[sources]: each source's part of the loss and of the weight.
   """
   weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
+  weights['mtp_loss'] = MTP if cfg.mtp is None else cfg.mtp
+
+  def predicted(params, own: Prediction, weight: Array) -> Array:
+    share = own.weights.reshape(-1) / weight
+    options = {'label_smoothing': cfg.label_smoothing}
+    return _token_losses(model, kernels, params, own.hidden, own.labels, share, **options)[0]
 
   def loss(
     params, batch: Batch, key: Array | None, weight: Array, read: Mapping[str, Any] = NONE
   ) -> tuple[Array, tuple[Metrics, Seen]]:
     batch = model.order.arrange(batch)
     share = batch['decoder_loss_weights'].reshape(-1) / weight
-    total, (value, lse, correct), aux = _token_losses(
-      model, kernels, params, batch, key, read, share, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
-    )
+    hidden, aux = model.apply(params, batch, key, read)
+    options = {'z_loss': cfg.z_loss, 'label_smoothing': cfg.label_smoothing}
+    labels = batch['decoder_target_tokens']
+    total, (value, lse, correct) = _token_losses(model, kernels, params, hidden, labels, share, **options)
     penalty = cfg.z_loss * jnp.square(lse)
-    total = (value * share).sum() if total is None else total
     z_loss = (penalty * share).sum()
     metrics = {'loss': total - z_loss, 'z_loss': z_loss, 'accuracy': (correct * share).sum()}
     if num_sources > 1:
@@ -113,6 +127,11 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
       by_row = jnp.stack([((value - penalty) * share).reshape(rows, -1).sum(1), share.reshape(rows, -1).sum(1)], 1)
       mine = jax.nn.one_hot(batch['source_index'], num_sources, dtype=by_row.dtype)
       metrics['source_loss'], metrics['source_weight'] = mine.T @ by_row[:, 0], mine.T @ by_row[:, 1]
+    beside = {name: aux.pop(name) for name, own in [*aux.items()] if isinstance(own, tuple)}
+    for name, predictions in beside.items():
+      losses = [predicted(params, own, weight) for own in predictions]
+      metrics |= {f'{name}/{k}': own for k, own in enumerate(losses, 1)}
+      total += weights[name] / len(losses) * sum(losses)
     seen = jax.tree.map(lambda mean: mean * share.sum(), aux)  # that of a microbatch counts as much as its targets do
     for name, mean in seen.items():
       if isinstance(mean, ByLayer):
@@ -130,8 +149,10 @@ def make_token_step(model: Model, kernels: KernelsConfig):
   _check_head(model)
 
   def token_step(params, batch: Batch) -> tuple[Array, Array]:
-    _, (value, _, correct), _ = _token_losses(model, kernels, params, model.order.arrange(batch), None)
-    shape = batch['decoder_target_tokens'].shape
+    batch = model.order.arrange(batch)
+    labels = batch['decoder_target_tokens']
+    _, (value, _, correct) = _token_losses(model, kernels, params, model.apply(params, batch)[0], labels)
+    shape = labels.shape
     return model.order.restore(value.reshape(shape)), model.order.restore(correct.reshape(shape))
 
   return token_step
@@ -148,8 +169,9 @@ def make_eval_step(model: Model, kernels: KernelsConfig, num_pieces: int, not_te
 
   def eval_step(params, batch: Batch) -> Metrics:
     batch = model.order.arrange(batch)
-    _, (value, _, correct), _ = _token_losses(model, kernels, params, batch, None)
-    labels, weights = batch['decoder_target_tokens'].reshape(-1), batch['decoder_loss_weights'].reshape(-1)
+    labels, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights'].reshape(-1)
+    _, (value, _, correct) = _token_losses(model, kernels, params, model.apply(params, batch)[0], labels)
+    labels = labels.reshape(-1)
     text = weights * ((labels[:, None] != jnp.asarray(not_text)).all(-1) & (labels < num_pieces))
     return {
       'loss': (value * weights).sum(), 'accuracy': (correct * weights).sum(), 'weight': weights.sum(),

@@ -16,6 +16,9 @@ import jax
 
 from data.batches.source import open_data
 from data.stores.paths import looked_in
+from models.build import build
+from models.partition import shardings
+from models.specs import is_spec
 from pretrain.checkpoints import manifest
 from pretrain.checkpoints.checkpoints import Checkpoints
 from pretrain.checkpoints.config import CheckpointConfig
@@ -45,10 +48,11 @@ NOT_ARCHITECTURE = (
   'model.expert_capacity', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip
 # Keys that a run that starts from another may change too: the scale of positions, for longer rows.
-MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance')
+# and how many tokens ahead training predicts.
+MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance', 'model.mtp_depth')
 # Keys that such a run may set where the other had nothing; to leave out what the other had is a mistake.
 MAY_BE_ADDED = ('model.windows', 'model.sinks', 'model.sink_distance')
-SCALING, LEARNED = 'model.rope_scaling.', 'frequencies'  # parameters that a scaling adds are drawn
+SCALING = 'model.rope_scaling.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +98,8 @@ def find_step(workdir: Folder, number: int, *, ema: bool = False) -> Step:
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
   """The parameters that `checkpoint.initial` names, sharded for `program`, whose data have `tokenizer`.
 
-  Without the parameters that longer rows add. Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for
-  another architecture or tokenizer.
+  Without the parameters that the step lacks: those that longer rows add, and depths of `model.mtp_depth`. Raises
+  CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
   """
   path = as_folder(initial, 'checkpoint.initial')
   step = find_step(path.parent, int(path.name))
@@ -109,8 +113,7 @@ def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any
       f'{bad[0]} is {theirs.get(bad[0])!r} in {step.workdir}/config.gin, {ours.get(bad[0])!r} in this command (first '
       f'of {len(bad)}); its parameters would be those of another model. Nothing was changed; set it as it is there.',
     )
-  wanted = {name: x for name, x in program.weights.items() if name != LEARNED or not plain_rope}
-  params, theirs = step.read(wanted), step.tokenizer()
+  params, theirs = _read_common(step, program), step.tokenizer()
   if None not in (theirs, tokenizer) and theirs != tokenizer:
     raise CheckpointError(
       'CKPT-MISMATCH',
@@ -118,6 +121,16 @@ def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any
       'its ids are other text. Nothing was changed; prepare the data with its --tokenizer.',
     )
   return params
+
+
+def _read_common(step: Step, program: Program) -> Any:
+  """The parameters that both `step` and `program` have; a step is read as a whole."""
+  own = build(config_of(step.workdir).model).specs
+  place = lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+  more = {name: branch for name, branch in own.items() if name not in program.weights}
+  there = jax.tree.map(place, more, shardings(more, program.mesh), is_leaf=is_spec)
+  params = step.read({name: x for name, x in program.weights.items() if name in own} | there)
+  return {name: x for name, x in params.items() if name in program.weights}
 
 
 def list_steps(workdir: Folder) -> str:
