@@ -27,7 +27,7 @@ class LossConfig:
   `router_z` the square of the router's log(Z) (1e-3 in ST-MoE): means over layers (models/layers/routing/routers.py).
 
   With `model.mtp_depth`, `mtp` weighs the mean of the losses of all depths; None is 0.3, with which DeepSeek-V3 began
-  and MiMo too. Both went down to 0.1 late in training (arXiv:2412.19437, §4.2; arXiv:2505.07608): a phase may set it.
+  before it went down to 0.1 (arXiv:2412.19437): a phase may set it.
   """
 
   z_loss: Annotated[float, '>= 0'] = 0.0
