@@ -47,7 +47,7 @@ NOT_ARCHITECTURE = (
   'model.embedding_init_std', 'model.head_init_scale', 'model.init_std', 'model.scale_residual_init', 'model.kurtosis',
   'model.expert_capacity', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip
-# Keys that a run that starts from another may change too: the scale of positions, for longer rows.
+# Keys that a run that starts from another may change too: the scale of positions, for longer rows,
 # and how many tokens ahead training predicts.
 MAY_DIFFER = (*NOT_ARCHITECTURE, 'model.rope_theta', 'model.relative_max_distance', 'model.mtp_depth')
 # Keys that such a run may set where the other had nothing; to leave out what the other had is a mistake.
