@@ -22,9 +22,10 @@ test-all:
 test-configs: setup
 	.venv/bin/python -m pytest -q -m hours tests/pretrain/run/test_learns.py
 
-# Every shipped config compiled for the slice that its header names: about an hour on one core.
+# Every shipped config compiled for the slice that its header names, and the largest for 64 and 256 chips with the layout
+# that `pretrain plan --search` names: about two hours on one core.
 test-slices: setup
-	.venv/bin/python -m pytest -q -n 0 -m 'aot and (slow or hours)' tests/pretrain/planner/test_shipped.py
+	.venv/bin/python -m pytest -q -n 0 -m 'aot and (slow or hours)' tests/pretrain/planner/test_shipped.py tests/pretrain/planner/test_large_slices.py
 
 golden: setup
 	.venv/bin/python scripts/golden.py
