@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from data.stores.paths import absolute, is_local, local_path, plain_path, with_n
 
 FILE, CHUNK = 2**23, 2**16  # elements; a file is held in memory while it is written
 CACHE_BYTES = 2**27  # of decoded chunks, for each open array
+LONGEST_WRITE = 30.0  # seconds
 RESTORE = 'Nothing was changed; restore the store from a copy, or prepare it again.'
 # The pool holds only the files' indexes. Each array keeps its decoded chunks, so reading one calls no TensorStore code.
 _CONTEXT = tensorstore.Context({'cache_pool': {'total_bytes_limit': 2**24}, **CONTEXT})
@@ -62,17 +64,30 @@ def _open_files(path: str | os.PathLike[str]) -> tensorstore.KvStore:
   return tensorstore.KvStore.open(_kvstore(path), context=_CONTEXT).result()
 
 
-def _written(path: str | os.PathLike[str], write: Callable):
-  """The result of `write()`; an error of the disk or bucket is raised as a DataError."""
+def _written(path: str | os.PathLike[str], write: Callable[[], Any]):
+  """The result of the future that `write()` starts; an error of the disk or bucket is raised as a DataError."""
   try:
-    return write()
+    return _awaited(write())
   except (ValueError, OSError) as error:
     what = 'the disk' if is_local(path) else 'its bucket, and the credentials'
     raise DataError(f'{os.fspath(path)} cannot be written: {_first_line(error)}. Check {what}.') from error
 
 
+def _awaited(future: Any):
+  """The result of a future of TensorStore. An interrupt (Ctrl-C) is raised when the write has ended, `LONGEST_WRITE`
+  seconds later at most: in its thread it would create again the folders that are removed meanwhile.
+  """
+  try:
+    return future.result()
+  except KeyboardInterrupt:
+    end = time.monotonic() + LONGEST_WRITE
+    while not future.done() and time.monotonic() < end:
+      time.sleep(0.01)
+    raise
+
+
 def write_file(path: str | os.PathLike[str], name: str, value: bytes) -> None:
-  _written(path, lambda: _open_files(path).write(name, value).result())
+  _written(path, lambda: _open_files(path).write(name, value))
 
 
 def delete_files(path: str | os.PathLike[str], names: Sequence[str]) -> None:
@@ -137,7 +152,7 @@ class Appender:
   def __init__(self, path: str | os.PathLike[str], name: str, dtype: str):
     spec = _array_spec(path, name, dtype)
     # A writer that was killed may have left files on an object store; without a manifest they are not a store.
-    create = lambda: tensorstore.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
+    create = lambda: tensorstore.open(spec, create=True, delete_existing=True, context=_CONTEXT)
     self._path, self._array = path, _written(path, create)
     self._buffer = np.empty(FILE, np.dtype(dtype).newbyteorder('<'))  # pages that are never touched take no memory
     self._num_pending, self.length = 0, 0
@@ -154,11 +169,11 @@ class Appender:
 
   def _flush(self) -> None:
     end = self.length + self._num_pending
-    array = _written(self._path, self._array.resize(exclusive_max=[end], resize_metadata_only=True).result)
+    array = _written(self._path, lambda: self._array.resize(exclusive_max=[end], resize_metadata_only=True))
     values = self._buffer[: self._num_pending]
     # The next line waits for the write, so the buffer is not reused before it ends.
-    write = array[self.length : end].write(values, can_reference_source_data_indefinitely=True)
-    _written(self._path, write.result)
+    write = lambda: array[self.length : end].write(values, can_reference_source_data_indefinitely=True)
+    _written(self._path, write)
     self.length, self._num_pending = end, 0
 
   def close(self) -> None:

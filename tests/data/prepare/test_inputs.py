@@ -23,6 +23,7 @@ from data.prepare.inputs import Meter
 from data.prepare.prepare import prepare
 from data.prepare.scores import SCORES, score
 from data.prepare.text import Reading, read_segments
+from data.stores import arrays
 from data.stores.store import open_store
 
 packed = functools.partial(gzip.compress, mtime=0)  # so that test names do not change with the time
@@ -201,6 +202,24 @@ def test_scores_and_tags_from_fields_are_kept_for_each_document(tmp_path, model)
     DataError, match=r"has no score 'beauty' \(it has: quality\);.* data prepare --scores=beauty …, or"
   ):
     store.scores('beauty', 0)
+
+
+def test_an_interrupt_waits_for_the_write_that_has_begun():
+  """Else its thread would create the folder again that is removed meanwhile."""
+
+  class Slow:
+    asked = 0
+
+    def result(self):
+      raise KeyboardInterrupt
+
+    def done(self):
+      self.asked += 1
+      return self.asked == 3
+
+  with pytest.raises(KeyboardInterrupt):
+    arrays._awaited(slow := Slow())
+  assert slow.asked == 3
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, model):
