@@ -16,7 +16,9 @@ GOLDEN = {
   ('decoder/70b', 'v5p:4x4x4'): ('fsdp=64 accumulate=2 remat=full', 76085, 157760313895),
   ('decoder/70b', 'v5p:4x8x8'): ('fsdp=256 accumulate=1 remat=save_dot_except_mlp', 77692, 38711873104),
   ('decoder/mixtral_8x7b', 'v5p:4x4x4'): ('fsdp=64 accumulate=1 remat=save_qkv_proj', 80014, 75497230142),
+  ('decoder/mixtral_8x7b', 'v5p:4x8x8'): ('fsdp=256 accumulate=1 remat=save_dot_except_mlp', 26460, 19608061704),
   ('ul2/20b', 'v5p:4x4x4'): ('fsdp=64 accumulate=1 remat=minimal', 66028, 5451174889),
+  ('ul2/20b', 'v5p:4x8x8'): ('fsdp=256 accumulate=1 remat=minimal', 16617, 1262706907),
 }  # fmt: skip
 
 
