@@ -24,7 +24,7 @@ GOLDEN = {
 
 @pytest.mark.aot
 @pytest.mark.hours
-@pytest.mark.parametrize(('name', 'of'), GOLDEN, ids=' '.join)
+@pytest.mark.parametrize(('name', 'of'), GOLDEN, ids=map(' '.join, GOLDEN))
 def test_the_layout_that_is_named_fits_and_costs_what_it_did(name, of):
   layout, mib, cycles = GOLDEN[name, of]
   cfg, chips = bindings.load(Experiment, [str(tiny.ROOT / f'configs/{name}.gin')], []), parse(of)
