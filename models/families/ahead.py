@@ -13,7 +13,7 @@ from models.layers.norm import NormConfig, make_norm
 from models.partition import constrain
 from models.specs import weight
 
-LOSS = 'mtp_loss'  # the name of the losses, in aux, metrics and LossConfig
+LOSS = 'mtp_loss'  # the name of the losses in aux and metrics
 
 
 class Entry(nnx.Module):

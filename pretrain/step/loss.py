@@ -11,6 +11,7 @@ from jax import Array
 
 from models import partition
 from models.build import KernelsConfig, Model
+from models.families.ahead import LOSS as MTP_LOSS
 from models.layers.values import ByLayer, Prediction
 from models.rendered import IF_SET
 from pallas_kernels.linear_cross_entropy import chunked
@@ -102,8 +103,8 @@ def make_loss(cfg: LossConfig, model: Model, kernels: KernelsConfig, num_sources
   the value times its weight in `cfg`. With several sources, metrics `source_loss` and `source_weight` are
   float32[sources]: each source's part of the loss and of the weight.
   """
-  weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z}
-  weights['mtp_loss'] = MTP if cfg.mtp is None else cfg.mtp
+  mtp = MTP if cfg.mtp is None else cfg.mtp
+  weights = {'load_balance': cfg.load_balance, 'router_z': cfg.router_z, MTP_LOSS: mtp}
 
   def predicted(params, own: Prediction, weight: Array) -> Array:
     share = own.weights.reshape(-1) / weight

@@ -98,8 +98,9 @@ def find_step(workdir: Folder, number: int, *, ema: bool = False) -> Step:
 def initial_params(initial: str, program: Program, tokenizer: str | None) -> Any:
   """The parameters that `checkpoint.initial` names, sharded for `program`, whose data have `tokenizer`.
 
-  Without the parameters that the step lacks: those that longer rows add, and depths of `model.mtp_depth`. Raises
-  CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
+  Parameters that are missing in the step are left out: those of a position scaling, and modules of `model.mtp_depth`.
+
+  Raises CKPT-NONE for a step that does not exist, CKPT-MISMATCH for another architecture or tokenizer.
   """
   path = as_folder(initial, 'checkpoint.initial')
   step = find_step(path.parent, int(path.name))

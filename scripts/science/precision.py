@@ -134,7 +134,8 @@ AdamW with RMS norms, and the same model with Muon, norms with a single scale, a
 before the head (`configs/decoder/tiny_osp.gin` has all three). Kurtosis is the excess over that of normal numbers, of
 the output of each layer, in the last tenth of the steps. The last columns quantize weights and activations of all
 blocks after training: `int4` rounds to nearest with one scale for each token and each column of a weight, `nvfp4` has
-scales for 16 numbers. These losses are of the first {BATCHES} held-out batches; those above are of {batches}.
+one scale for each 16 numbers. These losses are means over the first {BATCHES} held-out batches,
+those in the table of recipes over {batches}.
 
 {table(header, rows)}
 

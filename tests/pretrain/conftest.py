@@ -105,8 +105,8 @@ def pytest_runtest_protocol(item, nextitem):
 
 @pytest.fixture
 def compiler_output(monkeypatch, capfd):
-  """Returns a function that gives what the compiler has written. Programs that the cache has are compiled again: only
-  then are there warnings.
+  """Returns a function that gives what the compiler has written. Programs are compiled again, for only the
+  compiler prints warnings: the cache is off, and with `monkeypatch` (above) no program is shared.
   """
   assert jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
