@@ -36,6 +36,7 @@ from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.multi_token import check_multi_token
 from pretrain.experiment.phases import phases_of
 from pretrain.experiment.pipelines import check_pipeline
+from pretrain.experiment.sparse import check_rates, check_sparsity
 from pretrain.optim.optimizer import check_optimizer
 from pretrain.optim.schedule import check_schedule
 from pretrain.optim.spikes import RewindSpikes
@@ -53,6 +54,7 @@ def check(cfg: Experiment) -> None:
   _check_online(cfg)
   _check_rewinds(cfg)
   _check_history(cfg)
+  check_rates(cfg)
   for phase in phases_of(cfg):
     where = f'phases[{phase.index - 1}]: ' if phase.index else ''
     try:
@@ -103,6 +105,7 @@ def _check_one(cfg: Experiment) -> None:
   _check_experts(cfg)
   check_multi_token(cfg, stages=cfg.mesh.stage, devices=cfg.mesh.sequence)
   _check_lora(cfg)
+  check_sparsity(cfg)
   _check_precision(cfg)
   _check_positions(cfg)
   check_kernels(cfg.kernels)

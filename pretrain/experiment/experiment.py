@@ -18,6 +18,7 @@ from pretrain.hosts.watchdog import WatchdogConfig
 from pretrain.optim.averaging import Averaging, NoAveraging
 from pretrain.optim.optimizer import AdamW, Optimizer
 from pretrain.optim.schedule import Schedule
+from pretrain.optim.sparsity import NoSparsity, Sparsity
 from pretrain.optim.spikes import NoSpikes, Spikes
 from pretrain.replicas.compare import ReplicasConfig
 from pretrain.snapshots.slots import SnapshotConfig
@@ -75,6 +76,7 @@ class Experiment:
   optimizer: Optimizer = AdamW()
   spikes: Spikes = NoSpikes()
   averaging: Averaging = NoAveraging()
+  sparsity: Sparsity = dataclasses.field(default=NoSparsity(), metadata=IF_SET)
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   snapshot: SnapshotConfig = SnapshotConfig()

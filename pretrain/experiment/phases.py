@@ -16,7 +16,7 @@ MAY_SET = (
   'objective.', 'data.', 'loss.', 'schedule.', 'model.dtype', 'model.dropout', 'model.remat', 'model.remat_keep',
   'model.remat_offload', 'train.accumulate',
   'kernels.', 'precision.recipe', 'precision.overrides', 'precision.first_layers', 'precision.last_layers',
-  'precision.edge_recipe', 'model.pipeline_microbatches', 'model.pipeline_repeats',
+  'precision.edge_recipe', 'sparsity.rate', 'model.pipeline_microbatches', 'model.pipeline_repeats',
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from pretrain.optim.averaging import averaging_tracks
 from pretrain.optim.offload import on_host, streamed
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
+from pretrain.optim.sparsity import Rule, begun, sparse, sparsity_rule, sparsity_tracks
 from pretrain.optim.state import state_shardings
 from pretrain.step.across_replicas import across_replicas
 from pretrain.step.fill import make_fill
@@ -47,9 +48,13 @@ class Program:
     return self.abstract.frozen or self.abstract.params
 
 
-def tracks_of(cfg: Experiment, model: models.build.Model) -> Tracks:
+def tracks_of(cfg: Experiment, model: models.build.Model, rule: Rule) -> Tracks:
   """What the methods of a run keep in `TrainState.extra`: each contributes entries of its own."""
-  return {**averaging_tracks(cfg.averaging), **scaling_tracks(cfg.precision, model.specs)}
+  return {
+    **averaging_tracks(cfg.averaging),
+    **scaling_tracks(cfg.precision, model.specs),
+    **sparsity_tracks(cfg.sparsity, rule, model.split(model.specs)[0]),
+  }
 
 
 def whole_batch(cfg: Experiment, mesh: Mesh, shardings: Any, tracks: Tracks) -> Callable[[Callable], Callable]:
@@ -89,9 +94,11 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
-  tracks, trained = tracks_of(cfg, model), model.split(model.specs)[0]
-  tx = make_optimizer(cfg.optimizer, schedule, trained, mesh, spikes=cfg.spikes, since=start)
-  draw = functools.partial(specs.initialize, model.specs)
+  trained = model.split(model.specs)[0]
+  rule = sparsity_rule(cfg.sparsity, trained, cfg.seed)
+  tracks = tracks_of(cfg, model, rule)
+  tx = sparse(make_optimizer(cfg.optimizer, schedule, trained, mesh, spikes=cfg.spikes, since=start), rule)
+  draw = lambda key: begun(rule, specs.initialize(model.specs, key))
   begin = lambda tx: functools.partial(init_state, draw, tx, cfg.seed, tracks, model.split)
   shapes = jax.eval_shape(begin(tx))
   params, frozen = model.split(partition.shardings(model.specs, mesh))
@@ -110,7 +117,8 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
 
   def start(params) -> TrainState:
     absent = {name: branch for name, branch in model.specs.items() if name not in params}
-    return init_state(lambda key: {**specs.initialize(absent, key), **params}, tx, cfg.seed, tracks, model.split)
+    draw = lambda key: begun(rule, {**specs.initialize(absent, key), **params})
+    return init_state(draw, tx, cfg.seed, tracks, model.split)
 
   return Program(
     mesh, model, abstract, jax.jit(begin(tx), out_shardings=placed),

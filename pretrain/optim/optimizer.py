@@ -131,6 +131,11 @@ def make_optimizer(
   return guarded(optax.chain(skip_nonfinite(moments), optax.scale_by_learning_rate(schedule)), spikes, since)
 
 
+def num_updates(opt_state) -> Array:
+  """int32: how many updates a state made by `make_optimizer` has seen, those that were skipped included."""
+  return opt_state[1].count
+
+
 def skipped(opt_state) -> dict[str, Array]:
   """Metrics of an optimizer state made by `make_optimizer`: counts of skipped updates; where spikes are judged, those
   too, and the limits."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -66,6 +67,17 @@ def sides(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
   rows = tuple(i for i in own_dims(spec) if spec.axes[i] in ROWS)
   columns = tuple(i for i in own_dims(spec) if spec.axes[i] in COLUMNS)
   return (rows, columns) if rows and columns and len(rows + columns) == len(own_dims(spec)) else None
+
+
+def noise(shape: tuple[int, ...], salt: Array) -> Array:
+  """uint32 of this shape, a hash of `salt` (uint32) and the index in the whole array: equal on all meshes."""
+  place = jnp.zeros(shape, jnp.uint32)
+  for i, stride in enumerate(np.cumprod((1, *shape[:0:-1]))[::-1]):
+    place += jax.lax.broadcasted_iota(jnp.uint32, shape, i) * jnp.uint32(stride % 2**32)
+  mixed = place * jnp.uint32(0x9E3779B1) + salt
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer
+    mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+  return mixed
 
 
 def scale_by_parameter(specs: Mapping[str, Any], smallest: float = 1e-3) -> optax.GradientTransformation:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.partition import PARAMETER_RULES
 from models.specs import ParamSpec
 from pretrain.devices.mesh import replicated
-from pretrain.optim.shared import StateDtype, own_size, sides
+from pretrain.optim.shared import StateDtype, noise, own_size, sides
 
 # The fields of optax's states and ours that hold a moment for each value of a parameter, at first 0; has it a sign?
 MOMENTS = {'mu': True, 'ema': True, 'nu': False}
@@ -126,13 +125,7 @@ def round_stochastically(x: Array, salt: Array) -> Array:
   """bf16, up or down by chance so that the mean is x: nearest, a moment would stand still once its changes are below
   1/256. Chance is a hash of `salt` and the global index: equal on all meshes.
   """
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for i, stride in enumerate(np.cumprod((1, *x.shape[:0:-1]))[::-1]):
-    place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(stride % 2**32)
-  noise = place * jnp.uint32(0x9E3779B1) + salt
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer
-    noise = (noise ^ (noise >> shift)) * jnp.uint32(factor)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise(x.shape, salt) >> 16)
   kept = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)
 

@@ -56,6 +56,7 @@ class Track(NamedTuple):
   place: Callable[[Any, Any], Any]  # (shardings of params, the sharding of what all devices hold) -> shardings of entry
   read: Callable[[Any], Any] | None = None
   join: Callable[[Array, Array], Array] = jnp.add
+  shown: Callable[[Any], Metrics] = lambda entry: {}  # metrics of the entry after the step
 
 
 Tracks = Mapping[str, Track]
@@ -142,6 +143,8 @@ def make_train_step(
     step = state.step + 1
     seen = {**seen, **felt}
     extra = {name: track.update(state.extra[name], seen, params, step) for name, track in tracks.items()}
+    for name, track in tracks.items():
+      metrics |= track.shown(extra[name])
     return TrainState(step, params, opt_state, extra, state.frozen), metrics
 
   return train_step
