@@ -74,8 +74,8 @@ def shares(cfg: Pruning) -> np.ndarray:
 
 
 class Rule(NamedTuple):
-  """Which weights are trained. `now(params, number)`: those of `params`, the weights after update `number`.
-  `next(params, number)`: after update `number`, where `params` are the weights before it.
+  """Two functions that say which weights are trained. `now(params, number)`: of `params`, the weights after update
+  `number`. `next(params, number)`: after update `number`, of which `params` are the weights before.
   """
 
   now: Callable[[Params, Any], Masks]
@@ -111,7 +111,7 @@ def _matrices(cfg: FixedSparsity | Pruning, specs: Mapping[str, Any]) -> dict[Pa
 
 def _fixed(rate: float, matrices: Mapping[Path, ParamSpec], seed: int) -> Rule:
   """The same mask at all times: a hash of seed, path and index. Of a lower rate it is True wherever it was."""
-  least = jnp.uint32(int(rate * 2**32))
+  least = np.uint32(int(rate * 2**32))
 
   def masks(params: Params, number: Any) -> Masks:
     salts = {path: zlib.crc32('/'.join((str(seed), *path)).encode()) for path in matrices}
@@ -126,7 +126,7 @@ def _pruning(cfg: Pruning, matrices: Mapping[Path, ParamSpec]) -> Rule:
   table = np.array([divmod(number, 2**16) for number in pruned], np.uint32)
 
   def now(params: Params, number: Any) -> Masks:
-    return {path: (number < cfg.start_step) | (size > 0) for path, size in magnitudes(params, matrices).items()}
+    return {path: (number < cfg.start_step) | (x > 0) for path, x in magnitudes(params, matrices).items()}
 
   def after(params: Params, number: Any) -> Masks:
     index = jnp.clip((number - cfg.start_step) // cfg.every, 0, len(table) - 1)

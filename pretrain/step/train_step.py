@@ -48,7 +48,8 @@ class Track(NamedTuple):
   The loss gets `read(entry)` under the entry's name, if there is a `read`. What the step observes is in `seen`: all
   that the loss returns as such, and under the name of an entry the gradient of what was read of it. A custom VJP may
   return any number of the backward pass as this gradient (Flax: linen/fp8_ops.py, "overwrite with gradient").
-  Observations of microbatches are added, gradients are combined by `join`, for which 0 must be neutral.
+  Observations of microbatches are added, gradients are combined by `join`, for which 0 must be neutral. `shown` makes
+  metrics of the entry after the step.
   """
 
   init: Callable[[Any], Any]  # params -> entry
@@ -56,7 +57,7 @@ class Track(NamedTuple):
   place: Callable[[Any, Any], Any]  # (shardings of params, the sharding of what all devices hold) -> shardings of entry
   read: Callable[[Any], Any] | None = None
   join: Callable[[Array, Array], Array] = jnp.add
-  shown: Callable[[Any], Metrics] = lambda entry: {}  # metrics of the entry after the step
+  shown: Callable[[Any], Metrics] = lambda entry: {}
 
 
 Tracks = Mapping[str, Track]

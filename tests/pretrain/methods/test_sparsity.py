@@ -229,11 +229,11 @@ def test_a_rank_is_that_of_a_sorted_list_with_ties_too():
 def test_more_than_2_to_the_32_weights_are_counted():
   class Huge:
     def sum(self, dims, dtype):
-      return jnp.full(3, 4_000_000_001, dtype)
+      return jnp.full(3, 2**32 - 1, dtype)
 
   own = {path: SPECS['blocks']['up'] for path in (('a',), ('b',))}
   high, low = total(own, dict.fromkeys(own, Huge()))
-  assert int(high) * 2**16 + int(low) == 6 * 4_000_000_001
+  assert int(high) * 2**16 + int(low) == 6 * (2**32 - 1)
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2, stage=2)], ids=['fsdp', 'mixed'])
@@ -274,6 +274,16 @@ def test_the_mean_is_right_after_many_steps_of_many_parameters():
   entry, _ = jax.jit(lambda: jax.lax.scan(lambda e, _: (track.update(e, {}, {}, 1), None), first, length=20_000))()
   assert entry['updates'] == 20_000
   np.testing.assert_allclose(track.shown(entry)['active_parameters_mean'], 7_000_070_000, rtol=1e-7)
+
+
+def test_weights_that_are_0_before_pruning_begins_are_trained():
+  """Its first update is number 2, after which what is 0 stays 0."""
+  rule = sparsity_rule(PRUNING, SPECS, SEED)
+  track = sparsity_tracks(PRUNING, rule, SPECS)['sparsity']
+  params = jax.tree.map(lambda x: jnp.where(x > 0, x, 0), draw(SPECS, 0))
+  zeros = sum(int(jnp.sum(flatten_dict(params)[path] == 0)) for path in MATRICES)
+  left = [track.update(track.init({}), {}, params, step)['active'] for step in (0, 1, 2, 3)]
+  np.testing.assert_array_equal(left, [count(SPECS)] * 2 + [count(SPECS) - zeros] * 2)
 
 
 PRUNED = (
