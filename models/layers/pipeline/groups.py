@@ -23,8 +23,11 @@ def of_stages(x: Array, schedule: Schedule) -> Array:
   stages, repeats = schedule.stages, schedule.repeats
   if repeats == 1:
     return x.reshape(stages, 1, -1, *x.shape[1:])
-  send = lambda own: _sent(own, schedule)
-  return jax.shard_map(send, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec(AXIS), axis_names={AXIS})(x)
+  by_stage = PartitionSpec(AXIS)
+  # The number of a stage is an argument: XLA's partitioner for CPU refuses `axis_index` where another axis divides x.
+  send = lambda own, me: _sent(own, me[0], schedule)
+  sent = jax.shard_map(send, in_specs=(by_stage, by_stage), out_specs=by_stage, axis_names={AXIS})
+  return sent(x, jnp.arange(stages, dtype=jnp.int32))
 
 
 def in_order(x: Array) -> Array:
@@ -49,10 +52,10 @@ def exchange(stages: int, repeats: int) -> list[list[tuple[int, int, int]]]:
   return [[at(transfer, i) for i in range(stages)] for transfer in range(repeats)]
 
 
-def _sent(own: Array, schedule: Schedule) -> Array:
-  """[1, repeats, layers of a group, …] of this stage, from its part of [layers, …]."""
+def _sent(own: Array, me: Array, schedule: Schedule) -> Array:
+  """[1, repeats, layers of a group, …] of stage `me`, from its part of [layers, …]."""
   stages, repeats = schedule.stages, schedule.repeats
-  me, stored = jax.lax.axis_index(AXIS), own.reshape(repeats, -1, *own.shape[1:])
+  stored = own.reshape(repeats, -1, *own.shape[1:])
   got, places = [], np.zeros((stages, repeats), np.int32)
   for transfer, sends in enumerate(exchange(stages, repeats)):
     group = jax.lax.dynamic_index_in_dim(stored, _of(me, [which for which, _, _ in sends]), 0, keepdims=False)

@@ -46,9 +46,10 @@ def test_twenty_steps_have_the_losses_of_one_device(text_store, model, compiler_
 
 
 @pytest.mark.slow
-def test_repeats_have_the_losses_of_one_device(text_store, compiler_output):
+@pytest.mark.parametrize('model', ['prefix', 'ul2'])
+def test_repeats_have_the_losses_of_one_device(text_store, model, compiler_output):
   more = ('model.pipeline_repeats=2', "model.remat='full'")
-  assert_layout_invariant(configured('prefix', text_store, *more), (ONE, TWO), steps=20)
+  assert_layout_invariant(configured(model, text_store, *more), (ONE, TWO), steps=20)
   assert 'Involuntary full rematerialization' not in compiler_output()
 
 
