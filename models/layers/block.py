@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from models.host_memory import brought
 from models.layers.attention import Attention, AttentionConfig, Cache, Visibility
 from models.layers.dropout import Dropout, dropout, fold
 from models.layers.experts import Experts, ExpertsConfig
@@ -211,6 +212,7 @@ class Stack(nnx.Module):
 
     def body(x, inputs):
       (block, layer, table), amax = inputs
+      block = brought(block)
       own, own_keys = _of_layer(see, window, self.sinks, table), fold(keys, layer)
       with within(keys=own_keys, amax=amax):
         x, _, aux = block(x, positions, own, cross, own_keys, layer, None, decoding=decoding)
@@ -245,7 +247,7 @@ class Stack(nnx.Module):
         x, cache = carry
         own = None if cross is None else dataclasses.replace(cross, keys_values=cross_keys_values)
         own_see = _of_layer(see, window, self.sinks, table)
-        return block(x, positions, own_see, own, None, layer, cache, decoding=True)[:2], None
+        return brought(block)(x, positions, own_see, own, None, layer, cache, decoding=True)[:2], None
 
       return body
 
@@ -284,7 +286,7 @@ class Stack(nnx.Module):
 
   def cross_keys_values(self, memory: Array, positions: Array) -> tuple[Array, Array]:
     """Every layer's cross-attention keys and values of the encoder's output: [layers, batch, heads, length, …]."""
-    one = lambda window: lambda carry, block: (carry, block.cross_attention.keys_values(memory, positions))
+    one = lambda window: lambda carry, block: (carry, brought(block).cross_attention.keys_values(memory, positions))
     return self._scan(one, (), self.blocks)[1]
 
 

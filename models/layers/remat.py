@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from models.host_memory import HOST
 from models.product import KEPT as QUANTIZED
 
 Policy = Literal[
@@ -30,7 +31,6 @@ KEPT: dict[str, tuple[Name, ...]] = {
   'minimal': (*QKV, 'out', *MLP),
   'minimal_with_context': (*QKV, 'context', 'out', *MLP),
 }
-HOST = 'pinned_host'  # JAX's name of this kind of memory
 OF_EXPERTS = 'product_of_experts'
 _unit_dim: contextvars.ContextVar[bool] = contextvars.ContextVar('unit_dim', default=False)
 

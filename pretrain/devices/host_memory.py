@@ -1,22 +1,11 @@
-"""Arrays in the memory of the host, inside of compiled functions: what computes with them brings them to the device."""
+"""One array of the host's memory at a time on the device, inside of a compiled function."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax import Array
 
-HOST, DEVICE = 'pinned_host', 'device'  # JAX's names of kinds of memory
-
-
-def is_away(x: Array) -> bool:
-  """Whether `x`, an argument of a function that is compiled, lies in the host's memory."""
-  return jax.typeof(x).memory_space == jax.memory.Space.Host
-
-
-def on_device(x: Array) -> Array:
-  """`x` in the device's memory."""
-  return jax.device_put(x, jax.memory.Space.Device) if is_away(x) else x
+from models.host_memory import is_away, on_device
 
 
 def in_turn(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:

@@ -33,10 +33,11 @@ from pretrain.devices.compiler import check_options
 from pretrain.devices.mesh import BATCH_AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.multi_token import check_multi_token
 from pretrain.experiment.phases import phases_of
 from pretrain.experiment.pipelines import check_pipeline
-from pretrain.experiment.sparse import check_rates, check_sparsity
+from pretrain.experiment.rules.multi_token import check_multi_token
+from pretrain.experiment.rules.offload import check_offload
+from pretrain.experiment.rules.sparsity import check_rates, check_sparsity
 from pretrain.optim.optimizer import check_optimizer
 from pretrain.optim.schedule import check_schedule
 from pretrain.optim.spikes import RewindSpikes
@@ -104,6 +105,7 @@ def _check_one(cfg: Experiment) -> None:
   check_model(cfg.model)
   _check_experts(cfg)
   check_multi_token(cfg, stages=cfg.mesh.stage, devices=cfg.mesh.sequence)
+  check_offload(cfg, stages=cfg.mesh.stage)
   _check_lora(cfg)
   check_sparsity(cfg)
   _check_precision(cfg)

@@ -10,16 +10,17 @@ from jax.sharding import Mesh
 
 import models.build
 from models import partition, specs
+from models.host_memory import HOST
 from pretrain.devices.compiler import check_compiles, options_for
-from pretrain.devices.host_memory import HOST
 from pretrain.devices.mesh import batch_shards, check_memory, make_mesh, replicated
 from pretrain.errors import ConfigError
 from pretrain.experiment.checks import check_batch, check_features, check_mesh_of_experts, check_sequence
 from pretrain.experiment.experiment import Experiment
-from pretrain.experiment.multi_token import check_multi_token
 from pretrain.experiment.pipelines import check_pipeline
+from pretrain.experiment.rules.multi_token import check_multi_token
+from pretrain.experiment.rules.offload import check_offload
 from pretrain.optim.averaging import averaging_tracks
-from pretrain.optim.offload import on_host, streamed
+from pretrain.optim.offload import on_host, params_on_host, streamed
 from pretrain.optim.optimizer import make_optimizer, skipped
 from pretrain.optim.schedule import make_schedule
 from pretrain.optim.sparsity import Rule, begun, sparse, sparsity_rule, sparsity_tracks
@@ -91,6 +92,7 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   check_sequence(cfg, mesh.shape['sequence'])
   check_pipeline(cfg, mesh.shape['stage'], batch_shards(mesh))
   check_multi_token(cfg, stages=mesh.shape['stage'], devices=mesh.shape['sequence'])
+  check_offload(cfg, stages=mesh.shape['stage'])
   model = models.build.build(cfg.model, cfg.kernels, mesh, cfg.lora, cfg.precision)
   check_divisible(model.specs, mesh)
   schedule = make_schedule(cfg.schedule, schedule_start, decay_delay=cfg.train.decay_delay)
@@ -105,9 +107,10 @@ def build_program(cfg: Experiment, devices=None, *, schedule_start: int = 0, sta
   everywhere = replicated(mesh)
   opt_state = state_shardings(tx, shapes.params, params, mesh)
   opt_state = on_host(cfg.optimizer.offload, trained, shapes.opt_state, opt_state)
-  tx = streamed(tx, opt_state)
+  homes = params_on_host(cfg.optimizer.offload, trained, params)
+  tx = streamed(tx, opt_state, homes)
   extra = {name: track.place(params, everywhere) for name, track in tracks.items()}
-  placed = TrainState(everywhere, params, opt_state, extra, frozen)
+  placed = TrainState(everywhere, homes, opt_state, extra, frozen)
   abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
   step = make_train_step(
     make_loss(cfg.loss, model, cfg.kernels, cfg.data.num_sources), tx, schedule, skipped, cfg.seed,

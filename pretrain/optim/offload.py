@@ -1,7 +1,8 @@
-"""Moments in the memory of the host: they come to the device a parameter at a time, and go back while others come.
+"""State in the memory of the host: it comes to the device a parameter at a time, and goes back while others come.
 
 Source: Ren et al. 2021, arXiv:2101.06840 (ZeRO-Offload), §4, has the state on the host; Yang et al. 2024,
-arXiv:2406.08334 (ProTrain), §3, moves it in chunks. Here a chunk is what belongs to one parameter.
+arXiv:2406.08334 (ProTrain), §3, moves it in chunks. Here a chunk is what belongs to one parameter; in the loss, one
+layer of it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +14,8 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
+from models.host_memory import DEVICE, HOST, on_device
 from models.specs import ParamSpec, is_matrix
-from pretrain.devices.host_memory import DEVICE, HOST
 from pretrain.optim.shared import Offloaded
 from pretrain.optim.state import own_path
 
@@ -37,20 +38,35 @@ def on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], shapes: Any, p
   return jax.tree_util.tree_map_with_path(place, shapes, places)
 
 
+def params_on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], places: Any) -> Any:
+  """`places`, shardings of parameters, with those that `names` says in the host's memory."""
+  place = lambda spec, sharding: sharding.with_memory_kind(HOST) if moves_parameter(names, spec) else sharding
+  return jax.tree.map(place, specs, places)
+
+
+def moves_parameter(names: Sequence[Offloaded], spec: ParamSpec) -> bool:
+  """Whether a parameter is one of `names`: 'parameters' are the matrices of stacks, of which one layer is used at a
+  time.
+  """
+  return 'parameters' in names and spec.axes[0] == 'layers' and is_matrix(spec)
+
+
 def moves(names: Sequence[Offloaded], spec: ParamSpec, shape: Sequence[int]) -> bool:
   """Whether a statistic of this shape of the parameter `spec` is one of `names`."""
   return 'moments' in names and is_matrix(spec) and tuple(shape) == tuple(spec.shape)
 
 
-def streamed(tx: optax.GradientTransformation, places: Any) -> optax.GradientTransformation:
-  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks.
+def streamed(tx: optax.GradientTransformation, places: Any, of_params: Any = ()) -> optax.GradientTransformation:
+  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks. So do parameters
+  that `of_params`, their shardings, has there, but for going back: updates are on the device.
 
   Values are those of `tx`. Without the order that this one gives to the chunks, XLA has all arrays on the device at
   once (libtpu 0.0.42), which saves nothing.
   """
-  paths = [own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(places)[0]]
-  homes = jax.tree.leaves(places)
-  chunks = _chunks(paths, homes)
+  both = jax.tree_util.tree_flatten_with_path((places, of_params))[0]
+  homes, of_state = [home for _, home in both], len(jax.tree.leaves(places))
+  chunks = _chunks([own_path(path) for path, _ in both], homes)
+  state_of = lambda numbers: [i for i in numbers if i < of_state]
   if not chunks:
     return tx
   tx = optax.with_extra_args_support(tx)
@@ -58,7 +74,7 @@ def streamed(tx: optax.GradientTransformation, places: Any) -> optax.GradientTra
   def init(params):
     leaves, tree = jax.tree.flatten(tx.init(params))
     before: Any = ()
-    for numbers in chunks.values():
+    for numbers in filter(None, map(state_of, chunks.values())):
       chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], before))
       before = jax.device_put(chunk, [homes[i] for i in numbers])
       leaves = _replaced(leaves, numbers, before)
@@ -67,19 +83,27 @@ def streamed(tx: optax.GradientTransformation, places: Any) -> optax.GradientTra
   def update(grads, state, params=None, **extra):
     values = _Values(tx.update, (grads, state, params), extra)
     owned = _numbers([own_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]])
-    first, leaves = len(jax.tree.leaves(grads)), jax.tree.leaves(state)
+    first, leaves = len(jax.tree.leaves(grads)), jax.tree.leaves((state, params))
     ready, moved = [optax.tree.norm(grads)] * IN_FLIGHT, {}
     for path, numbers in chunks.items():
       chunk, _ = jax.lax.optimization_barrier(([leaves[i] for i in numbers], ready[-IN_FLIGHT]))
-      fetched = jax.device_put(chunk, [homes[i].with_memory_kind(DEVICE) for i in numbers])
+      fetched = [_fetched(x, homes[i], by_layer=i >= of_state) for i, x in zip(numbers, chunk, strict=True)]
       values.give({first + i: x for i, x in zip(numbers, fetched, strict=True)})
       values.outputs(owned[path])  # in the order of the program, beside what they are computed with
-      back = jax.device_put(values.outputs(first + i for i in numbers), [homes[i] for i in numbers])
-      moved |= {first + i: x for i, x in zip(numbers, back, strict=True)}
-      ready.append(back)
+      own = state_of(numbers)
+      back = jax.device_put(values.outputs(first + i for i in own), [homes[i] for i in own])
+      moved |= {first + i: x for i, x in zip(own, back, strict=True)}
+      ready.append(back or values.outputs(owned[path]))
     return values.result(moved)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fetched(x: Array, home: NamedSharding, *, by_layer: bool) -> Array:
+  """`x` on the device. Parameters come by layers: where one operation reads a whole array of which another one reads
+  layers, libtpu 0.0.42 has the whole array on the device for both.
+  """
+  return jax.lax.map(on_device, x) if by_layer else jax.device_put(x, home.with_memory_kind(DEVICE))
 
 
 def _chunks(paths: Sequence[tuple[str, ...]], homes: Sequence[NamedSharding]) -> dict[tuple[str, ...], list[int]]:

@@ -15,7 +15,7 @@ from models.rendered import IF_SET
 from models.specs import ParamSpec, is_matrix
 
 StateDtype = Literal['float32', 'bfloat16', 'int8']
-Offloaded = Literal['moments']
+Offloaded = Literal['moments', 'parameters']
 STACKED = ('layers', 'experts')  # leading axes along which a parameter is several, each with statistics of its own
 ROWS, COLUMNS = ('embed',), ('vocab', 'mlp', 'heads', 'kv_heads', 'one_head', 'head_dim')
 
@@ -28,7 +28,8 @@ class Shared:
   sizes a hundred times apart, for Adafactor, which does the same. Source: Shazeer and Stern 2018, arXiv:1804.04235, §8;
   with Adam: Nawrot 2023, arXiv:2309.02373, §3.
 
-  `offload` keeps the moments of matrices in the host's memory between steps (`optim.offload`).
+  `offload` keeps the moments of matrices, or the matrices of stacked layers themselves, in the host's memory
+  (`optim.offload`).
   """
 
   weight_decay: Annotated[float, '>= 0'] = 0.01

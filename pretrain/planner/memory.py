@@ -47,18 +47,20 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OfMesh:
-  """What depends on a workload and its mesh alone. Bytes: `state` on the device, its `parameters`, `away` in the host's
-  memory, the largest `chunk` of that, `copies` in the dtype of activations. Values: `trained`, gradients on a device;
-  `whole`, all parameters where only `tensor`, `expert` and `stage` divide them; `dense`, those of them that are no
-  experts'.
+  """What depends on a workload and its mesh alone. Bytes: `state` on the device, its `parameters`, in the host's memory
+  `moments` and `layers`, the parameters there, the largest `chunk` of both, `copies` in the dtype of activations.
+  Values: `trained`, gradients on a device, `of_stack`, those of each stack; `whole`, all parameters where only
+  `tensor`, `expert` and `stage` divide them; `dense`, those of them that are no experts'.
   """
 
   state: float
   parameters: float
-  away: float
+  moments: float
+  layers: float
   chunk: float
   copies: float
   trained: float
+  of_stack: tuple[float, ...]
   whole: float
   dense: float
 
@@ -74,20 +76,28 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
   stacked = [spec for stack in work.stacks for spec in stack.specs.values()]
   every = work.every
   values = lambda count, specs, over: sum(count(spec.shape, spec.axes, over) for spec in specs)
-  chunks = collections.Counter[Path | None]()
+  chunks, kinds = collections.Counter[Path | None](), collections.Counter[str]()
   for array in work.state:
     if array.away is not None:
       chunks[array.away] += array.bytes(sizes)
+      kinds[array.kind] += array.bytes(sizes)
   return OfMesh(
     state=sum(array.bytes(sizes) for array in work.state if array.away is None),
     parameters=sum(array.bytes(sizes) for array in work.state if array.kind == 'parameters'),
-    away=sum(chunks.values()),
+    moments=kinds['optimizer'],
+    layers=kinds['parameters'],
     chunk=max(chunks.values(), default=0),
-    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked, sizes),
+    copies=0 if work.itemsize == F32 or kinds['parameters'] else work.itemsize * values(stored, stacked, sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
+    of_stack=tuple(_gradients(work, stack, sizes) for stack in work.stacks),
     whole=values(divided, every.values(), only),
     dense=values(divided, (spec for spec in every.values() if 'experts' not in spec.axes[:-1]), only),
   )
+
+
+def _gradients(work: Workload, stack: Layers, sizes: Mapping[str, int]) -> float:
+  own = {path: spec for path, spec in work.every.items() if path[:2] == (stack.name, 'blocks')}
+  return sum(_padded(spec, sizes) for path, spec in own.items() if path in work.trained)
 
 
 def _padded(spec: ParamSpec, sizes: Mapping[str, int]) -> int:
@@ -135,18 +145,27 @@ def _at_embedding(work: Workload, layout: Layout) -> Memory:
 
 
 def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
-  """Stacks go backwards in turn: activations of those after `stack` are gone, gradients of all are there."""
+  """Stacks go backwards in turn: activations of those after `stack` are gone, gradients of those before not made."""
   place, mesh = work.stacks.index(stack), of_mesh(work, layout)
   kept = sum(kept_by(work, layout, s) for s in work.stacks[: place + 1])
-  grads = _accumulated(mesh, layout) + F32 * mesh.trained
+  grads = _accumulated(mesh, layout) + F32 * (mesh.trained - sum(mesh.of_stack[:place]))
   copies = mesh.copies + _table(work, layout)
-  return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack))
+  coming = 2 * mesh.layers / sum(s.number for s in work.stacks)  # a layer in use, and the next on its way
+  return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack) + coming)
 
 
 def _at_update(work: Workload, layout: Layout) -> Memory:
   """Three chunks of the state on the host: one fetched, its updated copy on the way back, the next on the way in."""
   mesh = of_mesh(work, layout)
   return Memory(arguments(work, layout), 0.0, F32 * mesh.trained, 0.0, 3 * mesh.chunk)
+
+
+def moved(work: Workload, layout: Layout) -> tuple[float, float]:
+  """Bytes that a step moves to a device from its host, and back. Layers come for the forward and the backward pass of
+  each microbatch, for the update and for the sum with it.
+  """
+  mesh = of_mesh(work, layout)
+  return mesh.moments + (2 * layout.accumulate + 2) * mesh.layers, mesh.moments + mesh.layers
 
 
 def _accumulated(mesh: OfMesh, layout: Layout) -> float:

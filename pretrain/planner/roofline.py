@@ -153,7 +153,7 @@ def _head(work: Workload, layout: Layout) -> float:
 def _update(work: Workload, layout: Layout) -> float:
   """Bytes of the optimizer: the state is read and written, also what lies on the host; gradients are read twice."""
   mesh = memory.of_mesh(work, layout)
-  return 2 * (mesh.state + mesh.away) + 2 * mesh.parameters
+  return 2 * (mesh.state + mesh.moments + mesh.layers) + 2 * mesh.parameters
 
 
 def _filled(work: Workload, layout: Layout) -> float:

@@ -104,15 +104,15 @@ def explanation(work: Workload, of: Slice, program: Compiled, shown: int = 14) -
 
 
 def _on_host(work: Workload, of: Slice, program: Compiled) -> list[str]:
-  """What lies in the memory of the host, and what the optimizer moves in a step."""
-  away = memory.of_mesh(work, program.layout).away
+  """What lies in the memory of the host, and what a step moves."""
+  there, back = memory.moved(work, program.layout)
   if not program.memory.host:
     return []
   return [
     '',
-    f'{program.memory.host / MIB:,.0f} MiB of a device in the memory of its host; a step moves {away / 1e9:,.2f} GB of '
-    f"the optimizer's state to the device and as many back: {1e3 * away / of.host_rate:,.0f} ms at "
-    f'{of.host_rate / 1e9:,.0f} GB/s each way, not in the times above.',
+    f'{program.memory.host / MIB:,.0f} MiB of a device in the memory of its host; a step moves {there / 1e9:,.2f} GB '
+    f'to the device and {back / 1e9:,.2f} GB back: {1e3 * there / of.host_rate:,.0f} and '
+    f'{1e3 * back / of.host_rate:,.0f} ms at {of.host_rate / 1e9:,.0f} GB/s each way, not in the times above.',
   ]
 
 

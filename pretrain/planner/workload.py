@@ -14,7 +14,7 @@ from models.partition import PARAMETER_RULES
 from models.specs import ParamSpec, Tree, is_spec
 from pretrain.experiment.experiment import Experiment
 from pretrain.optim.averaging import Ema
-from pretrain.optim.offload import moves
+from pretrain.optim.offload import moves, moves_parameter
 from pretrain.optim.optimizer import make_optimizer
 from pretrain.optim.state import own_path
 
@@ -24,7 +24,7 @@ Path = tuple[str, ...]
 @dataclasses.dataclass(frozen=True)
 class Held:
   """An array of the state; `axes` None: whole on every device. `kind`: parameters, optimizer or average. `away`: in the
-  memory of the host, as a moment of the parameter of this path."""
+  memory of the host, with all else of the parameter of this path."""
 
   kind: str
   shape: tuple[int, ...]
@@ -114,12 +114,13 @@ def describe(cfg: Experiment) -> Workload:
   stacks = tuple(_stacks(cfg, every))
   inside = {path for path in every if 'blocks' in path}
   ends = {path: spec for path, spec in every.items() if path not in inside}
-  state = (*_parameters(every), *_optimizer(cfg, model.split(model.specs)[0], trained), *_average(cfg, trained))
+  state = (*_parameters(cfg, every), *_optimizer(cfg, model.split(model.specs)[0], trained), *_average(cfg, trained))
   return Workload(cfg, every, stacks, ends, state, frozenset(trained), jnp.dtype(cfg.model.dtype).itemsize)
 
 
-def _parameters(every: Mapping[Path, ParamSpec]) -> list[Held]:
-  return [Held('parameters', s.shape, s.axes, jnp.dtype(s.dtype).itemsize) for s in every.values()]
+def _parameters(cfg: Experiment, every: Mapping[Path, ParamSpec]) -> list[Held]:
+  home = lambda path, spec: path if moves_parameter(cfg.optimizer.offload, spec) else None
+  return [Held('parameters', s.shape, s.axes, jnp.dtype(s.dtype).itemsize, home(path, s)) for path, s in every.items()]
 
 
 def _average(cfg: Experiment, trained: Mapping[Path, ParamSpec]) -> list[Held]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pretrain.devices.host_memory import on_device
+from models.host_memory import on_device
 
 Sums = tuple[Array, Array]
 

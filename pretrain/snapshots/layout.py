@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from pretrain.devices.host_memory import HOST, in_turn
+from models.host_memory import HOST
+from pretrain.devices.host_memory import in_turn
 from pretrain.replicas import digest
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) of each dim

@@ -10,6 +10,8 @@ import optax
 from flax import struct
 from jax import Array
 
+from pretrain.step import from_host
+
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 PRNG = 'threefry2x32'  # not JAX_DEFAULT_PRNG_IMPL: a resumed run must draw the numbers of the uninterrupted run
@@ -73,7 +75,7 @@ def accumulate(loss: LossFn, num_microbatches: int, tracks: Tracks = NOTHING):
   """((value, (metrics, seen)), (gradients of params, of `read`)) of `loss`, as a function of its arguments: over the
   batch in `num_microbatches` parts, one at a time.
   """
-  value_and_grad = jax.value_and_grad(loss, argnums=(0, 4), has_aux=True)
+  value_and_grad = from_host.value_and_grad(loss)
   if num_microbatches == 1:
     return value_and_grad
 
@@ -140,7 +142,7 @@ def make_train_step(
       | fill(batch)
       | skipped(opt_state)
     )
-    params = optax.apply_updates(state.params, updates)
+    params = from_host.apply_updates(state.params, updates)
     step = state.step + 1
     seen = {**seen, **felt}
     extra = {name: track.update(state.extra[name], seen, params, step) for name, track in tracks.items()}

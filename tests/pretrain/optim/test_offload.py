@@ -7,12 +7,14 @@ import optax
 import pytest
 
 from models import partition
+from models.host_memory import brought
 from pretrain.devices.mesh import MeshConfig, make_mesh
-from pretrain.optim.offload import HOST, IN_FLIGHT, on_host, streamed
+from pretrain.optim.offload import HOST, IN_FLIGHT, on_host, params_on_host, streamed
 from pretrain.optim.optimizer import Adafactor, AdamW, Lion, Muon, make_optimizer
 from pretrain.optim.spikes import SkipSpikes
 from pretrain.optim.state import state_shardings
 from pretrain.planner import hlo
+from pretrain.step import from_host
 from pretrain.tools.plan import compile_for, tpu_devices
 from tests.pretrain.optim.optimizing import SPECS, draw, spec
 
@@ -141,3 +143,40 @@ def test_two_chunks_are_on_a_tpu_at_most():
   assert memory.peak < (2 * matrices + 2 * 2 * 2) * size  # and two chunks before and after their update
   starts = [one for _, one in hlo.parse(compiled.as_text()).executed() if one.op == 'copy-start']
   assert sum('S(5)' in one.shape for one in starts) == 2 * 2 * matrices, 'each once there and once back'
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_no_whole_parameter_is_on_a_tpu():
+  """The loss, AdamW and the sum read layers of it: 64 MiB a device are on the host, once, and come in slices."""
+  layers, size, one = 8, 32 * 2**20, spec((8, 2048, 4096), ('layers', 'embed', 'mlp'))
+  specs = {'up': one, 'down': one}
+  mesh = make_mesh(MeshConfig(fsdp=8), tpu_devices('v5e:2x4'))
+  own = partition.shardings(specs, mesh)
+  homes = params_on_host(('parameters',), specs, own)
+  tx = make_optimizer(AdamW(), lambda step: 0.01, specs, mesh)
+  shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+  places = state_shardings(tx, shapes, own, mesh)
+  tx = streamed(tx, places, homes)
+
+  def loss(params, x, key, weight, read):
+    layer = lambda x, own: (x + jnp.tanh(x @ own['up']) @ own['down'].T, None)
+    run = jax.checkpoint(lambda x, own: layer(x, jax.tree.map(lambda w: w.astype(x.dtype), brought(own))))
+    return jnp.square(jax.lax.scan(run, x, params)[0].astype(jnp.float32)).mean(), ({}, {})
+
+  def step(params, state, x):
+    _, (grads, _) = from_host.value_and_grad(loss)(params, x, None, 1.0, {})
+    grads = jax.lax.with_sharding_constraint(grads, own)
+    updates, state = tx.update(grads, state, params)
+    return from_host.apply_updates(params, updates), state
+
+  shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  arguments = jax.tree.map(shape, shapes, homes), jax.tree.map(shape, jax.eval_shape(tx.init, shapes), places)
+  x = jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P('fsdp')))
+  program = jax.jit(step, out_shardings=(homes, places), donate_argnums=(0, 1))
+  memory, compiled = compile_for(program, (*arguments, x))
+  assert memory.host == 2 * size
+  executed = [*hlo.parse(compiled.as_text()).executed()]
+  assert not [one for _, one in executed if one.op == 'copy-start' and 'S(5)' in one.shape]
+  times = sum(times for times, one in executed if one.op == 'dynamic-slice-start' and 'S(5)' in one.shape)
+  assert times == 2 * 4 * layers, 'each layer for the forward and the backward pass, the update, and the sum with it'
