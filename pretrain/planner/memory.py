@@ -87,7 +87,7 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
     moments=kinds['optimizer'],
     layers=kinds['parameters'],
     chunk=max(chunks.values(), default=0),
-    copies=0 if work.itemsize == F32 or kinds['parameters'] else work.itemsize * values(stored, stacked, sizes),
+    copies=0 if work.itemsize == F32 else work.itemsize * values(stored, stacked, sizes),
     trained=sum(_padded(spec, sizes) for path, spec in every.items() if path in work.trained),
     of_stack=tuple(_gradients(work, stack, sizes) for stack in work.stacks),
     whole=values(divided, every.values(), only),
@@ -150,8 +150,7 @@ def _in_backward(work: Workload, layout: Layout, stack: Layers) -> Memory:
   kept = sum(kept_by(work, layout, s) for s in work.stacks[: place + 1])
   grads = _accumulated(mesh, layout) + F32 * (mesh.trained - sum(mesh.of_stack[:place]))
   copies = mesh.copies + _table(work, layout)
-  coming = 2 * mesh.layers / sum(s.number for s in work.stacks)  # a layer in use, and the next on its way
-  return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack) + coming)
+  return Memory(arguments(work, layout), kept, grads, copies, in_layer(work, layout, stack))
 
 
 def _at_update(work: Workload, layout: Layout) -> Memory:

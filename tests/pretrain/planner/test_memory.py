@@ -21,6 +21,8 @@ SMALL_UL2 = (
   'model.encoder_layers=4', 'model.decoder_layers=4', 'data.batch_size=64', 'mesh.fsdp=4', "optimizer.name='adamw'",
 )  # fmt: skip
 MOMENTS = "optimizer.offload=['moments']"
+LAYERS = "optimizer.offload=['parameters']"
+BOTH = "optimizer.offload=['moments', 'parameters']"
 LONG = ('data.targets_length=131072', 'data.batch_size=8', 'train.accumulate=1')
 # (config, slice, changed keys) -> (arguments, arguments and temporaries in use at once) in MiB of a device, as libtpu
 # 0.0.42.1 says of the compiled step (memory_analysis: argument_size and peak_memory).
@@ -56,6 +58,8 @@ COMPILED = {
   ('decoder/125m', 'v5e:2x4', NONE): (195.3, 4302.4),
   ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2): (7665.6, 13250.0),
   ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2, MOMENTS): (2555.6, 8140.0),
+  ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2, LAYERS): (5362.0, 11765.0),
+  ('ul2/20b', 'v5p:2x2x1', *SMALL_UL2, BOTH): (252.0, 6783.0),
   ('ul2/20b', 'v5p:2x2x1', 'mesh.fsdp=4', 'train.accumulate=16', "optimizer.name='adamw'", MOMENTS): (18688.9, 74612.4),
   ('ul2/20b', 'v5p:4x4x8', 'mesh.fsdp=32', 'mesh.tensor=4', 'train.accumulate=4', NONE): (589.4, 49639.0),
   ('decoder/125m', 'v5e:2x4', 'data.batch_size=208', 'train.accumulate=2'): (195.3, 9839.4),
@@ -102,16 +106,24 @@ def test_what_a_policy_keeps_is_what_the_compiler_keeps():
   assert memory.kept_by(work, moved, work.stacks[0]) == 0
 
 
-def test_what_lies_on_the_host_is_printed_with_its_way_there():
-  cfg, of = load('ul2/20b', *SMALL_UL2, MOMENTS), parse('v5p:2x2x1')
+@pytest.mark.parametrize(
+  ('offload', 'moved'),
+  [
+    (MOMENTS, '5.36 GB to the device and 5.36 GB back: 357 and 357 ms'),
+    # A layer's parameters come four times, for the forward and the backward pass, the update and the sum with it.
+    (LAYERS, '9.66 GB to the device and 2.42 GB back: 644 and 161 ms'),
+  ],
+)
+def test_what_lies_on_the_host_is_printed_with_its_way_there(offload, moved):
+  cfg, of = load('ul2/20b', *SMALL_UL2, offload), parse('v5p:2x2x1')
   work, layout = workload.describe(cfg), layouts.of_config(cfg, 4)
   step = roofline.Step(1.0, 0.0, 0.0, 0.0, 0.0)
   lines = lambda host: tables.explanation(
     work, of, compiled.Compiled(layout, step, plan.Memory(0, 0, 0, 0, 0, 0, host), (), ())
   ).splitlines()
   assert lines(5110 * MIB)[-1] == (
-    '5,110 MiB of a device in the memory of its host; a step moves 5.36 GB to the device and 5.36 GB back: 357 and '
-    '357 ms at 15 GB/s each way, not in the times above.'
+    f'5,110 MiB of a device in the memory of its host; a step moves {moved} at 15 GB/s each way, not in the times '
+    'above.'
   )
   assert not any('its host' in line for line in lines(0))
 
