@@ -46,9 +46,9 @@ def params_on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], places:
 
 def moves_parameter(names: Sequence[Offloaded], spec: ParamSpec) -> bool:
   """Whether a parameter is one of `names`: 'parameters' are the matrices of stacks, of which one layer is used at a
-  time.
+  time. XLA makes no loop of a stack of one layer, so that stays on the device.
   """
-  return 'parameters' in names and spec.axes[0] == 'layers' and is_matrix(spec)
+  return 'parameters' in names and spec.axes[0] == 'layers' and spec.shape[0] > 1 and is_matrix(spec)
 
 
 def moves(names: Sequence[Offloaded], spec: ParamSpec, shape: Sequence[int]) -> bool:
@@ -57,8 +57,8 @@ def moves(names: Sequence[Offloaded], spec: ParamSpec, shape: Sequence[int]) -> 
 
 
 def streamed(tx: optax.GradientTransformation, places: Any, of_params: Any = ()) -> optax.GradientTransformation:
-  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks. So do parameters
-  that `of_params`, their shardings, has there, but for going back: updates are on the device.
+  """`tx` with its state at `places`, of which the arrays in the host's memory come and go in chunks. Parameters whose
+  shardings in `of_params` are in the host's memory come in the same way; their updates stay on the device.
 
   Values are those of `tx`. Without the order that this one gives to the chunks, XLA has all arrays on the device at
   once (libtpu 0.0.42), which saves nothing.

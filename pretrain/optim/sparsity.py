@@ -55,7 +55,7 @@ class Pruning:
   """
 
   name: Literal['pruning'] = 'pruning'
-  rate: Annotated[float, '[0, 1)'] = 0.5
+  rate: Annotated[float, '(0, 1)'] = 0.5
   start_step: Annotated[int, '>= 1']
   end_step: Annotated[int, '>= 1']
   every: Annotated[int, '>= 1'] = 100

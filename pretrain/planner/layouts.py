@@ -83,6 +83,8 @@ def candidates(cfg: Experiment, specs: Tree, of: Slice) -> Iterator[Layout]:
   """Every layout that divides the parameters and the rows; slices are joined by `replica`."""
   own = _remat(cfg)
   policies = [(name, (), ()) for name in REMATS] + ([own] if own[1] or own[2] else [])
+  if 'parameters' in cfg.optimizer.offload:  # `check_offload` refuses it
+    policies = [policy for policy in policies if policy[0] != 'none']
   for sizes in _meshes(of):
     if not _divides(specs, sizes):
       continue

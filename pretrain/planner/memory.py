@@ -96,7 +96,8 @@ def _of_mesh(work: Workload, items: tuple[tuple[str, int], ...]) -> OfMesh:
 
 
 def _gradients(work: Workload, stack: Layers, sizes: Mapping[str, int]) -> float:
-  own = {path: spec for path, spec in work.every.items() if path[:2] == (stack.name, 'blocks')}
+  blocks = (stack.name, 'blocks')  # its adapters are at lora/NAME/blocks
+  own = {path: spec for path, spec in work.every.items() if blocks in (path[:2], path[1:3])}
   return sum(_padded(spec, sizes) for path, spec in own.items() if path in work.trained)
 
 

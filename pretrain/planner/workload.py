@@ -24,7 +24,7 @@ Path = tuple[str, ...]
 @dataclasses.dataclass(frozen=True)
 class Held:
   """An array of the state; `axes` None: whole on every device. `kind`: parameters, optimizer or average. `away`: in the
-  memory of the host, with all else of the parameter of this path."""
+  memory of the host; arrays of one path come to the device together."""
 
   kind: str
   shape: tuple[int, ...]

@@ -1,8 +1,8 @@
 """`pretrain checkpoints restore-as`: a step of one run as a step of another, with another optimizer or average.
 
 Parameters, step and position in the data are kept bit for bit. So are the optimizer's state if no key of `optimizer`
-but `offload` differs, and `extra` (moving averages, histories of delayed scaling) if no key of `averaging` does;
-otherwise they start fresh, averages from the parameters.
+but `offload` differs, moving averages if no key of `averaging` does, and all else of `extra` (histories of delayed
+scaling, counts of sparse training). Otherwise they start fresh, averages from the parameters.
 The losses that spikes are measured against are kept if no key of `spikes` differs.
 """
 
@@ -23,9 +23,11 @@ from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
+from pretrain.experiment.rules.offload import on_device
 from pretrain.experiment.saved import load_saved
 from pretrain.experiment.trunk import read_trunk
 from pretrain.hosts.ownership import owned
+from pretrain.optim.averaging import averaging_tracks
 from pretrain.tools.weights import Step, check_new, config_of
 from pretrain.workdirs.folder import Folder
 
@@ -38,25 +40,29 @@ def restore_as(step: Step, overrides: Sequence[str], output: Folder, source: str
   old, new = config_of(step.workdir), _changed(step.workdir, overrides)
   own = phase_at(new, max(step.number - 1, 0)).cfg
   program = _program(own)
-  stored = _program(dataclasses.replace(own, spikes=old.spikes))
+  stored = _program(dataclasses.replace(own, spikes=old.spikes, averaging=old.averaging))
   same_optimizer = _of_values(old) == _of_values(new)
-  kept = ['opt_state'] * same_optimizer + ['extra'] * (old.averaging == new.averaging)
+  kept = ['extra', *['opt_state'] * same_optimizer]
   with contextlib.closing(Checkpoints(step.workdir, CheckpointConfig(), read_only=True)) as checkpoints:
     position = checkpoints.position(step.number)
     parts = checkpoints.restore_parts(_abstract(stored, ['step', 'params', *kept]), step.number)
+  averages = []
+  if old.averaging != new.averaging:
+    averages = [*averaging_tracks(new.averaging)]
+    parts['extra'] = {name: x for name, x in parts['extra'].items() if name not in averaging_tracks(old.averaging)}
   text = f'# Step {step.number} made by: {source}\n{bindings.render(new)}'
   whole = {**read_trunk(step.workdir, old, step.number, program.weights), **parts['params']}
   _write(output, step.number, _state(program, parts, whole, old.spikes == new.spikes), position, text)
-  return [part for part in ('opt_state', 'extra') if part not in kept]
+  return [*['opt_state'] * (not same_optimizer), *(f'extra/{name}' for name in averages)]
 
 
 def _of_values(cfg: Experiment):
   """The keys of the optimizer that change values: not where its state is kept."""
-  return dataclasses.replace(cfg.optimizer, offload=())
+  return on_device(cfg).optimizer
 
 
 def _program(cfg: Experiment) -> Program:
-  return build_program(dataclasses.replace(cfg, mesh=MeshConfig()), jax.devices()[:1])
+  return build_program(dataclasses.replace(on_device(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
 def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def _state(program: Program, parts: dict[str, Any], whole: Any, same_spikes: boo
   fresh = dataclasses.replace(fresh, opt_state=_at(parts['step'], fresh.opt_state))
   if 'opt_state' in parts and not same_spikes:  # a guarded state begins with the optimizer's own
     parts |= {'opt_state': (*parts['opt_state'][:2], *fresh.opt_state[2:])}
+  parts |= {'extra': {**fresh.extra, **parts['extra']}}
   return dataclasses.replace(fresh, **{name: part for name, part in parts.items() if name != 'params'})
 
 

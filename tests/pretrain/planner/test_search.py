@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from models.build import build
 from models.layers.remat import KEPT
 from pretrain.cli.main import main
 from pretrain.config import bindings
@@ -16,6 +17,7 @@ from pretrain.devices.compiler import options_for
 from pretrain.devices.mesh import AXES
 from pretrain.errors import ConfigError
 from pretrain.experiment.experiment import Experiment
+from pretrain.experiment.rules.offload import check_offload
 from pretrain.planner import compiled, layouts, roofline, search, tables, torus
 from pretrain.planner.layouts import Layout
 from pretrain.tools import plan
@@ -219,3 +221,11 @@ def test_products_in_loops_are_dear_unless_an_option_ends_them():
   assert math.isclose(on_v6e(fsdp=16), on_v6e(data=2, fsdp=8))
   assert math.isclose(on_v6e(off, fsdp=16), 3 * on_v6e(data=2, fsdp=8))
   assert math.isclose(on_v6e(off, option, fsdp=16), on_v6e(data=2, fsdp=8))
+
+
+def test_no_layout_is_tried_that_parameters_on_the_host_refuse():
+  cfg = tiny.decoder("optimizer.offload=['parameters']", "model.remat='full'")
+  found = list(layouts.candidates(cfg, build(cfg.model).specs, parse('v5e:2x4')))
+  assert found
+  for layout in found:
+    check_offload(layout.of(cfg), stages=layout.sizes['stage'])

@@ -1,10 +1,12 @@
 """Runs with state in the host's memory: the losses and files of runs without; a run may turn it on and off."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from models.decode.writing import greedy
 from models.host_memory import HOST
@@ -14,7 +16,9 @@ from pretrain.cli.main import main
 from pretrain.config import bindings
 from pretrain.devices.mesh import MeshConfig, make_mesh
 from pretrain.errors import ConfigError
+from pretrain.evaluation.writer import ONE_DEVICE, program_for
 from pretrain.experiment import program
+from pretrain.experiment.rules.offload import check_offload
 from pretrain.optim.offload import moves_parameter
 from pretrain.replicas import digest
 from pretrain.replicas.compare import Replicas
@@ -63,12 +67,13 @@ def test_a_run_may_turn_it_on_and_off_and_saves_the_same_bits(tmp_path, capsys):
     (('mesh.fsdp=2', 'mesh.tensor=2', 'train.accumulate=2'), BOTH),
     (('mesh.replica=2', 'mesh.fsdp=2', "optimizer.name='adafactor'"), LAYERS),
     (('mesh.expert=2', 'model.experts=4', 'model.experts_per_token=2', 'optimizer.parameter_scale=True'), BOTH),
-    (('mesh.fsdp=2', "optimizer.name='muon'"), BOTH),
+    (('mesh.fsdp=2', "optimizer.name='muon'", "model.remat='dots'"), BOTH),
+    (('mesh.fsdp=2', "optimizer.name='lion'", "precision.recipe='fp8_delayed'", *KEPT_AWAY), BOTH),
   ],
 )
 def test_parameters_on_the_host_are_trained_and_evaluated_as_on_the_device(layout, offload, tmp_path, text_store):
   """To rounding: an update is added to its parameter by an operation of its own. The key is turned on and off."""
-  keys = (*layout, "model.remat='full'", 'checkpoint.every=2', 'checkpoint.keep=9', 'evaluation.every=2')
+  keys = ("model.remat='full'", *layout, 'checkpoint.every=2', 'checkpoint.keep=9', 'evaluation.every=2')
   train(tiny.ul2(text_store, *keys, 'train.steps=4'), tmp_path / 'plain')
   train(tiny.ul2(text_store, *keys, 'train.steps=2', offload), tmp_path / 'switched')
   train(tiny.ul2(text_store, *keys, 'train.steps=3'), tmp_path / 'switched')
@@ -103,6 +108,20 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   train(tiny.decoder(*keys, 'train.steps=4'), tmp_path / 'parts')
   assert leaves_of(tmp_path / 'parts', 4) == leaves_of(tmp_path / 'whole', 4)
   assert dict(logged_losses(tmp_path / 'parts')) == dict(logged_losses(tmp_path / 'whole'))
+
+
+def test_the_matrices_of_layers_lie_on_the_host():
+  """As long as they are trained; a stack of one layer, and commands that read a run, have them on the device."""
+  on = jax.devices()[0].default_memory().kind
+  places = lambda own: {
+    '/'.join(path): leaf.sharding.memory_kind for path, leaf in flatten_dict(dict(own.abstract.params)).items()
+  }
+  found = places(program.build_program(tiny.decoder(*FULL)))
+  away = {path for path, kind in found.items() if kind == HOST}
+  assert away == {path for path in found if 'blocks' in path and 'norm' not in path} != set()
+  assert {found[path] for path in found.keys() - away} == {on}
+  assert set(places(program.build_program(tiny.decoder(*FULL, 'model.layers=1'))).values()) == {on}
+  assert set(places(program_for(tiny.decoder(*FULL), ONE_DEVICE)).values()) == {on}
 
 
 @pytest.mark.parametrize('cfg', [small.LLAMA, small.T5], ids=lambda cfg: cfg.name)
@@ -183,6 +202,10 @@ def test_a_platform_without_this_memory_is_refused(monkeypatch, overrides, key):
           r'precision\.first_layers=1 and precision\.last_layers=0, .*; use 0 of both',
         ),
         ((*FULL, "averaging.name='ema'"), r"averaging\.name='ema', which reads .*; use averaging\.name='none'"),
+        (
+          (*FULL, 'model.windows=[8, None]'),
+          r'model\.windows of 2 layers, which are .*; use fewer windows, which repeat',
+        ),
         ((*FULL, "sparsity.name='fixed'"), r"sparsity\.name='fixed', which reads .*; use sparsity\.name='none'"),
       )
     ),
@@ -191,6 +214,13 @@ def test_a_platform_without_this_memory_is_refused(monkeypatch, overrides, key):
 def test_what_cannot_move_is_refused(overrides, message):
   with pytest.raises(ConfigError, match=message):
     tiny.decoder(*overrides)
+
+
+def test_averages_of_several_steps_are_refused():
+  cfg = tiny.decoder(*FULL)
+  cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, lawa_checkpoints=2))
+  with pytest.raises(ConfigError, match=r'lawa_checkpoints=2, which adds up .*; use evaluation\.lawa_checkpoints=0'):
+    check_offload(cfg, stages=1)
 
 
 def test_a_config_without_it_is_written_as_before():

@@ -125,7 +125,7 @@ def test_a_changed_average_starts_from_the_parameters(run, tmp_path, capsys):
   new = tmp_path / 'new'
   flags = ['--gin.averaging.decay=0.9', f'--output={new}']
   assert main(['checkpoints', 'restore-as', f'--input={run}/4', *flags]) == 0
-  assert capsys.readouterr().out == f'{new} (extra starts from its initial state)\n'
+  assert capsys.readouterr().out == f'{new} (extra/ema starts from its initial state)\n'
   moved, old = state_of(new, 4, 'averaging.decay=0.9').state, state_of(run, 4).state
   jax.tree.map(np.testing.assert_array_equal, moved.extra['ema'], old.params)
   jax.tree.map(np.testing.assert_array_equal, moved.opt_state, old.opt_state)
@@ -174,3 +174,16 @@ def test_a_run_that_starts_to_watch_for_spikes_keeps_its_moments(trained, tmp_pa
   back = tmp_path / 'back'
   assert main(['checkpoints', 'restore-as', f'--input={new}/4', f'--output={back}', "--gin.spikes.name='none'"]) == 0
   assert len(state_of(back, 4).state.opt_state) == 2
+
+
+@pytest.mark.slow
+def test_counts_of_sparse_training_go_on_beside_another_average(tmp_path):
+  run, new, sparse = tmp_path / 'run', tmp_path / 'new', "sparsity.name='fixed'"
+  train(tiny.decoder(sparse, 'train.steps=2', 'checkpoint.every=2'), run)
+  average = "averaging.name='ema'"
+  assert main(['checkpoints', 'restore-as', f'--input={run}/2', f'--gin.{average}', f'--output={new}']) == 0
+  cfg = bindings.load(Experiment, [str(new / 'config.gin')], [])
+  with contextlib.closing(Checkpoints(new, CheckpointConfig())) as checkpoints:
+    moved = checkpoints.restore(build_program(cfg).abstract, 2).state
+  assert int(moved.extra['sparsity']['updates']) == 2
+  jax.tree.map(np.testing.assert_array_equal, moved.extra['ema'], moved.params)
