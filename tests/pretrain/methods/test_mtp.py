@@ -226,6 +226,7 @@ def test_a_run_may_start_from_weights_with_more_or_fewer_depths(tmp_path, before
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), branch, first[name])
 
 
+@pytest.mark.slow
 def test_a_run_logs_them_resumes_exactly_and_changes_their_weight_in_a_phase(tmp_path):
   keys = ('model.mtp_depth=2', 'loss.mtp=0.3', 'checkpoint.every=1', 'train.accumulate=2')
   cfg = tiny.decoder(*keys, "phases=[{'start_step': 2, 'set': {'loss.mtp': 0.1}}]")

@@ -71,6 +71,7 @@ def test_accumulation_with_dropout_does_not_change_the_answer(text_store, accumu
     np.testing.assert_allclose(losses(split, 4, metric), losses(cfg, 4, metric), rtol=1e-5, err_msg=metric)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_with_other_microbatches_and_remat_has_the_same_losses(tmp_path):
   """As with another mesh. Without the keys in MAY_CHANGE the second start is refused."""
   keys = ('model.dropout=0.1', 'mesh.fsdp=2', 'checkpoint.every=3')
