@@ -410,8 +410,8 @@ MISTAKES = {
     'phases[0]: sparsity.rate=0.9, 0.75 before it: a phase frees weights only; use sparsity.rate <= 0.75.',
   ),
   'a phase of pruning': (
-    (*PRUNED, "phases=[{'start_step': 2, 'set': {'sparsity.rate': 0.0}}]"),
-    "phases[0]: sparsity.rate=0.0 with sparsity.name='pruning', whose rate follows its schedule; remove it.",
+    (*PRUNED, "phases=[{'start_step': 2, 'set': {'sparsity.rate': 0.1}}]"),
+    "phases[0]: sparsity.rate=0.1 with sparsity.name='pruning', whose rate follows its schedule; remove it.",
   ),
   'a schedule in a phase': (
     (*PRUNED, "phases=[{'start_step': 2, 'set': {'sparsity.end_step': 4}}]"),
