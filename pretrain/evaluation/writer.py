@@ -20,7 +20,7 @@ from pretrain.evaluation.imported import tokenizer_of
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
-from pretrain.experiment.rules.offload import on_device
+from pretrain.experiment.rules.offload import without_offload
 from pretrain.experiment.trunk import plain, read_weights
 from pretrain.workdirs.folder import Folder
 
@@ -69,7 +69,7 @@ def program_for(cfg: Experiment, mesh: MeshConfig) -> Program:
   """The model of a run on one device or on a mesh, whose experts drop nothing: what a text scores must not depend on
   other texts of its row. Raises ConfigError for a mesh that does not fit the model.
   """
-  cfg = on_device(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, expert_capacity=None)))
+  cfg = without_offload(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, expert_capacity=None)))
   if mesh == ONE_DEVICE:
     return build_program(cfg, jax.devices()[:1])
   if mesh.sequence != 1:

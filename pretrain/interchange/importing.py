@@ -30,7 +30,7 @@ from pretrain.evaluation.writer import Writer, at_precision, data_of, program_fo
 from pretrain.experiment.checks import check
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.program import build_program
-from pretrain.experiment.rules.offload import on_device
+from pretrain.experiment.rules.offload import without_offload
 from pretrain.hosts.ownership import owned
 from pretrain.interchange.config_json import FILE, ConfigJson, read_config
 from pretrain.interchange.families import family_of
@@ -226,7 +226,7 @@ def import_run(
   It writes `change(parameters)`; `keep` writes the other files beside them.
   """
   check_space(workdir, sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values()), '--workdir')
-  program = build_program(on_device(cfg))
+  program = build_program(without_offload(cfg))
   params = change(parameters(source, {path: leaf.sharding for path, leaf in flat(program.weights).items()}))
   text = f'# Parameters made by: {command}\n{bindings.render(cfg)}'
   fingerprint = None if source.tokenizer is None else hashlib.sha256(source.tokenizer.content).hexdigest()

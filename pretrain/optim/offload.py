@@ -39,7 +39,7 @@ def on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], shapes: Any, p
 
 
 def params_on_host(names: Sequence[Offloaded], specs: Mapping[str, Any], places: Any) -> Any:
-  """`places`, shardings of parameters, with those that `names` says in the host's memory."""
+  """The shardings `places` of the parameters, with host memory for the ones that `names` selects."""
   place = lambda spec, sharding: sharding.with_memory_kind(HOST) if moves_parameter(names, spec) else sharding
   return jax.tree.map(place, specs, places)
 

@@ -132,7 +132,7 @@ def make_optimizer(
 
 
 def num_updates(opt_state) -> Array:
-  """int32: how many updates a state made by `make_optimizer` has seen, those that were skipped included."""
+  """int32: the number of updates, including skipped ones, that a state of `make_optimizer` has counted."""
   return opt_state[1].count
 
 

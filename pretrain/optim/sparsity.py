@@ -183,7 +183,7 @@ def chosen(masks: Masks, tree: Any, other: Any) -> Any:
 
 
 def begun(rule: Rule, params: Params) -> Params:
-  """Parameters of step 0 with those that are not trained set to 0."""
+  """The initial parameters, with masked weights set to 0."""
   return chosen(rule.now(params, 0), params, jax.tree.map(jnp.zeros_like, params))
 
 

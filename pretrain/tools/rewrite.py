@@ -23,7 +23,7 @@ from pretrain.experiment.experiment import MAY_CHANGE, Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
 from pretrain.experiment.resume import differences
-from pretrain.experiment.rules.offload import on_device
+from pretrain.experiment.rules.offload import without_offload
 from pretrain.experiment.saved import load_saved
 from pretrain.experiment.trunk import read_trunk
 from pretrain.hosts.ownership import owned
@@ -58,11 +58,11 @@ def restore_as(step: Step, overrides: Sequence[str], output: Folder, source: str
 
 def _of_values(cfg: Experiment):
   """The keys of the optimizer that change values: not where its state is kept."""
-  return on_device(cfg).optimizer
+  return without_offload(cfg).optimizer
 
 
 def _program(cfg: Experiment) -> Program:
-  return build_program(dataclasses.replace(on_device(cfg), mesh=MeshConfig()), jax.devices()[:1])
+  return build_program(dataclasses.replace(without_offload(cfg), mesh=MeshConfig()), jax.devices()[:1])
 
 
 def _abstract(program: Program, parts: Sequence[str]) -> dict[str, Any]:

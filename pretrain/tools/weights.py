@@ -30,7 +30,7 @@ from pretrain.evaluation.losses import evaluate_sets
 from pretrain.experiment.experiment import Experiment
 from pretrain.experiment.phases import phase_at
 from pretrain.experiment.program import Program, build_program
-from pretrain.experiment.rules.offload import on_device
+from pretrain.experiment.rules.offload import without_offload
 from pretrain.experiment.saved import load_saved
 from pretrain.experiment.trunk import opened as _opened
 from pretrain.experiment.trunk import plain, read_weights
@@ -224,7 +224,7 @@ def _decision(tasted: Tasted, step: Step, metric: str) -> str:
 def _scorer(cfg: Experiment, metric: str) -> tuple[Program, Callable[[Any], float]]:
   """(program, score(params)): the held-out metric, negated where higher is better."""
   data = open_data(cfg.data, cfg.objective, seed=cfg.seed, vocab_size=cfg.model.vocab_size, cache_dir=cache_dir())
-  program = build_program(on_device(plain(cfg)))
+  program = build_program(without_offload(plain(cfg)))
   sets = data.heldout(cfg.evaluation.batches, host_rows(program.mesh, cfg.data.batch_size))
   _check_metric(metric, [f'eval/{name}/{kind}' for name in sets for kind in ('loss', 'text_loss', 'accuracy')])
   name = metric.split('/')[1]
@@ -306,7 +306,7 @@ def check_new(output: Folder, flag: str = '--output') -> None:
 
 def program_on_one_device(cfg: Experiment) -> Program:
   """The program of a run whose arrays are whole on the first device, without the adapters' config."""
-  return build_program(dataclasses.replace(on_device(plain(cfg)), mesh=MeshConfig()), jax.devices()[:1])
+  return build_program(dataclasses.replace(without_offload(plain(cfg)), mesh=MeshConfig()), jax.devices()[:1])
 
 
 def _steps(workdir: Folder) -> list[int]:

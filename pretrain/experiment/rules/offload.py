@@ -38,6 +38,6 @@ def _layers(cfg: Experiment) -> tuple[int, ...]:
   return (model.encoder_layers, model.decoder_layers) if model.name == 'encoder_decoder' else (model.layers,)
 
 
-def on_device(cfg: Experiment) -> Experiment:
+def without_offload(cfg: Experiment) -> Experiment:
   """`cfg` for a program that does not train: nothing of it lies in the memory of the host."""
   return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, offload=()))
